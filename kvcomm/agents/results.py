@@ -1,0 +1,140 @@
+"""What a group's run gives back: events while it goes on, results when it is done.
+
+Plain immutable values. Rounds are counted from 1; times are seconds since the run began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from kvcomm.errors import KVCommError
+from kvcomm.memory.segments import Segment
+
+if TYPE_CHECKING:
+    from kvcomm.engine.results import Usage
+
+
+class AgentFailed(KVCommError):
+    """An agent could not answer, so its group's run was stopped; `__cause__` says why.
+
+    Attributes:
+        agent: the agent's name.
+        round: the round it was answering in.
+    """
+
+    def __init__(self, agent: str, round: int, cause: BaseException) -> None:
+        super().__init__(f"agent {agent!r} failed in round {round}: {type(cause).__name__}: {cause}")
+        self.agent = agent
+        self.round = round
+        self.__cause__ = cause
+
+
+@dataclass(frozen=True)
+class AgentResult:
+    """One answer of one agent.
+
+    Attributes:
+        name, round: whose answer, in which round.
+        text: the answer as text, without control tokens.
+        token_ids: the ids that readers get: as decoded, without the end-of-turn token.
+        prompt: the segments the agent was given.
+        usage: token counts and engine timings of this request.
+        finish_reason: why generation ended, as the engine names it.
+        started_s, finished_s: submission and completion, seconds since the run began.
+    """
+
+    name: str
+    round: int
+    text: str
+    token_ids: tuple[int, ...]
+    prompt: tuple[Segment, ...]
+    usage: Usage
+    finish_reason: str
+    started_s: float
+    finished_s: float
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Number of prompt tokens."""
+        return self.usage.prompt_tokens
+
+
+Round = Mapping[str, AgentResult]
+
+
+class GroupResult(Mapping[str, AgentResult]):
+    """All answers of a run; as a mapping, agent name -> its answer of the last round.
+
+    Attributes:
+        rounds: one mapping a round, first round first.
+        final: the last round's answers that no agent of the same round reads, in the order the agents were
+            added.
+        total_s: seconds from the start of the run to its last answer.
+    """
+
+    def __init__(self, rounds: tuple[Round, ...], final: tuple[str, ...], total_s: float) -> None:
+        self.rounds = tuple(MappingProxyType(dict(answers)) for answers in rounds)
+        self.final = tuple(self.rounds[-1][name] for name in final)
+        self.total_s = total_s
+
+    def __getitem__(self, name: str) -> AgentResult:
+        return self.rounds[-1][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rounds[-1])
+
+    def __len__(self) -> int:
+        return len(self.rounds[-1])
+
+    def __repr__(self) -> str:
+        answers = ", ".join(f"{name}: {result.text[:40]!r}" for name, result in self.items())
+        return f"GroupResult({answers})"
+
+
+@dataclass(frozen=True)
+class AgentStarted:
+    """An agent's inputs were complete and its prompt went to the engine."""
+
+    agent: str
+    round: int
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class AgentText:
+    """A piece of an answer as it is decoded; the pieces concatenated are the answer's text."""
+
+    agent: str
+    round: int
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AgentFinished:
+    """An agent answered."""
+
+    agent: str
+    round: int
+    result: AgentResult
+
+
+@dataclass(frozen=True)
+class RoundFinished:
+    """Every agent answered in this round; agents of the next round may have started before."""
+
+    round: int
+    results: Round
+
+
+@dataclass(frozen=True)
+class GroupFinished:
+    """The last event of a run."""
+
+    result: GroupResult
+
+
+GroupEvent = AgentStarted | AgentText | AgentFinished | RoundFinished | GroupFinished

@@ -1,0 +1,235 @@
+"""One run of a group: submits every agent the moment its inputs are finished and reports what happens.
+
+One thread per agent in flight waits for its tokens; the thread that finishes an agent also submits the agents
+that were waiting for it, so progress does not depend on how fast events are read. After `close()` or a
+failure nothing of the run is in flight, nothing is submitted any more, and every thread has ended. A run
+knows the engine only through `submit`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvcomm.agents.agent import Agent
+from kvcomm.agents.graph import AgentGraph, Task
+from kvcomm.agents.rendering import PromptRenderer, RenderedPrompt
+from kvcomm.agents.results import (
+    AgentFailed,
+    AgentFinished,
+    AgentResult,
+    AgentStarted,
+    AgentText,
+    GroupEvent,
+    GroupFinished,
+    GroupResult,
+    Round,
+    RoundFinished,
+)
+from kvcomm.agents.templates import Slot
+from kvcomm.engine.sampling import SamplingParams
+from kvcomm.errors import KVCommError, PromptTooLong
+from kvcomm.memory.segments import Segment
+
+if TYPE_CHECKING:
+    from kvcomm.engine.engine import Engine
+    from kvcomm.engine.handle import RequestHandle
+    from kvcomm.engine.results import Completion
+
+NUM_SLOTS_NAMED = 3  # in the error about a prompt that is too long
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The last thing a failed run reports; the reader raises the error."""
+
+    error: KVCommError
+
+
+Emit = Callable[[GroupEvent | Failure], None]
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything a run needs, checked and tokenized before anything is computed.
+
+    Attributes:
+        prompts: agent name -> its rendered prompt.
+        inputs: input name -> token ids.
+        num_rounds: rounds to run, at least 1.
+        sampling: for agents that bring none of their own.
+    """
+
+    engine: Engine
+    renderer: PromptRenderer
+    graph: AgentGraph
+    prompts: Mapping[str, RenderedPrompt]
+    inputs: Mapping[str, tuple[int, ...]]
+    num_rounds: int
+    sampling: SamplingParams
+    tenant: str
+
+    def check_lengths(self) -> None:
+        """Raise PromptTooLong for a prompt that is too long even if every agent it reads says nothing."""
+        for agent in self.graph.agents:
+            self.prompt_of(agent, Task(agent.name, 1), {})
+
+    def sampling_of(self, agent: Agent) -> SamplingParams:
+        """The agent's own sampling, or the group's."""
+        return agent.sampling or self.sampling
+
+    def prompt_of(self, agent: Agent, task: Task, results: Mapping[Task, AgentResult]) -> tuple[Segment, ...]:
+        """The agent's prompt from the inputs and the answers there are.
+
+        Raises:
+            PromptTooLong: prompt and answer exceed the model's limit; names the agent and the largest slots.
+        """
+        values = {slot: self._value(slot, task, results) for slot in agent.slots}
+        prompt = self.prompts[agent.name].fill(values)
+        num_tokens = sum(len(segment.token_ids) for segment in prompt)
+        room = self.engine.max_context - self.sampling_of(agent).max_new_tokens
+        if num_tokens > room:
+            raise PromptTooLong(self._describe_excess(agent, num_tokens, values))
+        return prompt
+
+    def _value(self, slot: Slot, task: Task, results: Mapping[Task, AgentResult]) -> tuple[int, ...]:
+        if not slot.previous and slot.name in self.inputs:
+            return self.inputs[slot.name]
+        answer = results.get(Task(slot.name, task.round - slot.previous))
+        return answer.token_ids if answer else ()
+
+    def _describe_excess(self, agent: Agent, num_tokens: int, values: Mapping[Slot, tuple[int, ...]]) -> str:
+        largest = sorted(values.items(), key=lambda item: -len(item[1]))[:NUM_SLOTS_NAMED]
+        slots = ", ".join(f"{slot.placeholder} {len(ids)}" for slot, ids in largest) or "none"
+        return (
+            f"agent {agent.name!r}: its prompt of {num_tokens} tokens plus "
+            f"max_new_tokens={self.sampling_of(agent).max_new_tokens} exceeds the model's "
+            f"{self.engine.max_context} tokens; largest slots: {slots}"
+        )
+
+
+class GroupRun:
+    """The moving part of one run. Every method may be called from any thread.
+
+    Law: each task is pending, in flight or finished, and in exactly one of these; a task leaves `pending`
+    only when all that it needs is finished.
+    """
+
+    def __init__(self, plan: RunPlan, emit: Emit) -> None:
+        self._plan = plan
+        self._emit = emit
+        self._lock = threading.RLock()
+        self._agents = {agent.name: agent for agent in plan.graph.agents}
+        rounds = range(1, plan.num_rounds + 1)
+        tasks = [Task(name, round) for round in rounds for name in self._agents]
+        self._pending = {task: plan.graph.needs(task) for task in tasks}
+        self._handles: dict[Task, RequestHandle] = {}
+        self._results: dict[Task, AgentResult] = {}
+        self._threads: list[threading.Thread] = []
+        self._stopped = False
+        self._began_s = time.monotonic()
+
+    def start(self) -> None:
+        """Submit every agent that waits for nobody."""
+        with self._lock:
+            self._submit_ready()
+
+    def close(self) -> None:
+        """Cancel what is in flight and wait until it has ended. Does nothing after the run has finished."""
+        self._stop()
+        while self._threads:
+            self._threads[-1].join()
+            self._threads.pop()
+
+    def _stop(self) -> bool:
+        """Cancel what is in flight; whether this call was the first to stop the run."""
+        with self._lock:
+            first, self._stopped = not self._stopped, True
+            for handle in self._handles.values():
+                handle.cancel()
+            return first
+
+    def _submit_ready(self) -> None:
+        ready = [task for task, needs in self._pending.items() if needs <= self._results.keys()]
+        for task in ready:
+            if self._stopped:
+                return
+            try:
+                prompt = self._plan.prompt_of(self._agents[task.agent], task, self._results)
+            except PromptTooLong as error:  # names the agent itself
+                self._fail(error)
+                return
+            try:
+                self._submit(task, prompt)
+            except Exception as error:  # reported to the reader, who raises it
+                self._fail(AgentFailed(*task, error))
+
+    def _submit(self, task: Task, prompt: tuple[Segment, ...]) -> None:
+        sampling = self._plan.sampling_of(self._agents[task.agent])
+        started_s = self._now_s()
+        handle = self._plan.engine.submit(prompt, sampling, tenant=self._plan.tenant)
+        del self._pending[task]
+        self._handles[task] = handle
+        self._emit(AgentStarted(*task, sum(len(segment.token_ids) for segment in prompt)))
+        thread = threading.Thread(
+            target=self._follow,
+            args=(task, handle, prompt, started_s),
+            name=f"kvcomm-agent-{task.agent}-{task.round}",
+            daemon=True,
+        )
+        thread.start()
+        self._threads.append(thread)
+
+    def _follow(self, task: Task, handle: RequestHandle, prompt: tuple[Segment, ...], started_s: float) -> None:
+        try:
+            for chunk in handle:
+                if chunk.text or chunk.token_ids:
+                    self._emit(AgentText(*task, chunk.text, tuple(chunk.token_ids)))
+            self._finish(task, self._result(task, handle.result(), prompt, started_s))
+        except Exception as error:  # reported to the reader, who raises it
+            self._fail(AgentFailed(*task, error))
+
+    def _result(self, task: Task, completion: Completion, prompt: tuple[Segment, ...], started_s: float) -> AgentResult:
+        stops = self._plan.sampling_of(self._agents[task.agent]).stop_token_ids
+        return AgentResult(
+            name=task.agent,
+            round=task.round,
+            text=completion.text,
+            token_ids=self._plan.renderer.strip_end(completion.token_ids, stops),
+            prompt=prompt,
+            usage=completion.usage,
+            finish_reason=completion.finish_reason,
+            started_s=started_s,
+            finished_s=self._now_s(),
+        )
+
+    def _finish(self, task: Task, result: AgentResult) -> None:
+        with self._lock:
+            del self._handles[task]
+            self._results[task] = result
+            self._emit(AgentFinished(*task, result))
+            answers = self._round(task.round)
+            if len(answers) == len(self._agents):
+                self._emit(RoundFinished(task.round, answers))
+            if len(self._results) == len(self._agents) * self._plan.num_rounds:
+                self._emit(GroupFinished(self._group_result(result.finished_s)))
+            self._submit_ready()
+
+    def _fail(self, error: KVCommError) -> None:
+        """Stop the run and report why. If it was stopped already, the error only follows from that."""
+        if self._stop():
+            self._emit(Failure(error))
+
+    def _round(self, number: int) -> Round:
+        tasks = [Task(name, number) for name in self._agents]
+        return {task.agent: self._results[task] for task in tasks if task in self._results}
+
+    def _group_result(self, total_s: float) -> GroupResult:
+        rounds = tuple(self._round(number) for number in range(1, self._plan.num_rounds + 1))
+        return GroupResult(rounds, self._plan.graph.final, total_s)
+
+    def _now_s(self) -> float:
+        return time.monotonic() - self._began_s

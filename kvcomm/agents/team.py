@@ -1,0 +1,228 @@
+"""Teams: agents read from a TOML file.
+
+    name = "reviewers"                    # optional, and so are description and the next two tables
+    [defaults]
+    rounds = 2
+    sampling = { max_new_tokens = 128 }   # fields of SamplingParams
+    [inputs]
+    style = "short"                       # values of placeholders that a run may leave out
+    [[agents]]
+    name = "solver"
+    system = "You solve ..."
+    prompt = "Question: {question}"
+    sampling = { temperature = 0.7 }      # over the defaults, field by field
+
+A key that is not listed here fails with file, table and key. A team is a value; it knows no engine until it
+is asked for a group.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from types import MappingProxyType, UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+
+from kvcomm.agents.agent import Agent
+from kvcomm.agents.graph import AgentGraph
+from kvcomm.agents.group import KVCommAgentGroup
+from kvcomm.engine.policy import ReusePolicy
+from kvcomm.engine.sampling import SamplingParams
+from kvcomm.errors import InvalidRequest, TemplateError
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from kvcomm.engine.engine import Engine
+
+Table = dict[str, Any]
+_TOP_KEYS = {
+    "name": str,
+    "description": str,
+    "defaults": dict[str, Any],
+    "inputs": dict[str, Any],
+    "agents": list[Any],
+}
+_DEFAULT_KEYS = {"rounds": int, "sampling": dict[str, Any]}
+_AGENT_KEYS = {"name": str, "system": str, "prompt": str, "sampling": dict[str, Any]}
+
+
+@dataclass(frozen=True)
+class Team:
+    """Agents that belong together, with the defaults of their runs.
+
+    Attributes:
+        name, description: for people.
+        agents: in the order of the file.
+        rounds: rounds of a run that does not say otherwise.
+        inputs: values of inputs that a run may leave out.
+    """
+
+    name: str
+    agents: tuple[Agent, ...]
+    description: str = ""
+    rounds: int = 1
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def required_inputs(self) -> tuple[str, ...]:
+        """Inputs that every run has to be given."""
+        return tuple(name for name in AgentGraph(self.agents).inputs if name not in self.inputs)
+
+    def group(
+        self,
+        engine_or_model: Engine | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        policy: ReusePolicy | None = None,
+        sampling: SamplingParams | None = None,
+        tenant: str = "default",
+    ) -> KVCommAgentGroup:
+        """A group of the team's agents. Give its runs `rounds=team.rounds, **{**team.inputs, ...}`."""
+        group = KVCommAgentGroup(engine_or_model, tokenizer, policy=policy, sampling=sampling, tenant=tenant)
+        for agent in self.agents:
+            group.add(agent)
+        return group
+
+
+def packaged_teams() -> tuple[str, ...]:
+    """Names of the teams that come with kvcomm."""
+    names = (entry.name for entry in _packaged_folder().iterdir())
+    return tuple(sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml")))
+
+
+def load_team(source: str | Path) -> Team:
+    """Read a team.
+
+    Args:
+        source: the name of a packaged team, or the path of a TOML file.
+
+    Raises:
+        InvalidRequest: no such team or file, not TOML, or a missing, unknown or ill-typed key; names file,
+            table, key.
+        TemplateError: agents and placeholders do not fit together; names file, agent and placeholder.
+    """
+    name = str(source)
+    if name in packaged_teams():
+        return _team_from(_read(_packaged_folder() / f"{name}.toml", name), name, fallback_name=name)
+    path = Path(source)
+    if not path.exists():
+        raise InvalidRequest(
+            f"no team {name!r}: neither a packaged team ({', '.join(packaged_teams())}) nor a TOML file"
+        )
+    return _team_from(_read(path, name), name, fallback_name=path.stem)
+
+
+def _packaged_folder() -> Traversable:
+    return files("kvcomm.agents") / "teams"
+
+
+def _read(file: Path | Traversable, name: str) -> Table:
+    try:
+        return tomllib.loads(file.read_bytes().decode())
+    except OSError as error:
+        raise InvalidRequest(f"{name}: cannot be read: {error.strerror or error}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InvalidRequest(f"{name}: not a TOML file: {error}") from error
+
+
+def _team_from(table: Table, file: str, *, fallback_name: str) -> Team:
+    _check_table(table, _TOP_KEYS, file, "the top level", required=("agents",))
+    defaults = table.get("defaults", {})
+    _check_table(defaults, _DEFAULT_KEYS, file, "[defaults]")
+    rounds = defaults.get("rounds", 1)
+    if rounds < 1:
+        raise InvalidRequest(f"{file}, [defaults]: rounds must be at least 1, got {rounds}")
+    agents = tuple(
+        _agent_from(agent, number, defaults.get("sampling", {}), file)
+        for number, agent in enumerate(table["agents"], start=1)
+    )
+    _check_graph(agents, table.get("inputs", {}), file)
+    return Team(
+        name=table.get("name", fallback_name),
+        description=table.get("description", ""),
+        agents=agents,
+        rounds=rounds,
+        inputs=MappingProxyType(table.get("inputs", {})),
+    )
+
+
+def _agent_from(table: object, number: int, defaults: Table, file: str) -> Agent:
+    where = f"[[agents]] number {number}"
+    if not isinstance(table, dict):
+        raise InvalidRequest(f"{file}, {where}: must be a table, got {type(table).__name__}")
+    _check_table(table, _AGENT_KEYS, file, where, required=("name",))
+    where = f"{where} ({table['name']!r})"
+    sampling = _sampling_from(defaults, file, "[defaults], sampling", {})
+    if "sampling" in table:
+        sampling = _sampling_from(table["sampling"], file, f"{where}, sampling", defaults)
+    texts = {key: table[key] for key in ("system", "prompt") if key in table}
+    try:
+        return Agent(table["name"], sampling=sampling, **texts)
+    except TemplateError as error:
+        raise TemplateError(f"{file}, {where}: {error}") from error
+
+
+def _sampling_from(table: Table, file: str, where: str, defaults: Table) -> SamplingParams | None:
+    _check_table(table, get_type_hints(SamplingParams), file, where)
+    values: Table = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in (defaults | table).items()
+    }
+    try:
+        return SamplingParams(**values) if values else None
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{file}, {where}: {error}") from error
+
+
+def _check_graph(agents: tuple[Agent, ...], inputs: Table, file: str) -> None:
+    """Check everything about the agents that does not depend on the inputs of a run."""
+    try:
+        graph = AgentGraph(agents)
+        _check_table(inputs, dict.fromkeys(graph.inputs, str), file, "[inputs]")
+        graph.check_inputs(dict.fromkeys(graph.inputs, ""))
+    except TemplateError as error:
+        raise TemplateError(f"{file}: {error}") from error
+
+
+def _check_table(table: Table, known: Mapping[str, Any], file: str, where: str, required: tuple[str, ...] = ()) -> None:
+    for key, value in table.items():
+        if key not in known:
+            listed = ", ".join(known) or "none"
+            raise InvalidRequest(f"{file}, {where}: unknown key {key!r}; known here: {listed}")
+        if not _is_a(value, known[key]):
+            raise InvalidRequest(f"{file}, {where}: {key} must be {_named(known[key])}, got {value!r}")
+    for key in required:
+        if not table.get(key):
+            raise InvalidRequest(f"{file}, {where}: {key!r} is missing or empty")
+
+
+def _is_a(value: object, hint: Any) -> bool:
+    """Whether a TOML value has a type. Whole numbers are floats too; truth values are no numbers."""
+    if isinstance(hint, UnionType):
+        return any(_is_a(value, option) for option in get_args(hint))
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    if get_origin(hint) is tuple:
+        return isinstance(value, list) and all(_is_a(item, get_args(hint)[0]) for item in value)
+    return isinstance(value, get_origin(hint) or hint)
+
+
+def _named(hint: Any) -> str:
+    names = {
+        str: "text",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        dict: "a table",
+        list: "an array",
+    }
+    if isinstance(hint, UnionType):
+        return " or ".join(_named(option) for option in get_args(hint) if option is not type(None))
+    if get_origin(hint) is tuple:
+        return f"an array, each item {_named(get_args(hint)[0])}"
+    return names[get_origin(hint) or hint]

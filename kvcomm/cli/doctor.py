@@ -1,0 +1,176 @@
+"""`kvcomm doctor`: what is installed, what runs here and why the rest does not, and what a model supports."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import RenderableType
+
+from kvcomm import __version__
+from kvcomm.cli.output import JsonFlag, emit, format_bytes, table
+
+if TYPE_CHECKING:
+    from kvcomm.model.geometry import ModelGeometry
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+EXTRAS = {
+    "faiss": ("faiss-cpu", "faiss-gpu"),
+    "triton": ("triton",),
+    "server": ("fastapi", "uvicorn", "sse-starlette", "prometheus-client"),
+    "eval": ("datasets", "scipy", "matplotlib"),
+}
+ALTERNATIVES = frozenset({"faiss"})
+"""Extras of which one package is enough."""
+
+ModelName = Annotated[
+    str | None,
+    typer.Argument(metavar="[MODEL]", help="A packaged name, folder or hub id to look at as well."),
+]
+
+
+def doctor(model: ModelName = None, as_json: JsonFlag = False) -> None:
+    """Show what is installed, what runs here and why the rest does not; with MODEL, what it supports."""
+    report: dict[str, Any] = {
+        "versions": {"kvcomm": __version__, **{package: _version(package) for package in PACKAGES}},
+        "extras": {extra: _extra(extra) for extra in EXTRAS},
+        "machine": _machine(),
+        "attention": _attention(),
+        "cache": _cache(),
+    }
+    if model is not None:
+        report["model"] = _model(model)
+    emit(report, *_views(report), as_json=as_json)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _extra(extra: str) -> dict[str, Any]:
+    found = {package: installed for package in EXTRAS[extra] if (installed := _version(package))}
+    needed = 1 if extra in ALTERNATIVES else len(EXTRAS[extra])
+    return {"installed": len(found) >= needed, "packages": found}
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "accelerators": devices,
+    }
+
+
+def _attention() -> list[dict[str, Any]]:
+    from kvcomm.model.attention import available_backends
+
+    return [info._asdict() for info in available_backends()]
+
+
+def _cache() -> dict[str, Any]:
+    import shutil
+
+    from kvcomm.model.cache_folder import cache_root
+    from kvcomm.model.packaged import list_models
+
+    root = cache_root()
+    there = next(folder for folder in (root, *root.parents) if folder.exists())
+    return {
+        "folder": str(root),
+        "writable": there.is_dir() and os.access(there, os.W_OK),
+        "free_bytes": shutil.disk_usage(there).free,
+        "models": {status.name: status.state for status in list_models()},
+    }
+
+
+def _model(name: str) -> dict[str, Any]:
+    from kvcomm.errors import UnsupportedModel
+    from kvcomm.model.geometry import ModelGeometry
+    from kvcomm.model.loading import load_model
+
+    try:
+        geometry = ModelGeometry.from_model(load_model(name, progress=True).model)
+    except UnsupportedModel as refusal:
+        return {"name": name, "supported": False, "reason": str(refusal)}
+    return {"name": name, "supported": True, **_geometry(geometry)}
+
+
+def _geometry(geometry: ModelGeometry) -> dict[str, Any]:
+    windows = sorted({layer.sliding_window for layer in geometry.layers if layer.sliding_window})
+    return {
+        "architecture": geometry.architecture,
+        "dtype": str(geometry.dtype).removeprefix("torch."),
+        "num_layers": len(geometry.layers),
+        "num_kv_heads": sorted({layer.num_kv_heads for layer in geometry.layers}),
+        "key_dim": sorted({layer.key_dim for layer in geometry.layers}),
+        "kv_bytes_per_token": geometry.kv_bytes_per_token,
+        "max_context_tokens": geometry.max_context,
+        "vocab_size": geometry.vocab_size,
+        "sliding_windows": windows,
+        "layers_without_rope": sum(layer.rope is None for layer in geometry.layers),
+        "exact_reuse": True,
+        "movable": geometry.immovable is None,
+        "immovable_because": geometry.immovable,
+    }
+
+
+def _views(report: dict[str, Any]) -> list[RenderableType]:
+    versions = [(package, installed or "not installed") for package, installed in report["versions"].items()]
+    extras = [(extra, _extra_line(extra, found)) for extra, found in report["extras"].items()]
+    backends = [
+        (info["name"], "runs" if info["runs"] else "does not run", info["reason"]) for info in report["attention"]
+    ]
+    sections: list[RenderableType] = [
+        table(None, versions, title="Installed"),
+        table(None, extras, title="Extras"),
+        table(None, _machine_rows(report["machine"]), title="Machine"),
+        table(None, backends, title="Attention back ends"),
+        table(None, _cache_rows(report["cache"]), title="Cache folder"),
+    ]
+    if "model" in report:
+        sections.append(table(None, _model_rows(report["model"]), title="Model"))
+    return sections
+
+
+def _extra_line(extra: str, found: dict[str, Any]) -> str:
+    if not found["installed"]:
+        return f"not installed: pip install 'kvcomm[{extra}]'"
+    return ", ".join(f"{package} {installed}" for package, installed in found["packages"].items())
+
+
+def _machine_rows(machine: dict[str, Any]) -> list[tuple[str, object]]:
+    return [
+        ("cores", machine["cores"]),
+        ("torch threads", machine["torch_threads"]),
+        ("OMP_WAIT_POLICY", machine["omp_wait_policy"] or "not set"),
+        ("accelerators", ", ".join(machine["accelerators"]) or "none"),
+    ]
+
+
+def _cache_rows(cache: dict[str, Any]) -> list[tuple[str, object]]:
+    return [
+        ("folder", cache["folder"] + ("" if cache["writable"] else " (not writable)")),
+        ("free", format_bytes(cache["free_bytes"])),
+        *((f"model {name}", state) for name, state in cache["models"].items()),
+    ]
+
+
+def _model_rows(model: dict[str, Any]) -> list[tuple[str, object]]:
+    return [(key.replace("_", " "), _plain(value)) for key, value in model.items() if value is not None]
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return value

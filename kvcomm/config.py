@@ -1,0 +1,64 @@
+"""How an engine is set up: one frozen dataclass, defaults written once, derived values as properties."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from kvcomm.errors import InvalidRequest
+
+DEFAULT_POOL_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Settings of an engine.
+
+    Attributes:
+        page_size: tokens per page, the unit of sharing.
+        pool_tokens: token slots of the pool; None: as many as `pool_bytes` holds.
+        pool_bytes: bytes of KV when `pool_tokens` is None. Untouched pages cost no memory on CPU.
+        max_batch_tokens: tokens computed in one step at most; a longer prompt is prefilled in chunks.
+        prefill_chunk: prompt tokens in a step in which other requests decode, so that their streams go on.
+        max_running: requests that are computed at the same time at most.
+        attention: "auto", "torch" or "triton".
+        cache_ttl_s: seconds after which an unused cached prefix is dropped; None: only when pages are needed.
+        cache: False switches prefix reuse off (contexts and forks still share).
+    """
+
+    page_size: int = 16
+    pool_tokens: int | None = None
+    pool_bytes: int = DEFAULT_POOL_BYTES
+    max_batch_tokens: int = 2048
+    prefill_chunk: int = 256
+    max_running: int = 64
+    attention: str = "auto"
+    cache_ttl_s: float | None = None
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("page_size", "pool_bytes", "max_batch_tokens", "prefill_chunk", "max_running"):
+            if getattr(self, name) < 1:
+                raise InvalidRequest(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.pool_tokens is not None and self.pool_tokens < self.page_size:
+            raise InvalidRequest(f"pool_tokens={self.pool_tokens} is less than one page of {self.page_size}")
+        if self.cache_ttl_s is not None and self.cache_ttl_s <= 0:
+            raise InvalidRequest(f"cache_ttl_s must be positive, not {self.cache_ttl_s}")
+
+    def num_pages(self, kv_bytes_per_token: int) -> int:
+        """Pages of the pool for a model of this KV size."""
+        num_tokens = self.pool_tokens or self.pool_bytes // kv_bytes_per_token
+        return max(1, num_tokens // self.page_size)
+
+    @classmethod
+    def from_mapping(cls, values: dict[str, Any]) -> EngineConfig:
+        """From a parsed file or flags; unknown keys fail.
+
+        Raises:
+            InvalidRequest: an unknown key; the message lists the known ones.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(values.keys() - known)
+        if unknown:
+            raise InvalidRequest(f"unknown engine settings {unknown}; known: {sorted(known)}")
+        return cls(**values)

@@ -1,0 +1,1 @@
+"""The way of a request: plan, batch, forward, sample, commit."""

@@ -1,0 +1,290 @@
+"""A context: the KV state after a path of segments, as a handle for users.
+
+A context owns a sequence and with it references on its pages. Extending computes at once; forking shares every page
+and copies no bytes; generating lends the sequence to a request, which writes the answer behind it. While a request
+runs the context is busy: it can be forked (the child sees what is known at that moment, never later) and read, but not
+extended. A request that fails or is cancelled leaves the context as it was before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from threading import RLock
+from types import TracebackType
+from typing import Protocol, Self
+
+from torch import Tensor
+from transformers import DynamicCache
+
+from kvcomm.engine.handle import RequestHandle
+from kvcomm.engine.prompts import Prompt
+from kvcomm.engine.request import Carried, Request
+from kvcomm.engine.results import Chunk, Completion
+from kvcomm.engine.sampling import SamplingParams
+from kvcomm.errors import ContextBusy, ContextReleased, InvalidRequest
+from kvcomm.memory.fidelity import Fidelity
+from kvcomm.memory.segments import Segment
+from kvcomm.memory.sequences import Sequence
+
+ANSWER = "answer"
+"""Name of the segments that a context generated itself."""
+
+PREFILL_ONLY = SamplingParams(max_new_tokens=0)
+
+
+class ContextHost(Protocol):
+    """What a context needs from its engine."""
+
+    @property
+    def lock(self) -> RLock: ...
+
+    def decode(self, token_ids: tuple[int, ...]) -> str: ...
+
+    def read_prompt(self, prompt: Prompt, *, is_start: bool) -> tuple[Segment, ...]: ...
+
+    def submit_lent(
+        self, context: Context, sequence: Sequence, segments: tuple[Segment, ...], sampling: SamplingParams
+    ) -> RequestHandle: ...
+
+    def add_context(self, context: Context) -> None: ...
+
+    def drop_context(self, context: Context) -> None: ...
+
+    def save_snapshot(self, context: Context, file: Path) -> Path: ...
+
+    def copy_to_hf_cache(self, context: Context) -> DynamicCache: ...
+
+
+class Context:
+    """Made by `Engine.context`, `Context.fork` or `Engine.restore`; not to be constructed otherwise.
+
+    Usable in a `with` statement, which releases it.
+    """
+
+    def __init__(
+        self,
+        engine: ContextHost,
+        sequence: Sequence,
+        *,
+        tenant: str,
+        name: str | None = None,
+        segments: tuple[Segment, ...] = (),
+        last_logits: Tensor | None = None,
+        carried: Carried | None = None,
+    ) -> None:
+        self._engine = engine
+        self._sequence = sequence
+        self._segments = segments
+        self._last_logits = last_logits
+        self._carried = carried or Carried()
+        self._request: RequestHandle | None = None
+        self._released = False
+        self.tenant = tenant
+        self.name = name
+        engine.add_context(self)
+
+    def __repr__(self) -> str:
+        state = "released" if self._released else "busy" if self.busy else "ready"
+        return f"Context(name={self.name!r}, num_tokens={self._sequence.num_tokens}, {state})"
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Every token of the context, generated ones included."""
+        return tuple(self._sequence.token_ids.tolist())
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens."""
+        return self._sequence.num_tokens
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the pool this context refers to; forks refer to the same ones."""
+        return self._sequence.num_pages
+
+    @property
+    def text(self) -> str:
+        """The tokens decoded, special tokens included."""
+        return self._engine.decode(self.tokens)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The path: what the context was built from, in order."""
+        return self._segments
+
+    @property
+    def fidelity(self) -> Fidelity:
+        """Exact unless any of its KV is approximate."""
+        return self._sequence.fidelity
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is running on this context."""
+        return self._request is not None and not self._request.done
+
+    @property
+    def released(self) -> bool:
+        """Whether the context has been released."""
+        return self._released
+
+    def extend(self, prompt: Prompt) -> Self:
+        """Compute further text behind the context, now. Returns the context itself.
+
+        Raises:
+            ContextReleased, ContextBusy: the context cannot be written.
+            InvalidRequest: empty, too long, or unknown tokens; the context is unchanged.
+            PoolExhausted: no pages; the context is unchanged.
+        """
+        segments = self._engine.read_prompt(prompt, is_start=self.num_tokens == 0)
+        self._write(segments, PREFILL_ONLY).result()
+        return self
+
+    def fork(self, *, name: str | None = None) -> Context:
+        """A new context with the same past. Shares every page, copies no bytes; also while this one is busy.
+
+        Raises:
+            ContextReleased: there is nothing to fork.
+        """
+        self._require_alive()
+        with self._engine.lock:
+            segments = self._segments
+            logits = None if self.busy else self._last_logits
+            sequence = self._sequence.fork()
+            grown = sequence.num_tokens - sum(len(segment.token_ids) for segment in segments)
+            if grown:
+                segments = (*segments, Segment(tuple(sequence.token_ids[-grown:].tolist()), ANSWER))
+            return Context(
+                self._engine,
+                sequence,
+                tenant=self.tenant,
+                name=name,
+                segments=segments,
+                last_logits=logits,
+            )
+
+    def generate(self, sampling: SamplingParams | None = None, **settings: object) -> Completion:
+        """Generate an answer behind the context and keep it there (with `n` > 1 the context stays as it is).
+
+        Args:
+            sampling: how to draw; or give its fields as keywords, as in `generate(max_new_tokens=64)`.
+
+        Raises:
+            ContextReleased, ContextBusy: the context cannot be written.
+            InvalidRequest: sampling settings, or prompt and answer exceed the model's limit.
+            PoolExhausted, NumericalError, RequestCancelled: nothing was kept.
+        """
+        return self.submit(sampling, **settings).result()
+
+    def submit(self, sampling: SamplingParams | None = None, **settings: object) -> RequestHandle:
+        """`generate` without waiting."""
+        return self._write((), sampling_params(sampling, settings))
+
+    def stream(self, sampling: SamplingParams | None = None, **settings: object) -> Iterator[Chunk]:
+        """`generate`, chunk by chunk. Leaving the loop early cancels the request."""
+        return iter(self.submit(sampling, **settings))
+
+    def astream(self, sampling: SamplingParams | None = None, **settings: object) -> AsyncIterator[Chunk]:
+        """`stream` for asyncio."""
+        return aiter(self.submit(sampling, **settings))
+
+    async def agenerate(self, sampling: SamplingParams | None = None, **settings: object) -> Completion:
+        """`generate` for asyncio."""
+        return await self.submit(sampling, **settings).aresult()
+
+    def save(self, file: str | Path) -> Path:
+        """Write a snapshot; `Engine.restore` reads it. The file appears whole or not at all.
+
+        Raises:
+            ContextReleased, ContextBusy: there is no state to save.
+            SnapshotError: the file cannot be written.
+        """
+        self._require_idle()
+        return self._engine.save_snapshot(self, Path(file))
+
+    def to_hf_cache(self) -> DynamicCache:
+        """A copy of the KV as a transformers cache that stock `generate` continues.
+
+        Raises:
+            ContextReleased, ContextBusy: there is no state to copy.
+        """
+        self._require_idle()
+        return self._engine.copy_to_hf_cache(self)
+
+    def release(self) -> None:
+        """Give the pages back; a running request is cancelled first. Idempotent."""
+        if self._released:
+            return
+        self._released = True
+        if self._request is not None:
+            self._request.cancel()
+            self._request.wait()
+        with self._engine.lock:
+            self._sequence.release()
+            self._last_logits = None
+            self._engine.drop_context(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    @property
+    def sequence(self) -> Sequence:
+        """For the engine: the tokens and pages; written only by the request they are lent to."""
+        return self._sequence
+
+    @property
+    def ready_logits(self) -> Tensor | None:
+        """For the engine: logits behind the last token, [vocab_size], if that token's pass was the last one."""
+        return self._last_logits
+
+    @property
+    def carried(self) -> Carried:
+        """For the engine: prompt tokens computed by extensions that no answer has reported yet."""
+        return self._carried
+
+    def complete(self, request: Request, segments: tuple[Segment, ...]) -> None:
+        """For the engine, under its lock: a request on the own sequence has succeeded."""
+        answer = request.completion().token_ids
+        self._segments += segments
+        if answer:
+            self._segments += (Segment(answer, ANSWER),)
+        # Behind an answer the logits at hand are those of an earlier token, unless nothing was kept of it.
+        self._last_logits = None if answer else request.last_logits
+        is_reported = request.sampling.max_new_tokens > 0
+        self._carried = Carried() if is_reported else self._carried.plus(request.plan.reasons)
+
+    def _write(self, segments: tuple[Segment, ...], sampling: SamplingParams) -> RequestHandle:
+        with self._engine.lock:
+            self._require_idle()
+            self._request = self._engine.submit_lent(self, self._sequence, segments, sampling)
+            return self._request
+
+    def _require_alive(self) -> None:
+        if self._released:
+            raise ContextReleased(f"context {self.name or ''} was released; fork or create another one")
+
+    def _require_idle(self) -> None:
+        self._require_alive()
+        if self.busy:
+            raise ContextBusy(f"context {self.name or ''} has a request in flight; wait for it, or fork the context")
+
+
+def sampling_params(sampling: SamplingParams | None, settings: dict[str, object]) -> SamplingParams:
+    """Either a ready object or its fields.
+
+    Raises:
+        InvalidRequest: both are given, or a field is unknown.
+    """
+    if sampling is not None and settings:
+        raise InvalidRequest(f"give either a SamplingParams or its fields, not both ({sorted(settings)})")
+    unknown = sorted(settings.keys() - SamplingParams.__dataclass_fields__.keys())
+    if unknown:
+        raise InvalidRequest(
+            f"unknown sampling settings {unknown}; known: {sorted(SamplingParams.__dataclass_fields__)}"
+        )
+    return sampling or SamplingParams(**settings)  # type: ignore[arg-type]

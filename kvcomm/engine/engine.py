@@ -1,0 +1,464 @@
+"""The engine: one model, its pool and tree, and the requests and contexts on them.
+
+It puts the parts together and is the only one to hand them out: it reads prompts, makes requests, knows the living
+contexts, and proves that nothing leaked (`check_integrity`). What happens inside a step is the scheduler's matter.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import weakref
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import RLock
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from kvcomm.config import EngineConfig
+from kvcomm.engine import hf_cache
+from kvcomm.engine.context import Context, sampling_params
+from kvcomm.engine.detokenize import Detokenizer
+from kvcomm.engine.exchange import KVExchange, layer_shapes
+from kvcomm.engine.handle import RequestHandle
+from kvcomm.engine.loop import EngineLoop
+from kvcomm.engine.policy import ReusePolicy
+from kvcomm.engine.prompts import Prompt, PromptReader
+from kvcomm.engine.request import Branch, Request
+from kvcomm.engine.results import Completion
+from kvcomm.engine.sampling import Sampler, SamplingParams
+from kvcomm.engine.scheduler import Scheduler
+from kvcomm.errors import InvalidRequest
+from kvcomm.memory.fidelity import Fidelity
+from kvcomm.memory.pool import PageIds, PagePool
+from kvcomm.memory.segments import Segment
+from kvcomm.memory.sequences import Sequence
+from kvcomm.memory.snapshots import SegmentRecord, SnapshotHeader, read_snapshot, write_snapshot
+from kvcomm.memory.tree import RadixTree
+from kvcomm.model.attention import make_backend
+from kvcomm.model.geometry import ModelGeometry
+from kvcomm.model.loading import load_model
+from kvcomm.model.namespace import model_identity, tenant_namespace
+from kvcomm.model.runner import ModelRunner
+from kvcomm.model.weights import weights_digest
+
+DEFAULT_TENANT = "default"
+
+
+class MemoryStats(NamedTuple):
+    """Pages of the pool: free ones, and those the tree, contexts and requests refer to (one page may be in several)."""
+
+    num_pages: int
+    num_free: int
+    num_cached: int
+    num_in_contexts: int
+    num_in_requests: int
+    page_bytes: int
+    bytes_copied: int
+
+
+class Engine:
+    """Exact KV reuse, forks and continuous batching over a Hugging Face decoder.
+
+    The model is used as it is and stays usable by itself. Thread-safe; usable in a `with` statement, which closes it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        config: EngineConfig | None = None,
+        policy: ReusePolicy | None = None,
+        weights_id: str | None = None,
+    ) -> None:
+        """Args:
+        model: a decoder in eval mode, on its device, in its dtype.
+        weights_id: identity of the weights where it is known already; else they are hashed (about 0.2 s per GB).
+
+        Raises:
+            UnsupportedModel: its KV cannot be cached soundly.
+            InvalidRequest: the attention back end asked for does not run here.
+        """
+        self.config = config or EngineConfig()
+        self.policy = policy or ReusePolicy.exact()
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.geometry = ModelGeometry.from_model(model)
+        self.backend = make_backend(self.config.attention, model.device)
+        self._identity = self._model_identity(weights_id or weights_digest(model))
+        self.pool = self._make_pool()
+        self.tree = RadixTree(self.pool, ttl_s=self.config.cache_ttl_s)
+        runner = ModelRunner(
+            model,
+            keys=self.pool.keys,
+            values=self.pool.values,
+            page_size=self.config.page_size,
+            backend=self.backend,
+        )
+        ends = end_token_ids(model, tokenizer)
+        self.scheduler = Scheduler(self.config, self.pool, self.tree, runner, end_token_ids=ends)
+        self._reader = PromptReader(
+            tokenizer, vocab_size=self.geometry.vocab_size, max_context=self.geometry.max_context
+        )
+        self._exchange = KVExchange(self.pool, layer_shapes(self.geometry), self.scheduler.make_writable)
+        self._contexts: dict[int, Context] = {}
+        self._request_ids = itertools.count()
+        self._loop = EngineLoop(self.scheduler)
+        self._finalizer = weakref.finalize(self, EngineLoop.close, self._loop)
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device | None = None,
+        config: EngineConfig | None = None,
+        policy: ReusePolicy | None = None,
+        progress: bool = False,
+    ) -> Engine:
+        """Load a packaged model ("smollm2-135m"), a folder or a hub id.
+
+        Raises:
+            ModelLoadError: unknown, not fetchable, wrong hash, damaged folder; one clear line each.
+            UnsupportedModel: its KV cannot be cached soundly.
+        """
+        loaded = load_model(name, dtype=dtype, device=device, progress=progress)
+        return cls(loaded.model, loaded.tokenizer, config=config, policy=policy, weights_id=loaded.weights_digest)
+
+    @property
+    def lock(self) -> RLock:
+        """Guards all state; held while state changes, not during a forward pass."""
+        return self.scheduler.lock
+
+    @property
+    def max_context(self) -> int:
+        """Tokens the model may see at most, prompt and answer."""
+        return self.geometry.max_context
+
+    @property
+    def contexts(self) -> tuple[Context, ...]:
+        """Contexts that have not been released."""
+        with self.lock:
+            return tuple(self._contexts.values())
+
+    def namespace(self, tenant: str = DEFAULT_TENANT) -> str:
+        """Digest under which a tenant's KV is cached; differs with model, dtype, rope, tokenizer and tenant."""
+        return tenant_namespace(self._identity, tenant)
+
+    def segment(self, text: str, *, name: str | None = None) -> Segment:
+        """A text tokenized on its own, to be used in prompts as often as you like."""
+        return self._reader.segment(text, name=name)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Text of token ids, special tokens included."""
+        text = self.tokenizer.decode(list(token_ids))
+        assert isinstance(text, str)
+        return text
+
+    # -- requests ---------------------------------------------------------------------------------------------
+
+    def context(self, prompt: Prompt, *, tenant: str = DEFAULT_TENANT, name: str | None = None) -> Context:
+        """A context that holds the prompt, computed once (or taken from the cache).
+
+        Raises:
+            InvalidRequest: empty, too long, unknown tokens.
+            PoolExhausted: no pages for it.
+        """
+        context = Context(self, Sequence(self.pool), tenant=tenant, name=name)
+        try:
+            return context.extend(prompt)
+        except BaseException:
+            context.release()
+            raise
+
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        tenant: str = DEFAULT_TENANT,
+        **settings: object,
+    ) -> RequestHandle:
+        """Start a request; wait for it, stream it or cancel it through the handle.
+
+        Raises:
+            InvalidRequest: empty, too long, unknown tokens, bad sampling settings.
+            PoolTooSmall: it would not even fit an empty pool.
+            EngineClosed: the engine has been closed.
+        """
+        segments = self.read_prompt(prompt, is_start=True)
+        sequence = Sequence(self.pool, _token_ids(segments))
+        request = self._request(sequence, sampling_params(sampling, settings), tenant)
+        self._loop.submit(request)
+        return request.handle
+
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        tenant: str = DEFAULT_TENANT,
+        **settings: object,
+    ) -> Completion:
+        """`submit` and wait for the result; raises what `submit` and `RequestHandle.result` raise."""
+        return self.submit(prompt, sampling, tenant=tenant, **settings).result()
+
+    def _request(
+        self, sequence: Sequence, sampling: SamplingParams, tenant: str, *, lent_by: Context | None = None
+    ) -> Request:
+        self._reader.require_fits(sequence.num_tokens, sampling.max_new_tokens)
+        request_id = next(self._request_ids)
+        handle = RequestHandle(request_id, cancel=lambda: self.scheduler.cancel(request))
+        entropy = secrets.randbits(62)
+        branches = [
+            Branch(
+                index,
+                sequence,
+                Sampler(sampling, index, entropy=entropy),
+                Detokenizer(self.tokenizer, sampling.stop),
+            )
+            for index in range(sampling.n)
+        ]
+        request = Request(
+            request_id=request_id,
+            namespace=self.namespace(tenant),
+            sampling=sampling,
+            sequence=sequence,
+            handle=handle,
+            branches=branches,
+            is_lent=lent_by is not None,
+        )
+        return request
+
+    # -- for contexts (see `ContextHost`) ---------------------------------------------------------------------
+
+    def read_prompt(self, prompt: Prompt, *, is_start: bool) -> tuple[Segment, ...]:
+        """The checked segments of a prompt; see `PromptReader.read`."""
+        return self._reader.read(prompt, is_start=is_start)
+
+    def submit_lent(
+        self, context: Context, sequence: Sequence, segments: tuple[Segment, ...], sampling: SamplingParams
+    ) -> RequestHandle:
+        """Append segments to a context's sequence and run a request on it, under the lock."""
+        num_kept = sequence.num_tokens
+        new_tokens = _token_ids(segments)
+        if not num_kept and not new_tokens:
+            raise InvalidRequest("the context is empty; extend it before generating")
+        is_fork = sampling.n > 1  # several answers cannot all stand behind the context: it stays as it is
+        target = sequence.fork() if is_fork else sequence
+        target.append(new_tokens)
+        try:
+            request = self._request(target, sampling, context.tenant, lent_by=None if is_fork else context)
+            request.num_kept_tokens = num_kept
+            request.carried = context.carried
+            if not new_tokens:
+                request.ready_logits = context.ready_logits
+            if not is_fork:
+                request.on_success = lambda: context.complete(request, segments)
+            self._loop.submit(request)
+        except BaseException:
+            if is_fork:
+                target.release()
+            else:
+                target.truncate(num_kept)
+            raise
+        return request.handle
+
+    def add_context(self, context: Context) -> None:
+        """A context has been made."""
+        with self.lock:
+            self._contexts[id(context)] = context
+
+    def drop_context(self, context: Context) -> None:
+        """A context has been released; what it computed stays in the cache until its pages are needed."""
+        with self.lock:
+            self._contexts.pop(id(context), None)
+
+    # -- snapshots and adapters -------------------------------------------------------------------------------
+
+    def save_snapshot(self, context: Context, file: Path) -> Path:
+        """Write a context's state; see `Context.save`."""
+        with self.lock:
+            keys, values = self._exchange.read(context.sequence)
+            header = SnapshotHeader(
+                namespace=self.namespace(context.tenant),
+                architecture=self.geometry.architecture,
+                dtype=str(self.geometry.dtype),
+                name=context.name,
+                token_ids=context.tokens,
+                num_computed=context.sequence.num_computed,
+                path=tuple(SegmentRecord(num_tokens=len(s.token_ids), name=s.name) for s in context.segments),
+                fidelity=context.fidelity,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                payload_blake3="",
+            )
+            logits = context.ready_logits
+        write_snapshot(file, header, keys, values, logits)
+        return file
+
+    def restore(self, file: str | Path, *, tenant: str = DEFAULT_TENANT) -> Context:
+        """A context from a snapshot.
+
+        Raises:
+            SnapshotError: unreadable, altered, too new, or of another model or tenant; see the subclasses.
+            PoolExhausted: no pages for it.
+        """
+        shapes = self._exchange.shapes
+        snapshot = read_snapshot(Path(file), namespace=self.namespace(tenant), shapes=shapes, dtype=self.geometry.dtype)
+        header = snapshot.header
+        ends = list(itertools.accumulate(step.num_tokens for step in header.path))
+        segments = tuple(
+            Segment(header.token_ids[end - step.num_tokens : end], step.name)
+            for end, step in zip(ends, header.path, strict=True)
+        )
+        with self.lock:
+            sequence = self._exchange.write(header.token_ids, snapshot.keys, snapshot.values, header.fidelity)
+            logits = None if snapshot.logits is None else snapshot.logits.clone()
+            return Context(self, sequence, tenant=tenant, name=header.name, segments=segments, last_logits=logits)
+
+    def copy_to_hf_cache(self, context: Context) -> DynamicCache:
+        """See `Context.to_hf_cache`."""
+        with self.lock:
+            keys, values = self._exchange.read(context.sequence)
+        return hf_cache.to_cache(keys, values, self.model.config)
+
+    def context_from_hf_cache(
+        self, cache: DynamicCache, prompt: Prompt, *, tenant: str = DEFAULT_TENANT, name: str | None = None
+    ) -> Context:
+        """A context from a transformers cache and the tokens it was computed from.
+
+        kvcomm did not compute this KV and cannot vouch for it: the context is marked approximate, so nothing of it is
+        ever offered to other requests.
+
+        Raises:
+            InvalidRequest: the cache does not fit the model or the tokens.
+            PoolExhausted: no pages for it.
+        """
+        segments = self.read_prompt(prompt, is_start=True)
+        token_ids = _token_ids(segments)
+        num_computed = cache.get_seq_length()
+        if not 0 < num_computed <= len(token_ids):
+            raise InvalidRequest(f"the cache holds {num_computed} tokens, the prompt has {len(token_ids)}")
+        keys, values = hf_cache.from_cache(cache, self.geometry, num_computed)
+        with self.lock:
+            sequence = self._exchange.write(token_ids, keys, values, Fidelity.APPROXIMATE)
+            return Context(self, sequence, tenant=tenant, name=name, segments=segments)
+
+    # -- state ------------------------------------------------------------------------------------------------
+
+    def memory_stats(self) -> MemoryStats:
+        """Where the pages are."""
+        with self.lock:
+            return MemoryStats(
+                num_pages=self.pool.num_pages,
+                num_free=self.pool.num_free,
+                num_cached=_num_distinct(self.tree.pages_held()),
+                num_in_contexts=_num_distinct(context.sequence.pages for context in self._contexts.values()),
+                num_in_requests=_num_distinct(self._pages_in_requests()),
+                page_bytes=self.pool.page_bytes,
+                bytes_copied=self.pool.bytes_copied,
+            )
+
+    def check_integrity(self) -> None:
+        """Prove that every page reference is held by exactly who should hold it.
+
+        Raises:
+            AssertionError: with all the numbers.
+        """
+        with self.lock:
+            self.tree.check_integrity()
+            for context in self._contexts.values():
+                context.sequence.check_integrity()
+            held = [context.sequence.pages for context in self._contexts.values()]
+            self.pool.check_integrity([*held, *self._pages_in_requests(), *self.tree.pages_held()])
+
+    def set_quota(self, num_tokens: int | None, *, tenant: str = DEFAULT_TENANT) -> None:
+        """Limit what a tenant's cached prefixes may occupy; None lifts the limit.
+
+        A tenant over its quota loses its own least recently used prefixes, never those of others.
+        """
+        with self.lock:
+            num_pages = None if num_tokens is None else num_tokens // self.config.page_size
+            self.tree.set_quota(self.namespace(tenant), num_pages)
+
+    def pin(self, prompt: Prompt, *, tenant: str = DEFAULT_TENANT) -> int:
+        """Keep the cached part of a prompt from eviction and TTL; returns how many tokens that is."""
+        token_ids = _token_ids(self.read_prompt(prompt, is_start=True))
+        with self.lock:
+            return self.tree.pin(self.namespace(tenant), token_ids)
+
+    def unpin(self, prompt: Prompt, *, tenant: str = DEFAULT_TENANT) -> int:
+        """Undo one `pin`; returns how many tokens it concerned."""
+        token_ids = _token_ids(self.read_prompt(prompt, is_start=True))
+        with self.lock:
+            return self.tree.unpin(self.namespace(tenant), token_ids)
+
+    def num_cached(self, prompt: Prompt, *, tenant: str = DEFAULT_TENANT) -> int:
+        """Leading tokens of a prompt whose KV is cached; looking does not count as use."""
+        token_ids = _token_ids(self.read_prompt(prompt, is_start=True))
+        with self.lock:
+            return self.tree.peek(self.namespace(tenant), token_ids)
+
+    def clear_cache(self, *, tenant: str | None = None) -> None:
+        """Drop cached prefixes, of one tenant or of all; contexts keep what they refer to."""
+        with self.lock:
+            self.tree.reset(None if tenant is None else self.namespace(tenant))
+
+    def close(self) -> None:
+        """Fail what is in flight and end the engine's thread. Idempotent."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _pages_in_requests(self) -> list[PageIds]:
+        lent = {id(context.sequence) for context in self._contexts.values()}
+        sequences = {
+            id(branch.sequence): branch.sequence for request in self.scheduler.requests() for branch in request.branches
+        }
+        return [sequence.pages for key, sequence in sequences.items() if key not in lent]
+
+    def _make_pool(self) -> PagePool:
+        return PagePool(
+            layer_shapes(self.geometry),
+            num_pages=self.config.num_pages(self.geometry.kv_bytes_per_token),
+            page_size=self.config.page_size,
+            dtype=self.geometry.dtype,
+            device=self.model.device,
+        )
+
+    def _model_identity(self, weights: str) -> str:
+        return model_identity(
+            weights_digest=weights,
+            config=self.model.config,
+            dtype=self.geometry.dtype,
+            attention={"backend": self.backend.name},
+            tokenizer=self.tokenizer,
+            chat_template=getattr(self.tokenizer, "chat_template", None),
+        )
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end an answer, from the generation config and the tokenizer."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    listed = ends if isinstance(ends, list) else [ends]
+    return frozenset(int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None)
+
+
+def _token_ids(segments: Iterable[Segment]) -> list[int]:
+    return [token for segment in segments for token in segment.token_ids]
+
+
+def _num_distinct(pages: Iterable[PageIds]) -> int:
+    return len({page for ids in pages for page in ids.tolist()})

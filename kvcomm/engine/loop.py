@@ -1,0 +1,61 @@
+"""The thread that drives the scheduler while there is work.
+
+One thread for all forward passes: callers only queue requests and wait, so Ctrl-C in a caller never interrupts a step.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from kvcomm.engine.request import Request
+from kvcomm.engine.scheduler import Scheduler
+from kvcomm.errors import EngineClosed
+
+
+class EngineLoop:
+    """Starts with the first request, sleeps when idle, ends with `close`."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._wake = threading.Condition()
+        self._is_closing = False
+        self._thread: threading.Thread | None = None
+
+    def submit(self, request: Request) -> None:
+        """Queue a request and make sure somebody works on it.
+
+        Raises:
+            EngineClosed: the loop has been closed.
+            PoolTooSmall: the request would not fit an empty pool.
+        """
+        self._scheduler.submit(request)
+        with self._wake:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="kvcomm-engine", daemon=True)
+                self._thread.start()
+            self._wake.notify()
+
+    def close(self) -> None:
+        """Fail what is in flight, end the thread and wait for it. Idempotent."""
+        with self._wake:
+            self._is_closing = True
+            self._wake.notify()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        self._scheduler.close(EngineClosed("the engine is closed; create a new one"))
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._is_closing or self._scheduler.has_work)
+                if self._is_closing:
+                    return
+            try:
+                self._scheduler.step()
+            except BaseException as error:
+                # A broken invariant of our own: nobody may wait for ever, and no state is trusted any more.
+                closed = EngineClosed(f"the engine stopped after an internal error: {error!r}")
+                closed.__cause__ = error
+                self._scheduler.close(closed)
+                raise

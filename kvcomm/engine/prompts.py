@@ -1,0 +1,79 @@
+"""From what a user gives as a prompt to segments of token ids.
+
+Every segment is tokenized on its own, so the same text has the same ids behind any prefix; text given as one string
+is tokenized as one. Start tokens are added once, at the very beginning of a context, if the tokenizer adds any.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from transformers import PreTrainedTokenizerBase
+
+from kvcomm.errors import EmptyPrompt, InvalidRequest, PromptTooLong, UnknownToken
+from kvcomm.memory.segments import Segment
+
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Segment]
+"""One text, token ids, or segments."""
+
+
+class PromptReader:
+    """Tokenizes and checks prompts for one model."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, max_context: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._max_context = max_context
+
+    def segment(self, text: str, *, name: str | None = None) -> Segment:
+        """Tokenize a text on its own, without special tokens at its ends."""
+        return Segment(tuple(self._tokenizer.encode(text, add_special_tokens=False)), name)
+
+    def read(self, prompt: Prompt, *, is_start: bool) -> tuple[Segment, ...]:
+        """The segments of a prompt.
+
+        Args:
+            is_start: nothing stands before it, so the tokenizer's start tokens (if any) belong to it.
+
+        Raises:
+            EmptyPrompt: not a single token.
+            UnknownToken: an id outside the vocabulary.
+            InvalidRequest: neither text, ids nor segments.
+        """
+        segments = self._segments(prompt, is_start)
+        if not any(segment.token_ids for segment in segments):
+            raise EmptyPrompt(f"the prompt has no tokens: {prompt!r}")
+        for segment in segments:
+            self._require_known(segment)
+        return tuple(segment for segment in segments if segment.token_ids)
+
+    def require_fits(self, num_tokens: int, max_new_tokens: int) -> None:
+        """Raises PromptTooLong when prompt and answer exceed the model's limit; gives the numbers."""
+        if num_tokens + max_new_tokens > self._max_context:
+            raise PromptTooLong(
+                f"{num_tokens} prompt tokens and up to {max_new_tokens} new ones exceed the model's limit of "
+                f"{self._max_context}; shorten the prompt or lower max_new_tokens"
+            )
+
+    def _segments(self, prompt: Prompt, is_start: bool) -> Sequence[Segment]:
+        if isinstance(prompt, str):
+            return [Segment(tuple(self._tokenizer.encode(prompt, add_special_tokens=is_start)))]
+        segments = [item for item in prompt if isinstance(item, Segment)]
+        ids = [item for item in prompt if not isinstance(item, Segment)]
+        if segments and ids:
+            raise InvalidRequest("a prompt is a text, a list of token ids or a list of segments, not a mixture")
+        return segments or [Segment(tuple(_token_id(item) for item in ids))]
+
+    def _require_known(self, segment: Segment) -> None:
+        unknown = next((token for token in segment.token_ids if not 0 <= token < self._vocab_size), None)
+        if unknown is not None:
+            raise UnknownToken(f"token id {unknown} is outside the vocabulary of {self._vocab_size}")
+
+
+def _token_id(item: object) -> int:
+    try:
+        return operator.index(item)  # type: ignore[arg-type]  # the call itself is the check
+    except TypeError:
+        raise InvalidRequest(f"{item!r} is neither a token id nor a segment") from None

@@ -1,0 +1,140 @@
+"""A request inside the engine: its choices, its clock, and how it becomes a completion.
+
+A request owns the sequences of its choices unless they were lent by a context. It knows neither the scheduler nor the
+tree; the scheduler drives it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from kvcomm.engine.detokenize import Detokenizer
+from kvcomm.engine.handle import RequestHandle
+from kvcomm.engine.plan import Plan, SpanKind
+from kvcomm.engine.results import Choice, Chunk, Completion, Usage
+from kvcomm.engine.sampling import Sampler, SamplingParams, TokenLogprob
+from kvcomm.memory.sequences import Sequence
+
+
+@dataclass(eq=False)
+class Branch:
+    """One choice while it is generated."""
+
+    index: int
+    sequence: Sequence
+    sampler: Sampler
+    detokenizer: Detokenizer
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+@dataclass
+class Clock:
+    """Moments of a request, seconds on the monotonic clock."""
+
+    submitted: float = field(default_factory=time.monotonic)
+    admitted: float | None = None
+    first_token: float | None = None
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Prompt tokens that earlier extensions of a context computed for this request, by reason."""
+
+    reasons: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens over all reasons."""
+        return sum(self.reasons.values())
+
+    def plus(self, reasons: Mapping[str, int]) -> Carried:
+        """With further computed tokens."""
+        return Carried({key: self.reasons.get(key, 0) + reasons.get(key, 0) for key in {*self.reasons, *reasons}})
+
+
+@dataclass(eq=False)
+class Request:
+    """One request from submission to completion.
+
+    Attributes:
+        sequence: prompt and, for the first choice, its answer. Lent by a context if `is_lent`: then it is rolled back
+            instead of released when the request fails, and keeps the answer when it succeeds.
+        num_prompt_tokens: tokens of `sequence` at submission.
+        num_kept_tokens: tokens of a lent sequence to roll back to.
+        ready_logits: logits of the last prompt token, if its KV and they are at hand already.
+        last_logits: [vocab_size] behind the prompt, set when the whole prompt is computed.
+        on_success: called under the engine's lock before the request is settled with its completion.
+    """
+
+    request_id: int
+    namespace: str
+    sampling: SamplingParams
+    sequence: Sequence
+    handle: RequestHandle
+    branches: list[Branch]
+    is_lent: bool = False
+    num_kept_tokens: int = 0
+    ready_logits: Tensor | None = None
+    carried: Carried = field(default_factory=Carried)
+    plan: Plan = field(default_factory=Plan)
+    clock: Clock = field(default_factory=Clock)
+    last_logits: Tensor | None = None
+    is_cancelled: bool = False
+    on_success: Callable[[], None] | None = None
+    num_prompt_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = self.sequence.num_tokens
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Whether the first token of every choice can be or has been drawn."""
+        return self.last_logits is not None
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest sequence this request can grow to."""
+        return self.num_prompt_tokens + self.sampling.max_new_tokens
+
+    @property
+    def active_branches(self) -> list[Branch]:
+        """Choices that go on."""
+        return [branch for branch in self.branches if branch.finish_reason is None]
+
+    def publish(self, branch: Branch, text: str, token_ids: tuple[int, ...]) -> None:
+        """Hand a piece of a choice to the caller."""
+        logprobs = tuple(branch.logprobs[-len(token_ids) :]) if self.sampling.logprobs is not None else None
+        chunk = Chunk(branch.index, text, token_ids, logprobs if token_ids else None, branch.finish_reason)
+        self.handle.publish(chunk)
+
+    def completion(self) -> Completion:
+        """The result; every choice must have finished."""
+        return Completion(tuple(self._choice(branch) for branch in self.branches), self._usage())
+
+    def _choice(self, branch: Branch) -> Choice:
+        assert branch.finish_reason is not None
+        kept = branch.detokenizer.num_kept_tokens
+        logprobs = tuple(branch.logprobs[:kept]) if self.sampling.logprobs is not None else None
+        text = branch.detokenizer.text
+        return Choice(branch.index, text, tuple(branch.token_ids[:kept]), branch.finish_reason, logprobs)
+
+    def _usage(self) -> Usage:
+        now, clock = time.monotonic(), self.clock
+        computed = self.plan.num_tokens(SpanKind.COMPUTE) + self.carried.num_tokens
+        return Usage(
+            prompt_tokens=self.num_prompt_tokens,
+            exact_tokens=self.num_prompt_tokens - computed,
+            aligned_tokens=0,
+            computed_tokens=computed,
+            generated_tokens=sum(len(branch.token_ids) for branch in self.branches),
+            queue_s=(clock.admitted or now) - clock.submitted,
+            ttft_s=(clock.first_token or now) - clock.submitted,
+            total_s=now - clock.submitted,
+            reasons=self.carried.plus(self.plan.reasons).reasons,
+        )

@@ -1,0 +1,95 @@
+"""What a request gives back: chunks while it runs, a completion with its usage at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvcomm.engine.sampling import TokenLogprob
+
+
+class Chunk(NamedTuple):
+    """A piece of one choice as it is generated; `finish_reason` is set on the last one."""
+
+    choice: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Where the tokens of a request came from and how long it took.
+
+    Attributes:
+        prompt_tokens: tokens before the answer; exact + aligned + computed.
+        exact_tokens: reused KV that equals a cold run's.
+        aligned_tokens: moved and corrected KV; always 0 under an exact policy.
+        computed_tokens: prompt tokens computed for this request.
+        generated_tokens: over all choices, end-of-answer tokens not counted.
+        queue_s, ttft_s, total_s: seconds from submission to admission, to the first token, to the end.
+        reasons: why prompt tokens were computed, reason -> tokens.
+        bound: the (epsilon, delta) in force, None under an exact policy.
+    """
+
+    prompt_tokens: int
+    exact_tokens: int
+    aligned_tokens: int
+    computed_tokens: int
+    generated_tokens: int
+    queue_s: float
+    ttft_s: float
+    total_s: float
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    bound: tuple[float, float] | None = None
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Generated tokens per second after the first one; 0 if there were none."""
+        decoding_s = self.total_s - self.ttft_s
+        return max(0, self.generated_tokens - 1) / decoding_s if decoding_s > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One answer.
+
+    `finish_reason` is "stop" (end token, stop token or stop string) or "length". `token_ids` holds what belongs to
+    `text`: no end token, nothing of a stop string.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    logprobs: tuple[TokenLogprob, ...] | None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The result of a request; text, token_ids, finish_reason and logprobs are those of the first choice."""
+
+    choices: tuple[Choice, ...]
+    usage: Usage
+
+    @property
+    def text(self) -> str:
+        """Text of the first choice."""
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Tokens of the first choice."""
+        return self.choices[0].token_ids
+
+    @property
+    def finish_reason(self) -> str:
+        """Why the first choice ended."""
+        return self.choices[0].finish_reason
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """Log-probabilities of the first choice, if they were asked for."""
+        return self.choices[0].logprobs

@@ -1,0 +1,141 @@
+"""From logits to the next token.
+
+A sampler belongs to one choice of one request and has its own random generator, so what it draws depends on the
+request's seed and on the logits alone, never on what else is in the batch or in the cache. The probability shaping
+itself is done by transformers' logits processors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from kvcomm.errors import InvalidRequest
+from kvcomm.model.attention.contract import IntArray
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How an answer is drawn. The defaults are greedy.
+
+    Attributes:
+        max_new_tokens: tokens generated at most; 0 only prefills.
+        temperature: 0 takes the most probable token; otherwise logits are divided by it.
+        top_k, top_p, min_p: keep the k most probable tokens; the smallest set with mass top_p; tokens at least
+            min_p times as probable as the best one. 0, 1.0 and 0.0 switch them off.
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or answer.
+        seed: of the random draws; None: a fresh one per request.
+        stop: strings that end the answer; they are not part of it.
+        stop_token_ids: tokens that end the answer, besides the model's own end tokens.
+        ignore_eos: go on after the model's end tokens.
+        n: independent answers to the same prompt; answer i draws with seed + i.
+        logprobs: report the log-probability of each token and of this many alternatives.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_new_tokens": (self.max_new_tokens >= 0, "0 or more"),
+            "temperature": (0 <= self.temperature < float("inf"), "0 or a positive number"),
+            "top_k": (self.top_k >= 0, "0 (off) or more"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
+            "repetition_penalty": (self.repetition_penalty > 0, "positive"),
+            "seed": (self.seed is None or 0 <= self.seed < 2**63, "None or in [0, 2**63)"),
+            "stop": (type(self.stop) is tuple and all(self.stop), "a tuple of non-empty strings"),
+            "n": (self.n >= 1, "1 or more"),
+            "logprobs": (self.logprobs is None or 0 <= self.logprobs <= 100, "None or in [0, 100]"),
+        }
+        for name, (holds, wanted) in checks.items():
+            if not holds:
+                raise InvalidRequest(f"{name} must be {wanted}, not {getattr(self, name)!r}")
+
+
+class TokenLogprob(NamedTuple):
+    """Natural log-probability of one generated token under the model, before any shaping."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class Sampler:
+    """Draws the tokens of one choice."""
+
+    def __init__(self, params: SamplingParams, choice: int, *, entropy: int) -> None:
+        """`entropy` seeds the draws when the parameters have no seed."""
+        self._params = params
+        self._generator = torch.Generator()
+        seed = entropy if params.seed is None else params.seed
+        self._generator.manual_seed((seed + choice) % 2**63)
+        self._processors = _processors(params)
+
+    def sample(self, logits: Tensor, token_ids: IntArray) -> int:
+        """The next token.
+
+        Args:
+            logits: [vocab_size], any float dtype; not modified.
+            token_ids: prompt and answer so far.
+        """
+        if self._params.temperature == 0 and not self._processors:
+            return int(logits.argmax())
+        scores = logits.float().cpu()[None].clone()
+        seen = torch.from_numpy(token_ids.astype("int64"))[None]
+        for processor in self._processors:
+            scores = processor(seen, scores)
+        scores = scores[0]
+        if self._params.temperature == 0:
+            return int(scores.argmax())
+        # Inverse CDF with one uniform number: tiny differences in logits move the result only at the very edges.
+        cumulative = scores.double().softmax(-1).cumsum(-1)
+        threshold = torch.rand((), generator=self._generator, dtype=torch.float64) * cumulative[-1]
+        return int(torch.searchsorted(cumulative, threshold, right=True).clamp(max=len(cumulative) - 1))
+
+
+def token_logprob(logits: Tensor, token_id: int, num_top: int) -> TokenLogprob:
+    """Log-probability of a token and of the `num_top` most probable ones; logits [vocab_size]."""
+    logprobs = logits.float().log_softmax(-1)
+    values, ids = logprobs.topk(min(num_top, len(logprobs)))
+    top: Sequence[tuple[int, float]] = list(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprob(token_id, float(logprobs[token_id]), tuple(top))
+
+
+def _processors(params: SamplingParams) -> LogitsProcessorList:
+    processors = LogitsProcessorList()
+    if params.repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    if params.temperature == 0:
+        return processors
+    if params.temperature != 1.0:
+        processors.append(TemperatureLogitsWarper(params.temperature))
+    if params.top_k:
+        processors.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1.0:
+        processors.append(TopPLogitsWarper(params.top_p))
+    if params.min_p:
+        processors.append(MinPLogitsWarper(params.min_p))
+    return processors

@@ -1,0 +1,407 @@
+"""Continuous batching: every step computes one token of each running answer and chunks of waiting prompts.
+
+A step is: drop what was cancelled, admit, build the batch, forward, commit. The lock is held while state changes and
+released during the forward pass, so contexts can be forked and requests submitted meanwhile. Only this class calls the
+runner and writes pages, and only from one thread. A request is admitted when the pages for its longest possible answer
+are there (evicting cached prefixes if need be), so a running request is not thrown out again; a full pool queues.
+What is decoded does not depend on the batch: samplers belong to choices, and a failing row fails its own request only.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence as AnySequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvcomm.config import EngineConfig
+from kvcomm.engine.plan import Reason, exact_plan
+from kvcomm.engine.request import Branch, Request
+from kvcomm.engine.sampling import token_logprob
+from kvcomm.errors import EngineClosed, NumericalError, PoolExhausted, PoolTooSmall, RequestCancelled
+from kvcomm.memory.fidelity import Fidelity
+from kvcomm.memory.pool import PagePool
+from kvcomm.memory.sequences import Sequence
+from kvcomm.memory.tree import RadixTree
+from kvcomm.model.runner import ModelRunner, Run
+
+EXPIRE_INTERVAL_S = 1.0
+
+
+class Work(NamedTuple):
+    """One run of a step and whom it is for; `branch` is None while the prompt is prefilled."""
+
+    request: Request
+    branch: Branch | None
+    sequence: Sequence
+    run: Run
+
+
+class Scheduler:
+    """Waiting and running requests of one engine.
+
+    What always holds: a request is in exactly one of waiting, running or settled; a settled request holds no pages
+    except those of a sequence lent by a context.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        pool: PagePool,
+        tree: RadixTree,
+        runner: ModelRunner,
+        *,
+        end_token_ids: frozenset[int],
+    ) -> None:
+        self.lock = threading.RLock()
+        self._config = config
+        self._pool = pool
+        self._tree = tree
+        self._runner = runner
+        self._end_token_ids = end_token_ids
+        self._waiting: list[Request] = []
+        self._running: list[Request] = []
+        self._closed: EngineClosed | None = None
+        self._next_expire_s = 0.0
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests not yet admitted."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests admitted and not yet settled."""
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would find anything to do."""
+        return bool(self._waiting or self._running)
+
+    def requests(self) -> list[Request]:
+        """Every request that may hold pages."""
+        return [*self._waiting, *self._running]
+
+    def submit(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            EngineClosed: no more requests are taken.
+            PoolTooSmall: it would not fit an empty pool.
+        """
+        with self.lock:
+            if self._closed is not None:
+                raise self._closed
+            needed = -(-request.max_tokens // self._pool.page_size)
+            if needed > self._pool.num_pages:
+                raise PoolTooSmall(
+                    f"prompt and answer of up to {request.max_tokens} tokens need {needed} pages of "
+                    f"{self._pool.page_size}; the whole pool has {self._pool.num_pages}: "
+                    "lower max_new_tokens, shorten the prompt or raise pool_tokens"
+                )
+            self._waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Mark a request; the next step settles it and returns its pages."""
+        request.is_cancelled = True
+
+    def close(self, reason: EngineClosed) -> None:
+        """Fail everything and take no more requests."""
+        with self.lock:
+            self._closed = reason
+            for request in self.requests():
+                self._fail(request, reason)
+
+    def step(self) -> None:
+        """Compute one batch and commit it."""
+        with self.lock:
+            self._drop_cancelled()
+            self._expire()
+            self._admit()
+            batch = self._build_batch()
+        if not batch:
+            return
+        try:
+            logits = self._runner.forward([work.run for work in batch])
+        except Exception as error:
+            # Whatever the model raises belongs to the callers of this batch; the engine itself goes on.
+            with self.lock:
+                for request in {id(work.request): work.request for work in batch}.values():
+                    self._fail(request, error)
+            return
+        with self.lock:
+            self._commit(batch, logits)
+
+    # -- before the forward pass ------------------------------------------------------------------------------
+
+    def _drop_cancelled(self) -> None:
+        for request in self.requests():
+            if request.is_cancelled:
+                self._fail(request, RequestCancelled(f"request {request.request_id} was cancelled"))
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        if now >= self._next_expire_s:
+            self._tree.expire()
+            self._next_expire_s = now + EXPIRE_INTERVAL_S
+
+    def _admit(self) -> None:
+        """Admit in order of arrival; a request whose prefix is being computed right now waits for it."""
+        for request in list(self._waiting):
+            if len(self._running) >= self._config.max_running:
+                return
+            if self._is_prefix_in_flight(request):
+                continue
+            try:
+                self._take_pages(request)
+            except PoolExhausted as error:
+                if not self._running:
+                    self._fail(request, self._nothing_to_wait_for(request, error))
+                    continue
+                return
+            self._waiting.remove(request)
+            self._running.append(request)
+            request.clock.admitted = time.monotonic()
+            if request.ready_logits is not None:
+                self._begin_answers(request, request.ready_logits)
+
+    def _is_prefix_in_flight(self, request: Request) -> bool:
+        """Whether a running prefill will soon leave at least a page in the tree that this request could share."""
+        if not self._uses_tree(request):
+            return False
+        own = request.sequence
+        for other in self._running:
+            if other.is_prefilled or other.namespace != request.namespace or not self._uses_tree(other):
+                continue
+            num_shared = _num_common(own.token_ids[:-1], other.sequence.token_ids)
+            whole_pages = num_shared - num_shared % self._pool.page_size
+            is_worth_it = whole_pages > own.num_computed
+            if (
+                is_worth_it
+                and self._tree.match(request.namespace, own.token_ids[:whole_pages]).num_tokens < whole_pages
+            ):
+                return True
+        return False
+
+    def _uses_tree(self, request: Request) -> bool:
+        is_exact = request.sequence.fidelity is Fidelity.EXACT
+        return self._config.cache and is_exact and request.ready_logits is None
+
+    def _take_pages(self, request: Request) -> None:
+        """Share what the tree has of the prompt and allocate the rest, or change nothing."""
+        sequence = request.sequence
+        if request.ready_logits is None:
+            # The last token is always computed: its logits are not in the cache.
+            sequence.num_computed = min(sequence.num_computed, sequence.num_tokens - 1)
+        reason = self._share_from_tree(request) if self._uses_tree(request) else Reason.CACHE_OFF
+        request.plan = exact_plan(sequence.num_computed, sequence.num_tokens, reason)
+        try:
+            self.make_writable(sequence, sequence.num_computed, request.max_tokens)
+        except PoolExhausted:
+            if request.is_lent:
+                sequence.trim()
+            else:
+                sequence.release()
+            raise
+
+    def _share_from_tree(self, request: Request) -> Reason:
+        sequence = request.sequence
+        match = self._tree.match(request.namespace, sequence.token_ids[:-1])
+        if match.num_tokens > sequence.num_computed:
+            sequence.adopt(match.pages, match.num_tokens)
+        if sequence.num_computed >= sequence.num_tokens - 1:
+            return Reason.LAST_TOKEN
+        return Reason(match.reason.value) if match.reason is not None else Reason.NEW
+
+    def make_writable(self, sequence: Sequence, start: int, end: int) -> None:
+        """`Sequence.make_writable`, evicting cached prefixes when pages run out; under the lock."""
+        missing = sequence.num_missing_pages(end) - self._pool.num_free
+        if missing > 0:
+            self._tree.evict(missing)
+        sequence.make_writable(start, end)
+
+    def _nothing_to_wait_for(self, request: Request, error: PoolExhausted) -> PoolExhausted:
+        return PoolExhausted(
+            f"request {request.request_id} needs pages for {request.max_tokens} tokens and nothing is running that "
+            f"could return some: {self._pool.num_free} of {self._pool.num_pages} pages are free, the others are held "
+            f"by contexts or pinned; release contexts or raise pool_tokens ({error})"
+        )
+
+    def _build_batch(self) -> list[Work]:
+        stuck: list[Request] = []
+        batch = self._decode_work(stuck)
+        budget = self._config.max_batch_tokens - len(batch)
+        if batch:
+            budget = min(budget, self._config.prefill_chunk)
+        for request in self._running:
+            if budget > 0 and not request.is_prefilled:
+                work = self._prefill_work(request, budget, stuck)
+                if work is not None:
+                    budget -= len(work.run.token_ids)
+                    batch.append(work)
+        if not batch and stuck:
+            # Everybody waits for pages and nobody can return any: the youngest gives way.
+            victim = stuck[-1]
+            self._fail(victim, self._nothing_to_wait_for(victim, PoolExhausted("while decoding")))
+        return batch
+
+    def _decode_work(self, stuck: list[Request]) -> list[Work]:
+        batch: list[Work] = []
+        for request in self._running:
+            if not request.is_prefilled:
+                continue
+            for branch in request.active_branches:
+                sequence = branch.sequence
+                if self._can_write(request, sequence, sequence.num_tokens, stuck):
+                    run = _run(sequence, sequence.num_tokens, num_logits=1)
+                    batch.append(Work(request, branch, sequence, run))
+        return batch
+
+    def _prefill_work(self, request: Request, budget: int, stuck: list[Request]) -> Work | None:
+        sequence = request.sequence
+        end = min(sequence.num_computed + budget, request.num_prompt_tokens)
+        if not self._can_write(request, sequence, end, stuck):
+            return None
+        is_last = end == request.num_prompt_tokens
+        return Work(request, None, sequence, _run(sequence, end, num_logits=int(is_last)))
+
+    def _can_write(self, request: Request, sequence: Sequence, end: int, stuck: list[Request]) -> bool:
+        """Own the pages up to `end`; a fork taken since admission may share the page that is written next."""
+        try:
+            self.make_writable(sequence, sequence.num_computed, end)
+        except PoolExhausted:
+            stuck.append(request)
+            return False
+        return True
+
+    # -- after the forward pass -------------------------------------------------------------------------------
+
+    def _commit(self, batch: AnySequence[Work], logits: Tensor) -> None:
+        finite = torch.isfinite(logits).all(-1).tolist()
+        row = 0
+        for work in batch:
+            at, row = row, row + work.run.num_logits
+            if work.request.handle.done:
+                continue  # closed meanwhile, or another choice of the same request failed in this very step
+            work.sequence.num_computed = work.run.end
+            if work.run.num_logits == 0:
+                continue
+            work_logits, is_finite = logits[at], finite[at]
+            if not is_finite:
+                self._fail(work.request, _not_finite(work))
+            elif work.branch is None:
+                self._remember(work.request, work.sequence, whole=False)
+                self._begin_answers(work.request, work_logits)
+            else:
+                self._accept(work.request, work.branch, work_logits)
+
+    def _begin_answers(self, request: Request, logits: Tensor) -> None:
+        """The prompt is computed: fork the sequence for further choices and draw everybody's first token."""
+        request.last_logits = logits.clone()
+        request.clock.first_token = time.monotonic()
+        for branch in request.branches[1:]:
+            branch.sequence = request.sequence.fork()
+        for branch in request.branches:
+            if request.sampling.max_new_tokens == 0:
+                branch.finish_reason = "length"
+            elif not request.handle.done:
+                self._accept(request, branch, logits)
+        if request.sampling.max_new_tokens == 0:
+            self._finish(request)
+
+    def _accept(self, request: Request, branch: Branch, logits: Tensor) -> None:
+        """Draw the next token of a choice and see whether it ends."""
+        sampling = request.sampling
+        token_id = branch.sampler.sample(logits, branch.sequence.token_ids)
+        is_end = not sampling.ignore_eos and token_id in self._end_token_ids
+        if is_end or token_id in sampling.stop_token_ids:
+            self._finish_branch(request, branch, "stop", ())
+            return
+        branch.token_ids.append(token_id)
+        branch.sequence.append([token_id])
+        if sampling.logprobs is not None:
+            branch.logprobs.append(token_logprob(logits, token_id, sampling.logprobs))
+        text = branch.detokenizer.push(token_id)
+        if branch.detokenizer.stopped is not None:
+            self._finish_branch(request, branch, "stop", (token_id,), text)
+        elif len(branch.token_ids) == sampling.max_new_tokens:
+            self._finish_branch(request, branch, "length", (token_id,), text)
+        else:
+            request.publish(branch, text, (token_id,))
+
+    def _finish_branch(
+        self, request: Request, branch: Branch, finish_reason: str, token_ids: tuple[int, ...], text: str = ""
+    ) -> None:
+        branch.finish_reason = finish_reason
+        request.publish(branch, text + branch.detokenizer.finish(), token_ids)
+        if branch.sequence is not request.sequence:
+            self._remember(request, branch.sequence, whole=True)
+            branch.sequence.release()
+        if not request.active_branches:
+            self._finish(request)
+
+    def _finish(self, request: Request) -> None:
+        self._leave(request)
+        sequence = request.sequence
+        self._remember(request, sequence, whole=not request.is_lent)
+        if request.is_lent:
+            sequence.truncate(request.num_prompt_tokens + request.branches[0].detokenizer.num_kept_tokens)
+            sequence.trim()
+        else:
+            sequence.release()
+        if request.on_success is not None:
+            request.on_success()
+        request.handle.settle(request.completion())
+
+    def _fail(self, request: Request, error: BaseException) -> None:
+        """Settle with an error: own pages are returned, a lent sequence is rolled back."""
+        self._leave(request)
+        for branch in request.branches:
+            if branch.sequence is not request.sequence:
+                branch.sequence.release()
+        if request.is_lent:
+            request.sequence.truncate(request.num_kept_tokens)
+            request.sequence.trim()
+        else:
+            request.sequence.release()
+        request.handle.settle(error)
+
+    def _leave(self, request: Request) -> None:
+        for queue in (self._waiting, self._running):
+            if request in queue:
+                queue.remove(request)
+
+    def _remember(self, request: Request, sequence: Sequence, *, whole: bool) -> None:
+        """Put computed exact tokens into the tree; the last, partly filled page only if nobody writes on in it."""
+        if not self._config.cache or sequence.fidelity is not Fidelity.EXACT:
+            return
+        page_size = self._pool.page_size
+        num_tokens = sequence.num_computed if whole else sequence.num_computed // page_size * page_size
+        if num_tokens:
+            pages = sequence.pages[: -(-num_tokens // page_size)]
+            self._tree.insert(request.namespace, sequence.token_ids[:num_tokens], pages)
+
+
+def _run(sequence: Sequence, end: int, *, num_logits: int) -> Run:
+    # Copies: the sequence may grow or be forked while the pass runs.
+    start = sequence.num_computed
+    num_pages = len(sequence.pages)
+    return Run(sequence.token_ids[start:end].copy(), sequence.pages[:num_pages].copy(), start, num_logits)
+
+
+def _num_common(first: np.ndarray, second: np.ndarray) -> int:
+    num = min(len(first), len(second))
+    differs = first[:num] != second[:num]
+    return int(differs.argmax()) if differs.any() else num
+
+
+def _not_finite(work: Work) -> NumericalError:
+    return NumericalError(
+        f"request {work.request.request_id}: the model gave NaN or infinite logits after {work.run.end} tokens; "
+        "nothing of it was cached; try float32, or check the weights"
+    )

@@ -1,0 +1,128 @@
+"""The one error tree.
+
+Every error a caller can meet derives from `KVCommError`, names the offending value and, where there is one,
+the way out. Our own broken invariants stay `AssertionError`.
+
+    KVCommError
+    +- InvalidRequest (also ValueError)   the caller's input: prompt, sampling, segments, config
+    |  +- EmptyPrompt
+    |  +- PromptTooLong
+    |  +- UnknownToken
+    |  +- TemplateError                   placeholders, cycles, missing inputs of an agent group
+    +- ContextReleased                    a context was used after release()
+    +- ContextBusy                        a context already has a request in flight
+    +- PoolExhausted                      no free page now; carries the numbers
+    |  +- PoolTooSmall                    would not fit even an empty pool
+    |  +- QuotaExceeded                   the tenant's own quota, not the pool, is full
+    +- RequestCancelled                   the request was cancelled; what was generated is attached
+    +- NumericalError                     NaN or infinite logits
+    +- EngineClosed                       the engine was closed, or its loop died
+    +- UnsupportedModel                   the model's KV cannot be cached soundly; says why
+    +- ModelLoadError                     a model could not be fetched or loaded
+    |  +- UnknownModel
+    |  +- DownloadError                   offline, registry refused, interrupted
+    |  +- HashMismatch                    a fetched file is not the pinned one
+    |  +- CacheFolderError                full disk, read-only, foreign or truncated cache folder
+    +- SnapshotError                      a snapshot file cannot be written or used
+       +- SnapshotCorrupt                 truncated, bit-flipped or not a snapshot at all
+       +- SnapshotForeign                 another model, dtype, rope, tokenizer or tenant
+       +- SnapshotTooNew                  written by a newer format version
+"""
+
+from __future__ import annotations
+
+
+class KVCommError(Exception):
+    """Base of every error kvcomm raises on purpose."""
+
+
+class InvalidRequest(KVCommError, ValueError):
+    """The caller's input cannot be served as given."""
+
+
+class EmptyPrompt(InvalidRequest):
+    """A prompt, text or segment list without a single token."""
+
+
+class PromptTooLong(InvalidRequest):
+    """Prompt plus requested output exceeds the model's context length."""
+
+
+class UnknownToken(InvalidRequest):
+    """A token id outside the model's vocabulary."""
+
+
+class TemplateError(InvalidRequest):
+    """A prompt template and its inputs do not fit together; names the agent and the placeholder."""
+
+
+class ContextReleased(KVCommError):
+    """A context was used after it was released."""
+
+
+class ContextBusy(KVCommError):
+    """A context has a request in flight; fork it, or wait for the request."""
+
+
+class PoolExhausted(KVCommError):
+    """The page pool has too few free pages right now."""
+
+
+class PoolTooSmall(PoolExhausted):
+    """The request needs more pages than the whole pool has."""
+
+
+class QuotaExceeded(PoolExhausted):
+    """The tenant's quota is used up although the pool has room."""
+
+
+class RequestCancelled(KVCommError):
+    """The request was cancelled before it finished."""
+
+
+class NumericalError(KVCommError):
+    """The model produced NaN or infinite logits."""
+
+
+class EngineClosed(KVCommError):
+    """The engine is closed; create a new one."""
+
+
+class UnsupportedModel(KVCommError):
+    """The KV of this model cannot be cached soundly."""
+
+
+class ModelLoadError(KVCommError):
+    """A model could not be fetched, converted or loaded."""
+
+
+class UnknownModel(ModelLoadError):
+    """Neither a packaged name nor a folder nor a reachable hub id."""
+
+
+class DownloadError(ModelLoadError):
+    """Fetching failed: offline, refused or interrupted."""
+
+
+class HashMismatch(ModelLoadError):
+    """A fetched file is not the pinned one."""
+
+
+class CacheFolderError(ModelLoadError):
+    """The user's cache folder cannot be written, or what lies in it is foreign or incomplete."""
+
+
+class SnapshotError(KVCommError):
+    """A snapshot could not be written or used."""
+
+
+class SnapshotCorrupt(SnapshotError):
+    """Truncated, altered, or not a snapshot at all."""
+
+
+class SnapshotForeign(SnapshotError):
+    """Made under another namespace: model, dtype, rope, tokenizer or tenant differ."""
+
+
+class SnapshotTooNew(SnapshotError):
+    """Written by a newer format version than this one reads."""

@@ -1,0 +1,204 @@
+"""Nodes of the radix tree and what can be computed from one node alone.
+
+A node owns the tokens [start, end) of a path and one reference to each page that overlaps them, so a boundary
+in mid-page is covered by both neighbors: by the same page after a split, by two different ones after
+copy-on-write. `parent` and `children` always mirror each other; a node without parent that is no root has
+left the tree. Knows neither queues nor reference counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcomm.memory.pool import PageIds
+
+if TYPE_CHECKING:
+    from kvcomm.memory.eviction import LeafQueue
+
+TokenIds = npt.NDArray[np.int32]
+
+NO_IDS: npt.NDArray[np.int32] = np.empty(0, dtype=np.int32)
+_MAX_TOMBSTONES = 64
+_FIRST_CHUNK, _LAST_CHUNK = 64, 16_384
+
+
+class MissReason(StrEnum):
+    """Why matching stopped where it did."""
+
+    NEW = "new"
+    EVICTED = "evicted"
+    EXPIRED = "expired"
+    QUOTA = "quota"
+
+
+class Use(NamedTuple):
+    """When something was used: order among all uses, and seconds of the tree's clock."""
+
+    tick: int
+    at_s: float
+
+
+class Namespace:
+    """One root and the counters of what hangs below it; `num_pages` counts distinct pages."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.root = Node(self, None, NO_IDS, 0, NO_IDS, Use(0, 0.0), math.inf)
+        self.quota_pages: int | None = None
+        self.leaves: LeafQueue | None = None  # only with a quota
+        self.num_tokens = 0
+        self.num_pages = 0
+        self.query_tokens = 0
+        self.hit_tokens = 0
+        self.dropped_tokens = dict.fromkeys((MissReason.EVICTED, MissReason.EXPIRED, MissReason.QUOTA), 0)
+
+
+class Node:
+    """Tokens [start, end) of a path, and the pages that overlap them."""
+
+    __slots__ = (
+        "children",
+        "namespace",
+        "num_locks",
+        "num_pins",
+        "pages",
+        "parent",
+        "start",
+        "tokens",
+        "tombstones",
+        "ttl_s",
+        "used",
+        "used_fully",
+    )
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        parent: Node | None,
+        tokens: TokenIds,
+        start: int,
+        pages: PageIds,
+        used: Use,
+        ttl_s: float,
+    ) -> None:
+        self.namespace = namespace
+        self.parent = parent
+        self.children: dict[int, Node] = {}  # by first token
+        self.tokens = tokens
+        self.start = start
+        self.pages = pages
+        self.used = used  # the last use of any of its tokens
+        self.used_fully = used  # the last use of all of them: what a split leaves to the lower half
+        self.ttl_s = ttl_s
+        self.num_locks = 0
+        self.num_pins = 0
+        self.tombstones: dict[int, MissReason] | None = None
+
+    @property
+    def end(self) -> int:
+        """Position behind the last token."""
+        return self.start + self.tokens.size
+
+    @property
+    def is_root(self) -> bool:
+        return self is self.namespace.root
+
+    @property
+    def is_evictable(self) -> bool:
+        """A leaf that nobody has locked or pinned; its ancestors are protected by having it as a child."""
+        return not (self.children or self.num_locks or self.num_pins) and self.parent is not None
+
+    @property
+    def expires_at_s(self) -> float:
+        return self.used.at_s + self.ttl_s
+
+    @property
+    def num_shared_pages(self) -> int:
+        """1 if the first page is also the parent's last one, else 0."""
+        above = self.parent.pages if self.parent is not None else NO_IDS
+        return int(above.size > 0 and above[-1] == self.pages[0])
+
+    def bury(self, token: int, reason: MissReason) -> None:
+        """Remember why no child begins with `token`; only the latest few are kept."""
+        if self.tombstones is None:
+            self.tombstones = {}
+        self.tombstones.pop(token, None)
+        if len(self.tombstones) >= _MAX_TOMBSTONES:
+            del self.tombstones[next(iter(self.tombstones))]
+        self.tombstones[token] = reason
+
+    def miss_reason(self, token: int) -> MissReason:
+        """Why no child begins with `token`."""
+        return (self.tombstones or {}).get(token, MissReason.NEW)
+
+    def path_tokens(self) -> TokenIds:
+        """All tokens [0, end) of the path that ends with this node, a copy."""
+        path = np.empty(self.end, dtype=np.int32)
+        node: Node | None = self
+        while node is not None:
+            path[node.start : node.end] = node.tokens
+            node = node.parent
+        return path
+
+    def path_pages(self, num_tokens: int, page_size: int) -> PageIds:
+        """Pages of the first `num_tokens` of the path, which end inside or at the end of this node.
+
+        Where two nodes cover one page index, the deeper one's page holds the tokens of both, so it wins.
+        """
+        filled = -(-num_tokens // page_size)
+        pages = np.empty(filled, dtype=np.int32)
+        node: Node | None = self
+        while node is not None and filled:
+            first = node.start // page_size
+            if first < filled:
+                pages[first:filled] = node.pages[: filled - first]
+                filled = first
+            node = node.parent
+        return pages
+
+
+def common_prefix(left: TokenIds, right: TokenIds) -> int:
+    """Number of equal leading tokens.
+
+    Compared in chunks of doubling size: an early difference on a long edge costs one small comparison.
+    """
+    num_tokens = min(left.size, right.size)
+    at, chunk = 0, _FIRST_CHUNK
+    while at < num_tokens:
+        stop = min(at + chunk, num_tokens)
+        differs = left[at:stop] != right[at:stop]
+        if differs.any():
+            return at + int(differs.argmax())
+        at, chunk = stop, min(chunk * 2, _LAST_CHUNK)
+    return num_tokens
+
+
+def descend(root: Node, tokens: TokenIds) -> tuple[Node, int]:
+    """Follow `tokens` down from `root`: the deepest node that shares a token, and how many match in all.
+
+    That node may be matched in part; it is the root if nothing matches.
+    """
+    node, matched = root, 0
+    while matched < tokens.size:
+        child = node.children.get(int(tokens[matched]))
+        if child is None:
+            break
+        node, matched = child, matched + common_prefix(child.tokens, tokens[matched:])
+        if matched < node.end:
+            break
+    return node, matched
+
+
+def preorder(root: Node) -> Iterator[Node]:
+    """All nodes below `root`, parents before their children."""
+    waiting = list(root.children.values())
+    while waiting:
+        node = waiting.pop()
+        yield node
+        waiting.extend(node.children.values())

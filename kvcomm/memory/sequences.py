@@ -1,0 +1,142 @@
+"""A sequence: token ids and the page table of their KV.
+
+A sequence holds one reference on every page in its table. What always holds: `num_computed <= num_tokens`;
+the table covers at least the computed positions; slots of computed positions are never changed while another
+holder shares their page, because `make_writable` first replaces every shared page that is about to be written
+(copy-on-write, so a fork moves no bytes). It knows neither the tree nor requests. Not thread-safe: its owner
+serializes the calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as AnySequence
+
+import numpy as np
+
+from kvcomm.memory.fidelity import Fidelity
+from kvcomm.memory.pool import PageIds, PagePool
+from kvcomm.model.attention.contract import IntArray
+
+
+class Sequence:
+    """Token ids, positions 0..num_tokens-1, and the pages of the first `num_computed` of them.
+
+    Attributes:
+        num_tokens: tokens known, computed or not.
+        num_computed: leading tokens whose KV is in the pages.
+        fidelity: approximate as soon as any of its KV is.
+    """
+
+    def __init__(self, pool: PagePool, token_ids: AnySequence[int] | IntArray = ()) -> None:
+        self._pool = pool
+        self._tokens = np.empty(max(64, len(token_ids)), dtype=np.int32)
+        self._pages = np.empty(0, dtype=np.int32)
+        self.num_tokens = 0
+        self.num_computed = 0
+        self.fidelity = Fidelity.EXACT
+        self.append(token_ids)
+
+    @property
+    def token_ids(self) -> IntArray:
+        """[num_tokens] int32, a view that must not be written."""
+        return self._tokens[: self.num_tokens]
+
+    @property
+    def pages(self) -> PageIds:
+        """The page table, possibly longer than needed; must not be written."""
+        return self._pages
+
+    @property
+    def num_pages(self) -> int:
+        """Pages held, reserved ones included."""
+        return len(self._pages)
+
+    def append(self, token_ids: AnySequence[int] | IntArray) -> None:
+        """Add tokens behind the last one; their KV is not computed yet."""
+        needed = self.num_tokens + len(token_ids)
+        if needed > len(self._tokens):
+            grown = np.empty(max(needed, 2 * len(self._tokens)), dtype=np.int32)
+            grown[: self.num_tokens] = self.token_ids
+            self._tokens = grown
+        self._tokens[self.num_tokens : needed] = token_ids
+        self.num_tokens = needed
+
+    def truncate(self, num_tokens: int) -> None:
+        """Forget everything behind the first `num_tokens` tokens; pages stay until `trim`."""
+        assert 0 <= num_tokens <= self.num_tokens, (num_tokens, self.num_tokens)
+        self.num_tokens = num_tokens
+        self.num_computed = min(self.num_computed, num_tokens)
+
+    def adopt(self, pages: PageIds, num_computed: int) -> None:
+        """Take over someone else's computed prefix: share `pages` for positions 0..num_computed-1.
+
+        Pages of the own table that the prefix covers are given back; `num_computed` must not shrink.
+        """
+        assert self.num_computed <= num_computed <= self.num_tokens, (num_computed, self.num_tokens)
+        self._pool.retain(pages)
+        replaced, kept = self._pages[: len(pages)], self._pages[len(pages) :]
+        self._pages = np.concatenate([pages, kept])
+        self._pool.release(replaced)
+        self.num_computed = num_computed
+
+    def num_missing_pages(self, num_tokens: int) -> int:
+        """Pages to allocate before positions num_computed..num_tokens-1 can be written, copies included."""
+        table = self._pool_pages(num_tokens)
+        first = self.num_computed // self._pool.page_size
+        held = self._pages[first:table]
+        shared = int((self._pool.refcounts(held) > 1).sum())
+        return max(0, table - len(self._pages)) + shared
+
+    def make_writable(self, start: int, end: int) -> None:
+        """Own every page of positions [start, end): allocate missing pages, copy or replace shared ones.
+
+        Raises:
+            PoolExhausted: too few free pages; the sequence stays usable and unchanged in content.
+        """
+        first, last = start // self._pool.page_size, self._pool_pages(end)
+        for index in range(first, min(last, len(self._pages))):
+            if self._pool.refcounts(self._pages[index : index + 1])[0] > 1:
+                self._replace(index, start)
+        missing = last - len(self._pages)
+        if missing > 0:
+            behind = int(self._pages[-1]) if len(self._pages) else None
+            self._pages = np.concatenate([self._pages, self._pool.allocate(missing, after=behind)])
+
+    def fork(self) -> Sequence:
+        """A sequence with the same tokens that shares every computed page; no bytes are copied."""
+        child = Sequence(self._pool, self.token_ids)
+        child._pages = self._pages[: self._pool_pages(self.num_computed)].copy()
+        self._pool.retain(child._pages)
+        child.num_computed = self.num_computed
+        child.fidelity = self.fidelity
+        return child
+
+    def trim(self) -> None:
+        """Give back pages reserved behind the computed positions."""
+        needed = self._pool_pages(self.num_computed)
+        self._pages, spare = self._pages[:needed], self._pages[needed:]
+        self._pool.release(spare)
+
+    def release(self) -> None:
+        """Give back every page; the tokens stay readable, nothing is computed any more. Idempotent."""
+        pages, self._pages = self._pages, np.empty(0, dtype=np.int32)
+        self._pool.release(pages)
+        self.num_computed = 0
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError with the numbers if an invariant of the table is broken."""
+        assert 0 <= self.num_computed <= self.num_tokens, (self.num_computed, self.num_tokens)
+        assert len(self._pages) >= self._pool_pages(self.num_computed), (len(self._pages), self.num_computed)
+        assert len(set(self._pages.tolist())) == len(self._pages), f"a page twice in {self._pages.tolist()}"
+        assert (self._pool.refcounts(self._pages) > 0).all(), f"a free page in {self._pages.tolist()}"
+
+    def _replace(self, index: int, start: int) -> None:
+        """Exchange a shared page for an own one that holds what lies before `start`."""
+        num_kept = max(0, start - index * self._pool.page_size)
+        behind = int(self._pages[index - 1]) if index else None
+        old = self._pages[index : index + 1].copy()
+        self._pages[index] = self._pool.copy_page(int(old[0]), num_kept, after=behind)
+        self._pool.release(old)
+
+    def _pool_pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._pool.page_size)

@@ -1,0 +1,385 @@
+"""The radix tree: which token paths of which namespace have exact KV, and on which pages.
+
+Owns the nodes and one page reference per node and page. Edges are token strings of any length: paths split at
+any token, also inside a page, and a hit compares every token. There is one root per namespace and no way
+between them. Always holds: the pages of a match hold exactly the matched tokens' KV, as long as writers copy
+every page they do not hold alone. Refuses to know where KV comes from; approximate KV must never be inserted.
+Not thread-safe: its owner serializes the calls.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcomm.memory.events import CacheEvent, EventKind, EventLog
+from kvcomm.memory.eviction import Reaper
+from kvcomm.memory.node import NO_IDS, MissReason, Namespace, Node, TokenIds, Use, descend, preorder
+from kvcomm.memory.pool import PageIds, PagePool
+
+__all__ = ["Match", "MissReason", "NamespaceUsage", "Node", "NodeView", "RadixTree", "TokenIds"]
+
+
+class Match(NamedTuple):
+    """The longest cached prefix: ceil(num_tokens / page_size) pages, *not* retained for the caller."""
+
+    num_tokens: int
+    pages: PageIds
+    node: Node  # the deepest one matched, maybe in part; give it to `lock`
+    reason: MissReason | None  # why matching stopped; None if everything matched
+
+
+class NamespaceUsage(NamedTuple):
+    """What a namespace holds, and what became of its tokens so far."""
+
+    num_tokens: int
+    num_pages: int  # distinct pages
+    quota_pages: int | None
+    query_tokens: int  # asked for by `match`
+    hit_tokens: int  # of those found
+    evicted_tokens: int
+    expired_tokens: int
+    quota_tokens: int  # dropped for the namespace's own quota
+
+
+class NodeView(NamedTuple):
+    """A node as others may see it: tokens [start, end) of a path, at `depth` below the root (1 = top)."""
+
+    depth: int
+    start: int
+    end: int
+    tokens: TokenIds  # read-only, [end - start]
+    num_pages: int
+    num_children: int
+    locked: bool
+    pinned: bool
+    idle_s: float  # since the last use
+
+
+class RadixTree:
+    """Longest-prefix cache of exact KV pages.
+
+    `ttl_s` is how long an unused path lives unless `insert` says otherwise; None is forever. `clock` gives
+    seconds.
+    """
+
+    def __init__(
+        self, pool: PagePool, *, clock: Callable[[], float] = time.monotonic, ttl_s: float | None = None
+    ) -> None:
+        self._pool = pool
+        self._clock = clock
+        self._ttl_s = math.inf if ttl_s is None else ttl_s
+        self._namespaces: dict[str, Namespace] = {}
+        self._log = EventLog()
+        self._reaper = Reaper(pool, self._log)
+        self._num_uses = 0
+
+    def match(self, namespace: str, tokens: npt.ArrayLike) -> Match:
+        """The longest cached prefix of `tokens` in `namespace`.
+
+        Refreshes the path for LRU and TTL and drops what has expired; splits nothing. A node matched in part
+        is refreshed as a whole until it is split; then its unmatched rest goes back to its own last use.
+        """
+        ids = _as_tokens(tokens)
+        self.expire()
+        space = self._namespace(namespace)
+        node, matched = descend(space.root, ids)
+        self._touch(node, matched)
+        space.query_tokens += ids.size
+        space.hit_tokens += matched
+        reason = None if matched == ids.size else _reason(node, matched, int(ids[matched]))
+        return Match(matched, node.path_pages(matched, self._pool.page_size), node, reason)
+
+    def peek(self, namespace: str, tokens: npt.ArrayLike) -> int:
+        """How many leading tokens are cached. Counts as no use: neither LRU nor TTL nor counters change."""
+        self.expire()
+        space = self._namespaces.get(namespace)
+        return 0 if space is None else descend(space.root, _as_tokens(tokens))[1]
+
+    def insert(self, namespace: str, tokens: npt.ArrayLike, pages: PageIds, *, ttl_s: float | None = None) -> int:
+        """Make `tokens` with their KV on `pages` matchable; returns how many tokens were new.
+
+        `pages` are the ceil(num_tokens / page_size) pages from position 0; the caller keeps its own
+        references, the tree adds one for each page it newly refers to. What is cached already keeps the
+        tree's old pages. A longer `ttl_s` (default: the tree's) also prolongs the path above. Over quota, the
+        namespace's own least recently used paths go first; then only as many leading tokens are stored as
+        fit.
+
+        Raises:
+            ValueError: `pages` has another length.
+        """
+        ids = _as_tokens(tokens)
+        num_pages = -(-ids.size // self._pool.page_size)
+        if pages.size != num_pages:
+            raise ValueError(f"{ids.size} tokens need {num_pages} pages of {self._pool.page_size}, not {pages.size}")
+        self.expire()
+        ttl = self._ttl_s if ttl_s is None else ttl_s
+        node, matched = descend(self._namespace(namespace).root, ids)
+        self._touch(node, matched)
+        end = self._make_room(node, matched, ids.size, pages)
+        if matched < node.end and (end > matched or ttl > node.ttl_s):
+            node = self._split(node, matched)
+        self._prolong(node, ttl)
+        if end > matched:
+            node = self._attach(node, ids[:end], pages, ttl)
+        if end < ids.size and node.end == end:
+            node.bury(int(ids[end]), MissReason.QUOTA)
+        return end - matched
+
+    def lock(self, node: Node) -> None:
+        """Keep `node` and its ancestors from eviction, expiry and reset until as many `unlock` calls.
+
+        Raises:
+            ValueError: the node has left the tree since it was matched.
+        """
+        if node.parent is None and not node.is_root:
+            raise ValueError("this node is no longer in the tree; match again")
+        node.num_locks += 1
+
+    def unlock(self, node: Node) -> None:
+        """Undo one `lock`."""
+        assert node.num_locks > 0, f"node [{node.start}, {node.end}) is not locked"
+        node.num_locks -= 1
+        self._unprotected(node)
+
+    def pin(self, namespace: str, tokens: npt.ArrayLike) -> int:
+        """Keep what is cached of `tokens` from eviction, quota and TTL; returns how many tokens that is."""
+        node, matched = descend(self._namespace(namespace).root, _as_tokens(tokens))
+        if not matched:
+            return 0
+        if matched < node.end:
+            node = self._split(node, matched)
+        node.num_pins += 1
+        return matched
+
+    def unpin(self, namespace: str, tokens: npt.ArrayLike) -> int:
+        """Undo one `pin` on the longest pinned prefix of `tokens`; returns its length, 0 if there is none."""
+        node, matched = descend(self._namespace(namespace).root, _as_tokens(tokens))
+        while node.parent is not None and (node.end > matched or not node.num_pins):
+            node = node.parent
+        if node.is_root:
+            return 0
+        num_tokens = node.end
+        node.num_pins -= 1
+        self._unprotected(node)
+        return num_tokens
+
+    def set_quota(self, namespace: str, num_pages: int | None) -> None:
+        """Limit the distinct pages of `namespace`; its least recently used paths go at once if it has more.
+
+        Locked and pinned paths may keep it above the limit until they are unlocked and unpinned.
+
+        Raises:
+            ValueError: a negative limit.
+        """
+        if num_pages is not None and num_pages < 0:
+            raise ValueError(f"a quota cannot be {num_pages} pages; use None for no limit")
+        space = self._namespace(namespace)
+        space.quota_pages = num_pages
+        if num_pages is None:
+            space.leaves = None
+        else:
+            self._reaper.start_quota(space)
+            self._reaper.shrink(space, num_pages)
+
+    def usage(self, namespace: str) -> NamespaceUsage:
+        """Sizes and counters of `namespace`; all zero if it was never used."""
+        space = self._namespaces.get(namespace) or Namespace(namespace)
+        return NamespaceUsage(
+            space.num_tokens,
+            space.num_pages,
+            space.quota_pages,
+            space.query_tokens,
+            space.hit_tokens,
+            *(space.dropped_tokens[r] for r in (MissReason.EVICTED, MissReason.EXPIRED, MissReason.QUOTA)),
+        )
+
+    def namespaces(self) -> tuple[str, ...]:
+        """Every namespace ever used."""
+        return tuple(self._namespaces)
+
+    def evict(self, num_pages: int) -> int:
+        """Drop least recently used leaves until `num_pages` pages became free in the pool; returns how many.
+
+        Leaves that are locked or pinned stay, and those whose pages others hold too: dropping them frees
+        nothing.
+        """
+        return self._reaper.evict(num_pages)
+
+    def expire(self) -> int:
+        """Drop what outlived its TTL; returns how many pages became free in the pool."""
+        return self._reaper.expire(self._clock())
+
+    def reset(self, namespace: str | None = None) -> None:
+        """Drop everything in `namespace` (None: in all), pinned or not; locked paths stay.
+
+        Quotas and counters stay.
+        """
+        names = list(self._namespaces) if namespace is None else [namespace]
+        for name in names:
+            if name in self._namespaces:
+                self._reaper.clear(self._namespaces[name])
+
+    def take_events(self) -> list[CacheEvent]:
+        """Events since the last call, oldest first; the first call starts recording and returns none."""
+        return self._log.take()
+
+    def pages_held(self) -> Iterable[PageIds]:
+        """Every page reference of the tree, for `PagePool.check_integrity`."""
+        for space in self._namespaces.values():
+            for node in preorder(space.root):
+                yield node.pages
+
+    def walk(self, namespace: str) -> Iterator[NodeView]:
+        """All nodes of `namespace`, parents before children; do not change the tree meanwhile."""
+        space = self._namespaces.get(namespace)
+        if space is None:
+            return
+        now, depths = self._clock(), {space.root: 0}
+        for node in preorder(space.root):
+            assert node.parent is not None
+            depths[node] = depths[node.parent] + 1
+            tokens = node.tokens.view()
+            tokens.flags.writeable = False
+            yield NodeView(
+                depths[node],
+                node.start,
+                node.end,
+                tokens,
+                node.pages.size,
+                len(node.children),
+                node.num_locks > 0,
+                node.num_pins > 0,
+                now - node.used.at_s,
+            )
+
+    def check_integrity(self) -> None:
+        """Prove structure, counters and queues.
+
+        Raises:
+            AssertionError: naming node and numbers.
+        """
+        for space in self._namespaces.values():
+            nodes = list(preorder(space.root))
+            for node in nodes:
+                self._check_node(node)
+            num_tokens = sum(node.tokens.size for node in nodes)
+            assert num_tokens == space.num_tokens, f"{space.name!r}: {num_tokens} tokens, not {space.num_tokens}"
+            num_pages = np.unique(np.concatenate([NO_IDS, *(node.pages for node in nodes)])).size
+            assert num_pages == space.num_pages, f"{space.name!r}: {num_pages} pages, not {space.num_pages}"
+
+    def _check_node(self, node: Node) -> None:
+        parent, page_size = node.parent, self._pool.page_size
+        where = f"node [{node.start}, {node.end}) of {node.namespace.name!r}"
+        assert parent is not None, f"{where} has no parent"
+        assert node.tokens.size > 0, f"{where} is empty"
+        assert parent.children[int(node.tokens[0])] is node, f"{where} hangs below another token"
+        assert parent.end == node.start, f"{where} hangs below a node that ends at {parent.end}"
+        num_pages = -(-node.end // page_size) - node.start // page_size
+        assert node.pages.size == num_pages, f"{where} has {node.pages.size} pages, not {num_pages}"
+        assert self._pool.refcounts(node.pages).min() > 0, f"{where} refers to free pages {node.pages}"
+        assert min(node.num_locks, node.num_pins) >= 0, f"{where}: {node.num_locks} locks, {node.num_pins} pins"
+        if not parent.is_root:
+            assert node.used <= parent.used, f"{where} used at {node.used}, its parent at {parent.used}"
+            assert node.ttl_s <= parent.ttl_s, f"{where} lives {node.ttl_s} s, its parent {parent.ttl_s} s"
+        if node.is_evictable:
+            self._reaper.check_waiting(node)
+
+    def _namespace(self, name: str) -> Namespace:
+        if name not in self._namespaces:
+            self._namespaces[name] = Namespace(name)
+        return self._namespaces[name]
+
+    def _touch(self, node: Node, matched: int) -> None:
+        """Mark the path of `matched` tokens down to `node` as used now."""
+        self._num_uses += 1
+        use = Use(self._num_uses, self._clock())
+        at: Node | None = node
+        while at is not None:
+            at.used = use
+            if at.end <= matched:
+                at.used_fully = use
+            at = at.parent
+
+    def _prolong(self, node: Node, ttl_s: float) -> None:
+        """Let `node` and its ancestors live at least `ttl_s` from their last use."""
+        at: Node | None = node
+        while at is not None and at.ttl_s < ttl_s:
+            at.ttl_s = ttl_s
+            at = at.parent
+
+    def _make_room(self, node: Node, matched: int, num_tokens: int, pages: PageIds) -> int:
+        """Make room under the quota for tokens [matched, num_tokens); returns the end of those that fit."""
+        space, page_size = node.namespace, self._pool.page_size
+        if space.quota_pages is None or matched == num_tokens:
+            return num_tokens
+        first = matched // page_size
+        above = node.path_pages(matched, page_size)
+        shared = int(matched % page_size > 0 and above[-1] == pages[first])
+        wanted = pages.size - first - shared
+        node.num_locks += 1
+        self._reaper.shrink(space, max(space.quota_pages - wanted, 0))
+        node.num_locks -= 1
+        self._reaper.track(node)
+        fits = min(wanted, max(space.quota_pages - space.num_pages, 0))
+        return max(matched, min(num_tokens, (first + shared + fits) * page_size))
+
+    def _unprotected(self, node: Node) -> None:
+        """`node` lost a lock or pin: it may go now, and must if only that kept its namespace above its
+        quota."""
+        self._reaper.track(node)
+        if node.namespace.quota_pages is not None:
+            self._reaper.shrink(node.namespace, node.namespace.quota_pages)
+
+    def _split(self, node: Node, at: int) -> Node:
+        """Cut `node` at position `at`; returns the new upper half. The lower half stays the same object.
+
+        So locks and pins, which protect ancestors too, go on protecting both halves.
+        """
+        parent, page_size = node.parent, self._pool.page_size
+        assert parent is not None, "a root cannot be split"
+        size, first = at - node.start, node.start // page_size
+        upper_pages = node.pages[: -(-at // page_size) - first].copy()
+        lower_pages = node.pages[at // page_size - first :].copy()
+        if at % page_size:
+            self._pool.retain(lower_pages[:1])
+        upper = Node(node.namespace, parent, node.tokens[:size].copy(), node.start, upper_pages, node.used, node.ttl_s)
+        parent.children[int(node.tokens[0])] = upper
+        upper.children[int(node.tokens[size])] = node
+        node.parent, node.start, node.tokens, node.pages = upper, at, node.tokens[size:].copy(), lower_pages
+        node.used = node.used_fully
+        self._reaper.track(node)
+        return upper
+
+    def _attach(self, parent: Node, ids: TokenIds, pages: PageIds, ttl_s: float) -> Node:
+        """Hang the rest of `ids` below `parent`, with those of `pages` that overlap it."""
+        start, page_size = parent.end, self._pool.page_size
+        own = pages[start // page_size : -(-ids.size // page_size)].astype(np.int32)
+        leaf = Node(parent.namespace, parent, ids[start:].copy(), start, own, parent.used, ttl_s)
+        self._pool.retain(own)
+        first = int(ids[start])
+        parent.children[first] = leaf
+        if parent.tombstones is not None:
+            parent.tombstones.pop(first, None)
+        parent.namespace.num_tokens += leaf.tokens.size
+        parent.namespace.num_pages += own.size - leaf.num_shared_pages
+        self._reaper.track(leaf)
+        self._reaper.record(EventKind.STORED, leaf, start)
+        return leaf
+
+
+def _as_tokens(tokens: npt.ArrayLike) -> TokenIds:
+    ids = np.asarray(tokens)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ValueError(f"token ids must be one row of integers, not {ids.dtype} of shape {ids.shape}")
+    return np.ascontiguousarray(ids, dtype=np.int32)
+
+
+def _reason(node: Node, matched: int, token: int) -> MissReason:
+    """Why nothing follows `matched` tokens in the direction of `token`."""
+    return node.miss_reason(token) if matched == node.end else MissReason.NEW

@@ -1,0 +1,104 @@
+"""How a back end gets into an unmodified transformers model.
+
+transformers looks its attention function up by name at every call and hands keyword arguments of `model(...)` through
+to it. One name is registered here; the step of a pass travels as the keyword `kvcomm_step`. The model's own attention
+setting is switched only while a pass runs (`switched`), so the same model object still serves stock `generate`. If another thread calls the model in
+just that moment it reaches the functions here without a step, and they hand on to transformers' own SDPA.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvcomm.errors import UnsupportedModel
+from kvcomm.model.attention.contract import AttentionStep
+
+IMPLEMENTATION = "kvcomm"
+STEP_KEYWORD = "kvcomm_step"
+
+STOCK = "sdpa"
+
+_this_thread = threading.local()
+"""Marks the thread that is inside `switched`; transformers' registries are process-wide, its config is not ours."""
+
+SCORE_CHANGING_KEYWORDS = frozenset({"softcap", "s_aux", "position_bias", "attention_bias", "head_mask"})
+"""Keywords through which a model asks for other scores than scaled dot products; no back end here computes them."""
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    kvcomm_step: AttentionStep | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **keywords: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function transformers calls; shapes as in `AttentionStep`.
+
+    Raises:
+        UnsupportedModel: the layer asks for scores no back end computes (soft caps, sinks, biases).
+    """
+    if kvcomm_step is None:
+        return _stock_attention(
+            module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **keywords
+        )
+    asked = sorted(name for name in SCORE_CHANGING_KEYWORDS & keywords.keys() if keywords[name] is not None)
+    if asked:
+        raise UnsupportedModel(f"{type(module).__name__} changes attention scores through {', '.join(asked)}")
+    layer_id = module.layer_idx
+    assert isinstance(layer_id, int)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = kvcomm_step(layer_id, query, key, value, scale=scale, sliding_window=sliding_window)
+    return out, None
+
+
+def _stock_attention(*operands: Any, **keywords: Any) -> tuple[Tensor, Tensor | None]:
+    out: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS[STOCK](*operands, **keywords)
+    return out
+
+
+def _mask(*args: Any, **keywords: Any) -> Any:
+    """No mask for a pass of ours: back ends know what a row may see. The stock mask for everybody else."""
+    if getattr(_this_thread, "is_inside", False):
+        return None
+    return ALL_MASK_ATTENTION_FUNCTIONS[STOCK](*args, **keywords)
+
+
+def register() -> None:
+    """Make the name known to transformers. Safe to call again."""
+    AttentionInterface.register(IMPLEMENTATION, attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+
+
+@contextmanager
+def switched(configs: Iterable[PreTrainedConfig]) -> Iterator[None]:
+    """Point the configs' attention setting here, and back to what it was on leaving."""
+    before = [(config, config._attn_implementation_internal) for config in configs]
+    for config, _ in before:
+        config._attn_implementation_internal = IMPLEMENTATION
+    _this_thread.is_inside = True
+    try:
+        yield
+    finally:
+        _this_thread.is_inside = False
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+
+
+def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
+    """The distinct config objects that modules of the model read their attention setting from."""
+    found = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())

@@ -1,0 +1,161 @@
+"""Cuts the runs of a pass into pieces (see `pieces`).
+
+What always holds: for every row, the slots of its pieces are disjoint and together are exactly what the row may see.
+Pages shared by several sequences become one piece for all of them, recursively, so nested forks are served at every
+depth; slots that lie next to each other in the pool are read in place; single rows with a short remainder of their
+own (decode after a fork) are gathered into one padded batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvcomm.model.attention.contract import RunTable
+from kvcomm.model.attention.pieces import CausalPiece, FullPiece, Index, MaskedPiece, PaddedPiece, Piece
+
+MIN_SHARED_TOKENS = 64
+"""Shared stretches shorter than this are attended per sequence: a merge would cost more than it saves."""
+
+MIN_VIEW_TOKENS = 256
+"""Scattered stretches at least this long are read in place; shorter ones are gathered together."""
+
+MAX_PADDED_TOKENS = 128
+"""Single rows with at most this many own slots are attended in one padded batch."""
+
+SlotArray = npt.NDArray[np.int64]
+
+
+class PassPlanner:
+    """Plans the pieces of one pass for a given window width."""
+
+    def __init__(self, runs: Sequence[RunTable], page_size: int, device: torch.device) -> None:
+        self._runs = list(runs)
+        self._page_size = page_size
+        self._device = device
+        ends = np.cumsum([run.end - run.start for run in self._runs])
+        starts = np.concatenate([[0], ends[:-1]])
+        self._rows = [slice(int(start), int(end)) for start, end in zip(starts, ends, strict=True)]
+
+    def write_slots(self) -> Index:
+        """The slots of all new tokens of the pass, in order."""
+        return self._index(np.concatenate([self._slots(run, run.start, run.end) for run in self._runs]))
+
+    def effective_window(self, sliding_window: int | None) -> int | None:
+        """None when the window is wide enough to hide nothing in this pass."""
+        if sliding_window is None or sliding_window >= max(run.end for run in self._runs):
+            return None
+        return sliding_window
+
+    def pieces(self, window: int | None) -> list[Piece]:
+        """All pieces, in an order in which every `merge` piece comes after the one it is merged into."""
+        if window is not None:
+            return [piece for index in range(len(self._runs)) for piece in self._windowed(index, window)]
+        pieces: list[Piece] = []
+        remainders: dict[int, int] = {}
+        self._plan_shared(list(range(len(self._runs))), 0, pieces, remainders)
+        self._plan_remainders(remainders, pieces)
+        return pieces
+
+    def _plan_shared(self, members: list[int], from_page: int, pieces: list[Piece], remainders: dict[int, int]) -> None:
+        """Plan pages that several members share; note for each run the first page that is left to it alone."""
+        for group in self._group_by_page(members, from_page):
+            to_page = from_page + (self._num_common_pages(group, from_page) if len(group) > 1 else 0)
+            if (to_page - from_page) * self._page_size < MIN_SHARED_TOKENS:
+                remainders.update((index, from_page) for index in group)
+                continue
+            rows = self._index(np.concatenate([np.arange(self._rows[i].start, self._rows[i].stop) for i in group]))
+            start, end = from_page * self._page_size, to_page * self._page_size
+            self._add_full(self._runs[group[0]], start, end, rows, from_page > 0, pieces)
+            self._plan_shared(group, to_page, pieces, remainders)
+
+    def _group_by_page(self, members: list[int], page_index: int) -> Iterable[list[int]]:
+        """Members that hold the same page at `page_index` wholly before their start; every other one for itself."""
+        groups: dict[tuple[bool, int], list[int]] = {}
+        for index in members:
+            run = self._runs[index]
+            is_past = (page_index + 1) * self._page_size <= run.start
+            key = (True, int(run.pages[page_index])) if is_past else (False, index)
+            groups.setdefault(key, []).append(index)
+        return groups.values()
+
+    def _num_common_pages(self, group: list[int], from_page: int) -> int:
+        to_page = min(self._runs[index].start // self._page_size for index in group)
+        first = self._runs[group[0]].pages[from_page:to_page]
+        common = len(first)
+        for index in group[1:]:
+            differs = self._runs[index].pages[from_page : from_page + common] != first[:common]
+            common = int(differs.argmax()) if differs.any() else common
+        return common
+
+    def _plan_remainders(self, remainders: dict[int, int], pieces: list[Piece]) -> None:
+        """Plan what each run sees alone, from the page noted for it up to its own end."""
+        short: list[int] = []
+        for index, page_index in sorted(remainders.items()):
+            run, start = self._runs[index], page_index * self._page_size
+            if run.end - run.start > 1:
+                if start < run.start:
+                    self._add_full(run, start, run.start, self._rows[index], page_index > 0, pieces)
+                diagonal = self._index(self._slots(run, run.start, run.end))
+                pieces.append(CausalPiece(diagonal, self._rows[index], merge=run.start > 0))
+            elif page_index > 0 and run.end - start <= MAX_PADDED_TOKENS:
+                short.append(index)
+            else:
+                self._add_full(run, start, run.end, self._rows[index], page_index > 0, pieces)
+        if short:
+            pieces.append(self._padded(short, [remainders[index] * self._page_size for index in short]))
+
+    def _padded(self, members: list[int], starts: list[int]) -> PaddedPiece:
+        own = [self._slots(self._runs[i], start, self._runs[i].end) for i, start in zip(members, starts, strict=True)]
+        lengths = np.array([len(slots) for slots in own])
+        padded = np.stack([np.pad(slots, (0, lengths.max() - len(slots)), mode="edge") for slots in own])
+        visible = np.arange(lengths.max()) < lengths[:, None]
+        rows = self._index(np.array([self._rows[index].start for index in members]))
+        return PaddedPiece(self._tensor(padded), rows, self._tensor(visible), merge=True)
+
+    def _add_full(self, run: RunTable, start: int, end: int, rows: Index, merge: bool, pieces: list[Piece]) -> None:
+        for slots in self._stretches(self._slots(run, start, end)):
+            pieces.append(FullPiece(slots, rows, merge))
+            merge = True
+
+    def _stretches(self, slots: SlotArray) -> list[Index]:
+        """Long consecutive stretches as views, everything else as one gather."""
+        breaks = np.flatnonzero(np.diff(slots) != 1) + 1
+        parts = np.split(slots, breaks)
+        views = [part for part in parts if len(part) >= MIN_VIEW_TOKENS or len(parts) == 1]
+        rest = [part for part in parts if len(part) < MIN_VIEW_TOKENS and len(parts) > 1]
+        scattered = [np.concatenate(rest)] if rest else []
+        return [self._index(part) for part in (*views, *scattered)]
+
+    def _windowed(self, index: int, window: int) -> Iterable[Piece]:
+        """Blocks of rows with a banded mask; a block is as wide as the window, so the work stays linear."""
+        run, rows = self._runs[index], self._rows[index]
+        for start in range(run.start, run.end, window):
+            end = min(start + window, run.end)
+            first = max(0, start - window + 1)
+            slots = self._index(self._slots(run, first, end))
+            block = slice(rows.start + start - run.start, rows.start + end - run.start)
+            if end - start == 1:
+                yield FullPiece(slots, block, merge=False)
+                continue
+            query_at, key_at = np.arange(start, end)[:, None], np.arange(first, end)
+            visible = (key_at <= query_at) & (key_at > query_at - window)
+            yield MaskedPiece(slots, block, self._tensor(visible))
+
+    def _slots(self, run: RunTable, start: int, end: int) -> SlotArray:
+        positions = np.arange(start, end, dtype=np.int64)
+        pages = run.pages[positions // self._page_size].astype(np.int64)
+        return pages * self._page_size + positions % self._page_size
+
+    def _index(self, values: npt.NDArray[np.integer]) -> Index:
+        first = int(values[0])
+        if (np.diff(values) == 1).all():
+            return slice(first, first + len(values))
+        return self._tensor(values)
+
+    def _tensor(self, values: npt.NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(values).to(self._device)

@@ -1,0 +1,81 @@
+"""The torch back end: no copies where the page table allows, shared pages attended once, no masks where possible.
+
+A pass is cut into pieces (`planner`), each piece is one call of torch's flash attention (`pieces`), and partial
+results of a row are merged by their log-sum-exp. A pass whose only piece is one causal block goes through the very
+kernel that stock SDPA uses, so a cold full prefill is bit-identical to the stock forward on CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvcomm.model.attention.contract import AttentionStep, RunTable
+from kvcomm.model.attention.pieces import Index, Piece, merge_into
+from kvcomm.model.attention.planner import PassPlanner
+
+
+class TorchBackend:
+    """SDPA over views of the pool; see the module docstring."""
+
+    name = "torch"
+
+    def prepare(
+        self, runs: Sequence[RunTable], keys: Sequence[Tensor], values: Sequence[Tensor], page_size: int
+    ) -> AttentionStep:
+        return TorchStep(runs, keys, values, page_size)
+
+
+class TorchStep:
+    """One pass. Pieces are planned once per distinct window and reused by every layer with that window."""
+
+    def __init__(
+        self, runs: Sequence[RunTable], keys: Sequence[Tensor], values: Sequence[Tensor], page_size: int
+    ) -> None:
+        self._keys, self._values = keys, values
+        self._planner = PassPlanner(runs, page_size, keys[0].device)
+        self._write_slots = self._planner.write_slots()
+        self._pieces: dict[int | None, list[Piece]] = {}
+
+    def __call__(
+        self,
+        layer_id: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        keys, values = self._keys[layer_id], self._values[layer_id]
+        _write(keys, self._write_slots, key)
+        _write(values, self._write_slots, value)
+        window = self._planner.effective_window(sliding_window)
+        if window not in self._pieces:
+            self._pieces[window] = self._planner.pieces(window)
+        return _attend(self._pieces[window], query[0], keys, values, scale)
+
+
+def _write(storage: Tensor, slots: Index, new: Tensor) -> None:
+    """Put new [1, num_kv_heads, num_tokens, dim] into its slots of storage [num_slots, num_kv_heads, dim]."""
+    storage[slots] = new[0].transpose(0, 1)
+
+
+def _attend(pieces: Sequence[Piece], query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    if len(pieces) == 1 and pieces[0].rows == slice(0, query.shape[1]):
+        out, _ = pieces[0].attend(query, keys, values, scale)
+        return out.transpose(0, 1)[None]
+    num_heads, num_tokens, _ = query.shape
+    rows_first = query.new_empty(num_tokens, num_heads, values.shape[-1])
+    out = rows_first.transpose(0, 1)
+    lse = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=query.device)
+    for piece in pieces:
+        part, part_lse = piece.attend(query, keys, values, scale)
+        if piece.merge:
+            merge_into(out, lse, piece.rows, part, part_lse)
+        else:
+            out[:, piece.rows] = part
+            lse[:, piece.rows] = part_lse
+    return rows_first[None]

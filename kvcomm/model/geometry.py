@@ -1,0 +1,226 @@
+"""What KV means for one model: shapes, windows and rotation of every layer.
+
+Read from the config where it says so and *measured* where code decides: two one-token passes at different positions
+show which layers exist, what they hand to attention, and by which rotation their keys follow the position (a lone
+token attends to itself only, so its keys differ between positions by the rotation alone, in every layer). A model
+whose KV cannot be cached soundly is refused by name; one whose KV can be cached but not moved says why (`immovable`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+
+from kvcomm.errors import UnsupportedModel
+from kvcomm.model.attention import hook
+from kvcomm.model.rope import RopeGeometry, rotate
+
+CACHEABLE_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+LENGTH_DEPENDENT_ROPES = frozenset({"dynamic", "longrope"})
+PROBE_POSITIONS = (0, 37)
+ROTATION_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest error of a key against its predicted rotation, relative to the largest key channel."""
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """KV of one layer. `rope` is None where keys do not depend on the position or follow no known rotation."""
+
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    sliding_window: int | None
+    rope: RopeGeometry | None
+
+
+@dataclass(frozen=True)
+class ModelGeometry:
+    """KV of a model.
+
+    Attributes:
+        architecture: class name of the model.
+        layers: one entry per layer, in order.
+        max_context: tokens the model may see; for length-dependent rope, up to where its frequencies stay fixed.
+        immovable: why cached keys cannot be moved to other positions, or None if they can.
+    """
+
+    architecture: str
+    layers: tuple[LayerGeometry, ...]
+    max_context: int
+    vocab_size: int
+    dtype: torch.dtype
+    immovable: str | None
+
+    @cached_property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token over all layers."""
+        channels = sum(layer.num_kv_heads * (layer.key_dim + layer.value_dim) for layer in self.layers)
+        return channels * self.dtype.itemsize
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel) -> ModelGeometry:
+        """Read and measure a decoder.
+
+        Raises:
+            UnsupportedModel: its KV cannot be cached soundly; the message names the model and the reason.
+        """
+        config = model.config.get_text_config()
+        _refuse_by_config(model, config)
+        probes = [_probe(model, position) for position in PROBE_POSITIONS]
+        _refuse_missing_layers(model, config, probes[0])
+        candidates = list(_rope_candidates(model))
+        ropes = [_measure_rope(first, second, candidates) for first, second in zip(*probes, strict=True)]
+        layers = tuple(_layer(seen, rope) for seen, (rope, _) in zip(probes[0], ropes, strict=True))
+        unknown = [index for index, (_, known) in enumerate(ropes) if not known]
+        return cls(
+            architecture=type(model).__name__,
+            layers=layers,
+            max_context=_max_context(config),
+            vocab_size=model.get_output_embeddings().weight.shape[0],
+            dtype=model.dtype,
+            immovable=_why_immovable(config, unknown),
+        )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one layer handed to attention in a probe."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    sliding_window: int | None
+
+
+class _ProbeStep:
+    """An attention step that only records; a lone token's attention output is its value."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, _Seen] = {}
+
+    def __call__(
+        self,
+        layer_id: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        self.layers[layer_id] = _Seen(query, key, value, scale, sliding_window)
+        return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2)
+
+
+def _probe(model: PreTrainedModel, position: int) -> list[_Seen]:
+    hook.register()
+    step = _ProbeStep()
+    device = model.device
+    token, positions = torch.tensor([[1]], device=device), torch.tensor([[position]], device=device)
+    try:
+        with torch.inference_mode(), hook.switched(hook.configs_of(model)):
+            model(input_ids=token, position_ids=positions, use_cache=False, **{hook.STEP_KEYWORD: step})
+    except (KeyError, TypeError) as error:
+        raise UnsupportedModel(_refusal(model, f"it does not take a replaced attention function ({error})")) from error
+    return [step.layers[layer_id] for layer_id in sorted(step.layers)]
+
+
+def _refuse_by_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    if config.is_encoder_decoder or model.config.is_encoder_decoder:
+        raise UnsupportedModel(_refusal(model, "it is an encoder-decoder; kvcomm caches decoder-only models"))
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedModel(_refusal(model, "multi-head latent attention (MLA) caches latents, not keys and values"))
+    foreign = set(getattr(config, "layer_types", None) or ()) - CACHEABLE_LAYER_TYPES
+    if foreign:
+        names = ", ".join(sorted(foreign))
+        raise UnsupportedModel(_refusal(model, f"layers of type {names} keep a state that is not per-token KV"))
+    if getattr(config, "use_bidirectional_attention", False) is True:
+        raise UnsupportedModel(_refusal(model, "its attention is not causal"))
+
+
+def _refuse_missing_layers(model: PreTrainedModel, config: PreTrainedConfig, seen: Sequence[_Seen]) -> None:
+    if len(seen) == config.num_hidden_layers:
+        return
+    recurrent = sorted(
+        {type(module).__name__ for module in model.modules() if hasattr(module, "A_log") or hasattr(module, "conv1d")}
+    )
+    why = f"; {', '.join(recurrent)} keeps a recurrent state" if recurrent else ""
+    reason = f"only {len(seen)} of its {config.num_hidden_layers} layers are attention kvcomm can replace{why}"
+    raise UnsupportedModel(_refusal(model, reason))
+
+
+def _refusal(model: nn.Module, reason: str) -> str:
+    return f"{type(model).__name__} is not supported: {reason}"
+
+
+def _layer(seen: _Seen, rope: RopeGeometry | None) -> LayerGeometry:
+    return LayerGeometry(
+        num_heads=seen.query.shape[1],
+        num_kv_heads=seen.key.shape[1],
+        key_dim=seen.key.shape[-1],
+        value_dim=seen.value.shape[-1],
+        scale=seen.scale,
+        sliding_window=seen.sliding_window,
+        rope=rope,
+    )
+
+
+def _rope_candidates(model: nn.Module) -> Iterator[RopeGeometry]:
+    """Every rotation the model's rotary modules could mean, in both channel layouts."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name.endswith("inv_freq") and "original" not in name:
+                prefix = name.removesuffix("inv_freq")
+                kind = module.rope_type
+                kind = kind[prefix.removesuffix("_")] if isinstance(kind, dict) else kind
+                scaling = float(getattr(module, f"{prefix}attention_scaling", 1.0))
+                inv_freq = tuple(buffer.float().tolist())
+                yield RopeGeometry(str(kind), inv_freq, interleaved=False, attention_scaling=scaling)
+                yield RopeGeometry(str(kind), inv_freq, interleaved=True, attention_scaling=scaling)
+
+
+def _measure_rope(first: _Seen, second: _Seen, candidates: Sequence[RopeGeometry]) -> tuple[RopeGeometry | None, bool]:
+    """The rotation that takes a layer's probe keys from the first to the second position, and whether one was found."""
+    tolerance = ROTATION_TOLERANCE.get(first.key.dtype, 5e-2) * float(first.key.abs().max())
+    if float((first.key - second.key).abs().max()) <= tolerance:
+        return None, True
+    delta = PROBE_POSITIONS[1] - PROBE_POSITIONS[0]
+    for rope in candidates:
+        if rope.rotary_dim <= first.key.shape[-1]:
+            error = float((rotate(first.key, delta, rope).float() - second.key.float()).abs().max())
+            if error <= tolerance:
+                return rope, True
+    return None, False
+
+
+def _rope_kinds(config: PreTrainedConfig) -> set[str]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    per_layer_type = [value for value in parameters.values() if isinstance(value, dict)]
+    return {str(entry.get("rope_type", "default")) for entry in per_layer_type or [parameters]}
+
+
+def _max_context(config: PreTrainedConfig) -> int:
+    longest = int(getattr(config, "max_position_embeddings", 0) or 2**20)
+    if not _rope_kinds(config) & LENGTH_DEPENDENT_ROPES:
+        return longest
+    # Beyond this length the frequencies change with the length, and with them every cached key.
+    original = config.rope_parameters.get("original_max_position_embeddings")
+    return min(longest, int(original)) if original else longest
+
+
+def _why_immovable(config: PreTrainedConfig, unknown: Sequence[int]) -> str | None:
+    changing = sorted(_rope_kinds(config) & LENGTH_DEPENDENT_ROPES)
+    if changing:
+        return f"{', '.join(changing)} rope changes its frequencies with the length"
+    if unknown:
+        return f"keys of layers {', '.join(map(str, unknown))} follow the position by no known rotation"
+    return None

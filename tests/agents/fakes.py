@@ -1,0 +1,170 @@
+"""Stand-ins for an engine and its contexts: deterministic, without a model, and counting what is open."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from kvcomm.engine.handle import RequestHandle
+from kvcomm.engine.policy import ReusePolicy
+from kvcomm.engine.results import Choice, Chunk, Completion, Usage
+from kvcomm.engine.sampling import SamplingParams
+from kvcomm.errors import ContextReleased, RequestCancelled
+from kvcomm.memory.segments import Segment
+
+CHATML = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+SPECIALS = ["<|bos|>", "<|start|>", "<|end|>"]
+
+
+def byte_tokenizer(chat_template: str | None = CHATML, *, adds_bos: bool = False) -> PreTrainedTokenizerFast:
+    """One token per byte, three control tokens behind them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: index for index, symbol in enumerate(alphabet)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(SPECIALS)
+    if adds_bos:
+        from tokenizers.processors import TemplateProcessing
+
+        bos = ("<|bos|>", backend.token_to_id("<|bos|>"))
+        backend.post_processor = TemplateProcessing(single="<|bos|> $A", special_tokens=[bos])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|end|>", chat_template=chat_template
+    )
+
+
+class FakeEngine:
+    """Answers prompts with a function of their text.
+
+    Attributes:
+        prompts: text of every prompt submitted, in order.
+        handles: handle of every request, in order.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[str], str | Exception] = lambda text: f"<{len(text)}>",
+        *,
+        gated: bool = False,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        max_context: int = 100_000,
+    ) -> None:
+        self.tokenizer = tokenizer or byte_tokenizer()
+        self.max_context = max_context
+        self.prompts: list[str] = []
+        self.samplings: list[SamplingParams] = []
+        self.tenants: list[str] = []
+        self.handles: list[RequestHandle] = []
+        self.policy = ReusePolicy.exact()
+        self.is_closed = False
+        self._answer = answer
+        self._gated = gated
+        self._lock = threading.Lock()
+
+    @property
+    def num_in_flight(self) -> int:
+        return sum(not handle.done for handle in self.handles)
+
+    def segment(self, text: str, *, name: str | None = None) -> Segment:
+        return Segment(tuple(self.tokenizer.encode(text, add_special_tokens=False)), name)
+
+    def submit(self, prompt: Sequence[Segment], sampling: SamplingParams, *, tenant: str = "default") -> RequestHandle:
+        text = self.tokenizer.decode([token for segment in prompt for token in segment.token_ids])
+        with self._lock:
+            index = len(self.handles)
+            handle = RequestHandle(index, cancel=lambda: self._cancel(handle))
+            self.prompts.append(text)
+            self.samplings.append(sampling)
+            self.tenants.append(tenant)
+            self.handles.append(handle)
+        if not self._gated:
+            self.finish(index)
+        return handle
+
+    def finish(self, index: int) -> None:
+        """Let a request answer, byte by byte."""
+        handle, text = self.handles[index], self.prompts[index]
+        answer = self._answer(text)
+        if isinstance(answer, Exception):
+            handle.settle(answer)
+            return
+        ids = tuple(self.tokenizer.encode(answer, add_special_tokens=False))
+        for token in ids:
+            handle.publish(Chunk(0, self.tokenizer.decode([token]), (token,), None, None))
+        usage = Usage(len(text), 0, 0, len(text), len(ids), 0.0, 0.0, 0.0)
+        handle.settle(Completion((Choice(0, answer, ids, "stop", None),), usage))
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def _cancel(self, handle: RequestHandle) -> None:
+        with self._lock:
+            if not handle.done:
+                handle.settle(RequestCancelled(f"request {handle.request_id} was cancelled"))
+
+
+class ContextCounter:
+    """Knows every context made and which of them are still open."""
+
+    def __init__(self) -> None:
+        self.open: set[FakeContext] = set()
+        self.num_made = 0
+        self.numbers = itertools.count()
+
+    def root(self) -> FakeContext:
+        return FakeContext(self, ())
+
+
+class FakeContext:
+    """The texts it was built from; every open one counts as one page."""
+
+    def __init__(self, counter: ContextCounter, path: tuple[str, ...]) -> None:
+        self.counter = counter
+        self.path = path
+        counter.num_made += 1
+        counter.open.add(self)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return tuple("".join(self.path).encode())
+
+    def fork(self) -> FakeContext:
+        self._require_open()
+        return FakeContext(self.counter, self.path)
+
+    def extend(self, text: str) -> FakeContext:
+        self._require_open()
+        self.path = (*self.path, text)
+        return self
+
+    def submit(self, sampling: SamplingParams) -> RequestHandle:
+        """Answers with its own seed; the answer stands behind the context at once."""
+        self._require_open()
+        answer = f"[{sampling.seed}]"
+        self.extend(answer)
+        handle = RequestHandle(next(self.counter.numbers), cancel=lambda: None)
+        usage = Usage(1, 0, 0, 1, 1, 0.0, 0.0, 0.0)
+        handle.settle(Completion((Choice(0, answer, (1,), "stop", None),), usage))
+        return handle
+
+    def release(self) -> None:
+        self.counter.open.discard(self)
+
+    def _require_open(self) -> None:
+        if self not in self.counter.open:
+            raise ContextReleased("released")
+
+    def __enter__(self) -> FakeContext:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.release()

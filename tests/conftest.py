@@ -1,0 +1,40 @@
+"""What every test relies on: quiet threads, no hub, the real model, and hypothesis without deadlines."""
+
+from __future__ import annotations
+
+import os
+
+# Both are read when torch and transformers are imported, so they come before any of those.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from typing import TYPE_CHECKING
+
+import hypothesis
+import pytest
+
+if TYPE_CHECKING:
+    from kvcomm.model.loading import LoadedModel
+    from tests.tiny import TinyModel
+
+# Deadlines measure the machine, not the code. CI repeats the same examples every time.
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000, stateful_step_count=200)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "local"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LoadedModel:
+    """The real model in float32, fetched into the user's cache folder on first use. Tests never change it."""
+    from kvcomm.model.loading import load_model
+
+    return load_model("smollm2-135m", dtype="float32", device="cpu", progress=True)
+
+
+@pytest.fixture
+def tiny() -> TinyModel:
+    """A fresh random two-layer Llama and its tokenizer."""
+    from tests.tiny import tiny_model
+
+    return tiny_model()

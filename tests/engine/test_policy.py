@@ -1,0 +1,27 @@
+"""The reuse policy: its limits, and what counts as exact."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvcomm.engine.policy import ReusePolicy
+from kvcomm.errors import InvalidRequest
+
+
+def test_exact_is_the_default() -> None:
+    assert ReusePolicy.exact() == ReusePolicy() == ReusePolicy(max_divergence=0.0, confidence=0.95)
+    assert ReusePolicy.exact().is_exact
+    assert not ReusePolicy(max_divergence=1e-9).is_exact
+
+
+@pytest.mark.parametrize("value", [-1e-9, float("nan"), float("inf")])
+def test_divergence_must_be_finite_and_not_negative(value: float) -> None:
+    with pytest.raises(InvalidRequest, match=f"max_divergence must be .* got {value!r}"):
+        ReusePolicy(max_divergence=value)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -0.5, float("nan")])
+def test_confidence_must_be_a_probability_short_of_certainty(value: float) -> None:
+    with pytest.raises(InvalidRequest, match=f"confidence must be .* got {value!r}"):
+        ReusePolicy(confidence=value)
+    assert ReusePolicy(confidence=0.999).confidence == 0.999
