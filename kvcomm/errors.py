@@ -16,6 +16,7 @@ the way out. Our own broken invariants stay `AssertionError`.
     |  +- QuotaExceeded                   the tenant's own quota, not the pool, is full
     +- RequestCancelled                   the request was cancelled; what was generated is attached
     +- NumericalError                     NaN or infinite logits
+    +- AgentFailed                        an agent of a group could not answer; __cause__ says why
     +- EngineClosed                       the engine was closed, or its loop died
     +- UnsupportedModel                   the model's KV cannot be cached soundly; says why
     +- ModelLoadError                     a model could not be fetched or loaded
@@ -82,6 +83,21 @@ class RequestCancelled(KVCommError):
 
 class NumericalError(KVCommError):
     """The model produced NaN or infinite logits."""
+
+
+class AgentFailed(KVCommError):
+    """An agent could not answer, so its group's run was stopped; `__cause__` says why.
+
+    Attributes:
+        agent: the agent's name.
+        round: the round it was answering in.
+    """
+
+    def __init__(self, agent: str, round: int, cause: BaseException) -> None:
+        super().__init__(f"agent {agent!r} failed in round {round}: {type(cause).__name__}: {cause}")
+        self.agent = agent
+        self.round = round
+        self.__cause__ = cause
 
 
 class EngineClosed(KVCommError):

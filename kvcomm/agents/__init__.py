@@ -6,7 +6,6 @@ from kvcomm.agents.agent import Agent
 from kvcomm.agents.branches import SearchResult, SearchStats
 from kvcomm.agents.group import KVCommAgentGroup
 from kvcomm.agents.results import (
-    AgentFailed,
     AgentFinished,
     AgentResult,
     AgentStarted,
@@ -20,6 +19,7 @@ from kvcomm.agents.search import beam, best_first, mcts
 from kvcomm.agents.team import Team, load_team, packaged_teams
 from kvcomm.agents.templates import Slot, Static, parse_template
 from kvcomm.agents.thoughts import SampleThoughts, Thought
+from kvcomm.errors import AgentFailed
 
 __all__ = [
     "Agent",

@@ -10,26 +10,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from kvcomm.errors import KVCommError
 from kvcomm.memory.segments import Segment
 
 if TYPE_CHECKING:
     from kvcomm.engine.results import Usage
-
-
-class AgentFailed(KVCommError):
-    """An agent could not answer, so its group's run was stopped; `__cause__` says why.
-
-    Attributes:
-        agent: the agent's name.
-        round: the round it was answering in.
-    """
-
-    def __init__(self, agent: str, round: int, cause: BaseException) -> None:
-        super().__init__(f"agent {agent!r} failed in round {round}: {type(cause).__name__}: {cause}")
-        self.agent = agent
-        self.round = round
-        self.__cause__ = cause
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from kvcomm.agents.agent import Agent
 from kvcomm.agents.graph import AgentGraph, Task
 from kvcomm.agents.rendering import PromptRenderer, RenderedPrompt
 from kvcomm.agents.results import (
-    AgentFailed,
     AgentFinished,
     AgentResult,
     AgentStarted,
@@ -31,7 +30,7 @@ from kvcomm.agents.results import (
 )
 from kvcomm.agents.templates import Slot
 from kvcomm.engine.sampling import SamplingParams
-from kvcomm.errors import KVCommError, PromptTooLong
+from kvcomm.errors import AgentFailed, KVCommError, PromptTooLong
 from kvcomm.memory.segments import Segment
 
 if TYPE_CHECKING:

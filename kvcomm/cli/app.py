@@ -14,7 +14,8 @@ from typing import Annotated
 import typer
 
 from kvcomm import __version__
-from kvcomm.cli import doctor, model
+from kvcomm.cli import context, doctor, model, segment, snapshot
+from kvcomm.cli import run as run_cli
 from kvcomm.cli.output import emit_error
 from kvcomm.errors import InvalidRequest, KVCommError
 
@@ -29,6 +30,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("run", epilog=run_cli.EPILOG)(run_cli.run)
+app.add_typer(context.app, name="context")
+app.add_typer(segment.app, name="segment")
+app.add_typer(snapshot.app, name="snapshot")
 app.add_typer(model.app, name="model")
 app.command("doctor")(doctor.doctor)
 

@@ -1,4 +1,4 @@
-"""Small texts for people: ages, and foreign text made safe to print.
+"""Small pieces of output: foreign text made safe to print, ages, usages.
 
 Names and answers come from files and models, so they may hold control characters; none of those reaches a
 terminal.
@@ -7,8 +7,10 @@ terminal.
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
-from kvcomm.engine.results import Usage
+if TYPE_CHECKING:
+    from kvcomm.engine.results import Usage
 
 _KEPT_CONTROLS = "\n\t"
 _AGES = (("d", 86_400), ("h", 3_600), ("min", 60))
@@ -56,3 +58,12 @@ def usage_values(usage: Usage) -> dict[str, object]:
         "decode_tokens_per_s": usage.decode_tokens_per_s,
         "reasons": dict(usage.reasons),
     }
+
+
+def usage_line(usage: Usage) -> str:
+    """A usage on one line."""
+    return (
+        f"{usage.prompt_tokens} prompt tokens: {usage.exact_tokens} exact, {usage.computed_tokens} computed; "
+        f"{usage.generated_tokens} generated; first token after {usage.ttft_s:.3f} s, "
+        f"then {usage.decode_tokens_per_s:.1f} tokens/s"
+    )

@@ -74,9 +74,10 @@ class Detokenizer:
             return ""
         searched_from = len(self.text)
         found = [(self._known.find(stop, searched_from), stop) for stop in self._stop]
-        hits = [(at, stop) for at, stop in found if at >= 0]
+        # The one that is complete first, as if the text had come letter by letter.
+        hits = [(at + len(stop), at, stop) for at, stop in found if at >= 0]
         if hits:
-            end, self.stopped = min(hits)
+            _, end, self.stopped = min(hits)
         else:
             end = len(self._known) - (self._num_held_back() if hold_back else 0)
         released = self._known[searched_from:end]

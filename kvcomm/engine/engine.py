@@ -10,7 +10,6 @@ import itertools
 import secrets
 import weakref
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
@@ -20,7 +19,6 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvcomm.config import EngineConfig
-from kvcomm.engine import hf_cache
 from kvcomm.engine.context import Context, sampling_params
 from kvcomm.engine.detokenize import Detokenizer
 from kvcomm.engine.exchange import KVExchange, layer_shapes
@@ -34,11 +32,11 @@ from kvcomm.engine.sampling import Sampler, SamplingParams
 from kvcomm.engine.scheduler import Scheduler
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.fidelity import Fidelity
+from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds, PagePool
+from kvcomm.memory.segment_tree import SegmentNode
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
-from kvcomm.memory.snapshots import SegmentRecord, SnapshotHeader, read_snapshot, write_snapshot
-from kvcomm.memory.tree import RadixTree
 from kvcomm.model.attention import make_backend
 from kvcomm.model.geometry import ModelGeometry
 from kvcomm.model.loading import load_model
@@ -91,8 +89,8 @@ class Engine:
         self.geometry = ModelGeometry.from_model(model)
         self.backend = make_backend(self.config.attention, model.device)
         self._identity = self._model_identity(weights_id or weights_digest(model))
-        self.pool = self._make_pool()
-        self.tree = RadixTree(self.pool, ttl_s=self.config.cache_ttl_s)
+        self.memory = self._make_memory()
+        self.pool, self.tree = self.memory.pool, self.memory.tree
         runner = ModelRunner(
             model,
             keys=self.pool.keys,
@@ -101,11 +99,11 @@ class Engine:
             backend=self.backend,
         )
         ends = end_token_ids(model, tokenizer)
-        self.scheduler = Scheduler(self.config, self.pool, self.tree, runner, end_token_ids=ends)
+        self.scheduler = Scheduler(self.config, self.memory, runner, end_token_ids=ends)
         self._reader = PromptReader(
             tokenizer, vocab_size=self.geometry.vocab_size, max_context=self.geometry.max_context
         )
-        self._exchange = KVExchange(self.pool, layer_shapes(self.geometry), self.scheduler.make_writable)
+        self._exchange = KVExchange(self.memory, self.geometry, self.lock)
         self._contexts: dict[int, Context] = {}
         self._request_ids = itertools.count()
         self._loop = EngineLoop(self.scheduler)
@@ -154,6 +152,27 @@ class Engine:
     def segment(self, text: str, *, name: str | None = None) -> Segment:
         """A text tokenized on its own, to be used in prompts as often as you like."""
         return self._reader.segment(text, name=name)
+
+    def keep_segment(self, segment: Segment, *, tenant: str = DEFAULT_TENANT, ttl_s: float | None = None) -> str:
+        """Store a named segment for `find_segment`; returns its digest.
+
+        Raises:
+            InvalidRequest: the segment has no name.
+        """
+        if segment.name is None:
+            raise InvalidRequest("a segment needs a name to be kept: engine.segment(text, name=...)")
+        with self.lock:
+            return self.memory.segments.name(self.namespace(tenant), segment.name, segment, ttl_s=ttl_s)
+
+    def find_segment(self, name: str, *, tenant: str = DEFAULT_TENANT) -> Segment | None:
+        """The tenant's segment of that name, or None."""
+        with self.lock:
+            return self.memory.segments.lookup(self.namespace(tenant), name)
+
+    def segment_tree(self, *, tenant: str = DEFAULT_TENANT) -> tuple[SegmentNode, ...]:
+        """The tenant's contexts as one tree of segments: parents before children, with what is cached of each."""
+        with self.lock:
+            return tuple(self.memory.segment_tree.walk(self.namespace(tenant)))
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Text of token ids, special tokens included."""
@@ -225,7 +244,7 @@ class Engine:
             )
             for index in range(sampling.n)
         ]
-        request = Request(
+        request = Request(  # named, for the handle's cancel above
             request_id=request_id,
             namespace=self.namespace(tenant),
             sampling=sampling,
@@ -260,7 +279,7 @@ class Engine:
             if not new_tokens:
                 request.ready_logits = context.ready_logits
             if not is_fork:
-                request.on_success = lambda: context.complete(request, segments)
+                request.on_success = lambda: self._complete(context, request, segments)
             self._loop.submit(request)
         except BaseException:
             if is_fork:
@@ -269,6 +288,11 @@ class Engine:
                 target.truncate(num_kept)
             raise
         return request.handle
+
+    def _complete(self, context: Context, request: Request, segments: tuple[Segment, ...]) -> None:
+        context.complete(request, segments)
+        if context.fidelity is Fidelity.EXACT:
+            self.memory.segment_tree.record(request.namespace, context.segments)
 
     def add_context(self, context: Context) -> None:
         """A context has been made."""
@@ -284,22 +308,7 @@ class Engine:
 
     def save_snapshot(self, context: Context, file: Path) -> Path:
         """Write a context's state; see `Context.save`."""
-        with self.lock:
-            keys, values = self._exchange.read(context.sequence)
-            header = SnapshotHeader(
-                namespace=self.namespace(context.tenant),
-                architecture=self.geometry.architecture,
-                dtype=str(self.geometry.dtype),
-                name=context.name,
-                token_ids=context.tokens,
-                num_computed=context.sequence.num_computed,
-                path=tuple(SegmentRecord(num_tokens=len(s.token_ids), name=s.name) for s in context.segments),
-                fidelity=context.fidelity,
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                payload_blake3="",
-            )
-            logits = context.ready_logits
-        write_snapshot(file, header, keys, values, logits)
+        self._exchange.save(context, file, self.namespace(context.tenant))
         return file
 
     def restore(self, file: str | Path, *, tenant: str = DEFAULT_TENANT) -> Context:
@@ -309,24 +318,13 @@ class Engine:
             SnapshotError: unreadable, altered, too new, or of another model or tenant; see the subclasses.
             PoolExhausted: no pages for it.
         """
-        shapes = self._exchange.shapes
-        snapshot = read_snapshot(Path(file), namespace=self.namespace(tenant), shapes=shapes, dtype=self.geometry.dtype)
-        header = snapshot.header
-        ends = list(itertools.accumulate(step.num_tokens for step in header.path))
-        segments = tuple(
-            Segment(header.token_ids[end - step.num_tokens : end], step.name)
-            for end, step in zip(ends, header.path, strict=True)
-        )
         with self.lock:
-            sequence = self._exchange.write(header.token_ids, snapshot.keys, snapshot.values, header.fidelity)
-            logits = None if snapshot.logits is None else snapshot.logits.clone()
-            return Context(self, sequence, tenant=tenant, name=header.name, segments=segments, last_logits=logits)
+            sequence, segments, name, logits = self._exchange.restore(Path(file), self.namespace(tenant))
+            return Context(self, sequence, tenant=tenant, name=name, segments=segments, last_logits=logits)
 
     def copy_to_hf_cache(self, context: Context) -> DynamicCache:
         """See `Context.to_hf_cache`."""
-        with self.lock:
-            keys, values = self._exchange.read(context.sequence)
-        return hf_cache.to_cache(keys, values, self.model.config)
+        return self._exchange.to_hf_cache(context.sequence, self.model.config)
 
     def context_from_hf_cache(
         self, cache: DynamicCache, prompt: Prompt, *, tenant: str = DEFAULT_TENANT, name: str | None = None
@@ -341,13 +339,8 @@ class Engine:
             PoolExhausted: no pages for it.
         """
         segments = self.read_prompt(prompt, is_start=True)
-        token_ids = _token_ids(segments)
-        num_computed = cache.get_seq_length()
-        if not 0 < num_computed <= len(token_ids):
-            raise InvalidRequest(f"the cache holds {num_computed} tokens, the prompt has {len(token_ids)}")
-        keys, values = hf_cache.from_cache(cache, self.geometry, num_computed)
         with self.lock:
-            sequence = self._exchange.write(token_ids, keys, values, Fidelity.APPROXIMATE)
+            sequence = self._exchange.from_hf_cache(cache, _token_ids(segments))
             return Context(self, sequence, tenant=tenant, name=name, segments=segments)
 
     # -- state ------------------------------------------------------------------------------------------------
@@ -372,11 +365,10 @@ class Engine:
             AssertionError: with all the numbers.
         """
         with self.lock:
-            self.tree.check_integrity()
             for context in self._contexts.values():
                 context.sequence.check_integrity()
-            held = [context.sequence.pages for context in self._contexts.values()]
-            self.pool.check_integrity([*held, *self._pages_in_requests(), *self.tree.pages_held()])
+            in_contexts = [context.sequence.pages for context in self._contexts.values()]
+            self.memory.check_integrity([*in_contexts, *self._pages_in_requests()])
 
     def set_quota(self, num_tokens: int | None, *, tenant: str = DEFAULT_TENANT) -> None:
         """Limit what a tenant's cached prefixes may occupy; None lifts the limit.
@@ -408,7 +400,7 @@ class Engine:
     def clear_cache(self, *, tenant: str | None = None) -> None:
         """Drop cached prefixes, of one tenant or of all; contexts keep what they refer to."""
         with self.lock:
-            self.tree.reset(None if tenant is None else self.namespace(tenant))
+            self.memory.reset(None if tenant is None else self.namespace(tenant))
 
     def close(self) -> None:
         """Fail what is in flight and end the engine's thread. Idempotent."""
@@ -429,14 +421,16 @@ class Engine:
         }
         return [sequence.pages for key, sequence in sequences.items() if key not in lent]
 
-    def _make_pool(self) -> PagePool:
-        return PagePool(
+    def _make_memory(self) -> Memory:
+        pool = PagePool(
             layer_shapes(self.geometry),
             num_pages=self.config.num_pages(self.geometry.kv_bytes_per_token),
             page_size=self.config.page_size,
             dtype=self.geometry.dtype,
             device=self.model.device,
         )
+        half = pool.num_pages * pool.page_bytes // 2
+        return Memory(pool, ttl_s=self.config.cache_ttl_s, segment_bytes=half)
 
     def _model_identity(self, weights: str) -> str:
         return model_identity(

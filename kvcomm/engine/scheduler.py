@@ -24,9 +24,8 @@ from kvcomm.engine.request import Branch, Request
 from kvcomm.engine.sampling import token_logprob
 from kvcomm.errors import EngineClosed, NumericalError, PoolExhausted, PoolTooSmall, RequestCancelled
 from kvcomm.memory.fidelity import Fidelity
-from kvcomm.memory.pool import PagePool
+from kvcomm.memory.memory import Memory
 from kvcomm.memory.sequences import Sequence
-from kvcomm.memory.tree import RadixTree
 from kvcomm.model.runner import ModelRunner, Run
 
 EXPIRE_INTERVAL_S = 1.0
@@ -51,16 +50,16 @@ class Scheduler:
     def __init__(
         self,
         config: EngineConfig,
-        pool: PagePool,
-        tree: RadixTree,
+        memory: Memory,
         runner: ModelRunner,
         *,
         end_token_ids: frozenset[int],
     ) -> None:
         self.lock = threading.RLock()
         self._config = config
-        self._pool = pool
-        self._tree = tree
+        self._memory = memory
+        self._pool = memory.pool
+        self._tree = memory.tree
         self._runner = runner
         self._end_token_ids = end_token_ids
         self._waiting: list[Request] = []
@@ -147,7 +146,7 @@ class Scheduler:
     def _expire(self) -> None:
         now = time.monotonic()
         if now >= self._next_expire_s:
-            self._tree.expire()
+            self._memory.expire()
             self._next_expire_s = now + EXPIRE_INTERVAL_S
 
     def _admit(self) -> None:
@@ -201,7 +200,7 @@ class Scheduler:
         reason = self._share_from_tree(request) if self._uses_tree(request) else Reason.CACHE_OFF
         request.plan = exact_plan(sequence.num_computed, sequence.num_tokens, reason)
         try:
-            self.make_writable(sequence, sequence.num_computed, request.max_tokens)
+            self._memory.make_writable(sequence, sequence.num_computed, request.max_tokens)
         except PoolExhausted:
             if request.is_lent:
                 sequence.trim()
@@ -217,13 +216,6 @@ class Scheduler:
         if sequence.num_computed >= sequence.num_tokens - 1:
             return Reason.LAST_TOKEN
         return Reason(match.reason.value) if match.reason is not None else Reason.NEW
-
-    def make_writable(self, sequence: Sequence, start: int, end: int) -> None:
-        """`Sequence.make_writable`, evicting cached prefixes when pages run out; under the lock."""
-        missing = sequence.num_missing_pages(end) - self._pool.num_free
-        if missing > 0:
-            self._tree.evict(missing)
-        sequence.make_writable(start, end)
 
     def _nothing_to_wait_for(self, request: Request, error: PoolExhausted) -> PoolExhausted:
         return PoolExhausted(
@@ -273,7 +265,7 @@ class Scheduler:
     def _can_write(self, request: Request, sequence: Sequence, end: int, stuck: list[Request]) -> bool:
         """Own the pages up to `end`; a fork taken since admission may share the page that is written next."""
         try:
-            self.make_writable(sequence, sequence.num_computed, end)
+            self._memory.make_writable(sequence, sequence.num_computed, end)
         except PoolExhausted:
             stuck.append(request)
             return False

@@ -336,6 +336,7 @@ class SegmentStore:
         """Make `segment` known and used now, for at least `ttl_s`; returns its digest."""
         digest, ttl, now = segment.digest(space.name), self._ttl_s if ttl_s is None else ttl_s, self._clock()
         record = space.records.setdefault(digest, _Record(segment, ttl, now))
+        assert record.segment.token_ids == segment.token_ids, f"two segments with digest {digest}"
         record.ttl_s, record.used_s = max(record.ttl_s, ttl), now
         self._next_due_s = min(self._next_due_s, record.due_s)
         return digest

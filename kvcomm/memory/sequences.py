@@ -96,7 +96,7 @@ class Sequence:
         first, last = start // self._pool.page_size, self._pool_pages(end)
         for index in range(first, min(last, len(self._pages))):
             if self._pool.refcounts(self._pages[index : index + 1])[0] > 1:
-                self._replace(index, start)
+                self._replace(index)
         missing = last - len(self._pages)
         if missing > 0:
             behind = int(self._pages[-1]) if len(self._pages) else None
@@ -130,9 +130,9 @@ class Sequence:
         assert len(set(self._pages.tolist())) == len(self._pages), f"a page twice in {self._pages.tolist()}"
         assert (self._pool.refcounts(self._pages) > 0).all(), f"a free page in {self._pages.tolist()}"
 
-    def _replace(self, index: int, start: int) -> None:
-        """Exchange a shared page for an own one that holds what lies before `start`."""
-        num_kept = max(0, start - index * self._pool.page_size)
+    def _replace(self, index: int) -> None:
+        """Exchange a shared page for an own one with the same computed slots."""
+        num_kept = min(max(0, self.num_computed - index * self._pool.page_size), self._pool.page_size)
         behind = int(self._pages[index - 1]) if index else None
         old = self._pages[index : index + 1].copy()
         self._pages[index] = self._pool.copy_page(int(old[0]), num_kept, after=behind)

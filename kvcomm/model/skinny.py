@@ -45,7 +45,7 @@ def transposed_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) 
     out: Tensor = (weight @ rows.flatten(0, -2).t()).t().contiguous()
     if bias is not None:
         out = out + bias
-    return out.unflatten(0, rows.shape[:-1])
+    return out.view(*rows.shape[:-1], weight.shape[0])
 
 
 def skinny_linear(num_tokens: int, device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:

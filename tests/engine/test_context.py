@@ -12,6 +12,7 @@ from kvcomm.config import EngineConfig
 from kvcomm.engine.context import Context
 from kvcomm.engine.engine import Engine
 from kvcomm.errors import ContextBusy, ContextReleased, EmptyPrompt, InvalidRequest, PoolExhausted, RequestCancelled
+from kvcomm.memory.sequences import Sequence
 from tests.engine.conftest import greedy, some_tokens
 from tests.tiny import TinyModel, tiny_model
 
@@ -186,8 +187,8 @@ class ContextMachine(RuleBasedStateMachine):
         try:
             return self._track(self.engine.context(piece, tenant=tenant), list(piece))
         except PoolExhausted:
-            context = Context.__new__(Context)
-            context._released = True
+            context = Context(self.engine, Sequence(self.engine.pool), tenant=tenant)
+            context.release()
             return self._track(context, [])
 
     @rule(context=contexts, piece=st.sampled_from(PIECES))
@@ -204,7 +205,6 @@ class ContextMachine(RuleBasedStateMachine):
     def fork(self, context: Context) -> Context:
         if context.released:
             with pytest.raises(ContextReleased):
-                context.name = None
                 context.fork()
             return context
         return self._track(context.fork(), list(self.tokens[id(context)]))

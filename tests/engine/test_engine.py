@@ -221,7 +221,7 @@ def test_ctrl_c_while_waiting_cancels(engine: Engine, monkeypatch: pytest.Monkey
 def test_result_times_out_and_goes_on(engine: Engine) -> None:
     with engine.lock:  # the engine cannot finish a step meanwhile
         handle = engine.submit(some_tokens(30), NO_EOS)
-        with pytest.raises(TimeoutError, match="not finished after 0.01 s"):
+        with pytest.raises(TimeoutError, match="not finished after"):
             handle.result(0.01)
     assert handle.result().usage.generated_tokens == 12
 

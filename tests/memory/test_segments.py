@@ -208,10 +208,15 @@ def test_names_move_and_keep_their_segment_known(bench: Bench) -> None:
 
 
 def test_a_digest_alone_is_no_hit(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Segment, "digest", lambda self, namespace: "collision")
-    bench.put(A)
-    assert bench.has(A)
-    assert not bench.has(B)
+    with monkeypatch.context() as patch:
+        patch.setattr(Segment, "digest", lambda self, namespace: "collision")
+        bench.put(A)
+        assert bench.has(A)
+        assert not bench.has(B)
+        assert not bench.store.remove(NS, B)
+        with pytest.raises(AssertionError, match="two segments"):
+            bench.store.name(NS, "b", B)
+        bench.store.remove(NS, A)
 
 
 def test_budget_at_the_limit_and_one_past_it() -> None:
@@ -384,9 +389,9 @@ class StoreMachine(RuleBasedStateMachine):
             return False
         for scope in (namespace, None):
             for place in list(self.order):
-                if not self.fits(scope, wanted) and scope in (None, place[0]):
-                    if not self.known[place[:2]].pins:
-                        self.drop(place)
+                in_scope = scope in (None, place[0]) and not self.known[place[:2]].pins
+                if in_scope and not self.fits(scope, wanted):
+                    self.drop(place)
         return self.fits(namespace, wanted) and self.fits(None, wanted)
 
     def remember(self, namespace: str, segment_: Segment, ttl_s: float) -> Known:

@@ -106,6 +106,11 @@ def isolate_pip(monkeypatch: pytest.MonkeyPatch, find_links: Path) -> None:
     [
         ("echo 'No module named pip' >&2; exit 1", DownloadError, "No module named pip"),
         ("echo 'ERROR: Cannot connect'; echo 'WARNING: x'; exit 1", DownloadError, r"\(Cannot connect\)"),
+        (
+            "echo 'WARNING: Retrying after connection broken by X'; echo 'ERROR: No matching package'; exit 1",
+            DownloadError,
+            r"\(no connection to the package index\)",
+        ),
         ("exit 1", DownloadError, "no output"),
         ("exit 0", DownloadError, "left no such file"),
         ("echo 'ERROR: [Errno 28] No space left on device'; exit 1", CacheFolderError, "disk became full"),

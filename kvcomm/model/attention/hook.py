@@ -2,8 +2,9 @@
 
 transformers looks its attention function up by name at every call and hands keyword arguments of `model(...)` through
 to it. One name is registered here; the step of a pass travels as the keyword `kvcomm_step`. The model's own attention
-setting is switched only while a pass runs (`switched`), so the same model object still serves stock `generate`. If another thread calls the model in
-just that moment it reaches the functions here without a step, and they hand on to transformers' own SDPA.
+setting is switched only while a pass runs (`switched`), so the same model object still serves stock `generate`. If
+another thread calls the model in just that moment it reaches the functions here without a step, and they hand on to
+transformers' own SDPA.
 """
 
 from __future__ import annotations

@@ -57,21 +57,30 @@ class PassPlanner:
             return [piece for index in range(len(self._runs)) for piece in self._windowed(index, window)]
         pieces: list[Piece] = []
         remainders: dict[int, int] = {}
-        self._plan_shared(list(range(len(self._runs))), 0, pieces, remainders)
+        self._plan_shared(list(range(len(self._runs))), 0, 0, pieces, remainders)
         self._plan_remainders(remainders, pieces)
         return pieces
 
-    def _plan_shared(self, members: list[int], from_page: int, pieces: list[Piece], remainders: dict[int, int]) -> None:
-        """Plan pages that several members share; note for each run the first page that is left to it alone."""
-        for group in self._group_by_page(members, from_page):
-            to_page = from_page + (self._num_common_pages(group, from_page) if len(group) > 1 else 0)
+    def _plan_shared(
+        self, members: list[int], from_page: int, at_page: int, pieces: list[Piece], remainders: dict[int, int]
+    ) -> None:
+        """Plan pages that several members share; note for each run the first page that is left to it alone.
+
+        The members share their pages up to `at_page`, of which those before `from_page` are in pieces already: a
+        shared stretch that is too short for them all may become long enough for some that share more.
+        """
+        for group in self._group_by_page(members, at_page):
+            if len(group) == 1:
+                remainders[group[0]] = from_page
+                continue
+            to_page = at_page + self._num_common_pages(group, at_page)
             if (to_page - from_page) * self._page_size < MIN_SHARED_TOKENS:
-                remainders.update((index, from_page) for index in group)
+                self._plan_shared(group, from_page, to_page, pieces, remainders)
                 continue
             rows = self._index(np.concatenate([np.arange(self._rows[i].start, self._rows[i].stop) for i in group]))
             start, end = from_page * self._page_size, to_page * self._page_size
             self._add_full(self._runs[group[0]], start, end, rows, from_page > 0, pieces)
-            self._plan_shared(group, to_page, pieces, remainders)
+            self._plan_shared(group, to_page, to_page, pieces, remainders)
 
     def _group_by_page(self, members: list[int], page_index: int) -> Iterable[list[int]]:
         """Members that hold the same page at `page_index` wholly before their start; every other one for itself."""

@@ -1,0 +1,82 @@
+"""Options that several commands share, and what they stand for: texts, files, sampling, the engine."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvcomm.errors import InvalidRequest
+from kvcomm.model.registry import SMOLLM2_135M
+
+if TYPE_CHECKING:
+    from kvcomm.engine.engine import Engine
+
+DEFAULT_MODEL = SMOLLM2_135M.name
+MODEL_VARIABLE = "KVCOMM_MODEL"
+FOLDER_VARIABLE = "KVCOMM_HOME"
+STANDARD_INPUT = "-"
+
+ModelFlag = Annotated[
+    str,
+    typer.Option("--model", envvar=MODEL_VARIABLE, metavar="MODEL", help="A packaged name, folder or hub id."),
+]
+FolderFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--dir",
+        envvar=FOLDER_VARIABLE,
+        metavar="DIR",
+        help="The folder of contexts and segments; by default in the user's cache folder.",
+        show_default=False,
+    ),
+]
+TextFlag = Annotated[str | None, typer.Option("--text", metavar="TEXT", help="The text itself.")]
+FileFlag = Annotated[
+    Path | None, typer.Option("--file", metavar="FILE", help="A file that holds the text; - reads standard input.")
+]
+ForceFlag = Annotated[bool, typer.Option("--force", help="Replace what has that name already.")]
+MaxNewTokensFlag = Annotated[
+    int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="Tokens of an answer at most.")
+]
+TemperatureFlag = Annotated[
+    float | None, typer.Option("--temperature", min=0.0, metavar="T", help="0 takes the most probable token.")
+]
+SeedFlag = Annotated[int | None, typer.Option("--seed", min=0, metavar="SEED", help="Seed of the random draws.")]
+
+
+def load_engine(model: str) -> Engine:
+    """The engine for a command, with progress on stderr."""
+    from kvcomm.engine.engine import Engine
+
+    return Engine.load(model, progress=True)
+
+
+def sampling_settings(
+    max_new_tokens: int | None, temperature: float | None, seed: int | None
+) -> dict[str, int | float | None]:
+    """The sampling fields that were given on the command line."""
+    given: dict[str, int | float | None] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def read_text(file: Path) -> str:
+    """The text of a file, or of standard input for "-".
+
+    Raises:
+        InvalidRequest: it cannot be read or is not UTF-8.
+    """
+    try:
+        if str(file) == STANDARD_INPUT:
+            return sys.stdin.buffer.read().decode()
+        return file.read_bytes().decode()
+    except OSError as error:
+        raise InvalidRequest(f"{file} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{file} is not UTF-8 text: {error}") from error

@@ -1,0 +1,138 @@
+"""`kvcomm segment`: texts under names, tokenized once, for `kvcomm context create --segment`."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from kvcomm.cli.options import (
+    DEFAULT_MODEL,
+    FileFlag,
+    FolderFlag,
+    ForceFlag,
+    ModelFlag,
+    TextFlag,
+    load_engine,
+    read_text,
+)
+from kvcomm.cli.output import JsonFlag, emit, table
+from kvcomm.cli.text import age_of, printable
+from kvcomm.errors import EmptyPrompt, InvalidRequest
+
+if TYPE_CHECKING:
+    from kvcomm.cli.store import SegmentEntry, StoredSegment
+
+app = typer.Typer(
+    help="Keep texts under names, to be used in any context: role prompts, tool schemas, documents.",
+    no_args_is_help=True,
+    epilog="Segments lie beside the contexts: --dir, $KVCOMM_HOME, or `contexts` in the user's cache folder.",
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A segment; `kvcomm segment ls` shows them.")]
+
+
+@app.command("add", epilog="Example: kvcomm segment add tools --file tools.json")
+def add_command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The name of the new segment.")],
+    text: TextFlag = None,
+    file: FileFlag = None,
+    model: ModelFlag = DEFAULT_MODEL,
+    folder: FolderFlag = None,
+    force: ForceFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Tokenize a text (--text or --file) with the model's tokenizer and keep it."""
+    from kvcomm.cli.store import Store, StoredSegment
+
+    store = Store(folder)
+    store.require_new_segment(name, force=force)
+    if (text is None) == (file is None):
+        raise InvalidRequest("give either --text or --file")
+    content = text if file is None else read_text(file)
+    assert content is not None
+    with load_engine(model) as engine:
+        segment, namespace = engine.segment(content), engine.namespace()
+    if not segment.token_ids:
+        raise EmptyPrompt(f"the text of segment {name!r} has no tokens")
+    stored = StoredSegment(
+        namespace=namespace,
+        model=model,
+        digest=segment.digest(namespace),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        text=content,
+        token_ids=segment.token_ids,
+    )
+    path = store.write_segment(name, stored, force=force)
+    line = f"added {name}: {len(stored.token_ids)} tokens, {stored.digest[:12]}"
+    emit({"name": name, "file": str(path), **_facts(stored)}, line, as_json=as_json)
+
+
+@app.command("ls")
+def list_command(folder: FolderFlag = None, as_json: JsonFlag = False) -> None:
+    """Show every segment."""
+    from kvcomm.cli.store import Store
+
+    store = Store(folder)
+    entries = store.segments()
+    value = {"folder": str(store.folder), "segments": [_values(entry) for entry in entries]}
+    columns = ["name", "tokens", "digest", "model", "age"]
+    if any(entry.refusal for entry in entries):
+        columns.append("refused because")
+    rows = [_row(entry)[: len(columns)] for entry in entries]
+    view = table(columns, rows, numeric={"tokens"}) if entries else Text(f"no segments in {store.folder}")
+    emit(value, view, as_json=as_json)
+
+
+@app.command("show", epilog="Example: kvcomm segment show tools")
+def show_command(name: Name, folder: FolderFlag = None, as_json: JsonFlag = False) -> None:
+    """Show a segment and its text."""
+    from kvcomm.cli.store import Store
+
+    stored = Store(folder).segment(name)
+    value = {"name": name, **_facts(stored), "text": stored.text, "token_ids": list(stored.token_ids)}
+    rows = [(key.replace("_", " "), printable(str(fact))) for key, fact in _facts(stored).items()]
+    emit(value, table(None, rows, title=name), as_json=as_json)
+    if not as_json:
+        sys.stdout.write(f"\n{printable(stored.text)}\n")
+
+
+@app.command("rm", epilog="Example: kvcomm segment rm tools")
+def remove_command(
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="The segments to remove.")],
+    folder: FolderFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Remove segments, whatever state their files are in; contexts made with them stay."""
+    from kvcomm.cli.entries import emit_removed
+    from kvcomm.cli.store import Store
+
+    store = Store(folder)
+    for name in names:
+        store.require_segment(name)  # all names are known before the first is removed
+    emit_removed("name", [(name, store.remove_segment(name)) for name in names], as_json=as_json)
+
+
+def _facts(stored: StoredSegment) -> dict[str, Any]:
+    return {
+        "num_tokens": len(stored.token_ids),
+        "digest": stored.digest,
+        "model": stored.model,
+        "namespace": stored.namespace,
+        "created": stored.created,
+    }
+
+
+def _values(entry: SegmentEntry) -> dict[str, Any]:
+    facts = _facts(entry.stored) if entry.stored else {}
+    return {"name": entry.name, "file": str(entry.file), "refusal": entry.refusal, **facts}
+
+
+def _row(entry: SegmentEntry) -> tuple[object, ...]:
+    if (stored := entry.stored) is None:
+        return (printable(entry.name), None, None, None, None, printable(entry.refusal or ""))
+    age = age_of(stored.created)
+    return (printable(entry.name), len(stored.token_ids), stored.digest[:12], printable(stored.model), age, None)

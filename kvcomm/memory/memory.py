@@ -1,0 +1,63 @@
+"""All memory of an engine in one place: the pool and those that share it.
+
+Puts pool, tree and segment store together for what concerns all of them: finding pages when none are free, expiry, and
+the proof that every reference has an owner. What each of them holds is its own matter. Not thread-safe: its owner
+serializes the calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kvcomm.memory.pool import PageIds, PagePool
+from kvcomm.memory.segment_tree import SegmentTreeView
+from kvcomm.memory.segments import SegmentStore
+from kvcomm.memory.sequences import Sequence
+from kvcomm.memory.tree import RadixTree
+
+
+class Memory:
+    """One pool, its tree of exact prefixes, its segments, and the view of the tree by segments."""
+
+    def __init__(self, pool: PagePool, *, ttl_s: float | None, segment_bytes: int) -> None:
+        """Args:
+        ttl_s: how long unused prefixes and segments live; None: until their pages are needed.
+        segment_bytes: what the renditions of segments may refer to.
+        """
+        self.pool = pool
+        self.tree = RadixTree(pool, ttl_s=ttl_s)
+        self.segments = SegmentStore(pool, max_bytes=segment_bytes, ttl_s=ttl_s)
+        self.segment_tree = SegmentTreeView(self.tree)
+
+    def make_writable(self, sequence: Sequence, start: int, end: int) -> None:
+        """`Sequence.make_writable`, evicting what is only cached when pages run out.
+
+        Raises:
+            PoolExhausted: even then too few pages are free.
+        """
+        missing = sequence.num_missing_pages(end) - self.pool.num_free
+        if missing > 0:
+            missing -= self.tree.evict(missing)
+        if missing > 0:
+            self.segments.evict(missing)
+        sequence.make_writable(start, end)
+
+    def expire(self) -> None:
+        """Drop what outlived its TTL."""
+        self.tree.expire()
+        self.segments.expire()
+
+    def reset(self, namespace: str | None = None) -> None:
+        """Drop everything cached, of one namespace or of all."""
+        self.tree.reset(namespace)
+        self.segments.reset(namespace)
+
+    def check_integrity(self, held: Iterable[PageIds]) -> None:
+        """Prove that the pages `held` by others, the tree's and the segments' are all references there are.
+
+        Raises:
+            AssertionError: with all the numbers.
+        """
+        self.tree.check_integrity()
+        self.segments.check_integrity()
+        self.pool.check_integrity([*held, *self.tree.pages_held(), *self.segments.pages_held()])

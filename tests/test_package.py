@@ -1,0 +1,55 @@
+"""The package as a whole: what it exports, what importing costs, and which way imports go."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kvcomm
+
+ROOT = Path(kvcomm.__file__).parent
+LAYERS = ["cli", "server", "agents", "engine", "align", "memory", "model", "config", "errors"]
+"""From top to bottom; a module imports from its own layer and from lower ones."""
+
+
+def test_every_exported_name_is_there() -> None:
+    for name in kvcomm.__all__:
+        assert getattr(kvcomm, name) is not None
+    assert dir(kvcomm) == sorted(kvcomm.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        kvcomm.Nothing  # noqa: B018  # the access itself is tested
+
+
+def test_importing_is_cheap() -> None:
+    code = "import sys, kvcomm; print([m for m in ('torch', 'transformers', 'triton', 'faiss') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def _imports(file: Path) -> set[str]:
+    tree = ast.parse(file.read_text())
+    names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    return names | {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+
+
+def test_imports_go_downwards() -> None:
+    wrong = []
+    for file in ROOT.rglob("*.py"):
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        if parts == ("__init__",):
+            continue
+        own = LAYERS.index(parts[0])
+        for name in _imports(file):
+            layer = name.split(".")[1] if name.startswith("kvcomm.") else None
+            if layer is not None and LAYERS.index(layer) < own:
+                wrong.append(f"{file.relative_to(ROOT)} imports {name}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("forbidden", ["pickle", "marshal", "shelve", "dill"])
+def test_nothing_unpickles(forbidden: str) -> None:
+    assert [str(file) for file in ROOT.rglob("*.py") if forbidden in _imports(file)] == []
