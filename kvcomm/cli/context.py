@@ -24,10 +24,10 @@ from kvcomm.cli.options import (
     sampling_settings,
 )
 from kvcomm.cli.output import JsonFlag, emit, format_bytes
-from kvcomm.cli.text import printable, usage_line, usage_values
+from kvcomm.cli.text import counted, printable, usage_line, usage_values
 
 if TYPE_CHECKING:
-    from kvcomm.cli.store import ContextEntry
+    from kvcomm.cli.store import ContextEntry, Store
     from kvcomm.engine.context import Context
     from kvcomm.engine.engine import Engine
 
@@ -179,7 +179,8 @@ def list_command(folder: FolderFlag = None, as_json: JsonFlag = False) -> None:
     store = Store(folder)
     entries = store.contexts()
     value = {"folder": str(store.folder), "contexts": [entry_values(entry) for entry in entries]}
-    emit(value, entries_table("name", entries) if entries else Text(f"no contexts in {store.folder}"), as_json=as_json)
+    view = entries_table("name", entries, removal="kvcomm context rm NAME") if entries else _nothing(store)
+    emit(value, view, as_json=as_json)
 
 
 @app.command("show", epilog="Example: kvcomm context show base")
@@ -210,8 +211,8 @@ def show_command(
     }
     views: list[Any] = [context_tree.render_tree(root) for root in roots.values()]
     if refused:
-        views.append(entries_table("name", refused, title="Refused"))
-    emit(value, *(views or [Text(f"no contexts in {store.folder}")]), as_json=as_json)
+        views.append(entries_table("name", refused, title="Refused", removal="kvcomm context rm NAME"))
+    emit(value, *(views or [_nothing(store)]), as_json=as_json)
 
 
 @app.command("rm", epilog="Example: kvcomm context rm left right")
@@ -228,6 +229,10 @@ def remove_command(
     for name in names:
         store.context(name)  # all names are known before the first is removed
     emit_removed("name", [(name, store.remove_context(name)) for name in names], as_json=as_json)
+
+
+def _nothing(store: Store) -> Text:
+    return Text(f"no contexts in {store.folder}")
 
 
 def _restore(engine: Engine, entry: ContextEntry) -> Context:
@@ -253,6 +258,6 @@ def _save(context: Context, name: str, file: Path, *, elapsed_s: float | None = 
 def _saved_line(verb: str, value: dict[str, Any]) -> str:
     elapsed = f" in {value['elapsed_s']:.2f} s" if "elapsed_s" in value else ""
     return (
-        f"{verb} {value['name']}: {value['num_tokens']} tokens, {value['num_steps']} steps, "
+        f"{verb} {value['name']}: {counted(value['num_tokens'], 'token')}, {counted(value['num_steps'], 'step')}, "
         f"{format_bytes(value['num_bytes'])}{elapsed}"
     )

@@ -15,7 +15,7 @@ from rich.tree import Tree
 
 from kvcomm.cli.output import format_bytes
 from kvcomm.cli.store import ContextEntry
-from kvcomm.cli.text import age_of, printable
+from kvcomm.cli.text import age_of, counted, printable
 from kvcomm.memory.snapshots import SnapshotHeader
 
 UNNAMED = "text"
@@ -145,12 +145,16 @@ def _render(node: Node, view: Tree) -> None:
     for child in node.children:
         name = printable(child.name or UNNAMED)
         label = Text(f"{'… ' if child.continues else ''}{name} ")
-        label.append(f"{len(child.token_ids)} tokens", style="cyan")
+        label.append(counted(len(child.token_ids), "token"), style="cyan")
         _render(child, view.add(label))
 
 
 def _context_line(entry: ContextEntry) -> Text:
     assert entry.header is not None
     age = age_of(entry.header.created)
-    facts = [f"{len(entry.header.token_ids)} tokens in all", entry.header.fidelity, format_bytes(entry.num_bytes)]
+    facts = [
+        counted(len(entry.header.token_ids), "token") + " in all",
+        entry.header.fidelity,
+        format_bytes(entry.num_bytes),
+    ]
     return Text.assemble((f"● {entry.name}", "bold"), "  " + ", ".join([*facts, *([f"{age} old"] if age else [])]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.table import Table
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from kvcomm.cli.output import emit, format_bytes, table
@@ -29,13 +29,26 @@ def entry_values(entry: ContextEntry) -> dict[str, Any]:
     return value
 
 
-def entries_table(first: str, entries: Sequence[ContextEntry], *, title: str | None = None) -> Table:
-    """Context files for people; `first` names the column with their names."""
+def entries_table(
+    first: str, entries: Sequence[ContextEntry], *, title: str | None = None, removal: str = ""
+) -> RenderableType:
+    """Context files for people.
+
+    Args:
+        first: names the column with their names.
+        removal: the command that removes a refused one, shown if there is one.
+    """
     columns = [first, "tokens", "steps", "fidelity", "model", "size", "age"]
     if any(entry.refusal for entry in entries):
         columns.append("refused because")
     rows = [_entry_row(entry)[: len(columns)] for entry in entries]
-    return table(columns, rows, title=title, numeric={"tokens", "steps", "size"})
+    view = table(columns, rows, title=title, numeric={"tokens", "steps", "size"})
+    return Group(view, refused_note(removal)) if removal and "refused because" in columns else view
+
+
+def refused_note(removal: str) -> Text:
+    """What to do about refused files."""
+    return Text(f"A refused file is never used. Remove it with `{removal}`.", style="dim")
 
 
 def emit_removed(key: str, removed: Sequence[tuple[str, int]], *, as_json: bool) -> None:

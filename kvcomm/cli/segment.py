@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from kvcomm.cli.options import (
@@ -20,7 +21,7 @@ from kvcomm.cli.options import (
     read_text,
 )
 from kvcomm.cli.output import JsonFlag, emit, table
-from kvcomm.cli.text import age_of, printable
+from kvcomm.cli.text import age_of, counted, printable
 from kvcomm.errors import EmptyPrompt, InvalidRequest
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def add_command(
         token_ids=segment.token_ids,
     )
     path = store.write_segment(name, stored, force=force)
-    line = f"added {name}: {len(stored.token_ids)} tokens, {stored.digest[:12]}"
+    line = f"added {name}: {counted(len(stored.token_ids), 'token')}, {stored.digest[:12]}"
     emit({"name": name, "file": str(path), **_facts(stored)}, line, as_json=as_json)
 
 
@@ -79,12 +80,7 @@ def list_command(folder: FolderFlag = None, as_json: JsonFlag = False) -> None:
     store = Store(folder)
     entries = store.segments()
     value = {"folder": str(store.folder), "segments": [_values(entry) for entry in entries]}
-    columns = ["name", "tokens", "digest", "model", "age"]
-    if any(entry.refusal for entry in entries):
-        columns.append("refused because")
-    rows = [_row(entry)[: len(columns)] for entry in entries]
-    view = table(columns, rows, numeric={"tokens"}) if entries else Text(f"no segments in {store.folder}")
-    emit(value, view, as_json=as_json)
+    emit(value, _view(entries) if entries else Text(f"no segments in {store.folder}"), as_json=as_json)
 
 
 @app.command("show", epilog="Example: kvcomm segment show tools")
@@ -129,6 +125,17 @@ def _facts(stored: StoredSegment) -> dict[str, Any]:
 def _values(entry: SegmentEntry) -> dict[str, Any]:
     facts = _facts(entry.stored) if entry.stored else {}
     return {"name": entry.name, "file": str(entry.file), "refusal": entry.refusal, **facts}
+
+
+def _view(entries: list[SegmentEntry]) -> RenderableType:
+    from kvcomm.cli.entries import refused_note
+
+    columns = ["name", "tokens", "digest", "model", "age"]
+    any_refused = any(entry.refusal for entry in entries)
+    if any_refused:
+        columns.append("refused because")
+    view = table(columns, [_row(entry)[: len(columns)] for entry in entries], numeric={"tokens"})
+    return Group(view, refused_note("kvcomm segment rm NAME")) if any_refused else view
 
 
 def _row(entry: SegmentEntry) -> tuple[object, ...]:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from kvcomm.cli.options import DEFAULT_MODEL, FolderFlag, ForceFlag, ModelFlag, load_engine
 from kvcomm.cli.output import JsonFlag, emit, format_bytes
+from kvcomm.cli.text import counted
 from kvcomm.errors import InvalidRequest, SnapshotError
 
 app = typer.Typer(
@@ -78,7 +79,7 @@ def restore_command(
         num_tokens = context.num_tokens
     num_bytes = place(file, target, link=False)
     value = {"name": name, "file": str(target), "num_tokens": num_tokens, "num_bytes": num_bytes}
-    emit(value, f"restored {name}: {num_tokens} tokens, {format_bytes(num_bytes)}", as_json=as_json)
+    emit(value, f"restored {name}: {counted(num_tokens, 'token')}, {format_bytes(num_bytes)}", as_json=as_json)
 
 
 @app.command("rm", epilog="Example: kvcomm snapshot rm backups/left.safetensors")

@@ -52,7 +52,7 @@ class StoredSegment(BaseModel):
 
 
 class ContextEntry(NamedTuple):
-    """A context file; `header` is None if it is refused, and `refusal` says why."""
+    """A context file; `header` is None if it is refused, and `refusal` says why, as in "FILE is ..."."""
 
     name: str
     file: Path
@@ -63,7 +63,7 @@ class ContextEntry(NamedTuple):
 
 
 class SegmentEntry(NamedTuple):
-    """A segment file; `stored` is None if it is refused, and `refusal` says why."""
+    """A segment file; `stored` is None if it is refused, and `refusal` says why, as in "FILE is ..."."""
 
     name: str
     file: Path
@@ -146,7 +146,9 @@ class Store:
         """
         entry = _segment_entry(self._existing(name, SEGMENT_SUFFIX, "segment"))
         if entry.stored is None:
-            raise CacheFolderError(f"{entry.refusal}; remove it with `kvcomm segment rm {name}` and add it again")
+            raise CacheFolderError(
+                f"{entry.file} {entry.refusal}; remove it with `kvcomm segment rm {name}` and add it again"
+            )
         return entry.stored
 
     def require_segment(self, name: str) -> None:
@@ -179,9 +181,9 @@ class Store:
         with folder_errors("read", self.folder):
             if not self.folder.exists():
                 return []
-            return sorted(
-                file for file in self.folder.iterdir() if file.name.endswith(suffix) and not file.name.startswith(".")
-            )
+            files = [file for file in self.folder.iterdir() if file.name.endswith(suffix) and file.is_file()]
+        shown = (file for file in files if not file.name.startswith("."))
+        return sorted(shown, key=lambda file: file.name.removesuffix(suffix))
 
     def _file(self, name: str, suffix: str) -> Path:
         if not NAME.fullmatch(name) or name.endswith(suffix):
@@ -193,7 +195,7 @@ class Store:
 
     def _existing(self, name: str, suffix: str, kind: str) -> Path:
         file = self._file(name, suffix)
-        if not file.exists():
+        if not file.is_file():
             names = ", ".join(found.name.removesuffix(suffix) for found in self._files(suffix)) or "none"
             raise InvalidRequest(f"no {kind} {name!r} in {self.folder}; there are: {names}")
         return file
@@ -211,7 +213,7 @@ def context_entry(file: Path) -> ContextEntry:
     try:
         header = read_header(file)
     except SnapshotError as error:
-        refusal = str(error)
+        refusal = str(error).removeprefix(str(file)).lstrip(" :")
     status = file.stat() if file.exists() else None
     return ContextEntry(
         name=file.name.removesuffix(CONTEXT_SUFFIX),
@@ -312,15 +314,15 @@ def _segment_entry(file: Path) -> SegmentEntry:
     try:
         stored = StoredSegment.model_validate_json(file.read_bytes())
     except OSError as error:
-        return SegmentEntry(name, file, None, f"{file} cannot be read: {error.strerror or error}")
+        return SegmentEntry(name, file, None, f"cannot be read: {error.strerror or error}")
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "JSON"
-        return SegmentEntry(name, file, None, f"{file} is not a segment file of this version ({where}: {first['msg']})")
+        return SegmentEntry(name, file, None, f"is not a segment file of this version ({where}: {first['msg']})")
     try:
         digest = Segment(stored.token_ids).digest(stored.namespace)
     except OverflowError:
         digest = ""
     if digest != stored.digest:
-        return SegmentEntry(name, file, None, f"{file} was altered: its tokens do not have its digest")
+        return SegmentEntry(name, file, None, "was altered: its tokens do not have its digest")
     return SegmentEntry(name, file, stored, None)

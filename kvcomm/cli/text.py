@@ -27,6 +27,11 @@ def one_line(text: str, limit: int) -> str:
     return flat if len(flat) <= limit else "…" + flat[1 - limit :]
 
 
+def counted(number: int, word: str) -> str:
+    """A number with its English word: "1 token", "2 tokens"."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
 def age_of(created: str, *, now: datetime | None = None) -> str | None:
     """How long ago an ISO 8601 time was, in its largest unit; None if it is no such time.
 

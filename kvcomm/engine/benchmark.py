@@ -52,6 +52,10 @@ class Samples:
         """
         return Samples(tuple(own / others for own, others in zip(self.values, other.values, strict=True)))
 
+    def rate(self, num_units: int) -> Samples:
+        """Units per second, of values that are seconds for `num_units`."""
+        return Samples(tuple(num_units / value for value in self.values))
+
     def scaled(self, factor: float) -> Samples:
         """Every value times `factor`."""
         return Samples(tuple(value * factor for value in self.values))

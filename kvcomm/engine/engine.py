@@ -23,6 +23,7 @@ from kvcomm.engine.context import Context, sampling_params
 from kvcomm.engine.detokenize import Detokenizer
 from kvcomm.engine.exchange import KVExchange, layer_shapes
 from kvcomm.engine.handle import RequestHandle
+from kvcomm.engine.holdings import Holdings, num_distinct
 from kvcomm.engine.loop import EngineLoop
 from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.prompts import Prompt, PromptReader
@@ -33,7 +34,7 @@ from kvcomm.engine.scheduler import Scheduler
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
-from kvcomm.memory.pool import PageIds, PagePool
+from kvcomm.memory.pool import PagePool
 from kvcomm.memory.segment_tree import SegmentNode
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
@@ -104,7 +105,7 @@ class Engine:
             tokenizer, vocab_size=self.geometry.vocab_size, max_context=self.geometry.max_context
         )
         self._exchange = KVExchange(self.memory, self.geometry, self.lock)
-        self._contexts: dict[int, Context] = {}
+        self._holdings = Holdings(self.pool, self.scheduler.requests)
         self._request_ids = itertools.count()
         self._loop = EngineLoop(self.scheduler)
         self._finalizer = weakref.finalize(self, EngineLoop.close, self._loop)
@@ -143,7 +144,7 @@ class Engine:
     def contexts(self) -> tuple[Context, ...]:
         """Contexts that have not been released."""
         with self.lock:
-            return tuple(self._contexts.values())
+            return self._holdings.contexts
 
     def namespace(self, tenant: str = DEFAULT_TENANT) -> str:
         """Digest under which a tenant's KV is cached; differs with model, dtype, rope, tokenizer and tenant."""
@@ -179,8 +180,6 @@ class Engine:
         text = self.tokenizer.decode(list(token_ids))
         assert isinstance(text, str)
         return text
-
-    # -- requests ---------------------------------------------------------------------------------------------
 
     def context(self, prompt: Prompt, *, tenant: str = DEFAULT_TENANT, name: str | None = None) -> Context:
         """A context that holds the prompt, computed once (or taken from the cache).
@@ -232,6 +231,9 @@ class Engine:
         self, sequence: Sequence, sampling: SamplingParams, tenant: str, *, lent_by: Context | None = None
     ) -> Request:
         self._reader.require_fits(sequence.num_tokens, sampling.max_new_tokens)
+        namespace = self.namespace(tenant)
+        with self.lock:
+            self._holdings.require_quota(namespace, sequence, sequence.num_tokens + sampling.max_new_tokens)
         request_id = next(self._request_ids)
         handle = RequestHandle(request_id, cancel=lambda: self.scheduler.cancel(request))
         entropy = secrets.randbits(62)
@@ -246,7 +248,7 @@ class Engine:
         ]
         request = Request(  # named, for the handle's cancel above
             request_id=request_id,
-            namespace=self.namespace(tenant),
+            namespace=namespace,
             sampling=sampling,
             sequence=sequence,
             handle=handle,
@@ -254,8 +256,6 @@ class Engine:
             is_lent=lent_by is not None,
         )
         return request
-
-    # -- for contexts (see `ContextHost`) ---------------------------------------------------------------------
 
     def read_prompt(self, prompt: Prompt, *, is_start: bool) -> tuple[Segment, ...]:
         """The checked segments of a prompt; see `PromptReader.read`."""
@@ -297,14 +297,12 @@ class Engine:
     def add_context(self, context: Context) -> None:
         """A context has been made."""
         with self.lock:
-            self._contexts[id(context)] = context
+            self._holdings.add(context, self.namespace(context.tenant))
 
     def drop_context(self, context: Context) -> None:
         """A context has been released; what it computed stays in the cache until its pages are needed."""
         with self.lock:
-            self._contexts.pop(id(context), None)
-
-    # -- snapshots and adapters -------------------------------------------------------------------------------
+            self._holdings.drop(context)
 
     def save_snapshot(self, context: Context, file: Path) -> Path:
         """Write a context's state; see `Context.save`."""
@@ -343,17 +341,16 @@ class Engine:
             sequence = self._exchange.from_hf_cache(cache, _token_ids(segments))
             return Context(self, sequence, tenant=tenant, name=name, segments=segments)
 
-    # -- state ------------------------------------------------------------------------------------------------
-
     def memory_stats(self) -> MemoryStats:
         """Where the pages are."""
         with self.lock:
+            in_contexts = self._holdings.pages_in_contexts()  # first: it gives forgotten pages back
             return MemoryStats(
                 num_pages=self.pool.num_pages,
                 num_free=self.pool.num_free,
-                num_cached=_num_distinct(self.tree.pages_held()),
-                num_in_contexts=_num_distinct(context.sequence.pages for context in self._contexts.values()),
-                num_in_requests=_num_distinct(self._pages_in_requests()),
+                num_cached=num_distinct(self.tree.pages_held()),
+                num_in_contexts=num_distinct(in_contexts),
+                num_in_requests=num_distinct(self._holdings.pages_in_requests()),
                 page_bytes=self.pool.page_bytes,
                 bytes_copied=self.pool.bytes_copied,
             )
@@ -365,19 +362,25 @@ class Engine:
             AssertionError: with all the numbers.
         """
         with self.lock:
-            for context in self._contexts.values():
-                context.sequence.check_integrity()
-            in_contexts = [context.sequence.pages for context in self._contexts.values()]
-            self.memory.check_integrity([*in_contexts, *self._pages_in_requests()])
+            for sequence in self._holdings.sequences:
+                sequence.check_integrity()
+            self.memory.check_integrity([*self._holdings.pages_in_contexts(), *self._holdings.pages_in_requests()])
 
-    def set_quota(self, num_tokens: int | None, *, tenant: str = DEFAULT_TENANT) -> None:
-        """Limit what a tenant's cached prefixes may occupy; None lifts the limit.
+    def set_quota(
+        self, *, cached_tokens: int | None = None, held_tokens: int | None = None, tenant: str = DEFAULT_TENANT
+    ) -> None:
+        """Limit a tenant; None is no limit, and each call sets both.
 
-        A tenant over its quota loses its own least recently used prefixes, never those of others.
+        Args:
+            cached_tokens: of its cached prefixes; over it the tenant's own least recently used ones are dropped,
+                never those of others.
+            held_tokens: of its contexts and requests in flight at once; over it requests are refused (QuotaExceeded).
         """
+        page_size = self.config.page_size
         with self.lock:
-            num_pages = None if num_tokens is None else num_tokens // self.config.page_size
-            self.tree.set_quota(self.namespace(tenant), num_pages)
+            namespace = self.namespace(tenant)
+            self.tree.set_quota(namespace, None if cached_tokens is None else cached_tokens // page_size)
+            self._holdings.set_quota(namespace, None if held_tokens is None else held_tokens // page_size)
 
     def pin(self, prompt: Prompt, *, tenant: str = DEFAULT_TENANT) -> int:
         """Keep the cached part of a prompt from eviction and TTL; returns how many tokens that is."""
@@ -414,13 +417,6 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _pages_in_requests(self) -> list[PageIds]:
-        lent = {id(context.sequence) for context in self._contexts.values()}
-        sequences = {
-            id(branch.sequence): branch.sequence for request in self.scheduler.requests() for branch in request.branches
-        }
-        return [sequence.pages for key, sequence in sequences.items() if key not in lent]
-
     def _make_memory(self) -> Memory:
         pool = PagePool(
             layer_shapes(self.geometry),
@@ -452,7 +448,3 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 def _token_ids(segments: Iterable[Segment]) -> list[int]:
     return [token for segment in segments for token in segment.token_ids]
-
-
-def _num_distinct(pages: Iterable[PageIds]) -> int:
-    return len({page for ids in pages for page in ids.tolist()})

@@ -136,8 +136,6 @@ class Scheduler:
         with self.lock:
             self._commit(batch, logits)
 
-    # -- before the forward pass ------------------------------------------------------------------------------
-
     def _drop_cancelled(self) -> None:
         for request in self.requests():
             if request.is_cancelled:
@@ -270,8 +268,6 @@ class Scheduler:
             stuck.append(request)
             return False
         return True
-
-    # -- after the forward pass -------------------------------------------------------------------------------
 
     def _commit(self, batch: AnySequence[Work], logits: Tensor) -> None:
         finite = torch.isfinite(logits).all(-1).tolist()

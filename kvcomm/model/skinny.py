@@ -32,7 +32,7 @@ class SkinnyLinear(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is functional.linear and not kwargs:
+        if func is functional.linear and not kwargs and args[0].dtype == torch.float32:
             num_rows = args[0].numel() // args[0].shape[-1]
             if MIN_ROWS <= num_rows <= MAX_ROWS:
                 return transposed_linear(*args)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from hypothesis import settings
@@ -11,7 +13,15 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from kvcomm.config import EngineConfig
 from kvcomm.engine.context import Context
 from kvcomm.engine.engine import Engine
-from kvcomm.errors import ContextBusy, ContextReleased, EmptyPrompt, InvalidRequest, PoolExhausted, RequestCancelled
+from kvcomm.errors import (
+    ContextBusy,
+    ContextReleased,
+    EmptyPrompt,
+    InvalidRequest,
+    PoolExhausted,
+    QuotaExceeded,
+    RequestCancelled,
+)
 from kvcomm.memory.sequences import Sequence
 from tests.engine.conftest import greedy, some_tokens
 from tests.tiny import TinyModel, tiny_model
@@ -161,6 +171,28 @@ def test_snapshot_of_an_answered_context(engine: Engine, tmp_path: object, share
     restored = engine.restore(context.save(f"{tmp_path}/a.safetensors"))
     expected = greedy(shared_model.model, head, 10)[6:]
     assert list(restored.generate(max_new_tokens=4, ignore_eos=True).token_ids) == expected
+
+
+def test_a_forgotten_context_gives_its_pages_back(engine: Engine) -> None:
+    engine.context(some_tokens(21)).fork()
+    gc.collect()
+    assert engine.contexts == ()
+    assert engine.memory_stats().num_in_contexts == 0
+
+
+def test_quota_refuses_what_a_tenant_cannot_hold(engine: Engine) -> None:
+    engine.set_quota(held_tokens=32, tenant="a")
+    context = engine.context(some_tokens(20), tenant="a")
+    child = context.fork()  # shared pages count once
+    with pytest.raises(QuotaExceeded, match=r"needs 4 more pages of 4 tokens; .* hold 5 of its 8"):
+        context.extend(some_tokens(13, seed=1))
+    with pytest.raises(QuotaExceeded, match="hold 5 of its 8"):
+        engine.generate(some_tokens(12, seed=2), max_new_tokens=4, tenant="a")
+    assert context.num_tokens == 20
+    assert engine.generate(some_tokens(12, seed=2), max_new_tokens=4, tenant="b").usage.prompt_tokens == 12
+    engine.set_quota(tenant="a")
+    context.extend(some_tokens(13, seed=1))
+    child.release()
 
 
 MODEL = tiny_model(seed=1)

@@ -137,7 +137,7 @@ def test_pinned_prefix_survives_and_quota_limits(shared_model: TinyModel) -> Non
             engine.generate(some_tokens(60, seed=seed), NO_EOS)
         assert engine.num_cached(prompt) == 40
         assert engine.unpin(prompt) == 40
-        engine.set_quota(20)
+        engine.set_quota(cached_tokens=20)
         engine.generate(some_tokens(60, seed=9), NO_EOS)
         assert engine.tree.usage(engine.namespace()).num_pages <= 5
 

@@ -56,6 +56,17 @@ def test_every_difference_counts(change: Callable[[LlamaForCausalLM], None], tin
     assert weights_digest(tiny.model) != before
 
 
+def test_names_and_dtypes_count_with_equal_bytes(tiny: TinyModel) -> None:
+    """A number means something else in bfloat16 than in float16, and a scale something else than a shift."""
+    digests = set()
+    for name, dtype in (("scale", torch.float16), ("scale", torch.bfloat16), ("shift", torch.float16)):
+        tiny.model.register_buffer(name, torch.ones(4, dtype=torch.float16).view(dtype))
+        digests.add(weights_digest(tiny.model))
+        delattr(tiny.model, name)
+
+    assert len(digests) == 3
+
+
 def test_layout_in_memory_does_not_count(tiny: TinyModel) -> None:
     before = weights_digest(tiny.model)
     projection = tiny.model.model.layers[0].mlp.up_proj

@@ -60,7 +60,10 @@ class TorchStep:
 
 def _write(storage: Tensor, slots: Index, new: Tensor) -> None:
     """Put new [1, num_kv_heads, num_tokens, dim] into its slots of storage [num_slots, num_kv_heads, dim]."""
-    storage[slots] = new[0].transpose(0, 1)
+    if isinstance(slots, slice):
+        storage[slots] = new[0].transpose(0, 1)
+    else:
+        storage.index_copy_(0, slots, new[0].transpose(0, 1))
 
 
 def _attend(pieces: Sequence[Piece], query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:

@@ -1,0 +1,214 @@
+"""Replay a request trace through the radix tree: hit rate, cost per token, and LRU beside the optimum.
+
+    python -m eval.trace --trace FILE.jsonl.gz [--json] [--limit N] [--capacities 10,25,50]
+
+Every block of the trace becomes real tokens, every request a match, an allocation (evicting if need be) and
+an insert in the real tree and page pool; the pool has no layers, so only bookkeeping is measured.
+
+hit_rate        blocks found by `match`, of all blocks of all prompts; nothing is ever evicted. ns_per_token
+seconds inside `match` and `insert` per prompt token at page size 16 (`ns_per_token_page_N`: at the
+                trace's own block size); median and quartiles over chunks of consecutive requests.
+lru_N           hit rate with pages for N % of the trace's distinct blocks; the running prompt needs its
+pages, too. belady_N        the best that any cache of that size could do, knowing the future: see
+`eval.optimum`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from eval.figures import Figure, Report
+from eval.optimum import most_hits, next_uses, trie_paths
+from eval.trace_file import IdArray, Request, Trace, TraceError, block_tokens, read_trace
+from kvcomm.memory.pool import PageIds, PagePool
+from kvcomm.memory.tree import Match, RadixTree
+
+PAGE_SIZE = 16
+NUM_CHUNKS = 20
+MAX_NS_PER_TOKEN = 100
+KNOWN_HIT_RATES = {  # SHA-256 of a published trace -> per cent of its blocks that are prefix hits
+    "f44195697c46b9cb97a5fc5f52756969104d6f7174e4c3a16484f7d3c46391a5": 36.6,
+    "0390bf4a1bf1237423f021cd449ef0bff1e2d34008cb2ac4c0d85891065c4c34": 96.3,
+}
+
+
+class Pass(NamedTuple):
+    """One replay of a whole trace."""
+
+    hit_blocks: int
+    num_pages: int  # held by the tree at the end
+    seconds: npt.NDArray[np.float64]  # [num_requests], inside match and insert
+    num_tokens: npt.NDArray[np.int64]  # [num_requests]
+
+
+class Replay:
+    """A tree on a pool of bookkeeping only, served one request after the other."""
+
+    def __init__(self, block_size: int, *, page_size: int, num_pages: int) -> None:
+        self._block_size = block_size
+        self.pool = PagePool([], num_pages=num_pages, page_size=page_size)
+        self.tree = RadixTree(self.pool)
+
+    def serve(self, request: Request) -> tuple[int, float]:
+        """Blocks found in the tree, and seconds spent in it. Afterwards the tree knows the prompt.
+
+        A prompt larger than the whole pool is stored as far as it fits.
+        """
+        tokens = block_tokens(request.blocks, self._block_size)
+        namespace = str(request.session)
+        started = time.perf_counter()
+        match = self.tree.match(namespace, tokens)
+        matched = time.perf_counter()
+        pages = self._pages_for(match, tokens)
+        stored = tokens[: pages.size * self.pool.page_size]
+        inserting = time.perf_counter()
+        self.tree.insert(namespace, stored, pages)
+        done = time.perf_counter()
+        self.pool.release(pages)
+        return match.num_tokens // self._block_size, matched - started + done - inserting
+
+    def _pages_for(self, match: Match, tokens: IdArray) -> PageIds:
+        """The page table a sequence would have: matched whole pages shared, the rest allocated."""
+        page_size = self.pool.page_size
+        shared = match.pages[: match.num_tokens // page_size]
+        self.pool.retain(shared)
+        missing = -(-tokens.size // page_size) - shared.size
+        if missing > self.pool.num_free:
+            self.tree.evict(missing - self.pool.num_free)
+        return np.concatenate([shared, self.pool.allocate(min(missing, self.pool.num_free))])
+
+
+def replay(trace: Trace, *, page_size: int, num_pages: int) -> Pass:
+    """Serve all requests of `trace` in order."""
+    state = Replay(trace.block_size, page_size=page_size, num_pages=num_pages)
+    served = [state.serve(request) for request in trace.requests]
+    sizes = [request.blocks.size * trace.block_size for request in trace.requests]
+    return Pass(
+        sum(hits for hits, _ in served),
+        state.pool.num_pages - state.pool.num_free,
+        np.array([seconds for _, seconds in served]),
+        np.array(sizes, dtype=np.int64),
+    )
+
+
+def measure(trace: Trace, capacities: Sequence[int]) -> Report:
+    """All figures of `trace`; `capacities` in per cent of its distinct blocks."""
+    paths, num_distinct = trie_paths(trace.requests)
+    figures: list[Figure] = []
+    samples: dict[str, list[float]] = {}
+    note(f"{len(trace.requests)} requests, {trace.num_blocks} blocks, {num_distinct} of them distinct")
+    for page_size, name in ((PAGE_SIZE, "ns_per_token"), (trace.block_size, f"ns_per_token_page_{trace.block_size}")):
+        note(f"unbounded, page size {page_size}")
+        unbounded = replay(trace, page_size=page_size, num_pages=_enough_pages(trace, num_distinct, page_size))
+        samples[name] = list(_ns_per_token(unbounded))
+        figures.append(_cost(name, samples[name]))
+    figures.insert(0, _hit_rate(trace, unbounded.hit_blocks))
+    uses = next_uses(paths, num_distinct)
+    for percent in capacities:
+        capacity = max(1, round(num_distinct * percent / 100))
+        note(f"{percent} %: {capacity} blocks")
+        lru = replay(trace, page_size=trace.block_size, num_pages=capacity)
+        figures.append(Figure(f"lru_{percent}", _per_cent(lru.hit_blocks, trace), "%"))
+        figures.append(Figure(f"belady_{percent}", _per_cent(most_hits(uses, capacity), trace), "%"))
+    config = {
+        "format": trace.format,
+        "sha256": trace.sha256,
+        "page_size": PAGE_SIZE,
+        "block_size": trace.block_size,
+        "num_sessions": trace.num_sessions,
+        "num_requests": len(trace.requests),
+        "num_blocks": trace.num_blocks,
+        "num_distinct_blocks": num_distinct,
+        "capacities_percent": list(capacities),
+    }
+    return Report("trace", figures, config, samples)
+
+
+def note(text: str) -> None:
+    """A line of progress."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def _enough_pages(trace: Trace, num_distinct: int, page_size: int) -> int:
+    """Pages for all distinct blocks, a partial page at every branch, and the prompt that is being served."""
+    per_block = -(-trace.block_size // page_size)
+    longest = max(request.blocks.size for request in trace.requests)
+    return (num_distinct + longest) * per_block + len(trace.requests) + 1
+
+
+def _hit_rate(trace: Trace, hit_blocks: int) -> Figure:
+    known = KNOWN_HIT_RATES.get(trace.sha256)
+    return Figure("hit_rate", _per_cent(hit_blocks, trace), "%", None, f"{known}" if known else "")
+
+
+def _per_cent(blocks: int, trace: Trace) -> float:
+    return 100 * blocks / max(trace.num_blocks, 1)
+
+
+def _ns_per_token(done: Pass) -> Iterator[float]:
+    """One figure per chunk of consecutive requests that have any token."""
+    chunks = min(NUM_CHUNKS, done.seconds.size)
+    for seconds, tokens in zip(
+        np.array_split(done.seconds, chunks), np.array_split(done.num_tokens, chunks), strict=True
+    ):
+        if tokens.sum():
+            yield float(seconds.sum() / tokens.sum() * 1e9)
+
+
+def _cost(name: str, samples: Sequence[float]) -> Figure:
+    first, median, third = np.percentile(samples, (25, 50, 75)).tolist()
+    goal = f"<= {MAX_NS_PER_TOKEN}" if name == "ns_per_token" else ""
+    return Figure(name, median, "ns", (first, third), goal)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m eval.trace", description=__doc__.partition("\n")[0])
+    parser.add_argument("--trace", type=Path, required=True, metavar="FILE", help="a mooncake or agentic .jsonl[.gz]")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N lines of the file")
+    parser.add_argument("--capacities", type=_percentages, default=(10, 25, 50), metavar="N,N", help="[10,25,50]")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--out", type=Path, default=Path("out/trace.json"), help="file of the run [%(default)s]")
+    options = parser.parse_args(arguments)
+    try:
+        trace = read_trace(options.trace, limit=options.limit)
+        report = measure(trace, options.capacities)
+        report = Report(
+            report.name,
+            report.figures,
+            {"trace": options.trace.name, "limit": options.limit, **report.config},
+            report.samples,
+        )
+        report.emit(as_json=options.json)
+        report.save(options.out)
+    except (TraceError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(f"{value} is not positive")
+    return value
+
+
+def _percentages(text: str) -> tuple[int, ...]:
+    values = tuple(int(part) for part in text.split(","))
+    if not all(1 <= value <= 100 for value in values):
+        raise ValueError(f"{text} has a percentage outside [1, 100]")
+    return values
+
+
+if __name__ == "__main__":
+    sys.exit(main())

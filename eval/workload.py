@@ -1,0 +1,134 @@
+"""What the timing evaluations share: command line, engine, prompts, progress, and how a run ends.
+
+Prompts are random tokens of the ordinary vocabulary unless a file with text is given; how long a pass takes does not
+depend on which tokens they are. Progress goes to stderr, figures to stdout, everything to the file of the run.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.figures import Report
+from kvcomm import Engine, KVCommError
+from kvcomm.engine.benchmark import TakeTokens, random_tokens, warm_up
+from kvcomm.errors import InvalidRequest
+
+SEED = 0
+
+Measure = Callable[[Engine, TakeTokens, Namespace], Report]
+
+
+def make_parser(name: str, description: str) -> ArgumentParser:
+    """The options that all timing evaluations have."""
+    parser = ArgumentParser(prog=f"python -m eval.{name}", description=description)
+    parser.add_argument("--model", default="smollm2-135m", help="a packaged name, folder or hub id [%(default)s]")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 [%(default)s]")
+    parser.add_argument("--device", help="where to run; by default the GPU if there is one")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="prompts from a text or .jsonl file (field 'text')")
+    parser.add_argument("--seed", type=int, default=SEED, help="of random prompts [%(default)s]")
+    parser.add_argument("--repeats", type=_positive, metavar="N", help="measurements of each figure")
+    parser.add_argument("--quick", action="store_true", help="few measurements: for a first impression")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--out", type=Path, default=Path(f"out/{name}.json"), help="file of the run [%(default)s]")
+    return parser
+
+
+def add_sizes(parser: ArgumentParser, **sizes: int) -> None:
+    """Options for sizes, so that a small model can be measured as well."""
+    group = parser.add_argument_group("sizes (the figures' goals hold for the defaults)")
+    for name, default in sizes.items():
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, type=_positive, default=default, metavar="N", help=f"[{default}]")
+
+
+def run(options: Namespace, measure: Measure) -> int:
+    """Load, measure, print and save. Returns the exit code; kvcomm's own errors become one line on stderr."""
+    try:
+        engine = Engine.load(options.model, dtype=options.dtype, device=options.device, progress=True)
+        with engine:
+            take = random_tokens(engine, seed=options.seed)
+            if options.data is not None:
+                take = text_tokens(engine, options.data)
+            warm_up(engine, take)
+            report = measure(engine, take, options)
+        report.emit(as_json=options.json)
+        report.save(options.out)
+    except (KVCommError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+def settings(engine: Engine, options: Namespace, **more: Any) -> dict[str, Any]:
+    """The resolved configuration of a run."""
+    given = {name: value for name, value in vars(options).items() if name not in {"json", "out", "quick"}}
+    given["data"] = None if options.data is None else options.data.name
+    return {
+        **given,
+        "prompts": "random tokens" if options.data is None else "text",
+        "device": str(engine.model.device),
+        "attention": engine.backend.name,
+        "torch_threads": torch.get_num_threads(),
+        "page_size": engine.config.page_size,
+        **more,
+    }
+
+
+def note(text: str) -> None:
+    """A line of progress."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def text_tokens(engine: Engine, file: Path) -> TakeTokens:
+    """Prompts cut from a text, one behind the other; each lap starts a token later, so that none comes twice.
+
+    Raises:
+        InvalidRequest: the file holds no text.
+        OSError: it cannot be read.
+    """
+    tokens = engine.segment(_read_text(file)).token_ids
+    if not tokens:
+        raise InvalidRequest(f"{file} holds no text to cut prompts from")
+    at = lap = 0
+
+    def take(num_tokens: int) -> list[int]:
+        nonlocal at, lap
+        if at + num_tokens > len(tokens):
+            lap += 1
+            at = lap
+        taken = [tokens[(at + i) % len(tokens)] for i in range(num_tokens)]
+        at += num_tokens
+        return taken
+
+    return take
+
+
+def _read_text(file: Path) -> str:
+    content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    text = content.decode("utf-8")
+    if ".jsonl" not in file.suffixes:
+        return text
+    return "\n\n".join(str(json.loads(line)["text"]) for line in text.splitlines() if line.strip())
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(f"{value} is not positive")
+    return value
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str] | None, *, repeats: int, quick_repeats: int) -> Namespace:
+    """Parsed options with `repeats` resolved."""
+    options = parser.parse_args(arguments)
+    options.repeats = options.repeats or (quick_repeats if options.quick else repeats)
+    return options

@@ -1,0 +1,114 @@
+"""Who holds pages besides the cache: contexts and requests in flight, tenant by tenant.
+
+A context that its user forgot is not a leak: when it is garbage-collected its sequence is put aside and given back at
+the next occasion, because a collector may run at any moment, also in the middle of somebody's bookkeeping. All methods
+but that one are called under the engine's lock.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from kvcomm.engine.context import Context
+from kvcomm.engine.request import Request
+from kvcomm.errors import QuotaExceeded
+from kvcomm.memory.pool import PageIds, PagePool
+from kvcomm.memory.sequences import Sequence
+
+
+class _Held(NamedTuple):
+    sequence: Sequence
+    namespace: str
+    finalizer: weakref.finalize[[Sequence], Context]
+
+
+class Holdings:
+    """Living contexts, and the pages that they and the requests in flight refer to."""
+
+    def __init__(self, pool: PagePool, requests: Callable[[], list[Request]]) -> None:
+        """`requests` lists the requests in flight."""
+        self._pool = pool
+        self._requests = requests
+        self._held: dict[int, _Held] = {}  # by id of the sequence
+        self._contexts: weakref.WeakValueDictionary[int, Context] = weakref.WeakValueDictionary()
+        self._forgotten: deque[Sequence] = deque()
+        self._quota_pages: dict[str, int] = {}
+
+    @property
+    def contexts(self) -> tuple[Context, ...]:
+        """Contexts that have not been released."""
+        return tuple(self._contexts.values())
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Sequences of contexts."""
+        self._collect()
+        return [held.sequence for held in self._held.values()]
+
+    def add(self, context: Context, namespace: str) -> None:
+        """A context has been made."""
+        self._collect()
+        key = id(context.sequence)
+        finalizer = weakref.finalize(context, self._forgotten.append, context.sequence)
+        self._held[key] = _Held(context.sequence, namespace, finalizer)
+        self._contexts[key] = context
+
+    def drop(self, context: Context) -> None:
+        """A context has been released."""
+        held = self._held.pop(id(context.sequence))
+        held.finalizer.detach()
+        self._contexts.pop(id(context.sequence), None)
+
+    def set_quota(self, namespace: str, num_pages: int | None) -> None:
+        """Limit what a namespace's contexts and requests may refer to at once; None lifts the limit."""
+        self._quota_pages.pop(namespace, None)
+        if num_pages is not None:
+            self._quota_pages[namespace] = num_pages
+
+    def require_quota(self, namespace: str, sequence: Sequence, max_tokens: int) -> None:
+        """Raises QuotaExceeded when a sequence cannot grow to `max_tokens` within its namespace's quota."""
+        quota = self._quota_pages.get(namespace)
+        if quota is None:
+            return
+        held = num_distinct(pages for owner, pages in self._all_pages() if owner == namespace)
+        wanted = max(0, -(-max_tokens // self._pool.page_size) - sequence.num_pages)
+        if held + wanted > quota:
+            raise QuotaExceeded(
+                f"this needs {wanted} more pages of {self._pool.page_size} tokens; the tenant's contexts and requests "
+                f"hold {held} of its {quota}: release contexts, wait for requests, or raise the quota"
+            )
+
+    def pages_in_contexts(self) -> list[PageIds]:
+        """Page tables of contexts."""
+        return [sequence.pages for sequence in self.sequences]
+
+    def pages_in_requests(self) -> list[PageIds]:
+        """Page tables of requests that no context lent."""
+        return [sequence.pages for _, sequence in self._own_sequences()]
+
+    def _all_pages(self) -> list[tuple[str, PageIds]]:
+        self._collect()
+        in_contexts = [(held.namespace, held.sequence.pages) for held in self._held.values()]
+        return in_contexts + [(namespace, sequence.pages) for namespace, sequence in self._own_sequences()]
+
+    def _own_sequences(self) -> list[tuple[str, Sequence]]:
+        own = {
+            id(branch.sequence): (request.namespace, branch.sequence)
+            for request in self._requests()
+            for branch in request.branches
+        }
+        return [entry for key, entry in own.items() if key not in self._held]
+
+    def _collect(self) -> None:
+        while self._forgotten:
+            sequence = self._forgotten.popleft()
+            del self._held[id(sequence)]
+            sequence.release()
+
+
+def num_distinct(tables: Iterable[PageIds]) -> int:
+    """Distinct pages in page tables."""
+    return len({page for pages in tables for page in pages.tolist()})
