@@ -2,10 +2,10 @@
 
     python -m eval.fork [--model smollm2-135m] [--repeats N] [--json]
 
-Branches are compared with stock batched `generate` in three ways. `branch_speedup`: both from the parent's tokens, stock
-given the batch as its users give it, one copy of the prompt a row. `branch_speedup_expanded`: stock computes the parent
-once and repeats its cache. `branch_speedup_decode`: only the seconds between the first and the last new token, stock from
-the repeated cache. Stock and engine take turns; all decode greedily, so all rows of all of them have the same tokens.
+Branches are compared with stock batched `generate` in three ways. `branch_speedup`: both from the parent's tokens,
+stock as its users call it, with one copy of the prompt a row. `branch_speedup_expanded`: stock computes the parent once
+and repeats its cache. `branch_speedup_decode`: only the seconds from the start of decoding behind a computed parent to
+the last token. Stock and engine take turns; all decode greedily, so all rows of all of them have the same tokens.
 """
 
 from __future__ import annotations

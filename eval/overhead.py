@@ -81,7 +81,13 @@ def _decode(engine: Engine, stock: Stock, take: TakeTokens, options: Namespace) 
     stock_s, one_s, many_s = [], [], []
     num_new = options.new_tokens
     filled = stock.fill(take(options.context_tokens))
-    with prefilled(engine, take, num_contexts=options.streams, num_tokens=options.context_tokens) as contexts:
+    with prefilled(
+        engine,
+        take,
+        num_contexts=options.streams,
+        num_tokens=options.context_tokens,
+        num_room_tokens=num_new,
+    ) as contexts:
         for index in range(options.repeats):
             note(f"decode of {num_new - 1} tokens: pair {index + 1} of {options.repeats}")
             stock_s.append(stock.continue_from(filled, num_new_tokens=num_new).decode_s / (num_new - 1))

@@ -34,7 +34,7 @@ class Generated(NamedTuple):
 
 
 @dataclass
-class TokenClock(BaseStreamer):  # type: ignore[misc]
+class TokenClock(BaseStreamer):
     """Notes when each token is there; the prompt, which `generate` puts first, as well."""
 
     stamps: list[float] = field(default_factory=list)

@@ -3,14 +3,15 @@
     python -m eval.trace --trace FILE.jsonl.gz [--json] [--limit N] [--capacities 10,25,50]
 
 Every block of the trace becomes real tokens, every request a match, an allocation (evicting if need be) and
-an insert in the real tree and page pool; the pool has no layers, so only bookkeeping is measured.
+an insert in the real tree and page pool; the pool has no layers, so only bookkeeping is measured. Figures:
 
-hit_rate        blocks found by `match`, of all blocks of all prompts; nothing is ever evicted. ns_per_token
-seconds inside `match` and `insert` per prompt token at page size 16 (`ns_per_token_page_N`: at the
-                trace's own block size); median and quartiles over chunks of consecutive requests.
-lru_N           hit rate with pages for N % of the trace's distinct blocks; the running prompt needs its
-pages, too. belady_N        the best that any cache of that size could do, knowing the future: see
-`eval.optimum`.
+- hit_rate: blocks found by `match`, of all blocks of all prompts; nothing is ever evicted. - ns_per_token:
+time inside `match` and `insert` per prompt token at page size 16 (`ns_per_token_page_N`: at the
+  trace's own block size); median and quartiles over chunks of consecutive requests.
+- lru_N: hit rate with pages for N % of the trace's distinct blocks; the running prompt needs its pages, too.
+These
+  passes are not timed and give a block, and a page, 4 tokens: which blocks fit does not depend on that.
+- belady_N: the best that any cache of that size could do, knowing the future: see `eval.optimum`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +34,7 @@ from kvcomm.memory.pool import PageIds, PagePool
 from kvcomm.memory.tree import Match, RadixTree
 
 PAGE_SIZE = 16
+SMALL_BLOCK_SIZE = 4
 NUM_CHUNKS = 20
 MAX_NS_PER_TOKEN = 100
 KNOWN_HIT_RATES = {  # SHA-256 of a published trace -> per cent of its blocks that are prefix hits
@@ -111,11 +114,11 @@ def measure(trace: Trace, capacities: Sequence[int]) -> Report:
         samples[name] = list(_ns_per_token(unbounded))
         figures.append(_cost(name, samples[name]))
     figures.insert(0, _hit_rate(trace, unbounded.hit_blocks))
-    uses = next_uses(paths, num_distinct)
+    uses, small = next_uses(paths, num_distinct), replace(trace, block_size=SMALL_BLOCK_SIZE)
     for percent in capacities:
         capacity = max(1, round(num_distinct * percent / 100))
         note(f"{percent} %: {capacity} blocks")
-        lru = replay(trace, page_size=trace.block_size, num_pages=capacity)
+        lru = replay(small, page_size=SMALL_BLOCK_SIZE, num_pages=capacity)
         figures.append(Figure(f"lru_{percent}", _per_cent(lru.hit_blocks, trace), "%"))
         figures.append(Figure(f"belady_{percent}", _per_cent(most_hits(uses, capacity), trace), "%"))
     config = {

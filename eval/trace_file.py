@@ -3,8 +3,10 @@
 Two formats are known. *mooncake*: one request a line, `hash_ids` of 512-token blocks, ids global to the file.
 *agentic*: one session a line with `block_size`, `requests` with `hash_runs` ([first id, count] pairs) and
 nested `requests` of subagents; ids are local to the session, so each session gets a namespace of its own.
-Sessions have no common clock: they run side by side, each from its own second 0. A trace says nothing about
-tokens; distinct blocks get tokens that differ at every offset, equal blocks equal ones.
+Sessions have no common clock: they run side by side, each from its own second 0.
+
+A trace says nothing about tokens: distinct blocks get tokens that differ at every offset, equal blocks equal
+ones.
 """
 
 from __future__ import annotations

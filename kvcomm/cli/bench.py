@@ -92,15 +92,12 @@ def decode_command(
 
     counts = _counts(streams)
     steps_s: dict[int, list[float]] = {count: [] for count in counts}
-    with (
-        _engine(model) as (engine, take),
-        prefilled(engine, take, num_contexts=max(counts), num_tokens=context_tokens) as contexts,
-    ):
+    sizes = {"num_contexts": max(counts), "num_tokens": context_tokens, "num_room_tokens": new_tokens}
+    with _engine(model) as (engine, take), prefilled(engine, take, **sizes) as contexts:
         for _ in range(repeats):
             for count in counts:
                 steps_s[count].append(time_decode_step(engine, contexts[:count], num_new_tokens=new_tokens))
-        sizes = {"streams": counts, "context_tokens": context_tokens, "new_tokens": new_tokens}
-        config = _config(engine, model, repeats, **sizes)
+        config = _config(engine, model, repeats, streams=counts, context_tokens=context_tokens, new_tokens=new_tokens)
     samples = {count: Samples(tuple(values)) for count, values in steps_s.items()}
     figures = [_figure(f"decode_{count}_tokens_per_s", step.rate(count), "tokens/s") for count, step in samples.items()]
     figures += [_figure(f"step_{count}_ms", step.scaled(1e3), "ms") for count, step in samples.items()]

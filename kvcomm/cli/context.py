@@ -77,11 +77,10 @@ def create_command(
     parent = store.usable_context(extend_from) if extend_from else None
     with load_engine(model) as engine:
         began_s = time.monotonic()
-        if parent is None:
-            context = engine.context(sources.read(engine, is_start=True))
-        else:
-            context = _restore(engine, parent).extend(sources.read(engine, is_start=False))
-        with context:
+        segments = sources.read(engine, is_start=parent is None)
+        with _restore(engine, parent) if parent else engine.context(segments) as context:
+            if parent:
+                context.extend(segments)
             value = _save(context, name, target, elapsed_s=time.monotonic() - began_s)
     emit(value, Text(_saved_line("created", value)), as_json=as_json)
 

@@ -71,6 +71,7 @@ def run(
     values = {**wanted.inputs, **_inputs(inputs)}
     if prompt is not None:
         values["prompt"] = prompt
+    _require_inputs(wanted, values)
     num_rounds = rounds or wanted.rounds
     is_streamed = not as_json if stream is None else stream
     with load_engine(model) as engine:
@@ -121,6 +122,13 @@ def _inputs(given: Sequence[str] | None) -> dict[str, str]:
             raise InvalidRequest(f"--input {name!r} is given twice")
         values[name] = text
     return values
+
+
+def _require_inputs(team: Team, values: dict[str, str]) -> None:
+    """Find a mistake before a model is loaded; the run itself checks the rest."""
+    if missing := [name for name in team.required_inputs if name not in values]:
+        options = " ".join(f"--input {name}=TEXT" for name in missing)
+        raise InvalidRequest(f"team {team.name!r} needs {options}")
 
 
 def _events(

@@ -21,12 +21,6 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() or char in _KEPT_CONTROLS else "\ufffd" for char in text)
 
 
-def one_line(text: str, limit: int) -> str:
-    """The end of a text, on one line of at most `limit` characters."""
-    flat = " ".join(printable(text).split())
-    return flat if len(flat) <= limit else "…" + flat[1 - limit :]
-
-
 def counted(number: int, word: str) -> str:
     """A number with its English word: "1 token", "2 tokens"."""
     return f"{number} {word}" if number == 1 else f"{number} {word}s"

@@ -163,21 +163,32 @@ def measure_prefix_hit(engine: Engine, take: TakeTokens, *, num_prefix_tokens: i
 
 
 @contextmanager
-def prefilled(engine: Engine, take: TakeTokens, *, num_contexts: int, num_tokens: int) -> Iterator[list[Context]]:
-    """Contexts of `num_tokens` tokens that share nothing, released at the end.
+def prefilled(
+    engine: Engine, take: TakeTokens, *, num_contexts: int, num_tokens: int, num_room_tokens: int
+) -> Iterator[list[Context]]:
+    """Contexts of `num_tokens` tokens that share nothing, on a cleared cache, released at the end.
+
+    Behind each one lie free pages for `num_room_tokens`, as behind the prompt of a request, which reserves them.
 
     Raises:
         InvalidRequest: too long for the model.
         PoolExhausted, PoolTooSmall: no pages for them.
     """
+    engine.clear_cache()
     with ExitStack() as stack:
-        yield [stack.enter_context(engine.context(take(num_tokens))) for _ in range(num_contexts)]
+        contexts = []
+        with ExitStack() as room:
+            for _ in range(num_contexts):
+                contexts.append(stack.enter_context(engine.context(take(num_tokens))))
+                room.enter_context(engine.context(take(num_room_tokens)))
+        yield contexts
 
 
 def time_decode_step(engine: Engine, contexts: Sequence[Context], *, num_new_tokens: int) -> float:
     """Seconds per step in which every context gets one token, over `num_new_tokens - 1` steps.
 
-    Forks generate, so the contexts stay as they are. Seconds per token are this over the number of contexts.
+    Forks generate, so the contexts stay as they are; the cache is cleared, so that it holds no page behind them.
+    Seconds per token are this over the number of contexts.
 
     Raises:
         ValueError: fewer than two tokens, which make no step.
@@ -185,6 +196,7 @@ def time_decode_step(engine: Engine, contexts: Sequence[Context], *, num_new_tok
     """
     if num_new_tokens < 2:
         raise ValueError(f"a step lies between two tokens; num_new_tokens={num_new_tokens}")
+    engine.clear_cache()
     with _forks(contexts) as forks:
         stamps: list[float] = []
         _generate_together(engine, forks, num_new_tokens, stamps)

@@ -6,6 +6,7 @@ from collections.abc import Sequence as AnySequence
 
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 from kvcomm.errors import InvalidRequest
@@ -21,7 +22,9 @@ def to_cache(keys: AnySequence[Tensor], values: AnySequence[Tensor], config: Pre
     """
     cache = DynamicCache(config=config)
     for layer_id, (key, value) in enumerate(zip(keys, values, strict=True)):
-        cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], layer_id)
+        # Layers that use another layer's KV have no place of their own.
+        if layer_id < len(cache.layers) and isinstance(cache.layers[layer_id], CacheLayerMixin):
+            cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], layer_id)
     return cache
 
 

@@ -2,7 +2,7 @@
 
 Events are recorded only after somebody asked for them once, and in a bounded buffer: a reader who stays away
 too long gets one LOST event in place of what was dropped and has to start again from the tree itself. Events
-carry tokens and pages' extent, never KV.
+carry tokens, never KV.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ class Reaper:
         while namespace.num_pages > num_pages and (leaf := namespace.leaves.pop()) is not None:
             over = namespace.num_pages - num_pages
             own = leaf.pages.size - leaf.num_shared_pages
-            self._cut(leaf, leaf.pages.size - over if over < own else 0, MissReason.QUOTA)
+            self._cut(leaf, leaf.pages.size - over if over <= own else 0, MissReason.QUOTA)
 
     def expire(self, now_s: float) -> int:
         """Drop every leaf whose time is over, and ancestors that thereby became such leaves; pages freed."""
@@ -170,8 +170,7 @@ class Reaper:
         freeable = np.flatnonzero(self._pool.refcounts(leaf.pages[shared:]) == 1)
         if not freeable.size:
             return leaf.pages.size
-        cut = int(freeable[-min(wanted, freeable.size)])
-        return cut + shared if cut else 0
+        return int(freeable[-min(wanted, freeable.size)]) + shared
 
     def _cut(self, leaf: Node, keep: int, reason: MissReason) -> int:
         if not keep:

@@ -25,7 +25,7 @@ TokenIds = npt.NDArray[np.int32]
 
 NO_IDS: npt.NDArray[np.int32] = np.empty(0, dtype=np.int32)
 _MAX_TOMBSTONES = 64
-_FIRST_CHUNK, _LAST_CHUNK = 64, 16_384
+_FIRST_CHUNK, _LAST_CHUNK = 128, 65_536
 
 
 class MissReason(StrEnum):
@@ -166,16 +166,17 @@ class Node:
 def common_prefix(left: TokenIds, right: TokenIds) -> int:
     """Number of equal leading tokens.
 
-    Compared in chunks of doubling size: an early difference on a long edge costs one small comparison.
+    Compared in chunks of growing size: an early difference on a long edge costs one small comparison, and the
+    many edges that match to their end cost few.
     """
     num_tokens = min(left.size, right.size)
-    at, chunk = 0, _FIRST_CHUNK
-    while at < num_tokens:
-        stop = min(at + chunk, num_tokens)
+    at, stop = 0, min(_FIRST_CHUNK, num_tokens)
+    while at < stop:
         differs = left[at:stop] != right[at:stop]
-        if differs.any():
-            return at + int(differs.argmax())
-        at, chunk = stop, min(chunk * 2, _LAST_CHUNK)
+        first = int(differs.argmax())  # 0 if there is none
+        if differs[first]:
+            return at + first
+        at, stop = stop, min(stop + min(stop * 7, _LAST_CHUNK), num_tokens)
     return num_tokens
 
 

@@ -25,6 +25,8 @@ from kvcomm.errors import PoolExhausted, PoolTooSmall
 
 PageIds = npt.NDArray[np.int32]
 
+_ONE = np.int32(1)  # `ufunc.at` is fast only where values and indices need no cast
+
 
 class LayerShape(NamedTuple):
     """What one layer stores per token."""
@@ -104,18 +106,19 @@ class PagePool:
     def retain(self, pages: PageIds) -> None:
         """Add one reference per entry of `pages` (an id may occur more than once)."""
         self._require_held(pages)
-        np.add.at(self._counts, pages, 1)
+        np.add.at(self._counts, pages.astype(np.intp), _ONE)
 
     def release(self, pages: PageIds) -> int:
         """Drop one reference per entry of `pages`; returns how many pages became free."""
         self._require_held(pages)
-        np.subtract.at(self._counts, pages, 1)
-        left = self._counts[pages]
+        indices = pages.astype(np.intp)
+        np.subtract.at(self._counts, indices, _ONE)
+        left = self._counts[indices]
         if left.size and int(left.min()) < 0:
-            np.add.at(self._counts, pages, 1)
+            np.add.at(self._counts, indices, _ONE)
             broken = np.unique(pages[left < 0]).tolist()
             raise AssertionError(f"pages {broken} released more often than retained")
-        freed = np.unique(pages[left == 0])
+        freed = _sorted_distinct(pages[left == 0])
         self._free.give_back(freed)
         return int(freed.size)
 
@@ -143,7 +146,8 @@ class PagePool:
         return copy
 
     def slots(self, pages: PageIds, num_tokens: int) -> slice | Tensor:
-        """Where the first `num_tokens` tokens of a page table are: a slice where they lie in a row, else int64."""
+        """Slots of the first `num_tokens` tokens of a page table: a slice where they lie in a row, else int64
+        indices."""
         used = pages[: -(-num_tokens // self.page_size)].astype(np.int64)
         if used.size and (np.diff(used) == 1).all():
             first = int(used[0]) * self.page_size
@@ -168,7 +172,7 @@ class PagePool:
             return
         references = np.zeros(self.num_pages, dtype=np.int64)
         for pages in held:
-            np.add.at(references, pages, 1)
+            np.add.at(references, pages.astype(np.intp), np.int64(1))
         wrong = np.flatnonzero(references != self._counts)
         examples = [(int(p), int(self._counts[p]), int(references[p])) for p in wrong[:16]]
         assert not wrong.size, (
@@ -295,3 +299,9 @@ def _runs_of(pages: PageIds) -> Iterator[tuple[int, int]]:
     starts = np.concatenate(([0], breaks))
     lengths = np.diff(np.concatenate((starts, [pages.size])))
     yield from zip(pages[starts].tolist(), lengths.tolist(), strict=True)
+
+
+def _sorted_distinct(pages: PageIds) -> PageIds:
+    """`np.unique`, without its cost for the few hundred ids of a sequence."""
+    ordered = np.sort(pages)
+    return ordered[np.append(True, ordered[1:] != ordered[:-1])] if ordered.size else ordered

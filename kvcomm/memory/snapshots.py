@@ -7,9 +7,10 @@ optionally `logits` [vocab_size] behind the last token, and in the metadata
     header            JSON of `SnapshotHeader`
     header_blake3     BLAKE3 (hex) of that JSON text
 
-The header carries the BLAKE3 of all tensor bytes, in the order of `_tensor_names`. Files are memory-mapped on reading,
-nothing in them is executed, and every byte is covered: a file that is foreign, truncated, altered or newer is refused
-by name. Writing is atomic. This module knows tensors and headers, not pools, contexts or engines.
+The header carries the BLAKE3 of dtype, shape and bytes of all tensors, in the order of `_tensor_names`. Files are
+memory-mapped on reading, nothing in them is executed, and every byte is covered: a file that is foreign, truncated,
+altered or newer is refused by name. Writing is atomic. This module knows tensors and headers, not pools, contexts or
+engines.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -34,6 +35,9 @@ from kvcomm.memory.fidelity import Fidelity
 FORMAT_VERSION = 1
 VERSION_KEY = "kvcomm_snapshot"
 SUFFIX = ".safetensors"
+
+MAX_REPLACEMENTS = 20
+"""A file replaced while it is read looks corrupt, because safetensors opens it twice; it is read again so often."""
 
 
 class SegmentRecord(BaseModel):
@@ -54,7 +58,7 @@ class SnapshotHeader(BaseModel):
     architecture: str
     dtype: str
     name: str | None
-    token_ids: tuple[NonNegativeInt, ...]
+    token_ids: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...]
     num_computed: NonNegativeInt
     path: tuple[SegmentRecord, ...]
     fidelity: Fidelity
@@ -72,10 +76,11 @@ class Snapshot(NamedTuple):
 
 
 def payload_digest(keys: Sequence[Tensor], values: Sequence[Tensor], logits: Tensor | None) -> str:
-    """BLAKE3 (hex) over the bytes of all tensors, layer by layer, keys before values; CPU tensors, contiguous."""
+    """BLAKE3 (hex) over dtype, shape and bytes of all tensors: keys layer by layer, then values, then logits."""
     digest = blake3()
-    for tensor in (*keys, *values, *([] if logits is None else [logits])):
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().reshape(-1).data)
+    for tensor in _tensors(keys, values, logits):
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().reshape(-1).data)
     return digest.hexdigest()
 
 
@@ -127,6 +132,17 @@ def read_snapshot(
         SnapshotForeign: another namespace.
         SnapshotCorrupt, SnapshotTooNew, SnapshotError: as the names say.
     """
+    for _ in range(MAX_REPLACEMENTS):
+        version = _version(file)
+        try:
+            return _read(file, namespace, shapes, dtype)
+        except SnapshotCorrupt:
+            if _version(file) == version:
+                raise
+    raise SnapshotError(f"{file} is replaced all the time; read it when nobody writes it")
+
+
+def _read(file: Path, namespace: str, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> Snapshot:
     with _opened(file) as opened:
         header = _header(file, opened)
         if header.namespace != namespace:
@@ -156,12 +172,21 @@ def _tensors(keys: Sequence[Tensor], values: Sequence[Tensor], logits: Tensor | 
     return [*keys, *values] + ([] if logits is None else [logits])
 
 
+def _version(file: Path) -> tuple[int, int, int] | None:
+    """Tells one version of a file from the next; None: there is none."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[safe_open]:
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:
         raise SnapshotCorrupt(f"{file} is not a whole safetensors file ({error})") from error
     except OSError as error:
         raise SnapshotError(f"{file} cannot be read: {error.strerror or error}") from error

@@ -47,7 +47,8 @@ def cache_errors(folder: Path, doing: str) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise CacheFolderError(f"cannot {doing} {folder}: {error}; {_way_out(None)}") from error
+        code = errno.ENOSPC if f"os error {errno.ENOSPC}" in str(error) else None
+        raise CacheFolderError(f"cannot {doing} {folder}: {error}; {_way_out(code)}") from error
     except OSError as error:
         reason = error.strerror or str(error)
         raise CacheFolderError(f"cannot {doing} {folder}: {reason}; {_way_out(error.errno)}") from error

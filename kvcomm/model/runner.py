@@ -76,17 +76,19 @@ class ModelRunner:
         step = self.backend.prepare(tables, self._keys, self._values, self._page_size)
         token_ids = np.concatenate([run.token_ids for run in runs]).astype(np.int64)
         positions = np.concatenate([np.arange(run.start, run.end) for run in runs])
+        rows = self._to_device(_wanted_rows(runs))
         with hook.switched(self._configs), skinny_linear(len(token_ids), self._device, self._model.dtype):
             output = self._model(
                 input_ids=self._to_device(token_ids)[None],
                 position_ids=self._to_device(positions)[None],
                 use_cache=False,
-                logits_to_keep=self._to_device(_wanted_rows(runs)),
+                logits_to_keep=rows,
                 **{hook.STEP_KEYWORD: step},
             )
         logits = output.logits[0]
         assert isinstance(logits, Tensor)
-        return logits
+        # A few old models do not know `logits_to_keep` and return them all.
+        return logits if len(logits) == len(rows) else logits[rows]
 
     def _to_device(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self._device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,7 @@ def test_prefix_hit_without_a_cache(tiny: TinyModel) -> None:
 
 def test_decode_steps_leave_contexts_as_they_are(engine: Engine) -> None:
     take = benchmark.random_tokens(engine)
-    with benchmark.prefilled(engine, take, num_contexts=3, num_tokens=20) as contexts:
+    with benchmark.prefilled(engine, take, num_contexts=3, num_tokens=20, num_room_tokens=5) as contexts:
         before = [context.tokens for context in contexts]
         assert len(set(before)) == 3
 
@@ -101,15 +102,37 @@ def test_decode_steps_leave_contexts_as_they_are(engine: Engine) -> None:
 
 
 def test_decode_steps_are_steps_of_all_contexts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every pass computes one token of each context; none starts before all are in."""
+    """Every pass computes one token of each context; none starts before all are in, however long that takes."""
     passes: list[int] = []
+    submit = engine.scheduler.submit
+    monkeypatch.setattr(engine.scheduler, "submit", lambda request: time.sleep(0.02) or submit(request))
     forward = engine.scheduler._runner.forward
     monkeypatch.setattr(engine.scheduler._runner, "forward", lambda runs: passes.append(len(runs)) or forward(runs))
-    with benchmark.prefilled(engine, benchmark.random_tokens(engine), num_contexts=3, num_tokens=20) as contexts:
+    with benchmark.prefilled(
+        engine, benchmark.random_tokens(engine), num_contexts=3, num_tokens=20, num_room_tokens=5
+    ) as contexts:
         passes.clear()
         benchmark.time_decode_step(engine, contexts, num_new_tokens=5)
 
     assert passes == [3, 3, 3, 3]
+
+
+def test_answers_lie_right_behind_their_contexts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a request, which reserves the pages of its answer with those of its prompt; also the second time."""
+    tables: list[list[int]] = []
+    forward = engine.scheduler._runner.forward
+    monkeypatch.setattr(
+        engine.scheduler._runner,
+        "forward",
+        lambda runs: tables.extend(run.pages.tolist() for run in runs) or forward(runs),
+    )
+    take = benchmark.random_tokens(engine)
+    with benchmark.prefilled(engine, take, num_contexts=3, num_tokens=48, num_room_tokens=20) as contexts:
+        for _ in range(2):
+            tables.clear()
+            benchmark.time_decode_step(engine, contexts, num_new_tokens=20)
+            assert {len(pages) for pages in tables} == {5}
+            assert all(pages == list(range(pages[0], pages[0] + 5)) for pages in tables)
 
 
 def test_forks(engine: Engine) -> None:
@@ -152,7 +175,10 @@ def test_too_large_gives_everything_back(engine: Engine, tiny: TinyModel) -> Non
 
     with pytest.raises(PromptTooLong, match="513"):
         benchmark.measure_branches(engine, take(513), num_branches=2, num_new_tokens=2)
-    with pytest.raises(PromptTooLong), benchmark.prefilled(engine, take, num_contexts=1, num_tokens=513):
+    with (
+        pytest.raises(PromptTooLong),
+        benchmark.prefilled(engine, take, num_contexts=1, num_tokens=513, num_room_tokens=5),
+    ):
         pass
     assert_idle(engine)
     small = Engine(tiny.model, tiny.tokenizer, config=EngineConfig(pool_tokens=64))

@@ -168,6 +168,18 @@ def test_copy_refuses_more_than_a_page_and_free_pages() -> None:
     assert pool.num_free == 3
 
 
+@pytest.mark.parametrize("num_tokens", [0, 1, 4, 5, 8])
+@pytest.mark.parametrize("pages", [ids(1, 2), ids(2, 1), ids(3, 0)])
+def test_slots_in_a_row_are_a_view(pages: PageIds, num_tokens: int) -> None:
+    pool = PagePool([LayerShape(1, 1, 1)], num_pages=4, page_size=4)
+    pool.keys[0][:, 0, 0] = torch.arange(16)
+    slots = pool.slots(pages, num_tokens)
+    expected = [int(pages[i // 4]) * 4 + i % 4 for i in range(num_tokens)]
+    assert pool.keys[0][slots][:, 0, 0].tolist() == expected
+    if num_tokens > 4:
+        assert isinstance(slots, slice) == (pages.tolist() == [1, 2])
+
+
 class PoolMachine(RuleBasedStateMachine):
     """Random allocate, retain and release against a plain list of counts."""
 

@@ -155,6 +155,7 @@ def test_exact_goes_before_approximate_and_young_before_old(bench: Bench) -> Non
     assert found() == "one"  # used last
     assert found(signature="three") is None
     assert found(signature="three", allow_approximate=True) == "three"
+    assert found(allow_approximate=True) == "one"  # although an approximate one was used later
     assert found(signature="four", allow_approximate=True) is None
 
 
@@ -275,6 +276,30 @@ def test_time_to_live_starts_anew_with_each_use_and_ends_for_names_too() -> None
     bench.now = 1e9
     assert bench.has(C)
     bench.check()
+
+
+def test_looking_up_is_a_use_and_a_shorter_time_to_live_shortens_nothing() -> None:
+    bench = Bench(ttl_s=10.0)
+    bench.store.name(NS, "a", A)
+    bench.store.name(NS, "b", B, ttl_s=30.0)
+    bench.store.name(NS, "b", B)
+    bench.now = 6.0
+    assert bench.store.lookup(NS, "a") == A
+    bench.now = 15.0
+    assert bench.store.by_digest(NS, A.digest(NS)) == A
+    bench.now = 24.0
+    assert bench.store.lookup(NS, "a") == A
+    assert bench.store.lookup(NS, "b") == B
+    bench.check()
+
+
+def test_what_a_pin_kept_above_the_budget_goes_with_it(bench: Bench) -> None:
+    bench.put(A)
+    bench.store.pin(NS, A)
+    bench.store.set_budget(NS, 0)
+    assert bench.has(A)
+    bench.store.unpin(NS, A)
+    assert not bench.has(A)
 
 
 def test_a_pin_stops_the_clock() -> None:

@@ -442,7 +442,7 @@ def test_queues_do_not_grow_with_use(bench: Bench) -> None:
 
 
 def test_nested_prefixes_deeper_than_the_stack() -> None:
-    depth = 1_500
+    depth = 1_100
     assert depth > sys.getrecursionlimit()
     marked = MarkedPool(depth, 1)
     tree = RadixTree(marked.pool)
@@ -474,3 +474,53 @@ def test_unpinning_reports_its_tokens_even_if_the_quota_takes_them(bench: Bench)
     assert bench.cached(span(0, 8)) == 8
     assert bench.tree.unpin(NS, span(0, 8)) == 8
     assert bench.cached(span(0, 8)) == 0
+
+
+def test_eviction_of_a_split_node_takes_no_more_than_it_must(bench: Bench) -> None:
+    bench.serve(span(0, 18))
+    bench.serve(span(0, 6))
+    bench.serve(span(0, 6) + span(100, 2))  # splits at 6: the lower half shares its first page with the upper one
+    bench.tree.match(NS, span(0, 6) + span(100, 2))
+    assert bench.tree.evict(1) == 1
+    assert bench.cached(span(0, 18)) == 16
+
+
+def test_a_split_moves_the_lower_half_forward_in_its_queue(bench: Bench) -> None:
+    """It once stayed at the place its partial use had earned, and outlived paths used after it."""
+    bench.serve(span(0, 16))
+    bench.serve(span(100, 8))
+    bench.tree.match(NS, span(0, 4))
+    assert bench.tree.evict(1) == 1  # looks at the first path, finds it used, takes from the second
+    assert bench.cached(span(100, 8)) == 4
+    bench.serve(span(0, 4) + span(200, 4))
+    assert bench.tree.evict(1) == 1
+    assert bench.cached(span(0, 16)) == 12
+    assert bench.cached(span(100, 8)) == 4
+
+
+def test_quota_counts_a_page_once_that_two_nodes_share(bench: Bench) -> None:
+    bench.tree.set_quota(NS, 3)
+    sequence = MarkedSequence(bench.marked, NS, span(0, 10))
+    assert bench.tree.insert(NS, sequence.path[:6], sequence.pages[:2]) == 6
+    assert bench.tree.insert(NS, sequence.path, sequence.pages) == 4
+    assert bench.tree.usage(NS).num_pages == 3
+    sequence.release()
+
+
+def test_a_leaf_that_could_not_grow_can_still_go(bench: Bench) -> None:
+    """Protected while room was made for its continuation, it once dropped out of the queues for good."""
+    bench.serve(span(0, 4))
+    bench.tree.set_quota(NS, 1)
+    bench.serve(span(0, 8))
+    assert bench.cached(span(0, 8)) == 4
+    assert bench.tree.evict(1) == 1
+
+
+def test_what_shares_a_page_with_its_parent_stays_until_more_is_needed(bench: Bench) -> None:
+    bench.serve(span(0, 12))
+    bench.serve(span(0, 6) + span(100, 1))
+    bench.tree.match(NS, span(0, 6) + span(100, 1))
+    assert bench.tree.evict(1) == 1
+    assert bench.cached(span(0, 12)) == 8  # tokens 6 and 7 stand on the page of token 5
+    bench.tree.set_quota(NS, 1)
+    assert bench.tree.usage(NS).num_pages == 1

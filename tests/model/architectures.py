@@ -89,7 +89,6 @@ FAMILIES: dict[str, Family] = {
         rotary_dims=(6,) * 3,
     ),
     "phi3": Family(lambda: tf.Phi3Config(**GROUPED, rope_parameters=HALF_ROPE), rotary_dims=(6,) * 3),
-    "stablelm": Family(lambda: tf.StableLmConfig(**GROUPED, rope_parameters=HALF_ROPE), rotary_dims=(6,) * 3),
     "gpt-neox": Family(
         lambda: tf.GPTNeoXConfig(**SIZES | {"hidden_size": 64}), num_kv_heads=4, head_dim=16, rotary_dims=(4,) * 3
     ),
@@ -110,7 +109,9 @@ FAMILIES: dict[str, Family] = {
         windows=(WINDOW, None, WINDOW),
     ),
     "gpt2": Family(
-        lambda: tf.GPT2Config(vocab_size=97, n_embd=48, n_layer=3, n_head=4, n_positions=256),
+        lambda: tf.GPT2Config(
+            vocab_size=97, n_embd=48, n_layer=3, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
+        ),
         num_kv_heads=4,
         rotary_dims=(None,) * 3,
         moves=False,

