@@ -65,7 +65,7 @@ class OneText(_View):
 
 
 class Lines(_View):
-    """`agent | line` for every finished line, so that agents that answer side by side stay readable."""
+    """`agent | line` for every finished line with text, so that agents that answer side by side stay readable."""
 
     def __init__(self, stream: TextIO, names: list[str]) -> None:
         self._stream = stream
@@ -81,8 +81,8 @@ class Lines(_View):
         if isinstance(event, AgentText):
             *lines, self._open[key] = (text + printable(event.text)).split("\n")
         else:
-            lines = [text] if text else []
-        for line in lines:
+            lines = [text]
+        for line in filter(str.strip, lines):
             self._stream.write(f"{event.agent:<{self._width}} | {line}\n")
         self._stream.flush()
 

@@ -34,7 +34,7 @@ def test_lines_of_agents_that_answer_side_by_side() -> None:
         AgentStarted("bcd", 1, 10),
         text("a", "one "),
         text("bcd", "x\ny\nz"),
-        text("a", "two\x1b\nthree"),
+        text("a", "two\x1b\n \n\nthree"),
         finished("bcd", "x\ny\nz"),
         text("a", "\n"),
         finished("a", "one two\x1b\nthree\n"),
