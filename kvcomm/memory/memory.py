@@ -39,7 +39,11 @@ class Memory:
         if missing > 0:
             missing -= self.tree.evict(missing)
         if missing > 0:
-            self.segments.evict(missing)
+            missing -= self.segments.evict(missing)
+        # A page that both hold is passed over by each; it comes free only when both let go.
+        while missing > 0 and self.segments.drop_oldest():
+            missing = sequence.num_missing_pages(end) - self.pool.num_free
+            missing -= self.tree.evict(missing) if missing > 0 else 0
         sequence.make_writable(start, end)
 
     def expire(self) -> None:

@@ -268,6 +268,19 @@ class SegmentStore:
                 self._forget_if_unused(space, digest)
         return freed
 
+    def drop_oldest(self) -> bool:
+        """Drop the least recently used rendition of an unpinned segment, even if it frees nothing; False if
+        none.
+
+        For whoever shares pages with this store, like the radix tree: each passes over what the other holds
+            too.
+        """
+        for entry in self._order:
+            if not self._spaces[entry[0]].records[entry[1]].num_pins:
+                self._drop_unpinned(entry, sparing=None)
+                return True
+        return False
+
     def expire(self) -> int:
         """Forget segments that outlived their TTL; returns how many pages became free in the pool."""
         now, freed = self._clock(), 0

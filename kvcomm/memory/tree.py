@@ -362,10 +362,7 @@ class RadixTree:
         own = pages[start // page_size : -(-ids.size // page_size)].astype(np.int32)
         leaf = Node(parent.namespace, parent, ids[start:].copy(), start, own, parent.used, ttl_s)
         self._pool.retain(own)
-        first = int(ids[start])
-        parent.children[first] = leaf
-        if parent.tombstones is not None:
-            parent.tombstones.pop(first, None)
+        parent.children[int(ids[start])] = leaf
         parent.namespace.num_tokens += leaf.tokens.size
         parent.namespace.num_pages += own.size - leaf.num_shared_pages
         self._reaper.track(leaf)

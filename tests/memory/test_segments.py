@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.pool import LayerShape, PageIds, PagePool
 from kvcomm.memory.segments import Rendition, Segment, SegmentStore
+from kvcomm.memory.tree import RadixTree
 
 EXACT, APPROXIMATE = Fidelity.EXACT, Fidelity.APPROXIMATE
 PAGE_SIZE = 4
@@ -332,6 +333,22 @@ def test_eviction_frees_pages_and_spares_those_in_use(bench: Bench) -> None:
     bench.pool.release(busy.pages)
     assert bench.store.evict(1) == 1
     assert [bench.has(each) for each in (A, B, C)] == [False, True, False]
+
+
+def test_pages_shared_with_the_tree_can_be_had_back(bench: Bench) -> None:
+    """Tree and store once passed over what the other held too, so a full pool stayed full."""
+    bench.put(B)
+    bench.store.pin(NS, B)
+    tree = RadixTree(bench.pool)
+    pages = bench.pool.allocate(1)
+    tree.insert(NS, A.token_ids, pages)
+    bench.store.put(NS, A, signature="s", start=0, pages=pages, offset=0, fidelity=EXACT)
+    bench.pool.release(pages)
+    assert (tree.evict(1), bench.store.evict(1)) == (0, 0)
+    assert bench.store.drop_oldest()
+    assert tree.evict(1) == 1
+    assert not bench.store.drop_oldest()
+    assert bench.has(B)
 
 
 def test_reset_forgets_pins_and_names_of_one_namespace(bench: Bench) -> None:
