@@ -151,7 +151,7 @@ class SequenceMachine(RuleBasedStateMachine):
     def adopt(self, source: Sequence, data: st.DataObject) -> Sequence:
         """A sequence that begins like the source takes over more of its computed prefix, as from the tree."""
         num_computed = data.draw(st.integers(0, source.num_computed))
-        num_own = data.draw(st.integers(0, num_computed))
+        num_own = data.draw(st.sampled_from([0, num_computed // 2, num_computed]))
         sequence = Sequence(self.pool, source.token_ids)
         self.tokens[sequence], self.values[sequence] = list(self.tokens[source]), []
         if num_own and sequence.num_missing_pages(num_own + 3) <= self.pool.num_free:
@@ -307,6 +307,22 @@ def test_release_twice_and_read_the_tokens_afterwards() -> None:
     assert (sequence.num_tokens, sequence.num_computed, sequence.num_pages) == (5, 0, 0)
     assert sequence.token_ids.tolist() == [0, 1, 2, 3, 4]
     assert pool.num_free == pool.num_pages
+
+
+def test_an_adopted_prefix_replaces_the_own_pages_it_covers() -> None:
+    pool = make_pool()
+    source, sequence = Sequence(pool), Sequence(pool, range(20))
+    values = compute(pool, source, 10)
+    sequence.make_writable(0, 20)
+    write(pool, sequence, 0, 5)
+    sequence.num_computed = 5
+    own = sequence.pages.tolist()
+    sequence.adopt(source.pages, 10)
+    assert sequence.pages.tolist() == [*source.pages.tolist(), *own[3:]]
+    assert content(pool, sequence) == values
+    assert pool.refcounts(source.pages).tolist() == [2, 2, 2]
+    pool.check_integrity([source.pages, sequence.pages])
+    assert pool.num_free == 3
 
 
 def test_many_tokens_are_kept_in_order() -> None:
