@@ -2,9 +2,10 @@
 
     python -m eval.overhead [--model smollm2-135m] [--repeats N] [--json]
 
-Stock and engine take turns in one warm process, so that whatever else the machine does meets both; every ratio is the
-median over these pairs. The engine is timed as its callers see it, whole requests through its queue. Its cache is
-cleared where tokens must be unseen, which also lets it write pages it has written before, as it would in use.
+Stock and engine take turns in one warm process, each going first every other time, so that whatever else the machine
+does meets both; every ratio is the median over these pairs. The engine is timed as its callers see it, whole requests
+through its queue. Its cache is cleared where tokens must be unseen, which also lets it write pages it has written
+before, as it would in use.
 """
 
 from __future__ import annotations
@@ -69,9 +70,12 @@ def _prefill(
     for index in range(options.repeats):
         note(f"prefill of {options.prefill_tokens} tokens: pair {index + 1} of {options.repeats}")
         prompt = take(options.prefill_tokens)
-        stock_s.append(stock.prefill_s(prompt, use_cache=use_cache))
         engine.clear_cache()
-        engine_s.append(time_request(engine, prompt)[0])
+        if index % 2:
+            engine_s.append(time_request(engine, prompt)[0])
+        stock_s.append(stock.prefill_s(prompt, use_cache=use_cache))
+        if not index % 2:
+            engine_s.append(time_request(engine, prompt)[0])
     return {"prefill_stock_s": Samples(tuple(stock_s)), "prefill_engine_s": Samples(tuple(engine_s))}
 
 
@@ -90,8 +94,11 @@ def _decode(engine: Engine, stock: Stock, take: TakeTokens, options: Namespace) 
     ) as contexts:
         for index in range(options.repeats):
             note(f"decode of {num_new - 1} tokens: pair {index + 1} of {options.repeats}")
+            if index % 2:
+                one_s.append(time_decode_step(engine, contexts[:1], num_new_tokens=num_new))
             stock_s.append(stock.continue_from(filled, num_new_tokens=num_new).decode_s / (num_new - 1))
-            one_s.append(time_decode_step(engine, contexts[:1], num_new_tokens=num_new))
+            if not index % 2:
+                one_s.append(time_decode_step(engine, contexts[:1], num_new_tokens=num_new))
             many_s.append(time_decode_step(engine, contexts, num_new_tokens=num_new) / len(contexts))
     return {
         "decode_stock_s": Samples(tuple(stock_s)),

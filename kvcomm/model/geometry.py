@@ -140,7 +140,7 @@ def _probe(model: PreTrainedModel, position: int) -> list[_Seen]:
     device = model.device
     token, positions = torch.tensor([[1]], device=device), torch.tensor([[position]], device=device)
     try:
-        with torch.inference_mode(), hook.switched(hook.configs_of(model)):
+        with torch.inference_mode(), hook.pass_lock(model), hook.switched(hook.configs_of(model)):
             model(input_ids=token, position_ids=positions, use_cache=False, **{hook.STEP_KEYWORD: step})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UnsupportedModel(_refusal(model, f"it does not take a replaced attention function ({error})")) from error

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from kvcomm.model.attention import hook
 from kvcomm.model.attention.contract import AttentionBackend, IntArray, RunTable
-from kvcomm.model.skinny import skinny_linear
+from kvcomm.model.lean import LeanLayers
 
 
 class Run(NamedTuple):
@@ -62,7 +62,9 @@ class ModelRunner:
         self._model = model
         self._keys, self._values = keys, values
         self._page_size = page_size
+        self._pass_lock = hook.pass_lock(model)
         self._configs = hook.configs_of(model)
+        self._layers = LeanLayers(model)
         self._device = model.device
 
     @torch.inference_mode()
@@ -77,7 +79,7 @@ class ModelRunner:
         token_ids = np.concatenate([run.token_ids for run in runs]).astype(np.int64)
         positions = np.concatenate([np.arange(run.start, run.end) for run in runs])
         rows = self._to_device(_wanted_rows(runs))
-        with hook.switched(self._configs), skinny_linear(len(token_ids), self._device, self._model.dtype):
+        with self._pass_lock, hook.switched(self._configs), self._layers.switched(len(token_ids)):
             output = self._model(
                 input_ids=self._to_device(token_ids)[None],
                 position_ids=self._to_device(positions)[None],
@@ -85,7 +87,7 @@ class ModelRunner:
                 logits_to_keep=rows,
                 **{hook.STEP_KEYWORD: step},
             )
-        logits = output.logits[0]
+        logits = output.logits[0].contiguous()
         assert isinstance(logits, Tensor)
         # A few old models do not know `logits_to_keep` and return them all.
         return logits if len(logits) == len(rows) else logits[rows]

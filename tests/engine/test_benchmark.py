@@ -68,14 +68,20 @@ def test_prefix_hit(engine: Engine) -> None:
 
 @pytest.mark.parametrize("num_tail_tokens", [1, 3])
 def test_prefix_hit_with_equal_tails(engine: Engine, num_tail_tokens: int) -> None:
-    """Tails that begin alike would make the hit longer than the prefix: the second one is changed."""
-    calls = iter([[5] * 20, [7] * num_tail_tokens, [7] * num_tail_tokens, [7, 7, 9] * 400])
+    """Tails that begin alike would make the hit longer than the prefix: others are drawn."""
+    calls = iter([[5] * 20, *([token] * num_tail_tokens for token in (7, 7, 8, 7, 9))])
 
     hit = benchmark.measure_prefix_hit(
-        engine, lambda num: next(calls)[:num], num_prefix_tokens=20, num_tail_tokens=num_tail_tokens
+        engine, lambda _: next(calls), num_prefix_tokens=20, num_tail_tokens=num_tail_tokens, num_hits=2
     )
 
     assert hit.num_cached_tokens == 20
+    assert next(calls, None) is None
+
+
+def test_prefix_hit_without_different_tails(engine: Engine) -> None:
+    with pytest.raises(InvalidRequest, match="only 1 different tokens; 4 are needed"):
+        benchmark.measure_prefix_hit(engine, lambda num: [5] * num, num_prefix_tokens=20, num_tail_tokens=3)
 
 
 def test_prefix_hit_without_a_cache(tiny: TinyModel) -> None:

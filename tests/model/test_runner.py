@@ -5,9 +5,12 @@ Every slot that no sequence uses is NaN, so a read from the wrong place is loud,
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvcomm.memory import segments, tree
 from kvcomm.model import runner
+from kvcomm.model.attention.contract import AttentionStep, RunTable
 from kvcomm.model.attention.torch_backend import TorchBackend
 from kvcomm.model.geometry import ModelGeometry
 from kvcomm.model.runner import ModelRunner, Run
@@ -275,6 +279,26 @@ def generated(model: PreTrainedModel) -> list[int]:
     return tokens
 
 
+class WaitingBackend(TorchBackend):
+    """Says when it has been called for the first layer, then waits there a while for something else to happen."""
+
+    def __init__(self, *, announce: threading.Event, wait_for: threading.Event) -> None:
+        self._wait_for, self._announce = wait_for, announce
+
+    def prepare(
+        self, runs: Sequence[RunTable], keys: Sequence[Tensor], values: Sequence[Tensor], page_size: int
+    ) -> AttentionStep:
+        step = super().prepare(runs, keys, values, page_size)
+
+        def waiting(layer_id: int, *operands: Tensor, **keywords: Any) -> Tensor:
+            if layer_id == 0:
+                self._announce.set()
+                self._wait_for.wait(0.5)
+            return step(layer_id, *operands, **keywords)
+
+        return waiting
+
+
 @pytest.fixture
 def fresh_model() -> PreTrainedModel:
     """A model of the test's own, because these tests are about what a pass leaves behind in it."""
@@ -307,6 +331,30 @@ def test_the_model_still_generates_as_before_after_a_pass_that_failed(fresh_mode
     assert fresh_model.config._attn_implementation == "sdpa"
     assert generated(fresh_model) == before
     require_close(paged.forward(whole(some_tokens(40), pages))[0], stock(fresh_model, some_tokens(40)))
+
+
+def test_two_runners_on_one_model_take_turns(fresh_model: PreTrainedModel) -> None:
+    """Bug: the first pass to end switched the model back to stock attention while the other was in its layers."""
+    first_is_inside, second_is_inside, first_has_left = (threading.Event() for _ in range(3))
+    first, second = Paged(fresh_model), Paged(fresh_model)
+    first.runner.backend = WaitingBackend(announce=first_is_inside, wait_for=second_is_inside)
+    second.runner.backend = WaitingBackend(announce=second_is_inside, wait_for=first_has_left)
+    (pages,) = tables(40)
+    run = whole(some_tokens(40), pages)
+
+    def first_pass() -> list[Tensor]:
+        logits = first.forward(run)
+        first_has_left.set()
+        return logits
+
+    with ThreadPoolExecutor(2) as pool:
+        passes = [pool.submit(first_pass)]
+        assert first_is_inside.wait(10)
+        passes.append(pool.submit(second.forward, run))
+        logits = [future.result()[0] for future in passes]
+    assert fresh_model.config._attn_implementation == "sdpa"
+    for got in logits:
+        require_close(got, stock(fresh_model, some_tokens(40)))
 
 
 def test_a_runner_leaves_the_model_alone(fresh_model: PreTrainedModel) -> None:

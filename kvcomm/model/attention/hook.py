@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -31,8 +32,18 @@ STOCK = "sdpa"
 _this_thread = threading.local()
 """Marks the thread that is inside `switched`; transformers' registries are process-wide, its config is not ours."""
 
-SCORE_CHANGING_KEYWORDS = frozenset(
-    {"softcap", "s_aux", "sinks", "position_bias", "attention_bias", "head_mask", "indices", "block_indices"}
+_pass_locks: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()
+_pass_locks_lock = threading.Lock()
+
+SCORE_CHANGING_KEYWORDS = (
+    "attention_bias",
+    "block_indices",
+    "head_mask",
+    "indices",
+    "position_bias",
+    "s_aux",
+    "sinks",
+    "softcap",
 )
 """Keywords through which a model asks for other scores than scaled dot products; no back end here computes them."""
 
@@ -59,7 +70,7 @@ def attention(
         return _stock_attention(
             module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **keywords
         )
-    asked = sorted(name for name in SCORE_CHANGING_KEYWORDS & keywords.keys() if keywords[name] is not None)
+    asked = [name for name in SCORE_CHANGING_KEYWORDS if keywords.get(name) is not None]
     if asked:
         raise UnsupportedModel(f"{type(module).__name__} changes attention scores through {', '.join(asked)}")
     if attention_mask is not None:
@@ -91,9 +102,18 @@ def register() -> None:
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
 
 
+def pass_lock(model: nn.Module) -> threading.Lock:
+    """The lock to hold during a pass: one for each model, whoever runs it.
+
+    Two engines may serve one model object. The first to leave `switched` would take the setting from under the other.
+    """
+    with _pass_locks_lock:  # not on the model itself: it could not be copied or pickled any more
+        return _pass_locks.setdefault(model, threading.Lock())
+
+
 @contextmanager
 def switched(configs: Iterable[PreTrainedConfig]) -> Iterator[None]:
-    """Point the configs' attention setting here, and back to what it was on leaving."""
+    """Point the configs' attention setting here, and back to what it was on leaving. Hold `pass_lock`."""
     before = [(config, config._attn_implementation_internal) for config in configs]
     for config, _ in before:
         config._attn_implementation_internal = IMPLEMENTATION

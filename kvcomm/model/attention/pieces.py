@@ -10,15 +10,17 @@ Source of the merge: FlashAttention-2, arXiv 2307.08691v1, Sec. 2.3; shared pref
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-Index = slice | Tensor
-"""Rows or slots: a slice where they are consecutive (a view), else an int64 tensor (a gather)."""
+from kvcomm.model.attention.slots import Index
+
+_flash_on_cpu: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 class Piece(Protocol):
@@ -34,13 +36,31 @@ class Piece(Protocol):
         """Whether the rows already hold a partial result."""
         ...
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
         """Attend with query [num_heads, num_tokens, key_dim] over storages [num_slots, num_kv_heads, dim].
 
         Returns:
-            out [num_heads, num_rows, value_dim], dtype of query, and lse [num_heads, num_rows], float32, natural log.
+            out [num_heads, num_rows, value_dim], dtype of query, and lse [num_heads, num_rows], float32, natural log;
+            lse may be None if no other piece serves these rows.
         """
         ...
+
+
+class Scratch:
+    """Memory for intermediate results, the same for all pieces and layers of a pass, one after the other.
+
+    For scores of a megabyte and more the system takes longer to hand out new memory than the scores take to compute.
+    """
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def take(self, like: Tensor, *shape: int) -> Tensor:
+        """Uninitialised, with dtype and device of `like`; valid until the next call."""
+        num_elements = math.prod(shape)
+        if self._memory is None or len(self._memory) < num_elements:
+            self._memory = like.new_empty(num_elements)
+        return self._memory[:num_elements].view(shape)
 
 
 @dataclass(frozen=True)
@@ -76,6 +96,47 @@ class CausalPiece:
 
 
 @dataclass(frozen=True)
+class TailPiece:
+    """All that a few rows see, a short run behind its prefix: row i sees the first num_slots - num_rows + 1 + i slots.
+
+    For few rows two products with a softmax between them take half the time of flash attention, and slots that are not
+    all consecutive need not be gathered for them.
+    """
+
+    parts: tuple[Index, ...]
+    rows: slice
+    scratch: Scratch = field(compare=False)
+    merge: bool = False
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+        key_parts = [_heads_first(keys, part)[0] for part in self.parts]
+        value_parts = [_heads_first(values, part)[0] for part in self.parts]
+        rows = query[:, self.rows]
+        if query.device.type != "cpu" or query.dtype != torch.float32:
+            return self._attend_masked(rows, torch.cat(key_parts, 1), torch.cat(value_parts, 1), scale)
+        num_heads, num_rows, _ = rows.shape
+        num_kv_heads = keys.shape[1]
+        folded = rows.reshape(num_kv_heads, num_heads // num_kv_heads * num_rows, -1)
+        scores = self.scratch.take(query, *folded.shape[:2], sum(part.shape[1] for part in key_parts))
+        score_parts = scores.split([part.shape[1] for part in key_parts], -1)
+        for score, key in zip(score_parts, key_parts, strict=True):
+            torch.baddbmm(score, folded, key.mT, beta=0, alpha=scale, out=score)
+        diagonal = scores.view(num_heads, num_rows, -1)[..., -num_rows:]
+        diagonal += torch.full((num_rows, num_rows), float("-inf")).triu_(1)
+        torch.softmax(scores, -1, out=scores)
+        out = score_parts[0] @ value_parts[0]
+        for weights, value in zip(score_parts[1:], value_parts[1:], strict=True):
+            out.baddbmm_(weights, value)
+        return out.view(num_heads, num_rows, -1), None
+
+    def _attend_masked(self, rows: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        num_rows, num_slots = rows.shape[1], key.shape[1]
+        visible = torch.ones(num_rows, num_slots, dtype=torch.bool, device=rows.device).tril_(num_slots - num_rows)
+        out, lse = attention_with_lse(rows[None], key[None], value[None], scale, bias=_additive(visible, rows.dtype))
+        return out[0], lse[0]
+
+
+@dataclass(frozen=True)
 class MaskedPiece:
     """Row i sees the slots whose bit is set in row i of the mask (sliding windows)."""
 
@@ -92,6 +153,33 @@ class MaskedPiece:
 
 
 @dataclass(frozen=True)
+class StridedPiece:
+    """One row each of many runs, every row over its own stretch; the stretches lie evenly spaced and are read in place.
+
+    Row i sees the slots [first + i * stride, first + i * stride + num_slots).
+    """
+
+    first: int
+    stride: int
+    num_rows: int
+    num_slots: int
+    rows: Index
+    merge: bool
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return _attend_one_row_each(query[:, self.rows], self._stretches(keys), self._stretches(values), scale)
+
+    def _stretches(self, stored: Tensor) -> Tensor:
+        """[num_rows, num_kv_heads, num_slots, dim], a view."""
+        per_slot, per_head, per_channel = stored.stride()
+        return stored.as_strided(
+            (self.num_rows, stored.shape[1], self.num_slots, stored.shape[2]),
+            (self.stride * per_slot, per_head, per_slot, per_channel),
+            stored.storage_offset() + self.first * per_slot,
+        )
+
+
+@dataclass(frozen=True)
 class PaddedPiece:
     """One row each from many runs, every row over its own few slots: gathered into one padded batch."""
 
@@ -105,13 +193,24 @@ class PaddedPiece:
         flat = self.slots.flatten()
         key = keys.index_select(0, flat).view(num_rows, max_slots, *keys.shape[1:]).transpose(1, 2)
         value = values.index_select(0, flat).view(num_rows, max_slots, *values.shape[1:]).transpose(1, 2)
-        num_kv_heads = key.shape[1]
-        rows = query[:, self.rows].transpose(0, 1)  # [num_rows, num_heads, key_dim]
-        group = rows.shape[1] // num_kv_heads
-        folded = rows.reshape(num_rows, num_kv_heads, group, -1)
-        bias = _additive(self.visible, query.dtype)[:, None, None].expand(-1, num_kv_heads, group, -1)
-        out, lse = attention_with_lse(folded, key, value, scale, bias=bias)
-        return out.reshape(num_rows, num_kv_heads * group, -1).transpose(0, 1), lse.flatten(1).transpose(0, 1)
+        bias = _additive(self.visible, query.dtype)[:, None, None]
+        return _attend_one_row_each(query[:, self.rows], key, value, scale, bias=bias)
+
+
+def _attend_one_row_each(
+    rows: Tensor, key: Tensor, value: Tensor, scale: float, *, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Row i of [num_heads, num_rows, key_dim] over entry i of [num_rows, num_kv_heads, num_slots, dim].
+
+    Returns what `Piece.attend` does. The heads of a group are folded into the axis of rows.
+    """
+    num_heads, num_rows, _ = rows.shape
+    num_kv_heads, num_slots = key.shape[1:3]
+    folded = rows.transpose(0, 1).reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, -1)
+    if bias is not None:
+        bias = bias.expand(*folded.shape[:3], num_slots)
+    out, lse = attention_with_lse(folded, key, value, scale, bias=bias)
+    return out.reshape(num_rows, num_heads, -1).transpose(0, 1), lse.reshape(num_rows, num_heads).transpose(0, 1)
 
 
 def attention_with_lse(
@@ -138,8 +237,7 @@ def attention_with_lse(
         # The kernel behind stock SDPA on CPU; it serves grouped heads itself.
         # Called directly, it silently misreads operands whose last axis is strided.
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-        flash: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return flash(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
+        return _flash_on_cpu(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
     return _attention_by_matmul(query, key, value, scale, causal=causal, bias=bias)
 
 

@@ -2,8 +2,8 @@
 
 What always holds: for every row, the slots of its pieces are disjoint and together are exactly what the row may see.
 Pages shared by several sequences become one piece for all of them, recursively, so nested forks are served at every
-depth; slots that lie next to each other in the pool are read in place; single rows with a short remainder of their
-own (decode after a fork) are gathered into one padded batch.
+depth; slots that lie next to each other in the pool are read in place; what single rows (decode) see alone is planned
+for all of them together (`single_rows`).
 """
 
 from __future__ import annotations
@@ -13,21 +13,17 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from kvcomm.model.attention.contract import RunTable
-from kvcomm.model.attention.pieces import CausalPiece, FullPiece, Index, MaskedPiece, PaddedPiece, Piece
+from kvcomm.model.attention.pieces import CausalPiece, FullPiece, MaskedPiece, Piece, Scratch, TailPiece
+from kvcomm.model.attention.single_rows import SingleRow, plan_single_rows
+from kvcomm.model.attention.slots import Index, SlotArray, index_of, tensor_of, views_and_gather
 
 MIN_SHARED_TOKENS = 64
 """Shared stretches shorter than this are attended per sequence: a merge would cost more than it saves."""
 
-MIN_VIEW_TOKENS = 256
-"""Scattered stretches at least this long are read in place; shorter ones are gathered together."""
-
-MAX_PADDED_TOKENS = 128
-"""Single rows with at most this many own slots are attended in one padded batch."""
-
-SlotArray = npt.NDArray[np.int64]
+MAX_TAIL_ROWS = 64
+"""Runs of at most this many rows, alone behind their prefix, are attended in one piece."""
 
 
 class PassPlanner:
@@ -37,6 +33,8 @@ class PassPlanner:
         self._runs = list(runs)
         self._page_size = page_size
         self._device = device
+        self._scratch = Scratch()
+        self._longest = max(run.end for run in self._runs)
         ends = np.cumsum([run.end - run.start for run in self._runs])
         starts = np.concatenate([[0], ends[:-1]])
         self._rows = [slice(int(start), int(end)) for start, end in zip(starts, ends, strict=True)]
@@ -47,7 +45,7 @@ class PassPlanner:
 
     def effective_window(self, sliding_window: int | None) -> int | None:
         """None when the window is wide enough to hide nothing in this pass."""
-        if sliding_window is None or sliding_window >= max(run.end for run in self._runs):
+        if sliding_window is None or sliding_window >= self._longest:
             return None
         return sliding_window
 
@@ -103,42 +101,32 @@ class PassPlanner:
 
     def _plan_remainders(self, remainders: dict[int, int], pieces: list[Piece]) -> None:
         """Plan what each run sees alone, from the page noted for it up to its own end."""
-        short: list[int] = []
+        single_rows: list[SingleRow] = []
         for index, page_index in sorted(remainders.items()):
-            run, start = self._runs[index], page_index * self._page_size
-            if run.end - run.start > 1:
-                if start < run.start:
-                    self._add_full(run, start, run.start, self._rows[index], page_index > 0, pieces)
-                diagonal = self._index(self._slots(run, run.start, run.end))
-                pieces.append(CausalPiece(diagonal, self._rows[index], merge=run.start > 0))
-            elif page_index > 0 and run.end - start <= MAX_PADDED_TOKENS:
-                short.append(index)
+            run, rows, start = self._runs[index], self._rows[index], page_index * self._page_size
+            num_rows = run.end - run.start
+            if num_rows == 1:
+                single_rows.append(SingleRow(rows.start, self._slots(run, start, run.end), page_index > 0))
+            elif page_index == 0 and run.start > 0 and num_rows <= MAX_TAIL_ROWS:
+                pieces.append(TailPiece(self._tail_parts(run), rows, self._scratch))
             else:
-                self._add_full(run, start, run.end, self._rows[index], page_index > 0, pieces)
-        if short:
-            pieces.append(self._padded(short, [remainders[index] * self._page_size for index in short]))
+                if start < run.start:
+                    self._add_full(run, start, run.start, rows, page_index > 0, pieces)
+                diagonal = self._index(self._slots(run, run.start, run.end))
+                pieces.append(CausalPiece(diagonal, rows, merge=run.start > 0))
+        pieces.extend(plan_single_rows(single_rows, self._device))
 
-    def _padded(self, members: list[int], starts: list[int]) -> PaddedPiece:
-        own = [self._slots(self._runs[i], start, self._runs[i].end) for i, start in zip(members, starts, strict=True)]
-        lengths = np.array([len(slots) for slots in own])
-        padded = np.stack([np.pad(slots, (0, lengths.max() - len(slots)), mode="edge") for slots in own])
-        visible = np.arange(lengths.max()) < lengths[:, None]
-        rows = self._index(np.array([self._rows[index].start for index in members]))
-        return PaddedPiece(self._tensor(padded), rows, self._tensor(visible), merge=True)
+    def _tail_parts(self, run: RunTable) -> tuple[Index, ...]:
+        whole = self._index(self._slots(run, 0, run.end))
+        if isinstance(whole, slice):
+            return (whole,)
+        own = self._index(self._slots(run, run.start, run.end))
+        return (*views_and_gather(self._slots(run, 0, run.start), self._device), own)
 
     def _add_full(self, run: RunTable, start: int, end: int, rows: Index, merge: bool, pieces: list[Piece]) -> None:
-        for slots in self._stretches(self._slots(run, start, end)):
+        for slots in views_and_gather(self._slots(run, start, end), self._device):
             pieces.append(FullPiece(slots, rows, merge))
             merge = True
-
-    def _stretches(self, slots: SlotArray) -> list[Index]:
-        """Long consecutive stretches as views, everything else as one gather."""
-        breaks = np.flatnonzero(np.diff(slots) != 1) + 1
-        parts = np.split(slots, breaks)
-        views = [part for part in parts if len(part) >= MIN_VIEW_TOKENS or len(parts) == 1]
-        rest = [part for part in parts if len(part) < MIN_VIEW_TOKENS and len(parts) > 1]
-        scattered = [np.concatenate(rest)] if rest else []
-        return [self._index(part) for part in (*views, *scattered)]
 
     def _windowed(self, index: int, window: int) -> Iterable[Piece]:
         """Blocks of rows with a banded mask; a block is as wide as the window, so the work stays linear."""
@@ -153,7 +141,7 @@ class PassPlanner:
                 continue
             query_at, key_at = np.arange(start, end)[:, None], np.arange(first, end)
             visible = (key_at <= query_at) & (key_at > query_at - window)
-            yield MaskedPiece(slots, block, self._tensor(visible))
+            yield MaskedPiece(slots, block, tensor_of(visible, self._device))
 
     def _slots(self, run: RunTable, start: int, end: int) -> SlotArray:
         positions = np.arange(start, end, dtype=np.int64)
@@ -161,10 +149,4 @@ class PassPlanner:
         return pages * self._page_size + positions % self._page_size
 
     def _index(self, values: npt.NDArray[np.integer]) -> Index:
-        first = int(values[0])
-        if (np.diff(values) == 1).all():
-            return slice(first, first + len(values))
-        return self._tensor(values)
-
-    def _tensor(self, values: npt.NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(values).to(self._device)
+        return index_of(values, self._device)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from kvcomm.model.attention.contract import AttentionStep, RunTable
-from kvcomm.model.attention.pieces import Index, Piece, merge_into
+from kvcomm.model.attention.pieces import Piece, merge_into
 from kvcomm.model.attention.planner import PassPlanner
+from kvcomm.model.attention.slots import Index
 
 
 class TorchBackend:
@@ -77,8 +78,10 @@ def _attend(pieces: Sequence[Piece], query: Tensor, keys: Tensor, values: Tensor
     for piece in pieces:
         part, part_lse = piece.attend(query, keys, values, scale)
         if piece.merge:
+            assert part_lse is not None
             merge_into(out, lse, piece.rows, part, part_lse)
         else:
             out[:, piece.rows] = part
-            lse[:, piece.rows] = part_lse
+            if part_lse is not None:
+                lse[:, piece.rows] = part_lse
     return rows_first[None]

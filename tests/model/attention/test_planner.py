@@ -13,10 +13,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcomm.model.attention import planner
+from kvcomm.model.attention import planner, single_rows
+from kvcomm.model.attention import slots as slots_module
 from kvcomm.model.attention.contract import RunTable
-from kvcomm.model.attention.pieces import CausalPiece, FullPiece, Index, MaskedPiece, PaddedPiece, Piece
+from kvcomm.model.attention.pieces import (
+    CausalPiece,
+    FullPiece,
+    MaskedPiece,
+    PaddedPiece,
+    Piece,
+    StridedPiece,
+    TailPiece,
+)
 from kvcomm.model.attention.planner import MIN_SHARED_TOKENS, PassPlanner
+from kvcomm.model.attention.slots import Index
 
 CPU = torch.device("cpu")
 MAX_TOKENS = 160
@@ -93,11 +103,20 @@ def visible_pairs(piece: Piece) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.i
     if isinstance(piece, PaddedPiece):
         slots, visible = piece.slots.numpy(), piece.visible.numpy()
         return np.repeat(rows, slots.shape[1])[visible.ravel()], slots.ravel()[visible.ravel()]
-    assert isinstance(piece, FullPiece | CausalPiece | MaskedPiece)
-    slots = members(piece.slots)
+    if isinstance(piece, StridedPiece):
+        assert piece.num_rows == len(rows)
+        stretch = np.arange(piece.num_slots)
+        return np.repeat(rows, piece.num_slots), np.concatenate(
+            [piece.first + index * piece.stride + stretch for index in range(piece.num_rows)]
+        )
+    assert isinstance(piece, FullPiece | CausalPiece | MaskedPiece | TailPiece)
+    parts = piece.parts if isinstance(piece, TailPiece) else (piece.slots,)
+    slots = np.concatenate([members(part) for part in parts])
     visible = np.ones((len(rows), len(slots)), dtype=bool)
     if isinstance(piece, CausalPiece):
         visible = np.tri(len(rows), len(slots), dtype=bool)
+    elif isinstance(piece, TailPiece):
+        visible = np.tri(len(rows), len(slots), len(slots) - len(rows), dtype=bool)
     elif isinstance(piece, MaskedPiece):
         visible = piece.visible.numpy()
         assert visible.shape == (len(rows), len(slots))
@@ -116,11 +135,17 @@ def counted(case: Pass, pieces: Sequence[Piece]) -> Counts:
     return counts
 
 
-@given(case=passes(), view=st.sampled_from([1, 8, 256]), padded=st.sampled_from([0, 16, 128]))
-def test_every_row_sees_its_slots_once(case: Pass, view: int, padded: int) -> None:
+@given(
+    case=passes(),
+    view=st.sampled_from([1, 8, 256]),
+    padded=st.sampled_from([0, 16, 128]),
+    tail=st.sampled_from([1, 8, 64]),
+)
+def test_every_row_sees_its_slots_once(case: Pass, view: int, padded: int, tail: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "MIN_VIEW_TOKENS", view)
-        patch.setattr(planner, "MAX_PADDED_TOKENS", padded)
+        patch.setattr(slots_module, "MIN_VIEW_TOKENS", view)
+        patch.setattr(single_rows, "MAX_PADDED_TOKENS", padded)
+        patch.setattr(planner, "MAX_TAIL_ROWS", tail)
         pieces = case.planner().pieces(None)
     assert np.array_equal(counted(case, pieces), case.expected(None))
 
@@ -150,7 +175,7 @@ def test_shared_slots_are_read_once_but_for_a_short_rest(case: Pass) -> None:
         rows, slots = visible_pairs(piece)
         served = np.unique(run_of_row[rows])
         for row, slot in zip(rows.tolist(), slots.tolist(), strict=True):
-            if isinstance(piece, PaddedPiece) or len(served) == 1:
+            if isinstance(piece, PaddedPiece | StridedPiece) or len(served) == 1:
                 alone[int(run_of_row[row])].add(slot)
     for index, run in enumerate(case.runs):
         common = max((_num_common(run, other, case.page_size) for other in _others(case.runs, index)), default=0)
@@ -198,7 +223,54 @@ def test_sharing_starts_at_the_limit(num_shared: int, is_shared: bool) -> None:
     pieces = PassPlanner(runs, 16, CPU).pieces(None)
     first = FullPiece(slice(0, num_shared * 16), slice(0, 3), merge=False)
     assert (first in pieces) == is_shared
-    assert len(pieces) == (2 if is_shared else 3)
+    assert [type(piece) for piece in pieces] == ([FullPiece, PaddedPiece] if is_shared else [PaddedPiece])
+
+
+def test_evenly_spaced_streams_are_read_by_one_call() -> None:
+    runs = [decode(np.arange(20 * stream, 20 * stream + 18, dtype=np.int32), 280) for stream in (2, 0, 1, 3)]
+    (piece,) = PassPlanner(runs, 16, CPU).pieces(None)
+    assert isinstance(piece, StridedPiece)
+    assert (piece.first, piece.stride, piece.num_slots) == (0, 320, 280)
+    assert members(piece.rows).tolist() == [1, 2, 0, 3]
+
+
+def test_streams_of_other_lengths_are_read_to_the_shortest_and_their_rests_padded() -> None:
+    starts, ends = (0, 50, 90, 300), (280, 300, 281, 300)
+    runs = [decode(np.arange(start, start + 20, dtype=np.int32), end) for start, end in zip(starts, ends, strict=True)]
+    pieces = PassPlanner(runs, 16, CPU).pieces(None)
+    assert [type(piece) for piece in pieces] == [StridedPiece, StridedPiece, PaddedPiece]
+    assert [piece.num_slots for piece in pieces if isinstance(piece, StridedPiece)] == [280, 281]
+    assert isinstance(pieces[2], PaddedPiece)
+    assert pieces[2].visible.sum(1).tolist() == [20, 19]
+
+
+def test_streams_of_very_different_length_are_read_each_for_itself() -> None:
+    runs = [decode(np.arange(100), 1500), decode(np.arange(100, 120), 300)]
+    pieces = PassPlanner(runs, 16, CPU).pieces(None)
+    assert pieces == [
+        FullPiece(slice(1600, 1900), slice(1, 2), merge=False),
+        FullPiece(slice(0, 1500), slice(0, 1), merge=False),
+    ]
+
+
+def test_hits_on_one_prefix_get_their_own_tails_from_one_padded_batch() -> None:
+    """Eight streams behind cached prefixes made one call each for a tail of a few tokens."""
+    runs = [decode(np.array([*range(20 * stream, 20 * stream + 16), 200 + 3 * stream]), 260) for stream in range(8)]
+    pieces = PassPlanner(runs, 16, CPU).pieces(None)
+    assert [type(piece) for piece in pieces] == [StridedPiece, PaddedPiece]
+
+
+@pytest.mark.parametrize(("num_rows", "kinds"), [(64, [TailPiece]), (65, [FullPiece, CausalPiece])])
+def test_a_short_run_alone_behind_its_prefix_is_one_piece(num_rows: int, kinds: list[type]) -> None:
+    pieces = PassPlanner([RunTable(np.arange(40, dtype=np.int32), 400, 400 + num_rows)], 16, CPU).pieces(None)
+    assert [type(piece) for piece in pieces] == kinds
+
+
+def test_a_cached_prefix_and_the_tail_of_another_prompt_are_read_in_place() -> None:
+    """Bug: pages of a hit that did not follow each other were all copied, in every layer."""
+    (piece,) = PassPlanner([RunTable(table(*range(64), 70, 71), 1024, 1056)], 16, CPU).pieces(None)
+    assert isinstance(piece, TailPiece)
+    assert piece.parts == (slice(0, 1024), slice(1120, 1152))
 
 
 def test_nested_forks_are_shared_at_every_depth() -> None:
@@ -241,7 +313,7 @@ def test_short_scattered_pages_are_gathered_and_long_stretches_are_views() -> No
     pages = table(*range(50, 66), 3, 40, 41, 9, *range(70, 90))
     pieces = PassPlanner([RunTable(pages, 639, 640)], 16, CPU).pieces(None)
     kinds = [("view" if isinstance(p.slots, slice) else "gather", len(members(p.slots))) for p in pieces]
-    assert kinds == [("view", 256), ("view", 320), ("gather", 64)]
+    assert kinds == [("view", 320), ("view", 256), ("gather", 64)]
 
 
 def test_write_slots_follow_the_runs() -> None:

@@ -135,6 +135,22 @@ def test_decode_of_every_length(heads: tuple[int, int], scattered: bool) -> None
     Case(runs, heads=heads).check()
 
 
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (8, 1)])
+@pytest.mark.parametrize("lengths", [(290, 290, 290), (290, 300, 270, 310), (150, 520, 290, 131), (129, 129)])
+def test_streams_that_share_nothing(lengths: tuple[int, ...], heads: tuple[int, int]) -> None:
+    """Evenly spaced or not, of one length or several; one of them behind a prefix from elsewhere in the pool."""
+    pages = tables(*lengths, scattered=False)
+    pages[-1][-1] = NUM_PAGES - 1
+    Case([RunTable(own, length - 1, length) for own, length in zip(pages, lengths, strict=True)], heads=heads).check()
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("num_rows", [2, 3, 17, 63, 64, 65])
+def test_short_runs_behind_a_prefix(num_rows: int, scattered: bool) -> None:
+    first, second = tables(300, 80, scattered=scattered)
+    Case([RunTable(first, 300 - num_rows, 300), RunTable(second, 80 - num_rows, 80)]).check()
+
+
 @pytest.mark.parametrize("scattered", [False, True])
 def test_chunks_and_decodes_together(scattered: bool) -> None:
     first, second, third, fourth = tables(300, 40, 90, 17, scattered=scattered)

@@ -1,0 +1,174 @@
+"""Lean layers against the layers they stand in for, and that they are back in place after a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from kvcomm.model import lean
+from kvcomm.model.lean import MAX_ROWS, MIN_ROWS, LeanLayers, lean_linear, lean_norm, transposed_linear
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def linear(num_in: int = 24, num_out: int = 40, *, bias: bool = True) -> nn.Linear:
+    layer = nn.Linear(num_in, num_out, bias=bias)
+    with torch.no_grad():
+        layer.weight.copy_(random(num_out, num_in, seed=1))
+        if bias:
+            layer.bias.copy_(random(num_out, seed=2))
+    return layer
+
+
+def norm(size: int = 24, make: Callable[[int], nn.Module] = LlamaRMSNorm) -> nn.Module:
+    layer = make(size)
+    with torch.no_grad():
+        layer.weight.copy_(random(size, seed=3))
+    return layer
+
+
+@pytest.fixture(autouse=True)
+def mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Row counts of the products that were transposed."""
+    seen: list[int] = []
+
+    def counting(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        seen.append(rows.numel() // rows.shape[-1])
+        return transposed_linear(rows, weight, bias)
+
+    monkeypatch.setattr(lean, "transposed_linear", counting)
+    return seen
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("num_rows", range(1, 71))
+def test_the_product_is_as_near_to_the_exact_one_as_the_stock_product(num_rows: int, bias: bool) -> None:
+    layer, rows = linear(bias=bias), random(num_rows, 24)
+    with torch.inference_mode():
+        exact = functional.linear(rows.double(), layer.weight.double(), layer.bias.double() if bias else None)
+        stock, out = layer(rows), lean_linear(layer)(rows)
+    assert (out.shape, out.dtype) == (stock.shape, stock.dtype)
+    assert float((out - exact).abs().max()) <= 2 * float((stock - exact).abs().max()) + 1e-5
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 24), (3, 3, 24), (2, 2, 2, 24)])
+def test_the_product_keeps_leading_sizes(shape: tuple[int, ...]) -> None:
+    layer, rows = linear(), random(*shape)
+    with torch.inference_mode():
+        out = lean_linear(layer)(rows)
+        torch.testing.assert_close(out, layer(rows), rtol=1e-5, atol=1e-5)
+    assert out.shape == (*shape[:-1], 40)
+
+
+def test_strided_rows_and_weights_are_taken() -> None:
+    rows, weight = random(24, 12).t()[::2], random(24, 40).t()
+    torch.testing.assert_close(transposed_linear(rows, weight), functional.linear(rows, weight), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "is_transposed"),
+    [(1, False), (MIN_ROWS - 1, False), (MIN_ROWS, True), (MAX_ROWS, True), (MAX_ROWS + 1, False)],
+)
+def test_only_few_rows_are_transposed(calls: list[int], num_rows: int, is_transposed: bool) -> None:
+    layer = linear()
+    with torch.inference_mode(), LeanLayers(layer).switched(num_rows):
+        layer(random(num_rows, 24))
+    assert calls == [num_rows] * is_transposed
+
+
+def test_a_layer_that_sees_fewer_rows_than_the_pass_has_is_asked_by_its_own(calls: list[int]) -> None:
+    layer = linear()
+    with torch.inference_mode(), LeanLayers(layer).switched(32):
+        assert torch.equal(layer(random(1, 24)), functional.linear(random(1, 24), layer.weight, layer.bias))
+    assert calls == []
+
+
+@pytest.mark.parametrize("shape", [(1, 24), (1, 1, 24), (1, 300, 24), (1, 7, 3, 24)])
+def test_a_norm_is_the_same_to_the_last_bit(shape: tuple[int, ...]) -> None:
+    layer, rows = norm(), random(*shape) * 50
+    before = rows.clone()
+    forward = lean_norm(layer)
+    assert forward is not None
+    with torch.inference_mode():
+        assert torch.equal(forward(rows), layer(rows))
+    assert torch.equal(rows, before)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Gemma3RMSNorm, nn.LayerNorm, nn.RMSNorm, lambda size: nn.GroupNorm(4, size), lambda size: linear(size)],
+)
+def test_norms_of_another_form_are_left_alone(make: Callable[[int], nn.Module]) -> None:
+    layer = make(24)
+    layers = LeanLayers(layer)
+    before = layer.forward
+    with layers.switched(1000):
+        assert layer.forward == before
+
+
+def test_weights_that_change_after_loading_count() -> None:
+    model = nn.Sequential(norm(), linear())
+    layers = LeanLayers(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+        model[1].weight = nn.Parameter(random(40, 24, seed=9))
+    rows = random(8, 24)
+    with torch.inference_mode():
+        expected = model(rows)
+        with layers.switched(8):
+            torch.testing.assert_close(model(rows), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_are_their_own_again_after_the_block(calls: list[int]) -> None:
+    model = nn.Sequential(norm(), linear())
+    layers, rows = LeanLayers(model), random(8, 24)
+    with torch.inference_mode():
+        before = model(rows)
+        with layers.switched(8):
+            model(rows)
+        with pytest.raises(RuntimeError, match="inside"), layers.switched(8):
+            raise RuntimeError("inside")
+        calls.clear()
+        assert torch.equal(model(rows), before)
+    assert calls == []
+    assert not any("forward" in vars(layer) for layer in model)
+
+
+def test_a_forward_that_somebody_else_laid_over_a_layer_stays() -> None:
+    """As device-mapping libraries do."""
+    model = nn.Sequential(norm(), linear())
+    foreign = {layer: (lambda rows: rows + 1) for layer in model}
+    for layer, forward in foreign.items():
+        layer.forward = forward
+    with LeanLayers(model).switched(8):
+        assert all(layer.forward is foreign[layer] for layer in model)
+    assert all(layer.forward is foreign[layer] for layer in model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_are_left_alone(calls: list[int], dtype: torch.dtype) -> None:
+    model = nn.Sequential(norm(), linear()).to(dtype)
+    with torch.inference_mode(), LeanLayers(model).switched(8):
+        assert not any("forward" in vars(layer) for layer in model)
+
+
+def test_products_are_left_alone_without_mkl(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    layer = linear()
+    with torch.inference_mode(), LeanLayers(layer).switched(8):
+        layer(random(8, 24))
+    assert calls == []
