@@ -225,14 +225,8 @@ def answer_all(engine: Engine, team: Team, questions: Sequence[Question], consol
 
 
 def answer(group: KVCommAgentGroup, question: str, title: str, console: Console) -> GroupResult:
-    """One run of the team, shown while it goes on.
-
-    No step of the engine begins before all agents that need only the question are submitted: whether the first of
-    them is computed alone must not be left to chance, or the two ways could not be compared.
-    """
+    """One run of the team, shown while it goes on."""
     with shown(console, title) as show, closing(group.stream(question=question)) as events:
-        with group.engine.lock:
-            show(next(events))
         for event in events:
             show(event)
             if isinstance(event, GroupFinished):

@@ -1,9 +1,10 @@
 """One run of a group: submits every agent the moment its inputs are finished and reports what happens.
 
 One thread per agent in flight waits for its tokens; the thread that finishes an agent also submits the agents
-that were waiting for it, so progress does not depend on how fast events are read. After `close()` or a
+that were waiting for it, so progress does not depend on how fast events are read. Agents that are ready together are
+submitted before the engine takes its next step, so they share a batch from their first token on. After `close()` or a
 failure nothing of the run is in flight, nothing is submitted any more, and every thread has ended. A run
-knows the engine only through `submit`.
+knows the engine only through `submit` and its lock.
 """
 
 from __future__ import annotations
@@ -153,18 +154,19 @@ class GroupRun:
 
     def _submit_ready(self) -> None:
         ready = [task for task, needs in self._pending.items() if needs <= self._results.keys()]
-        for task in ready:
-            if self._stopped:
-                return
-            try:
-                prompt = self._plan.prompt_of(self._agents[task.agent], task, self._results)
-            except PromptTooLong as error:  # names the agent itself
-                self._fail(error)
-                return
-            try:
-                self._submit(task, prompt)
-            except Exception as error:  # reported to the reader, who raises it
-                self._fail(AgentFailed(*task, error))
+        with self._plan.engine.lock:
+            for task in ready:
+                if self._stopped:
+                    return
+                try:
+                    prompt = self._plan.prompt_of(self._agents[task.agent], task, self._results)
+                except PromptTooLong as error:  # names the agent itself
+                    self._fail(error)
+                    return
+                try:
+                    self._submit(task, prompt)
+                except Exception as error:  # reported to the reader, who raises it
+                    self._fail(AgentFailed(*task, error))
 
     def _submit(self, task: Task, prompt: tuple[Segment, ...]) -> None:
         sampling = self._plan.sampling_of(self._agents[task.agent])

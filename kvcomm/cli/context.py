@@ -119,7 +119,7 @@ def extend_command(
 
     store = Store(folder)
     entry = store.usable_context(name)
-    target = store.new_context(save_as, force=force) if save_as else entry.file
+    target = store.new_context(save_as or name, force=force or not save_as)
     sources = Sources(store, segment, file, text)
     with load_engine(model) as engine, _restore(engine, entry) as context:
         began_s = time.monotonic()

@@ -72,7 +72,7 @@ class SegmentEntry(NamedTuple):
 
 
 class Store:
-    """The entries of one folder. Making a store touches nothing; the folder comes with the first write."""
+    """The entries of one folder. Making a store touches nothing; the folder comes with the first thing to be kept."""
 
     def __init__(self, folder: Path | None = None) -> None:
         """`folder` None is `contexts` in the user's cache folder."""
@@ -104,11 +104,23 @@ class Store:
             read_header(file)
         return context_entry(file)
 
+    def require_writable(self) -> None:
+        """Find out before a model is loaded and a prompt computed that the result could not be kept.
+
+        Raises:
+            CacheFolderError: the folder cannot be written, or made.
+        """
+        with folder_errors("write", self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+
     def new_context(self, name: str, *, force: bool = False) -> Path:
         """The file for a context to be made.
 
         Raises:
             InvalidRequest: a bad name, or it is taken and not `force`.
+            CacheFolderError: the folder cannot be written.
         """
         return self._new(name, CONTEXT_SUFFIX, "context", force)
 
@@ -156,7 +168,7 @@ class Store:
         self._existing(name, SEGMENT_SUFFIX, "segment")
 
     def require_new_segment(self, name: str, *, force: bool = False) -> None:
-        """Raise InvalidRequest for a bad name, or for one that is taken and not to be replaced."""
+        """Raise as `new_context` does."""
         self._new(name, SEGMENT_SUFFIX, "segment", force)
 
     def write_segment(self, name: str, stored: StoredSegment, *, force: bool = False) -> Path:
@@ -204,6 +216,7 @@ class Store:
         file = self._file(name, suffix)
         if file.exists() and not force:
             raise InvalidRequest(f"{kind} {name!r} exists in {self.folder}; choose another name or give --force")
+        self.require_writable()
         return file
 
 

@@ -15,7 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from kvcomm.engine import hf_cache
 from kvcomm.engine.context import Context
-from kvcomm.errors import InvalidRequest
+from kvcomm.errors import InvalidRequest, SnapshotCorrupt
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import LayerShape
@@ -80,13 +80,17 @@ class KVExchange:
         shapes = layer_shapes(self._geometry)
         snapshot = read_snapshot(file, namespace=namespace, shapes=shapes, dtype=self._geometry.dtype)
         header = snapshot.header
+        if max(header.token_ids, default=0) >= self._geometry.vocab_size:
+            raise SnapshotCorrupt(
+                f"{file} holds token {max(header.token_ids)}; the model knows {self._geometry.vocab_size} tokens"
+            )
         ends = itertools.accumulate(step.num_tokens for step in header.path)
         segments = tuple(
             Segment(header.token_ids[end - step.num_tokens : end], step.name)
             for end, step in zip(ends, header.path, strict=True)
         )
         sequence = self._write(header.token_ids, snapshot.keys, snapshot.values, header.fidelity)
-        logits = None if snapshot.logits is None else snapshot.logits.clone()
+        logits = None if snapshot.logits is None else snapshot.logits.clone().to(self._memory.pool.keys[0].device)
         return Restored(sequence, segments, header.name, logits)
 
     def to_hf_cache(self, sequence: Sequence, config: PreTrainedConfig) -> DynamicCache:

@@ -69,6 +69,7 @@ class FakeEngine:
         self._answer = answer
         self._gated = gated
         self._lock = threading.Lock()
+        self.lock = threading.RLock()
 
     @property
     def num_in_flight(self) -> int:

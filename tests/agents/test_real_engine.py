@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
@@ -27,6 +28,7 @@ from kvcomm.engine.context import Context
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import PoolTooSmall, PromptTooLong
+from kvcomm.model.runner import ModelRunner
 from tests.agents.fakes import byte_tokenizer
 
 GREEDY = SamplingParams(max_new_tokens=12)
@@ -48,6 +50,30 @@ def make_engine(*, num_slots: int = 8192, cache: bool = True) -> Engine:
         initializer_range=0.4,  # otherwise the untrained model repeats one token
     )
     return Engine(LlamaForCausalLM(config), tokenizer, config=EngineConfig(pool_tokens=num_slots, cache=cache))
+
+
+def test_agents_that_are_ready_together_share_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: the engine's next step could begin between two submissions, and the first agent prefilled alone."""
+    batches: list[int] = []
+    with make_engine(cache=False) as engine:  # with it, two would wait for the prefix that the first computes
+        submit, forward = engine.submit, ModelRunner.forward
+
+        def slow_submit(*operands: Any, **keywords: Any) -> Any:
+            handle = submit(*operands, **keywords)
+            time.sleep(0.05)
+            return handle
+
+        def counted_forward(runner: ModelRunner, runs: Any) -> Any:
+            batches.append(len(runs))
+            return forward(runner, runs)
+
+        monkeypatch.setattr(engine, "submit", slow_submit)
+        monkeypatch.setattr(ModelRunner, "forward", counted_forward)
+        group = KVCommAgentGroup(engine, sampling=SamplingParams(max_new_tokens=2, ignore_eos=True))
+        for name in ("first", "second", "third"):
+            group.add(Agent(name, system=f"You are {name}.", prompt="Question: {question}"))
+        group.run(question="who?")
+    assert batches == [3, 3]
 
 
 @pytest.fixture

@@ -96,6 +96,21 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"kvcomm {kvcomm.__version__}\n"
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--json"]])
+def test_a_reader_that_goes_away_ends_the_command_quietly(arguments: list[str]) -> None:
+    """As in `kvcomm context ls | head`: no traceback about a broken pipe."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvcomm.cli.app", *arguments],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (1, b"")
+
+
 def test_main_sets_the_wait_policy_and_help_needs_no_torch() -> None:
     """In a process of its own, since this one has both already."""
     code = (

@@ -55,6 +55,27 @@ def judge(model_folder: Path) -> Iterator[Engine]:
         yield engine
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["context", "create", "x", "--text", "Hello"],
+        ["segment", "add", "x", "--text", "Hello"],
+        ["snapshot", "restore", "{snapshot}", "x"],
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_found_out_before_anything_is_computed(
+    arguments: list[str], fails: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: a long prompt was computed first and then thrown away."""
+    monkeypatch.setattr(Engine, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    snapshot = write_context(tmp_path / "x.safetensors")
+    (tmp_path / "file").write_text("in the way")
+    folder = tmp_path / "file" / "contexts"
+    err = fails(*(word.format(snapshot=snapshot) for word in arguments), "--dir", str(folder), code=1)
+    assert f"cannot write {folder}: Not a directory" in err
+    assert "--dir" in err
+
+
 def restored_tokens(judge: Engine, file: str) -> tuple[int, ...]:
     with judge.restore(file) as context:
         return context.tokens

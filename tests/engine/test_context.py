@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from kvcomm.config import EngineConfig
 from kvcomm.engine.context import Context
 from kvcomm.engine.engine import Engine
+from kvcomm.engine.exchange import layer_shapes
 from kvcomm.errors import (
     ContextBusy,
     ContextReleased,
@@ -21,8 +23,10 @@ from kvcomm.errors import (
     PoolExhausted,
     QuotaExceeded,
     RequestCancelled,
+    SnapshotCorrupt,
 )
 from kvcomm.memory.sequences import Sequence
+from kvcomm.memory.snapshots import read_snapshot, write_snapshot
 from tests.engine.conftest import greedy, some_tokens
 from tests.tiny import TinyModel, tiny_model
 
@@ -171,6 +175,23 @@ def test_snapshot_of_an_answered_context(engine: Engine, tmp_path: object, share
     restored = engine.restore(context.save(f"{tmp_path}/a.safetensors"))
     expected = greedy(shared_model.model, head, 10)[6:]
     assert list(restored.generate(max_new_tokens=4, ignore_eos=True).token_ids) == expected
+
+
+def test_a_snapshot_with_tokens_the_model_does_not_know_is_refused(engine: Engine, tmp_path: Path) -> None:
+    """Such a file has all its digests right: somebody wrote it so."""
+    with engine.context(some_tokens(20)) as context:
+        file = context.save(tmp_path / "a.safetensors")
+    snapshot = read_snapshot(
+        file, namespace=engine.namespace(), shapes=layer_shapes(engine.geometry), dtype=torch.float32
+    )
+    alien = (*snapshot.header.token_ids[:-1], engine.geometry.vocab_size)
+    header = snapshot.header.model_copy(update={"token_ids": alien})
+    forged = tmp_path / "forged.safetensors"
+    write_snapshot(forged, header, snapshot.keys, snapshot.values, snapshot.logits)
+    with pytest.raises(SnapshotCorrupt, match=rf"token {alien[-1]}; the model knows {alien[-1]} tokens"):
+        engine.restore(forged)
+    assert engine.contexts == ()
+    engine.check_integrity()
 
 
 def test_a_forgotten_context_gives_its_pages_back(engine: Engine) -> None:
