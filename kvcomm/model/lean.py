@@ -28,31 +28,34 @@ MAX_ROWS = 63
 """Row counts, inclusive, for which linear layers are computed as the transposed product."""
 
 Forward = Callable[[Tensor], Tensor]
+Forwards = dict[nn.Module, Forward]
 
 
 class LeanLayers:
     """The layers of one model that can be switched. They are found once, when this is made."""
 
     def __init__(self, model: nn.Module) -> None:
-        own = [layer for layer in model.modules() if _is_float32_on_cpu(layer) and "forward" not in vars(layer)]
-        self._linears = [layer for layer in own if type(layer) is nn.Linear and torch.backends.mkl.is_available()]
-        self._norms = [(layer, norm) for layer in own if (norm := lean_norm(layer)) is not None]
+        own = [layer for layer in model.modules() if _is_float32_on_cpu(layer)]
+        linears = [layer for layer in own if type(layer) is nn.Linear and torch.backends.mkl.is_available()]
+        self._linears: Forwards = {layer: lean_linear(layer) for layer in linears}
+        self._norms: Forwards = {layer: norm for layer in own if (norm := lean_norm(layer)) is not None}
 
     @contextmanager
     def switched(self, num_rows: int) -> Iterator[None]:
         """Switch what pays for a pass over this many rows, and back on leaving.
 
+        A layer that somebody else has given a `forward` of its own keeps that.
         Not for two passes at once on one model, see `hook.pass_lock`: the first to leave would switch back for both.
         """
-        forwards = dict(self._norms)
-        if MIN_ROWS <= num_rows <= MAX_ROWS:
-            forwards.update((layer, lean_linear(layer)) for layer in self._linears)
+        is_few = MIN_ROWS <= num_rows <= MAX_ROWS
+        forwards = self._norms | self._linears if is_few else self._norms
+        free = [layer for layer in forwards if "forward" not in vars(layer)]
         try:
-            for layer, forward in forwards.items():
-                vars(layer)["forward"] = forward
+            for layer in free:
+                vars(layer)["forward"] = forwards[layer]
             yield
         finally:
-            for layer in forwards:
+            for layer in free:
                 vars(layer).pop("forward", None)
 
 
