@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEXTS = (
@@ -75,3 +77,14 @@ def tiny_model(*, seed: int = 0) -> TinyModel:
     """A fresh pair; the caller may change it."""
     tokenizer = tiny_tokenizer()
     return TinyModel(tiny_llama(vocab_size=len(tokenizer), seed=seed), tokenizer)
+
+
+def save_tiny_model(folder: Path, *, seed: int = 0) -> Path:
+    """Save a fresh pair with room for 8,192 tokens as a folder that loads like any other."""
+    tiny = tiny_model(seed=seed)
+    tiny.model.config.max_position_embeddings = 8192
+    logging.disable_progress_bar()
+    tiny.model.save_pretrained(folder)
+    tiny.tokenizer.save_pretrained(folder)
+    logging.enable_progress_bar()
+    return folder

@@ -76,7 +76,7 @@ class Engine:
         weights_id: str | None = None,
     ) -> None:
         """Args:
-        model: a decoder in eval mode, on its device, in its dtype.
+        model: a decoder on its device, in its dtype; it is put into eval mode.
         weights_id: identity of the weights where it is known already; else they are hashed (about 0.2 s per GB).
 
         Raises:

@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 
 from kvcomm.engine.engine import Engine
+from tests.tiny import save_tiny_model
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer model with room for 8,192 tokens, saved with its tokenizer. Tests never change it."""
-    return _saved(tmp_path_factory.mktemp("model"), seed=0)
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
 def other_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with other weights."""
-    return _saved(tmp_path_factory.mktemp("other"), seed=1)
+    return save_tiny_model(tmp_path_factory.mktemp("other"), seed=1)
 
 
 @pytest.fixture
@@ -49,17 +50,3 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Engine]]:
         engine.check_integrity()
         engine.clear_cache()
         assert engine.pool.num_free == engine.pool.num_pages
-
-
-def _saved(folder: Path, *, seed: int) -> Path:
-    from transformers.utils import logging
-
-    from tests.tiny import tiny_model
-
-    tiny = tiny_model(seed=seed)
-    tiny.model.config.max_position_embeddings = 8192
-    logging.disable_progress_bar()
-    tiny.model.save_pretrained(folder)
-    tiny.tokenizer.save_pretrained(folder)
-    logging.enable_progress_bar()
-    return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
 from kvcomm.agents.results import AgentFinished, AgentResult, AgentStarted, AgentText, GroupEvent
@@ -61,8 +62,9 @@ def test_one_text_is_bare() -> None:
     assert stream.getvalue() == "one\ntwo\n"
 
 
-def test_silent() -> None:
+def test_silent(capsys: pytest.CaptureFixture[str]) -> None:
     show(Silent(), text("a", "one"))
+    assert capsys.readouterr() == ("", "")
 
 
 def test_panels() -> None:

@@ -13,6 +13,7 @@ from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.results import Chunk
 from kvcomm.engine.sampling import SamplingParams
+from kvcomm.engine.scheduler import finite_rows
 from kvcomm.errors import (
     EmptyPrompt,
     EngineClosed,
@@ -260,6 +261,16 @@ def test_pool_held_by_contexts_is_said_and_recovers(shared_model: TinyModel) -> 
         context.release()
         assert engine.generate(some_tokens(30, seed=1), NO_EOS).usage.generated_tokens == 12
         engine.check_integrity()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_that_are_not_finite_are_told_from_large_ones(dtype: torch.dtype) -> None:
+    """Models hide tokens behind the least number of their dtype; two of them overflow a sum."""
+    logits = torch.full((5, 100), 900.0, dtype=dtype)
+    logits[1, 3], logits[2, 99], logits[3, 0] = torch.nan, torch.inf, -torch.inf
+    logits[4, 10:20] = torch.finfo(dtype).min
+    assert finite_rows(logits) == [True, False, False, False, True]
+    assert finite_rows(logits[:1]) == [True]
 
 
 def test_nan_logits_fail_that_request_only() -> None:

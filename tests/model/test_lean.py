@@ -107,9 +107,49 @@ def test_a_norm_is_the_same_to_the_last_bit(shape: tuple[int, ...]) -> None:
     assert torch.equal(rows, before)
 
 
+class GatedRMSNorm(LlamaRMSNorm):
+    def forward(self, rows: Tensor, gate: Tensor) -> Tensor:
+        return super().forward(rows) * gate
+
+
+class BufferRMSNorm(nn.Module):
+    """Its weight is no parameter, and not one number per channel."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.eps = 1e-6
+        self.register_buffer("weight", torch.ones(2, size))
+
+
+def test_a_norm_of_float32_in_a_smaller_model_keeps_its_own_way() -> None:
+    """Bug: squares of bfloat16 rows were summed in bfloat16."""
+    layer, rows = norm(), random(1, 7, 24).bfloat16()
+    with torch.inference_mode():
+        expected = layer(rows)
+        with LeanLayers(layer).switched(7):
+            got = layer(rows)
+    assert (got.dtype, torch.equal(got, expected)) == (expected.dtype, True)
+
+
+def test_looking_for_norms_calls_no_hook() -> None:
+    layer = norm()
+    calls: list[object] = []
+    layer.register_forward_hook(lambda *_: calls.append(None))
+    LeanLayers(layer)
+    assert calls == []
+
+
 @pytest.mark.parametrize(
     "make",
-    [Gemma3RMSNorm, nn.LayerNorm, nn.RMSNorm, lambda size: nn.GroupNorm(4, size), lambda size: linear(size)],
+    [
+        GatedRMSNorm,
+        BufferRMSNorm,
+        Gemma3RMSNorm,
+        nn.LayerNorm,
+        nn.RMSNorm,
+        lambda size: nn.GroupNorm(4, size),
+        lambda size: linear(size),
+    ],
 )
 def test_norms_of_another_form_are_left_alone(make: Callable[[int], nn.Module]) -> None:
     layer = make(24)

@@ -15,7 +15,7 @@ import pytest
 
 from kvcomm.agents.results import AgentResult, GroupResult
 from kvcomm.engine.results import Usage
-from tests.tiny import tiny_model
+from tests.tiny import save_tiny_model
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 AGENTS = ("solver", "analyst", "programmer", "inspector", "referee")
@@ -37,16 +37,7 @@ def report(demo: ModuleType) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers.utils import logging
-
-    folder = tmp_path_factory.mktemp("model")
-    tiny = tiny_model()
-    tiny.model.config.max_position_embeddings = 8192
-    logging.disable_progress_bar()
-    tiny.model.save_pretrained(folder)
-    tiny.tokenizer.save_pretrained(folder)
-    logging.enable_progress_bar()
-    return folder
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
