@@ -23,6 +23,7 @@ class EngineConfig:
         max_running: requests that are computed at the same time at most.
         attention: "auto", "torch" or "triton".
         cache_ttl_s: seconds after which an unused cached prefix is dropped; None: only when pages are needed.
+        anchor_bytes: of offsets that one edge keeps at most.
         cache: False switches prefix reuse off (contexts and forks still share).
     """
 
@@ -34,10 +35,11 @@ class EngineConfig:
     max_running: int = 64
     attention: str = "auto"
     cache_ttl_s: float | None = None
+    anchor_bytes: int = 16 * 2**20
     cache: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("page_size", "pool_bytes", "max_batch_tokens", "prefill_chunk", "max_running"):
+        for name in ("page_size", "pool_bytes", "max_batch_tokens", "prefill_chunk", "max_running", "anchor_bytes"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.pool_tokens is not None and self.pool_tokens < self.page_size:

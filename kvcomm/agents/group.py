@@ -36,8 +36,7 @@ class KVCommAgentGroup:
     Args:
         engine_or_model: an Engine (stays the caller's), or a transformers model from which one is made.
         tokenizer: the model's tokenizer; None with an Engine.
-        policy: how far reuse may depart from exact answers; None: the engine's. This version computes exactly
-            under every policy.
+        policy: how far reuse may depart from exact answers; None: the engine's.
         sampling: for agents that bring none; None: `SamplingParams()`.
         tenant: whose cache is used.
 
@@ -155,6 +154,7 @@ class KVCommAgentGroup:
             num_rounds=rounds,
             sampling=self._sampling,
             tenant=self._tenant,
+            policy=self.policy,
         )
         plan.check_lengths()
         return plan

@@ -30,6 +30,7 @@ from kvcomm.agents.results import (
     RoundFinished,
 )
 from kvcomm.agents.templates import Slot
+from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import AgentFailed, KVCommError, PromptTooLong
 from kvcomm.memory.segments import Segment
@@ -71,6 +72,7 @@ class RunPlan:
     num_rounds: int
     sampling: SamplingParams
     tenant: str
+    policy: ReusePolicy
 
     def check_lengths(self) -> None:
         """Raise PromptTooLong for a prompt that is too long even if every agent it reads says nothing."""
@@ -171,7 +173,7 @@ class GroupRun:
     def _submit(self, task: Task, prompt: tuple[Segment, ...]) -> None:
         sampling = self._plan.sampling_of(self._agents[task.agent])
         started_s = self._now_s()
-        handle = self._plan.engine.submit(prompt, sampling, tenant=self._plan.tenant)
+        handle = self._plan.engine.submit(prompt, sampling, tenant=self._plan.tenant, policy=self._plan.policy)
         del self._pending[task]
         self._handles[task] = handle
         self._emit(AgentStarted(*task, sum(len(segment.token_ids) for segment in prompt)))

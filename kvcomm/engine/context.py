@@ -18,17 +18,15 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvcomm.engine.handle import RequestHandle
+from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.prompts import Prompt
-from kvcomm.engine.request import Carried, Request
+from kvcomm.engine.request import ANSWER, Carried, Request
 from kvcomm.engine.results import Chunk, Completion
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import ContextBusy, ContextReleased, InvalidRequest
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
-
-ANSWER = "answer"
-"""Name of the segments that a context generated itself."""
 
 PREFILL_ONLY = SamplingParams(max_new_tokens=0)
 
@@ -72,6 +70,7 @@ class Context:
         segments: tuple[Segment, ...] = (),
         last_logits: Tensor | None = None,
         carried: Carried | None = None,
+        policy: ReusePolicy | None = None,
     ) -> None:
         self._engine = engine
         self._sequence = sequence
@@ -82,6 +81,7 @@ class Context:
         self._released = False
         self.tenant = tenant
         self.name = name
+        self.policy = policy
         engine.add_context(self)
 
     def __repr__(self) -> str:
@@ -161,6 +161,7 @@ class Context:
                 name=name,
                 segments=segments,
                 last_logits=logits,
+                policy=self.policy,
             )
 
     def generate(self, sampling: SamplingParams | None = None, **settings: object) -> Completion:
@@ -256,7 +257,7 @@ class Context:
         # Behind an answer the logits at hand are those of an earlier token, unless nothing was kept of it.
         self._last_logits = None if answer else request.last_logits
         is_reported = request.sampling.max_new_tokens > 0
-        self._carried = Carried() if is_reported else self._carried.plus(request.plan.reasons)
+        self._carried = Carried() if is_reported else self._carried.plus(request.plan)
 
     def _write(self, segments: tuple[Segment, ...], sampling: SamplingParams) -> RequestHandle:
         with self._engine.lock:

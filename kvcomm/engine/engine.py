@@ -10,6 +10,7 @@ import itertools
 import secrets
 import weakref
 from collections.abc import Iterable
+from concurrent.futures import Future
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
@@ -27,10 +28,13 @@ from kvcomm.engine.holdings import Holdings, num_distinct
 from kvcomm.engine.loop import EngineLoop
 from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.prompts import Prompt, PromptReader
+from kvcomm.engine.replay import Outcome
 from kvcomm.engine.request import Branch, Request
 from kvcomm.engine.results import Completion
+from kvcomm.engine.reuse_parts import ReuseParts
 from kvcomm.engine.sampling import Sampler, SamplingParams
 from kvcomm.engine.scheduler import Scheduler
+from kvcomm.engine.selectors import Variant
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
@@ -92,6 +96,7 @@ class Engine:
         self._identity = self._model_identity(weights_id or weights_digest(model))
         self.memory = self._make_memory()
         self.pool, self.tree = self.memory.pool, self.memory.tree
+        self._lock = RLock()
         runner = ModelRunner(
             model,
             keys=self.pool.keys,
@@ -100,14 +105,23 @@ class Engine:
             backend=self.backend,
         )
         ends = end_token_ids(model, tokenizer)
-        self.scheduler = Scheduler(self.config, self.memory, runner, end_token_ids=ends)
+        self.reuse = ReuseParts.make(self.config, self.memory, self.geometry, runner, self._lock, self._identity, ends)
+        self.scheduler = Scheduler(
+            self.config,
+            self.memory,
+            runner,
+            self.reuse.planner,
+            self.reuse.learner,
+            self._lock,
+            end_token_ids=ends,
+        )
         self._reader = PromptReader(
             tokenizer, vocab_size=self.geometry.vocab_size, max_context=self.geometry.max_context
         )
         self._exchange = KVExchange(self.memory, self.geometry, self.lock)
         self._holdings = Holdings(self.pool, self.scheduler.requests)
         self._request_ids = itertools.count()
-        self._loop = EngineLoop(self.scheduler)
+        self._loop = EngineLoop(self.scheduler, self.reuse.idle)
         self._finalizer = weakref.finalize(self, EngineLoop.close, self._loop)
 
     @classmethod
@@ -133,7 +147,7 @@ class Engine:
     @property
     def lock(self) -> RLock:
         """Guards all state; held while state changes, not during a forward pass."""
-        return self.scheduler.lock
+        return self._lock
 
     @property
     def max_context(self) -> int:
@@ -181,14 +195,25 @@ class Engine:
         assert isinstance(text, str)
         return text
 
-    def context(self, prompt: Prompt, *, tenant: str = DEFAULT_TENANT, name: str | None = None) -> Context:
+    def context(
+        self,
+        prompt: Prompt,
+        *,
+        tenant: str = DEFAULT_TENANT,
+        name: str | None = None,
+        policy: ReusePolicy | None = None,
+    ) -> Context:
         """A context that holds the prompt, computed once (or taken from the cache).
+
+        Args:
+            policy: how far reuse may depart from exact results, here and in what is done with the context; None: the
+                engine's.
 
         Raises:
             InvalidRequest: empty, too long, unknown tokens.
             PoolExhausted: no pages for it.
         """
-        context = Context(self, Sequence(self.pool), tenant=tenant, name=name)
+        context = Context(self, Sequence(self.pool), tenant=tenant, name=name, policy=policy)
         try:
             return context.extend(prompt)
         except BaseException:
@@ -201,9 +226,14 @@ class Engine:
         sampling: SamplingParams | None = None,
         *,
         tenant: str = DEFAULT_TENANT,
+        policy: ReusePolicy | None = None,
         **settings: object,
     ) -> RequestHandle:
         """Start a request; wait for it, stream it or cancel it through the handle.
+
+        Args:
+            policy: how far reuse may depart from the exact answer; None: the engine's. Only segments with a name are
+                ever moved.
 
         Raises:
             InvalidRequest: empty, too long, unknown tokens, bad sampling settings.
@@ -212,7 +242,7 @@ class Engine:
         """
         segments = self.read_prompt(prompt, is_start=True)
         sequence = Sequence(self.pool, _token_ids(segments))
-        request = self._request(sequence, sampling_params(sampling, settings), tenant)
+        request = self._request(sequence, segments, sampling_params(sampling, settings), tenant, policy)
         self._loop.submit(request)
         return request.handle
 
@@ -222,13 +252,21 @@ class Engine:
         sampling: SamplingParams | None = None,
         *,
         tenant: str = DEFAULT_TENANT,
+        policy: ReusePolicy | None = None,
         **settings: object,
     ) -> Completion:
         """`submit` and wait for the result; raises what `submit` and `RequestHandle.result` raise."""
-        return self.submit(prompt, sampling, tenant=tenant, **settings).result()
+        return self.submit(prompt, sampling, tenant=tenant, policy=policy, **settings).result()
 
     def _request(
-        self, sequence: Sequence, sampling: SamplingParams, tenant: str, *, lent_by: Context | None = None
+        self,
+        sequence: Sequence,
+        segments: tuple[Segment, ...],
+        sampling: SamplingParams,
+        tenant: str,
+        policy: ReusePolicy | None,
+        *,
+        lent_by: Context | None = None,
     ) -> Request:
         self._reader.require_fits(sequence.num_tokens, sampling.max_new_tokens)
         namespace = self.namespace(tenant)
@@ -253,6 +291,8 @@ class Engine:
             sequence=sequence,
             handle=handle,
             branches=branches,
+            segments=segments,
+            policy=policy or self.policy,
             is_lent=lent_by is not None,
         )
         return request
@@ -273,7 +313,9 @@ class Engine:
         target = sequence.fork() if is_fork else sequence
         target.append(new_tokens)
         try:
-            request = self._request(target, sampling, context.tenant, lent_by=None if is_fork else context)
+            whole = (*context.segments, *segments)
+            lent_by = None if is_fork else context
+            request = self._request(target, whole, sampling, context.tenant, context.policy, lent_by=lent_by)
             request.num_kept_tokens = num_kept
             request.carried = context.carried
             if not new_tokens:
@@ -364,7 +406,9 @@ class Engine:
         with self.lock:
             for sequence in self._holdings.sequences:
                 sequence.check_integrity()
-            self.memory.check_integrity([*self._holdings.pages_in_contexts(), *self._holdings.pages_in_requests()])
+            moved = self.reuse.pages_held(self.scheduler.requests())
+            held = [*self._holdings.pages_in_contexts(), *self._holdings.pages_in_requests(), *moved]
+            self.memory.check_integrity(held)
 
     def set_quota(
         self, *, cached_tokens: int | None = None, held_tokens: int | None = None, tenant: str = DEFAULT_TENANT
@@ -404,6 +448,48 @@ class Engine:
         """Drop cached prefixes, of one tenant or of all; contexts keep what they refer to."""
         with self.lock:
             self.memory.reset(None if tenant is None else self.namespace(tenant))
+
+    def learn(
+        self, prompt: Prompt, *, estimators: Iterable[str] = ("token",), tenant: str = DEFAULT_TENANT
+    ) -> Future[int]:
+        """Teach estimators from a prompt whose named segments are also known from other contexts.
+
+        Done in idle time; the future gives how many tokens were kept. Requests under a policy that learns do this by
+        themselves, until the anchors suffice.
+        """
+        segments = self.read_prompt(prompt, is_start=True)
+        future = self.reuse.learner.learn(self.namespace(tenant), segments, tuple(estimators))
+        self._loop.wake()
+        return future
+
+    def measure(
+        self,
+        prompt: Prompt,
+        answer: Iterable[int],
+        variants: Iterable[Variant],
+        *,
+        tenant: str = DEFAULT_TENANT,
+    ) -> Future[list[Outcome]]:
+        """What moved KV would have cost a prompt, one outcome per variant; none if nothing of it can be moved.
+
+        Done in idle time. Both sides are computed for it, exact and moved; nothing of it is kept.
+
+        Args:
+            answer: token ids of the exact greedy answer; the first 32 are looked at.
+
+        Raises:
+            InvalidRequest: the prompt or the answer is empty.
+        """
+        segments, tokens = self.read_prompt(prompt, is_start=True), tuple(answer)
+        if not tokens:
+            raise InvalidRequest("an empty answer cannot be replayed; generate at least one token")
+        future = self.reuse.learner.measure(self.namespace(tenant), segments, tokens, tuple(variants))
+        self._loop.wake()
+        return future
+
+    def wait_idle(self, timeout_s: float | None = None) -> bool:
+        """Wait until no request runs and all idle work is done; False after `timeout_s`."""
+        return self._loop.wait_idle(timeout_s)
 
     def close(self) -> None:
         """Fail what is in flight and end the engine's thread. Idempotent."""

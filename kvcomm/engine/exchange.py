@@ -125,11 +125,12 @@ class KVExchange:
     ) -> Sequence:
         pool, num_computed = self._memory.pool, len(keys[0])
         sequence = Sequence(pool, token_ids)
-        sequence.fidelity = fidelity
         with self._lock:
             self._memory.make_writable(sequence, 0, num_computed)
             slots = pool.slots(sequence.pages, num_computed)
             for stored, new in zip((*pool.keys, *pool.values), (*keys, *values), strict=True):
                 stored[slots] = new.to(stored.device)
             sequence.num_computed = num_computed
+            if fidelity is Fidelity.APPROXIMATE:
+                sequence.mark_approximate(0)
         return sequence

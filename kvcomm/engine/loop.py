@@ -1,4 +1,4 @@
-"""The thread that drives the scheduler while there is work.
+"""The thread that drives the scheduler while there is work, and idle work while there is none.
 
 One thread for all forward passes: callers only queue requests and wait, so Ctrl-C in a caller never interrupts a step.
 """
@@ -9,14 +9,16 @@ import threading
 
 from kvcomm.engine.request import Request
 from kvcomm.engine.scheduler import Scheduler
+from kvcomm.engine.study import IdleWork
 from kvcomm.errors import EngineClosed
 
 
 class EngineLoop:
     """Starts with the first request, sleeps when idle, ends with `close`."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, idle: IdleWork) -> None:
         self._scheduler = scheduler
+        self._idle = idle
         self._wake = threading.Condition()
         self._is_closing = False
         self._thread: threading.Thread | None = None
@@ -29,30 +31,49 @@ class EngineLoop:
             PoolTooSmall: the request would not fit an empty pool.
         """
         self._scheduler.submit(request)
+        self.wake()
+
+    def wake(self) -> None:
+        """Make sure somebody works on what there is."""
         with self._wake:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="kvcomm-engine", daemon=True)
                 self._thread.start()
-            self._wake.notify()
+            self._wake.notify_all()
+
+    def wait_idle(self, timeout_s: float | None = None) -> bool:
+        """Wait until there is nothing to do, not even idle work; False after `timeout_s`."""
+        with self._wake:
+            return self._wake.wait_for(lambda: self._is_closing or not self._has_work, timeout_s)
+
+    @property
+    def _has_work(self) -> bool:
+        return self._scheduler.has_work or self._idle.has_work
 
     def close(self) -> None:
         """Fail what is in flight, end the thread and wait for it. Idempotent."""
         with self._wake:
             self._is_closing = True
-            self._wake.notify()
+            self._wake.notify_all()
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
+        self._idle.close()
         self._scheduler.close(EngineClosed("the engine is closed; create a new one"))
 
     def _run(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._is_closing or self._scheduler.has_work)
+                if not self._has_work:
+                    self._wake.notify_all()  # whoever waits for idleness
+                self._wake.wait_for(lambda: self._is_closing or self._has_work)
                 if self._is_closing:
                     return
             try:
-                self._scheduler.step()
+                if self._scheduler.has_work:
+                    self._scheduler.step()
+                else:
+                    self._idle.step()
             except BaseException as error:
                 # A broken invariant of our own: nobody may wait for ever, and no state is trusted any more.
                 closed = EngineClosed(f"the engine stopped after an internal error: {error!r}")

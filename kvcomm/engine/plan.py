@@ -1,11 +1,12 @@
-"""The plan of a request: which spans of its prompt come from the cache, which are computed, and why.
+"""The plan of a request: which spans of its prompt come from the cache, which are moved, which are computed, and why.
 
-Only exact reuse exists here. Spans cover the prompt without gaps, in order.
+Spans cover the prompt without gaps, in order.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -35,6 +36,31 @@ class Reason(StrEnum):
     CACHE_OFF = "cache_off"
     """Reuse is switched off."""
 
+    GLUE = "glue"
+    """Template text behind the first moved segment."""
+    RUNG = "rung"
+    """Moved text that this rung of the ladder recomputes."""
+    NO_SOURCE = "no_source"
+    """This text has not been seen in another context, or is not kept any more."""
+    IMMOVABLE = "immovable"
+    """This model's keys cannot be moved to other positions."""
+    NO_ANCHORS = "no_anchors"
+    """Nothing has been learned yet about moving text between these two contexts."""
+    UNCALIBRATED = "uncalibrated"
+    """Too few exact examples yet to promise what the caller asks for."""
+    BOUND = "bound"
+    """There are examples enough, and no rung keeps the caller's bound."""
+    BREAKER = "breaker"
+    """Audits found more violations than the bound allows."""
+    OUT_OF_DISTRIBUTION = "out_of_distribution"
+    """This text is too far from what the bound was calibrated on."""
+    SOURCE_RISK = "source_risk"
+    """The source is approximate itself, and the risk of both is more than the caller accepts."""
+    COST = "cost"
+    """Moving would take longer than computing."""
+    ESCALATED = "escalated"
+    """Recomputed tokens were further from their estimates than calibration allows."""
+
 
 class Span(NamedTuple):
     """`[start, end)` of a prompt. `reason` is None for reused spans."""
@@ -51,6 +77,24 @@ class Plan:
 
     spans: tuple[Span, ...] = ()
 
+    @property
+    def stretches(self) -> tuple[tuple[int, int], ...]:
+        """`[start, end)` of what is computed, in order, adjacent spans as one."""
+        found: list[tuple[int, int]] = []
+        for span in self.spans:
+            if span.kind is not SpanKind.COMPUTE:
+                continue
+            if found and found[-1][1] == span.start:
+                found[-1] = (found[-1][0], span.end)
+            else:
+                found.append((span.start, span.end))
+        return tuple(found)
+
+    @property
+    def num_exact_prefix(self) -> int:
+        """Leading tokens that come from the cache exactly."""
+        return self.spans[0].end if self.spans and self.spans[0].kind is SpanKind.EXACT else 0
+
     def num_tokens(self, kind: SpanKind) -> int:
         """Tokens in spans of a kind."""
         return sum(span.end - span.start for span in self.spans if span.kind is kind)
@@ -63,6 +107,28 @@ class Plan:
             if span.reason is not None:
                 tokens[span.reason.value] += span.end - span.start
         return dict(tokens)
+
+
+class Part(NamedTuple):
+    """What is to be said about `[start, end)` of a prompt behind its exact prefix: moved, or computed for a reason."""
+
+    start: int
+    end: int
+    reason: Reason | None
+
+
+def plan_of(num_exact: int, parts: Iterable[Part]) -> Plan:
+    """The plan of an exact prefix and the parts behind it, which must follow each other; neighbors are joined."""
+    spans = [Span(SpanKind.EXACT, 0, num_exact)] if num_exact else []
+    for part in parts:
+        kind = SpanKind.ALIGNED if part.reason is None else SpanKind.COMPUTE
+        last = spans[-1] if spans else None
+        assert part.start == (last.end if last else 0), (last, part)
+        if last is not None and (last.kind, last.reason) == (kind, part.reason):
+            spans[-1] = last._replace(end=part.end)
+        elif part.start < part.end:
+            spans.append(Span(kind, part.start, part.end, part.reason))
+    return Plan(tuple(spans))
 
 
 def exact_plan(num_reused: int, num_tokens: int, reason: Reason) -> Plan:

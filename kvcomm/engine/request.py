@@ -9,15 +9,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from kvcomm.engine.detokenize import Detokenizer
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.plan import Plan, SpanKind
+from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.results import Choice, Chunk, Completion, Usage
 from kvcomm.engine.sampling import Sampler, SamplingParams, TokenLogprob
+from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
+
+if TYPE_CHECKING:
+    from kvcomm.engine.reuse import Approximation
+
+ANSWER = "answer"
+"""Name of the segments that were generated here."""
+
+NUM_CONTINUATION = 32
+"""Tokens over which a divergence is taken."""
 
 
 @dataclass(eq=False)
@@ -44,18 +56,20 @@ class Clock:
 
 @dataclass(frozen=True)
 class Carried:
-    """Prompt tokens that earlier extensions of a context computed for this request, by reason."""
+    """Prompt tokens that earlier extensions of a context moved, or computed, by reason, for this request."""
 
     reasons: Mapping[str, int] = field(default_factory=dict)
+    num_aligned: int = 0
 
     @property
     def num_tokens(self) -> int:
-        """Tokens over all reasons."""
+        """Computed tokens over all reasons."""
         return sum(self.reasons.values())
 
-    def plus(self, reasons: Mapping[str, int]) -> Carried:
-        """With further computed tokens."""
-        return Carried({key: self.reasons.get(key, 0) + reasons.get(key, 0) for key in {*self.reasons, *reasons}})
+    def plus(self, plan: Plan) -> Carried:
+        """With what one more plan moved and computed."""
+        reasons = {key: self.reasons.get(key, 0) + plan.reasons.get(key, 0) for key in {*self.reasons, *plan.reasons}}
+        return Carried(reasons, self.num_aligned + plan.num_tokens(SpanKind.ALIGNED))
 
 
 @dataclass(eq=False)
@@ -68,6 +82,12 @@ class Request:
         num_prompt_tokens: tokens of `sequence` at submission.
         num_kept_tokens: tokens of a lent sequence to roll back to.
         ready_logits: logits of the last prompt token, if its KV and they are at hand already.
+        segments: what the sequence is made of; empty where nobody asked for moved segments.
+        policy: how far reuse may depart from the exact answer.
+        pending: `[start, end)` of prompt tokens still to be computed, ascending.
+        approximation: how moved KV is reused; None: not at all.
+        has_retreated: an approximation was given up on the way, for text unlike what is known.
+        published_s: when others could first move what this request computed, on the monotonic clock.
         last_logits: [vocab_size] behind the prompt, set when the whole prompt is computed.
         on_success: called under the engine's lock before the request is settled with its completion.
     """
@@ -82,7 +102,13 @@ class Request:
     num_kept_tokens: int = 0
     ready_logits: Tensor | None = None
     carried: Carried = field(default_factory=Carried)
+    segments: tuple[Segment, ...] = ()
+    policy: ReusePolicy = field(default_factory=ReusePolicy.exact)
     plan: Plan = field(default_factory=Plan)
+    pending: list[tuple[int, int]] = field(default_factory=list)
+    approximation: Approximation | None = None
+    has_retreated: bool = False
+    published_s: float | None = None
     clock: Clock = field(default_factory=Clock)
     last_logits: Tensor | None = None
     is_cancelled: bool = False
@@ -96,6 +122,13 @@ class Request:
     def is_prefilled(self) -> bool:
         """Whether the first token of every choice can be or has been drawn."""
         return self.last_logits is not None
+
+    @property
+    def is_greedy_answer(self) -> bool:
+        """Whether the first choice is what greedy decoding gives, over all that a divergence looks at or to its end."""
+        branch = self.branches[0]
+        is_whole = branch.finish_reason == "stop" or len(branch.token_ids) >= NUM_CONTINUATION
+        return self.sampling.is_greedy and bool(branch.token_ids) and is_whole
 
     @property
     def max_tokens(self) -> int:
@@ -127,14 +160,17 @@ class Request:
     def _usage(self) -> Usage:
         now, clock = time.monotonic(), self.clock
         computed = self.plan.num_tokens(SpanKind.COMPUTE) + self.carried.num_tokens
+        aligned = self.plan.num_tokens(SpanKind.ALIGNED) + self.carried.num_aligned
         return Usage(
             prompt_tokens=self.num_prompt_tokens,
-            exact_tokens=self.num_prompt_tokens - computed,
-            aligned_tokens=0,
+            exact_tokens=self.num_prompt_tokens - computed - aligned,
+            aligned_tokens=aligned,
             computed_tokens=computed,
             generated_tokens=sum(len(branch.token_ids) for branch in self.branches),
             queue_s=(clock.admitted or now) - clock.submitted,
             ttft_s=(clock.first_token or now) - clock.submitted,
             total_s=now - clock.submitted,
-            reasons=self.carried.plus(self.plan.reasons).reasons,
+            reasons=self.carried.plus(self.plan).reasons,
+            bound=None if self.policy.is_exact else (self.policy.max_divergence, self.policy.delta),
+            approximation=None if self.approximation is None else self.approximation.report(),
         )

@@ -19,6 +19,24 @@ class Chunk(NamedTuple):
     finish_reason: str | None
 
 
+class ApproximationReport(NamedTuple):
+    """How a request reused moved KV.
+
+    Attributes:
+        group: digest of the edge group whose calibration was relied on.
+        rung: share of the moved tokens that the rung recomputed at most.
+        predicted: nats; the divergence that calibration expects at most, the sources' risk included.
+        distance: of the text from what is known.
+        residual: of the recomputed tokens' estimates; None where none was recomputed.
+    """
+
+    group: str
+    rung: float
+    predicted: float
+    distance: float
+    residual: float | None
+
+
 @dataclass(frozen=True)
 class Usage:
     """Where the tokens of a request came from and how long it took.
@@ -32,6 +50,7 @@ class Usage:
         queue_s, ttft_s, total_s: seconds from submission to admission, to the first token, to the end.
         reasons: why prompt tokens were computed, reason -> tokens.
         bound: the (epsilon, delta) in force, None under an exact policy.
+        approximation: how moved KV was reused, None if it was not.
     """
 
     prompt_tokens: int
@@ -44,6 +63,7 @@ class Usage:
     total_s: float
     reasons: Mapping[str, int] = field(default_factory=dict)
     bound: tuple[float, float] | None = None
+    approximation: ApproximationReport | None = None
 
     @property
     def decode_tokens_per_s(self) -> float:

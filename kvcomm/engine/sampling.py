@@ -74,6 +74,11 @@ class SamplingParams:
             if not holds:
                 raise InvalidRequest(f"{name} must be {wanted}, not {getattr(self, name)!r}")
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is taken at every step, from logits as the model gives them."""
+        return self.temperature == 0 and self.repetition_penalty == 1.0
+
 
 class TokenLogprob(NamedTuple):
     """Natural log-probability of one generated token under the model, before any shaping."""

@@ -1,17 +1,21 @@
 """Continuous batching: every step computes one token of each running answer and chunks of waiting prompts.
 
-A step is: drop what was cancelled, admit, build the batch, forward, commit. The lock is held while state changes and
-released during the forward pass, so contexts can be forked and requests submitted meanwhile. Only this class calls the
-runner and writes pages, and only from one thread. A request is admitted when the pages for its longest possible answer
-are there (evicting cached prefixes if need be), so a running request is not thrown out again; a full pool queues.
-What is decoded does not depend on the batch: samplers belong to choices, and a failing row fails its own request only.
+A step is: drop what was cancelled, admit, write moved KV, build the batch, forward, commit. The lock is held while
+state changes and released during the forward pass, so contexts can be forked and requests submitted meanwhile. Only
+this class and idle work call the runner and write pages, and only from one thread. A request is admitted when the pages
+for its longest possible answer are there (evicting cached prefixes if need be), so a running request is not thrown out
+again; a full pool queues. What is decoded does not depend on the batch: samplers belong to choices, and a failing row
+fails its own request only.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
 import time
 from collections.abc import Sequence as AnySequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -19,25 +23,48 @@ import torch
 from torch import Tensor
 
 from kvcomm.config import EngineConfig
+from kvcomm.engine.learner import Learner
 from kvcomm.engine.plan import Reason, exact_plan
-from kvcomm.engine.request import Branch, Request
+from kvcomm.engine.request import ANSWER, Branch, Request
+from kvcomm.engine.reuse import Reuse
 from kvcomm.engine.sampling import token_logprob
 from kvcomm.errors import EngineClosed, NumericalError, PoolExhausted, PoolTooSmall, RequestCancelled
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
+from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
 from kvcomm.model.runner import ModelRunner, Run
+
+logger = logging.getLogger("kvcomm.engine")
 
 EXPIRE_INTERVAL_S = 1.0
 
 
 class Work(NamedTuple):
-    """One run of a step and whom it is for; `branch` is None while the prompt is prefilled."""
+    """Runs of one sequence in a step, ascending, and whom they are for; `branch` is None while the prompt is prefilled.
+
+    Only the last run may give logits.
+    """
 
     request: Request
     branch: Branch | None
     sequence: Sequence
-    run: Run
+    runs: tuple[Run, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed."""
+        return sum(len(run.token_ids) for run in self.runs)
+
+    @property
+    def end(self) -> int:
+        """One past the last position computed."""
+        return self.runs[-1].end
+
+    @property
+    def num_logits(self) -> int:
+        """Rows of logits this work gives."""
+        return self.runs[-1].num_logits
 
 
 class Scheduler:
@@ -52,10 +79,15 @@ class Scheduler:
         config: EngineConfig,
         memory: Memory,
         runner: ModelRunner,
+        reuse: Reuse,
+        learner: Learner,
+        lock: threading.RLock,
         *,
         end_token_ids: frozenset[int],
     ) -> None:
-        self.lock = threading.RLock()
+        self.lock = lock
+        self._reuse = reuse
+        self._learner = learner
         self._config = config
         self._memory = memory
         self._pool = memory.pool
@@ -118,15 +150,18 @@ class Scheduler:
 
     def step(self) -> None:
         """Compute one batch and commit it."""
+        self._prepare_reuse()
         with self.lock:
             self._drop_cancelled()
             self._expire()
             self._admit()
+        self._assemble()
+        with self.lock:
             batch = self._build_batch()
         if not batch:
             return
         try:
-            logits = self._runner.forward([work.run for work in batch])
+            logits = self._runner.forward([run for work in batch for run in work.runs])
         except Exception as error:
             # Whatever the model raises belongs to the callers of this batch; the engine itself goes on.
             with self.lock:
@@ -135,6 +170,26 @@ class Scheduler:
             return
         with self.lock:
             self._commit(batch, logits)
+
+    def _prepare_reuse(self) -> None:
+        if any(self._reuse.may_reuse(request) for request in list(self._waiting)):
+            with suppress(PoolExhausted):  # no room for a trial now: nothing is moved until there is
+                self._reuse.prepare()
+
+    def _assemble(self) -> None:
+        """Write moved KV for requests that were just admitted: outside the lock, to pages that are theirs alone."""
+        for request in list(self._running):
+            if request.approximation is None or request.approximation.is_assembled:
+                continue
+            try:
+                self._reuse.assemble(request)
+            except Exception as error:  # the caller can be served without
+                logger.exception("moving KV failed: %r; request %d is computed exactly", error, request.request_id)
+                request.approximation.distance = math.inf
+                request.approximation.is_assembled = True
+            with self.lock:
+                if not request.handle.done:
+                    self._reuse.accept(request)
 
     def _drop_cancelled(self) -> None:
         for request in self.requests():
@@ -152,7 +207,7 @@ class Scheduler:
         for request in list(self._waiting):
             if len(self._running) >= self._config.max_running:
                 return
-            if self._is_prefix_in_flight(request):
+            if self._is_prefix_in_flight(request) or self._reuse.waits_for_source(request, self._running):
                 continue
             try:
                 self._take_pages(request)
@@ -194,12 +249,17 @@ class Scheduler:
         sequence = request.sequence
         if request.ready_logits is None:
             # The last token is always computed: its logits are not in the cache.
-            sequence.num_computed = min(sequence.num_computed, sequence.num_tokens - 1)
+            sequence.rewind(min(sequence.num_computed, sequence.num_tokens - 1))
         reason = self._share_from_tree(request) if self._uses_tree(request) else Reason.CACHE_OFF
-        request.plan = exact_plan(sequence.num_computed, sequence.num_tokens, reason)
+        if self._reuse.may_reuse(request) and request.ready_logits is None:
+            request.plan = self._reuse.plan(request, reason)
+        else:
+            request.plan = exact_plan(sequence.num_computed, sequence.num_tokens, reason)
+        request.pending = list(request.plan.stretches)
         try:
             self._memory.make_writable(sequence, sequence.num_computed, request.max_tokens)
         except PoolExhausted:
+            self._reuse.drop(request)
             if request.is_lent:
                 sequence.trim()
             else:
@@ -232,7 +292,7 @@ class Scheduler:
             if budget > 0 and not request.is_prefilled:
                 work = self._prefill_work(request, budget, stuck)
                 if work is not None:
-                    budget -= len(work.run.token_ids)
+                    budget -= work.num_tokens
                     batch.append(work)
         if not batch and stuck:
             # Everybody waits for pages and nobody can return any: the youngest gives way.
@@ -248,17 +308,23 @@ class Scheduler:
             for branch in request.active_branches:
                 sequence = branch.sequence
                 if self._can_write(request, sequence, sequence.num_tokens, stuck):
-                    run = _run(sequence, sequence.num_tokens, num_logits=1)
-                    batch.append(Work(request, branch, sequence, run))
+                    run = _run(sequence, sequence.num_computed, sequence.num_tokens, num_logits=1)
+                    batch.append(Work(request, branch, sequence, (run,)))
         return batch
 
     def _prefill_work(self, request: Request, budget: int, stuck: list[Request]) -> Work | None:
         sequence = request.sequence
-        end = min(sequence.num_computed + budget, request.num_prompt_tokens)
-        if not self._can_write(request, sequence, end, stuck):
+        runs: list[Run] = []
+        for start, end in request.pending:
+            if budget <= 0:
+                break
+            end = min(end, start + budget)
+            budget -= end - start
+            runs.append(_run(sequence, start, end, num_logits=int(end == request.num_prompt_tokens)))
+        if not self._can_write(request, sequence, runs[-1].end, stuck):
             return None
-        is_last = end == request.num_prompt_tokens
-        return Work(request, None, sequence, _run(sequence, end, num_logits=int(is_last)))
+        runs = [run._replace(pages=sequence.pages.copy()) for run in runs]
+        return Work(request, None, sequence, tuple(runs))
 
     def _can_write(self, request: Request, sequence: Sequence, end: int, stuck: list[Request]) -> bool:
         """Own the pages up to `end`; a fork taken since admission may share the page that is written next."""
@@ -273,23 +339,35 @@ class Scheduler:
         finite = finite_rows(logits)
         row = 0
         for work in batch:
-            at, row = row, row + work.run.num_logits
+            at, row = row, row + work.num_logits
             if work.request.handle.done:
                 continue  # closed meanwhile, or another choice of the same request failed in this very step
-            work.sequence.num_computed = work.run.end
-            if work.run.num_logits == 0:
+            if work.branch is None:
+                self._prefilled(work)
+            else:
+                work.sequence.num_computed = work.end
+            if work.num_logits == 0:
                 continue
             work_logits, is_finite = logits[at], finite[at]
             if not is_finite:
                 self._fail(work.request, _not_finite(work))
             elif work.branch is None:
-                self._remember(work.request, work.sequence, whole=False)
-                self._begin_answers(work.request, work_logits)
+                if self._reuse.check(work.request):
+                    self._begin_answers(work.request, work_logits)
             else:
                 self._accept(work.request, work.branch, work_logits)
 
+    def _prefilled(self, work: Work) -> None:
+        """Count what was computed of a prompt. Behind moved KV nothing counts before all of it is in place."""
+        request, sequence = work.request, work.sequence
+        request.pending = [(max(start, work.end), end) for start, end in request.pending if end > work.end]
+        if request.approximation is None or not request.pending:
+            sequence.num_computed = work.end
+
     def _begin_answers(self, request: Request, logits: Tensor) -> None:
         """The prompt is computed: fork the sequence for further choices and draw everybody's first token."""
+        self._remember(request, request.sequence, whole=False)
+        self._publish(request)
         request.last_logits = logits.clone()
         request.clock.first_token = time.monotonic()
         for branch in request.branches[1:]:
@@ -336,6 +414,9 @@ class Scheduler:
     def _finish(self, request: Request) -> None:
         self._leave(request)
         sequence = request.sequence
+        self._publish(request)
+        self._learner.after(request)
+        self._reuse.release(request)
         self._remember(request, sequence, whole=not request.is_lent)
         if request.is_lent:
             sequence.truncate(request.num_prompt_tokens + request.branches[0].detokenizer.num_kept_tokens)
@@ -349,6 +430,7 @@ class Scheduler:
     def _fail(self, request: Request, error: BaseException) -> None:
         """Settle with an error: own pages are returned, a lent sequence is rolled back."""
         self._leave(request)
+        self._reuse.release(request)
         for branch in request.branches:
             if branch.sequence is not request.sequence:
                 branch.sequence.release()
@@ -364,12 +446,21 @@ class Scheduler:
             if request in queue:
                 queue.remove(request)
 
+    def _publish(self, request: Request) -> None:
+        """Let other contexts move what this one has computed so far: prompt, and behind it the first answer."""
+        if not self._config.cache or not request.segments:
+            return
+        kept = tuple(request.branches[0].token_ids[: request.branches[0].detokenizer.num_kept_tokens])
+        answer = (Segment(kept, ANSWER),) if kept and not request.active_branches else ()
+        self._reuse.publish(request, (*request.segments, *answer))
+
     def _remember(self, request: Request, sequence: Sequence, *, whole: bool) -> None:
         """Put computed exact tokens into the tree; the last, partly filled page only if nobody writes on in it."""
-        if not self._config.cache or sequence.fidelity is not Fidelity.EXACT:
+        if not self._config.cache:
             return
         page_size = self._pool.page_size
-        num_tokens = sequence.num_computed if whole else sequence.num_computed // page_size * page_size
+        is_whole = whole and sequence.num_exact == sequence.num_computed
+        num_tokens = sequence.num_exact if is_whole else sequence.num_exact // page_size * page_size
         if num_tokens:
             pages = sequence.pages[: -(-num_tokens // page_size)]
             self._tree.insert(request.namespace, sequence.token_ids[:num_tokens], pages)
@@ -386,9 +477,8 @@ def finite_rows(logits: Tensor) -> list[bool]:
     return rows
 
 
-def _run(sequence: Sequence, end: int, *, num_logits: int) -> Run:
+def _run(sequence: Sequence, start: int, end: int, *, num_logits: int) -> Run:
     # Copies: the sequence may grow or be forked while the pass runs.
-    start = sequence.num_computed
     num_pages = len(sequence.pages)
     return Run(sequence.token_ids[start:end].copy(), sequence.pages[:num_pages].copy(), start, num_logits)
 
@@ -401,6 +491,6 @@ def _num_common(first: np.ndarray, second: np.ndarray) -> int:
 
 def _not_finite(work: Work) -> NumericalError:
     return NumericalError(
-        f"request {work.request.request_id}: the model gave NaN or infinite logits after {work.run.end} tokens; "
+        f"request {work.request.request_id}: the model gave NaN or infinite logits after {work.end} tokens; "
         "nothing of it was cached; try float32, or check the weights"
     )

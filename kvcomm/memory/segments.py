@@ -44,7 +44,7 @@ class Segment:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Rendition:
-    """One stored KV of a segment.
+    """One stored KV of a segment, or of its first `num_tokens` tokens.
 
     Its first token stands in slot `offset` of the first of `pages`, which are the store's: a caller who wants
     to use them after the next call to the store retains them.
@@ -59,6 +59,8 @@ class Rendition:
     fidelity: Fidelity
     created_s: float
     used_s: float
+    slot: str = ""  # name of the segment in that context
+    risk: float = 0.0  # nats of divergence to be expected of it at most; 0 for exact KV
 
 
 _Key = tuple[str, int, Fidelity]  # signature, start, fidelity
@@ -158,17 +160,22 @@ class SegmentStore:
         pages: PageIds,
         offset: int,
         fidelity: Fidelity,
+        num_tokens: int | None = None,
+        risk: float = 0.0,
+        slot: str = "",
         ttl_s: float | None = None,
     ) -> Rendition | None:
         """Keep KV of `segment` and retain its `pages`; least recently used renditions make room.
 
-        The one with the same signature, start and fidelity is replaced. Returns None if the new one does not
-        fit the budget even so; then nothing of it is kept.
+        `num_tokens`: leading tokens it covers; None: all (the last token of an answer is often never computed). The one
+        with the same signature, start and fidelity is replaced. Returns None if the new one does not fit the budget
+        even so; then nothing of it is kept.
 
         Raises:
-            ValueError: the segment is empty, or `pages` are not those of its tokens from slot `offset` on.
+            ValueError: no tokens, or `pages` are not those of its tokens from slot `offset` on.
         """
-        self._require_pages(segment, pages, offset)
+        covered = len(segment.token_ids) if num_tokens is None else num_tokens
+        self._require_pages(segment, covered, pages, offset)
         self.expire()
         space, key = self._space(namespace), (signature, start, fidelity)
         digest = self._remember(space, segment, ttl_s)
@@ -179,8 +186,8 @@ class SegmentStore:
             self._pool.release(pages)
             self._forget_if_unused(space, digest)
             return None
-        now, num_tokens = self._clock(), len(segment.token_ids)
-        rendition = Rendition(digest, num_tokens, signature, start, pages.copy(), offset, fidelity, now, now)
+        now = self._clock()
+        rendition = Rendition(digest, covered, signature, start, pages.copy(), offset, fidelity, now, now, slot, risk)
         space.records[digest].renditions[key] = rendition
         self._order[(namespace, digest, key)] = None
         self._count(space, pages.size)
@@ -294,6 +301,17 @@ class SegmentStore:
             default=math.inf,
         )
         return freed
+
+    def renditions_of(self, namespace: str, segment: Segment) -> tuple[Rendition, ...]:
+        """Every rendition of one segment, exact or not; counts as no use."""
+        self.expire()
+        record = self._known(namespace, segment)
+        return () if record is None else tuple(record.renditions.values())
+
+    def touch(self, namespace: str, rendition: Rendition) -> None:
+        """Count a rendition found by `renditions_of` as used now."""
+        record = self._spaces[namespace].records[rendition.digest]
+        self._use(namespace, record, (rendition.signature, rendition.start, rendition.fidelity))
 
     def renditions(self, namespace: str) -> Iterator[Rendition]:
         """Every rendition of `namespace`, exact or not, for views and accounts; counts as no use."""
@@ -418,10 +436,14 @@ class SegmentStore:
         if not (record.names or record.num_pins or record.renditions):
             del space.records[digest]
 
-    def _require_pages(self, segment: Segment, pages: PageIds, offset: int) -> None:
-        page_size, num_tokens = self._pool.page_size, len(segment.token_ids)
-        if not num_tokens:
+    def _require_pages(self, segment: Segment, num_tokens: int, pages: PageIds, offset: int) -> None:
+        page_size = self._pool.page_size
+        if not segment.token_ids:
             raise ValueError("an empty segment has no rendition")
+        if not 0 < num_tokens <= len(segment.token_ids):
+            raise ValueError(
+                f"a rendition covers 1 to {len(segment.token_ids)} tokens of this segment, not {num_tokens}"
+            )
         num_pages = -(-(offset + num_tokens) // page_size)
         if not 0 <= offset < page_size or pages.size != num_pages:
             raise ValueError(

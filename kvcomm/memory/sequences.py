@@ -24,7 +24,8 @@ class Sequence:
     Attributes:
         num_tokens: tokens known, computed or not.
         num_computed: leading tokens whose KV is in the pages.
-        fidelity: approximate as soon as any of its KV is.
+        num_placed: slots up to here may hold moved KV that is not counted as computed yet; a copy of a page keeps it.
+        approximate_from: first position whose KV is not a cold run's; None: all of it is exact.
     """
 
     def __init__(self, pool: PagePool, token_ids: AnySequence[int] | IntArray = ()) -> None:
@@ -33,8 +34,23 @@ class Sequence:
         self._pages = np.empty(0, dtype=np.int32)
         self.num_tokens = 0
         self.num_computed = 0
-        self.fidelity = Fidelity.EXACT
+        self.num_placed = 0
+        self.approximate_from: int | None = None
         self.append(token_ids)
+
+    @property
+    def fidelity(self) -> Fidelity:
+        """Approximate as soon as any of its KV is."""
+        return Fidelity.EXACT if self.approximate_from is None else Fidelity.APPROXIMATE
+
+    @property
+    def num_exact(self) -> int:
+        """Leading computed tokens whose KV is a cold run's."""
+        return self.num_computed if self.approximate_from is None else min(self.num_computed, self.approximate_from)
+
+    def mark_approximate(self, start: int) -> None:
+        """From `start` on the KV is not a cold run's, and nothing computed on top of it will be."""
+        self.approximate_from = start if self.approximate_from is None else min(start, self.approximate_from)
 
     @property
     def token_ids(self) -> IntArray:
@@ -65,7 +81,15 @@ class Sequence:
         """Forget everything behind the first `num_tokens` tokens; pages stay until `trim`."""
         assert 0 <= num_tokens <= self.num_tokens, (num_tokens, self.num_tokens)
         self.num_tokens = num_tokens
-        self.num_computed = min(self.num_computed, num_tokens)
+        self.rewind(min(self.num_computed, num_tokens))
+
+    def rewind(self, num_computed: int) -> None:
+        """Treat only the first `num_computed` tokens as computed; what was approximate behind them is forgotten."""
+        assert 0 <= num_computed <= self.num_computed, (num_computed, self.num_computed)
+        self.num_computed = num_computed
+        self.num_placed = 0
+        if self.approximate_from is not None and self.approximate_from >= num_computed:
+            self.approximate_from = None
 
     def adopt(self, pages: PageIds, num_computed: int) -> None:
         """Take over someone else's computed prefix: share `pages` for positions 0..num_computed-1.
@@ -108,7 +132,8 @@ class Sequence:
         child._pages = self._pages[: self._pool_pages(self.num_computed)].copy()
         self._pool.retain(child._pages)
         child.num_computed = self.num_computed
-        child.fidelity = self.fidelity
+        if self.num_exact < self.num_computed:
+            child.approximate_from = self.approximate_from
         return child
 
     def trim(self) -> None:
@@ -121,18 +146,23 @@ class Sequence:
         """Give back every page; the tokens stay readable, nothing is computed any more. Idempotent."""
         pages, self._pages = self._pages, np.empty(0, dtype=np.int32)
         self._pool.release(pages)
-        self.num_computed = 0
+        self.rewind(0)
 
     def check_integrity(self) -> None:
         """Raises AssertionError with the numbers if an invariant of the table is broken."""
         assert 0 <= self.num_computed <= self.num_tokens, (self.num_computed, self.num_tokens)
+        assert self.approximate_from is None or self.approximate_from < self.num_tokens, (
+            self.approximate_from,
+            self.num_tokens,
+        )
         assert len(self._pages) >= self._pool_pages(self.num_computed), (len(self._pages), self.num_computed)
         assert len(set(self._pages.tolist())) == len(self._pages), f"a page twice in {self._pages.tolist()}"
         assert (self._pool.refcounts(self._pages) > 0).all(), f"a free page in {self._pages.tolist()}"
 
     def _replace(self, index: int) -> None:
         """Exchange a shared page for an own one with the same computed slots."""
-        num_kept = min(max(0, self.num_computed - index * self._pool.page_size), self._pool.page_size)
+        num_written = max(self.num_computed, self.num_placed)
+        num_kept = min(max(0, num_written - index * self._pool.page_size), self._pool.page_size)
         behind = int(self._pages[index - 1]) if index else None
         old = self._pages[index : index + 1].copy()
         self._pages[index] = self._pool.copy_page(int(old[0]), num_kept, after=behind)

@@ -34,17 +34,19 @@ class RopeGeometry:
         return 2 * len(self.inv_freq)
 
 
-def rotate(keys: Tensor, delta: int, rope: RopeGeometry) -> Tensor:
+def rotate(keys: Tensor, delta: int | Tensor, rope: RopeGeometry) -> Tensor:
     """Move rotated keys by `delta` positions.
 
     Args:
         keys: [..., head_dim], any float dtype, head_dim >= rope.rotary_dim.
-        delta: positions; may be negative.
+        delta: positions; may be negative. A tensor, [num_tokens], moves each token of keys
+            [num_tokens, num_heads, head_dim] by its own.
 
     Returns:
         New tensor like `keys`; angles are float32 and the result is rounded once. `keys` is not modified.
     """
-    angle = delta * torch.tensor(rope.inv_freq, dtype=torch.float32, device=keys.device)
+    inv_freq = torch.tensor(rope.inv_freq, dtype=torch.float32, device=keys.device)
+    angle = delta.float()[:, None, None] * inv_freq if isinstance(delta, Tensor) else delta * inv_freq
     cos, sin = angle.cos(), angle.sin()
     turned, rest = keys[..., : rope.rotary_dim].float(), keys[..., rope.rotary_dim :]
     if rope.interleaved:

@@ -7,7 +7,7 @@ just runs. The runner knows slots and positions; who owns the pages, and whether
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcomm.model.attention import hook
-from kvcomm.model.attention.contract import AttentionBackend, IntArray, RunTable
+from kvcomm.model.attention.contract import AttentionBackend, AttentionStep, IntArray, RunTable
 from kvcomm.model.lean import LeanLayers
 
 
@@ -39,6 +39,9 @@ class Run(NamedTuple):
     def end(self) -> int:
         """One past the last position computed."""
         return self.start + len(self.token_ids)
+
+
+Watch = Callable[[int, Tensor, float], None]
 
 
 class ModelRunner:
@@ -68,14 +71,20 @@ class ModelRunner:
         self._device = model.device
 
     @torch.inference_mode()
-    def forward(self, runs: Sequence[Run]) -> Tensor:
+    def forward(self, runs: Sequence[Run], *, watch: Watch | None = None) -> Tensor:
         """Compute runs; their KV is in its slots afterwards.
+
+        Args:
+            watch: called behind every layer's attention with the layer's id, the queries
+                [1, num_heads, num_tokens, key_dim] and the scale of the scores.
 
         Returns:
             [sum of num_logits, vocab_size], the wanted logits of the runs in order, in the model's dtype.
         """
         tables = [RunTable(run.pages, run.start, run.end) for run in runs]
         step = self.backend.prepare(tables, self._keys, self._values, self._page_size)
+        if watch is not None:
+            step = _Watched(step, watch)
         token_ids = np.concatenate([run.token_ids for run in runs]).astype(np.int64)
         positions = np.concatenate([np.arange(run.start, run.end) for run in runs])
         rows = self._to_device(_wanted_rows(runs))
@@ -94,6 +103,20 @@ class ModelRunner:
 
     def _to_device(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self._device)
+
+
+class _Watched:
+    """An attention step that somebody looks at."""
+
+    def __init__(self, step: AttentionStep, watch: Watch) -> None:
+        self._step, self._watch = step, watch
+
+    def __call__(
+        self, layer_id: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, sliding_window: int | None
+    ) -> Tensor:
+        attended = self._step(layer_id, query, key, value, scale=scale, sliding_window=sliding_window)
+        self._watch(layer_id, query, scale)
+        return attended
 
 
 def _wanted_rows(runs: Sequence[Run]) -> np.ndarray:

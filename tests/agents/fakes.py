@@ -63,6 +63,7 @@ class FakeEngine:
         self.prompts: list[str] = []
         self.samplings: list[SamplingParams] = []
         self.tenants: list[str] = []
+        self.policies: list[ReusePolicy | None] = []
         self.handles: list[RequestHandle] = []
         self.policy = ReusePolicy.exact()
         self.is_closed = False
@@ -78,7 +79,14 @@ class FakeEngine:
     def segment(self, text: str, *, name: str | None = None) -> Segment:
         return Segment(tuple(self.tokenizer.encode(text, add_special_tokens=False)), name)
 
-    def submit(self, prompt: Sequence[Segment], sampling: SamplingParams, *, tenant: str = "default") -> RequestHandle:
+    def submit(
+        self,
+        prompt: Sequence[Segment],
+        sampling: SamplingParams,
+        *,
+        tenant: str = "default",
+        policy: ReusePolicy | None = None,
+    ) -> RequestHandle:
         text = self.tokenizer.decode([token for segment in prompt for token in segment.token_ids])
         with self._lock:
             index = len(self.handles)
@@ -86,6 +94,7 @@ class FakeEngine:
             self.prompts.append(text)
             self.samplings.append(sampling)
             self.tenants.append(tenant)
+            self.policies.append(policy)
             self.handles.append(handle)
         if not self._gated:
             self.finish(index)

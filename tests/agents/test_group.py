@@ -306,10 +306,10 @@ def test_an_agent_that_the_engine_refuses() -> None:
     engine = plain_engine()
     submit = engine.submit
 
-    def refusing(prompt: Any, sampling: Any, *, tenant: str) -> Any:
+    def refusing(prompt: Any, sampling: Any, **settings: Any) -> Any:
         if len(engine.handles) == 1:
             raise InvalidRequest("no")
-        return submit(prompt, sampling, tenant=tenant)
+        return submit(prompt, sampling, **settings)
 
     engine.submit = refusing  # type: ignore[method-assign]
     with pytest.raises(AgentFailed, match="agent 'b' failed in round 1: InvalidRequest: no"):

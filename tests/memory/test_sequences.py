@@ -224,7 +224,8 @@ def test_forks_share_computed_pages_only_and_inherit_the_fidelity() -> None:
     parent = Sequence(pool, range(10))
     parent.make_writable(0, 20)
     write(pool, parent, 0, 5)
-    parent.num_computed, parent.fidelity = 5, Fidelity.APPROXIMATE
+    parent.num_computed = 5
+    parent.mark_approximate(3)
     child = parent.fork()
     assert (parent.num_pages, child.num_pages) == (5, 2)
     assert (child.num_tokens, child.num_computed, child.fidelity) == (10, 5, Fidelity.APPROXIMATE)

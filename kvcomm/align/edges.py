@@ -1,0 +1,69 @@
+"""Edges: from which context to which other one the KV of a segment is moved."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from kvcomm.memory.segments import Segment
+
+_SIGNATURE_DOMAIN = b"kvcomm signature 1\0"
+_EDGE_DOMAIN = b"kvcomm edge 1\0"
+
+
+def signatures(segments: Sequence[Segment]) -> tuple[str, ...]:
+    """The signature of every segment of a prompt.
+
+    Hex SHA-256 over the static text before it and its own slot: token ids of segments without a name (template text),
+    only the name of those with one (slots). Dynamic text never enters. A static segment's own tokens count as before
+    it, so cutting static text differently changes nothing behind it.
+    """
+    running = hashlib.sha256(_SIGNATURE_DOMAIN)
+    found = []
+    for segment in segments:
+        if segment.name is None:
+            for token in np.array(segment.token_ids, dtype="<i4"):
+                running.update(b"t" + token.tobytes())
+        else:
+            running.update(b"s" + _sized(segment.name))
+        found.append(running.hexdigest())
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Edge:
+    """From a source signature to a target signature. Slot names are for people and for the general fallback."""
+
+    source: str
+    target: str
+    slot: str
+    source_slot: str
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 over the length-prefixed fields."""
+        fields = (self.source, self.target, self.slot, self.source_slot)
+        return _digest(_EDGE_DOMAIN, map(_sized, fields))
+
+    @property
+    def general(self) -> Edge:
+        """The same slots in any context: what is used while the specific edge is young."""
+        return replace(self, source="", target="")
+
+    @property
+    def is_general(self) -> bool:
+        """Whether it stands for any context."""
+        return not self.source and not self.target
+
+
+def _sized(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _digest(domain: bytes, parts: Iterable[bytes]) -> str:
+    return hashlib.sha256(domain + b"".join(parts)).hexdigest()

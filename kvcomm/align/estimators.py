@@ -1,0 +1,271 @@
+"""Estimators: what the KV of a moved segment would be in its new context.
+
+All behind one interface. `rotate` only turns the keys; `token` (the default) adds, token by token, the offsets of the
+most similar anchor tokens; `paper` is KVCOMM's published estimator (arXiv 2510.12872v2, Eq. 5-7), for comparison. Each
+owns what it learns. A `Correction` is a snapshot: nothing learned later changes what a request in flight gets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from kvcomm.align.bank import AnchorStore, BankSnapshot
+from kvcomm.align.edges import Edge
+from kvcomm.align.ops.choice import Ops
+from kvcomm.align.ops.contract import LayerStore, Neighbors, Place
+from kvcomm.align.sketch import Sketcher
+from kvcomm.align.spans import read_span
+from kvcomm.model.rope import rotate
+
+
+class Correction(Protocol):
+    """What an estimator knows about one edge, unchangeable."""
+
+    def write(self, layers: Sequence[LayerStore], source: Place, target: Place, index: int) -> float:
+        """Write the estimate to the target's slots.
+
+        Args:
+            index: of the first token in its segment.
+
+        Returns:
+            The distance to what is known: 0 where the estimator has no notion of it.
+        """
+        ...
+
+
+class Estimator(Protocol):
+    """One way to estimate."""
+
+    @property
+    def name(self) -> str:
+        """The name the user chooses it by."""
+        ...
+
+    def is_ready(self, namespace: str, edge: Edge) -> bool:
+        """Whether enough has been learned about an edge, so that further examples change nothing."""
+        ...
+
+    def evidence(self, namespace: str, edge: Edge) -> int:
+        """How much is known about exactly this edge; only compared."""
+        ...
+
+    def learn(
+        self, namespace: str, edge: Edge, layers: Sequence[LayerStore], source: Place, truth: Place, index: int
+    ) -> int:
+        """Learn from a segment that is known in both contexts; returns how many tokens were kept."""
+        ...
+
+    def correction(self, namespace: str, edge: Edge) -> Correction | None:
+        """What is known about the edge now; None: too little."""
+        ...
+
+
+class RotateEstimator:
+    """Turns the keys to their new positions and corrects nothing."""
+
+    name = "rotate"
+
+    def __init__(self, ops: Ops) -> None:
+        self._ops = ops
+
+    def is_ready(self, namespace: str, edge: Edge) -> bool:
+        """There is nothing to learn."""
+        return True
+
+    def evidence(self, namespace: str, edge: Edge) -> int:
+        """Nothing."""
+        return 0
+
+    def learn(
+        self, namespace: str, edge: Edge, layers: Sequence[LayerStore], source: Place, truth: Place, index: int
+    ) -> int:
+        """There is nothing to learn."""
+        return 0
+
+    def correction(self, namespace: str, edge: Edge) -> Correction:
+        """Always the same."""
+        return self
+
+    def write(self, layers: Sequence[LayerStore], source: Place, target: Place, index: int) -> float:
+        """See `Correction`; every text is as near as any other."""
+        self._ops.rotate(layers, source, target)
+        return 0.0
+
+
+class TokenSettings(NamedTuple):
+    """How offsets of neighbors are combined.
+
+    Attributes:
+        k: neighbors of each token.
+        alpha: factor on the weighted offsets; below 1 it shrinks the noise that neighbors bring with them.
+        temperature: of the softmax over negative distances, each relative to the token's mean distance.
+        min_tokens: anchor tokens below which an edge is not used.
+        mature_tokens: anchor tokens from which on an edge learns no more.
+    """
+
+    k: int = 8
+    alpha: float = 1.0
+    temperature: float = 4.0
+    min_tokens: int = 64
+    mature_tokens: int = 512
+
+
+class TokenEstimator:
+    """Adds the offsets of each token's nearest anchor tokens."""
+
+    name = "token"
+
+    def __init__(self, anchors: AnchorStore, sketcher: Sketcher, ops: Ops, settings: TokenSettings | None = None):
+        self.anchors = anchors
+        self.settings = settings or TokenSettings()
+        self._sketcher = sketcher
+        self._ops = ops
+
+    def is_ready(self, namespace: str, edge: Edge) -> bool:
+        """Whether the edge's own bank, or the one for its slots in any context, is mature."""
+        return self.anchors.find(namespace, edge, self.settings.mature_tokens) is not None
+
+    def evidence(self, namespace: str, edge: Edge) -> int:
+        """Tokens in the edge's own bank."""
+        snapshot = self.anchors.find(namespace, edge, 1)
+        return snapshot.num_tokens if snapshot is not None and snapshot.edge == edge else 0
+
+    def learn(
+        self, namespace: str, edge: Edge, layers: Sequence[LayerStore], source: Place, truth: Place, index: int
+    ) -> int:
+        """Add the offsets between source and truth to the edge's bank and to its general one, unless mature."""
+        banks = [self.anchors.bank(namespace, each) for each in (edge, edge.general)]
+        young = [bank for bank in banks if bank.snapshot().num_tokens < self.settings.mature_tokens]
+        if not young:
+            return 0
+        known = read_span(layers, source)
+        # Layer 0 sees the token and its position only: there is nothing to correct.
+        offsets = read_span(layers, truth).minus(known, range(1, len(layers)))
+        sketches = self._sketcher(layers, source, index)
+        return max(bank.learn(sketches, offsets) for bank in young)
+
+    def correction(self, namespace: str, edge: Edge) -> Correction | None:
+        """The snapshot of the most specific bank that is old enough."""
+        snapshot = self.anchors.find(namespace, edge, self.settings.min_tokens)
+        return None if snapshot is None else _TokenCorrection(snapshot, self._sketcher, self._ops, self.settings)
+
+
+class _TokenCorrection:
+    def __init__(self, snapshot: BankSnapshot, sketcher: Sketcher, ops: Ops, settings: TokenSettings) -> None:
+        self._snapshot = snapshot
+        self._sketcher = sketcher
+        self._ops = ops
+        self._settings = settings
+
+    def write(self, layers: Sequence[LayerStore], source: Place, target: Place, index: int) -> float:
+        """See `Correction`; the distance is the mean over tokens of that to the nearest anchor token."""
+        distances, indices = self._snapshot.nearest(self._sketcher(layers, source, index), self._settings.k)
+        mean = distances.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        weights = torch.softmax(-self._settings.temperature * distances / mean, dim=-1) * self._settings.alpha
+        neighbors = Neighbors(indices, weights, self._sketcher.group_of_layer)
+        self._ops.align(layers, source, target, self._snapshot.offsets, neighbors)
+        return float(distances[..., 0].mean())
+
+
+class _Text(NamedTuple):
+    """One whole anchor text, float32, [num_tokens, channels of all layers]: source KV and what leads to the target."""
+
+    keys: Tensor
+    values: Tensor
+    key_offsets: Tensor
+    value_offsets: Tensor
+
+
+class PaperEstimator:
+    """KVCOMM as published: anchors aligned by token index, weighed by a softmax over their distances.
+
+    Source: arXiv 2510.12872v2, Eq. 5-7 and its entropy gate. Deviation: key offsets are kept un-rotated and added in
+    the frame of position 0; the publication adds them in the anchor's absolute frame, wrong by the rotation between.
+    """
+
+    name = "paper"
+    max_texts = 20
+
+    def __init__(self) -> None:
+        self._texts: dict[tuple[str, Edge], list[_Text]] = {}
+
+    def is_ready(self, namespace: str, edge: Edge) -> bool:
+        """Whether the anchor pool is full."""
+        return len(self._texts.get((namespace, edge), ())) >= self.max_texts
+
+    def evidence(self, namespace: str, edge: Edge) -> int:
+        """Anchor texts of the edge."""
+        return len(self._texts.get((namespace, edge), ()))
+
+    def learn(
+        self, namespace: str, edge: Edge, layers: Sequence[LayerStore], source: Place, truth: Place, index: int
+    ) -> int:
+        """Keep the text as an anchor, in place of the oldest if the pool is full."""
+        if index:
+            return 0  # anchors are aligned from the first token of a segment on
+        known, true = read_span(layers, source), read_span(layers, truth)
+        keys, values = _flat(known.keys), _flat(known.values)
+        texts = self._texts.setdefault((namespace, edge), [])
+        texts.append(_Text(keys, values, _flat(true.keys) - keys, _flat(true.values) - values))
+        del texts[: -self.max_texts]
+        return source.num_tokens
+
+    def correction(self, namespace: str, edge: Edge) -> Correction | None:
+        """The texts known now."""
+        texts = tuple(self._texts.get((namespace, edge), ()))
+        return _PaperCorrection(texts) if texts else None
+
+
+class _PaperCorrection:
+    def __init__(self, texts: tuple[_Text, ...]) -> None:
+        self._texts = texts
+
+    def write(self, layers: Sequence[LayerStore], source: Place, target: Place, index: int) -> float:
+        """See `Correction`; the distance is the published gate's: entropy of the weights over that of equal ones."""
+        known = read_span(layers, source)
+        keys, values, last = _flat(known.keys), _flat(known.values), index + source.num_tokens
+        texts = [text for text in self._texts if len(text.keys) >= last]
+        span, entropy = slice(index, last), 1.0
+        if texts:
+            key_weights = _index_weights(keys, [text.keys[span] for text in texts])
+            value_weights = _index_weights(values, [text.values[span] for text in texts])
+            for place, text in enumerate(texts):
+                keys += key_weights[place] * text.key_offsets[span]
+                values += value_weights[place] * text.value_offsets[span]
+            entropy = _entropy_ratio(key_weights)
+        _write_span(layers, target, keys, values)
+        return entropy
+
+
+def _index_weights(known: Tensor, anchors: Sequence[Tensor]) -> Tensor:
+    """[num_texts, num_tokens, 1]: softmax over texts of the negative mean distance at the same index."""
+    distances = torch.stack([(known - anchor).abs().mean(-1, keepdim=True) for anchor in anchors])
+    return torch.softmax(-distances, dim=0)
+
+
+def _entropy_ratio(weights: Tensor) -> float:
+    if len(weights) == 1:
+        return 0.0
+    entropy = -(weights * weights.clamp_min(1e-30).log()).sum(0).mean()
+    return float(entropy) / math.log(len(weights))
+
+
+def _write_span(layers: Sequence[LayerStore], target: Place, keys: Tensor, values: Tensor) -> None:
+    """Write flat KV with un-rotated keys, [num_tokens, channels of all layers], to the target's slots."""
+    positions = torch.arange(target.start, target.start + target.num_tokens, device=keys.device)
+    key_sizes = [layer.keys[0].numel() for layer in layers]
+    value_sizes = [layer.values[0].numel() for layer in layers]
+    for layer, own_keys, own_values in zip(layers, keys.split(key_sizes, 1), values.split(value_sizes, 1), strict=True):
+        shaped = own_keys.unflatten(1, layer.keys.shape[1:])
+        turned = shaped if layer.rope is None else rotate(shaped, positions, layer.rope)
+        layer.keys[target.slots] = turned.to(layer.keys.dtype)
+        layer.values[target.slots] = own_values.unflatten(1, layer.values.shape[1:]).to(layer.values.dtype)
+
+
+def _flat(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.flatten(1) for part in parts], dim=1)

@@ -1,0 +1,41 @@
+"""Which implementation of the operations is used: chosen explicitly, never changed by an exception."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from kvcomm.align.ops.align import cpu as align_cpu
+from kvcomm.align.ops.align import reference as align_reference
+from kvcomm.align.ops.contract import Align, Rotate
+from kvcomm.align.ops.rotate import cpu as rotate_cpu
+from kvcomm.align.ops.rotate import reference as rotate_reference
+from kvcomm.errors import InvalidRequest
+
+
+class Ops(NamedTuple):
+    """The operations of one implementation."""
+
+    rotate: Rotate
+    align: Align
+
+
+def make_ops(name: str, device: torch.device | str) -> Ops:
+    """The implementation called "cpu" or "reference"; "auto" is "cpu" on the CPU and "reference" elsewhere.
+
+    Raises:
+        InvalidRequest: unknown, or not for this device.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    if name == "auto":
+        name = "cpu" if on_cpu else "reference"
+    if name == "cpu" and not on_cpu:
+        raise InvalidRequest(f"the operations called 'cpu' do not run on {device}; choose 'reference' or 'auto'")
+    known = {
+        "cpu": Ops(rotate_cpu.rotate, align_cpu.align),
+        "reference": Ops(rotate_reference.rotate, align_reference.align),
+    }
+    if name not in known:
+        raise InvalidRequest(f"unknown operations {name!r}; there are auto, {', '.join(known)}")
+    return known[name]

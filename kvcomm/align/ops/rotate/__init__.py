@@ -1,0 +1,1 @@
+"""Moving a span of KV: keys are turned to their new positions, values are copied."""

@@ -1,0 +1,86 @@
+"""Sketches: a short vector for every token by which similar tokens on similar places are found.
+
+The un-rotated keys and the values of a few layers, projected at random (Johnson-Lindenstrauss), and the logarithm of
+the token's index in its segment. The projection follows from the model's shape alone, so sketches made by two processes
+can be compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvcomm.align.ops.contract import LayerStore, Place
+from kvcomm.align.spans import SpanKV, read_span
+from kvcomm.model.geometry import ModelGeometry
+
+
+class SketchSettings(NamedTuple):
+    """How a sketch is made.
+
+    Attributes:
+        num_groups: groups of consecutive layers that look for their own neighbors.
+        layers_per_group: layers, evenly spaced over the group, whose KV is looked at.
+        dim: entries of a sketch, the position's included.
+        position_weight: of log(1 + index), relative to the typical norm of the rest.
+    """
+
+    num_groups: int = 3
+    layers_per_group: int = 5
+    dim: int = 97
+    position_weight: float = 0.35
+
+
+class Sketcher:
+    """Makes sketches for one model."""
+
+    def __init__(self, geometry: ModelGeometry, settings: SketchSettings | None = None, seed: int = 0) -> None:
+        self.settings = settings or SketchSettings()
+        num_layers = len(geometry.layers)
+        num_groups = self.num_groups = min(self.settings.num_groups, num_layers)
+        bounds = [round(group * num_layers / num_groups) for group in range(num_groups + 1)]
+        self.group_of_layer = tuple(
+            group for group in range(num_groups) for _ in range(bounds[group], bounds[group + 1])
+        )
+        self._layer_ids = [
+            _evenly(bounds[group], bounds[group + 1], self.settings.layers_per_group) for group in range(num_groups)
+        ]
+        generator = torch.Generator().manual_seed(seed)
+        self._projections = [
+            _projection(geometry, layer_ids, self.settings.dim - 1, generator) for layer_ids in self._layer_ids
+        ]
+
+    def __call__(self, layers: Sequence[LayerStore], place: Place, first_index: int = 0) -> Tensor:
+        """Sketches of a span in the pool, [num_groups, num_tokens, dim] float32.
+
+        `first_index` is the index of its first token in the segment.
+        """
+        return torch.stack(
+            [
+                self._sketch(read_span(layers, place, layer_ids), projection, first_index)
+                for layer_ids, projection in zip(self._layer_ids, self._projections, strict=True)
+            ]
+        )
+
+    def _sketch(self, span: SpanKV, projection: Tensor, first_index: int) -> Tensor:
+        features = torch.cat([part.flatten(1) for part in (*span.keys, *span.values)], dim=1)
+        short = features @ projection.to(features.device)
+        # One unit for all models: what a token's sketch measures on average. The position counts in that unit.
+        short = short / short.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        index = torch.arange(first_index, first_index + len(short), device=short.device)
+        return torch.cat((short, self.settings.position_weight * torch.log1p(index.float())[:, None]), dim=1)
+
+
+def _evenly(first: int, end: int, count: int) -> list[int]:
+    step = max(1, (end - first) // count)
+    return list(range(first, end, step))
+
+
+def _projection(geometry: ModelGeometry, layer_ids: Sequence[int], dim: int, generator: torch.Generator) -> Tensor:
+    chosen = [geometry.layers[layer_id] for layer_id in layer_ids]
+    num_features = sum(layer.num_kv_heads * (layer.key_dim + layer.value_dim) for layer in chosen)
+    return torch.randn(num_features, dim, generator=generator) / math.sqrt(dim)

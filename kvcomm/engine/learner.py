@@ -1,0 +1,353 @@
+"""Learning, calibrating and auditing: the jobs that idle time is spent on.
+
+After an exact request whose text was also known in another context, the pair teaches: first the anchors of its edges,
+then which segment matters most, then, prompt by prompt, what each rung would have cost. After an approximate request a
+sampled share is computed exactly and compared. Changes groups and anchors under the engine's lock; passes run outside.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from kvcomm.align.calibration import Pair
+from kvcomm.align.groups import EdgeGroup, GroupKey
+from kvcomm.align.ladder import rung_tokens
+from kvcomm.align.moves import Move
+from kvcomm.align.ops.contract import LayerStore
+from kvcomm.align.spans import place_of
+from kvcomm.engine.policy import ReusePolicy
+from kvcomm.engine.replay import Case, Outcome, Replayer
+from kvcomm.engine.request import NUM_CONTINUATION, Request
+from kvcomm.engine.reuse import Approximation, Reuse, candidates
+from kvcomm.engine.selectors import SELECTORS, SelectorView, Variant, default_order
+from kvcomm.engine.study import IdleWork, Job, Steps
+from kvcomm.errors import EngineClosed, InvalidRequest
+from kvcomm.memory.memory import Memory
+from kvcomm.memory.pool import PageIds
+from kvcomm.memory.segments import Segment
+from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.model.attention.contract import IntArray
+
+logger = logging.getLogger("kvcomm.audit")
+
+
+class Learner:
+    """Makes the jobs of one engine."""
+
+    def __init__(
+        self,
+        memory: Memory,
+        layers: Sequence[LayerStore],
+        reuse: Reuse,
+        replayer: Replayer,
+        idle: IdleWork,
+        *,
+        chunk: int,
+        end_token_ids: frozenset[int],
+    ) -> None:
+        """Args:
+        chunk: tokens of a prefill pass in idle time.
+        """
+        self._memory = memory
+        self._layers = layers
+        self._reuse = reuse
+        self._replayer = replayer
+        self._idle = idle
+        self._lock = replayer.lock
+        self._chunk = chunk
+        self._ends = end_token_ids
+        self._random = random.Random(0)
+        self.num_audits = 0
+        self.num_violations = 0
+
+    def after(self, request: Request) -> None:
+        """A request has succeeded and still holds its pages: queue what can be learned from it. Under the lock."""
+        policy = request.policy
+        if policy.is_exact or request.sampling.n > 1 or self._reuse.immovable:
+            return
+        if request.approximation is not None:
+            if self._random.random() < policy.audit:
+                self._add(request, policy, self._audit)
+        elif policy.learn and request.sequence.approximate_from is None and not request.has_retreated:
+            self._add(request, policy, self._study)
+
+    def learn(self, namespace: str, segments: tuple[Segment, ...], estimators: Sequence[str]) -> Future[int]:
+        """Teach estimators the edges of a prompt that is computed or can be, whatever has been learned already.
+
+        The future gives how many tokens were kept.
+        """
+        future: Future[int] = Future()
+
+        def steps(trial: _Trial) -> Steps:
+            yield from self._complete(trial)
+            kept = sum(self._teach(trial, name, trial.moves) for name in estimators)
+            future.set_result(kept)
+
+        self._add_trial(namespace, segments, steps, future)
+        return future
+
+    def measure(
+        self, namespace: str, segments: tuple[Segment, ...], answer: Sequence[int], variants: Sequence[Variant]
+    ) -> Future[list[Outcome]]:
+        """Replay a prompt, followed by its exact greedy answer, in every way asked for.
+
+        The future gives one outcome per variant; none at all when nothing of the prompt can be moved.
+        """
+        future: Future[list[Outcome]] = Future()
+
+        def steps(trial: _Trial) -> Steps:
+            yield from self._complete(trial)
+            case = self._case(trial, tuple(answer[:NUM_CONTINUATION]))
+            outcomes: list[Outcome] = []
+            if case.moves:
+                exact = self._replayer.exact(case)
+                yield
+                for variant in variants:
+                    outcomes.append(self._variant(trial, case, exact, variant))
+                    yield
+            future.set_result(outcomes)
+
+        self._add_trial(namespace, segments, steps, future)
+        return future
+
+    def _add(self, request: Request, policy: ReusePolicy, make: Callable[[_Trial], Steps]) -> None:
+        """Queue a job on a finished request, which still holds its pages."""
+        if not any(segment.name is not None for segment in request.segments):
+            return
+        trial = _Trial(request.namespace, request.segments, request.sequence.fork(), request.num_prompt_tokens, policy)
+        trial.answer = tuple(request.branches[0].token_ids)
+        trial.is_greedy = request.is_greedy_answer
+        trial.served = request.approximation
+        # What later readers left is no source for this one: text flows from its first reader to the others.
+        before_s = math.inf if request.published_s is None else request.published_s
+        trial.moves = self._find(trial, request.plan.num_exact_prefix, before_s)
+        if trial.moves:
+            self._queue(trial, make(trial), is_urgent=trial.served is not None)
+        else:
+            trial.sequence.release()
+
+    def _add_trial(
+        self,
+        namespace: str,
+        segments: tuple[Segment, ...],
+        make: Callable[[_Trial], Steps],
+        future: Future[list[Outcome]] | Future[int],
+    ) -> None:
+        """Queue a job on a prompt that somebody waits for; its failure is theirs to see."""
+
+        def guarded(trial: _Trial) -> Steps:
+            try:
+                yield from make(trial)
+            except Exception as error:
+                future.set_exception(error)
+                raise
+
+        def settle() -> None:
+            if not future.done():
+                future.set_exception(EngineClosed("the engine was closed before it came to this"))
+
+        with self._lock:
+            token_ids = [token for segment in segments for token in segment.token_ids]
+            sequence = KVSequence(self._memory.pool, token_ids)
+            trial = _Trial(namespace, segments, sequence, len(token_ids), ReusePolicy.exact())
+            self._queue(trial, guarded(trial), is_urgent=True, on_end=settle)
+
+    def _queue(
+        self, trial: _Trial, steps: Steps, *, is_urgent: bool, on_end: Callable[[], None] = lambda: None
+    ) -> None:
+        def release() -> None:
+            for sequence in trial.sequences:
+                sequence.release()
+            self._reuse.finder.release(trial.moves)
+            trial.moves = []
+            on_end()
+
+        def pages() -> list[PageIds]:
+            return [*(sequence.pages for sequence in trial.sequences), *(move.source_pages for move in trial.moves)]
+
+        self._idle.add(Job(steps, release, pages, is_urgent))
+
+    def _find(self, trial: _Trial, num_exact: int, before_s: float = math.inf) -> list[Move]:
+        return self._reuse.finder.find(trial.namespace, trial.segments, num_exact, trial.sequence, before_s=before_s)
+
+    def _complete(self, trial: _Trial) -> Steps:
+        """Take the prompt from the tree, compute exactly what is missing, and find its moves as if none of it were."""
+        sequence, num_prompt = trial.sequence, trial.num_prompt
+        with self._lock:
+            match = self._memory.tree.match(trial.namespace, sequence.token_ids)
+            sequence.adopt(match.pages, match.num_tokens)
+            self._memory.make_writable(sequence, sequence.num_computed, num_prompt)
+        yield from self._replayer.prefill(sequence.token_ids, sequence, self._chunk)
+        with self._lock:
+            trial.moves = self._find(trial, 0)
+
+    def _case(self, trial: _Trial, continuation: tuple[int, ...]) -> Case:
+        return Case(trial.sequence, trial.num_prompt, continuation, tuple(trial.moves))
+
+    def _study(self, trial: _Trial) -> Steps:
+        """Teach, rank or calibrate, whatever the group of these moves needs next."""
+        for moves in candidates(trial.moves):
+            yield from self._study_moves(trial, moves)
+
+    def _study_moves(self, trial: _Trial, moves: Sequence[Move]) -> Steps:
+        policy, namespace = trial.policy, trial.namespace
+        estimator = self._reuse.estimators[policy.estimator]
+        if not all(estimator.is_ready(namespace, move.edge) for move in moves):
+            self._teach(trial, policy.estimator, moves)
+            return
+        with self._lock:
+            group = self._reuse.groups.group(namespace, GroupKey.of(moves, policy.estimator, policy.rungs))
+        continuation = yield from self._continuation(trial)
+        if not continuation:
+            return
+        case = self._case(trial, continuation)
+        exact = self._replayer.exact(case)
+        yield
+        if group.is_ranked:
+            yield from self._calibrate(trial, case, exact, moves, group)
+        else:
+            yield from self._rank(trial, case, exact, moves, group)
+
+    def _teach(self, trial: _Trial, name: str, moves: Sequence[Move]) -> int:
+        """Let an estimator learn from moves whose source is exact; the sequence holds the truth."""
+        kept = 0
+        for move in moves:
+            if move.is_exact:
+                truth = place_of(
+                    self._memory.pool, trial.sequence.pages, move.start, move.num_tokens, position=move.start
+                )
+                kept += self._reuse.estimators[name].learn(
+                    trial.namespace, move.edge, self._layers, move.source, truth, move.index
+                )
+        return kept
+
+    def _rank(self, trial: _Trial, case: Case, exact: Tensor, moves: Sequence[Move], group: EdgeGroup) -> Steps:
+        nothing = self._replay(trial, case, exact, moves, np.empty(0, dtype=np.int32))
+        yield
+        gains = []
+        for move in moves:
+            whole = np.arange(move.start, move.end, dtype=np.int32)
+            outcome = self._replay(trial, case, exact, moves, whole)
+            gains.append((nothing.divergence - outcome.divergence) / move.num_tokens)
+            yield
+        if all(math.isfinite(gain) for gain in gains):
+            with self._lock:
+                group.influence.add(gains)
+
+    def _calibrate(self, trial: _Trial, case: Case, exact: Tensor, moves: Sequence[Move], group: EdgeGroup) -> Steps:
+        outcomes = []
+        for share in group.key.shares:
+            recomputed = rung_tokens(moves, share, group.order)
+            outcomes.append(self._replay(trial, case, exact, moves, recomputed))
+            yield
+        divergences = tuple(outcome.divergence for outcome in outcomes)
+        if all(math.isfinite(divergence) for divergence in divergences):
+            with self._lock:
+                residuals = tuple(outcome.residual for outcome in outcomes)
+                group.calibration.add(Pair(divergences, outcomes[0].distance, residuals))
+
+    def _replay(
+        self, trial: _Trial, case: Case, exact: Tensor, moves: Sequence[Move], recomputed: IntArray, name: str = ""
+    ) -> Outcome:
+        corrections = self._reuse.corrections(trial.namespace, name or trial.policy.estimator, moves)
+        assert corrections is not None, "an edge without anchors"
+        return self._replayer.moved(case, exact, corrections, moves, recomputed)
+
+    def _variant(self, trial: _Trial, case: Case, exact: Tensor, variant: Variant) -> Outcome:
+        corrections = self._reuse.corrections(trial.namespace, variant.estimator, case.moves)
+        if corrections is None:
+            raise InvalidRequest(f"estimator {variant.estimator!r} knows nothing about some segment of this prompt")
+        key = GroupKey.of(case.moves, variant.estimator, trial.policy.rungs)
+        group = self._reuse.groups.find(trial.namespace, key)
+        view = SelectorView(case, corrections, self._replayer, group.order if group else default_order(case.moves))
+        recomputed = SELECTORS[variant.selector](view, variant.share)
+        return self._replayer.moved(case, exact, corrections, case.moves, recomputed)
+
+    def _audit(self, trial: _Trial) -> Steps:
+        """Compute an approximate request exactly and hold what was served against it."""
+        assert trial.served is not None
+        served, group = trial.sequence, trial.served.group
+        with self._lock:
+            twin = KVSequence(self._memory.pool, served.token_ids[: trial.num_prompt])
+            trial.others.append(served)
+            trial.sequence = twin
+            match = self._memory.tree.match(trial.namespace, twin.token_ids[:-1])
+            twin.adopt(match.pages, match.num_tokens)
+            self._memory.make_writable(twin, twin.num_computed, trial.num_prompt)
+        yield from self._replayer.prefill(twin.token_ids, twin, self._chunk)
+        trial.is_greedy = False  # the answer at hand is that of the approximate context
+        continuation = yield from self._continuation(trial)
+        if not continuation:
+            return
+        case = self._case(trial, continuation)
+        exact = self._replayer.exact(case)
+        yield
+        self._record_audit(trial, self._replayer.served(Case(served, trial.num_prompt, continuation, ()), exact))
+        yield
+        if GroupKey.of(trial.moves, group.key.estimator, group.key.shares) == group.key:
+            yield from self._calibrate(trial, case, exact, trial.moves, group)
+
+    def _record_audit(self, trial: _Trial, divergence: float) -> None:
+        assert trial.served is not None
+        policy, group = trial.policy, trial.served.group
+        bound = (policy.max_divergence, policy.delta)
+        violated = not divergence <= policy.max_divergence
+        with self._lock:
+            self.num_audits += 1
+            self.num_violations += violated
+            group.audited.append(divergence)
+            tripped_now = group.breaker(bound).observe(violated)
+        if tripped_now:
+            logger.warning(
+                "the bound of %g nats at confidence %g does not hold for edge group %s: computed exactly from now on",
+                policy.max_divergence,
+                policy.confidence,
+                group.key.digest[:12],
+            )
+
+    def _continuation(self, trial: _Trial) -> Generator[None, None, tuple[int, ...]]:
+        """The exact greedy answer's first tokens: the one at hand if it is that, else decoded now."""
+        if trial.is_greedy:
+            return trial.answer[:NUM_CONTINUATION]
+        sequence = KVSequence(self._memory.pool, trial.sequence.token_ids[: trial.num_prompt])
+        found: list[int] = []
+        with self._replayer.borrowed(sequence, trial.sequence, trial.num_prompt - 1, NUM_CONTINUATION):
+            for token_id in self._replayer.greedy(sequence, NUM_CONTINUATION, self._ends):
+                found.append(token_id)
+                yield
+        return tuple(found)
+
+
+@dataclass(eq=False)
+class _Trial:
+    """What a job works on.
+
+    Attributes:
+        sequence: prompt and answer, whose pages the job holds.
+        is_greedy: whether `answer` is what greedy decoding gives, as far as it is looked at.
+        served: how the request was approximated, for audits.
+    """
+
+    namespace: str
+    segments: tuple[Segment, ...]
+    sequence: KVSequence
+    num_prompt: int
+    policy: ReusePolicy
+    answer: tuple[int, ...] = ()
+    is_greedy: bool = False
+    moves: list[Move] = field(default_factory=list)
+    served: Approximation | None = None
+    others: list[KVSequence] = field(default_factory=list)
+
+    @property
+    def sequences(self) -> list[KVSequence]:
+        """Every sequence whose pages the job holds."""
+        return [self.sequence, *self.others]

@@ -1,0 +1,256 @@
+"""Replays: what a prompt's answer would have been worth on moved KV.
+
+Next to an exact sequence a scratch copy is made in which segments are moved and corrected, the tokens of a rung, glue
+and tail are computed, and the exact continuation is forced; the divergence is taken from both logits. Used for
+calibration, for audits and for measurements, always on the engine's thread and never on a request's own pages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import RLock
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvcomm.align.estimators import Correction
+from kvcomm.align.moves import Move
+from kvcomm.align.ops.contract import LayerStore
+from kvcomm.align.probes import Probes
+from kvcomm.align.spans import place_of, read_span
+from kvcomm.memory.memory import Memory
+from kvcomm.memory.pool import PageIds
+from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.model.attention.contract import IntArray
+from kvcomm.model.runner import ModelRunner, Run
+
+
+class Outcome(NamedTuple):
+    """What one replay gave.
+
+    Attributes:
+        divergence: mean KL(exact || reused), nats, over the continuation.
+        agreement: share of the continuation's tokens at which both put the same token first.
+        distance: of the text from what the estimator knows.
+        residual: of the recomputed tokens; None where none were.
+        num_recomputed: moved tokens that were computed after all.
+    """
+
+    divergence: float
+    agreement: float
+    distance: float
+    residual: float | None
+    num_recomputed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """An exact prompt, what followed, and what could have been moved into it.
+
+    Attributes:
+        sequence: prompt and continuation; the KV of the prompt is computed, exact, and retained by it.
+        num_prompt: tokens of the prompt.
+        continuation: token ids of the exact greedy answer, at most NUM_CONTINUATION, at least 1.
+        moves: ascending, disjoint, inside the prompt.
+    """
+
+    sequence: KVSequence
+    num_prompt: int
+    continuation: tuple[int, ...]
+    moves: tuple[Move, ...]
+
+    @property
+    def forced(self) -> IntArray:
+        """Prompt and continuation without its last token, whose successor is not looked at."""
+        prompt = self.sequence.token_ids[: self.num_prompt]
+        return np.concatenate([prompt, np.array(self.continuation[:-1], dtype=np.int32)])
+
+
+class Replayer:
+    """Computes exact and moved twins of a case."""
+
+    def __init__(self, memory: Memory, runner: ModelRunner, layers: Sequence[LayerStore], lock: RLock) -> None:
+        self._memory = memory
+        self._pool = memory.pool
+        self._runner = runner
+        self._layers = layers
+        self.lock = lock
+        self._scratches: list[KVSequence] = []
+
+    def pages_held(self) -> Iterator[PageIds]:
+        """Page references of scratch copies in use, for integrity checks."""
+        for sequence in self._scratches:
+            yield sequence.pages
+
+    def exact(self, case: Case) -> Tensor:
+        """Log-probabilities over the continuation, [num_continuation, vocab_size] float32.
+
+        Raises:
+            PoolExhausted: no pages for the scratch copy.
+        """
+        forced = case.forced
+        with self._scratch(case, forced, case.num_prompt - 1) as sequence:
+            return self._log_probs(case, sequence, [(case.num_prompt - 1, len(forced))])
+
+    def moved(
+        self, case: Case, exact: Tensor, corrections: Sequence[Correction], moves: Sequence[Move], recomputed: IntArray
+    ) -> Outcome:
+        """Replay with `moves` (some of the case's) moved and the positions `recomputed` among them computed.
+
+        Raises:
+            PoolExhausted: no pages for the scratch copy.
+        """
+        forced = case.forced
+        with self._scratch(case, forced, moves[0].start) as sequence:
+            distance = assemble(self._memory, self._layers, sequence, moves, corrections)
+            probes = Probes(self._pool, self._layers, sequence.pages, recomputed) if len(recomputed) else None
+            got = self._log_probs(case, sequence, computed_stretches(moves, recomputed, len(forced)))
+            residual = None if probes is None else probes.residual()
+        agreement = (exact.argmax(-1) == got.argmax(-1)).float().mean()
+        return Outcome(_divergence(exact, got), float(agreement), distance, residual, len(recomputed))
+
+    def served(self, case: Case, exact: Tensor) -> float:
+        """Divergence of a sequence as it is, moved KV and all, from the exact log-probabilities."""
+        forced = case.forced
+        with self._scratch(case, forced, case.num_prompt - 1) as sequence:
+            return _divergence(exact, self._log_probs(case, sequence, [(case.num_prompt - 1, len(forced))]))
+
+    @contextmanager
+    def borrowed(self, sequence: KVSequence, owner: KVSequence, num_shared: int, num_more: int) -> Iterator[None]:
+        """Let an empty `sequence` share the first tokens' KV of its owner and own room for the rest and more tokens."""
+        try:
+            with self.lock:
+                self._scratches.append(sequence)
+                sequence.adopt(owner.pages[: -(-num_shared // self._pool.page_size)], num_shared)
+                self._memory.make_writable(sequence, num_shared, sequence.num_tokens + num_more)
+            yield
+        finally:
+            with self.lock:
+                self._scratches.remove(sequence)
+                sequence.release()
+
+    @contextmanager
+    def _scratch(self, case: Case, tokens: IntArray, num_shared: int) -> Iterator[KVSequence]:
+        """A copy of the case that shares the exact KV of the first tokens and owns the rest."""
+        sequence = KVSequence(self._pool, tokens)
+        with self.borrowed(sequence, case.sequence, num_shared, 0):
+            yield sequence
+
+    def deviations(self, case: Case) -> Tensor:
+        """How far every moved token's KV in the second layer is from the exact one, [number of moved tokens].
+
+        That layer's exact KV needs no more than one layer of computation; here it is read from the exact sequence.
+        """
+        scores = []
+        for move in case.moves:
+            truth = place_of(self._pool, case.sequence.pages, move.start, move.num_tokens, position=move.start)
+            exact, moved = (read_span(self._layers, place, [1]) for place in (truth, move.source))
+            difference = torch.cat((exact.keys[0] - moved.keys[0], exact.values[0] - moved.values[0]), dim=-1)
+            scores.append(difference.flatten(1).norm(dim=-1))
+        return torch.cat(scores)
+
+    def attention_mass(self, case: Case, corrections: Sequence[Correction]) -> Tensor:
+        """Attention that glue and tail of the prompt pay to every moved token, [number of moved tokens].
+
+        Summed over the heads of the third quarter of the layers, from a pass in which nothing moved is recomputed.
+        """
+        prompt, first = case.sequence.token_ids[: case.num_prompt], case.moves[0].start
+        with self._scratch(case, prompt, first) as sequence:
+            assemble(self._memory, self._layers, sequence, case.moves, corrections)
+            stretches = computed_stretches(case.moves, np.empty(0, dtype=np.int32), len(prompt))
+            runs = [Run(prompt[start:end], sequence.pages, start) for start, end in stretches]
+            rows = torch.cat([torch.arange(start, end) for start, end in stretches])
+            watch = _AttentionMass(self._layers, self._pool.slots(sequence.pages, len(prompt)), rows)
+            self._runner.forward(runs, watch=watch)
+        moved = torch.cat([torch.arange(move.start, move.end) for move in case.moves])
+        return watch.mass[moved]
+
+    def prefill(self, case_tokens: IntArray, sequence: KVSequence, chunk: int) -> Iterator[None]:
+        """Compute what is missing of a sequence, `chunk` tokens a step; its pages must be writable."""
+        while sequence.num_computed < len(case_tokens):
+            start, end = sequence.num_computed, min(sequence.num_computed + chunk, len(case_tokens))
+            self._runner.forward([Run(case_tokens[start:end], sequence.pages, start)])
+            sequence.num_computed = end
+            yield
+
+    def greedy(self, sequence: KVSequence, num_tokens: int, ends: frozenset[int]) -> Iterator[int]:
+        """Decode greedily behind a sequence of which all but the last token is computed; its pages must be writable."""
+        for _ in range(num_tokens):
+            start = sequence.num_tokens - 1
+            logits = self._runner.forward([Run(sequence.token_ids[start:], sequence.pages, start)])
+            sequence.num_computed = sequence.num_tokens
+            token_id = int(logits[0].argmax())
+            if token_id in ends:
+                return
+            sequence.append([token_id])
+            yield token_id
+
+    def _log_probs(self, case: Case, sequence: KVSequence, stretches: Sequence[tuple[int, int]]) -> Tensor:
+        num_logits = len(case.continuation)
+        runs = [
+            Run(sequence.token_ids[start:end], sequence.pages, start, num_logits if end == sequence.num_tokens else 0)
+            for start, end in stretches
+        ]
+        return self._runner.forward(runs).float().log_softmax(-1)
+
+
+class _AttentionMass:
+    """Sums up, layer by layer, what the rows of a pass attend to."""
+
+    def __init__(self, layers: Sequence[LayerStore], slots: slice | Tensor, rows: Tensor) -> None:
+        """Args:
+        slots: of every position of the sequence.
+        rows: [num_rows] positions that the pass computes.
+        """
+        self._layers = layers
+        self._slots = slots
+        self._rows = rows
+        self.mass = torch.zeros(int(rows[-1]) + 1)
+
+    def __call__(self, layer_id: int, query: Tensor, scale: float) -> None:
+        """A layer has attended: [1, num_heads, num_rows, key_dim]; its keys are in the pool."""
+        if not len(self._layers) // 2 <= layer_id < max(3 * len(self._layers) // 4, len(self._layers) // 2 + 1):
+            return
+        keys = self._layers[layer_id].keys[self._slots].float().transpose(0, 1)
+        keys = keys.repeat_interleave(query.shape[1] // len(keys), dim=0)
+        scores = query[0].float() @ keys.transpose(1, 2) * scale
+        hidden = torch.arange(keys.shape[1])[None] > self._rows[:, None]
+        weights = scores.masked_fill(hidden.to(scores.device), -torch.inf).softmax(-1)
+        self.mass += weights.sum((0, 1)).cpu()
+
+
+def _divergence(exact: Tensor, got: Tensor) -> float:
+    """Mean KL(exact || got) over rows of log-probabilities, nats; infinite where either is not finite."""
+    value = float((exact.exp() * (exact - got)).sum(-1).mean())
+    return max(value, 0.0) if math.isfinite(value) else math.inf
+
+
+def assemble(
+    memory: Memory,
+    layers: Sequence[LayerStore],
+    sequence: KVSequence,
+    moves: Sequence[Move],
+    corrections: Sequence[Correction],
+) -> float:
+    """Write the moved KV into a sequence's own pages; returns the largest distance from what is known."""
+    distances = [0.0]
+    for move, correction in zip(moves, corrections, strict=True):
+        target = place_of(memory.pool, sequence.pages, move.start, move.num_tokens, position=move.start)
+        distances.append(correction.write(layers, move.source, target, move.index))
+    return max(distances)
+
+
+def computed_stretches(moves: Sequence[Move], recomputed: IntArray, num_tokens: int) -> list[tuple[int, int]]:
+    """`[start, end)` of what is computed from the first move on: everything but what stays moved."""
+    computed = np.ones(num_tokens, dtype=bool)
+    computed[: moves[0].start] = False
+    for move in moves:
+        computed[move.start : move.end] = False
+    computed[recomputed] = True
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], computed, [False])).astype(np.int8)))
+    return [(int(start), int(end)) for start, end in zip(edges[::2], edges[1::2], strict=True)]

@@ -1,0 +1,301 @@
+"""Approximate reuse of one engine: what of a prompt is moved, at which rung, and whether it may be trusted.
+
+Decides (`plan`), writes the moved KV (`assemble`), checks it before the first token (`check`), and publishes what was
+computed (`publish`). A decision allows moving only when a calibrated rung keeps the caller's bound; whatever goes wrong
+on the way ends in computing exactly. Who learns and calibrates is `study`'s matter. Called under the engine's lock but
+for `assemble`, which writes only to pages of the request.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from kvcomm.align.edges import Edge
+from kvcomm.align.estimators import Correction, Estimator
+from kvcomm.align.groups import EdgeGroup, GroupBook, GroupKey
+from kvcomm.align.ladder import rung_tokens
+from kvcomm.align.moves import Move, num_moved
+from kvcomm.align.ops.contract import LayerStore
+from kvcomm.align.probes import Probes
+from kvcomm.engine.cost import ReuseCost
+from kvcomm.engine.moves import MoveFinder, occurrences, parts_of
+from kvcomm.engine.plan import Part, Plan, Reason, plan_of
+from kvcomm.engine.policy import ReusePolicy
+from kvcomm.engine.replay import assemble, computed_stretches
+from kvcomm.engine.request import Request
+from kvcomm.engine.results import ApproximationReport
+from kvcomm.memory.memory import Memory
+from kvcomm.memory.pool import PageIds
+from kvcomm.memory.segments import Segment
+from kvcomm.model.attention.contract import IntArray
+
+
+@dataclass(eq=False)
+class Approximation:
+    """How a request reuses moved KV.
+
+    Attributes:
+        moves: what is moved; `corrections` in the same order.
+        rung: index into the policy's shares.
+        predicted: nats; the divergence that calibration expects at most.
+        distance: of the text from what is known; known when it is assembled.
+        residual: of the recomputed tokens; known when they are computed.
+    """
+
+    moves: tuple[Move, ...]
+    corrections: tuple[Correction, ...]
+    group: EdgeGroup
+    rung: int
+    predicted: float
+    holds_sources: bool = True
+    is_assembled: bool = False
+    distance: float = 0.0
+    residual: float | None = None
+    probes: Probes | None = None
+
+    @property
+    def risk(self) -> float:
+        """Nats of divergence to be expected of this KV at most: its own and its sources', which adds up."""
+        return self.predicted + max(move.risk for move in self.moves)
+
+    @property
+    def recomputed(self) -> IntArray:
+        """Positions of moved tokens that the rung recomputes."""
+        return rung_tokens(self.moves, self.group.key.shares[self.rung], self.group.order)
+
+    def report(self) -> ApproximationReport:
+        """For the request's usage."""
+        share = self.group.key.shares[self.rung]
+        return ApproximationReport(self.group.key.digest, share, self.risk, self.distance, self.residual)
+
+
+class Reuse:
+    """The planner of approximate reuse."""
+
+    def __init__(
+        self,
+        memory: Memory,
+        layers: Sequence[LayerStore],
+        estimators: Mapping[str, Estimator],
+        groups: GroupBook,
+        cost: ReuseCost,
+        *,
+        immovable: str | None,
+    ) -> None:
+        """Args:
+        immovable: why this model's keys cannot be moved, or None.
+        """
+        self.finder = MoveFinder(memory, self._evidence)
+        self.estimators = estimators
+        self.groups = groups
+        self.immovable = immovable
+        self._memory = memory
+        self._layers = layers
+        self._cost = cost
+
+    def plan(self, request: Request, otherwise: Reason) -> Plan:
+        """The plan of a request whose exact prefix has been found; keeps its approximation, if any, in the request.
+
+        Args:
+            otherwise: why what is not cached exactly has to be computed.
+        """
+        policy, num_exact = request.policy, request.sequence.num_computed
+        moves = [] if self.immovable else self._find(request, policy)
+        reason = Reason.IMMOVABLE if self.immovable else Reason.NO_SOURCE
+        for allowed in candidates(moves):
+            approximation, reason = self._decide(request, allowed, policy)
+            if approximation is not None:
+                dropped = [move for move in moves if move not in approximation.moves]
+                self.finder.release(dropped)
+                request.approximation = approximation
+                return self._plan_of(request, approximation, otherwise, Reason.SOURCE_RISK if dropped else reason)
+        self.finder.release(moves)
+        return plan_of(num_exact, parts_of(request.segments, num_exact, [], otherwise=otherwise, unmoved=reason))
+
+    def may_reuse(self, request: Request) -> bool:
+        """Whether the request's caller and prompt leave anything to decide."""
+        return not request.policy.is_exact and any(segment.name is not None for segment in request.segments)
+
+    def prepare(self) -> None:
+        """Measure the machine, once; on the engine's thread, not under the lock."""
+        self._cost.prepare()
+
+    def waits_for_source(self, request: Request, running: Iterable[Request]) -> bool:
+        """Whether a prefill in flight is about to make a segment known that this request would be allowed to move."""
+        if self.immovable or request.policy.is_exact or not request.segments:
+            return False
+        soon = {
+            each.segment.token_ids: each
+            for other in running
+            if not other.is_prefilled and other.namespace == request.namespace and other.segments
+            for each in occurrences(other.segments)
+            if each.segment.name is not None and each.start >= other.sequence.num_computed
+        }
+        is_read = any(segment.name is not None and segment.token_ids in soon for segment in request.segments)
+        return is_read and any(
+            group.calibration.choose(request.policy.max_divergence, request.policy.delta) is not None
+            for group in self.groups.groups(request.namespace)
+        )
+
+    def assemble(self, request: Request) -> None:
+        """Write the moved KV into the request's pages and note how far the text is from what is known."""
+        approximation = request.approximation
+        assert approximation is not None
+        approximation.distance = assemble(
+            self._memory, self._layers, request.sequence, approximation.moves, approximation.corrections
+        )
+        approximation.is_assembled = True
+
+    def accept(self, request: Request) -> None:
+        """After `assemble`: go on with the moved KV, or compute everything exactly if the text is too far off."""
+        approximation = request.approximation
+        assert approximation is not None
+        limit = approximation.group.calibration.distance_limit
+        if limit is None or not approximation.distance <= limit:
+            self._retreat(request, Reason.OUT_OF_DISTRIBUTION)
+            return
+        request.sequence.mark_approximate(approximation.moves[0].start)
+        request.sequence.num_placed = request.sequence.num_tokens
+        self._probe(request, approximation)
+
+    def check(self, request: Request) -> bool:
+        """After a prefill: whether the answer may begin. If not, the request has more to compute: the next rung."""
+        approximation = request.approximation
+        if approximation is None:
+            return True
+        approximation.group.num_approximated += 1
+        if approximation.probes is None:
+            return True
+        approximation.residual = approximation.probes.residual()
+        limit = approximation.group.calibration.residual_limit(approximation.rung)
+        if limit is None or approximation.residual <= limit:
+            return True
+        approximation.group.num_approximated -= 1
+        if approximation.rung + 1 < len(approximation.group.key.shares):
+            approximation.rung += 1
+            self._probe(request, approximation)
+            request.plan = self._plan_of(request, approximation, Reason.ESCALATED, Reason.ESCALATED)
+            request.pending = list(request.plan.stretches)
+        else:
+            self._retreat(request, Reason.ESCALATED)
+        return False
+
+    def publish(self, request: Request, segments: Sequence[Segment]) -> None:
+        """Let others move what this request has computed."""
+        risk = request.approximation.risk if request.approximation else math.inf
+        start = request.num_kept_tokens
+        if request.published_s is None:
+            request.published_s = time.monotonic()
+        self.finder.publish(request.namespace, segments, request.sequence, start=start, risk=risk)
+
+    def release(self, request: Request) -> None:
+        """The request has ended: give back its sources."""
+        if request.approximation is not None and request.approximation.holds_sources:
+            request.approximation.holds_sources = False
+            self.finder.release(request.approximation.moves)
+
+    def drop(self, request: Request) -> None:
+        """The request is not admitted after all."""
+        self.release(request)
+        request.approximation = None
+
+    def pages_held(self, requests: Iterable[Request]) -> Iterator[PageIds]:
+        """Page references of sources in use, for integrity checks."""
+        for request in requests:
+            if request.approximation is not None and request.approximation.holds_sources:
+                yield from (move.source_pages for move in request.approximation.moves)
+
+    def corrections(self, namespace: str, estimator: str, moves: Sequence[Move]) -> tuple[Correction, ...] | None:
+        """What is known about each move's edge; None if about one of them nothing is."""
+        found = [self.estimators[estimator].correction(namespace, move.edge) for move in moves]
+        known = tuple(each for each in found if each is not None)
+        return known if len(known) == len(moves) else None
+
+    def _find(self, request: Request, policy: ReusePolicy) -> list[Move]:
+        if policy.is_exact:
+            return []
+        return self.finder.find(
+            request.namespace,
+            request.segments,
+            request.sequence.num_computed,
+            request.sequence,
+        )
+
+    def _evidence(self, namespace: str, edge: Edge) -> int:
+        return sum(estimator.evidence(namespace, edge) for estimator in self.estimators.values())
+
+    def _decide(
+        self, request: Request, moves: Sequence[Move], policy: ReusePolicy
+    ) -> tuple[Approximation | None, Reason]:
+        corrections = self.corrections(request.namespace, policy.estimator, moves)
+        if corrections is None:
+            return None, Reason.NO_ANCHORS
+        group = self.groups.find(request.namespace, GroupKey.of(moves, policy.estimator, policy.rungs))
+        calibration = None if group is None else group.calibration
+        if group is None or calibration is None or calibration.num_pairs < calibration.pairs_needed(policy.delta):
+            return None, Reason.UNCALIBRATED
+        group.num_requests += 1
+        if group.breaker((policy.max_divergence, policy.delta)).tripped:
+            return None, Reason.BREAKER
+        rung = calibration.choose(policy.max_divergence, policy.delta)
+        if rung is None:
+            return None, Reason.BOUND
+        predicted = calibration.predicted(rung, policy.confidence)
+        approximation = Approximation(tuple(moves), corrections, group, rung, predicted)
+        if max(move.risk for move in moves) > 0 and approximation.risk > policy.max_divergence:
+            return None, Reason.SOURCE_RISK
+        stretches = computed_stretches(moves, approximation.recomputed, request.num_prompt_tokens)
+        if not self._cost.is_worth_it(
+            stretches, num_moved(moves), request.sequence.num_computed, request.num_prompt_tokens
+        ):
+            return None, Reason.COST
+        return approximation, Reason.NO_SOURCE
+
+    def _plan_of(self, request: Request, approximation: Approximation, otherwise: Reason, unmoved: Reason) -> Plan:
+        num_exact = request.sequence.num_exact
+        moved = [(move.start, move.end) for move in approximation.moves]
+        parts = parts_of(request.segments, num_exact, moved, otherwise=otherwise, unmoved=unmoved)
+        return plan_of(num_exact, _with_rung(parts, approximation.recomputed))
+
+    def _probe(self, request: Request, approximation: Approximation) -> None:
+        recomputed = approximation.recomputed
+        pages = request.sequence.pages
+        approximation.probes = Probes(self._memory.pool, self._layers, pages, recomputed) if len(recomputed) else None
+
+    def _retreat(self, request: Request, reason: Reason) -> None:
+        """Compute everything behind the exact prefix."""
+        self.drop(request)
+        request.has_retreated = True
+        sequence = request.sequence
+        sequence.approximate_from, sequence.num_placed = None, 0
+        parts = [Part(sequence.num_computed, request.num_prompt_tokens, reason)]
+        request.plan = plan_of(sequence.num_computed, parts)
+        request.pending = list(request.plan.stretches)
+
+
+def candidates(moves: Sequence[Move]) -> Iterator[Sequence[Move]]:
+    """All moves, and only those of exact sources where that is fewer."""
+    if moves:
+        yield moves
+    certain = [move for move in moves if move.is_exact]
+    if 0 < len(certain) < len(moves):
+        yield certain
+
+
+def _with_rung(parts: Iterable[Part], recomputed: IntArray) -> Iterator[Part]:
+    """Cut out of the moved parts what a rung recomputes."""
+    wanted = frozenset(recomputed.tolist())
+    for part in parts:
+        if part.reason is not None:
+            yield part
+            continue
+        start = part.start
+        for position in range(part.start, part.end):
+            reason = Reason.RUNG if position in wanted else None
+            following = Reason.RUNG if position + 1 in wanted else None
+            if position + 1 == part.end or following != reason:
+                yield Part(start, position + 1, reason)
+                start = position + 1

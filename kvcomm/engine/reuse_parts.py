@@ -1,0 +1,90 @@
+"""The parts of approximate reuse, put together for one engine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from threading import RLock
+from typing import Self
+
+from kvcomm.align.bank import AnchorStore, BankShape
+from kvcomm.align.estimators import Estimator, PaperEstimator, RotateEstimator, TokenEstimator
+from kvcomm.align.groups import GroupBook
+from kvcomm.align.ops.choice import make_ops
+from kvcomm.align.sketch import Sketcher
+from kvcomm.align.spans import layer_stores
+from kvcomm.config import EngineConfig
+from kvcomm.engine.cost import ReuseCost, cached_cost, machine_label, measure_cost
+from kvcomm.engine.learner import Learner
+from kvcomm.engine.replay import Replayer
+from kvcomm.engine.request import Request
+from kvcomm.engine.reuse import Reuse
+from kvcomm.engine.study import IdleWork
+from kvcomm.memory.memory import Memory
+from kvcomm.memory.pool import PageIds
+from kvcomm.model.cache_folder import cache_root
+from kvcomm.model.geometry import ModelGeometry
+from kvcomm.model.runner import ModelRunner
+
+
+@dataclass(frozen=True, eq=False)
+class ReuseParts:
+    """What plans, learns, replays and works in idle time, and what they have learned."""
+
+    anchors: AnchorStore
+    groups: GroupBook
+    estimators: Mapping[str, Estimator]
+    planner: Reuse
+    replayer: Replayer
+    learner: Learner
+    idle: IdleWork
+
+    @classmethod
+    def make(
+        cls,
+        config: EngineConfig,
+        memory: Memory,
+        geometry: ModelGeometry,
+        runner: ModelRunner,
+        lock: RLock,
+        identity: str,
+        end_token_ids: frozenset[int],
+    ) -> Self:
+        """Args:
+        identity: of the model, for what was measured on it.
+        """
+        layers = layer_stores(memory.pool, geometry)
+        device = memory.pool.keys[0].device
+        ops = make_ops("auto", device)
+        sketcher = Sketcher(geometry)
+        anchors = AnchorStore(
+            BankShape.of(geometry, num_groups=sketcher.num_groups, dim=sketcher.settings.dim),
+            max_bank_bytes=config.anchor_bytes,
+        )
+        known: tuple[Estimator, ...] = (
+            TokenEstimator(anchors, sketcher, ops),
+            RotateEstimator(ops),
+            PaperEstimator(),
+        )
+        estimators = {estimator.name: estimator for estimator in known}
+        label = hashlib.sha256(f"{identity} {machine_label()} {device}".encode()).hexdigest()[:24]
+        cost = ReuseCost(
+            lambda: cached_cost(
+                cache_root() / "cost" / f"{label}.json",
+                lambda: measure_cost(memory, runner, layers, ops.rotate, geometry.max_context),
+            )
+        )
+        groups, idle = GroupBook(), IdleWork(lock)
+        planner = Reuse(memory, layers, estimators, groups, cost, immovable=geometry.immovable)
+        replayer = Replayer(memory, runner, layers, lock)
+        learner = Learner(
+            memory, layers, planner, replayer, idle, chunk=config.prefill_chunk, end_token_ids=end_token_ids
+        )
+        return cls(anchors, groups, estimators, planner, replayer, learner, idle)
+
+    def pages_held(self, requests: Iterable[Request]) -> Iterator[PageIds]:
+        """Every page reference that moves, idle work and replays hold, for integrity checks."""
+        yield from self.planner.pages_held(requests)
+        yield from self.idle.pages_held()
+        yield from self.replayer.pages_held()

@@ -1,0 +1,209 @@
+"""Approximate reuse from outside: it is earned, it is bounded, it never touches an exact answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kvcomm.align.calibration import Calibration, Pair
+from kvcomm.engine.engine import Engine
+from kvcomm.engine.policy import ReusePolicy
+from kvcomm.engine.results import Completion
+from kvcomm.engine.sampling import SamplingParams
+from kvcomm.engine.selectors import SELECTORS, Variant
+from kvcomm.errors import EngineClosed, InvalidRequest
+from kvcomm.memory.fidelity import Fidelity
+from kvcomm.memory.segments import Segment
+from tests.engine.conftest import greedy, some_tokens
+from tests.tiny import TinyModel, tiny_model
+
+SAMPLING = SamplingParams(max_new_tokens=8, ignore_eos=True)
+LOOSE = ReusePolicy(max_divergence=50.0, confidence=0.5, audit=0.0)
+"""A bound that a random model keeps: what is tested here is who may be served, not how well."""
+ROLE_A, ROLE_B, TAIL = (tuple(some_tokens(number, seed=number)) for number in (21, 34, 5))
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    tiny = tiny_model()
+    with Engine(tiny.model, tiny.tokenizer) as engine:
+        yield engine
+        engine.check_integrity()
+
+
+def prompt(role: tuple[int, ...], seed: int, length: int = 90) -> list[Segment]:
+    text = tuple(some_tokens(length, seed=1000 + seed))
+    return [Segment(role), Segment(text, "question"), Segment(TAIL)]
+
+
+def ask(engine: Engine, role: tuple[int, ...], seed: int, policy: ReusePolicy, length: int = 90) -> Completion:
+    return engine.generate(prompt(role, seed, length), SAMPLING, policy=policy)
+
+
+def earn(engine: Engine, policy: ReusePolicy, rounds: int = 12) -> None:
+    """Let A and B read the same questions until something is known about moving them."""
+    for seed in range(rounds):
+        ask(engine, ROLE_A, seed, policy)
+        ask(engine, ROLE_B, seed, policy)
+        assert engine.wait_idle(30)
+    widen(engine)
+
+
+def widen(engine: Engine) -> None:
+    """A dozen random texts say little about how far the next one may be from them: let any distance pass."""
+    for group in engine.reuse.groups.groups(engine.namespace()):
+        pairs = [pair._replace(distance=10.0) for pair in group.calibration.pairs]
+        group.calibration = Calibration(len(group.key.shares), pairs)
+
+
+def test_approximation_starts_exact_and_is_earned(engine: Engine) -> None:
+    ask(engine, ROLE_A, 0, LOOSE)
+    first = ask(engine, ROLE_B, 0, LOOSE)
+    assert first.usage.aligned_tokens == 0
+    assert first.usage.reasons["no_anchors"] == 90
+    assert first.usage.bound == (50.0, 0.5)
+    earn(engine, LOOSE)
+    ask(engine, ROLE_A, 99, LOOSE)
+    served = ask(engine, ROLE_B, 99, LOOSE).usage
+    assert served.aligned_tokens == 90
+    assert served.exact_tokens == len(ROLE_B)
+    assert served.computed_tokens == len(TAIL)
+    assert served.reasons == {"glue": len(TAIL)}
+    assert served.approximation is not None
+    assert served.approximation.rung == 0.0
+
+
+def test_between_anchors_and_calibration_the_reason_is_that(engine: Engine) -> None:
+    policy = ReusePolicy(max_divergence=50.0, confidence=0.99, audit=0.0)
+    earn(engine, policy)
+    ask(engine, ROLE_A, 99, policy)
+    assert ask(engine, ROLE_B, 99, policy).usage.reasons["uncalibrated"] == 90
+
+
+def test_a_bound_that_nothing_keeps_is_exact_with_that_reason(engine: Engine) -> None:
+    earn(engine, LOOSE)
+    tight = ReusePolicy(max_divergence=1e-12, confidence=0.5, audit=0.0)
+    ask(engine, ROLE_A, 99, tight)
+    served = ask(engine, ROLE_B, 99, tight)
+    assert served.usage.reasons["bound"] == 90
+    assert served.usage.aligned_tokens == 0
+
+
+def test_an_exact_policy_never_sees_any_of_it(engine: Engine) -> None:
+    earn(engine, LOOSE)
+    ask(engine, ROLE_A, 99, LOOSE)
+    served = ask(engine, ROLE_B, 99, LOOSE)
+    assert served.usage.aligned_tokens
+    exact = ask(engine, ROLE_B, 99, ReusePolicy.exact())
+    tokens = [token for segment in prompt(ROLE_B, 99) for token in segment.token_ids]
+    assert exact.usage.aligned_tokens == 0
+    assert exact.usage.computed_tokens >= 90 + len(TAIL)  # nothing of the approximate run is in the tree
+    assert list(exact.token_ids) == greedy(engine.model, tokens, 8)
+
+
+def test_moved_kv_gives_the_divergence_that_was_measured(engine: Engine) -> None:
+    """The served answer's first distribution is the one a stock forward gives on the very same KV."""
+    earn(engine, LOOSE)
+    ask(engine, ROLE_A, 99, LOOSE)
+    context = engine.context(prompt(ROLE_B, 99), policy=LOOSE)
+    assert context.fidelity is Fidelity.APPROXIMATE
+    cache = context.to_hf_cache()
+    cache.crop(-1)
+    last = torch.tensor([[context.tokens[-1]]])
+    with torch.inference_mode():
+        stock = engine.model(last, past_key_values=cache, use_cache=True).logits[0, -1]
+    assert context.ready_logits is not None
+    torch.testing.assert_close(context.ready_logits, stock, atol=1e-4, rtol=1e-4)
+
+
+def test_text_unlike_what_is_known_goes_exact(engine: Engine) -> None:
+    earn(engine, LOOSE)
+    for group in engine.reuse.groups.groups(engine.namespace()):
+        pairs = [pair._replace(distance=0.0) for pair in group.calibration.pairs]
+        group.calibration = Calibration(len(group.key.shares), pairs)
+    ask(engine, ROLE_A, 99, LOOSE)
+    served = ask(engine, ROLE_B, 99, LOOSE)
+    assert served.usage.aligned_tokens == 0
+    assert served.usage.reasons["out_of_distribution"] == 90 + len(TAIL)
+    tokens = [token for segment in prompt(ROLE_B, 99) for token in segment.token_ids]
+    assert list(served.token_ids) == greedy(engine.model, tokens, 8)
+
+
+def test_what_is_decoded_on_moved_kv_stays_approximate(engine: Engine) -> None:
+    earn(engine, LOOSE)
+    ask(engine, ROLE_A, 99, LOOSE)
+    with engine.context(prompt(ROLE_B, 99), policy=LOOSE) as context:
+        context.generate(SAMPLING)
+        child = context.fork()
+        child.extend(some_tokens(20, seed=4))
+        assert {context.fidelity, child.fidelity} == {Fidelity.APPROXIMATE}
+        assert engine.num_cached(list(child.tokens)) <= len(ROLE_B) + 1
+
+
+def test_an_audit_trips_the_breaker_and_the_group_goes_exact(engine: Engine) -> None:
+    earn(engine, LOOSE)
+    watched = ReusePolicy(max_divergence=1e-9, confidence=0.5, audit=1.0, learn=False)
+    for group in engine.reuse.groups.groups(engine.namespace()):
+        zeros = (0.0,) * len(group.key.shares)
+        pairs = [Pair(zeros, pair.distance, pair.residuals) for pair in group.calibration.pairs] * 30
+        group.calibration = Calibration(len(group.key.shares), pairs)
+    reasons: set[str] = set()
+    for seed in range(200, 230):
+        ask(engine, ROLE_A, seed, watched)
+        reasons |= ask(engine, ROLE_B, seed, watched).usage.reasons.keys()
+        assert engine.wait_idle(30)
+        if "breaker" in reasons:
+            break
+    assert "breaker" in reasons
+    assert engine.reuse.learner.num_violations == engine.reuse.learner.num_audits > 3
+
+
+def test_measuring_gives_the_same_as_recomputing_everything(engine: Engine) -> None:
+    earn(engine, LOOSE, rounds=3)
+    answer = ask(engine, ROLE_A, 50, ReusePolicy.exact())
+    assert answer.usage.aligned_tokens == 0
+    answer = ask(engine, ROLE_B, 50, ReusePolicy.exact())
+    variants = [Variant("rotate"), Variant("token"), *(Variant("token", 0.5, name) for name in SELECTORS)]
+    outcomes = engine.measure(prompt(ROLE_B, 50), answer.token_ids, [*variants, Variant("token", 1.0)]).result(30)
+    assert [outcome.num_recomputed for outcome in outcomes] == [0, 0, 45, 45, 45, 45, 90]
+    assert outcomes[-1].divergence == pytest.approx(0, abs=1e-6)
+    assert outcomes[-1].agreement == 1.0
+    assert min(outcome.divergence for outcome in outcomes[:2]) > 1e-5
+
+
+def test_measuring_what_cannot_be_moved_gives_nothing(engine: Engine) -> None:
+    assert engine.measure(prompt(ROLE_A, 3), [5, 6], [Variant("rotate")]).result(30) == []
+    with pytest.raises(InvalidRequest, match="empty answer"):
+        engine.measure(prompt(ROLE_A, 3), [], [Variant("rotate")])
+
+
+def test_whoever_waits_for_idle_work_hears_of_the_end() -> None:
+    tiny = tiny_model()
+    engine = Engine(tiny.model, tiny.tokenizer)
+    with engine.lock:
+        future = engine.measure(prompt(ROLE_A, 3), [5, 6], [Variant("rotate")])
+        engine.reuse.idle.close()
+    with pytest.raises(EngineClosed):
+        future.result(10)
+    engine.close()
+
+
+def test_tenants_learn_for_themselves(engine: Engine) -> None:
+    earn(engine, LOOSE)
+    for role in (ROLE_A, ROLE_B):
+        other = engine.generate(prompt(role, 99), SAMPLING, policy=LOOSE, tenant="other")
+    assert other.usage.reasons["no_anchors"] == 90
+    assert not list(engine.reuse.groups.groups(engine.namespace("other")))
+
+
+def test_same_seed_same_bank_same_answer(shared_model: TinyModel) -> None:
+    answers = []
+    for _ in range(2):
+        with Engine(shared_model.model, shared_model.tokenizer) as engine:
+            earn(engine, LOOSE)
+            ask(engine, ROLE_A, 99, LOOSE)
+            answers.append(ask(engine, ROLE_B, 99, LOOSE))
+    assert answers[0].usage.aligned_tokens == answers[1].usage.aligned_tokens == 90
+    assert answers[0].token_ids == answers[1].token_ids
