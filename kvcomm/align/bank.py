@@ -174,6 +174,7 @@ class AnchorStore:
     def __init__(self, shape: BankShape, *, max_bank_bytes: int = DEFAULT_BANK_BYTES) -> None:
         self.shape = shape
         self._max_bank_bytes = max_bank_bytes
+        self.max_bank_tokens = max(1, max_bank_bytes // shape.token_bytes)
         self._lock = threading.Lock()
         self._banks: dict[str, dict[Edge, AnchorBank]] = {}
 

@@ -105,14 +105,14 @@ class TokenSettings(NamedTuple):
         alpha: factor on the weighted offsets; below 1 it shrinks the noise that neighbors bring with them.
         temperature: of the softmax over negative distances, each relative to the token's mean distance.
         min_tokens: anchor tokens below which an edge is not used.
-        mature_tokens: anchor tokens from which on an edge learns no more.
+        mature_tokens: anchor tokens from which on an edge is calibrated instead of taught, if its bank holds as many.
     """
 
     k: int = 8
     alpha: float = 1.0
     temperature: float = 4.0
     min_tokens: int = 64
-    mature_tokens: int = 512
+    mature_tokens: int = 1200
 
 
 class TokenEstimator:
@@ -127,8 +127,9 @@ class TokenEstimator:
         self._ops = ops
 
     def is_ready(self, namespace: str, edge: Edge) -> bool:
-        """Whether the edge's own bank, or the one for its slots in any context, is mature."""
-        return self.anchors.find(namespace, edge, self.settings.mature_tokens) is not None
+        """Whether the edge's own bank, or the one for its slots in any context, is mature or full."""
+        mature = min(self.settings.mature_tokens, self.anchors.max_bank_tokens)
+        return self.anchors.find(namespace, edge, mature) is not None
 
     def evidence(self, namespace: str, edge: Edge) -> int:
         """Tokens in the edge's own bank."""
@@ -138,16 +139,13 @@ class TokenEstimator:
     def learn(
         self, namespace: str, edge: Edge, layers: Sequence[LayerStore], source: Place, truth: Place, index: int
     ) -> int:
-        """Add the offsets between source and truth to the edge's bank and to its general one, unless mature."""
-        banks = [self.anchors.bank(namespace, each) for each in (edge, edge.general)]
-        young = [bank for bank in banks if bank.snapshot().num_tokens < self.settings.mature_tokens]
-        if not young:
-            return 0
+        """Add the offsets between source and truth to the edge's bank and to the one for its slots in any context."""
         known = read_span(layers, source)
         # Layer 0 sees the token and its position only: there is nothing to correct.
         offsets = read_span(layers, truth).minus(known, range(1, len(layers)))
         sketches = self._sketcher(layers, source, index)
-        return max(bank.learn(sketches, offsets) for bank in young)
+        banks = (self.anchors.bank(namespace, each) for each in (edge, edge.general))
+        return max([bank.learn(sketches, offsets) for bank in banks])
 
     def correction(self, namespace: str, edge: Edge) -> Correction | None:
         """The snapshot of the most specific bank that is old enough."""

@@ -31,7 +31,7 @@ class SketchSettings(NamedTuple):
 
     num_groups: int = 3
     layers_per_group: int = 5
-    dim: int = 97
+    dim: int = 193
     position_weight: float = 0.35
 
 

@@ -112,6 +112,7 @@ class Engine:
             runner,
             self.reuse.planner,
             self.reuse.learner,
+            self.reuse.idle,
             self._lock,
             end_token_ids=ends,
         )

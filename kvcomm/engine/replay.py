@@ -155,17 +155,18 @@ class Replayer:
         return torch.cat(scores)
 
     def attention_mass(self, case: Case, corrections: Sequence[Correction]) -> Tensor:
-        """Attention that glue and tail of the prompt pay to every moved token, [number of moved tokens].
+        """Attention that the tail of the prompt pays to every moved token, [number of moved tokens].
 
-        Summed over the heads of the third quarter of the layers, from a pass in which nothing moved is recomputed.
+        Summed over the heads of the third quarter of the layers, from a pass in which nothing moved is recomputed. The
+        tail is what follows the last moved token: from there the answer is read off.
         """
         prompt, first = case.sequence.token_ids[: case.num_prompt], case.moves[0].start
         with self._scratch(case, prompt, first) as sequence:
             assemble(self._memory, self._layers, sequence, case.moves, corrections)
             stretches = computed_stretches(case.moves, np.empty(0, dtype=np.int32), len(prompt))
             runs = [Run(prompt[start:end], sequence.pages, start) for start, end in stretches]
-            rows = torch.cat([torch.arange(start, end) for start, end in stretches])
-            watch = _AttentionMass(self._layers, self._pool.slots(sequence.pages, len(prompt)), rows)
+            tail = torch.arange(*stretches[-1])
+            watch = _AttentionMass(self._layers, self._pool.slots(sequence.pages, len(prompt)), tail)
             self._runner.forward(runs, watch=watch)
         moved = torch.cat([torch.arange(move.start, move.end) for move in case.moves])
         return watch.mass[moved]
@@ -200,12 +201,12 @@ class Replayer:
 
 
 class _AttentionMass:
-    """Sums up, layer by layer, what the rows of a pass attend to."""
+    """Sums up, layer by layer, what the last rows of a pass attend to."""
 
     def __init__(self, layers: Sequence[LayerStore], slots: slice | Tensor, rows: Tensor) -> None:
         """Args:
         slots: of every position of the sequence.
-        rows: [num_rows] positions that the pass computes.
+        rows: [num_rows] positions looked at, the last ones that the pass computes.
         """
         self._layers = layers
         self._slots = slots
@@ -218,7 +219,7 @@ class _AttentionMass:
             return
         keys = self._layers[layer_id].keys[self._slots].float().transpose(0, 1)
         keys = keys.repeat_interleave(query.shape[1] // len(keys), dim=0)
-        scores = query[0].float() @ keys.transpose(1, 2) * scale
+        scores = query[0, :, -len(self._rows) :].float() @ keys.transpose(1, 2) * scale
         hidden = torch.arange(keys.shape[1])[None] > self._rows[:, None]
         weights = scores.masked_fill(hidden.to(scores.device), -torch.inf).softmax(-1)
         self.mass += weights.sum((0, 1)).cpu()

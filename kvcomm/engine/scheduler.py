@@ -28,6 +28,7 @@ from kvcomm.engine.plan import Reason, exact_plan
 from kvcomm.engine.request import ANSWER, Branch, Request
 from kvcomm.engine.reuse import Reuse
 from kvcomm.engine.sampling import token_logprob
+from kvcomm.engine.study import IdleWork
 from kvcomm.errors import EngineClosed, NumericalError, PoolExhausted, PoolTooSmall, RequestCancelled
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
@@ -81,6 +82,7 @@ class Scheduler:
         runner: ModelRunner,
         reuse: Reuse,
         learner: Learner,
+        idle: IdleWork,
         lock: threading.RLock,
         *,
         end_token_ids: frozenset[int],
@@ -88,6 +90,7 @@ class Scheduler:
         self.lock = lock
         self._reuse = reuse
         self._learner = learner
+        self._idle = idle
         self._config = config
         self._memory = memory
         self._pool = memory.pool
@@ -257,7 +260,7 @@ class Scheduler:
             request.plan = exact_plan(sequence.num_computed, sequence.num_tokens, reason)
         request.pending = list(request.plan.stretches)
         try:
-            self._memory.make_writable(sequence, sequence.num_computed, request.max_tokens)
+            self._make_writable(sequence, sequence.num_computed, request.max_tokens)
         except PoolExhausted:
             self._reuse.drop(request)
             if request.is_lent:
@@ -329,11 +332,21 @@ class Scheduler:
     def _can_write(self, request: Request, sequence: Sequence, end: int, stuck: list[Request]) -> bool:
         """Own the pages up to `end`; a fork taken since admission may share the page that is written next."""
         try:
-            self._memory.make_writable(sequence, sequence.num_computed, end)
+            self._make_writable(sequence, sequence.num_computed, end)
         except PoolExhausted:
             stuck.append(request)
             return False
         return True
+
+    def _make_writable(self, sequence: Sequence, start: int, end: int) -> None:
+        """As the memory does it; studies that wait for idle time give way to requests."""
+        while True:
+            try:
+                self._memory.make_writable(sequence, start, end)
+                return
+            except PoolExhausted:
+                if not self._idle.give_way():
+                    raise
 
     def _commit(self, batch: AnySequence[Work], logits: Tensor) -> None:
         finite = finite_rows(logits)

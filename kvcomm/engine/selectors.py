@@ -2,7 +2,7 @@
 
 `influence` (ours) is what rungs use: whole segments, the most influential first. The others are for comparison: `head`
 (EPIC, arXiv 2410.15332: the first tokens of every segment), `deviation` (CacheBlend, arXiv 2405.16444: the tokens whose
-KV differ most in the second layer), `attention` (the tokens that glue and tail attend to most).
+KV differ most in the second layer), `attention` (the tokens that the tail attends to most).
 """
 
 from __future__ import annotations

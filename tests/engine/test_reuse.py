@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvcomm.align.calibration import Calibration, Pair
+from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.results import Completion
@@ -22,13 +23,15 @@ from tests.tiny import TinyModel, tiny_model
 SAMPLING = SamplingParams(max_new_tokens=8, ignore_eos=True)
 LOOSE = ReusePolicy(max_divergence=50.0, confidence=0.5, audit=0.0)
 """A bound that a random model keeps: what is tested here is who may be served, not how well."""
+SMALL_BANKS = EngineConfig(anchor_bytes=475_000)
+"""Banks of about 300 tokens, full after a few questions."""
 ROLE_A, ROLE_B, TAIL = (tuple(some_tokens(number, seed=number)) for number in (21, 34, 5))
 
 
 @pytest.fixture
 def engine() -> Iterator[Engine]:
     tiny = tiny_model()
-    with Engine(tiny.model, tiny.tokenizer) as engine:
+    with Engine(tiny.model, tiny.tokenizer, config=SMALL_BANKS) as engine:
         yield engine
         engine.check_integrity()
 
@@ -201,7 +204,7 @@ def test_tenants_learn_for_themselves(engine: Engine) -> None:
 def test_same_seed_same_bank_same_answer(shared_model: TinyModel) -> None:
     answers = []
     for _ in range(2):
-        with Engine(shared_model.model, shared_model.tokenizer) as engine:
+        with Engine(shared_model.model, shared_model.tokenizer, config=SMALL_BANKS) as engine:
             earn(engine, LOOSE)
             ask(engine, ROLE_A, 99, LOOSE)
             answers.append(ask(engine, ROLE_B, 99, LOOSE))

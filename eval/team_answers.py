@@ -1,0 +1,93 @@
+"""Exact runs of a team of agents, kept in a file: prompts as segments, answers as token ids.
+
+Fidelity is measured on what agents really read and write. Generating that takes most of the time, so it is done once:
+a file of answers given to the next run is read instead, and continued where it ends.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval.workload import note
+from kvcomm import Engine, KVCommAgentGroup, ReusePolicy
+from kvcomm.agents.team import load_team
+from kvcomm.memory.segments import Segment
+
+BATCH = 16
+"""Questions that are answered at the same time."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one agent read, and what it answered."""
+
+    prompt: tuple[Segment, ...]
+    answer: tuple[int, ...]
+
+    @property
+    def is_moved_into(self) -> bool:
+        """Whether any of it could come from another context: it has a slot behind its role."""
+        return any(segment.name is not None for segment in self.prompt)
+
+
+Run = dict[str, Reading]
+"""Agent -> reading."""
+
+
+def team_runs(engine: Engine, team: str, questions: Sequence[str], file: Path | None) -> list[Run]:
+    """The team's exact run on every question, from the file where it is there."""
+    known = {} if file is None or not file.exists() else _read(file)
+    missing = [question for question in dict.fromkeys(questions) if question not in known]
+    for first in range(0, len(missing), BATCH):
+        batch = missing[first : first + BATCH]
+        note(f"answering questions {first + 1} to {first + len(batch)} of {len(missing)}")
+        for question, run in zip(batch, _answer(engine, team, batch), strict=True):
+            known[question] = run
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with file.open("a") as out:
+                    out.write(_line(question, run) + "\n")
+    return [known[question] for question in questions]
+
+
+def publish(engine: Engine, run: Run) -> None:
+    """Let an engine read a run's prompts and answers exactly, so that their segments can be moved."""
+    for reading in run.values():
+        answer = (Segment(reading.answer, "answer"),) if reading.answer else ()
+        engine.context((*reading.prompt, *answer), policy=ReusePolicy.exact()).release()
+
+
+def _answer(engine: Engine, team: str, questions: Sequence[str]) -> list[Run]:
+    group = KVCommAgentGroup(engine, policy=ReusePolicy.exact())
+    for agent in load_team(team).agents:
+        group.add(agent)
+    with ThreadPoolExecutor(len(questions)) as threads:
+        results = list(threads.map(lambda question: group.run(question=question), questions))
+    engine.clear_cache()
+    return [{name: Reading(result[name].prompt, result[name].token_ids) for name in result} for result in results]
+
+
+def _line(question: str, run: Run) -> str:
+    agents = {
+        name: {
+            "prompt": [[segment.name, list(segment.token_ids)] for segment in reading.prompt],
+            "answer": list(reading.answer),
+        }
+        for name, reading in run.items()
+    }
+    return json.dumps({"question": question, "agents": agents})
+
+
+def _read(file: Path) -> dict[str, Run]:
+    found = {}
+    for line in file.read_text().splitlines():
+        entry = json.loads(line)
+        found[entry["question"]] = {
+            name: Reading(tuple(Segment(tuple(ids), slot) for slot, ids in each["prompt"]), tuple(each["answer"]))
+            for name, each in entry["agents"].items()
+        }
+    return found
