@@ -11,7 +11,7 @@ from typing import Self
 from kvcomm.align.bank import AnchorStore, BankShape
 from kvcomm.align.estimators import Estimator, PaperEstimator, RotateEstimator, TokenEstimator
 from kvcomm.align.groups import GroupBook
-from kvcomm.align.ops.choice import make_ops
+from kvcomm.align.ops.choice import Ops, make_ops
 from kvcomm.align.sketch import Sketcher
 from kvcomm.align.spans import layer_stores
 from kvcomm.config import EngineConfig
@@ -32,8 +32,10 @@ from kvcomm.model.runner import ModelRunner
 class ReuseParts:
     """What plans, learns, replays and works in idle time, and what they have learned."""
 
+    ops: Ops
     anchors: AnchorStore
     groups: GroupBook
+    cost: ReuseCost
     estimators: Mapping[str, Estimator]
     planner: Reuse
     replayer: Replayer
@@ -81,7 +83,7 @@ class ReuseParts:
         learner = Learner(
             memory, layers, planner, replayer, idle, chunk=config.prefill_chunk, end_token_ids=end_token_ids
         )
-        return cls(anchors, groups, estimators, planner, replayer, learner, idle)
+        return cls(ops, anchors, groups, cost, estimators, planner, replayer, learner, idle)
 
     def pages_held(self, requests: Iterable[Request]) -> Iterator[PageIds]:
         """Every page reference that moves, idle work and replays hold, for integrity checks."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcomm.config import EngineConfig
+from kvcomm.engine.cost import CostModel
 from kvcomm.engine.engine import Engine
 from tests.tiny import TinyModel, tiny_model
 
@@ -55,3 +56,7 @@ def stock_logits(model: torch.nn.Module, token_ids: Sequence[int]) -> Tensor:
 def some_tokens(num: int, seed: int = 0) -> list[int]:
     """Ordinary token ids of the tiny tokenizer."""
     return [int(token) for token in np.random.default_rng(seed).integers(10, 250, num)]
+
+
+ROWS_ONLY = CostModel(pass_s=0.0, row_s=1.0, pair_s=0.0, move_s=0.0)
+"""A machine on which only computed tokens take time: decisions of tests must not depend on the clock."""

@@ -17,7 +17,7 @@ from kvcomm.engine.selectors import SELECTORS, Variant
 from kvcomm.errors import EngineClosed, InvalidRequest
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.segments import Segment
-from tests.engine.conftest import greedy, some_tokens
+from tests.engine.conftest import ROWS_ONLY, greedy, some_tokens
 from tests.tiny import TinyModel, tiny_model
 
 SAMPLING = SamplingParams(max_new_tokens=8, ignore_eos=True)
@@ -32,6 +32,7 @@ ROLE_A, ROLE_B, TAIL = (tuple(some_tokens(number, seed=number)) for number in (2
 def engine() -> Iterator[Engine]:
     tiny = tiny_model()
     with Engine(tiny.model, tiny.tokenizer, config=SMALL_BANKS) as engine:
+        engine.reuse.cost.model = ROWS_ONLY
         yield engine
         engine.check_integrity()
 
@@ -205,6 +206,7 @@ def test_same_seed_same_bank_same_answer(shared_model: TinyModel) -> None:
     answers = []
     for _ in range(2):
         with Engine(shared_model.model, shared_model.tokenizer, config=SMALL_BANKS) as engine:
+            engine.reuse.cost.model = ROWS_ONLY
             earn(engine, LOOSE)
             ask(engine, ROLE_A, 99, LOOSE)
             answers.append(ask(engine, ROLE_B, 99, LOOSE))

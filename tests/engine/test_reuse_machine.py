@@ -14,7 +14,7 @@ from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.segments import Segment
-from tests.engine.conftest import greedy, some_tokens
+from tests.engine.conftest import ROWS_ONLY, greedy, some_tokens
 from tests.tiny import tiny_model
 
 CONFIG = EngineConfig(anchor_bytes=150_000, pool_tokens=2048)
@@ -32,6 +32,7 @@ class ReuseMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.engine = Engine(TINY.model, TINY.tokenizer, config=CONFIG)
+        self.engine.reuse.cost.model = ROWS_ONLY
         self.contexts: list[Context] = []
         self.num_aligned = 0
 
@@ -115,3 +116,14 @@ TestReuse = ReuseMachine.TestCase
 TestReuse.settings = settings(
     max_examples=12, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+def test_the_machine_does_reuse_approximately() -> None:
+    """Else the laws above would be tested on nothing."""
+    machine = ReuseMachine()
+    machine.earn()
+    for seed in range(6):
+        for role in (0, 1):
+            machine.ask_approximately(role, seed)
+    machine.teardown()
+    assert machine.num_aligned > 0
