@@ -6,8 +6,7 @@ an offset measured at one position holds at any other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
 import torch
@@ -54,31 +53,34 @@ class OffsetRows(NamedTuple):
         """These rows and behind them the others."""
         return OffsetRows(torch.cat((self.codes, other.codes)), torch.cat((self.scales, other.scales)))
 
+    def packed(self) -> Tensor:
+        """[num_tokens, channels + 8] uint8: codes + 128, then float32 scale and bias.
+
+        The row format of torch's `embedding_bag_byte` operators.
+        """
+        codes = (self.codes.to(torch.int16) + PACKED_ZERO).to(torch.uint8)
+        ends = torch.stack((self.scales, -PACKED_ZERO * self.scales), dim=1)
+        return torch.cat((codes, ends.view(torch.uint8)), dim=1)
+
     @property
     def num_bytes(self) -> int:
         """Bytes of codes and scales."""
         return self.codes.nbytes + self.scales.nbytes
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class OffsetTable:
-    """Offsets of the same anchor tokens in every layer; never changed once made.
+    """Offsets of the same anchor tokens in every layer; the offsets are never changed once made.
 
     Attributes:
         keys, values: one entry per layer; None where a layer needs no offset (layer 0: its keys and values depend on
             nothing but the token and its position).
+        packed: the rows in the layout an operation wants, kept by it for the next time.
     """
 
     keys: tuple[OffsetRows | None, ...]
     values: tuple[OffsetRows | None, ...]
-
-    @cached_property
-    def packed(self) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
-        """Keys and values per layer as [num_tokens, channels + 8] uint8: codes + 128, then float32 scale and bias.
-
-        The row format of torch's `embedding_bag_byte` operators.
-        """
-        return tuple(_packed(rows) for rows in self.keys), tuple(_packed(rows) for rows in self.values)
+    packed: tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]] | None = field(default=None, repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -109,11 +111,3 @@ def _joined(
     return tuple(
         None if one is None or other is None else one.append(other) for one, other in zip(first, second, strict=True)
     )
-
-
-def _packed(rows: OffsetRows | None) -> Tensor | None:
-    if rows is None:
-        return None
-    codes = (rows.codes.to(torch.int16) + PACKED_ZERO).to(torch.uint8)
-    ends = torch.stack((rows.scales, -PACKED_ZERO * rows.scales), dim=1)
-    return torch.cat((codes, ends.view(torch.uint8)), dim=1)

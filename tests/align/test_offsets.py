@@ -25,9 +25,7 @@ def test_a_row_of_zeros_stays_zero() -> None:
 
 def test_packed_rows_mean_the_same() -> None:
     rows = OffsetRows.quantize(torch.randn(5, 12, generator=torch.Generator().manual_seed(2)))
-    (packed, nothing), _ = OffsetTable((rows, None), (None, None)).packed
-    assert nothing is None
-    assert packed is not None
+    packed = rows.packed()
     scale, bias = packed[:, -8:].contiguous().view(torch.float32).unbind(1)
     assert torch.allclose(packed[:, :-8].float() * scale[:, None] + bias[:, None], rows.dequantize(), atol=1e-6)
 

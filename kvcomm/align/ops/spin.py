@@ -1,6 +1,13 @@
-"""Rotations on the CPU: fused multiply-adds on the two halves of each channel pair, without temporaries."""
+"""Rotations on the CPU as few passes over whole rows.
+
+A rotation is x cos + q(x) sin, where q turns every channel pair by a quarter: (first, second) -> (-second, first).
+Channels that are not rotated have cos 1 and sin 0, so rows are never cut. Elementwise operators are several times
+faster on whole contiguous rows than on the halves of heads.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,11 +15,26 @@ from torch import Tensor
 from kvcomm.model.rope import RopeGeometry
 
 
-def cos_and_sin(rope: RopeGeometry, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """[num_positions, 1, rotary_dim / 2] each, float32, for keys [num_positions, num_heads, dim]."""
-    inv_freq = torch.tensor(rope.inv_freq, dtype=torch.float32, device=positions.device)
-    angles = positions.float()[:, None, None] * inv_freq
-    return angles.cos(), angles.sin()
+class Turn(NamedTuple):
+    """Rotations for rows of keys.
+
+    Attributes:
+        cos, sin: [num_positions, num_heads * dim] float32.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def to(cls, positions: Tensor, rope: RopeGeometry, *, num_heads: int, dim: int) -> Turn:
+        """By `positions`, [num_positions], one row each."""
+        angles = positions.float()[:, None] * torch.tensor(rope.inv_freq, dtype=torch.float32)
+        cos, sin = torch.ones(len(positions), dim), torch.zeros(len(positions), dim)
+        for half in pair_halves(cos, rope):
+            half.copy_(angles.cos())
+        for half in pair_halves(sin, rope):
+            half.copy_(angles.sin())
+        return cls(cos.repeat(1, num_heads), sin.repeat(1, num_heads))
 
 
 def pair_halves(keys: Tensor, rope: RopeGeometry) -> tuple[Tensor, Tensor]:
@@ -24,17 +46,19 @@ def pair_halves(keys: Tensor, rope: RopeGeometry) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def put_turned(out: Tensor, keys: Tensor, rope: RopeGeometry, cos: Tensor, sin: Tensor) -> None:
-    """Write the rotated channels of `keys` to `out`, which must be another tensor of the same shape; float32."""
+def quarter_turned(keys: Tensor, rope: RopeGeometry) -> Tensor:
+    """q(x) of keys [..., dim], any signed dtype; channels that are not rotated are 0."""
+    out = torch.zeros_like(keys)
     (out_first, out_second), (first, second) = pair_halves(out, rope), pair_halves(keys, rope)
-    torch.mul(first, cos, out=out_first)
+    out_first.copy_(-second)
+    out_second.copy_(first)
+    return out
+
+
+def put_turned(out: Tensor, keys: Tensor, rope: RopeGeometry, turn: Turn) -> None:
+    """Write keys [num_tokens, num_heads, dim], all turned by the one row of `turn`, to `out`, another such tensor."""
+    torch.mul(keys.flatten(1), turn.cos, out=out.flatten(1))
+    (out_first, out_second), (first, second) = pair_halves(out, rope), pair_halves(keys, rope)
+    sin = pair_halves(turn.sin[0, : keys.shape[-1]], rope)[0]
     out_first.addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out_second)
     out_second.addcmul_(first, sin)
-
-
-def add_turned(out: Tensor, keys: Tensor, rope: RopeGeometry, cos: Tensor, sin: Tensor) -> None:
-    """Add the rotated channels of `keys` to `out`; float32."""
-    (out_first, out_second), (first, second) = pair_halves(out, rope), pair_halves(keys, rope)
-    out_first.addcmul_(first, cos).addcmul_(second, sin, value=-1)
-    out_second.addcmul_(second, cos).addcmul_(first, sin)

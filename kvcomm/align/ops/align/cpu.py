@@ -1,6 +1,7 @@
 """`align` for the CPU: offsets are gathered, dequantized and summed by one operator per layer and kind.
 
-The operator is torch's rowwise 8-bit embedding bag (FBGEMM), made for just this access pattern.
+The operator is torch's rowwise 8-bit embedding bag (FBGEMM), made for just this access pattern. It reads every key
+offset together with its quarter turn, so that turning the sums to their positions takes two passes over whole rows.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvcomm.align.offsets import OffsetTable
+from kvcomm.align.offsets import OffsetRows, OffsetTable
 from kvcomm.align.ops.contract import LayerStore, Neighbors, Place
-from kvcomm.align.ops.spin import add_turned, cos_and_sin, put_turned
+from kvcomm.align.ops.spin import Turn, put_turned, quarter_turned
 from kvcomm.align.ops.staging import Staging
+from kvcomm.model.rope import RopeGeometry
 
 SUM = 0
 """The operator's mode."""
@@ -25,36 +27,58 @@ def align(
     """See `contract.Align`."""
     if not target.num_tokens:
         return
-    ropes = {layer.rope for layer in layers if layer.rope is not None}
-    delta = torch.tensor([target.start - source.start])
-    positions = torch.arange(target.start, target.start + target.num_tokens)
-    moves = {rope: cos_and_sin(rope, delta) for rope in ropes}
-    turns = {rope: cos_and_sin(rope, positions) for rope in ropes}
     bags = [_Bag(indices, weights) for indices, weights in zip(neighbors.indices, neighbors.weights, strict=True)]
-    packed_keys, packed_values = offsets.packed
+    turns = _Turns(source, target)
+    packed_keys, packed_values = _packed(offsets, layers)
     for layer_id, layer in enumerate(layers):
         bag = bags[neighbors.group_of_layer[layer_id]]
         with Staging(layer.keys, source, target) as keys:
-            if layer.rope is None:
-                keys.out.copy_(keys.source)
-            else:
-                fixed = slice(layer.rope.rotary_dim, None)
-                keys.out[..., fixed] = keys.source[..., fixed]
-                put_turned(keys.out, keys.source, layer.rope, *moves[layer.rope])
-            rows = packed_keys[layer_id]
-            if rows is not None:
-                added = bag.sum(rows).view_as(keys.out)
-                if layer.rope is None:
-                    keys.out.add_(added)
-                else:
-                    keys.out[..., fixed] += added[..., fixed]
-                    add_turned(keys.out, added, layer.rope, *turns[layer.rope])
+            _put_keys(keys, layer.rope, turns, bag, packed_keys[layer_id])
         with Staging(layer.values, source, target) as values:
             rows = packed_values[layer_id]
             if rows is None:
                 values.out.copy_(values.source)
             else:
                 torch.add(values.source, bag.sum(rows).view_as(values.out), out=values.out)
+
+
+def _put_keys(keys: Staging, rope: RopeGeometry | None, turns: _Turns, bag: _Bag, rows: Tensor | None) -> None:
+    out = keys.out.flatten(1)
+    if rope is None:
+        keys.out.copy_(keys.source)
+    else:
+        put_turned(keys.out, keys.source, rope, turns.move(rope, keys.out))
+    if rows is None:
+        return
+    if rope is None:
+        out.add_(bag.sum(rows))
+        return
+    turn = turns.place(rope, keys.out)
+    added, quarter = bag.sum(rows).chunk(2, dim=1)
+    out.addcmul_(added, turn.cos).addcmul_(quarter, turn.sin)
+
+
+class _Turns:
+    """The rotations of one call, made once for all layers that share them."""
+
+    def __init__(self, source: Place, target: Place) -> None:
+        self._delta = torch.tensor([target.start - source.start])
+        self._positions = torch.arange(target.start, target.start + target.num_tokens)
+        self._made: dict[tuple[bool, RopeGeometry, torch.Size], Turn] = {}
+
+    def move(self, rope: RopeGeometry, keys: Tensor) -> Turn:
+        """From the source's positions to the target's: one row."""
+        return self._turn(self._delta, rope, keys, is_move=True)
+
+    def place(self, rope: RopeGeometry, keys: Tensor) -> Turn:
+        """From position 0 to each token's own: a row per token."""
+        return self._turn(self._positions, rope, keys, is_move=False)
+
+    def _turn(self, positions: Tensor, rope: RopeGeometry, keys: Tensor, *, is_move: bool) -> Turn:
+        key = (is_move, rope, keys.shape)
+        if key not in self._made:
+            self._made[key] = Turn.to(positions, rope, num_heads=keys.shape[1], dim=keys.shape[2])
+        return self._made[key]
 
 
 class _Bag:
@@ -73,3 +97,26 @@ class _Bag:
         )
         assert isinstance(summed, Tensor)
         return summed
+
+
+Packed = tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]
+
+
+def _packed(offsets: OffsetTable, layers: Sequence[LayerStore]) -> Packed:
+    """Rows of keys with their quarter turns behind them, and rows of values; made once per table."""
+    if offsets.packed is None:
+        keys = tuple(
+            None if rows is None else _with_quarter_turn(rows, layer)
+            for rows, layer in zip(offsets.keys, layers, strict=True)
+        )
+        values = tuple(None if rows is None else rows.packed() for rows in offsets.values)
+        offsets.packed = keys, values
+    return offsets.packed
+
+
+def _with_quarter_turn(rows: OffsetRows, layer: LayerStore) -> Tensor:
+    if layer.rope is None:
+        return rows.packed()
+    heads = rows.codes.unflatten(1, layer.keys.shape[1:])
+    turned = quarter_turned(heads, layer.rope).flatten(1)
+    return OffsetRows(torch.cat((rows.codes, turned), dim=1), rows.scales).packed()
