@@ -142,3 +142,19 @@ class SnapshotForeign(SnapshotError):
 
 class SnapshotTooNew(SnapshotError):
     """Written by a newer format version than this one reads."""
+
+
+class AnchorFileError(KVCommError):
+    """A file of anchors could not be written or used."""
+
+
+class AnchorFileCorrupt(AnchorFileError):
+    """Truncated, altered, or not a file of anchors at all."""
+
+
+class AnchorFileForeign(AnchorFileError):
+    """Measured under another namespace: model, dtype, rope, tokenizer or tenant differ."""
+
+
+class AnchorFileTooNew(AnchorFileError):
+    """Written by a newer format version than this one reads."""

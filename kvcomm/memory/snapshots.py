@@ -1,43 +1,31 @@
 """Snapshots: a context made durable.
 
-A snapshot is one safetensors file: per layer `keys.<layer>` and `values.<layer>` as [num_computed, num_kv_heads, dim],
-optionally `logits` [vocab_size] behind the last token, and in the metadata
-
-    kvcomm_snapshot   format version, decimal
-    header            JSON of `SnapshotHeader`
-    header_blake3     BLAKE3 (hex) of that JSON text
-
-The header carries the BLAKE3 of dtype, shape and bytes of all tensors, in the order of `_tensor_names`. Files are
-memory-mapped on reading, nothing in them is executed, and every byte is covered: a file that is foreign, truncated,
-altered or newer is refused by name. Writing is atomic. This module knows tensors and headers, not pools, contexts or
-engines.
+A snapshot is one sealed file (`sealed_file`): per layer `keys.<layer>` and `values.<layer>` as
+[num_computed, num_kv_heads, dim], optionally `logits` [vocab_size] behind the last token, and as header the JSON of
+`SnapshotHeader`, which carries the digest of all tensors in the order of `_tensor_names`. This module knows tensors and
+headers, not pools, contexts or engines.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
-from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from kvcomm.errors import SnapshotCorrupt, SnapshotError, SnapshotForeign, SnapshotTooNew
 from kvcomm.memory.fidelity import Fidelity
+from kvcomm.memory.sealed_file import SealedFormat, tensors_digest
 
 FORMAT_VERSION = 1
 VERSION_KEY = "kvcomm_snapshot"
 SUFFIX = ".safetensors"
 
-MAX_REPLACEMENTS = 20
-"""A file replaced while it is read looks corrupt, because safetensors opens it twice; it is read again so often."""
+FORMAT = SealedFormat("snapshot", VERSION_KEY, FORMAT_VERSION, SnapshotError, SnapshotCorrupt, SnapshotTooNew)
 
 
 class SegmentRecord(BaseModel):
@@ -77,11 +65,7 @@ class Snapshot(NamedTuple):
 
 def payload_digest(keys: Sequence[Tensor], values: Sequence[Tensor], logits: Tensor | None) -> str:
     """BLAKE3 (hex) over dtype, shape and bytes of all tensors: keys layer by layer, then values, then logits."""
-    digest = blake3()
-    for tensor in _tensors(keys, values, logits):
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().reshape(-1).data)
-    return digest.hexdigest()
+    return tensors_digest(_tensors(keys, values, logits))
 
 
 def write_snapshot(
@@ -98,14 +82,8 @@ def write_snapshot(
     """
     digest = payload_digest(keys, values, logits)
     text = header.model_copy(update={"payload_blake3": digest}).model_dump_json()
-    metadata = {
-        VERSION_KEY: str(FORMAT_VERSION),
-        "header": text,
-        "header_blake3": blake3(text.encode()).hexdigest(),
-    }
     tensors = dict(zip(_tensor_names(len(keys), logits is not None), _tensors(keys, values, logits), strict=True))
-    with _atomic(file) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    FORMAT.write(file, text, tensors)
 
 
 def read_header(file: Path) -> SnapshotHeader:
@@ -114,7 +92,7 @@ def read_header(file: Path) -> SnapshotHeader:
     Raises:
         SnapshotError: unreadable, not a snapshot, altered or too new; see the subclasses.
     """
-    with _opened(file) as opened:
+    with FORMAT.opened(file) as opened:
         return _header(file, opened)
 
 
@@ -132,18 +110,11 @@ def read_snapshot(
         SnapshotForeign: another namespace.
         SnapshotCorrupt, SnapshotTooNew, SnapshotError: as the names say.
     """
-    for _ in range(MAX_REPLACEMENTS):
-        version = _version(file)
-        try:
-            return _read(file, namespace, shapes, dtype)
-        except SnapshotCorrupt:
-            if _version(file) == version:
-                raise
-    raise SnapshotError(f"{file} is replaced all the time; read it when nobody writes it")
+    return FORMAT.settled(file, lambda: _read(file, namespace, shapes, dtype))
 
 
 def _read(file: Path, namespace: str, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> Snapshot:
-    with _opened(file) as opened:
+    with FORMAT.opened(file) as opened:
         header = _header(file, opened)
         if header.namespace != namespace:
             raise SnapshotForeign(
@@ -172,39 +143,8 @@ def _tensors(keys: Sequence[Tensor], values: Sequence[Tensor], logits: Tensor | 
     return [*keys, *values] + ([] if logits is None else [logits])
 
 
-def _version(file: Path) -> tuple[int, int, int] | None:
-    """Tells one version of a file from the next; None: there is none."""
-    try:
-        status = file.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns, status.st_size
-
-
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[safe_open]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            yield opened
-    except (SafetensorError, RuntimeError) as error:
-        raise SnapshotCorrupt(f"{file} is not a whole safetensors file ({error})") from error
-    except OSError as error:
-        raise SnapshotError(f"{file} cannot be read: {error.strerror or error}") from error
-
-
 def _header(file: Path, opened: safe_open) -> SnapshotHeader:
-    metadata = opened.metadata() or {}
-    version, text = metadata.get(VERSION_KEY), metadata.get("header", "")
-    if version is None:
-        raise SnapshotCorrupt(f"{file} is a safetensors file but not a kvcomm snapshot")
-    if not version.isascii() or not version.isdecimal() or len(version) > 9:
-        raise SnapshotCorrupt(f"{file} has no readable format version: {version!r}")
-    if int(version) > FORMAT_VERSION:
-        raise SnapshotTooNew(
-            f"{file} has format version {version}, this kvcomm reads up to {FORMAT_VERSION}; update it"
-        )
-    if blake3(text.encode()).hexdigest() != metadata.get("header_blake3") or int(version) != FORMAT_VERSION:
-        raise SnapshotCorrupt(f"{file} was altered: its header does not have its digest")
+    text = FORMAT.header(file, opened)
     try:
         header = SnapshotHeader.model_validate_json(text)
     except ValidationError as error:
@@ -230,32 +170,3 @@ def _require_shapes(
                 raise SnapshotCorrupt(
                     f"{file}: {kind} of layer {layer} are {tuple(tensor.shape)} {tensor.dtype}, not {wanted} {dtype}"
                 )
-
-
-@contextlib.contextmanager
-def _atomic(file: Path) -> Iterator[Path]:
-    """A temporary file beside the target that replaces it when the block succeeds and vanishes when it does not."""
-    temporary: Path | None = None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".part")
-        os.close(descriptor)
-        temporary = Path(name)
-        yield temporary
-        _sync(temporary)
-        temporary.replace(file)
-    except OSError as error:
-        raise SnapshotError(f"{file} cannot be written: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise SnapshotError(f"{file} cannot be written: {error}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

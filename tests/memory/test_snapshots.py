@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from kvcomm.errors import SnapshotError
-from kvcomm.memory import snapshots
+from kvcomm.memory import sealed_file, snapshots
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.snapshots import payload_digest, read_header, write_snapshot
 from tests.memory.snapshot_files import make_header, make_tensors, read, write_file
@@ -97,7 +97,7 @@ def disk_full_in_safetensors(tensors: object, temporary: Path, metadata: object)
 
 @pytest.mark.parametrize(
     ("target", "name", "failure"),
-    [(snapshots, "save_file", disk_full_in_safetensors), (os, "fsync", disk_full), (Path, "replace", disk_full)],
+    [(sealed_file, "save_file", disk_full_in_safetensors), (os, "fsync", disk_full), (Path, "replace", disk_full)],
 )
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(
     file: Path, monkeypatch: pytest.MonkeyPatch, target: object, name: str, failure: Callable[..., None]
@@ -117,7 +117,7 @@ def test_an_interrupted_write_leaves_nothing_behind(file: Path, monkeypatch: pyt
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(snapshots, "save_file", interrupt)
+    monkeypatch.setattr(sealed_file, "save_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_snapshot(file, make_header(), *make_tensors())
     assert os.listdir(file.parent) == [file.name]
@@ -167,7 +167,7 @@ def test_a_file_replaced_all_the_time_is_given_up(file: Path, monkeypatch: pytes
     monkeypatch.setattr(snapshots, "payload_digest", replaced_meanwhile)
     with pytest.raises(SnapshotError, match="is replaced all the time"):
         read(file)
-    assert len(times) == snapshots.MAX_REPLACEMENTS
+    assert len(times) == sealed_file.MAX_REPLACEMENTS
 
 
 def test_concurrent_writers_leave_one_whole_file(file: Path) -> None:

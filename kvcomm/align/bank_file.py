@@ -1,0 +1,174 @@
+"""Anchor banks as files; the format is described in `anchors/FORMAT.md`.
+
+A bank is one sealed file: sketches, codes and scales as tensors, and a header that says of which namespace and edge
+they are. Every byte is covered by digests, nothing in the file is executed, and a file of another model, a truncated,
+altered or newer one is refused by name.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from safetensors import safe_open
+from torch import Tensor
+
+from kvcomm.align.bank import BankShape, BankSnapshot
+from kvcomm.align.edges import Edge
+from kvcomm.align.offsets import OffsetRows, OffsetTable
+from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign, AnchorFileTooNew, InvalidRequest
+from kvcomm.memory.sealed_file import SealedFormat, tensors_digest
+
+FORMAT = SealedFormat("anchor bank", "kvcomm_anchors", 1, AnchorFileError, AnchorFileCorrupt, AnchorFileTooNew)
+SUFFIX = ".anchors.safetensors"
+
+
+class BankHeader(BaseModel):
+    """What a bank says of itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    namespace: str
+    source: str
+    target: str
+    slot: str
+    source_slot: str
+    num_tokens: NonNegativeInt
+    num_groups: PositiveInt
+    dim: PositiveInt
+    keys: tuple[PositiveInt | None, ...]
+    values: tuple[PositiveInt | None, ...]
+    created: str
+    payload_blake3: str
+
+    @property
+    def edge(self) -> Edge:
+        """The edge the anchors were measured on."""
+        return Edge(self.source, self.target, self.slot, self.source_slot)
+
+    @property
+    def shape(self) -> BankShape:
+        """What the bank holds per token."""
+        return BankShape(self.keys, self.values, self.num_groups, self.dim)
+
+
+def save_bank(snapshot: BankSnapshot, shape: BankShape, namespace: str, file: Path) -> BankHeader:
+    """Write a bank; the file appears whole or not at all.
+
+    Raises:
+        AnchorFileError: it cannot be written; an older file of that name is untouched.
+    """
+    tensors = _tensors(snapshot)
+    edge = snapshot.edge
+    header = BankHeader(
+        namespace=namespace,
+        source=edge.source,
+        target=edge.target,
+        slot=edge.slot,
+        source_slot=edge.source_slot,
+        num_tokens=snapshot.num_tokens,
+        num_groups=shape.num_groups,
+        dim=shape.dim,
+        keys=shape.keys,
+        values=shape.values,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        payload_blake3=tensors_digest(tensors.values()),
+    )
+    FORMAT.write(file, header.model_dump_json(), tensors)
+    return header
+
+
+def read_bank_header(file: Path) -> BankHeader:
+    """The header alone, without looking at the tensors.
+
+    Raises:
+        AnchorFileError: unreadable, not a bank, altered or too new; see the subclasses.
+    """
+    with FORMAT.opened(file) as opened:
+        return _header(file, opened)
+
+
+def load_bank(file: Path, *, namespace: str, shape: BankShape) -> BankSnapshot:
+    """Read a bank and check every byte of it.
+
+    Args:
+        namespace, shape: the only ones accepted.
+
+    Raises:
+        AnchorFileForeign: of another namespace, or made with other sketches.
+        AnchorFileCorrupt, AnchorFileTooNew, AnchorFileError: as the names say.
+    """
+    return FORMAT.settled(file, lambda: _read(file, namespace, shape))
+
+
+def _read(file: Path, namespace: str, shape: BankShape) -> BankSnapshot:
+    with FORMAT.opened(file) as opened:
+        header = _header(file, opened)
+        if header.namespace != namespace:
+            raise AnchorFileForeign(
+                f"{file} belongs to another namespace ({header.namespace[:12]}, wanted {namespace[:12]}): "
+                "model, dtype, rope, tokenizer or tenant differ"
+            )
+        if header.shape != shape:
+            raise AnchorFileForeign(f"{file} holds anchors of another shape: {header.shape}, wanted {shape}")
+        names = _names(shape)
+        if set(opened.keys()) != set(names):
+            raise AnchorFileCorrupt(f"{file} does not hold the tensors its header announces")
+        # Copies: a bank outlives the file it came from.
+        tensors = {name: opened.get_tensor(name).clone() for name in names}
+    if tensors_digest(tensors.values()) != header.payload_blake3:
+        raise AnchorFileCorrupt(f"{file} was altered: its tensors do not have the digest in the header")
+    snapshot = _snapshot(file, header, tensors)
+    try:
+        shape.require(snapshot.sketches, snapshot.offsets)
+    except InvalidRequest as error:
+        raise AnchorFileCorrupt(f"{file} contradicts its own header: {error}") from error
+    return snapshot
+
+
+def _header(file: Path, opened: safe_open) -> BankHeader:
+    text = FORMAT.header(file, opened)
+    try:
+        return BankHeader.model_validate_json(text)
+    except ValidationError as error:
+        raise AnchorFileCorrupt(f"{file} has a header that does not fit the format: {error}") from error
+
+
+def _names(shape: BankShape) -> list[str]:
+    rows = [
+        f"{kind}.{layer}"
+        for kind, sizes in (("keys", shape.keys), ("values", shape.values))
+        for layer, size in enumerate(sizes)
+        if size is not None
+    ]
+    return ["sketches", *(f"{name}.{part}" for name in rows for part in ("codes", "scales"))]
+
+
+def _tensors(snapshot: BankSnapshot) -> dict[str, Tensor]:
+    found = {"sketches": snapshot.sketches}
+    for kind, layers in (("keys", snapshot.offsets.keys), ("values", snapshot.offsets.values)):
+        for layer, rows in enumerate(layers):
+            if rows is not None:
+                found[f"{kind}.{layer}.codes"] = rows.codes
+                found[f"{kind}.{layer}.scales"] = rows.scales
+    return found
+
+
+def _snapshot(file: Path, header: BankHeader, tensors: dict[str, Tensor]) -> BankSnapshot:
+    for name, tensor in tensors.items():
+        is_sketch = name == "sketches"
+        wanted = torch.int8 if name.endswith(".codes") else torch.float32
+        num_tokens = tensor.shape[1] if is_sketch and tensor.ndim == 3 else len(tensor) if tensor.ndim else -1
+        if tensor.dtype != wanted or num_tokens != header.num_tokens:
+            raise AnchorFileCorrupt(f"{file}: {name} is {tuple(tensor.shape)} {tensor.dtype}")
+
+    def rows(kind: str, sizes: tuple[int | None, ...]) -> tuple[OffsetRows | None, ...]:
+        return tuple(
+            None if size is None else OffsetRows(tensors[f"{kind}.{layer}.codes"], tensors[f"{kind}.{layer}.scales"])
+            for layer, size in enumerate(sizes)
+        )
+
+    offsets = OffsetTable(rows("keys", header.keys), rows("values", header.values))
+    return BankSnapshot(header.edge, 0, tensors["sketches"], offsets)

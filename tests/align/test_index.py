@@ -1,0 +1,50 @@
+"""Indices: the same neighbors whoever looks for them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from kvcomm.align.index import FaissIndex, NeighborIndex, TorchIndex, make_index
+from kvcomm.errors import InvalidRequest
+
+
+def indices(rows: torch.Tensor) -> list[NeighborIndex]:
+    found: list[NeighborIndex] = [TorchIndex(rows)]
+    with contextlib.suppress(InvalidRequest):
+        found.append(FaissIndex(rows))
+    return found
+
+
+def test_neighbors_are_those_of_a_naive_search() -> None:
+    generator = torch.Generator().manual_seed(1)
+    # Far from the origin, where a search by scalar products loses the small differences.
+    rows = torch.randn(200, 12, generator=generator) * 0.01 + 5
+    queries = torch.randn(9, 12, generator=generator) * 0.01 + 5
+    squared = ((queries.double()[:, None] - rows.double()[None]) ** 2).sum(-1).numpy()
+    for index in indices(rows):
+        distances, found = index.search(queries, 5)
+        assert np.array_equal(found.numpy(), np.argsort(squared, axis=1)[:, :5])
+        assert np.allclose(distances.numpy(), np.sort(squared, axis=1)[:, :5], rtol=1e-3)
+
+
+def test_ties_go_to_the_first_row_and_k_may_exceed_the_rows() -> None:
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    for index in indices(rows):
+        distances, found = index.search(torch.tensor([[1.0, 0.0]]), 9)
+        assert found.tolist() == [[0, 2, 1]]
+        assert distances[0].tolist() == pytest.approx([0.0, 0.0, 2.0])
+
+
+def test_the_kind_is_chosen_by_name_and_never_by_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.zeros(3, 2)
+    assert isinstance(make_index(rows), TorchIndex)
+    with pytest.raises(InvalidRequest, match="'annoy'"):
+        make_index(rows, "annoy")
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(InvalidRequest, match=r"kvcomm\[faiss\]"):
+        make_index(rows, "faiss")
