@@ -13,6 +13,7 @@ from kvcomm.memory.segments import Segment
 
 _SIGNATURE_DOMAIN = b"kvcomm signature 1\0"
 _EDGE_DOMAIN = b"kvcomm edge 1\0"
+_TAGGED_TOKEN = np.dtype([("tag", "S1"), ("id", "<i4")])
 
 
 def signatures(segments: Sequence[Segment]) -> tuple[str, ...]:
@@ -26,8 +27,9 @@ def signatures(segments: Sequence[Segment]) -> tuple[str, ...]:
     found = []
     for segment in segments:
         if segment.name is None:
-            for token in np.array(segment.token_ids, dtype="<i4"):
-                running.update(b"t" + token.tobytes())
+            tagged = np.empty(len(segment.token_ids), dtype=_TAGGED_TOKEN)
+            tagged["tag"], tagged["id"] = b"t", segment.token_ids
+            running.update(tagged.tobytes())
         else:
             running.update(b"s" + _sized(segment.name))
         found.append(running.hexdigest())

@@ -57,7 +57,7 @@ class FaissIndex:
             raise InvalidRequest("FAISS is not installed: pip install 'kvcomm[faiss]', or use index='torch'") from error
         self._device = rows.device
         self._count = len(rows)
-        flat = faiss.IndexFlatL2(rows.shape[1])
+        flat: faiss.Index = faiss.IndexFlatL2(rows.shape[1])
         if rows.device.type == "cuda" and hasattr(faiss, "StandardGpuResources"):
             self._resources = faiss.StandardGpuResources()
             flat = faiss.index_cpu_to_gpu(self._resources, rows.device.index or 0, flat)

@@ -269,6 +269,8 @@ class Engine:
         *,
         lent_by: Context | None = None,
     ) -> Request:
+        num_tokens = sum(len(segment.token_ids) for segment in segments)
+        assert num_tokens == sequence.num_tokens, f"segments of {num_tokens} tokens, {sequence.num_tokens} in sequence"
         self._reader.require_fits(sequence.num_tokens, sampling.max_new_tokens)
         namespace = self.namespace(tenant)
         with self.lock:

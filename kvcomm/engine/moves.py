@@ -169,7 +169,8 @@ def parts_of(
         at = max(each.start, num_exact)
         is_behind = any(start < each.end for start, _ in moved)
         static = Reason.GLUE if is_behind else otherwise
-        reason = static if each.segment.name is None else unmoved
+        # A slot that the exact prefix reaches into has a source of its own, which ends there.
+        reason = static if each.segment.name is None or at > each.start else unmoved
         for start, end in moved:
             if start >= at and end <= each.end:
                 parts += [Part(at, start, reason), Part(start, end, None)]

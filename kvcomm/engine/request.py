@@ -161,10 +161,14 @@ class Request:
         now, clock = time.monotonic(), self.clock
         computed = self.plan.num_tokens(SpanKind.COMPUTE) + self.carried.num_tokens
         aligned = self.plan.num_tokens(SpanKind.ALIGNED) + self.carried.num_aligned
+        exact = self.num_prompt_tokens - computed - aligned
+        if self.sequence.approximate_from is not None:
+            # What a context kept from earlier answers on moved KV is not exact either.
+            exact = min(exact, self.sequence.approximate_from)
         return Usage(
             prompt_tokens=self.num_prompt_tokens,
-            exact_tokens=self.num_prompt_tokens - computed - aligned,
-            aligned_tokens=aligned,
+            exact_tokens=exact,
+            aligned_tokens=self.num_prompt_tokens - computed - exact,
             computed_tokens=computed,
             generated_tokens=sum(len(branch.token_ids) for branch in self.branches),
             queue_s=(clock.admitted or now) - clock.submitted,

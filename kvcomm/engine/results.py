@@ -44,7 +44,8 @@ class Usage:
     Attributes:
         prompt_tokens: tokens before the answer; exact + aligned + computed.
         exact_tokens: reused KV that equals a cold run's.
-        aligned_tokens: moved and corrected KV; always 0 under an exact policy.
+        aligned_tokens: moved and corrected KV, and what a context keeps that was computed on top of such; always 0
+            under an exact policy.
         computed_tokens: prompt tokens computed for this request.
         generated_tokens: over all choices, end-of-answer tokens not counted.
         queue_s, ttft_s, total_s: seconds from submission to admission, to the first token, to the end.

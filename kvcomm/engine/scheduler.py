@@ -253,7 +253,9 @@ class Scheduler:
         if request.ready_logits is None:
             # The last token is always computed: its logits are not in the cache.
             sequence.rewind(min(sequence.num_computed, sequence.num_tokens - 1))
-        reason = self._share_from_tree(request) if self._uses_tree(request) else Reason.CACHE_OFF
+        reason = Reason.NEW if self._config.cache else Reason.CACHE_OFF
+        if self._uses_tree(request):
+            reason = self._share_from_tree(request)
         if self._reuse.may_reuse(request) and request.ready_logits is None:
             request.plan = self._reuse.plan(request, reason)
         else:
@@ -461,11 +463,13 @@ class Scheduler:
 
     def _publish(self, request: Request) -> None:
         """Let other contexts move what this one has computed so far: prompt, and behind it the first answer."""
-        if not self._config.cache or not request.segments:
+        if not self._config.cache:
             return
         kept = tuple(request.branches[0].token_ids[: request.branches[0].detokenizer.num_kept_tokens])
         answer = (Segment(kept, ANSWER),) if kept and not request.active_branches else ()
-        self._reuse.publish(request, (*request.segments, *answer))
+        segments = (*request.segments, *answer)
+        if any(segment.name is not None for segment in segments):
+            self._reuse.publish(request, segments)
 
     def _remember(self, request: Request, sequence: Sequence, *, whole: bool) -> None:
         """Put computed exact tokens into the tree; the last, partly filled page only if nobody writes on in it."""

@@ -146,6 +146,21 @@ def test_what_is_decoded_on_moved_kv_stays_approximate(engine: Engine) -> None:
         assert engine.num_cached(list(child.tokens)) <= len(ROLE_B) + 1
 
 
+def test_what_a_context_keeps_is_never_called_exact(engine: Engine) -> None:
+    earn(engine, LOOSE)
+    ask(engine, ROLE_A, 99, LOOSE)
+    with engine.context(prompt(ROLE_B, 99), policy=LOOSE) as context:
+        first = context.generate(SAMPLING).usage
+        context.extend(some_tokens(7, seed=5))
+        second = context.generate(SAMPLING).usage
+    assert (first.exact_tokens, first.aligned_tokens, first.computed_tokens) == (len(ROLE_B), 90, len(TAIL))
+    assert second.exact_tokens == len(ROLE_B)
+    # The last token of the answer is computed with what follows it.
+    assert second.computed_tokens == 8
+    assert second.aligned_tokens == 90 + len(TAIL) + 7
+    assert second.reasons == {"new": 8}
+
+
 def test_an_audit_trips_the_breaker_and_the_group_goes_exact(engine: Engine) -> None:
     earn(engine, LOOSE)
     watched = ReusePolicy(max_divergence=1e-9, confidence=0.5, audit=1.0, learn=False)
