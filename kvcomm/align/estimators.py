@@ -19,7 +19,7 @@ from kvcomm.align.edges import Edge
 from kvcomm.align.ops.choice import Ops
 from kvcomm.align.ops.contract import LayerStore, Neighbors, Place
 from kvcomm.align.sketch import Sketcher
-from kvcomm.align.spans import read_span
+from kvcomm.align.spans import SpanKV, read_span
 from kvcomm.model.rope import rotate
 
 
@@ -127,9 +127,12 @@ class TokenEstimator:
         self._ops = ops
 
     def is_ready(self, namespace: str, edge: Edge) -> bool:
-        """Whether the edge's own bank, or the one for its slots in any context, is mature or full."""
-        mature = min(self.settings.mature_tokens, self.anchors.max_bank_tokens)
-        return self.anchors.find(namespace, edge, mature) is not None
+        """Whether the edge's own bank is mature or full.
+
+        The one for its slots in any context does not count: it mixes contexts, and an edge that rested on it would
+        never get a bank of its own.
+        """
+        return self.evidence(namespace, edge) >= min(self.settings.mature_tokens, self.anchors.max_bank_tokens)
 
     def evidence(self, namespace: str, edge: Edge) -> int:
         """Tokens in the edge's own bank."""
@@ -171,12 +174,10 @@ class _TokenCorrection:
 
 
 class _Text(NamedTuple):
-    """One whole anchor text, float32, [num_tokens, channels of all layers]: source KV and what leads to the target."""
+    """One whole anchor text, float32: source KV and what leads from it to the target."""
 
-    keys: Tensor
-    values: Tensor
-    key_offsets: Tensor
-    value_offsets: Tensor
+    known: SpanKV
+    offsets: SpanKV
 
 
 class PaperEstimator:
@@ -207,9 +208,9 @@ class PaperEstimator:
         if index:
             return 0  # anchors are aligned from the first token of a segment on
         known, true = read_span(layers, source), read_span(layers, truth)
-        keys, values = _flat(known.keys), _flat(known.values)
+        offsets = SpanKV(_differences(true.keys, known.keys), _differences(true.values, known.values))
         texts = self._texts.setdefault((namespace, edge), [])
-        texts.append(_Text(keys, values, _flat(true.keys) - keys, _flat(true.values) - values))
+        texts.append(_Text(known, offsets))
         del texts[: -self.max_texts]
         return source.num_tokens
 
@@ -225,25 +226,41 @@ class _PaperCorrection:
 
     def write(self, layers: Sequence[LayerStore], source: Place, target: Place, index: int) -> float:
         """See `Correction`; the distance is the published gate's: entropy of the weights over that of equal ones."""
-        known = read_span(layers, source)
-        keys, values, last = _flat(known.keys), _flat(known.values), index + source.num_tokens
-        texts = [text for text in self._texts if len(text.keys) >= last]
+        known, last = read_span(layers, source), index + source.num_tokens
+        texts = [text for text in self._texts if text.known.num_tokens >= last]
         span, entropy = slice(index, last), 1.0
         if texts:
-            key_weights = _index_weights(keys, [text.keys[span] for text in texts])
-            value_weights = _index_weights(values, [text.values[span] for text in texts])
-            for place, text in enumerate(texts):
-                keys += key_weights[place] * text.key_offsets[span]
-                values += value_weights[place] * text.value_offsets[span]
+            key_weights = _index_weights(known.keys, [text.known.keys for text in texts], span)
+            value_weights = _index_weights(known.values, [text.known.values for text in texts], span)
+            for weights, text in zip(key_weights, texts, strict=True):
+                _add_weighted(known.keys, text.offsets.keys, weights, span)
+            for weights, text in zip(value_weights, texts, strict=True):
+                _add_weighted(known.values, text.offsets.values, weights, span)
             entropy = _entropy_ratio(key_weights)
-        _write_span(layers, target, keys, values)
+        _write_span(layers, target, known)
         return entropy
 
 
-def _index_weights(known: Tensor, anchors: Sequence[Tensor]) -> Tensor:
-    """[num_texts, num_tokens, 1]: softmax over texts of the negative mean distance at the same index."""
-    distances = torch.stack([(known - anchor).abs().mean(-1, keepdim=True) for anchor in anchors])
-    return torch.softmax(-distances, dim=0)
+# Layer by layer: what all layers take at once is handed out by the system anew every time, and that takes longer than
+# the arithmetic.
+
+
+def _differences(one: Sequence[Tensor], other: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(first - second for first, second in zip(one, other, strict=True))
+
+
+def _index_weights(known: Sequence[Tensor], anchors: Sequence[Sequence[Tensor]], span: slice) -> Tensor:
+    """[num_texts, num_tokens]: softmax over texts of the negative mean distance at the same index."""
+    distances = torch.zeros(len(anchors), len(known[0]), device=known[0].device)
+    for place, anchor in enumerate(anchors):
+        for own, other in zip(known, anchor, strict=True):
+            distances[place] += (own - other[span]).abs_().sum((1, 2))
+    return torch.softmax(-distances / sum(layer[0].numel() for layer in known), dim=0)
+
+
+def _add_weighted(known: Sequence[Tensor], offsets: Sequence[Tensor], weights: Tensor, span: slice) -> None:
+    for own, offset in zip(known, offsets, strict=True):
+        own.addcmul_(offset[span], weights[:, None, None])
 
 
 def _entropy_ratio(weights: Tensor) -> float:
@@ -253,17 +270,10 @@ def _entropy_ratio(weights: Tensor) -> float:
     return float(entropy) / math.log(len(weights))
 
 
-def _write_span(layers: Sequence[LayerStore], target: Place, keys: Tensor, values: Tensor) -> None:
-    """Write flat KV with un-rotated keys, [num_tokens, channels of all layers], to the target's slots."""
-    positions = torch.arange(target.start, target.start + target.num_tokens, device=keys.device)
-    key_sizes = [layer.keys[0].numel() for layer in layers]
-    value_sizes = [layer.values[0].numel() for layer in layers]
-    for layer, own_keys, own_values in zip(layers, keys.split(key_sizes, 1), values.split(value_sizes, 1), strict=True):
-        shaped = own_keys.unflatten(1, layer.keys.shape[1:])
-        turned = shaped if layer.rope is None else rotate(shaped, positions, layer.rope)
+def _write_span(layers: Sequence[LayerStore], target: Place, span: SpanKV) -> None:
+    """Write KV with un-rotated keys to the target's slots."""
+    positions = torch.arange(target.start, target.start + target.num_tokens, device=span.keys[0].device)
+    for layer, keys, values in zip(layers, span.keys, span.values, strict=True):
+        turned = keys if layer.rope is None else rotate(keys, positions, layer.rope)
         layer.keys[target.slots] = turned.to(layer.keys.dtype)
-        layer.values[target.slots] = own_values.unflatten(1, layer.values.shape[1:]).to(layer.values.dtype)
-
-
-def _flat(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat([part.flatten(1) for part in parts], dim=1)
+        layer.values[target.slots] = values.to(layer.values.dtype)

@@ -129,7 +129,7 @@ class Learner:
         # What later readers left is no source for this one: text flows from its first reader to the others.
         before_s = math.inf if request.published_s is None else request.published_s
         trial.moves = self._find(trial, request.plan.num_exact_prefix, before_s)
-        if trial.moves:
+        if trial.moves or trial.served is not None:  # an audit needs no sources; leaving some out would bias it
             self._queue(trial, make(trial), is_urgent=trial.served is not None)
         else:
             trial.sequence.release()
@@ -292,7 +292,7 @@ class Learner:
         yield
         self._record_audit(trial, self._replayer.served(Case(served, trial.num_prompt, continuation, ()), exact))
         yield
-        if GroupKey.of(trial.moves, group.key.estimator, group.key.shares) == group.key:
+        if trial.moves and GroupKey.of(trial.moves, group.key.estimator, group.key.shares) == group.key:
             yield from self._calibrate(trial, case, exact, trial.moves, group)
 
     def _record_audit(self, trial: _Trial, divergence: float) -> None:
