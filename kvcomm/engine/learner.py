@@ -205,12 +205,10 @@ class Learner:
             return
         with self._lock:
             group = self._reuse.groups.group(namespace, GroupKey.of(moves, policy.estimator, policy.rungs))
-        continuation = yield from self._continuation(trial)
-        if not continuation:
+        found = yield from self._exact_case(trial)
+        if found is None:
             return
-        case = self._case(trial, continuation)
-        exact = self._replayer.exact(case)
-        yield
+        case, exact = found
         if group.is_ranked:
             yield from self._calibrate(trial, case, exact, moves, group)
         else:
@@ -284,13 +282,12 @@ class Learner:
             self._memory.make_writable(twin, twin.num_computed, trial.num_prompt)
         yield from self._replayer.prefill(twin.token_ids, twin, self._chunk)
         trial.is_greedy = False  # the answer at hand is that of the approximate context
-        continuation = yield from self._continuation(trial)
-        if not continuation:
+        found = yield from self._exact_case(trial)
+        if found is None:
             return
-        case = self._case(trial, continuation)
-        exact = self._replayer.exact(case)
-        yield
-        self._record_audit(trial, self._replayer.served(Case(served, trial.num_prompt, continuation, ()), exact))
+        case, exact = found
+        divergence = self._replayer.served(Case(served, trial.num_prompt, case.continuation, ()), exact)
+        self._record_audit(trial, divergence)
         yield
         if trial.moves and GroupKey.of(trial.moves, group.key.estimator, group.key.shares) == group.key:
             yield from self._calibrate(trial, case, exact, trial.moves, group)
@@ -312,6 +309,16 @@ class Learner:
                 policy.confidence,
                 group.key.digest[:12],
             )
+
+    def _exact_case(self, trial: _Trial) -> Generator[None, None, tuple[Case, Tensor] | None]:
+        """The case of an exact sequence and its log-probabilities; None if the exact answer has no token."""
+        continuation = yield from self._continuation(trial)
+        if not continuation:
+            return None
+        case = self._case(trial, continuation)
+        exact = self._replayer.exact(case)
+        yield
+        return case, exact
 
     def _continuation(self, trial: _Trial) -> Generator[None, None, tuple[int, ...]]:
         """The exact greedy answer's first tokens: the one at hand if it is that, else decoded now."""
