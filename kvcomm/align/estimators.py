@@ -46,6 +46,11 @@ class Estimator(Protocol):
         """The name the user chooses it by."""
         ...
 
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Factors on the correction worth comparing, the last one 0 if there are several."""
+        ...
+
     def is_ready(self, namespace: str, edge: Edge) -> bool:
         """Whether enough has been learned about an edge, so that further examples change nothing."""
         ...
@@ -60,8 +65,8 @@ class Estimator(Protocol):
         """Learn from a segment that is known in both contexts; returns how many tokens were kept."""
         ...
 
-    def correction(self, namespace: str, edge: Edge) -> Correction | None:
-        """What is known about the edge now; None: too little."""
+    def correction(self, namespace: str, edge: Edge, strength: float = 1.0) -> Correction | None:
+        """What is known about the edge now, with `strength`, one of `strengths`; None: too little."""
         ...
 
 
@@ -69,6 +74,7 @@ class RotateEstimator:
     """Turns the keys to their new positions and corrects nothing."""
 
     name = "rotate"
+    strengths = (1.0,)
 
     def __init__(self, ops: Ops) -> None:
         self._ops = ops
@@ -87,7 +93,7 @@ class RotateEstimator:
         """There is nothing to learn."""
         return 0
 
-    def correction(self, namespace: str, edge: Edge) -> Correction:
+    def correction(self, namespace: str, edge: Edge, strength: float = 1.0) -> Correction:
         """Always the same."""
         return self
 
@@ -119,6 +125,7 @@ class TokenEstimator:
     """Adds the offsets of each token's nearest anchor tokens."""
 
     name = "token"
+    strengths = (1.0, 0.75, 0.5, 0.0)
 
     def __init__(self, anchors: AnchorStore, sketcher: Sketcher, ops: Ops, settings: TokenSettings | None = None):
         self.anchors = anchors
@@ -150,10 +157,13 @@ class TokenEstimator:
         banks = (self.anchors.bank(namespace, each) for each in (edge, edge.general))
         return max([bank.learn(sketches, offsets) for bank in banks])
 
-    def correction(self, namespace: str, edge: Edge) -> Correction | None:
-        """The snapshot of the most specific bank that is old enough."""
+    def correction(self, namespace: str, edge: Edge, strength: float = 1.0) -> Correction | None:
+        """The snapshot of the most specific bank that is old enough; at strength 0 it only tells the distance."""
         snapshot = self.anchors.find(namespace, edge, self.settings.min_tokens)
-        return None if snapshot is None else _TokenCorrection(snapshot, self._sketcher, self._ops, self.settings)
+        if snapshot is None:
+            return None
+        settings = self.settings._replace(alpha=strength * self.settings.alpha)
+        return _TokenCorrection(snapshot, self._sketcher, self._ops, settings)
 
 
 class _TokenCorrection:
@@ -166,11 +176,19 @@ class _TokenCorrection:
     def write(self, layers: Sequence[LayerStore], source: Place, target: Place, index: int) -> float:
         """See `Correction`; the distance is the mean over tokens of that to the nearest anchor token."""
         distances, indices = self._snapshot.nearest(self._sketcher(layers, source, index), self._settings.k)
+        if self._settings.alpha:
+            self._align(layers, source, target, distances, indices)
+        else:
+            self._ops.rotate(layers, source, target)
+        return float(distances[..., 0].mean())
+
+    def _align(
+        self, layers: Sequence[LayerStore], source: Place, target: Place, distances: Tensor, indices: Tensor
+    ) -> None:
         mean = distances.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         weights = torch.softmax(-self._settings.temperature * distances / mean, dim=-1) * self._settings.alpha
         neighbors = Neighbors(indices, weights, self._sketcher.group_of_layer)
         self._ops.align(layers, source, target, self._snapshot.offsets, neighbors)
-        return float(distances[..., 0].mean())
 
 
 class _Text(NamedTuple):
@@ -188,6 +206,7 @@ class PaperEstimator:
     """
 
     name = "paper"
+    strengths = (1.0,)
     max_texts = 20
 
     def __init__(self) -> None:
@@ -214,7 +233,7 @@ class PaperEstimator:
         del texts[: -self.max_texts]
         return source.num_tokens
 
-    def correction(self, namespace: str, edge: Edge) -> Correction | None:
+    def correction(self, namespace: str, edge: Edge, strength: float = 1.0) -> Correction | None:
         """The texts known now."""
         texts = tuple(self._texts.get((namespace, edge), ()))
         return _PaperCorrection(texts) if texts else None

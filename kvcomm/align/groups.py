@@ -1,9 +1,9 @@
 """Edge groups: what is known about prompts of one template with the same segments moved into it.
 
-A group goes through three stages. It *learns* until its edges have anchors enough; then it is *ranked* on a few
-prompts: which segment, recomputed, buys most; from then on it is *calibrated*: every exact prompt adds a pair of what
-each rung would have cost. Anchors and ladder are fixed before the first pair is taken, so pairs and later requests are
-exchangeable, which the bound rests on. Groups know nothing of engines or pages.
+A group goes through three stages. It *learns* until its edges have anchors enough; then there is a *contest* on a few
+prompts: how strongly to correct, if that beats moving alone; from then on it is *calibrated*: every exact prompt adds a
+pair of what each rung would have cost. Anchors and strength are fixed before the first pair is taken, so pairs and
+later requests are exchangeable, which the bound rests on. Groups know nothing of engines or pages.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from kvcomm.align.calibration import Calibration
 from kvcomm.align.edges import Edge
 from kvcomm.align.moves import Move
 
-NUM_RANKED = 6
-"""Prompts on which segments are compared before the ladder is fixed."""
+NUM_CONTESTED = 8
+"""Prompts on which strengths are compared before one is fixed."""
+
+MIN_GAIN = 0.1
+"""Share of the divergence that a correction has to take away to be used."""
 
 
 class GroupKey(NamedTuple):
@@ -50,29 +53,46 @@ class GroupKey(NamedTuple):
 
 
 @dataclass
-class Influence:
-    """What recomputing each segment alone would buy, summed over the prompts tried."""
+class Contest:
+    """How strongly to correct: divergences at each of an estimator's strengths, over the prompts tried.
 
-    gains: list[float]
+    Attributes:
+        strengths: factors on the correction, the last one 0: moved only.
+        totals: nats, summed over prompts, one per strength.
+    """
+
+    strengths: tuple[float, ...]
+    totals: list[float] = field(default_factory=list)
     num_prompts: int = 0
 
-    def add(self, gains: Sequence[float]) -> None:
-        """Add one prompt: by how much the divergence falls, per recomputed token, one entry per segment."""
-        self.gains = [total + gain for total, gain in zip(self.gains, gains, strict=True)]
+    def __post_init__(self) -> None:
+        self.totals = self.totals or [0.0] * len(self.strengths)
+
+    def add(self, divergences: Sequence[float]) -> None:
+        """Add one prompt: nats, one entry per strength."""
+        self.totals = [total + value for total, value in zip(self.totals, divergences, strict=True)]
         self.num_prompts += 1
 
     @property
-    def order(self) -> tuple[int, ...]:
-        """Segments, the most influential first; among equals the later one, which the answer reads last."""
-        return tuple(sorted(range(len(self.gains)), key=lambda index: (-self.gains[index], -index)))
+    def is_over(self) -> bool:
+        """Whether the strength is fixed."""
+        return len(self.strengths) == 1 or self.num_prompts >= NUM_CONTESTED
+
+    @property
+    def winner(self) -> float:
+        """The best strength; a correction that gains too little to be sure of is left out."""
+        best = min(range(len(self.strengths)), key=lambda index: self.totals[index])
+        gains = self.totals[best] <= (1 - MIN_GAIN) * self.totals[-1]
+        return self.strengths[best] if gains else self.strengths[-1]
 
 
 @dataclass(eq=False)
 class EdgeGroup:
-    """One group: its ladder, its calibration, its breakers, its counts. Guarded by its owner's lock."""
+    """One group: its strength, its calibration, its breakers, its counts. Guarded by its owner's lock."""
 
     key: GroupKey
-    influence: Influence = field(init=False)
+    strengths: tuple[float, ...]
+    contest: Contest = field(init=False)
     calibration: Calibration = field(init=False)
     breakers: dict[tuple[float, float], Breaker] = field(default_factory=dict)
     audited: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
@@ -83,22 +103,17 @@ class EdgeGroup:
         self.restart()
 
     @property
-    def is_ranked(self) -> bool:
-        """Whether the ladder is fixed."""
-        return len(self.key.edges) == 1 or self.influence.num_prompts >= NUM_RANKED
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """Segments in the order in which rungs recompute them."""
-        return self.influence.order
+    def strength(self) -> float:
+        """The factor on corrections."""
+        return self.contest.winner
 
     def breaker(self, bound: tuple[float, float]) -> Breaker:
         """The watch over one (epsilon, delta)."""
         return self.breakers.setdefault(bound, Breaker(bound[1]))
 
     def restart(self) -> None:
-        """Forget ladder, pairs and breakers, as after a change of the anchors."""
-        self.influence = Influence([0.0] * len(self.key.edges))
+        """Forget strength, pairs and breakers, as after a change of the anchors."""
+        self.contest = Contest(self.strengths)
         self.calibration = Calibration(len(self.key.shares))
         self.breakers.clear()
 
@@ -109,11 +124,11 @@ class GroupBook:
     def __init__(self) -> None:
         self._groups: dict[str, dict[GroupKey, EdgeGroup]] = {}
 
-    def group(self, namespace: str, key: GroupKey) -> EdgeGroup:
-        """The group with this key, made on first use."""
+    def group(self, namespace: str, key: GroupKey, strengths: tuple[float, ...]) -> EdgeGroup:
+        """The group with this key, made on first use for an estimator with these strengths."""
         groups = self._groups.setdefault(namespace, {})
         if key not in groups:
-            groups[key] = EdgeGroup(key)
+            groups[key] = EdgeGroup(key, strengths)
         return groups[key]
 
     def find(self, namespace: str, key: GroupKey) -> EdgeGroup | None:

@@ -1,7 +1,7 @@
 """The ladder: which of the moved tokens a rung recomputes.
 
-A rung is a share of the moved tokens. What fills it is learned: whole segments, the most influential first (recomputing
-a whole segment buys a lot, scattered tokens little), and with the room that is left the last tokens of the next one.
+A rung is a share of the moved tokens, and it takes those that the end of the prompt attends to most: from there the
+answer is read off. Costlier rungs hold all of the cheaper ones.
 """
 
 from __future__ import annotations
@@ -9,23 +9,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from kvcomm.align.moves import Move, num_moved
 from kvcomm.model.attention.contract import IntArray
 
 
-def rung_tokens(moves: Sequence[Move], share: float, order: Sequence[int]) -> IntArray:
-    """Positions that a rung recomputes, ascending.
+def moved_positions(moves: Sequence[Move]) -> IntArray:
+    """Every moved position, ascending."""
+    return np.concatenate([np.arange(move.start, move.end, dtype=np.int32) for move in moves])
+
+
+def top_tokens(moves: Sequence[Move], share: float, scores: Tensor) -> IntArray:
+    """The moved positions with the largest scores, ascending.
 
     Args:
         share: of the moved tokens that may be recomputed.
-        order: indices into `moves`, the most influential first.
+        scores: [number of moved tokens]; among equals the earlier token is taken.
     """
+    count = int(share * num_moved(moves))
+    chosen = torch.sort(scores, descending=True, stable=True).indices[:count].cpu().numpy()
+    return np.sort(moved_positions(moves)[chosen])
+
+
+def top_segments(moves: Sequence[Move], share: float, scores: Tensor) -> IntArray:
+    """Whole segments, those with the largest mean score first, and with the room left the last tokens of the next one.
+
+    Args:
+        share: of the moved tokens that may be recomputed.
+        scores: [number of moved tokens].
+    """
+    means = [float(part.mean()) for part in scores.split([move.num_tokens for move in moves])]
     room = int(share * num_moved(moves))
     chosen: list[IntArray] = []
-    for index in order:
-        move = moves[index]
-        taken = min(room, move.num_tokens)
-        chosen.append(np.arange(move.end - taken, move.end, dtype=np.int32))
+    for index in sorted(range(len(moves)), key=lambda index: -means[index]):
+        taken = min(room, moves[index].num_tokens)
+        chosen.append(np.arange(moves[index].end - taken, moves[index].end, dtype=np.int32))
         room -= taken
-    return np.sort(np.concatenate(chosen)) if chosen else np.empty(0, dtype=np.int32)
+    return np.sort(np.concatenate(chosen))

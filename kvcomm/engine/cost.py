@@ -63,12 +63,12 @@ class ReuseCost:
             self.model = self._measure()
 
     def is_worth_it(
-        self, stretches: Sequence[tuple[int, int]], num_moved: int, num_exact: int, num_tokens: int
+        self, passes: Sequence[Sequence[tuple[int, int]]], num_moved: int, num_exact: int, num_tokens: int
     ) -> bool:
-        """Whether moving and computing `stretches` is faster than computing everything behind the exact prefix."""
+        """Whether moving and computing stretches, pass by pass, beats computing all behind the exact prefix."""
         if self.model is None:
             return False
-        reuse_s = self.model.compute_s(stretches) + num_moved * self.model.move_s
+        reuse_s = sum(self.model.compute_s(stretches) for stretches in passes) + num_moved * self.model.move_s
         return reuse_s <= MARGIN * self.model.compute_s([(num_exact, num_tokens)])
 
 

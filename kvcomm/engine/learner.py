@@ -1,8 +1,9 @@
 """Learning, calibrating and auditing: the jobs that idle time is spent on.
 
 After an exact request whose text was also known in another context, the pair teaches: first the anchors of its edges,
-then which segment matters most, then, prompt by prompt, what each rung would have cost. After an approximate request a
-sampled share is computed exactly and compared. Changes groups and anchors under the engine's lock; passes run outside.
+then whether they beat moving alone, then, prompt by prompt, what each rung would have cost. After an approximate
+request a sampled share is computed exactly and compared. Changes groups and anchors under the engine's lock; passes run
+outside.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from torch import Tensor
 
 from kvcomm.align.calibration import Pair
 from kvcomm.align.groups import EdgeGroup, GroupKey
-from kvcomm.align.ladder import rung_tokens
+from kvcomm.align.ladder import top_tokens
 from kvcomm.align.moves import Move
 from kvcomm.align.ops.contract import LayerStore
 from kvcomm.align.spans import place_of
 from kvcomm.engine.policy import ReusePolicy
-from kvcomm.engine.replay import Case, Outcome, Replayer
+from kvcomm.engine.replay import Case, Outcome, Replay, Replayer
 from kvcomm.engine.request import NUM_CONTINUATION, Request
 from kvcomm.engine.reuse import Approximation, Reuse, candidates
-from kvcomm.engine.selectors import SELECTORS, SelectorView, Variant, default_order
+from kvcomm.engine.selectors import SELECTORS, SelectorView, Variant
 from kvcomm.engine.study import IdleWork, Job, Steps
 from kvcomm.errors import EngineClosed, InvalidRequest
 from kvcomm.memory.memory import Memory
@@ -37,6 +38,9 @@ from kvcomm.memory.sequences import Sequence as KVSequence
 from kvcomm.model.attention.contract import IntArray
 
 logger = logging.getLogger("kvcomm.audit")
+
+NOTHING: IntArray = np.empty(0, dtype=np.int32)
+"""No positions."""
 
 
 class Learner:
@@ -110,8 +114,9 @@ class Learner:
             if case.moves:
                 exact = self._replayer.exact(case)
                 yield
+                unchanged: dict[tuple[str, float], Replay] = {}
                 for variant in variants:
-                    outcomes.append(self._variant(trial, case, exact, variant))
+                    outcomes.append(self._variant(trial, case, exact, variant, unchanged))
                     yield
             future.set_result(outcomes)
 
@@ -193,7 +198,7 @@ class Learner:
         return Case(trial.sequence, trial.num_prompt, continuation, tuple(trial.moves))
 
     def _study(self, trial: _Trial) -> Steps:
-        """Teach, rank or calibrate, whatever the group of these moves needs next."""
+        """Teach, compare or calibrate, whatever the group of these moves needs next."""
         for moves in candidates(trial.moves):
             yield from self._study_moves(trial, moves)
 
@@ -204,15 +209,16 @@ class Learner:
             self._teach(trial, policy.estimator, moves)
             return
         with self._lock:
-            group = self._reuse.groups.group(namespace, GroupKey.of(moves, policy.estimator, policy.rungs))
+            key = GroupKey.of(moves, policy.estimator, policy.rungs)
+            group = self._reuse.groups.group(namespace, key, estimator.strengths)
         found = yield from self._exact_case(trial)
         if found is None:
             return
         case, exact = found
-        if group.is_ranked:
+        if group.contest.is_over:
             yield from self._calibrate(trial, case, exact, moves, group)
         else:
-            yield from self._rank(trial, case, exact, moves, group)
+            yield from self._compare(trial, case, exact, moves, group)
 
     def _teach(self, trial: _Trial, name: str, moves: Sequence[Move]) -> int:
         """Let an estimator learn from moves whose source is exact; the sequence holds the truth."""
@@ -227,47 +233,65 @@ class Learner:
                 )
         return kept
 
-    def _rank(self, trial: _Trial, case: Case, exact: Tensor, moves: Sequence[Move], group: EdgeGroup) -> Steps:
-        nothing = self._replay(trial, case, exact, moves, np.empty(0, dtype=np.int32))
-        yield
-        gains = []
-        for move in moves:
-            whole = np.arange(move.start, move.end, dtype=np.int32)
-            outcome = self._replay(trial, case, exact, moves, whole)
-            gains.append((nothing.divergence - outcome.divergence) / move.num_tokens)
+    def _compare(self, trial: _Trial, case: Case, exact: Tensor, moves: Sequence[Move], group: EdgeGroup) -> Steps:
+        divergences = []
+        for strength in group.strengths:
+            replay = self._replay(trial, case, exact, moves, group.key.estimator, strength)
+            divergences.append(replay.outcome.divergence)
             yield
-        if all(math.isfinite(gain) for gain in gains):
+        if all(math.isfinite(divergence) for divergence in divergences):
             with self._lock:
-                group.influence.add(gains)
+                group.contest.add(divergences)
 
     def _calibrate(self, trial: _Trial, case: Case, exact: Tensor, moves: Sequence[Move], group: EdgeGroup) -> Steps:
+        def replay(recomputed: IntArray) -> Replay:
+            return self._replay(trial, case, exact, moves, group.key.estimator, group.strength, recomputed)
+
+        unchanged = replay(NOTHING)
+        yield
         outcomes = []
         for share in group.key.shares:
-            recomputed = rung_tokens(moves, share, group.order)
-            outcomes.append(self._replay(trial, case, exact, moves, recomputed))
+            recomputed = top_tokens(moves, share, unchanged.scores)
+            outcomes.append(replay(recomputed).outcome if len(recomputed) else unchanged.outcome)
             yield
         divergences = tuple(outcome.divergence for outcome in outcomes)
         if all(math.isfinite(divergence) for divergence in divergences):
             with self._lock:
                 residuals = tuple(outcome.residual for outcome in outcomes)
-                group.calibration.add(Pair(divergences, outcomes[0].distance, residuals))
+                group.calibration.add(Pair(divergences, unchanged.outcome.distance, residuals))
 
     def _replay(
-        self, trial: _Trial, case: Case, exact: Tensor, moves: Sequence[Move], recomputed: IntArray, name: str = ""
-    ) -> Outcome:
-        corrections = self._reuse.corrections(trial.namespace, name or trial.policy.estimator, moves)
-        assert corrections is not None, "an edge without anchors"
+        self,
+        trial: _Trial,
+        case: Case,
+        exact: Tensor,
+        moves: Sequence[Move],
+        estimator: str,
+        strength: float,
+        recomputed: IntArray = NOTHING,
+    ) -> Replay:
+        corrections = self._reuse.corrections(trial.namespace, estimator, moves, strength)
+        if corrections is None:
+            raise InvalidRequest(f"estimator {estimator!r} knows nothing about some segment of this prompt")
         return self._replayer.moved(case, exact, corrections, moves, recomputed)
 
-    def _variant(self, trial: _Trial, case: Case, exact: Tensor, variant: Variant) -> Outcome:
-        corrections = self._reuse.corrections(trial.namespace, variant.estimator, case.moves)
-        if corrections is None:
-            raise InvalidRequest(f"estimator {variant.estimator!r} knows nothing about some segment of this prompt")
-        key = GroupKey.of(case.moves, variant.estimator, trial.policy.rungs)
-        group = self._reuse.groups.find(trial.namespace, key)
-        view = SelectorView(case, corrections, self._replayer, group.order if group else default_order(case.moves))
+    def _variant(
+        self,
+        trial: _Trial,
+        case: Case,
+        exact: Tensor,
+        variant: Variant,
+        unchanged: dict[tuple[str, float], Replay],
+    ) -> Outcome:
+        """One way to reuse a prompt; `unchanged` keeps what the estimators give when nothing is recomputed."""
+        estimator = variant.estimator, variant.strength
+        if estimator not in unchanged:
+            unchanged[estimator] = self._replay(trial, case, exact, case.moves, *estimator)
+        view = SelectorView(case, self._replayer, unchanged[estimator].scores)
         recomputed = SELECTORS[variant.selector](view, variant.share)
-        return self._replayer.moved(case, exact, corrections, case.moves, recomputed)
+        if not len(recomputed):
+            return unchanged[estimator].outcome
+        return self._replay(trial, case, exact, case.moves, *estimator, recomputed).outcome
 
     def _audit(self, trial: _Trial) -> Steps:
         """Compute an approximate request exactly and hold what was served against it."""

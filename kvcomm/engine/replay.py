@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvcomm.align.attention_mass import AttentionMass
 from kvcomm.align.estimators import Correction
+from kvcomm.align.ladder import moved_positions
 from kvcomm.align.moves import Move
 from kvcomm.align.ops.contract import LayerStore
 from kvcomm.align.probes import Probes
@@ -46,6 +48,13 @@ class Outcome(NamedTuple):
     distance: float
     residual: float | None
     num_recomputed: int
+
+
+class Replay(NamedTuple):
+    """An outcome, and what the tail of the prompt attended to: one score per moved token, by which rungs choose."""
+
+    outcome: Outcome
+    scores: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +108,7 @@ class Replayer:
 
     def moved(
         self, case: Case, exact: Tensor, corrections: Sequence[Correction], moves: Sequence[Move], recomputed: IntArray
-    ) -> Outcome:
+    ) -> Replay:
         """Replay with `moves` (some of the case's) moved and the positions `recomputed` among them computed.
 
         Raises:
@@ -109,10 +118,18 @@ class Replayer:
         with self._scratch(case, forced, moves[0].start) as sequence:
             distance = assemble(self._memory, self._layers, sequence, moves, corrections)
             probes = Probes(self._pool, self._layers, sequence.pages, recomputed) if len(recomputed) else None
-            got = self._log_probs(case, sequence, computed_stretches(moves, recomputed, len(forced)))
+            tail = self.tail(sequence, moves, case.num_prompt)
+            got = self._log_probs(case, sequence, computed_stretches(moves, recomputed, len(forced)), tail)
             residual = None if probes is None else probes.residual()
         agreement = (exact.argmax(-1) == got.argmax(-1)).float().mean()
-        return Outcome(_divergence(exact, got), float(agreement), distance, residual, len(recomputed))
+        outcome = Outcome(_divergence(exact, got), float(agreement), distance, residual, len(recomputed))
+        return Replay(outcome, tail.mass[torch.from_numpy(moved_positions(moves))])
+
+    def tail(self, sequence: KVSequence, moves: Sequence[Move], num_prompt: int) -> AttentionMass:
+        """Ready to look at what a prompt's end, behind the last moved token, attends to."""
+        return AttentionMass(
+            self._layers, self._pool.slots(sequence.pages, num_prompt), max(move.end for move in moves), num_prompt
+        )
 
     def served(self, case: Case, exact: Tensor) -> float:
         """Divergence of a sequence as it is, moved KV and all, from the exact log-probabilities."""
@@ -154,23 +171,6 @@ class Replayer:
             scores.append(difference.flatten(1).norm(dim=-1))
         return torch.cat(scores)
 
-    def attention_mass(self, case: Case, corrections: Sequence[Correction]) -> Tensor:
-        """Attention that the tail of the prompt pays to every moved token, [number of moved tokens].
-
-        Summed over the heads of the third quarter of the layers, from a pass in which nothing moved is recomputed. The
-        tail is what follows the last moved token: from there the answer is read off.
-        """
-        prompt, first = case.sequence.token_ids[: case.num_prompt], case.moves[0].start
-        with self._scratch(case, prompt, first) as sequence:
-            assemble(self._memory, self._layers, sequence, case.moves, corrections)
-            stretches = computed_stretches(case.moves, np.empty(0, dtype=np.int32), len(prompt))
-            runs = [Run(prompt[start:end], sequence.pages, start) for start, end in stretches]
-            tail = torch.arange(*stretches[-1])
-            watch = _AttentionMass(self._layers, self._pool.slots(sequence.pages, len(prompt)), tail)
-            self._runner.forward(runs, watch=watch)
-        moved = torch.cat([torch.arange(move.start, move.end) for move in case.moves])
-        return watch.mass[moved]
-
     def prefill(self, case_tokens: IntArray, sequence: KVSequence, chunk: int) -> Iterator[None]:
         """Compute what is missing of a sequence, `chunk` tokens a step; its pages must be writable."""
         while sequence.num_computed < len(case_tokens):
@@ -191,38 +191,23 @@ class Replayer:
             sequence.append([token_id])
             yield token_id
 
-    def _log_probs(self, case: Case, sequence: KVSequence, stretches: Sequence[tuple[int, int]]) -> Tensor:
+    def _log_probs(
+        self,
+        case: Case,
+        sequence: KVSequence,
+        stretches: Sequence[tuple[int, int]],
+        tail: AttentionMass | None = None,
+    ) -> Tensor:
+        """Log-probabilities over the continuation, which must end the last stretch; `tail` looks at that one."""
         num_logits = len(case.continuation)
         runs = [
             Run(sequence.token_ids[start:end], sequence.pages, start, num_logits if end == sequence.num_tokens else 0)
             for start, end in stretches
         ]
-        return self._runner.forward(runs).float().log_softmax(-1)
-
-
-class _AttentionMass:
-    """Sums up, layer by layer, what the last rows of a pass attend to."""
-
-    def __init__(self, layers: Sequence[LayerStore], slots: slice | Tensor, rows: Tensor) -> None:
-        """Args:
-        slots: of every position of the sequence.
-        rows: [num_rows] positions looked at, the last ones that the pass computes.
-        """
-        self._layers = layers
-        self._slots = slots
-        self._rows = rows
-        self.mass = torch.zeros(int(rows[-1]) + 1)
-
-    def __call__(self, layer_id: int, query: Tensor, scale: float) -> None:
-        """A layer has attended: [1, num_heads, num_rows, key_dim]; its keys are in the pool."""
-        if not len(self._layers) // 2 <= layer_id < max(3 * len(self._layers) // 4, len(self._layers) // 2 + 1):
-            return
-        keys = self._layers[layer_id].keys[self._slots].float().transpose(0, 1)
-        keys = keys.repeat_interleave(query.shape[1] // len(keys), dim=0)
-        scores = query[0, :, -len(self._rows) :].float() @ keys.transpose(1, 2) * scale
-        hidden = torch.arange(keys.shape[1])[None] > self._rows[:, None]
-        weights = scores.masked_fill(hidden.to(scores.device), -torch.inf).softmax(-1)
-        self.mass += weights.sum((0, 1)).cpu()
+        last = runs[-1]
+        row = sum(len(run.token_ids) for run in runs[:-1])
+        watch = None if tail is None else tail.watch(row, last.start, last.end)
+        return self._runner.forward(runs, watch=watch).float().log_softmax(-1)
 
 
 def _divergence(exact: Tensor, got: Tensor) -> float:

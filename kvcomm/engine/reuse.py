@@ -13,10 +13,15 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvcomm.align.attention_mass import AttentionMass
 from kvcomm.align.edges import Edge
 from kvcomm.align.estimators import Correction, Estimator
 from kvcomm.align.groups import EdgeGroup, GroupBook, GroupKey
-from kvcomm.align.ladder import rung_tokens
+from kvcomm.align.ladder import moved_positions, top_tokens
 from kvcomm.align.moves import Move, num_moved
 from kvcomm.align.ops.contract import LayerStore
 from kvcomm.align.probes import Probes
@@ -31,6 +36,7 @@ from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
 from kvcomm.memory.segments import Segment
 from kvcomm.model.attention.contract import IntArray
+from kvcomm.model.runner import Watch
 
 
 @dataclass(eq=False)
@@ -40,7 +46,11 @@ class Approximation:
     Attributes:
         moves: what is moved; `corrections` in the same order.
         rung: index into the policy's shares.
+        tail: looks at what the end of the prompt attends to, in a first pass over glue and tail; None: not needed, or
+            done.
+        scores: [number of moved tokens], what `tail` found; None before that.
         predicted: nats; the divergence that calibration expects at most.
+        otherwise, unmoved: why template text, and why text of segments that are not moved, is computed.
         distance: of the text from what is known; known when it is assembled.
         residual: of the recomputed tokens; known when they are computed.
     """
@@ -50,6 +60,10 @@ class Approximation:
     group: EdgeGroup
     rung: int
     predicted: float
+    otherwise: Reason = Reason.NEW
+    unmoved: Reason = Reason.NO_SOURCE
+    tail: AttentionMass | None = None
+    scores: Tensor | None = None
     holds_sources: bool = True
     is_assembled: bool = False
     distance: float = 0.0
@@ -63,13 +77,19 @@ class Approximation:
 
     @property
     def recomputed(self) -> IntArray:
-        """Positions of moved tokens that the rung recomputes."""
-        return rung_tokens(self.moves, self.group.key.shares[self.rung], self.group.order)
+        """Positions of moved tokens that the rung recomputes; none before it is known which."""
+        if self.scores is None:
+            return np.empty(0, dtype=np.int32)
+        return top_tokens(self.moves, self.share, self.scores)
+
+    @property
+    def share(self) -> float:
+        """Of the moved tokens, that the rung may recompute."""
+        return self.group.key.shares[self.rung]
 
     def report(self) -> ApproximationReport:
         """For the request's usage."""
-        share = self.group.key.shares[self.rung]
-        return ApproximationReport(self.group.key.digest, share, self.risk, self.distance, self.residual)
+        return ApproximationReport(self.group.key.digest, self.share, self.risk, self.distance, self.residual)
 
 
 class Reuse:
@@ -110,8 +130,10 @@ class Reuse:
             if approximation is not None:
                 dropped = [move for move in moves if move not in approximation.moves]
                 self.finder.release(dropped)
+                approximation.otherwise = otherwise
+                approximation.unmoved = Reason.SOURCE_RISK if dropped else reason
                 request.approximation = approximation
-                return self._plan_of(request, approximation, otherwise, Reason.SOURCE_RISK if dropped else reason)
+                return self._plan_of(request, approximation)
         self.finder.release(moves)
         return plan_of(num_exact, parts_of(request.segments, num_exact, [], otherwise=otherwise, unmoved=reason))
 
@@ -159,29 +181,50 @@ class Reuse:
             return
         request.sequence.mark_approximate(approximation.moves[0].start)
         request.sequence.num_placed = request.sequence.num_tokens
-        self._probe(request, approximation)
+        if int(approximation.share * num_moved(approximation.moves)):
+            self._look(request, approximation)
+
+    def watch(self, request: Request, row: int, start: int, end: int) -> Watch | None:
+        """What looks on while rows from `row` on of a pass compute positions `[start, end)` of a request's prompt."""
+        approximation = request.approximation
+        if approximation is None or approximation.tail is None:
+            return None
+        return approximation.tail.watch(row, start, end)
 
     def check(self, request: Request) -> bool:
-        """After a prefill: whether the answer may begin. If not, the request has more to compute: the next rung."""
+        """After a prefill: whether the answer may begin. If not, a rung, or the next one, is to be computed."""
         approximation = request.approximation
         if approximation is None:
             return True
+        if approximation.tail is not None:
+            positions = torch.from_numpy(moved_positions(approximation.moves))
+            approximation.scores, approximation.tail = approximation.tail.mass[positions], None
+            self._climb(request, approximation, Reason.RUNG)
+            return False
+        if approximation.probes is not None:
+            approximation.residual = approximation.probes.residual()
+            limit = approximation.group.calibration.residual_limit(approximation.rung)
+            if limit is None or not approximation.residual <= limit:
+                self._escalate(request, approximation)
+                return False
         approximation.group.num_approximated += 1
-        if approximation.probes is None:
-            return True
-        approximation.residual = approximation.probes.residual()
-        limit = approximation.group.calibration.residual_limit(approximation.rung)
-        if limit is None or approximation.residual <= limit:
-            return True
-        approximation.group.num_approximated -= 1
+        return True
+
+    def _escalate(self, request: Request, approximation: Approximation) -> None:
         if approximation.rung + 1 < len(approximation.group.key.shares):
             approximation.rung += 1
-            self._probe(request, approximation)
-            request.plan = self._plan_of(request, approximation, Reason.ESCALATED, Reason.ESCALATED)
-            request.pending = list(request.plan.stretches)
+            self._climb(request, approximation, Reason.ESCALATED)
         else:
             self._retreat(request, Reason.ESCALATED)
-        return False
+
+    def _climb(self, request: Request, approximation: Approximation, reason: Reason) -> None:
+        """Compute the tokens of the rung, for a reason, and what stands behind the first of them once more."""
+        recomputed = approximation.recomputed
+        pages = request.sequence.pages
+        approximation.probes = Probes(self._memory.pool, self._layers, pages, recomputed)
+        request.plan = self._plan_of(request, approximation, reason)
+        first = int(recomputed[0])
+        request.pending = [(max(start, first), end) for start, end in request.plan.stretches if end > first]
 
     def publish(self, request: Request, segments: Sequence[Segment]) -> None:
         """Let others move what this request has computed."""
@@ -208,9 +251,11 @@ class Reuse:
             if request.approximation is not None and request.approximation.holds_sources:
                 yield from (move.source_pages for move in request.approximation.moves)
 
-    def corrections(self, namespace: str, estimator: str, moves: Sequence[Move]) -> tuple[Correction, ...] | None:
+    def corrections(
+        self, namespace: str, estimator: str, moves: Sequence[Move], strength: float = 1.0
+    ) -> tuple[Correction, ...] | None:
         """What is known about each move's edge; None if about one of them nothing is."""
-        found = [self.estimators[estimator].correction(namespace, move.edge) for move in moves]
+        found = [self.estimators[estimator].correction(namespace, move.edge, strength) for move in moves]
         known = tuple(each for each in found if each is not None)
         return known if len(known) == len(moves) else None
 
@@ -230,8 +275,7 @@ class Reuse:
     def _decide(
         self, request: Request, moves: Sequence[Move], policy: ReusePolicy
     ) -> tuple[Approximation | None, Reason]:
-        corrections = self.corrections(request.namespace, policy.estimator, moves)
-        if corrections is None:
+        if self.corrections(request.namespace, policy.estimator, moves) is None:
             return None, Reason.NO_ANCHORS
         group = self.groups.find(request.namespace, GroupKey.of(moves, policy.estimator, policy.rungs))
         calibration = None if group is None else group.calibration
@@ -243,34 +287,39 @@ class Reuse:
         rung = calibration.choose(policy.max_divergence, policy.delta)
         if rung is None:
             return None, Reason.BOUND
+        corrections = self.corrections(request.namespace, policy.estimator, moves, group.strength)
+        assert corrections is not None
         predicted = calibration.predicted(rung, policy.confidence)
         approximation = Approximation(tuple(moves), corrections, group, rung, predicted)
         if max(move.risk for move in moves) > 0 and approximation.risk > policy.max_divergence:
             return None, Reason.SOURCE_RISK
-        stretches = computed_stretches(moves, approximation.recomputed, request.num_prompt_tokens)
-        if not self._cost.is_worth_it(
-            stretches, num_moved(moves), request.sequence.num_computed, request.num_prompt_tokens
-        ):
+        passes = _passes(moves, approximation.share, request.num_prompt_tokens)
+        num_exact = request.sequence.num_computed
+        if not self._cost.is_worth_it(passes, num_moved(moves), num_exact, request.num_prompt_tokens):
             return None, Reason.COST
         return approximation, Reason.NO_SOURCE
 
-    def _plan_of(self, request: Request, approximation: Approximation, otherwise: Reason, unmoved: Reason) -> Plan:
+    def _plan_of(self, request: Request, approximation: Approximation, reason: Reason = Reason.RUNG) -> Plan:
+        """The plan as far as it is known by now; `reason`: why moved tokens are computed after all."""
         num_exact = request.sequence.num_exact
         moved = [(move.start, move.end) for move in approximation.moves]
-        parts = parts_of(request.segments, num_exact, moved, otherwise=otherwise, unmoved=unmoved)
-        return plan_of(num_exact, _with_rung(parts, approximation.recomputed))
+        parts = parts_of(
+            request.segments, num_exact, moved, otherwise=approximation.otherwise, unmoved=approximation.unmoved
+        )
+        return plan_of(num_exact, _with_rung(parts, approximation.recomputed, reason))
 
-    def _probe(self, request: Request, approximation: Approximation) -> None:
-        recomputed = approximation.recomputed
-        pages = request.sequence.pages
-        approximation.probes = Probes(self._memory.pool, self._layers, pages, recomputed) if len(recomputed) else None
+    def _look(self, request: Request, approximation: Approximation) -> None:
+        """Let the first pass look at what the tail attends to."""
+        count = request.num_prompt_tokens
+        slots = self._memory.pool.slots(request.sequence.pages, count)
+        approximation.tail = AttentionMass(self._layers, slots, approximation.moves[-1].end, count)
 
     def _retreat(self, request: Request, reason: Reason) -> None:
         """Compute everything behind the exact prefix."""
         self.drop(request)
         request.has_retreated = True
         sequence = request.sequence
-        sequence.approximate_from, sequence.num_placed = None, 0
+        sequence.rewind(sequence.num_exact)
         parts = [Part(sequence.num_computed, request.num_prompt_tokens, reason)]
         request.plan = plan_of(sequence.num_computed, parts)
         request.pending = list(request.plan.stretches)
@@ -285,7 +334,18 @@ def candidates(moves: Sequence[Move]) -> Iterator[Sequence[Move]]:
         yield certain
 
 
-def _with_rung(parts: Iterable[Part], recomputed: IntArray) -> Iterator[Part]:
+def _passes(moves: Sequence[Move], share: float, num_tokens: int) -> list[list[tuple[int, int]]]:
+    """What is computed pass by pass, as far as that can be told before it is known which tokens a rung takes."""
+    positions = moved_positions(moves)
+    count = int(share * len(positions))
+    passes = [computed_stretches(moves, np.empty(0, dtype=np.int32), num_tokens)]
+    if count:
+        spread = positions[np.linspace(0, len(positions) - 1, count).astype(np.int64)]
+        passes.append(computed_stretches(moves, spread, num_tokens))
+    return passes
+
+
+def _with_rung(parts: Iterable[Part], recomputed: IntArray, why: Reason) -> Iterator[Part]:
     """Cut out of the moved parts what a rung recomputes."""
     wanted = frozenset(recomputed.tolist())
     for part in parts:
@@ -294,8 +354,8 @@ def _with_rung(parts: Iterable[Part], recomputed: IntArray) -> Iterator[Part]:
             continue
         start = part.start
         for position in range(part.start, part.end):
-            reason = Reason.RUNG if position in wanted else None
-            following = Reason.RUNG if position + 1 in wanted else None
+            reason = why if position in wanted else None
+            following = why if position + 1 in wanted else None
             if position + 1 == part.end or following != reason:
                 yield Part(start, position + 1, reason)
                 start = position + 1

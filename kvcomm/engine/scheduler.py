@@ -34,7 +34,7 @@ from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
-from kvcomm.model.runner import ModelRunner, Run
+from kvcomm.model.runner import ModelRunner, Run, Watch
 
 logger = logging.getLogger("kvcomm.engine")
 
@@ -164,7 +164,7 @@ class Scheduler:
         if not batch:
             return
         try:
-            logits = self._runner.forward([run for work in batch for run in work.runs])
+            logits = self._runner.forward([run for work in batch for run in work.runs], watch=self._watch(batch))
         except Exception as error:
             # Whatever the model raises belongs to the callers of this batch; the engine itself goes on.
             with self.lock:
@@ -349,6 +349,25 @@ class Scheduler:
             except PoolExhausted:
                 if not self._idle.give_way():
                     raise
+
+    def _watch(self, batch: AnySequence[Work]) -> Watch | None:
+        """What looks on during the pass, for requests that choose their rung's tokens by it."""
+        watches: list[Watch] = []
+        row = 0
+        for work in batch:
+            for run in work.runs:
+                watch = None if work.branch is not None else self._reuse.watch(work.request, row, run.start, run.end)
+                if watch is not None:
+                    watches.append(watch)
+                row += len(run.token_ids)
+        if not watches:
+            return None
+
+        def watch_all(layer_id: int, query: Tensor, scale: float) -> None:
+            for watch in watches:
+                watch(layer_id, query, scale)
+
+        return watch_all
 
     def _commit(self, batch: AnySequence[Work], logits: Tensor) -> None:
         finite = finite_rows(logits)

@@ -1,22 +1,19 @@
 """Selectors: which of the moved tokens to recompute, given a share.
 
-`influence` (ours) is what rungs use: whole segments, the most influential first. The others are for comparison: `head`
-(EPIC, arXiv 2410.15332: the first tokens of every segment), `deviation` (CacheBlend, arXiv 2405.16444: the tokens whose
-KV differ most in the second layer), `attention` (the tokens that the tail attends to most).
+`attention` is what rungs use: the tokens that the tail of the prompt attends to most. The others are for comparison:
+`influence` (whole segments, the most attended first), `head` (EPIC, arXiv 2410.15332: the first tokens of every
+segment), `deviation` (CacheBlend, arXiv 2405.16444: the tokens whose KV differ most in the second layer).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from kvcomm.align.estimators import Correction
-from kvcomm.align.ladder import rung_tokens
-from kvcomm.align.moves import Move, num_moved
+from kvcomm.align.ladder import top_segments, top_tokens
 from kvcomm.engine.replay import Case, Replayer
 from kvcomm.model.attention.contract import IntArray
 
@@ -27,38 +24,33 @@ class Variant(NamedTuple):
     Attributes:
         estimator: "token", "paper" or "rotate".
         share: of the moved tokens that may be recomputed.
-        selector: which ones: "influence", "head", "deviation" or "attention".
+        selector: which ones: "attention", "influence", "head" or "deviation".
+        strength: factor on the estimator's correction.
     """
 
     estimator: str
     share: float = 0.0
-    selector: str = "influence"
+    selector: str = "attention"
+    strength: float = 1.0
 
 
 class SelectorView(NamedTuple):
-    """What a selector may look at. `order`: the moves of the case, the most influential first."""
+    """What a selector may look at. `scores`: attention of the tail to every moved token, when all of them are moved."""
 
     case: Case
-    corrections: Sequence[Correction]
     replayer: Replayer
-    order: Sequence[int]
-
-    @property
-    def positions(self) -> IntArray:
-        """Every moved position."""
-        return np.concatenate([np.arange(move.start, move.end, dtype=np.int32) for move in self.case.moves])
+    scores: Tensor
 
 
 Selector = Callable[[SelectorView, float], IntArray]
 
 
-def default_order(moves: Sequence[Move]) -> tuple[int, ...]:
-    """Where nothing has been learned: the latest segment first, usually the last answer."""
-    return tuple(reversed(range(len(moves))))
+def _by_attention(view: SelectorView, share: float) -> IntArray:
+    return top_tokens(view.case.moves, share, view.scores)
 
 
 def _by_influence(view: SelectorView, share: float) -> IntArray:
-    return rung_tokens(view.case.moves, share, view.order)
+    return top_segments(view.case.moves, share, view.scores)
 
 
 def _heads(view: SelectorView, share: float) -> IntArray:
@@ -69,23 +61,12 @@ def _heads(view: SelectorView, share: float) -> IntArray:
 
 
 def _by_deviation(view: SelectorView, share: float) -> IntArray:
-    return _largest(view, share, view.replayer.deviations(view.case))
-
-
-def _by_attention(view: SelectorView, share: float) -> IntArray:
-    return _largest(view, share, view.replayer.attention_mass(view.case, view.corrections))
-
-
-def _largest(view: SelectorView, share: float, scores: Tensor) -> IntArray:
-    """The moved positions with the largest scores, [number of moved tokens], ascending."""
-    count = int(share * num_moved(view.case.moves))
-    chosen = torch.topk(scores, count).indices.cpu().numpy()
-    return np.sort(view.positions[chosen])
+    return top_tokens(view.case.moves, share, view.replayer.deviations(view.case))
 
 
 SELECTORS: dict[str, Selector] = {
+    "attention": _by_attention,
     "influence": _by_influence,
     "head": _heads,
     "deviation": _by_deviation,
-    "attention": _by_attention,
 }

@@ -5,10 +5,10 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
-import pytest
+import torch
 
 from kvcomm.align.edges import Edge
-from kvcomm.align.ladder import rung_tokens
+from kvcomm.align.ladder import moved_positions, top_segments, top_tokens
 from kvcomm.align.moves import Move
 from kvcomm.align.ops.contract import Place
 
@@ -20,25 +20,28 @@ def move(start: int, end: int) -> Move:
 
 
 MOVES = [move(10, 14), move(20, 26), move(30, 40)]
+SCORES = torch.tensor([3.0, 0, 0, 0, 1, 1, 1, 1, 1, 9, 2, 0, 0, 0, 0, 0, 0, 0, 0, 2])
 
 
-@pytest.mark.parametrize(
-    ("share", "order", "expected"),
-    [
-        (0.0, (0, 1, 2), []),
-        (0.2, (0, 1, 2), [10, 11, 12, 13]),
-        (0.4, (0, 1, 2), [10, 11, 12, 13, 22, 23, 24, 25]),
-        (0.25, (2, 1, 0), [35, 36, 37, 38, 39]),
-        (0.99, (2, 1, 0), [*range(11, 14), *range(20, 26), *range(30, 40)]),
-    ],
-)
-def test_whole_segments_in_order_then_the_end_of_the_next(
-    share: float, order: tuple[int, ...], expected: list[int]
-) -> None:
-    assert rung_tokens(MOVES, share, order).tolist() == expected
+def test_every_moved_position() -> None:
+    assert moved_positions(MOVES).tolist() == [*range(10, 14), *range(20, 26), *range(30, 40)]
+
+
+def test_the_largest_scores_among_equals_the_earlier() -> None:
+    chosen = {share: top_tokens(MOVES, share, SCORES).tolist() for share in (0.0, 0.04, 0.15, 0.25)}
+    assert chosen == {0.0: [], 0.04: [], 0.15: [10, 25, 30], 0.25: [10, 20, 25, 30, 39]}
+
+
+def test_whole_segments_by_mean_score_then_the_end_of_the_next() -> None:
+    # Means: 0.75, 14 / 6, 0.4.
+    assert top_segments(MOVES, 0.3, SCORES).tolist() == [*range(20, 26)]
+    assert top_segments(MOVES, 0.4, SCORES).tolist() == [12, 13, *range(20, 26)]
+    assert top_segments(MOVES, 0.99, SCORES).tolist() == [*range(10, 14), *range(20, 26), *range(31, 40)]
+    assert top_segments(MOVES, 0.0, SCORES).tolist() == []
 
 
 def test_a_costlier_rung_holds_all_of_a_cheaper_one() -> None:
-    rungs = [set(rung_tokens(MOVES, share, (1, 2, 0)).tolist()) for share in (0.1, 0.3, 0.6, 0.9)]
-    assert all(low < high for low, high in pairwise(rungs))
-    assert [len(rung) for rung in rungs] == [2, 6, 12, 18]
+    for select in (top_tokens, top_segments):
+        rungs = [set(select(MOVES, share, SCORES).tolist()) for share in (0.1, 0.3, 0.6, 0.9)]
+        assert all(low < high for low, high in pairwise(rungs))
+        assert [len(rung) for rung in rungs] == [2, 6, 12, 18]

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from kvcomm.align.calibration import Calibration, Pair
 from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.policy import ReusePolicy
+from kvcomm.engine.replay import Case, Replay
+from kvcomm.engine.request import Request
 from kvcomm.engine.results import Completion
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.engine.selectors import SELECTORS, Variant
@@ -46,7 +52,7 @@ def ask(engine: Engine, role: tuple[int, ...], seed: int, policy: ReusePolicy, l
     return engine.generate(prompt(role, seed, length), SAMPLING, policy=policy)
 
 
-def earn(engine: Engine, policy: ReusePolicy, rounds: int = 12) -> None:
+def earn(engine: Engine, policy: ReusePolicy, rounds: int = 20) -> None:
     """Let A and B read the same questions until something is known about moving them."""
     for seed in range(rounds):
         ask(engine, ROLE_A, seed, policy)
@@ -58,7 +64,10 @@ def earn(engine: Engine, policy: ReusePolicy, rounds: int = 12) -> None:
 def widen(engine: Engine) -> None:
     """A dozen random texts say little about how far the next one may be from them: let any distance pass."""
     for group in engine.reuse.groups.groups(engine.namespace()):
-        pairs = [pair._replace(distance=10.0) for pair in group.calibration.pairs]
+        pairs = [
+            pair._replace(distance=10.0, residuals=tuple(None if each is None else 10.0 for each in pair.residuals))
+            for pair in group.calibration.pairs
+        ]
         group.calibration = Calibration(len(group.key.shares), pairs)
 
 
@@ -107,11 +116,12 @@ def test_an_exact_policy_never_sees_any_of_it(engine: Engine) -> None:
     assert list(exact.token_ids) == greedy(engine.model, tokens, 8)
 
 
-def test_moved_kv_gives_the_divergence_that_was_measured(engine: Engine) -> None:
-    """The served answer's first distribution is the one a stock forward gives on the very same KV."""
-    earn(engine, LOOSE)
-    ask(engine, ROLE_A, 99, LOOSE)
-    context = engine.context(prompt(ROLE_B, 99), policy=LOOSE)
+@pytest.mark.parametrize("rungs", [(0.0,), (0.5,)])
+def test_the_answer_begins_as_the_stock_forward_does_on_the_same_kv(engine: Engine, rungs: tuple[float, ...]) -> None:
+    policy = replace(LOOSE, rungs=rungs)
+    earn(engine, policy)
+    ask(engine, ROLE_A, 99, policy)
+    context = engine.context(prompt(ROLE_B, 99), policy=policy)
     assert context.fidelity is Fidelity.APPROXIMATE
     cache = context.to_hf_cache()
     cache.crop(-1)
@@ -120,6 +130,67 @@ def test_moved_kv_gives_the_divergence_that_was_measured(engine: Engine) -> None
         stock = engine.model(last, past_key_values=cache, use_cache=True).logits[0, -1]
     assert context.ready_logits is not None
     torch.testing.assert_close(context.ready_logits, stock, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [9, 512])
+def test_a_rung_computes_what_the_tail_attends_to_most(chunk: int) -> None:
+    """The moved tokens that were computed after all are those a replay of the same prompt chooses."""
+    policy = replace(LOOSE, rungs=(0.3,))
+    tiny = tiny_model()
+    config = replace(SMALL_BANKS, prefill_chunk=chunk, max_batch_tokens=chunk)
+    with Engine(tiny.model, tiny.tokenizer, config=config) as engine:
+        engine.reuse.cost.model = ROWS_ONLY
+        earn(engine, policy)
+        ask(engine, ROLE_A, 99, policy)
+        chosen: list[np.ndarray] = []
+        keep = engine.reuse.planner.check
+
+        def check(request: Request) -> bool:
+            done = keep(request)
+            if done and request.approximation is not None:
+                chosen.append(request.approximation.recomputed)
+            return done
+
+        engine.reuse.planner.check = check  # type: ignore[method-assign]
+        served = ask(engine, ROLE_B, 99, policy)
+        assert served.usage.reasons == {"glue": len(TAIL), "rung": 27}
+        assert served.usage.aligned_tokens == 63
+        (group,) = [each for each in engine.reuse.groups.groups(engine.namespace()) if each.num_approximated]
+        replayed: list[np.ndarray] = []
+        moved = engine.reuse.replayer.moved
+
+        def spy(case: Case, exact: Tensor, corrections: Any, moves: Any, recomputed: np.ndarray) -> Replay:
+            replayed.append(recomputed)
+            return moved(case, exact, corrections, moves, recomputed)
+
+        engine.reuse.replayer.moved = spy  # type: ignore[method-assign]
+        variant = Variant("token", 0.3, "attention", group.strength)
+        engine.measure(prompt(ROLE_B, 99), served.token_ids, [variant]).result(30)
+    assert chosen[0].tolist() == replayed[-1].tolist()
+    assert len(chosen[0]) == 27
+
+
+@pytest.mark.parametrize(("rungs", "limits"), [((0.3,), (0.0,)), ((0.3, 0.6), (0.0, 0.0)), ((0.3, 0.6), (0.0, 10.0))])
+def test_tokens_far_from_their_estimates_escalate(
+    engine: Engine, rungs: tuple[float, ...], limits: tuple[float, ...]
+) -> None:
+    """To the next rung whose probes pass, and behind the last one to an exact answer."""
+    policy = replace(LOOSE, rungs=rungs)
+    earn(engine, policy)
+    for group in engine.reuse.groups.groups(engine.namespace()):
+        pairs = [pair._replace(residuals=limits) for pair in group.calibration.pairs]
+        group.calibration = Calibration(len(rungs), pairs)
+    ask(engine, ROLE_A, 99, policy)
+    served = ask(engine, ROLE_B, 99, policy)
+    if limits[-1]:
+        assert served.usage.reasons == {"glue": len(TAIL), "escalated": 54}
+        assert served.usage.aligned_tokens == 36
+    else:
+        tokens = [token for segment in prompt(ROLE_B, 99) for token in segment.token_ids]
+        assert served.usage.reasons == {"escalated": 90 + len(TAIL)}
+        assert served.usage.approximation is None
+        assert list(served.token_ids) == greedy(engine.model, tokens, 8)
+        assert engine.num_cached(tokens) >= 112  # exact again, so it is kept
 
 
 def test_text_unlike_what_is_known_goes_exact(engine: Engine) -> None:

@@ -74,7 +74,7 @@ class ReuseMachine(RuleBasedStateMachine):
 
     @rule()
     def earn(self) -> None:
-        for seed in range(6, 12):
+        for seed in range(6, 22):
             for role in (0, 1):
                 self.engine.generate(self.prompt(role, seed), SAMPLING, policy=LOOSE)
         assert self.engine.wait_idle(30)

@@ -1,0 +1,55 @@
+"""Attention of the tail, against the weights that the stock eager attention returns."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kvcomm.align.attention_mass import MAX_TAIL, AttentionMass
+from kvcomm.align.spans import layer_stores
+from kvcomm.engine.engine import Engine
+from kvcomm.memory.sequences import Sequence
+from kvcomm.model.runner import ModelRunner, Run
+from tests.engine.conftest import some_tokens
+from tests.tiny import TinyModel, tiny_model
+
+TOKENS = np.array(some_tokens(150, seed=3), dtype=np.int32)
+OTHER = np.array(some_tokens(20, seed=4), dtype=np.int32)
+
+
+def expected(tiny: TinyModel, tail_start: int, tail_end: int) -> torch.Tensor:
+    """Third quarter of two layers: the second one."""
+    tiny.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        found = tiny.model(torch.from_numpy(TOKENS)[None].long(), output_attentions=True).attentions
+    tiny.model.set_attn_implementation("sdpa")
+    weights: torch.Tensor = found[1][0][:, tail_start:tail_end, :tail_end]
+    return weights.sum((0, 1))
+
+
+@pytest.mark.parametrize(
+    ("tail", "counted"), [((140, 150), (140, 150)), ((149, 150), (149, 150)), ((20, 150), (150 - MAX_TAIL, 150))]
+)
+@pytest.mark.parametrize("cuts", [(150,), (145, 150), (30, 90, 141, 142, 150)])
+def test_mass_is_that_of_the_stock_attention(
+    tail: tuple[int, int], counted: tuple[int, int], cuts: tuple[int, ...]
+) -> None:
+    """However the prompt is cut into passes, and whatever else is computed with it."""
+    tiny = tiny_model()
+    with Engine(tiny.model, tiny.tokenizer) as engine:
+        pool = engine.pool
+        runner = ModelRunner(
+            tiny.model, keys=pool.keys, values=pool.values, page_size=pool.page_size, backend=engine.backend
+        )
+        sequence, other = Sequence(pool, TOKENS), Sequence(pool, OTHER)
+        for each in (sequence, other):
+            engine.memory.make_writable(each, 0, each.num_tokens)
+        slots = pool.slots(sequence.pages, len(TOKENS))
+        mass = AttentionMass(layer_stores(pool, engine.geometry), slots, *tail)
+        for start, end in zip((0, *cuts), cuts, strict=False):
+            runs = [Run(OTHER, other.pages, 0), Run(TOKENS[start:end], sequence.pages, start)]
+            runner.forward(runs, watch=mass.watch(len(OTHER), start, end))
+        sequence.release()
+        other.release()
+    torch.testing.assert_close(mass.mass, expected(tiny, *counted), atol=1e-5, rtol=1e-5)

@@ -1,0 +1,66 @@
+"""Groups: what is compared, what is fixed, what restarts."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvcomm.align.edges import Edge
+from kvcomm.align.groups import NUM_CONTESTED, Contest, EdgeGroup, GroupBook, GroupKey
+
+KEY = GroupKey(((Edge("s", "t", "a", "a"), True),), "token", (0.0, 0.5))
+STRENGTHS = (1.0, 0.5, 0.0)
+
+
+def contest(*divergences: float, count: int = NUM_CONTESTED) -> Contest:
+    found = Contest(STRENGTHS)
+    for _ in range(count):
+        found.add(divergences)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("divergences", "winner"),
+    [
+        ((0.1, 0.2, 0.3), 1.0),
+        ((0.3, 0.1, 0.2), 0.5),
+        ((0.3, 0.2, 0.1), 0.0),
+        ((0.095, 0.2, 0.1), 0.0),  # too little to be sure of
+        ((0.09, 0.2, 0.1), 1.0),
+    ],
+)
+def test_a_correction_has_to_win_clearly(divergences: tuple[float, ...], winner: float) -> None:
+    assert contest(*divergences).winner == winner
+
+
+def test_a_contest_is_over_after_enough_prompts() -> None:
+    assert not contest(0.1, 0.2, 0.3, count=NUM_CONTESTED - 1).is_over
+    assert contest(0.1, 0.2, 0.3).is_over
+    assert Contest((1.0,)).is_over
+    assert Contest((1.0,)).winner == 1.0
+
+
+def test_sums_decide_and_not_the_last_prompt() -> None:
+    found = contest(0.1, 0.2, 0.3, count=3)
+    found.add((0.3, 0.2, 0.1))
+    assert found.winner == 1.0
+    with pytest.raises(ValueError, match="zip"):
+        found.add((0.1, 0.2))
+
+
+def test_a_restart_forgets_everything_that_rested_on_the_anchors() -> None:
+    group = EdgeGroup(KEY, STRENGTHS)
+    group.contest.add((0.1, 0.2, 0.3))
+    group.breaker((0.02, 0.05))
+    group.restart()
+    assert group.contest == Contest(STRENGTHS)
+    assert group.calibration.num_pairs == 0
+    assert not group.breakers
+
+
+def test_tenants_have_their_own_groups() -> None:
+    book = GroupBook()
+    group = book.group("a", KEY, STRENGTHS)
+    assert book.group("a", KEY, STRENGTHS) is group
+    assert book.find("b", KEY) is None
+    assert [*book.groups("a")] == [group]
+    assert not [*book.groups("b")]
