@@ -19,6 +19,7 @@ from typing import NamedTuple, Self
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvcomm.align.groups import EdgeGroup
 from kvcomm.config import EngineConfig
 from kvcomm.engine.context import Context, sampling_params
 from kvcomm.engine.detokenize import Detokenizer
@@ -465,6 +466,26 @@ class Engine:
         self._loop.wake()
         return future
 
+    def calibrate(
+        self, prompt: Prompt, answer: Iterable[int], policy: ReusePolicy, *, tenant: str = DEFAULT_TENANT
+    ) -> Future[EdgeGroup | None]:
+        """Add a prompt to what is known about its edge group: to its contest first, then to its calibration.
+
+        Done in idle time, with the anchors as they are; the future gives the group, None if nothing of the prompt can
+        be moved. Requests under a policy that learns do this by themselves.
+
+        Args:
+            answer: token ids of the exact greedy answer; the first 32 are looked at.
+            policy: says which estimator and rungs.
+
+        Raises:
+            InvalidRequest: the prompt or the answer is empty.
+        """
+        segments, tokens = self._read_case(prompt, answer)
+        future = self.reuse.learner.calibrate(self.namespace(tenant), segments, tokens, policy)
+        self._loop.wake()
+        return future
+
     def measure(
         self,
         prompt: Prompt,
@@ -483,12 +504,16 @@ class Engine:
         Raises:
             InvalidRequest: the prompt or the answer is empty.
         """
-        segments, tokens = self.read_prompt(prompt, is_start=True), tuple(answer)
-        if not tokens:
-            raise InvalidRequest("an empty answer cannot be replayed; generate at least one token")
+        segments, tokens = self._read_case(prompt, answer)
         future = self.reuse.learner.measure(self.namespace(tenant), segments, tokens, tuple(variants))
         self._loop.wake()
         return future
+
+    def _read_case(self, prompt: Prompt, answer: Iterable[int]) -> tuple[tuple[Segment, ...], tuple[int, ...]]:
+        segments, tokens = self.read_prompt(prompt, is_start=True), tuple(answer)
+        if not tokens:
+            raise InvalidRequest("an empty answer cannot be replayed; generate at least one token")
+        return segments, tokens
 
     def wait_idle(self, timeout_s: float | None = None) -> bool:
         """Wait until no request runs and all idle work is done; False after `timeout_s`."""

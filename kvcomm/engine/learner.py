@@ -42,6 +42,8 @@ logger = logging.getLogger("kvcomm.audit")
 NOTHING: IntArray = np.empty(0, dtype=np.int32)
 """No positions."""
 
+_EXACT = ReusePolicy.exact()
+
 
 class Learner:
     """Makes the jobs of one engine."""
@@ -98,6 +100,27 @@ class Learner:
         self._add_trial(namespace, segments, steps, future)
         return future
 
+    def calibrate(
+        self, namespace: str, segments: tuple[Segment, ...], answer: Sequence[int], policy: ReusePolicy
+    ) -> Future[EdgeGroup | None]:
+        """Add a prompt, followed by its exact greedy answer, to the contest or the calibration of its group.
+
+        The future gives the group; None when nothing of the prompt can be moved.
+        """
+        future: Future[EdgeGroup | None] = Future()
+
+        def steps(trial: _Trial) -> Steps:
+            yield from self._complete(trial)
+            case = self._case(trial, tuple(answer[:NUM_CONTINUATION]))
+            group = None
+            if case.moves:
+                group = self._group(trial, case.moves)
+                yield from self._examine(trial, case, self._replayer.exact(case), case.moves, group)
+            future.set_result(group)
+
+        self._add_trial(namespace, segments, steps, future, policy)
+        return future
+
     def measure(
         self, namespace: str, segments: tuple[Segment, ...], answer: Sequence[int], variants: Sequence[Variant]
     ) -> Future[list[Outcome]]:
@@ -144,7 +167,8 @@ class Learner:
         namespace: str,
         segments: tuple[Segment, ...],
         make: Callable[[_Trial], Steps],
-        future: Future[list[Outcome]] | Future[int],
+        future: Future[list[Outcome]] | Future[int] | Future[EdgeGroup | None],
+        policy: ReusePolicy = _EXACT,
     ) -> None:
         """Queue a job on a prompt that somebody waits for; its failure is theirs to see."""
 
@@ -162,7 +186,7 @@ class Learner:
         with self._lock:
             token_ids = [token for segment in segments for token in segment.token_ids]
             sequence = KVSequence(self._memory.pool, token_ids)
-            trial = _Trial(namespace, segments, sequence, len(token_ids), ReusePolicy.exact())
+            trial = _Trial(namespace, segments, sequence, len(token_ids), policy)
             self._queue(trial, guarded(trial), is_urgent=True, on_end=settle)
 
     def _queue(
@@ -198,7 +222,7 @@ class Learner:
         return Case(trial.sequence, trial.num_prompt, continuation, tuple(trial.moves))
 
     def _study(self, trial: _Trial) -> Steps:
-        """Teach, compare or calibrate, whatever the group of these moves needs next."""
+        """Teach, compare or calibrate, whatever these moves need next."""
         for moves in candidates(trial.moves):
             yield from self._study_moves(trial, moves)
 
@@ -208,13 +232,19 @@ class Learner:
         if not all(estimator.is_ready(namespace, move.edge) for move in moves):
             self._teach(trial, policy.estimator, moves)
             return
+        group = self._group(trial, moves)
+        found = yield from self._exact_case(trial)
+        if found is not None:
+            yield from self._examine(trial, *found, moves, group)
+
+    def _group(self, trial: _Trial, moves: Sequence[Move]) -> EdgeGroup:
+        policy = trial.policy
         with self._lock:
             key = GroupKey.of(moves, policy.estimator, policy.rungs)
-            group = self._reuse.groups.group(namespace, key, estimator.strengths)
-        found = yield from self._exact_case(trial)
-        if found is None:
-            return
-        case, exact = found
+            return self._reuse.groups.group(trial.namespace, key, self._reuse.estimators[policy.estimator].strengths)
+
+    def _examine(self, trial: _Trial, case: Case, exact: Tensor, moves: Sequence[Move], group: EdgeGroup) -> Steps:
+        """Let a prompt take part in what its group is at: the contest, then the calibration."""
         if group.contest.is_over:
             yield from self._calibrate(trial, case, exact, moves, group)
         else:

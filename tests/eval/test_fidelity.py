@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import math
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from eval import fidelity
+from eval.bound import Rungs, bound_figures
+from eval.shift import shift_texts
+from kvcomm.align.calibration import Calibration, Pair
 from kvcomm.engine.replay import Outcome
 
 TEAM = """
@@ -40,7 +44,7 @@ def arguments(tiny_folder: Path, tmp_path: Path) -> list[str]:
     return [
         f"--model={tiny_folder}",
         f"--team={tmp_path / 'team.toml'}",
-        f"--data={questions(tmp_path / 'train.jsonl', 12, 'How many are')}",
+        f"--data={questions(tmp_path / 'train.jsonl', 21, 'How many are')}",
         f"--test={questions(tmp_path / 'test.jsonl', 3, 'Who has')}",
         f"--out={tmp_path / 'run.json'}",
         f"--answers={tmp_path / 'answers.jsonl'}",
@@ -67,7 +71,7 @@ def test_answers_are_kept_and_taken_up_again(
     assert fidelity.main(arguments) == 0
     first = capsys.readouterr().out
     kept = (tmp_path / "answers.jsonl").read_text()
-    assert len(kept.splitlines()) == 13
+    assert len(kept.splitlines()) == 21
     assert fidelity.main(arguments) == 0
     assert (tmp_path / "answers.jsonl").read_text() == kept
     figures = [json.loads(text)["figures"] for text in (first, capsys.readouterr().out)]
@@ -87,21 +91,44 @@ def outcome(divergence: float, recomputed: int = 0, distance: float = 0.3, resid
 
 
 def test_a_bound_is_served_as_the_planner_would() -> None:
-    calm = [(100, [outcome(0.03), outcome(0.01, 25, residual=0.1), outcome(0.0, 50, residual=0.1)])] * 40
+    calm = Calibration(3, [Pair((0.03, 0.01, 0.0), 0.3, (None, 0.1, 0.1))] * 40)
     tested = {
         "a": [
-            (100, [outcome(0.03), outcome(0.01, 25, residual=0.1), outcome(0.0, 50, residual=0.1)]),
-            (100, [outcome(0.03), outcome(0.04, 25, residual=0.1), outcome(0.0, 50, residual=0.1)]),  # a violation
-            (100, [outcome(0.0), outcome(0.0, 25, residual=0.9), outcome(0.0, 50, residual=0.1)]),  # escalates
-            (100, [outcome(0.0, distance=0.9), outcome(0.0, 25), outcome(0.0, 50)]),  # too far off
+            Rungs(100, [outcome(0.03), outcome(0.01, 25, residual=0.1), outcome(0.0, 50, residual=0.1)]),
+            Rungs(100, [outcome(0.03), outcome(0.04, 25, residual=0.1), outcome(0.0, 50, residual=0.1)]),  # a violation
+            Rungs(100, [outcome(0.0), outcome(0.0, 25, residual=0.9), outcome(0.0, 50, residual=0.1)]),  # escalates
+            Rungs(100, [outcome(0.0, distance=0.9), outcome(0.0, 25), outcome(0.0, 50)]),  # too far off
         ]
     }
-    figures = fidelity._bound_figures({"a": calm}, tested, [0, 1, 2], (0.02, 0.05))
+    figures = bound_figures(tested, {"a": calm}, (0.02, 0.05))
     values = {figure.id: figure.value for figure in figures}
     assert values["accepted_002"] == 3 / 4
+    assert values["accepted_002_requests"] == 3
     assert values["violations_002"] == 1 / 3
     assert values["aligned_002"] == pytest.approx((75 + 75 + 50) / 300)
-    assert values["violations_002_limit"] == pytest.approx(0.05 + 2 * math.sqrt(0.05 * 0.95 / 3))
+    assert figures[0].goal == f"<= {0.05 + 2 * math.sqrt(0.05 * 0.95 / 3):.3g}"
+
+
+def test_other_texts_are_read_on_the_same_banks(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.jsonl.gz"
+    other.write_bytes(gzip.compress(b"\n".join(json.dumps({"prompt": f"def f{i}():"}).encode() for i in range(3))))
+    assert fidelity.main([*arguments, "--calibration=2", "--shift", str(other), "--shift-texts=2"]) == 0
+    values = {figure["id"]: figure["value"] for figure in json.loads(capsys.readouterr().out)["figures"]}
+    assert values["shift_requests"] == 2  # one agent of two has text to move
+    assert values["shift_approximated"] == 0
+    reasons = {name.removeprefix("shift reason ") for name in values if name.startswith("shift reason ")}
+    assert reasons & {"uncalibrated", "out_of_distribution", "no_anchors"}
+
+
+def test_texts_are_found_by_field_and_cut(tmp_path: Path) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text(json.dumps({"id": 1, "text": "x" * 5000}) + "\n" + json.dumps({"question": "why"}) + "\n")
+    assert [len(text) for text in shift_texts([file], 5)] == [1200, 3]
+    file.write_text('{"body": "x"}\n')
+    with pytest.raises(ValueError, match="line 1 has none of the fields"):
+        shift_texts([file], 5)
 
 
 def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,69 @@
+"""Text of another kind on banks of this one: a team really runs on it, and nothing may be approximated."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from eval.figures import Figure
+from eval.workload import note
+from kvcomm import Engine, KVCommAgentGroup, ReusePolicy
+from kvcomm.agents.team import load_team
+from kvcomm.engine.plan import Reason
+
+BATCH = 10
+"""Texts that are read at the same time."""
+MAX_CHARACTERS = 1200
+"""Of each text; documents are longer."""
+FIELDS = ("prompt", "text", "question")
+"""Where files have the text, the first one that is there."""
+POLICY = ReusePolicy(max_divergence=1.0, confidence=0.95, learn=False, audit=0.0)
+"""So loose that only the distance of the text stands between a calibrated group and approximation."""
+
+
+def shift_texts(files: Sequence[Path], count: int) -> list[str]:
+    """The first `count` texts of each .jsonl or .jsonl.gz file.
+
+    Raises:
+        ValueError: a line without any of the fields.
+    """
+    return [text for file in files for text in _texts(file)[:count]]
+
+
+def shift_figures(engine: Engine, team: str, texts: Sequence[str]) -> list[Figure]:
+    """Let the team read the texts on an engine whose edge groups are calibrated."""
+    group = KVCommAgentGroup(engine, policy=POLICY)
+    for agent in load_team(team).agents:
+        group.add(agent)
+    num_requests = num_approximated = 0
+    reasons: Counter[str] = Counter()
+    for first in range(0, len(texts), BATCH):
+        note(f"other texts: {first + 1} to {min(first + BATCH, len(texts))} of {len(texts)}")
+        batch = texts[first : first + BATCH]
+        with ThreadPoolExecutor(len(batch)) as threads:
+            results = list(threads.map(lambda text: group.run(question=text), batch))
+        usages = [result[name].usage for result in results for name in list(result)[1:]]
+        num_requests += len(usages)
+        num_approximated += sum(usage.aligned_tokens > 0 for usage in usages)
+        reasons.update(reason for usage in usages for reason in usage.reasons)
+        engine.clear_cache()
+    refused = reasons[Reason.OUT_OF_DISTRIBUTION.value]
+    return [
+        Figure("shift_approximated", num_approximated, "requests", goal="0"),
+        Figure("shift_out_of_distribution", refused / max(1, num_requests), "share", goal="1"),
+        Figure("shift_requests", num_requests, "requests"),
+        *(Figure(f"shift reason {name}", count / num_requests, "share") for name, count in reasons.most_common()),
+    ]
+
+
+def _texts(file: Path) -> list[str]:
+    lines = (gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()).decode()
+    rows = [json.loads(line) for line in lines.splitlines() if line.strip()]
+    found = [next((row[field] for field in FIELDS if field in row), None) for row in rows]
+    if None in found:
+        raise ValueError(f"{file}: line {found.index(None) + 1} has none of the fields {', '.join(FIELDS)}")
+    return [str(text)[:MAX_CHARACTERS] for text in found]
