@@ -1,13 +1,14 @@
-"""Compile the attention kernels ahead of time and read registers, spills and loads off the result.
+"""Compile the Triton kernels ahead of time and read registers, spills and loads off the result.
 
     python scripts/compile_kernels.py
     python scripts/compile_kernels.py --target sm_90 --dtype bf16 --head-dim 64 --json
 
 Every variant is compiled with the tile shape that the back end launches it with and as the launcher
 specializes it for head sizes divisible by 16: pointers and strides divisible by 16, innermost strides of 1.
-Exits with 1 when a variant spills, or loads keys, values or queries in pieces of less than 128 bits where
-whole ones are meant. Needs no GPU. It shows what the compiler made of the kernels, not that they are fast or
-right: the tests show the latter, in the interpreter, and nothing here shows the former.
+Exits with 1 when a variant spills, or loads keys, values, queries or offsets in pieces of less than 128 bits
+where whole ones are meant. Bytes per token are what moving one of them, in one head of one layer, reads and
+writes. Needs no GPU. It shows what the compiler made of the kernels, not that they are fast or right: the
+tests show the latter, in the interpreter, and nothing here shows the former.
 
 Must be a process of its own: in interpreter mode the kernels are not compilable.
 """
@@ -36,6 +37,8 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kvcomm.align.ops import triton_kernels as move_kernels
+from kvcomm.align.ops.triton_shapes import NUM_THREADS, RowKind
 from kvcomm.model.attention import triton_kernels as kernels
 from kvcomm.model.attention import triton_shapes as shapes
 from kvcomm.model.attention.triton_plan import MAX_PARTS, SPLIT_FIELDS, TILE_FIELDS
@@ -43,6 +46,8 @@ from kvcomm.model.attention.triton_plan import MAX_PARTS, SPLIT_FIELDS, TILE_FIE
 GROUP_SIZE = 4
 PAGE_SIZE = 16
 WINDOW_CHOICES = (False, True)
+NUM_NEIGHBORS = 8
+MOVES = ("keys", "keys rotated only", "interleaved keys", "values")
 
 
 class TargetName(StrEnum):
@@ -61,6 +66,7 @@ class KernelName(StrEnum):
     WRITE_KV = "write_kv"
     ATTEND = "attend"
     MERGE_SPLITS = "merge_splits"
+    MOVE_ROWS = "move_rows"
 
 
 TARGETS = {
@@ -77,7 +83,10 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel as one launch compiles it. `tiles`: wide, narrow, or parts (narrow tiles of split runs)."""
+    """One kernel as one launch compiles it.
+
+    `tiles`: of `attend`, wide, narrow, or parts (narrow tiles of split runs); of `move_rows`, what is moved.
+    """
 
     kernel: KernelName
     target: TargetName
@@ -115,6 +124,7 @@ class Report:
     loads: Loads
     min_vector: int
     max_narrow: int
+    token_bytes: int | None = None
 
     @property
     def problems(self) -> list[str]:
@@ -136,10 +146,11 @@ class Plan:
     """How to compile a variant, and how many loads a thread of it should issue."""
 
     pointers: Mapping[str, str]
-    constants: Mapping[str, int]
+    constants: Mapping[str, Any]
     options: Mapping[str, int]
     min_vector: int
     max_narrow: int
+    token_bytes: int | None = None
 
 
 def main(
@@ -184,12 +195,13 @@ def variants(targets: list[TargetName], dtypes: list[DtypeName], head_dims: list
         tiles = ("wide", "narrow") if dtype == DtypeName.FP32 else ("wide", "narrow", "parts")
         for tile, window in product(tiles, WINDOW_CHOICES):
             found.append(Variant(KernelName.ATTEND, target, dtype, head_dim, tile, window))
+        found += [Variant(KernelName.MOVE_ROWS, target, dtype, head_dim, moved) for moved in MOVES]
     return found
 
 
 def compile_variant(variant: Variant, unaligned: bool = False, max_registers: int | None = None) -> Report:
     """Compile one variant; runs in a worker process."""
-    kernel = getattr(kernels, variant.kernel)
+    kernel = getattr(move_kernels if variant.kernel == KernelName.MOVE_ROWS else kernels, variant.kernel)
     plan = PLANS[variant.kernel](variant)
     signature, constants, attributes = specialize(kernel.arg_names, plan, aligned=not unaligned)
     target = TARGETS[variant.target]
@@ -203,15 +215,24 @@ def compile_variant(variant: Variant, unaligned: bool = False, max_registers: in
     else:
         registers, spills = rocm_resources(compiled.asm["amdgcn"])
         loads = rocm_loads(compiled.asm["amdgcn"])
-    return Report(variant, registers, spills, compiled.metadata.shared, loads, plan.min_vector, plan.max_narrow)
+    return Report(
+        variant,
+        registers,
+        spills,
+        compiled.metadata.shared,
+        loads,
+        plan.min_vector,
+        plan.max_narrow,
+        plan.token_bytes,
+    )
 
 
 def specialize(
     names: list[str], plan: Plan, *, aligned: bool
-) -> tuple[dict[str, str], dict[str, int], dict[tuple[int, ...], list[list[Any]]]]:
+) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
     """Argument types, constants and divisibility as the launcher finds them on contiguous tensors."""
     signature: dict[str, str] = {}
-    constants = dict(plan.constants)
+    constants: dict[str, Any] = dict(plan.constants)
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, name in enumerate(names):
         if name.endswith("_stride_dim") or (name.endswith("_stride_head") and "lse" in name):
@@ -287,10 +308,34 @@ def merge_plan(variant: Variant) -> Plan:
     )
 
 
+def move_plan(variant: Variant) -> Plan:
+    dim, dtype = variant.head_dim, DTYPES[variant.dtype]
+    k = 0 if variant.tiles == "keys rotated only" else NUM_NEIGHBORS
+    rotary = 0 if variant.tiles == "values" else dim
+    kind = RowKind(dim, rotary, variant.tiles == "interleaved keys", k)
+    num_elements = kind.block_tokens * dim
+    sources = num_elements * variant.element_bytes // 16 // NUM_THREADS
+    codes = k * max(1, num_elements // 16 // NUM_THREADS)
+    return Plan(
+        pointers={
+            **dict.fromkeys(("stored", "codes", "scales", "sources", "targets"), "i64"),
+            **dict.fromkeys(("groups", "ropes", "indices"), "i32"),
+            **dict.fromkeys(("weights", "move", "place"), "fp32"),
+        },
+        constants={"ELEMENT": move_kernels.ELEMENTS[dtype], **kind.constants()},
+        options={"num_warps": NUM_THREADS // TARGETS[variant.target].warp_size},
+        min_vector=sources + codes,
+        # A scale, an index and a weight of each neighbor; addresses of the layer, slots, and small parts of the tables.
+        max_narrow=3 * k + 16,
+        token_bytes=kind.token_bytes(variant.element_bytes),
+    )
+
+
 PLANS = {
     KernelName.WRITE_KV: write_plan,
     KernelName.ATTEND: attend_plan,
     KernelName.MERGE_SPLITS: merge_plan,
+    KernelName.MOVE_ROWS: move_plan,
 }
 
 
@@ -334,7 +379,7 @@ def rocm_loads(assembly: str) -> Loads:
 
 def print_table(reports: list[Report]) -> None:
     table = Table("kernel", "target", "dtype", "head", title=f"Triton {triton.__version__}, ahead of time")
-    for name in ("registers", "spills", "shared bytes", "128-bit loads", "narrow loads"):
+    for name in ("registers", "spills", "shared bytes", "128-bit loads", "narrow loads", "bytes/token"):
         table.add_column(name, justify="right")
     table.add_column("problems", style="red")
     for report in reports:
@@ -349,6 +394,7 @@ def print_table(reports: list[Report]) -> None:
             str(report.shared_bytes),
             f"{report.loads.vector} (>= {report.min_vector})",
             f"{report.loads.narrow} (<= {report.max_narrow})",
+            "-" if report.token_bytes is None else str(report.token_bytes),
             "; ".join(report.problems),
         )
     Console().print(table)

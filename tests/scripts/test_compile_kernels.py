@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
+MOVES = ("keys", "keys rotated only", "interleaved keys", "values")
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -50,6 +51,16 @@ def test_narrow_loads_fail() -> None:
     assert [text for text in report["problems"] if "vector" in text] == ["0 vector loads, 4 meant"]
 
 
+def test_offsets_are_loaded_whole_or_it_fails() -> None:
+    options = ("--target", "sm_90", "--kernel", "move_rows", "--dtype", "bf16", "--head-dim", "64", "--json")
+    clean, unaligned = run_script(*options), run_script(*options, "--unaligned")
+    assert clean.returncode == 0, clean.stdout
+    assert [report["variant"]["tiles"] for report in variants(clean)] == list(MOVES)
+    assert variants(clean)[0]["token_bytes"] == 2 * 128 + 16 + 8 * 76
+    assert unaligned.returncode == 1
+    assert all(report["problems"] for report in variants(unaligned))
+
+
 def test_interpreter_mode_is_refused() -> None:
     result = run_script("--json", TRITON_INTERPRET="1")
     assert result.returncode == 2
@@ -70,6 +81,7 @@ def test_all_variants_of_a_target_are_clean(target: str) -> None:
     result = run_script("--target", target, "--json")
     reports = variants(result)
     assert result.returncode == 0, [(report["label"], report["problems"]) for report in reports]
-    # Two head sizes; per dtype write and merge, wide and narrow with and without a window; parts for two dtypes.
-    assert len(reports) == 2 * (3 * (2 + 4) + 2 * 2)
+    # Two head sizes; per dtype write and merge, wide and narrow with and without a window, what is moved; parts for
+    # two dtypes.
+    assert len(reports) == 2 * (3 * (2 + 4 + len(MOVES)) + 2 * 2)
     assert {report["variant"]["target"] for report in reports} == {target}

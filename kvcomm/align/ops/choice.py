@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from kvcomm.align.ops.align import reference as align_reference
 from kvcomm.align.ops.contract import Align, Rotate
 from kvcomm.align.ops.rotate import cpu as rotate_cpu
 from kvcomm.align.ops.rotate import reference as rotate_reference
+from kvcomm.align.ops.triton_launch import Mover
 from kvcomm.errors import InvalidRequest
 
 
@@ -22,20 +24,24 @@ class Ops(NamedTuple):
 
 
 def make_ops(name: str, device: torch.device | str) -> Ops:
-    """The implementation called "cpu" or "reference"; "auto" is "cpu" on the CPU and "reference" elsewhere.
+    """The implementation called "cpu", "triton" or "reference".
+
+    "auto" is "cpu" on the CPU, and elsewhere "triton" if that is installed, else "reference".
 
     Raises:
-        InvalidRequest: unknown, or not for this device.
+        InvalidRequest: unknown, not installed, or not for this device.
     """
     on_cpu = torch.device(device).type == "cpu"
     if name == "auto":
-        name = "cpu" if on_cpu else "reference"
-    if name == "cpu" and not on_cpu:
+        name = "cpu" if on_cpu else "triton" if find_spec("triton") else "reference"
+    if name == "cpu" and on_cpu:
+        return Ops(rotate_cpu.rotate, align_cpu.align)
+    if name == "reference":
+        return Ops(rotate_reference.rotate, align_reference.align)
+    if name == "triton":
+        mover = Mover()
+        mover.require(torch.device(device))
+        return Ops(mover.rotate, mover.align)
+    if name == "cpu":
         raise InvalidRequest(f"the operations called 'cpu' do not run on {device}; choose 'reference' or 'auto'")
-    known = {
-        "cpu": Ops(rotate_cpu.rotate, align_cpu.align),
-        "reference": Ops(rotate_reference.rotate, align_reference.align),
-    }
-    if name not in known:
-        raise InvalidRequest(f"unknown operations {name!r}; there are auto, {', '.join(known)}")
-    return known[name]
+    raise InvalidRequest(f"unknown operations {name!r}; there are auto, cpu, triton, reference")

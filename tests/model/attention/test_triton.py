@@ -1,12 +1,7 @@
-"""The Triton back end. What runs kernels stands in triton_cases.py and gets a process of its own.
-
-Triton decides at its first import whether kernels are interpreted, so the interpreter must not reach other tests.
-"""
+"""The Triton back end. What runs kernels stands in triton_cases.py and gets a process of its own."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,8 +9,8 @@ import pytest
 import torch
 
 from kvcomm.errors import InvalidRequest
+from tests.triton_process import run_cases, run_python
 
-ROOT = Path(__file__).parents[3]
 CASES = Path(__file__).with_name("triton_cases.py")
 
 REFUSES_CPU = """
@@ -36,30 +31,15 @@ except InvalidRequest as error:
 """
 
 
-def run_python(*arguments: str, interpret: bool) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    if interpret:
-        environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-def run_cases(*, interpret: bool) -> None:
-    result = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES), interpret=interpret)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "skipped" not in result.stdout
-
-
 def test_kernels_match_the_reference_in_the_interpreter() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    run_cases(interpret=True)
+    run_cases(CASES, interpret=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
 def test_kernels_match_the_reference_on_the_device() -> None:
-    run_cases(interpret=False)
+    run_cases(CASES, interpret=False)
 
 
 def test_import_is_light_and_a_cpu_pool_is_refused() -> None:
