@@ -6,15 +6,13 @@ an offset measured at one position holds at any other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 CODE_RANGE = 127
-PACKED_ZERO = 128
-"""The unsigned code that stands for 0 in packed rows."""
 
 
 class OffsetRows(NamedTuple):
@@ -53,34 +51,23 @@ class OffsetRows(NamedTuple):
         """These rows and behind them the others."""
         return OffsetRows(torch.cat((self.codes, other.codes)), torch.cat((self.scales, other.scales)))
 
-    def packed(self) -> Tensor:
-        """[num_tokens, channels + 8] uint8: codes + 128, then float32 scale and bias.
-
-        The row format of torch's `embedding_bag_byte` operators.
-        """
-        codes = (self.codes.to(torch.int16) + PACKED_ZERO).to(torch.uint8)
-        ends = torch.stack((self.scales, -PACKED_ZERO * self.scales), dim=1)
-        return torch.cat((codes, ends.view(torch.uint8)), dim=1)
-
     @property
     def num_bytes(self) -> int:
         """Bytes of codes and scales."""
         return self.codes.nbytes + self.scales.nbytes
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class OffsetTable:
     """Offsets of the same anchor tokens in every layer; the offsets are never changed once made.
 
     Attributes:
         keys, values: one entry per layer; None where a layer needs no offset (layer 0: its keys and values depend on
             nothing but the token and its position).
-        packed: the rows in the layout an operation wants, kept by it for the next time.
     """
 
     keys: tuple[OffsetRows | None, ...]
     values: tuple[OffsetRows | None, ...]
-    packed: tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]] | None = field(default=None, repr=False)
 
     @property
     def num_tokens(self) -> int:

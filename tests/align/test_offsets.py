@@ -1,4 +1,4 @@
-"""Offsets: what quantization keeps, and the packed rows."""
+"""Offsets: what quantization keeps."""
 
 from __future__ import annotations
 
@@ -21,13 +21,6 @@ def test_a_row_keeps_its_offsets_to_half_a_step() -> None:
 def test_a_row_of_zeros_stays_zero() -> None:
     rows = OffsetRows.quantize(torch.zeros(2, 4))
     assert not rows.dequantize().any()
-
-
-def test_packed_rows_mean_the_same() -> None:
-    rows = OffsetRows.quantize(torch.randn(5, 12, generator=torch.Generator().manual_seed(2)))
-    packed = rows.packed()
-    scale, bias = packed[:, -8:].contiguous().view(torch.float32).unbind(1)
-    assert torch.allclose(packed[:, :-8].float() * scale[:, None] + bias[:, None], rows.dequantize(), atol=1e-6)
 
 
 def test_taking_and_appending_are_inverse() -> None:

@@ -7,11 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from kvcomm.align.ops.align import cpu as align_cpu
-from kvcomm.align.ops.align import reference as align_reference
+from kvcomm.align.ops import cpu, reference
 from kvcomm.align.ops.contract import Align, Rotate
-from kvcomm.align.ops.rotate import cpu as rotate_cpu
-from kvcomm.align.ops.rotate import reference as rotate_reference
 from kvcomm.align.ops.triton_launch import Mover
 from kvcomm.errors import InvalidRequest
 
@@ -35,9 +32,9 @@ def make_ops(name: str, device: torch.device | str) -> Ops:
     if name == "auto":
         name = "cpu" if on_cpu else "triton" if find_spec("triton") else "reference"
     if name == "cpu" and on_cpu:
-        return Ops(rotate_cpu.rotate, align_cpu.align)
+        return Ops(cpu.rotate, cpu.align)
     if name == "reference":
-        return Ops(rotate_reference.rotate, align_reference.align)
+        return Ops(reference.rotate, reference.align)
     if name == "triton":
         mover = Mover()
         mover.require(torch.device(device))

@@ -1,4 +1,4 @@
-"""`align` as plainly as possible."""
+"""`rotate` and `align` as plainly as possible, on any device."""
 
 from __future__ import annotations
 
@@ -10,6 +10,16 @@ from torch import Tensor
 from kvcomm.align.offsets import OffsetRows, OffsetTable
 from kvcomm.align.ops.contract import LayerStore, Neighbors, Place
 from kvcomm.model.rope import rotate as turned
+
+
+def rotate(layers: Sequence[LayerStore], source: Place, target: Place) -> None:
+    """See `contract.Rotate`."""
+    for layer in layers:
+        keys = layer.keys[source.slots].clone()
+        if layer.rope is not None:
+            keys = turned(keys, target.start - source.start, layer.rope)
+        layer.keys[target.slots] = keys
+        layer.values[target.slots] = layer.values[source.slots].clone()
 
 
 def align(

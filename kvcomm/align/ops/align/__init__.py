@@ -1,1 +1,0 @@
-"""Moving a span of KV and correcting it by the weighted offsets of anchors."""

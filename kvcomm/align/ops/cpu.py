@@ -1,0 +1,118 @@
+"""`align` and `rotate` for the CPU: straight from slots to slots where those are float32 and contiguous."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvcomm.align.offsets import OffsetRows, OffsetTable
+from kvcomm.align.ops.contract import LayerStore, Neighbors, Place
+from kvcomm.align.ops.staging import Staging
+from kvcomm.model.rope import RopeGeometry
+
+_one_at_a_time = threading.Lock()
+"""Where numba has no OpenMP its threads may serve one caller only."""
+
+
+def rotate(layers: Sequence[LayerStore], source: Place, target: Place) -> None:
+    """See `contract.Rotate`."""
+    _move(layers, source, target, None, None)
+
+
+def align(
+    layers: Sequence[LayerStore], source: Place, target: Place, offsets: OffsetTable, neighbors: Neighbors
+) -> None:
+    """See `contract.Align`."""
+    _move(layers, source, target, offsets, neighbors)
+
+
+class _Weighted(NamedTuple):
+    """The neighbors of one group of layers: [num_tokens, k] int32 and float32, k filled up to whole batches."""
+
+    indices: np.ndarray
+    weights: np.ndarray
+
+    @classmethod
+    def of(cls, indices: Tensor, weights: Tensor, batch: int) -> _Weighted:
+        missing = -indices.shape[1] % batch
+        padded = [torch.nn.functional.pad(part, (0, missing)) for part in (indices.int(), weights.float())]
+        return cls(padded[0].contiguous().numpy(), padded[1].contiguous().numpy())
+
+    @classmethod
+    def none(cls, num_tokens: int) -> _Weighted:
+        return cls(np.empty((num_tokens, 0), dtype=np.int32), np.empty((num_tokens, 0), dtype=np.float32))
+
+
+def _move(
+    layers: Sequence[LayerStore],
+    source: Place,
+    target: Place,
+    offsets: OffsetTable | None,
+    neighbors: Neighbors | None,
+) -> None:
+    import numba
+
+    from kvcomm.align.ops import fused
+
+    if not source.num_tokens:
+        return
+    nothing = _Weighted.none(source.num_tokens)
+    groups = [nothing]
+    if neighbors is not None:
+        pairs = zip(neighbors.indices, neighbors.weights, strict=True)
+        groups = [_Weighted.of(indices, weights, fused.BATCH) for indices, weights in pairs]
+    turns = _Turns(source, target)
+    with _one_at_a_time:
+        numba.set_num_threads(min(torch.get_num_threads(), vars(numba.config)["NUMBA_NUM_THREADS"]))
+        for layer_id, layer in enumerate(layers):
+            group = groups[0 if neighbors is None else neighbors.group_of_layer[layer_id]]
+            for stored, rope, table in (
+                (layer.keys, layer.rope, None if offsets is None else offsets.keys[layer_id]),
+                (layer.values, None, None if offsets is None else offsets.values[layer_id]),
+            ):
+                weighted = nothing if table is None else group
+                codes, scales = _arrays(table, stored)
+                with Staging(stored, source, target) as rows:
+                    span = (rows.source.flatten(1).numpy(), rows.out.flatten(1).numpy(), codes, scales, *weighted)
+                    if rope is None:
+                        fused.add_offsets(*span)
+                    else:
+                        place = turns.place(rope, needed=table is not None)
+                        fused.turn_and_add(*span, turns.move(rope), place, stored.shape[2], rope.interleaved)
+
+
+def _arrays(rows: OffsetRows | None, stored: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and scales of a layer; none where nothing is added."""
+    if rows is None:
+        return np.empty((0, stored[0].numel()), dtype=np.int8), np.empty(0, dtype=np.float32)
+    return rows.codes.numpy(), rows.scales.numpy()
+
+
+class _Turns:
+    """The rotations of one call, made once for all layers that share them: cos, then sin, float32."""
+
+    def __init__(self, source: Place, target: Place) -> None:
+        self._delta = torch.tensor([target.start - source.start])
+        self._positions = torch.arange(target.start, target.start + target.num_tokens)
+        self._made: dict[tuple[int, RopeGeometry], np.ndarray] = {}
+
+    def move(self, rope: RopeGeometry) -> np.ndarray:
+        """[2, rotary_dim / 2]: from the source's positions to the target's."""
+        made: np.ndarray = self._turn(self._delta, rope)[0]
+        return made
+
+    def place(self, rope: RopeGeometry, *, needed: bool) -> np.ndarray:
+        """[num_tokens, 2, rotary_dim / 2]: from position 0 to each token's own; of no token if not needed."""
+        return self._turn(self._positions if needed else self._positions[:0], rope)
+
+    def _turn(self, positions: Tensor, rope: RopeGeometry) -> np.ndarray:
+        key = (id(positions) if len(positions) else 0, rope)
+        if key not in self._made:
+            angles = positions.float()[:, None] * torch.tensor(rope.inv_freq, dtype=torch.float32)
+            self._made[key] = torch.stack((angles.cos(), angles.sin()), dim=1).numpy()
+        return self._made[key]

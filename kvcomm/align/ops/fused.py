@@ -1,0 +1,121 @@
+"""The loops that move spans on the CPU, compiled by numba: one pass over source and target, offsets from the cache.
+
+Importing this file needs numba and is what takes time, so only calls do it; compiled code is kept beside this file, or
+where NUMBA_CACHE_DIR says. Rows are one token's channels of all heads, float32. Floating-point sums are not reordered
+and NaN stays NaN: only multiplications and additions may be contracted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+F = TypeVar("F", bound=Callable[..., None])
+
+Floats = NDArray[np.float32]
+Codes = NDArray[np.int8]
+Indices = NDArray[np.int32]
+
+BATCH = 4
+"""Neighbors that one loop over the channels adds; their number is a multiple of it, filled up with weight 0."""
+
+
+def _compiled(function: F) -> F:
+    return cast(F, numba.njit(parallel=True, fastmath={"contract"}, cache=True)(function))
+
+
+@numba.njit(fastmath={"contract"}, cache=True, inline="always")
+def _add_weighted(row: Floats, codes: Codes, scales: Floats, indices: Indices, weights: Floats) -> None:
+    """Add the weighted offsets of one token to a row, [channels]."""
+    for first in range(0, len(indices), BATCH):
+        a, b, c, d = indices[first], indices[first + 1], indices[first + 2], indices[first + 3]
+        weight_a, weight_b = weights[first] * scales[a], weights[first + 1] * scales[b]
+        weight_c, weight_d = weights[first + 2] * scales[c], weights[first + 3] * scales[d]
+        row_a, row_b, row_c, row_d = codes[a], codes[b], codes[c], codes[d]
+        for channel in range(len(row)):
+            row[channel] += (
+                weight_a * np.float32(row_a[channel])
+                + weight_b * np.float32(row_b[channel])
+                + weight_c * np.float32(row_c[channel])
+                + weight_d * np.float32(row_d[channel])
+            )
+
+
+@_compiled
+def add_offsets(source: Floats, out: Floats, codes: Codes, scales: Floats, indices: Indices, weights: Floats) -> None:
+    """out = source + the weighted offsets.
+
+    Args:
+        source, out: [num_tokens, channels]; `out` is overwritten.
+        codes, scales: [num_anchors, channels] and [num_anchors].
+        indices, weights: [num_tokens, k], k a multiple of BATCH.
+    """
+    num_channels = source.shape[1]
+    for token in numba.prange(source.shape[0]):
+        for channel in range(num_channels):
+            out[token, channel] = source[token, channel]
+        _add_weighted(out[token], codes, scales, indices[token], weights[token])
+
+
+@_compiled
+def turn_and_add(
+    source: Floats,
+    out: Floats,
+    codes: Codes,
+    scales: Floats,
+    indices: Indices,
+    weights: Floats,
+    move: Floats,
+    place: Floats,
+    dim: int,
+    interleaved: bool,
+) -> None:
+    """out = R(move) source + R(place) the weighted offsets, head by head.
+
+    Args:
+        source, out, codes, scales, indices, weights: as in `add_offsets`; k may be 0.
+        move: [2, rotary_dim / 2], cos and sin from the source's positions to the target's.
+        place: [num_tokens, 2, rotary_dim / 2], cos and sin from position 0 to each token's own; of no token if k is 0.
+        dim: channels of a head; those behind rotary_dim are not rotated.
+        interleaved: pairs are neighbors instead of halves of the rotated channels.
+    """
+    num_channels, half, k = source.shape[1], move.shape[1], indices.shape[1]
+    for token in numba.prange(source.shape[0]):
+        # The sums lie in the target's row until they are turned: nothing is allocated here.
+        for channel in range(num_channels):
+            out[token, channel] = 0
+        _add_weighted(out[token], codes, scales, indices[token], weights[token])
+        for start in range(0, num_channels, dim):
+            # One loop per case, so that each has a stride the compiler knows and no branch inside.
+            if k and interleaved:
+                for pair in range(half):
+                    one, two = start + 2 * pair, start + 2 * pair + 1
+                    x, y, dx, dy = source[token, one], source[token, two], out[token, one], out[token, two]
+                    cos, sin = place[token, 0, pair], place[token, 1, pair]
+                    out[token, one] = x * move[0, pair] - y * move[1, pair] + dx * cos - dy * sin
+                    out[token, two] = y * move[0, pair] + x * move[1, pair] + dy * cos + dx * sin
+            elif k:
+                for pair in range(half):
+                    one, two = start + pair, start + half + pair
+                    x, y, dx, dy = source[token, one], source[token, two], out[token, one], out[token, two]
+                    cos, sin = place[token, 0, pair], place[token, 1, pair]
+                    out[token, one] = x * move[0, pair] - y * move[1, pair] + dx * cos - dy * sin
+                    out[token, two] = y * move[0, pair] + x * move[1, pair] + dy * cos + dx * sin
+            elif interleaved:
+                for pair in range(half):
+                    one, two = start + 2 * pair, start + 2 * pair + 1
+                    x, y = source[token, one], source[token, two]
+                    out[token, one] = x * move[0, pair] - y * move[1, pair]
+                    out[token, two] = y * move[0, pair] + x * move[1, pair]
+            else:
+                for pair in range(half):
+                    one, two = start + pair, start + half + pair
+                    x, y = source[token, one], source[token, two]
+                    out[token, one] = x * move[0, pair] - y * move[1, pair]
+                    out[token, two] = y * move[0, pair] + x * move[1, pair]
+            for channel in range(start + 2 * half, start + dim):
+                out[token, channel] += source[token, channel]
