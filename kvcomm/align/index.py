@@ -1,4 +1,4 @@
-"""Nearest rows by squared Euclidean distance: one small interface, FAISS for large banks, torch below that."""
+"""Nearest rows by squared Euclidean distance: one small interface, FAISS for large banks, own loops below that."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvcomm.align.ops import cpu
 from kvcomm.errors import InvalidRequest
 
 FAISS_FROM_ROWS = 10_000
 """Below that a matrix product is as fast as a flat FAISS index."""
-
-
-NUM_SPARE = 24
-"""Rows beyond k that are measured exactly, so that rounding costs no neighbor."""
 
 
 class NeighborIndex(Protocol):
@@ -35,16 +32,17 @@ class TorchIndex:
 
     def __init__(self, rows: Tensor) -> None:
         """Args:
-        rows: [num_rows, dim] float32, not copied.
+        rows: [num_rows, dim] float32, not copied if contiguous.
         """
-        self._rows = rows
+        self._rows = rows.contiguous()
         self._squares = rows.square().sum(-1)
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `NeighborIndex`."""
-        # ||b||^2 - 2ab is fast, but near neighbors drown in its rounding: it only chooses whom to measure.
+        if self._rows.device.type == "cpu":
+            return cpu.nearest(queries, self._rows, self._squares, k)
         rough = torch.addmm(self._squares, queries, self._rows.T, alpha=-2)
-        chosen = rough.topk(min(k + NUM_SPARE, len(self._rows)), largest=False).indices.sort(dim=-1).values
+        chosen = rough.topk(min(k + cpu.NUM_SPARE, len(self._rows)), largest=False).indices.sort(dim=-1).values
         distances = (self._rows[chosen] - queries[:, None]).square_().sum(-1)
         found, order = distances.sort(dim=-1, stable=True)
         count = min(k, len(self._rows))

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from threading import Lock
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -49,16 +51,31 @@ class Sketcher:
         self._layer_ids = [
             _evenly(bounds[group], bounds[group + 1], self.settings.layers_per_group) for group in range(num_groups)
         ]
+        self._known: WeakKeyDictionary[object, dict[tuple[int, int], Tensor]] = WeakKeyDictionary()
+        self._lock = Lock()
         generator = torch.Generator().manual_seed(seed)
         self._projections = [
             _projection(geometry, layer_ids, self.settings.dim - 1, generator) for layer_ids in self._layer_ids
         ]
 
     def __call__(self, layers: Sequence[LayerStore], place: Place, first_index: int = 0) -> Tensor:
-        """Sketches of a span in the pool, [num_groups, num_tokens, dim] float32.
+        """Sketches of a span in the pool, [num_groups, num_tokens, dim] float32, not to be written.
 
-        `first_index` is the index of its first token in the segment.
+        Made once for the same span of the same owner: texts are read by several agents.
+
+        Args:
+            first_index: index of the span's first token in its segment.
         """
+        if place.owner is None:
+            return self._make(layers, place, first_index)
+        with self._lock:
+            known = self._known.setdefault(place.owner, {})
+        span = first_index, place.num_tokens
+        if span not in known:
+            known[span] = self._make(layers, place, first_index)
+        return known[span]
+
+    def _make(self, layers: Sequence[LayerStore], place: Place, first_index: int) -> Tensor:
         return torch.stack(
             [
                 self._sketch(read_span(layers, place, layer_ids), projection, first_index)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcomm.align.offsets import OffsetRows, OffsetTable
+from kvcomm.align.ops import cpu
 from kvcomm.align.ops.contract import LayerStore, Place
 from kvcomm.memory.pool import PageIds, PagePool
 from kvcomm.model.geometry import ModelGeometry
@@ -49,12 +50,14 @@ def layer_stores(pool: PagePool, geometry: ModelGeometry) -> tuple[LayerStore, .
     )
 
 
-def place_of(pool: PagePool, pages: PageIds, first: int, num_tokens: int, *, position: int) -> Place:
+def place_of(
+    pool: PagePool, pages: PageIds, first: int, num_tokens: int, *, position: int, owner: object | None = None
+) -> Place:
     """Where tokens `first` to `first + num_tokens` of a page table lie; the first one stands at `position`."""
     slots = pool.slots(pages, first + num_tokens)
     if isinstance(slots, slice):
-        return Place(slice(slots.start + first, slots.stop), position)
-    return Place(slots[first:], position)
+        return Place(slice(slots.start + first, slots.stop), position, owner)
+    return Place(slots[first:], position, owner)
 
 
 def read_span(layers: Sequence[LayerStore], place: Place, layer_ids: Sequence[int] | None = None) -> SpanKV:
@@ -69,4 +72,6 @@ def unrotated(layer: LayerStore, keys: Tensor, positions: Tensor) -> Tensor:
     """Keys [num_tokens, num_kv_heads, dim] at `positions` as they would be at position 0, float32, a copy."""
     if layer.rope is None:
         return keys.float().clone()
+    if keys.device.type == "cpu":
+        return cpu.turned(keys.float(), -positions, layer.rope)
     return rotate(keys.float(), -positions, layer.rope)

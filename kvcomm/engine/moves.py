@@ -140,7 +140,8 @@ class MoveFinder:
         pool, index = self._memory.pool, start - each.start
         pages = rendition.pages.copy()
         pool.retain(pages)
-        source = place_of(pool, pages, rendition.offset + index, end - start, position=rendition.start + index)
+        first, position = rendition.offset + index, rendition.start + index
+        source = place_of(pool, pages, first, end - start, position=position, owner=rendition.identity)
         edge = _edge(rendition, each)
         return Move(edge, start, end, index, source, pages, rendition.risk, rendition.fidelity is Fidelity.EXACT)
 

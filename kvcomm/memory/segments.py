@@ -42,6 +42,12 @@ class Segment:
         return hashlib.sha256(_DOMAIN + struct.pack("<Q", len(owner)) + owner + ids).hexdigest()
 
 
+class Identity:
+    """Of one stored KV, however often it is used: what is derived from the KV may be kept as long as this lives."""
+
+    __slots__ = ("__weakref__",)
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Rendition:
     """One stored KV of a segment, or of its first `num_tokens` tokens.
@@ -61,6 +67,7 @@ class Rendition:
     used_s: float
     slot: str = ""  # name of the segment in that context
     risk: float = 0.0  # nats of divergence to be expected of it at most; 0 for exact KV
+    identity: Identity = field(default_factory=Identity)
 
 
 _Key = tuple[str, int, Fidelity]  # signature, start, fidelity

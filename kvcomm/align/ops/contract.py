@@ -35,10 +35,13 @@ class Place(NamedTuple):
     Attributes:
         slots: a slice without a step, or [num_tokens] int64 on the pool's device.
         start: position of the first token in its context.
+        owner: whose KV it is, if that does not change while the owner lives: what is derived from it may be kept as
+            long. None: nobody says so.
     """
 
     slots: slice | Tensor
     start: int
+    owner: object | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -1,9 +1,13 @@
-"""`align` and `rotate` for the CPU: straight from slots to slots where those are float32 and contiguous."""
+"""What is compiled for the CPU, as operations on tensors.
+
+`align` and `rotate` go straight from slots to slots where those are float32 and contiguous.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +18,9 @@ from kvcomm.align.offsets import OffsetRows, OffsetTable
 from kvcomm.align.ops.contract import LayerStore, Neighbors, Place
 from kvcomm.align.ops.staging import Staging
 from kvcomm.model.rope import RopeGeometry
+
+NUM_SPARE = 8
+"""Rows beyond k that are measured exactly, so that rounding costs no neighbor."""
 
 _one_at_a_time = threading.Lock()
 """Where numba has no OpenMP its threads may serve one caller only."""
@@ -29,6 +36,48 @@ def align(
 ) -> None:
     """See `contract.Align`."""
     _move(layers, source, target, offsets, neighbors)
+
+
+def turned(keys: Tensor, positions: Tensor, rope: RopeGeometry) -> Tensor:
+    """Keys [num_tokens, num_heads, dim] float32, each token turned by its own of `positions`; a new tensor."""
+    from kvcomm.align.ops import fused
+
+    keys = keys.contiguous()
+    out = torch.empty_like(keys)
+    with _threads():
+        rows = keys.flatten(1).numpy(), out.flatten(1).numpy()
+        fused.turn_rows(*rows, _cos_and_sin(positions, rope), keys.shape[2], rope.interleaved)
+    return out
+
+
+def nearest(queries: Tensor, rows: Tensor, squares: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Squared distances float32 and numbers int64 of the nearest rows, [num_queries, min(k, num_rows)].
+
+    Ascending by distance, equal ones by row.
+
+    Args:
+        squares: [num_rows], squared norms of the rows.
+    """
+    from kvcomm.align.ops import fused
+
+    # ||b||^2 - 2ab is fast, but near neighbors drown in its rounding: it only chooses whom to measure.
+    rough = torch.addmm(squares, queries, rows.T, alpha=-2)
+    shape = len(queries), min(k, len(rows))
+    distances, found = torch.empty(shape), torch.empty(shape, dtype=torch.int64)
+    with _threads():
+        measured = queries.contiguous().numpy(), rows.numpy()
+        fused.nearest(rough.numpy(), *measured, distances.numpy(), found.numpy(), NUM_SPARE)
+    return distances, found
+
+
+@contextmanager
+def _threads() -> Iterator[None]:
+    """As many of numba's threads as torch has, for this caller alone."""
+    import numba
+
+    with _one_at_a_time:
+        numba.set_num_threads(min(torch.get_num_threads(), vars(numba.config)["NUMBA_NUM_THREADS"]))
+        yield
 
 
 class _Weighted(NamedTuple):
@@ -55,8 +104,6 @@ def _move(
     offsets: OffsetTable | None,
     neighbors: Neighbors | None,
 ) -> None:
-    import numba
-
     from kvcomm.align.ops import fused
 
     if not source.num_tokens:
@@ -67,8 +114,7 @@ def _move(
         pairs = zip(neighbors.indices, neighbors.weights, strict=True)
         groups = [_Weighted.of(indices, weights, fused.BATCH) for indices, weights in pairs]
     turns = _Turns(source, target)
-    with _one_at_a_time:
-        numba.set_num_threads(min(torch.get_num_threads(), vars(numba.config)["NUMBA_NUM_THREADS"]))
+    with _threads():
         for layer_id, layer in enumerate(layers):
             group = groups[0 if neighbors is None else neighbors.group_of_layer[layer_id]]
             for stored, rope, table in (
@@ -113,6 +159,12 @@ class _Turns:
     def _turn(self, positions: Tensor, rope: RopeGeometry) -> np.ndarray:
         key = (id(positions) if len(positions) else 0, rope)
         if key not in self._made:
-            angles = positions.float()[:, None] * torch.tensor(rope.inv_freq, dtype=torch.float32)
-            self._made[key] = torch.stack((angles.cos(), angles.sin()), dim=1).numpy()
+            self._made[key] = _cos_and_sin(positions, rope)
         return self._made[key]
+
+
+def _cos_and_sin(positions: Tensor, rope: RopeGeometry) -> np.ndarray:
+    """[num_positions, 2, rotary_dim / 2] float32."""
+    angles = positions.float()[:, None] * torch.tensor(rope.inv_freq, dtype=torch.float32)
+    turns: np.ndarray = torch.stack((angles.cos(), angles.sin()), dim=1).numpy()
+    return turns

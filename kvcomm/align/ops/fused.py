@@ -1,4 +1,4 @@
-"""The loops that move spans on the CPU, compiled by numba: one pass over source and target, offsets from the cache.
+"""The loops of alignment on the CPU, compiled by numba: one pass over source and target, offsets from the cache.
 
 Importing this file needs numba and is what takes time, so only calls do it; compiled code is kept beside this file, or
 where NUMBA_CACHE_DIR says. Rows are one token's channels of all heads, float32. Floating-point sums are not reordered
@@ -19,6 +19,7 @@ F = TypeVar("F", bound=Callable[..., None])
 Floats = NDArray[np.float32]
 Codes = NDArray[np.int8]
 Indices = NDArray[np.int32]
+Longs = NDArray[np.int64]
 
 BATCH = 4
 """Neighbors that one loop over the channels adds; their number is a multiple of it, filled up with weight 0."""
@@ -119,3 +120,70 @@ def turn_and_add(
                     out[token, two] = y * move[0, pair] + x * move[1, pair]
             for channel in range(start + 2 * half, start + dim):
                 out[token, channel] += source[token, channel]
+
+
+@_compiled
+def turn_rows(source: Floats, out: Floats, turns: Floats, dim: int, interleaved: bool) -> None:
+    """out = R(turns) source, every token by its own turn.
+
+    Args:
+        source, out: [num_tokens, channels]; `out` is overwritten.
+        turns: [num_tokens, 2, rotary_dim / 2], cos and sin.
+        dim, interleaved: as in `turn_and_add`.
+    """
+    num_channels, half = source.shape[1], turns.shape[2]
+    for token in numba.prange(source.shape[0]):
+        for start in range(0, num_channels, dim):
+            for pair in range(half):
+                one = start + 2 * pair if interleaved else start + pair
+                two = one + 1 if interleaved else one + half
+                x, y = source[token, one], source[token, two]
+                cos, sin = turns[token, 0, pair], turns[token, 1, pair]
+                out[token, one] = x * cos - y * sin
+                out[token, two] = y * cos + x * sin
+            for channel in range(start + 2 * half, start + dim):
+                out[token, channel] = source[token, channel]
+
+
+@_compiled
+def nearest(rough: Floats, queries: Floats, rows: Floats, distances: Floats, found: Longs, num_spare: int) -> None:
+    """The nearest rows of every query.
+
+    Args:
+        rough: [num_queries, num_rows], distances up to rounding and a constant per query: they choose whom to measure.
+        queries, rows: [num_queries, dim] and [num_rows, dim].
+        distances, found: [num_queries, k]; overwritten with squared distances, ascending, and row numbers, equal ones
+            by row; k <= num_rows.
+        num_spare: rows beyond k that are measured.
+    """
+    num_rows, dim, k = rows.shape[0], rows.shape[1], found.shape[1]
+    count = min(k + num_spare, num_rows)
+    for query in numba.prange(queries.shape[0]):
+        chosen = np.empty(count, np.int64)
+        values = np.empty(count, np.float32)
+        filled = 0
+        for row in range(num_rows):
+            value = rough[query, row]
+            if filled == count and not value < values[count - 1]:
+                continue
+            at = filled if filled < count else count - 1
+            while at > 0 and value < values[at - 1]:
+                values[at], chosen[at] = values[at - 1], chosen[at - 1]
+                at -= 1
+            values[at], chosen[at] = value, row
+            filled = min(filled + 1, count)
+        for index in range(count):
+            total = np.float32(0)
+            for channel in range(dim):
+                difference = queries[query, channel] - rows[chosen[index], channel]
+                total += difference * difference
+            values[index] = total
+        for place in range(k):
+            best = place
+            for index in range(place + 1, count):
+                is_tie = values[index] == values[best] and chosen[index] < chosen[best]
+                if values[index] < values[best] or is_tie:
+                    best = index
+            values[place], values[best] = values[best], values[place]
+            chosen[place], chosen[best] = chosen[best], chosen[place]
+            distances[query, place], found[query, place] = values[place], chosen[place]
