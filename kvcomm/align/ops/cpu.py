@@ -19,7 +19,7 @@ from kvcomm.align.ops.contract import LayerStore, Neighbors, Place
 from kvcomm.align.ops.staging import Staging
 from kvcomm.model.rope import RopeGeometry
 
-NUM_SPARE = 8
+NUM_SPARE = 4
 """Rows beyond k that are measured exactly, so that rounding costs no neighbor."""
 
 _one_at_a_time = threading.Lock()

@@ -1,8 +1,8 @@
 """The loops of alignment on the CPU, compiled by numba: one pass over source and target, offsets from the cache.
 
 Importing this file needs numba and is what takes time, so only calls do it; compiled code is kept beside this file, or
-where NUMBA_CACHE_DIR says. Rows are one token's channels of all heads, float32. Floating-point sums are not reordered
-and NaN stays NaN: only multiplications and additions may be contracted.
+where NUMBA_CACHE_DIR says. Rows are one token's channels of all heads, float32. NaN stays NaN: what the compiler may
+assume of numbers is said loop by loop.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ BATCH = 4
 
 def _compiled(function: F) -> F:
     return cast(F, numba.njit(parallel=True, fastmath={"contract"}, cache=True)(function))
+
+
+def _compiled_sums(function: F) -> F:
+    """Sums over channels may be reordered: else they are one long chain of additions."""
+    return cast(F, numba.njit(parallel=True, fastmath={"contract", "reassoc"}, cache=True)(function))
 
 
 @numba.njit(fastmath={"contract"}, cache=True, inline="always")
@@ -145,7 +150,7 @@ def turn_rows(source: Floats, out: Floats, turns: Floats, dim: int, interleaved:
                 out[token, channel] = source[token, channel]
 
 
-@_compiled
+@_compiled_sums
 def nearest(rough: Floats, queries: Floats, rows: Floats, distances: Floats, found: Longs, num_spare: int) -> None:
     """The nearest rows of every query.
 
@@ -161,17 +166,19 @@ def nearest(rough: Floats, queries: Floats, rows: Floats, distances: Floats, fou
     for query in numba.prange(queries.shape[0]):
         chosen = np.empty(count, np.int64)
         values = np.empty(count, np.float32)
+        limit = np.float32(np.inf)  # the largest of those chosen, once there are enough
         filled = 0
         for row in range(num_rows):
             value = rough[query, row]
-            if filled == count and not value < values[count - 1]:
+            if filled == count and not value < limit:
                 continue
-            at = filled if filled < count else count - 1
+            at = min(filled, count - 1)
             while at > 0 and value < values[at - 1]:
                 values[at], chosen[at] = values[at - 1], chosen[at - 1]
                 at -= 1
             values[at], chosen[at] = value, row
             filled = min(filled + 1, count)
+            limit = values[filled - 1]
         for index in range(count):
             total = np.float32(0)
             for channel in range(dim):
