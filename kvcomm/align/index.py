@@ -35,17 +35,21 @@ class TorchIndex:
         rows: [num_rows, dim] float32, not copied if contiguous.
         """
         self._rows = rows.contiguous()
-        self._squares = rows.square().sum(-1)
+        # Around their middle, so that rounding depends on how far rows are from each other and not from the origin.
+        self._middle = rows.mean(0) if len(rows) else rows.new_zeros(rows.shape[1])
+        self._centered = self._rows - self._middle
+        self._squares = self._centered.square().sum(-1)
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `NeighborIndex`."""
-        if self._rows.device.type == "cpu":
-            return cpu.nearest(queries, self._rows, self._squares, k)
-        rough = torch.addmm(self._squares, queries, self._rows.T, alpha=-2)
+        # ||b||^2 - 2ab is fast, but near neighbors drown in its rounding: it only chooses whom to measure.
+        rough = torch.addmm(self._squares, queries - self._middle, self._centered.T, alpha=-2)
+        count = min(k, len(self._rows))
+        if rough.device.type == "cpu":
+            return cpu.nearest(rough, queries, self._rows, count)
         chosen = rough.topk(min(k + cpu.NUM_SPARE, len(self._rows)), largest=False).indices.sort(dim=-1).values
         distances = (self._rows[chosen] - queries[:, None]).square_().sum(-1)
         found, order = distances.sort(dim=-1, stable=True)
-        count = min(k, len(self._rows))
         return found[:, :count], chosen.gather(1, order[:, :count])
 
 

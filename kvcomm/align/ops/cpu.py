@@ -50,20 +50,18 @@ def turned(keys: Tensor, positions: Tensor, rope: RopeGeometry) -> Tensor:
     return out
 
 
-def nearest(queries: Tensor, rows: Tensor, squares: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Squared distances float32 and numbers int64 of the nearest rows, [num_queries, min(k, num_rows)].
+def nearest(rough: Tensor, queries: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Squared distances float32 and numbers int64 of the nearest rows, [num_queries, count].
 
     Ascending by distance, equal ones by row.
 
     Args:
-        squares: [num_rows], squared norms of the rows.
+        rough: [num_queries, num_rows], distances up to rounding and a constant per query: they choose whom to measure.
+        queries, rows: [num_queries, dim] and [num_rows, dim] float32.
     """
     from kvcomm.align.ops import fused
 
-    # ||b||^2 - 2ab is fast, but near neighbors drown in its rounding: it only chooses whom to measure.
-    rough = torch.addmm(squares, queries, rows.T, alpha=-2)
-    shape = len(queries), min(k, len(rows))
-    distances, found = torch.empty(shape), torch.empty(shape, dtype=torch.int64)
+    distances, found = torch.empty(len(queries), count), torch.empty(len(queries), count, dtype=torch.int64)
     with _threads():
         measured = queries.contiguous().numpy(), rows.numpy()
         fused.nearest(rough.numpy(), *measured, distances.numpy(), found.numpy(), NUM_SPARE)
