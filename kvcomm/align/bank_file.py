@@ -90,6 +90,17 @@ def read_bank_header(file: Path) -> BankHeader:
         return _header(file, opened)
 
 
+def verify_bank(file: Path) -> BankHeader:
+    """Check every byte of a bank, whosever it is.
+
+    Raises:
+        AnchorFileCorrupt, AnchorFileTooNew, AnchorFileError: as the names say.
+    """
+    header = read_bank_header(file)
+    load_bank(file, namespace=header.namespace, shape=header.shape)
+    return header
+
+
 def load_bank(file: Path, *, namespace: str, shape: BankShape) -> BankSnapshot:
     """Read a bank and check every byte of it.
 

@@ -9,6 +9,9 @@ a uniform mixture of a few rates instead of a betting strategy.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+from kvcomm.errors import InvalidRequest
 
 ALPHA = 0.01
 FACTORS = (1.5, 2.0, 3.0, 5.0, 10.0)
@@ -31,6 +34,22 @@ class Breaker:
         # Rates above 1 make no sense; the highest sensible one lies between delta and 1.
         self._rates = [min(factor * delta, (1 + delta) / 2) for factor in FACTORS]
         self._log_ratios = [0.0] * len(FACTORS)
+
+    @property
+    def log_ratios(self) -> tuple[float, ...]:
+        """Logarithm of the likelihood ratio of every rate watched for."""
+        return tuple(self._log_ratios)
+
+    def resume(self, log_ratios: Sequence[float], num_observed: int, num_violations: int, *, tripped: bool) -> None:
+        """Go on where another breaker with the same delta has stopped.
+
+        Raises:
+            InvalidRequest: not one ratio per rate, or more violations than observations.
+        """
+        if len(log_ratios) != len(FACTORS) or num_violations > num_observed:
+            raise InvalidRequest(f"a breaker needs {len(FACTORS)} ratios and no more violations than observations")
+        self._log_ratios = list(log_ratios)
+        self.num_observed, self.num_violations, self.tripped = num_observed, num_violations, tripped
 
     @property
     def log_evidence(self) -> float:

@@ -135,6 +135,10 @@ class GroupBook:
         """The group with this key, if there is one."""
         return self._groups.get(namespace, {}).get(key)
 
+    def put(self, namespace: str, group: EdgeGroup) -> None:
+        """Take a group in, in place of the one with the same key."""
+        self._groups.setdefault(namespace, {})[group.key] = group
+
     def groups(self, namespace: str) -> Iterator[EdgeGroup]:
         """Every group of a tenant."""
         yield from self._groups.get(namespace, {}).values()

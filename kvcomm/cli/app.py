@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from kvcomm import __version__
-from kvcomm.cli import bench, context, doctor, model, segment, snapshot
+from kvcomm.cli import anchors, bench, context, doctor, model, segment, snapshot
 from kvcomm.cli import run as run_cli
 from kvcomm.cli.output import emit_error
 from kvcomm.errors import InvalidRequest, KVCommError
@@ -34,6 +34,7 @@ app.command("run", epilog=run_cli.EPILOG)(run_cli.run)
 app.add_typer(context.app, name="context")
 app.add_typer(segment.app, name="segment")
 app.add_typer(snapshot.app, name="snapshot")
+app.add_typer(anchors.app, name="anchors")
 app.add_typer(model.app, name="model")
 app.add_typer(bench.app, name="bench")
 app.command("doctor")(doctor.doctor)

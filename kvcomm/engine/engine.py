@@ -20,6 +20,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvcomm.align.groups import EdgeGroup
+from kvcomm.align.profile_file import Profile
 from kvcomm.config import EngineConfig
 from kvcomm.engine.context import Context, sampling_params
 from kvcomm.engine.detokenize import Detokenizer
@@ -508,6 +509,27 @@ class Engine:
         future = self.reuse.learner.measure(self.namespace(tenant), segments, tokens, tuple(variants))
         self._loop.wake()
         return future
+
+    def save_anchors(self, folder: Path, *, tenant: str = DEFAULT_TENANT) -> Profile:
+        """Write what a tenant has learned about moving text: anchor banks, strengths, calibrations, breakers.
+
+        Raises:
+            AnchorFileError: a file cannot be written; what was there under that name is untouched.
+        """
+        with self._lock:
+            return self.reuse.save(folder, self.namespace(tenant))
+
+    def load_anchors(self, folder: Path, *, tenant: str = DEFAULT_TENANT) -> Profile:
+        """Take over what `save_anchors` wrote for the same model and tenant, all of it or nothing.
+
+        Groups whose banks are missing in the folder are left out and counted in the result.
+
+        Raises:
+            AnchorFileForeign: of another model or tenant, or of larger banks than this engine keeps.
+            AnchorFileCorrupt, AnchorFileTooNew, AnchorFileError: damaged, newer, unreadable.
+        """
+        with self._lock:
+            return self.reuse.load(folder, self.namespace(tenant))
 
     def _read_case(self, prompt: Prompt, answer: Iterable[int]) -> tuple[tuple[Segment, ...], tuple[int, ...]]:
         segments, tokens = self.read_prompt(prompt, is_start=True), tuple(answer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from threading import RLock
 from typing import Self
 
@@ -12,6 +13,7 @@ from kvcomm.align.bank import AnchorStore, BankShape
 from kvcomm.align.estimators import Estimator, PaperEstimator, RotateEstimator, TokenEstimator
 from kvcomm.align.groups import GroupBook
 from kvcomm.align.ops.choice import Ops, make_ops
+from kvcomm.align.profile_file import Profile, load_profile, save_profile
 from kvcomm.align.sketch import Sketcher
 from kvcomm.align.spans import layer_stores
 from kvcomm.config import EngineConfig
@@ -21,6 +23,7 @@ from kvcomm.engine.replay import Replayer
 from kvcomm.engine.request import Request
 from kvcomm.engine.reuse import Reuse
 from kvcomm.engine.study import IdleWork
+from kvcomm.errors import AnchorFileForeign
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
 from kvcomm.model.cache_folder import cache_root
@@ -84,6 +87,29 @@ class ReuseParts:
             memory, layers, planner, replayer, idle, chunk=config.prefill_chunk, end_token_ids=end_token_ids
         )
         return cls(ops, anchors, groups, cost, estimators, planner, replayer, learner, idle)
+
+    def save(self, folder: Path, namespace: str) -> Profile:
+        """Write what a tenant has learned. Under the lock. Raises AnchorFileError."""
+        banks = [bank.snapshot() for bank in self.anchors.banks(namespace)]
+        return save_profile(folder, namespace, self.anchors.shape, banks, self.groups.groups(namespace))
+
+    def load(self, folder: Path, namespace: str) -> Profile:
+        """Take over what a folder holds, all of it or nothing, in place of what is known of the same edges and groups.
+
+        Under the lock. Raises AnchorFileError and its subclasses.
+        """
+        profile = load_profile(folder, namespace=namespace, shape=self.anchors.shape)
+        too_large = [bank for bank in profile.banks if bank.num_tokens > self.anchors.max_bank_tokens]
+        if too_large:
+            raise AnchorFileForeign(
+                f"{folder} holds a bank of {too_large[0].num_tokens} tokens, this engine keeps "
+                f"{self.anchors.max_bank_tokens} an edge: raise anchor_bytes, or learn anew"
+            )
+        for bank in profile.banks:
+            self.anchors.bank(namespace, bank.edge).replace(bank)
+        for group in profile.groups:
+            self.groups.put(namespace, group)
+        return profile
 
     def pages_held(self, requests: Iterable[Request]) -> Iterator[PageIds]:
         """Every page reference that moves, idle work and replays hold, for integrity checks."""

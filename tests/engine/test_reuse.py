@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from kvcomm.engine.request import Request
 from kvcomm.engine.results import Completion
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.engine.selectors import SELECTORS, Variant
-from kvcomm.errors import EngineClosed, InvalidRequest
+from kvcomm.errors import AnchorFileForeign, EngineClosed, InvalidRequest
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.segments import Segment
 from tests.engine.conftest import ROWS_ONLY, greedy, some_tokens
@@ -278,6 +279,36 @@ def test_whoever_waits_for_idle_work_hears_of_the_end() -> None:
     with pytest.raises(EngineClosed):
         future.result(10)
     engine.close()
+
+
+def test_what_was_learned_survives_in_a_folder(engine: Engine, tmp_path: Path) -> None:
+    """A second engine approximates at once, and gives the same answer."""
+    earn(engine, LOOSE)
+    ask(engine, ROLE_A, 99, LOOSE)
+    here = ask(engine, ROLE_B, 99, LOOSE)
+    engine.save_anchors(tmp_path)
+    with Engine(engine.model, engine.tokenizer, config=SMALL_BANKS) as other:
+        other.reuse.cost.model = ROWS_ONLY
+        profile = other.load_anchors(tmp_path)
+        assert profile.num_dropped == 0
+        assert profile.num_pairs > 0
+        ask(other, ROLE_A, 99, LOOSE)
+        there = ask(other, ROLE_B, 99, LOOSE)
+    assert here.usage.aligned_tokens == there.usage.aligned_tokens == 90
+    assert here.token_ids == there.token_ids
+
+
+def test_another_models_anchors_and_larger_banks_are_refused(engine: Engine, tmp_path: Path) -> None:
+    earn(engine, LOOSE, rounds=4)
+    engine.save_anchors(tmp_path)
+    tiny = tiny_model(seed=1)
+    with Engine(tiny.model, tiny.tokenizer) as stranger, pytest.raises(AnchorFileForeign, match="another namespace"):
+        stranger.load_anchors(tmp_path)
+    small = EngineConfig(anchor_bytes=100_000)
+    with Engine(engine.model, engine.tokenizer, config=small) as other:
+        with pytest.raises(AnchorFileForeign, match="raise anchor_bytes"):
+            other.load_anchors(tmp_path)
+        assert not list(other.reuse.anchors.banks(other.namespace()))
 
 
 def test_tenants_learn_for_themselves(engine: Engine) -> None:

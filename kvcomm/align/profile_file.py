@@ -1,0 +1,265 @@
+"""What a tenant has learned, as a folder: one file per anchor bank, and one for the edge groups.
+
+The format is described in `anchors/FORMAT.md`. A group's calibration holds for the anchors it was made with, so the
+file names every bank by digest, and groups whose banks are missing or others are left out on loading. Nothing is taken
+over unless all of it could be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+
+from kvcomm.align.bank import BankShape, BankSnapshot
+from kvcomm.align.bank_file import SUFFIX, load_bank, read_bank_header, save_bank
+from kvcomm.align.breaker import Breaker
+from kvcomm.align.calibration import Calibration, Pair
+from kvcomm.align.edges import Edge
+from kvcomm.align.groups import Contest, EdgeGroup, GroupKey
+from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign, AnchorFileTooNew, InvalidRequest
+from kvcomm.memory.sealed_file import SealedFormat
+
+FORMAT = SealedFormat(
+    "file of edge groups", "kvcomm_edge_groups", 1, AnchorFileError, AnchorFileCorrupt, AnchorFileTooNew
+)
+GROUPS_FILE = "edge-groups.safetensors"
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class EdgeRecord(_Strict):
+    """One moved segment of a group, and the digest of the bank that corrects it; None: it has no bank of its own."""
+
+    source: str
+    target: str
+    slot: str
+    source_slot: str
+    is_exact: bool
+    bank: str | None
+
+    @property
+    def edge(self) -> Edge:
+        """The edge itself."""
+        return Edge(self.source, self.target, self.slot, self.source_slot)
+
+
+class PairRecord(_Strict):
+    """One pair of the calibration."""
+
+    divergences: tuple[NonNegative, ...]
+    distance: NonNegative
+    residuals: tuple[NonNegative | None, ...]
+
+
+class BreakerRecord(_Strict):
+    """The audits under one bound."""
+
+    epsilon: NonNegative
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    num_observed: NonNegativeInt
+    num_violations: NonNegativeInt
+    log_ratios: tuple[Finite, ...]
+    tripped: bool
+
+
+class GroupRecord(_Strict):
+    """One edge group."""
+
+    edges: tuple[EdgeRecord, ...]
+    estimator: str
+    shares: tuple[NonNegative, ...]
+    strengths: tuple[NonNegative, ...]
+    contest_totals: tuple[NonNegative, ...]
+    contest_prompts: NonNegativeInt
+    pairs: tuple[PairRecord, ...]
+    breakers: tuple[BreakerRecord, ...]
+
+    @classmethod
+    def of(cls, group: EdgeGroup, banks: dict[Edge, str]) -> GroupRecord:
+        """A group, and the digests of the banks there are."""
+        key = group.key
+        edges = [
+            EdgeRecord(
+                source=edge.source,
+                target=edge.target,
+                slot=edge.slot,
+                source_slot=edge.source_slot,
+                is_exact=is_exact,
+                bank=banks.get(edge),
+            )
+            for edge, is_exact in key.edges
+        ]
+        pairs = [
+            PairRecord(divergences=pair.divergences, distance=pair.distance, residuals=pair.residuals)
+            for pair in group.calibration.pairs
+        ]
+        breakers = [
+            BreakerRecord(
+                epsilon=epsilon,
+                delta=delta,
+                num_observed=breaker.num_observed,
+                num_violations=breaker.num_violations,
+                log_ratios=tuple(breaker.log_ratios),
+                tripped=breaker.tripped,
+            )
+            for (epsilon, delta), breaker in group.breakers.items()
+        ]
+        return cls(
+            edges=tuple(edges),
+            estimator=key.estimator,
+            shares=key.shares,
+            strengths=group.strengths,
+            contest_totals=tuple(group.contest.totals),
+            contest_prompts=group.contest.num_prompts,
+            pairs=tuple(pairs),
+            breakers=tuple(breakers),
+        )
+
+    def group(self) -> EdgeGroup:
+        """The group as it was.
+
+        Raises:
+            InvalidRequest, ValueError: the parts do not fit each other.
+        """
+        key = GroupKey(tuple((each.edge, each.is_exact) for each in self.edges), self.estimator, self.shares)
+        if not self.edges or not self.shares or len(self.contest_totals) != len(self.strengths):
+            raise ValueError("a group needs edges, rungs, and a total for every strength")
+        group = EdgeGroup(key, self.strengths)
+        group.contest = Contest(self.strengths, list(self.contest_totals), self.contest_prompts)
+        pairs = [Pair(pair.divergences, pair.distance, pair.residuals) for pair in self.pairs]
+        group.calibration = Calibration(len(self.shares), pairs)
+        for each in self.breakers:
+            breaker = Breaker(each.delta)
+            breaker.resume(each.log_ratios, each.num_observed, each.num_violations, tripped=each.tripped)
+            group.breakers[each.epsilon, each.delta] = breaker
+        return group
+
+
+class GroupsHeader(_Strict):
+    """All groups of a tenant."""
+
+    namespace: str
+    created: str
+    groups: tuple[GroupRecord, ...]
+
+
+class Profile(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+        banks: every bank.
+        groups: whose banks are all there.
+        num_dropped: groups left out because a bank is missing or another one.
+    """
+
+    banks: tuple[BankSnapshot, ...]
+    groups: tuple[EdgeGroup, ...]
+    num_dropped: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Anchor tokens of all banks."""
+        return sum(bank.num_tokens for bank in self.banks)
+
+    @property
+    def num_pairs(self) -> int:
+        """Calibration pairs of all groups."""
+        return sum(group.calibration.num_pairs for group in self.groups)
+
+
+def save_profile(
+    folder: Path, namespace: str, shape: BankShape, banks: Iterable[BankSnapshot], groups: Iterable[EdgeGroup]
+) -> Profile:
+    """Write banks that hold anything, and groups; files of other edges stay, until they are pruned.
+
+    Raises:
+        AnchorFileError: something cannot be written; what was there under that name is untouched.
+    """
+    kept = tuple(bank for bank in banks if bank.num_tokens)
+    written = {bank.edge: save_bank(bank, shape, namespace, folder / bank_name(bank.edge)) for bank in kept}
+    digests = {edge: header.payload_blake3 for edge, header in written.items()}
+    all_groups = tuple(groups)
+    save_groups(folder, namespace, [GroupRecord.of(group, digests) for group in all_groups])
+    return Profile(kept, all_groups)
+
+
+def save_groups(folder: Path, namespace: str, records: Sequence[GroupRecord]) -> None:
+    """Write the file of edge groups alone. Raises AnchorFileError if it cannot be written."""
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    header = GroupsHeader(namespace=namespace, created=created, groups=tuple(records))
+    FORMAT.write(folder / GROUPS_FILE, header.model_dump_json(), {})
+
+
+def load_profile(folder: Path, *, namespace: str, shape: BankShape) -> Profile:
+    """Read a folder and check every byte of it.
+
+    Args:
+        namespace, shape: the only ones accepted.
+
+    Raises:
+        AnchorFileForeign: of another namespace, or made with other sketches.
+        AnchorFileCorrupt, AnchorFileTooNew, AnchorFileError: as the names say.
+    """
+    header = read_groups(folder)
+    if header.namespace != namespace:
+        raise AnchorFileForeign(
+            f"{folder / GROUPS_FILE} belongs to another namespace ({header.namespace[:12]}, wanted {namespace[:12]}): "
+            "model, dtype, rope, tokenizer or tenant differ"
+        )
+    files = bank_files(folder)
+    banks = tuple(load_bank(file, namespace=namespace, shape=shape) for file in files)
+    digests = {read_bank_header(file).payload_blake3 for file in files}
+    groups = tuple(record.group() for record in header.groups if _is_whole(record, digests))
+    return Profile(banks, groups, len(header.groups) - len(groups))
+
+
+def read_groups(folder: Path) -> GroupsHeader:
+    """The edge groups of a folder, whosever they are.
+
+    Raises:
+        AnchorFileCorrupt, AnchorFileTooNew, AnchorFileError: as the names say.
+    """
+    file = folder / GROUPS_FILE
+
+    def read() -> GroupsHeader:
+        with FORMAT.opened(file) as opened:
+            text = FORMAT.header(file, opened)
+        try:
+            header = GroupsHeader.model_validate_json(text)
+            for record in header.groups:
+                record.group()
+        except (ValidationError, InvalidRequest, ValueError) as error:
+            raise AnchorFileCorrupt(f"{file} does not fit the format: {error}") from error
+        return header
+
+    return FORMAT.settled(file, read)
+
+
+def bank_files(folder: Path) -> list[Path]:
+    """The anchor banks of a folder, by name.
+
+    Raises:
+        AnchorFileError: the folder cannot be read.
+    """
+    try:
+        return sorted(file for file in folder.iterdir() if file.name.endswith(SUFFIX))
+    except OSError as error:
+        raise AnchorFileError(f"{folder} cannot be read: {error.strerror or error}") from error
+
+
+def bank_name(edge: Edge) -> str:
+    """The file name of an edge's bank."""
+    return edge.digest[:24] + SUFFIX
+
+
+def _is_whole(record: GroupRecord, digests: set[str]) -> bool:
+    return all(each.bank is None or each.bank in digests for each in record.edges)
