@@ -23,7 +23,7 @@ from eval.shift import shift_figures, shift_texts
 from eval.team_answers import Run, publish, team_runs
 from eval.workload import note, settings
 from kvcomm import Engine, KVCommError, ReusePolicy
-from kvcomm.align.groups import NUM_CONTESTED, EdgeGroup
+from kvcomm.align.groups import EdgeGroup
 from kvcomm.engine.selectors import Variant
 
 RUNGS = (0.0, 0.25, 0.5)
@@ -76,7 +76,9 @@ def measure(engine: Engine, options: Namespace) -> Report:
     """All figures of an engine."""
     train, test = _questions(options.data), _questions(options.test)
     shifted = None if options.shift is None else shift_texts(_shift_files(options), options.shift_texts)
-    num_calibrated = NUM_CONTESTED + (options.calibration if options.bound or shifted is not None else 0)
+    num_calibrated = engine.config.contest_prompts + (
+        options.calibration if options.bound or shifted is not None else 0
+    )
     wanted = [*train[: options.anchors + num_calibrated], *test[: options.tests]]
     runs = team_runs(engine, options.team, wanted, options.answers)
     anchors, rest = runs[: options.anchors], runs[options.anchors :]

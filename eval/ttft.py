@@ -24,7 +24,7 @@ from eval.figures import Figure, Report
 from eval.stock import Stock
 from eval.workload import add_sizes, make_parser, note, parse, run, settings
 from kvcomm import Completion, Engine, ReusePolicy, SamplingParams
-from kvcomm.align.groups import NUM_CONTESTED, EdgeGroup
+from kvcomm.align.groups import EdgeGroup
 from kvcomm.engine.benchmark import Samples, TakeTokens
 from kvcomm.engine.request import NUM_CONTINUATION
 from kvcomm.engine.selectors import Variant
@@ -51,7 +51,7 @@ def measure(engine: Engine, take: TakeTokens, options: Namespace) -> Report:
     for index in range(options.warm):
         note(f"anchors: text {index + 1} of {options.warm}")
         team.learn()
-    for index in range(num := NUM_CONTESTED + options.calibration):
+    for index in range(num := engine.config.contest_prompts + options.calibration):
         note(f"calibration: text {index + 1} of {num}")
         team.calibrate()
     stock = Stock(engine.model)

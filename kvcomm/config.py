@@ -9,6 +9,19 @@ from kvcomm.errors import InvalidRequest
 
 DEFAULT_POOL_BYTES = 2 * 2**30
 
+NUM_CONTESTED = 8
+
+POSITIVE = (
+    "page_size",
+    "pool_bytes",
+    "max_batch_tokens",
+    "prefill_chunk",
+    "max_running",
+    "anchor_bytes",
+    "contest_prompts",
+)
+"""Settings that are at least 1."""
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -24,6 +37,7 @@ class EngineConfig:
         attention: "auto", "torch" or "triton".
         cache_ttl_s: seconds after which an unused cached prefix is dropped; None: only when pages are needed.
         anchor_bytes: of offsets that one edge keeps at most.
+        contest_prompts: prompts on which an edge group decides how strongly to correct, before it is calibrated.
         cache: False switches prefix reuse off (contexts and forks still share).
     """
 
@@ -36,10 +50,11 @@ class EngineConfig:
     attention: str = "auto"
     cache_ttl_s: float | None = None
     anchor_bytes: int = 16 * 2**20
+    contest_prompts: int = NUM_CONTESTED
     cache: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("page_size", "pool_bytes", "max_batch_tokens", "prefill_chunk", "max_running", "anchor_bytes"):
+        for name in POSITIVE:
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.pool_tokens is not None and self.pool_tokens < self.page_size:

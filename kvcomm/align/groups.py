@@ -19,9 +19,7 @@ from kvcomm.align.breaker import Breaker
 from kvcomm.align.calibration import Calibration
 from kvcomm.align.edges import Edge
 from kvcomm.align.moves import Move
-
-NUM_CONTESTED = 8
-"""Prompts on which strengths are compared before one is fixed."""
+from kvcomm.config import NUM_CONTESTED
 
 MIN_GAIN = 0.1
 """Share of the divergence that a correction has to take away to be used."""
@@ -45,6 +43,11 @@ class GroupKey(NamedTuple):
         """The key of a prompt's moves."""
         return cls(tuple((move.edge, move.is_exact) for move in moves), estimator, shares)
 
+    def is_like(self, other: GroupKey) -> bool:
+        """Whether both differ at most in which sources are exact."""
+        edges = [[edge for edge, _ in key.edges] for key in (self, other)]
+        return edges[0] == edges[1] and (self.estimator, self.shares) == (other.estimator, other.shares)
+
     @property
     def digest(self) -> str:
         """Hex digest for files and reports."""
@@ -58,10 +61,12 @@ class Contest:
 
     Attributes:
         strengths: factors on the correction, the last one 0: moved only.
+        num_wanted: prompts on which they are compared before one is fixed.
         totals: nats, summed over prompts, one per strength.
     """
 
     strengths: tuple[float, ...]
+    num_wanted: int
     totals: list[float] = field(default_factory=list)
     num_prompts: int = 0
 
@@ -76,7 +81,7 @@ class Contest:
     @property
     def is_over(self) -> bool:
         """Whether the strength is fixed."""
-        return len(self.strengths) == 1 or self.num_prompts >= NUM_CONTESTED
+        return len(self.strengths) == 1 or self.num_prompts >= self.num_wanted
 
     @property
     def winner(self) -> float:
@@ -92,6 +97,7 @@ class EdgeGroup:
 
     key: GroupKey
     strengths: tuple[float, ...]
+    num_contested: int = NUM_CONTESTED
     contest: Contest = field(init=False)
     calibration: Calibration = field(init=False)
     breakers: dict[tuple[float, float], Breaker] = field(default_factory=dict)
@@ -113,7 +119,7 @@ class EdgeGroup:
 
     def restart(self) -> None:
         """Forget strength, pairs and breakers, as after a change of the anchors."""
-        self.contest = Contest(self.strengths)
+        self.contest = Contest(self.strengths, self.num_contested)
         self.calibration = Calibration(len(self.key.shares))
         self.breakers.clear()
 
@@ -121,19 +127,37 @@ class EdgeGroup:
 class GroupBook:
     """Every group, tenant by tenant."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_contested: int = NUM_CONTESTED) -> None:
+        """Args:
+        num_contested: prompts on which a group compares strengths.
+        """
+        self._num_contested = num_contested
         self._groups: dict[str, dict[GroupKey, EdgeGroup]] = {}
 
     def group(self, namespace: str, key: GroupKey, strengths: tuple[float, ...]) -> EdgeGroup:
-        """The group with this key, made on first use for an estimator with these strengths."""
+        """The group with this key, made on first use for an estimator with these strengths.
+
+        It begins with the strength of a group that differs only in which sources are exact, if that has one.
+        """
         groups = self._groups.setdefault(namespace, {})
         if key not in groups:
-            groups[key] = EdgeGroup(key, strengths)
+            made = groups[key] = EdgeGroup(key, strengths, self._num_contested)
+            alike = (group for group in groups.values() if group.key.is_like(key) and group.contest.is_over)
+            made.contest = next((group.contest for group in alike), made.contest)
         return groups[key]
 
     def find(self, namespace: str, key: GroupKey) -> EdgeGroup | None:
         """The group with this key, if there is one."""
         return self._groups.get(namespace, {}).get(key)
+
+    def rest_on(self, namespace: str, edge: Edge) -> list[EdgeGroup]:
+        """Groups that have begun to compare or calibrate with the anchors of an edge: those must stay as they are."""
+        return [
+            group
+            for group in self.groups(namespace)
+            if (group.contest.num_prompts or group.calibration.num_pairs)
+            and any(edge == each for each, _ in group.key.edges)
+        ]
 
     def put(self, namespace: str, group: EdgeGroup) -> None:
         """Take a group in, in place of the one with the same key."""

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from kvcomm.align.bank import BankShape, BankSnapshot
 from kvcomm.align.bank_file import SUFFIX, load_bank, read_bank_header, save_bank
@@ -80,6 +80,7 @@ class GroupRecord(_Strict):
     strengths: tuple[NonNegative, ...]
     contest_totals: tuple[NonNegative, ...]
     contest_prompts: NonNegativeInt
+    contest_wanted: PositiveInt
     pairs: tuple[PairRecord, ...]
     breakers: tuple[BreakerRecord, ...]
 
@@ -120,6 +121,7 @@ class GroupRecord(_Strict):
             strengths=group.strengths,
             contest_totals=tuple(group.contest.totals),
             contest_prompts=group.contest.num_prompts,
+            contest_wanted=group.contest.num_wanted,
             pairs=tuple(pairs),
             breakers=tuple(breakers),
         )
@@ -133,8 +135,8 @@ class GroupRecord(_Strict):
         key = GroupKey(tuple((each.edge, each.is_exact) for each in self.edges), self.estimator, self.shares)
         if not self.edges or not self.shares or len(self.contest_totals) != len(self.strengths):
             raise ValueError("a group needs edges, rungs, and a total for every strength")
-        group = EdgeGroup(key, self.strengths)
-        group.contest = Contest(self.strengths, list(self.contest_totals), self.contest_prompts)
+        group = EdgeGroup(key, self.strengths, self.contest_wanted)
+        group.contest = Contest(self.strengths, self.contest_wanted, list(self.contest_totals), self.contest_prompts)
         pairs = [Pair(pair.divergences, pair.distance, pair.residuals) for pair in self.pairs]
         group.calibration = Calibration(len(self.shares), pairs)
         for each in self.breakers:

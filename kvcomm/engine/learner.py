@@ -229,8 +229,14 @@ class Learner:
     def _study_moves(self, trial: _Trial, moves: Sequence[Move]) -> Steps:
         policy, namespace = trial.policy, trial.namespace
         estimator = self._reuse.estimators[policy.estimator]
-        if not all(estimator.is_ready(namespace, move.edge) for move in moves):
-            self._teach(trial, policy.estimator, moves)
+        with self._lock:
+            young = [
+                move
+                for move in moves
+                if not estimator.is_ready(namespace, move.edge) and not self._reuse.groups.rest_on(namespace, move.edge)
+            ]
+        if young:
+            self._teach(trial, policy.estimator, young)
             return
         group = self._group(trial, moves)
         found = yield from self._exact_case(trial)
@@ -251,17 +257,23 @@ class Learner:
             yield from self._compare(trial, case, exact, moves, group)
 
     def _teach(self, trial: _Trial, name: str, moves: Sequence[Move]) -> int:
-        """Let an estimator learn from moves whose source is exact; the sequence holds the truth."""
-        kept = 0
+        """Let an estimator learn from moves whose source is exact; the sequence holds the truth.
+
+        Groups that rest on these anchors begin anew.
+        """
+        total = 0
         for move in moves:
-            if move.is_exact:
-                truth = place_of(
-                    self._memory.pool, trial.sequence.pages, move.start, move.num_tokens, position=move.start
-                )
-                kept += self._reuse.estimators[name].learn(
-                    trial.namespace, move.edge, self._layers, move.source, truth, move.index
-                )
-        return kept
+            if not move.is_exact:
+                continue
+            truth = place_of(self._memory.pool, trial.sequence.pages, move.start, move.num_tokens, position=move.start)
+            estimator = self._reuse.estimators[name]
+            kept = estimator.learn(trial.namespace, move.edge, self._layers, move.source, truth, move.index)
+            total += kept
+            with self._lock:
+                for group in self._reuse.groups.rest_on(trial.namespace, move.edge) if kept else ():
+                    if group.key.estimator == name:
+                        group.restart()
+        return total
 
     def _compare(self, trial: _Trial, case: Case, exact: Tensor, moves: Sequence[Move], group: EdgeGroup) -> Steps:
         divergences = []

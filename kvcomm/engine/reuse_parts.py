@@ -80,7 +80,7 @@ class ReuseParts:
                 lambda: measure_cost(memory, runner, layers, ops.rotate, geometry.max_context),
             )
         )
-        groups, idle = GroupBook(), IdleWork(lock)
+        groups, idle = GroupBook(config.contest_prompts), IdleWork(lock)
         planner = Reuse(memory, layers, estimators, groups, cost, immovable=geometry.immovable)
         replayer = Replayer(memory, runner, layers, lock)
         learner = Learner(

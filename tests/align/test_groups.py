@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 
 from kvcomm.align.edges import Edge
-from kvcomm.align.groups import NUM_CONTESTED, Contest, EdgeGroup, GroupBook, GroupKey
+from kvcomm.align.groups import Contest, EdgeGroup, GroupBook, GroupKey
+
+NUM_CONTESTED = 8
 
 KEY = GroupKey(((Edge("s", "t", "a", "a"), True),), "token", (0.0, 0.5))
 STRENGTHS = (1.0, 0.5, 0.0)
 
 
 def contest(*divergences: float, count: int = NUM_CONTESTED) -> Contest:
-    found = Contest(STRENGTHS)
+    found = Contest(STRENGTHS, NUM_CONTESTED)
     for _ in range(count):
         found.add(divergences)
     return found
@@ -35,8 +37,8 @@ def test_a_correction_has_to_win_clearly(divergences: tuple[float, ...], winner:
 def test_a_contest_is_over_after_enough_prompts() -> None:
     assert not contest(0.1, 0.2, 0.3, count=NUM_CONTESTED - 1).is_over
     assert contest(0.1, 0.2, 0.3).is_over
-    assert Contest((1.0,)).is_over
-    assert Contest((1.0,)).winner == 1.0
+    assert Contest((1.0,), 8).is_over
+    assert Contest((1.0,), 8).winner == 1.0
 
 
 def test_sums_decide_and_not_the_last_prompt() -> None:
@@ -52,7 +54,7 @@ def test_a_restart_forgets_everything_that_rested_on_the_anchors() -> None:
     group.contest.add((0.1, 0.2, 0.3))
     group.breaker((0.02, 0.05))
     group.restart()
-    assert group.contest == Contest(STRENGTHS)
+    assert group.contest == Contest(STRENGTHS, 8)
     assert group.calibration.num_pairs == 0
     assert not group.breakers
 
@@ -64,3 +66,17 @@ def test_tenants_have_their_own_groups() -> None:
     assert book.find("b", KEY) is None
     assert [*book.groups("a")] == [group]
     assert not [*book.groups("b")]
+
+
+def test_a_group_with_approximate_sources_begins_with_the_strength_of_its_exact_twin() -> None:
+    """What sources are worth differs, what corrects them does not; the calibration is its own."""
+    book = GroupBook(2)
+    chained = KEY._replace(edges=tuple((edge, False) for edge, _ in KEY.edges))
+    other = KEY._replace(shares=(0.0, 0.25))
+    for _ in range(2):
+        book.group("a", KEY, STRENGTHS).contest.add((0.3, 0.1, 0.2))
+    assert book.group("a", chained, STRENGTHS).contest.is_over
+    assert book.group("a", chained, STRENGTHS).strength == 0.5
+    assert book.group("a", chained, STRENGTHS).calibration.num_pairs == 0
+    assert not book.group("a", other, STRENGTHS).contest.is_over
+    assert not book.group("b", chained, STRENGTHS).contest.is_over

@@ -281,6 +281,27 @@ def test_whoever_waits_for_idle_work_hears_of_the_end() -> None:
     engine.close()
 
 
+def test_anchors_under_a_calibration_stay_as_they_are(engine: Engine) -> None:
+    """Requests leave them alone; teaching on purpose makes their groups begin anew."""
+    earn(engine, LOOSE, rounds=3)
+    prompts = prompt(ROLE_B, 60)
+    ask(engine, ROLE_A, 60, ReusePolicy.exact())
+    answer = ask(engine, ROLE_B, 60, ReusePolicy.exact())
+    group = engine.calibrate(prompts, answer.token_ids, LOOSE).result(30)
+    assert group is not None
+    assert group.contest.num_prompts == 1
+    (edge,) = (edge for edge, _ in group.key.edges)
+    before = engine.reuse.estimators["token"].evidence(engine.namespace(), edge)
+    assert 0 < before < 300  # young: a request would have taught
+    for role in (ROLE_A, ROLE_B):
+        ask(engine, role, 61, LOOSE)
+    assert engine.wait_idle(30)
+    assert engine.reuse.estimators["token"].evidence(engine.namespace(), edge) == before
+    assert group.contest.num_prompts == 2
+    assert engine.learn(prompt(ROLE_B, 61)).result(30) > 0
+    assert group.contest.num_prompts == 0
+
+
 def test_what_was_learned_survives_in_a_folder(engine: Engine, tmp_path: Path) -> None:
     """A second engine approximates at once, and gives the same answer."""
     earn(engine, LOOSE)

@@ -1,0 +1,96 @@
+"""Warming up: a team earns approximation on example inputs before anybody waits for an answer.
+
+What requests teach by and by in idle time is done here at once and in a fixed order: first the anchors of every edge
+are taught, then groups decide how strongly to correct, then they are calibrated. Every text is used for one of these
+only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from kvcomm.agents.group import KVCommAgentGroup
+from kvcomm.agents.results import AgentResult, GroupResult
+from kvcomm.agents.team import Team
+from kvcomm.engine.engine import Engine
+from kvcomm.engine.policy import ReusePolicy
+from kvcomm.errors import InvalidRequest
+from kvcomm.memory.segments import Segment
+
+BATCH = 16
+"""Runs that are computed at the same time."""
+
+Note = Callable[[str], None]
+
+
+def warm_up(
+    engine: Engine,
+    team: Team,
+    inputs: Sequence[Mapping[str, str]],
+    policy: ReusePolicy,
+    *,
+    num_anchors: int,
+    note: Note = lambda text: None,
+) -> None:
+    """Let a team earn approximation under a policy.
+
+    The last quarter of the inputs is answered under the policy itself, so that agents who read answers given on moved
+    KV are calibrated, too; what they still need they learn in idle time. Empties the engine's cache.
+
+    Args:
+        inputs: of one run each.
+        num_anchors: inputs that teach; the others decide and calibrate.
+        note: told what is being done, for people.
+
+    Raises:
+        InvalidRequest: nothing is left to calibrate on.
+    """
+    num_exact = num_anchors + max(1, 3 * (len(inputs) - num_anchors) // 4)
+    if len(inputs) <= num_exact or num_anchors < 1:
+        raise InvalidRequest(f"{len(inputs)} inputs are too few: {num_anchors} teach, at least 2 more calibrate")
+    exact = team.group(engine, policy=ReusePolicy.exact())
+    results = run_all(exact, inputs[:num_exact], team, note)
+    engine.clear_cache()
+    for index, result in enumerate(results):
+        note(f"learning from run {index + 1} of {num_exact}")
+        publish(engine, list(result.values()))
+        for reading in readers(result):
+            if index < num_anchors:
+                engine.learn(reading.prompt, estimators=(policy.estimator,)).result()
+            else:
+                engine.calibrate(reading.prompt, reading.token_ids, policy).result()
+        engine.clear_cache()
+    run_all(team.group(engine, policy=policy), inputs[num_exact:], team, note)
+    note("learning in idle time")
+    engine.wait_idle()
+    engine.clear_cache()
+
+
+def run_all(
+    group: KVCommAgentGroup, inputs: Sequence[Mapping[str, str]], team: Team, note: Note = lambda text: None
+) -> list[GroupResult]:
+    """Run a team on many inputs, some of them at the same time; results in order."""
+    results: list[GroupResult] = []
+    for first in range(0, len(inputs), BATCH):
+        batch = inputs[first : first + BATCH]
+        note(f"answering {first + 1} to {first + len(batch)} of {len(inputs)}")
+        with ThreadPoolExecutor(len(batch)) as threads:
+            runs = threads.map(lambda each: group.run(rounds=team.rounds, **{**team.inputs, **each}), batch)
+            results += list(runs)
+    return results
+
+
+def publish(engine: Engine, readings: Sequence[AgentResult]) -> None:
+    """Let an engine read prompts and answers exactly, one after the other, so that their segments can be moved.
+
+    In this order: the first reader of a text is the source for the others.
+    """
+    for reading in readings:
+        answer = (Segment(reading.token_ids, "answer"),) if reading.token_ids else ()
+        engine.context((*reading.prompt, *answer), policy=ReusePolicy.exact()).release()
+
+
+def readers(result: GroupResult) -> list[AgentResult]:
+    """Every agent but the first one, who has nobody to take text from, that has answered."""
+    return [reading for reading in list(result.values())[1:] if reading.token_ids]
