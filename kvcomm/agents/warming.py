@@ -7,16 +7,23 @@ only.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
 
 from kvcomm.agents.group import KVCommAgentGroup
 from kvcomm.agents.results import AgentResult, GroupResult
 from kvcomm.agents.team import Team
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.policy import ReusePolicy
+from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.segments import Segment
+
+EXAMPLES = "word_problems.txt"
 
 BATCH = 16
 """Runs that are computed at the same time."""
@@ -65,6 +72,41 @@ def warm_up(
     note("learning in idle time")
     engine.wait_idle()
     engine.clear_cache()
+
+
+def limited(team: Team, max_new_tokens: int) -> Team:
+    """The team with greedy answers of a given length at most."""
+    sampling = SamplingParams(max_new_tokens=max_new_tokens)
+    return replace(team, agents=tuple(replace(agent, sampling=sampling) for agent in team.agents))
+
+
+def examples(team: Team, file: Path | None = None) -> list[dict[str, str]]:
+    """Inputs of runs for a team with one input: lines of a file, else the word problems that come with kvcomm.
+
+    A line is the text itself, or in a .jsonl file an object with the field "question".
+
+    Raises:
+        InvalidRequest: the team needs other inputs, or the file cannot be used; names the line.
+    """
+    names = team.required_inputs
+    if len(names) != 1:
+        raise InvalidRequest(f"team {team.name!r} needs the inputs {', '.join(names)}; examples give one")
+    return [{names[0]: text} for text in _texts(file)]
+
+
+def _texts(file: Path | None) -> list[str]:
+    if file is None:
+        content = (files("kvcomm.agents") / "teams" / EXAMPLES).read_text(encoding="utf-8")
+        return content.splitlines()
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if file.suffix != ".jsonl":
+            return lines
+        return [str(json.loads(line)["question"]) for line in lines]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{file} cannot be read: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidRequest(f'{file} needs an object with the text "question" in every line: {error!r}') from error
 
 
 def run_all(

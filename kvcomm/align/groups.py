@@ -104,6 +104,7 @@ class EdgeGroup:
     audited: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
     num_requests: int = 0
     num_approximated: int = 0
+    num_audited: int = 0
 
     def __post_init__(self) -> None:
         self.restart()

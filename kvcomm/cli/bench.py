@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from kvcomm import __version__
+from kvcomm.cli.bench_reuse import reuse_command
 from kvcomm.cli.options import DEFAULT_MODEL, ModelFlag, load_engine
 from kvcomm.cli.output import JsonFlag, emit, table
 from kvcomm.errors import InvalidRequest
@@ -29,6 +30,8 @@ app = typer.Typer(
     no_args_is_help=True,
     epilog="Values are medians with quartiles. Leave the machine alone meanwhile.",
 )
+
+app.command("reuse", epilog="Example: kvcomm bench reuse --runs 5 --save anchors/")(reuse_command)
 
 DEFAULT_STREAMS = "1,2,4,8"
 

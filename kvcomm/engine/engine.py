@@ -473,7 +473,7 @@ class Engine:
         """Add a prompt to what is known about its edge group: to its contest first, then to its calibration.
 
         Done in idle time, with the anchors as they are; the future gives the group, None if nothing of the prompt can
-        be moved. Requests under a policy that learns do this by themselves.
+        be moved or some of it has too few anchors. Requests under a policy that learns do this by themselves.
 
         Args:
             answer: token ids of the exact greedy answer; the first 32 are looked at.
@@ -509,6 +509,11 @@ class Engine:
         future = self.reuse.learner.measure(self.namespace(tenant), segments, tokens, tuple(variants))
         self._loop.wake()
         return future
+
+    def edge_groups(self, tenant: str = DEFAULT_TENANT) -> list[EdgeGroup]:
+        """What is known about every kind of prompt into which text was moved, or could have been; live objects."""
+        with self._lock:
+            return list(self.reuse.groups.groups(self.namespace(tenant)))
 
     def save_anchors(self, folder: Path, *, tenant: str = DEFAULT_TENANT) -> Profile:
         """Write what a tenant has learned about moving text: anchor banks, strengths, calibrations, breakers.

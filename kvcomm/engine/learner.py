@@ -105,7 +105,7 @@ class Learner:
     ) -> Future[EdgeGroup | None]:
         """Add a prompt, followed by its exact greedy answer, to the contest or the calibration of its group.
 
-        The future gives the group; None when nothing of the prompt can be moved.
+        The future gives the group; None when nothing of the prompt can be moved, or too little is known about it.
         """
         future: Future[EdgeGroup | None] = Future()
 
@@ -113,7 +113,7 @@ class Learner:
             yield from self._complete(trial)
             case = self._case(trial, tuple(answer[:NUM_CONTINUATION]))
             group = None
-            if case.moves:
+            if case.moves and self._reuse.corrections(namespace, policy.estimator, case.moves) is not None:
                 group = self._group(trial, case.moves)
                 yield from self._examine(trial, case, self._replayer.exact(case), case.moves, group)
             future.set_result(group)
@@ -367,6 +367,7 @@ class Learner:
             self.num_audits += 1
             self.num_violations += violated
             group.audited.append(divergence)
+            group.num_audited += 1
             tripped_now = group.breaker(bound).observe(violated)
         if tripped_now:
             logger.warning(

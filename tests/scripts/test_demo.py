@@ -65,7 +65,7 @@ def test_json(
     assert demo.main([*options, "--json", str(out)]) == 0
 
     value = json.loads(out.read_text())
-    assert value.keys() == {"figures", "config", "rows"}
+    assert value.keys() == {"figures", "config", "rows", "moved"}
     rows: list[dict[str, Any]] = value["rows"]
     assert {(row["question"], row["way"], row["agent"]) for row in rows} == {
         (question, way, agent) for question in (1, 2) for way in ("cold", "with reuse") for agent in AGENTS
