@@ -26,6 +26,7 @@ from eval.workload import add_sizes, make_parser, note, parse, run, settings
 from kvcomm import Completion, Engine, ReusePolicy, SamplingParams
 from kvcomm.align.groups import EdgeGroup
 from kvcomm.engine.benchmark import Samples, TakeTokens
+from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.request import NUM_CONTINUATION
 from kvcomm.engine.selectors import Variant
 from kvcomm.errors import InvalidRequest
@@ -119,9 +120,10 @@ class Team:
         """Let one run take part in what the agents' groups are at."""
         texts = self.texts()
         self._publish_all(texts)
-        for agent in range(1, self.options.agents):
-            prompt = self.prompt(agent, texts)
-            group = self.engine.calibrate(prompt, self.continuation(prompt), BOUND).result()
+        prompts = [self.prompt(agent, texts) for agent in range(self.options.agents)]
+        answers = [answer.result().token_ids for answer in [self._answer(prompt) for prompt in prompts[1:]]]
+        for agent, answer in enumerate(answers, start=1):
+            group = self.engine.calibrate(prompts[agent], answer, BOUND).result()
             if group is None:
                 raise InvalidRequest(f"nothing of agent {agent + 1}'s prompt can be moved")
             self.groups[agent] = group
@@ -129,14 +131,17 @@ class Team:
 
     def continuation(self, prompt: Sequence[Segment]) -> tuple[int, ...]:
         """The exact greedy answer's first tokens."""
-        sampling = SamplingParams(max_new_tokens=NUM_CONTINUATION, ignore_eos=True)
-        return self.engine.generate(list(prompt), sampling, policy=ReusePolicy.exact()).token_ids
+        return self._answer(prompt).result().token_ids
 
     def restart(self) -> None:
         """Forget everything but the roles."""
         self.engine.clear_cache()
         for role in self._roles:
             self.engine.context((role,), policy=ReusePolicy.exact()).release()
+
+    def _answer(self, prompt: Sequence[Segment]) -> RequestHandle:
+        sampling = SamplingParams(max_new_tokens=NUM_CONTINUATION, ignore_eos=True)
+        return self.engine.submit(list(prompt), sampling, policy=ReusePolicy.exact())
 
     def _publish_all(self, texts: Texts) -> None:
         for agent in range(self.options.agents):
