@@ -9,6 +9,7 @@ extended. A request that fails or is cancelled leaves the context as it was befo
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
@@ -52,6 +53,8 @@ class ContextHost(Protocol):
     def save_snapshot(self, context: Context, file: Path) -> Path: ...
 
     def copy_to_hf_cache(self, context: Context) -> DynamicCache: ...
+
+    def repair(self, context: Context) -> Future[bool]: ...
 
 
 class Context:
@@ -212,6 +215,18 @@ class Context:
         self._require_idle()
         return self._engine.copy_to_hf_cache(self)
 
+    def repair(self) -> Future[bool]:
+        """Replace approximate KV by what computing it exactly gives, in idle time; tokens stay as they are.
+
+        The future gives whether the context is exact now: False if it was released or rolled back meanwhile. Forks
+        taken before stay as they are. Until then the context can be used as ever.
+
+        Raises:
+            ContextReleased: there is nothing to repair.
+        """
+        self._require_alive()
+        return self._engine.repair(self)
+
     def release(self) -> None:
         """Give the pages back; a running request is cancelled first. Idempotent."""
         if self._released:
@@ -247,6 +262,11 @@ class Context:
     def carried(self) -> Carried:
         """For the engine: prompt tokens computed by extensions that no answer has reported yet."""
         return self._carried
+
+    def repaired(self) -> None:
+        """For the engine, under its lock: the KV is exact now; what was noted about the former one is forgotten."""
+        self._last_logits = None
+        self._carried = Carried()
 
     def complete(self, request: Request, segments: tuple[Segment, ...]) -> None:
         """For the engine, under its lock: a request on the own sequence has succeeded."""

@@ -356,6 +356,12 @@ class Engine:
         self._exchange.save(context, file, self.namespace(context.tenant))
         return file
 
+    def repair(self, context: Context) -> Future[bool]:
+        """See `Context.repair`."""
+        future = self.reuse.learner.repair(self.namespace(context.tenant), context)
+        self._loop.wake()
+        return future
+
     def restore(self, file: str | Path, *, tenant: str = DEFAULT_TENANT) -> Context:
         """A context from a snapshot.
 

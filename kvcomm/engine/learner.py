@@ -1,4 +1,4 @@
-"""Learning, calibrating and auditing: the jobs that idle time is spent on.
+"""Learning, calibrating, auditing and repairing: the jobs that idle time is spent on.
 
 After an exact request whose text was also known in another context, the pair teaches: first the anchors of its edges,
 then whether they beat moving alone, then, prompt by prompt, what each rung would have cost. After an approximate
@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -43,6 +44,29 @@ NOTHING: IntArray = np.empty(0, dtype=np.int32)
 """No positions."""
 
 _EXACT = ReusePolicy.exact()
+
+
+class Repairable(Protocol):
+    """A context, as far as repairing it goes."""
+
+    @property
+    def sequence(self) -> KVSequence:
+        """Its tokens and pages."""
+        ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is writing it."""
+        ...
+
+    @property
+    def released(self) -> bool:
+        """Whether it is gone."""
+        ...
+
+    def repaired(self) -> None:
+        """Its KV is exact now."""
+        ...
 
 
 class Learner:
@@ -146,6 +170,53 @@ class Learner:
         self._add_trial(namespace, segments, steps, future)
         return future
 
+    def repair(self, namespace: str, context: Repairable) -> Future[bool]:
+        """Compute the exact twin of a context's KV and put it in place of an approximate one.
+
+        The future gives whether the context is exact then.
+        """
+        future: Future[bool] = Future()
+
+        def steps(trial: _Trial) -> Steps:
+            while True:
+                with self._lock:
+                    wanted = context.sequence.token_ids[: context.sequence.num_computed]
+                    if not self._grow(trial, wanted):
+                        break
+                yield from self._replayer.prefill(trial.sequence.token_ids, trial.sequence, self._chunk)
+                with self._lock:
+                    if not context.busy and self._put_in_place(trial, context):
+                        break
+                yield
+            future.set_result(not context.released and context.sequence.approximate_from is None)
+
+        self._add_trial(namespace, (), steps, future)
+        return future
+
+    def _grow(self, trial: _Trial, wanted: IntArray) -> bool:
+        """Let a twin have at least these tokens; False if that makes no sense any more. Under the lock."""
+        twin = trial.sequence
+        if not len(wanted) or not np.array_equal(wanted[: twin.num_tokens], twin.token_ids):
+            return False
+        twin.append(wanted[twin.num_tokens :])
+        if not twin.num_computed:
+            match = self._memory.tree.match(trial.namespace, twin.token_ids)
+            twin.adopt(match.pages, match.num_tokens)
+        self._memory.make_writable(twin, twin.num_computed, twin.num_tokens)
+        return True
+
+    def _put_in_place(self, trial: _Trial, context: Repairable) -> bool:
+        """Exchange the KV of a context for its twin's if they still have the same tokens. Under the lock."""
+        own, twin = context.sequence, trial.sequence
+        if own.num_computed != twin.num_computed:
+            return False
+        own.exchange(twin)
+        context.repaired()
+        whole = own.num_computed - own.num_computed % self._memory.pool.page_size
+        pages = own.pages[: whole // self._memory.pool.page_size]
+        self._memory.tree.insert(trial.namespace, own.token_ids[:whole], pages)
+        return True
+
     def _add(self, request: Request, policy: ReusePolicy, make: Callable[[_Trial], Steps]) -> None:
         """Queue a job on a finished request, which still holds its pages."""
         if not any(segment.name is not None for segment in request.segments):
@@ -167,7 +238,7 @@ class Learner:
         namespace: str,
         segments: tuple[Segment, ...],
         make: Callable[[_Trial], Steps],
-        future: Future[list[Outcome]] | Future[int] | Future[EdgeGroup | None],
+        future: Future[list[Outcome]] | Future[int] | Future[EdgeGroup | None] | Future[bool],
         policy: ReusePolicy = _EXACT,
     ) -> None:
         """Queue a job on a prompt that somebody waits for; its failure is theirs to see."""

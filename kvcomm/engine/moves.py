@@ -81,6 +81,10 @@ class MoveFinder:
                 moves.append(self._move(each, rendition, start, end))
         return moves
 
+    def is_known(self, namespace: str, segment: Segment) -> bool:
+        """Whether there is any rendition of a segment."""
+        return bool(self._memory.segments.renditions_of(namespace, segment))
+
     def publish(
         self, namespace: str, segments: Sequence[Segment], sequence: KVSequence, *, start: int, risk: float
     ) -> None:

@@ -26,7 +26,7 @@ from kvcomm.align.moves import Move, num_moved
 from kvcomm.align.ops.contract import LayerStore
 from kvcomm.align.probes import Probes
 from kvcomm.engine.cost import ReuseCost
-from kvcomm.engine.moves import MoveFinder, occurrences, parts_of
+from kvcomm.engine.moves import MoveFinder, parts_of
 from kvcomm.engine.plan import Part, Plan, Reason, plan_of
 from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.replay import assemble, computed_stretches
@@ -150,13 +150,18 @@ class Reuse:
         if self.immovable or request.policy.is_exact or not request.segments:
             return False
         soon = {
-            each.segment.token_ids: each
+            segment.token_ids
             for other in running
-            if not other.is_prefilled and other.namespace == request.namespace and other.segments
-            for each in occurrences(other.segments)
-            if each.segment.name is not None and each.start >= other.sequence.num_computed
+            if not other.is_prefilled and other.namespace == request.namespace
+            for segment in other.segments
+            if segment.name is not None
         }
-        is_read = any(segment.name is not None and segment.token_ids in soon for segment in request.segments)
+        is_read = any(
+            segment.name is not None
+            and segment.token_ids in soon
+            and not self.finder.is_known(request.namespace, segment)
+            for segment in request.segments
+        )
         return is_read and any(
             group.calibration.choose(request.policy.max_divergence, request.policy.delta) is not None
             for group in self.groups.groups(request.namespace)

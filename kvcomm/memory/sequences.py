@@ -103,6 +103,15 @@ class Sequence:
         self._pool.release(replaced)
         self.num_computed = num_computed
 
+    def exchange(self, twin: Sequence) -> None:
+        """Take over the KV of a sequence with the same computed tokens, which is left empty; give own pages back."""
+        assert twin.num_computed == self.num_computed, (twin.num_computed, self.num_computed)
+        replaced, self._pages = self._pages, twin._pages
+        self._pool.release(replaced)
+        self.approximate_from, self.num_placed = twin.approximate_from, 0
+        twin._pages = np.empty(0, dtype=np.int32)
+        twin.rewind(0)
+
     def num_missing_pages(self, num_tokens: int) -> int:
         """Pages to allocate before positions num_computed..num_tokens-1 can be written, copies included."""
         table = self._pool_pages(num_tokens)

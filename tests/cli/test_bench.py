@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvcomm.cli import app
-from tests.tiny import tiny_model
+from tests.tiny import save_tiny_model, tiny_model
 
 COMMANDS = {
     "prefix": (
@@ -93,3 +93,53 @@ def test_help_needs_no_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert app.run(["bench", "--help"]) == 0
     out = capsys.readouterr().out
     assert all(command in out for command in COMMANDS)
+
+
+TEAM = """
+name = "two"
+[defaults]
+sampling = { ignore_eos = true }
+[[agents]]
+name = "first"
+system = "You answer."
+prompt = "Q: {question}"
+[[agents]]
+name = "second"
+system = "You check what others say, word by word, and never trust them."
+prompt = "Q: {question} A: {first}"
+"""
+
+
+@pytest.fixture(scope="module")
+def reuse_options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    root = tmp_path_factory.mktemp("reuse")
+    (root / "team.toml").write_text(TEAM)
+    lines = [f"What {index} makes of {index * 7919 % 1000} {chr(97 + index) * 9}?" for index in range(14)]
+    (root / "texts.txt").write_text("\n".join(lines))
+    model = save_tiny_model(root / "model")
+    options = [f"--team={root / 'team.toml'}", f"--data={root / 'texts.txt'}", f"--model={model}"]
+    return ["bench", "reuse", *options, "--runs=2", "--max-new-tokens=24", "--max-divergence=50", "--confidence=0.5"]
+
+
+def test_reuse_shows_every_agent_and_what_was_learned_can_be_kept(
+    reuse_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert app.run([*reuse_options, "--warm=12", f"--save={tmp_path / 'anchors'}", "--json"]) == 0
+    agents = json.loads(capsys.readouterr().out)["agents"]
+    assert [agent["agent"] for agent in agents] == ["first", "second"]
+    for agent in agents:
+        tokens = agent["exact_tokens"] + agent["aligned_tokens"] + agent["computed_tokens"]
+        assert tokens == pytest.approx(agent["prompt_tokens"])
+        assert {len(agent[name]) for name in ("ttft_dense_s", "ttft_exact_s", "ttft_kvcomm_s")} == {2}
+        assert len(agent["audited"]) == len(agent["rungs"]) == len(agent["predicted"])
+    assert app.run([*reuse_options, f"--load={tmp_path / 'anchors'}"]) == 0
+    out = capsys.readouterr().out
+    assert "The team's first tokens:" in out
+    assert "computed because" in out
+
+
+def test_reuse_names_what_is_missing(reuse_options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run([*reuse_options, "--warm=100"]) == 2
+    assert "14 inputs are too few for --runs 2 and --warm 100" in capsys.readouterr().err
+    assert app.run([*reuse_options, "--load=nowhere"]) == 1
+    assert "nowhere" in capsys.readouterr().err

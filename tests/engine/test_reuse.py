@@ -21,7 +21,7 @@ from kvcomm.engine.request import Request
 from kvcomm.engine.results import Completion
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.engine.selectors import SELECTORS, Variant
-from kvcomm.errors import AnchorFileForeign, EngineClosed, InvalidRequest
+from kvcomm.errors import AnchorFileForeign, ContextReleased, EngineClosed, InvalidRequest
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.segments import Segment
 from tests.engine.conftest import ROWS_ONLY, greedy, some_tokens
@@ -231,6 +231,57 @@ def test_what_a_context_keeps_is_never_called_exact(engine: Engine) -> None:
     assert second.computed_tokens == 8
     assert second.aligned_tokens == 90 + len(TAIL) + 7
     assert second.reasons == {"new": 8}
+
+
+def test_a_repaired_context_is_exact_and_serves_exact_requests(engine: Engine) -> None:
+    earn(engine, LOOSE)
+    ask(engine, ROLE_A, 99, LOOSE)
+    with engine.context(prompt(ROLE_B, 99), policy=LOOSE) as context, context.fork() as child:
+        context.generate(SAMPLING)
+        tokens = list(context.tokens)
+        assert context.fidelity is Fidelity.APPROXIMATE
+        assert context.repair().result(30)
+        assert context.fidelity is Fidelity.EXACT
+        assert child.fidelity is Fidelity.APPROXIMATE
+        assert list(context.tokens) == tokens
+        assert engine.num_cached(tokens) >= len(tokens) // 16 * 16 - 16
+        more = context.generate(SAMPLING)
+        assert list(more.token_ids) == greedy(engine.model, tokens, 8)
+        assert more.usage.aligned_tokens == 0
+        assert context.repair().result(30)  # nothing to do is no failure
+        engine.check_integrity()
+
+
+def test_repairing_what_is_gone_or_goes_on(engine: Engine) -> None:
+    earn(engine, LOOSE)
+    ask(engine, ROLE_A, 99, LOOSE)
+    context = engine.context(prompt(ROLE_B, 99), policy=LOOSE)
+    with engine.lock:
+        repairing = context.repair()
+        running = context.submit(SAMPLING)  # goes first, and the twin grows by what it adds
+    running.result()
+    assert repairing.result(30)
+    assert context.fidelity is Fidelity.EXACT
+    with engine.lock:
+        repairing = context.repair()
+        context.release()
+    assert not repairing.result(30)
+    with pytest.raises(ContextReleased):
+        context.repair()
+
+
+def test_a_reader_waits_for_its_source_even_if_that_begins_like_an_older_text(engine: Engine) -> None:
+    """The source's prefill then begins inside the segment; its reader is to move it all the same."""
+    earn(engine, LOOSE)
+    text = tuple(some_tokens(90, seed=5000))
+    older, newer = (*text[:40], *some_tokens(50, seed=5001)), (*text[:40], *some_tokens(50, seed=5002))
+    engine.generate([Segment(ROLE_A), Segment(older, "question"), Segment(TAIL)], SAMPLING, policy=LOOSE)
+    with engine.lock:
+        prompts = [[Segment(role), Segment(newer, "question"), Segment(TAIL)] for role in (ROLE_A, ROLE_B)]
+        handles = [engine.submit(each, SAMPLING, policy=LOOSE) for each in prompts]
+    source, reader = (handle.result() for handle in handles)
+    assert source.usage.exact_tokens == len(ROLE_A) + 40
+    assert reader.usage.aligned_tokens == 90
 
 
 def test_an_audit_trips_the_breaker_and_the_group_goes_exact(engine: Engine) -> None:
