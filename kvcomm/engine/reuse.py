@@ -124,9 +124,10 @@ class Reuse:
         """
         policy, num_exact = request.policy, request.sequence.num_computed
         moves = [] if self.immovable else self._find(request, policy)
-        reason = Reason.IMMOVABLE if self.immovable else Reason.NO_SOURCE
+        reasons: list[Reason] = []
         for allowed in candidates(moves):
             approximation, reason = self._decide(request, allowed, policy)
+            reasons.append(reason)
             if approximation is not None:
                 dropped = [move for move in moves if move not in approximation.moves]
                 self.finder.release(dropped)
@@ -135,6 +136,8 @@ class Reuse:
                 request.approximation = approximation
                 return self._plan_of(request, approximation)
         self.finder.release(moves)
+        # The first one: why not everything is moved that could be.
+        reason = reasons[0] if reasons else Reason.IMMOVABLE if self.immovable else Reason.NO_SOURCE
         return plan_of(num_exact, parts_of(request.segments, num_exact, [], otherwise=otherwise, unmoved=reason))
 
     def may_reuse(self, request: Request) -> bool:

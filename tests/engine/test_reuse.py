@@ -233,6 +233,45 @@ def test_what_a_context_keeps_is_never_called_exact(engine: Engine) -> None:
     assert second.reasons == {"new": 8}
 
 
+LONGER = SamplingParams(max_new_tokens=24, ignore_eos=True)
+ROLE_C = tuple(some_tokens(27, seed=77))
+
+
+def chain(engine: Engine, seed: int, policies: tuple[ReusePolicy, ReusePolicy]) -> tuple[Completion, Completion]:
+    """A reads a question, B answers it, C reads both; the policies are B's and C's."""
+    ask(engine, ROLE_A, seed, ReusePolicy.exact())
+    answer = engine.generate(prompt(ROLE_B, seed), LONGER, policy=policies[0])
+    question = prompt(ROLE_B, seed)[1]
+    read = [Segment(ROLE_C), question, Segment(TAIL), Segment(answer.token_ids, "b"), Segment(TAIL)]
+    return answer, engine.generate(read, SAMPLING, policy=policies[1])
+
+
+def test_risk_adds_up_along_a_chain(engine: Engine) -> None:
+    """An answer given on moved KV is a source with a risk: of its own group, and on top of its reader's."""
+    exact = ReusePolicy.exact()
+    for seed in range(300, 326):  # C learns to read exact answers
+        chain(engine, seed, (exact, LOOSE))
+        assert engine.wait_idle(30)
+    earn(engine, LOOSE)  # B learns to read questions
+    for seed in range(100, 106):  # C learns to read answers that B gave on moved KV
+        chain(engine, seed, (LOOSE, LOOSE))
+        assert engine.wait_idle(30)
+        widen(engine)
+    first, second = chain(engine, 200, (LOOSE, LOOSE))
+    assert first.usage.approximation is not None
+    assert second.usage.approximation is not None
+    (group,) = (each for each in engine.edge_groups() if each.key.digest == second.usage.approximation.group)
+    assert [is_exact for _, is_exact in group.key.edges] == [True, False]
+    own = group.calibration.predicted(0, LOOSE.confidence)
+    assert second.usage.approximation.predicted == pytest.approx(own + first.usage.approximation.predicted)
+    # A bound that each keeps alone, but not both together.
+    between = own + first.usage.approximation.predicted / 2
+    tight = replace(LOOSE, max_divergence=between)
+    assert group.calibration.choose(between, tight.delta) is not None
+    _, third = chain(engine, 201, (LOOSE, tight))
+    assert third.usage.reasons.get("source_risk") == 90 + 24
+
+
 def test_a_repaired_context_is_exact_and_serves_exact_requests(engine: Engine) -> None:
     earn(engine, LOOSE)
     ask(engine, ROLE_A, 99, LOOSE)
