@@ -20,11 +20,13 @@ from pathlib import Path
 from eval.bound import BOUNDS, Rungs, bound_figures
 from eval.figures import Figure, Report
 from eval.shift import shift_figures, shift_texts
-from eval.team_answers import Run, publish, team_runs
+from eval.team_answers import Run, team_runs
 from eval.workload import note, settings
 from kvcomm import Engine, KVCommError, ReusePolicy
+from kvcomm.agents.warming import publish
 from kvcomm.align.groups import EdgeGroup
 from kvcomm.engine.selectors import Variant
+from kvcomm.memory.segments import Segment
 
 RUNGS = (0.0, 0.25, 0.5)
 POLICY = ReusePolicy(max_divergence=BOUNDS[0][0], confidence=1 - BOUNDS[0][1], rungs=RUNGS)
@@ -129,11 +131,15 @@ def _questions(file: Path) -> list[str]:
 
 
 def _learn(engine: Engine, run: Run) -> None:
-    publish(engine, run)
+    publish(engine, _pairs(run))
     futures = [engine.learn(reading.prompt, estimators=("token", "paper")) for reading in _readers(run).values()]
     for future in futures:
         future.result()
     engine.clear_cache()
+
+
+def _pairs(run: Run) -> list[tuple[tuple[Segment, ...], tuple[int, ...]]]:
+    return [(reading.prompt, reading.answer) for reading in run.values()]
 
 
 def _readers(run: Run) -> Run:
@@ -146,7 +152,7 @@ def _calibrate(engine: Engine, runs: Sequence[Run]) -> dict[str, EdgeGroup]:
     groups: dict[str, EdgeGroup] = {}
     for index, run in enumerate(runs):
         note(f"calibration: question {index + 1} of {len(runs)}")
-        publish(engine, run)
+        publish(engine, _pairs(run))
         for agent, reading in _readers(run).items():
             group = engine.calibrate(reading.prompt, reading.answer, POLICY).result()
             if group is None or groups.setdefault(agent, group) is not group:
@@ -159,7 +165,7 @@ def _measure(engine: Engine, runs: Sequence[Run], groups: Mapping[str, EdgeGroup
     found: dict[str, list[Rungs]] = {}
     for index, run in enumerate(runs):
         note(f"test: question {index + 1} of {len(runs)}")
-        publish(engine, run)
+        publish(engine, _pairs(run))
         for agent, reading in _readers(run).items():
             variants = [each._replace(strength=_strength(each, groups[agent])) for each in COMPARED]
             outcomes = engine.measure(reading.prompt, reading.answer, variants).result()

@@ -54,13 +54,6 @@ def team_runs(engine: Engine, team: str, questions: Sequence[str], file: Path | 
     return [known[question] for question in questions]
 
 
-def publish(engine: Engine, run: Run) -> None:
-    """Let an engine read a run's prompts and answers exactly, so that their segments can be moved."""
-    for reading in run.values():
-        answer = (Segment(reading.answer, "answer"),) if reading.answer else ()
-        engine.context((*reading.prompt, *answer), policy=ReusePolicy.exact()).release()
-
-
 def _answer(engine: Engine, team: str, questions: Sequence[str]) -> list[Run]:
     group = KVCommAgentGroup(engine, policy=ReusePolicy.exact())
     for agent in load_team(team).agents:

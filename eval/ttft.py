@@ -24,6 +24,7 @@ from eval.figures import Figure, Report
 from eval.stock import Stock
 from eval.workload import add_sizes, make_parser, note, parse, run, settings
 from kvcomm import Completion, Engine, ReusePolicy, SamplingParams
+from kvcomm.agents.warming import publish
 from kvcomm.align.groups import EdgeGroup
 from kvcomm.engine.benchmark import Samples, TakeTokens
 from kvcomm.engine.handle import RequestHandle
@@ -105,8 +106,7 @@ class Team:
 
     def publish(self, agent: int, texts: Texts) -> None:
         """Compute an agent's prompt and output exactly: the next ones move it from here."""
-        whole = (*self.prompt(agent, texts), texts.outputs[agent])
-        self.engine.context(whole, policy=ReusePolicy.exact()).release()
+        publish(self.engine, [(self.prompt(agent, texts), texts.outputs[agent].token_ids)])
 
     def learn(self) -> None:
         """Teach the banks one run."""

@@ -8,7 +8,7 @@ only.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.resources import files
@@ -61,7 +61,7 @@ def warm_up(
     engine.clear_cache()
     for index, result in enumerate(results):
         note(f"learning from run {index + 1} of {num_exact}")
-        publish(engine, list(result.values()))
+        publish(engine, [(reading.prompt, reading.token_ids) for reading in result.values()])
         for reading in readers(result):
             if index < num_anchors:
                 engine.learn(reading.prompt, estimators=(policy.estimator,)).result()
@@ -123,14 +123,14 @@ def run_all(
     return results
 
 
-def publish(engine: Engine, readings: Sequence[AgentResult]) -> None:
+def publish(engine: Engine, readings: Iterable[tuple[Sequence[Segment], Sequence[int]]]) -> None:
     """Let an engine read prompts and answers exactly, one after the other, so that their segments can be moved.
 
     In this order: the first reader of a text is the source for the others.
     """
-    for reading in readings:
-        answer = (Segment(reading.token_ids, "answer"),) if reading.token_ids else ()
-        engine.context((*reading.prompt, *answer), policy=ReusePolicy.exact()).release()
+    for prompt, token_ids in readings:
+        answer = (Segment(tuple(token_ids), "answer"),) if token_ids else ()
+        engine.context((*prompt, *answer), policy=ReusePolicy.exact()).release()
 
 
 def readers(result: GroupResult) -> list[AgentResult]:

@@ -114,14 +114,19 @@ def load_bank(file: Path, *, namespace: str, shape: BankShape) -> BankSnapshot:
     return FORMAT.settled(file, lambda: _read(file, namespace, shape))
 
 
+def require_namespace(file: Path, found: str, wanted: str) -> None:
+    """Raises AnchorFileForeign for a file of another namespace."""
+    if found != wanted:
+        raise AnchorFileForeign(
+            f"{file} belongs to another namespace ({found[:12]}, wanted {wanted[:12]}): "
+            "model, dtype, rope, tokenizer or tenant differ"
+        )
+
+
 def _read(file: Path, namespace: str, shape: BankShape) -> BankSnapshot:
     with FORMAT.opened(file) as opened:
         header = _header(file, opened)
-        if header.namespace != namespace:
-            raise AnchorFileForeign(
-                f"{file} belongs to another namespace ({header.namespace[:12]}, wanted {namespace[:12]}): "
-                "model, dtype, rope, tokenizer or tenant differ"
-            )
+        require_namespace(file, header.namespace, namespace)
         if header.shape != shape:
             raise AnchorFileForeign(f"{file} holds anchors of another shape: {header.shape}, wanted {shape}")
         names = _names(shape)

@@ -15,12 +15,12 @@ from typing import Annotated, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from kvcomm.align.bank import BankShape, BankSnapshot
-from kvcomm.align.bank_file import SUFFIX, load_bank, read_bank_header, save_bank
+from kvcomm.align.bank_file import SUFFIX, load_bank, read_bank_header, require_namespace, save_bank
 from kvcomm.align.breaker import Breaker
 from kvcomm.align.calibration import Calibration, Pair
 from kvcomm.align.edges import Edge
 from kvcomm.align.groups import Contest, EdgeGroup, GroupKey
-from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign, AnchorFileTooNew, InvalidRequest
+from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileTooNew, InvalidRequest
 from kvcomm.memory.sealed_file import SealedFormat
 
 FORMAT = SealedFormat(
@@ -212,11 +212,7 @@ def load_profile(folder: Path, *, namespace: str, shape: BankShape) -> Profile:
         AnchorFileCorrupt, AnchorFileTooNew, AnchorFileError: as the names say.
     """
     header = read_groups(folder)
-    if header.namespace != namespace:
-        raise AnchorFileForeign(
-            f"{folder / GROUPS_FILE} belongs to another namespace ({header.namespace[:12]}, wanted {namespace[:12]}): "
-            "model, dtype, rope, tokenizer or tenant differ"
-        )
+    require_namespace(folder / GROUPS_FILE, header.namespace, namespace)
     files = bank_files(folder)
     banks = tuple(load_bank(file, namespace=namespace, shape=shape) for file in files)
     digests = {read_bank_header(file).payload_blake3 for file in files}
