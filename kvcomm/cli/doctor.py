@@ -38,6 +38,7 @@ def doctor(model: ModelName = None, as_json: JsonFlag = False) -> None:
         "extras": {extra: _extra(extra) for extra in EXTRAS},
         "machine": _machine(),
         "attention": _attention(),
+        "moving": _moving(),
         "cache": _cache(),
     }
     if model is not None:
@@ -74,6 +75,12 @@ def _attention() -> list[dict[str, Any]]:
     from kvcomm.model.attention import available_backends
 
     return [info._asdict() for info in available_backends()]
+
+
+def _moving() -> list[dict[str, Any]]:
+    from kvcomm.align.ops.choice import available_ops
+
+    return [info._asdict() for info in available_ops()]
 
 
 def _cache() -> dict[str, Any]:
@@ -126,14 +133,16 @@ def _geometry(geometry: ModelGeometry) -> dict[str, Any]:
 def _views(report: dict[str, Any]) -> list[RenderableType]:
     versions = [(package, installed or "not installed") for package, installed in report["versions"].items()]
     extras = [(extra, _extra_line(extra, found)) for extra, found in report["extras"].items()]
-    backends = [
-        (info["name"], "runs" if info["runs"] else "does not run", info["reason"]) for info in report["attention"]
-    ]
+    backends, moving = (
+        [(info["name"], "runs" if info["runs"] else "does not run", info["reason"]) for info in report[what]]
+        for what in ("attention", "moving")
+    )
     sections: list[RenderableType] = [
         table(None, versions, title="Installed"),
         table(None, extras, title="Extras"),
         table(None, _machine_rows(report["machine"]), title="Machine"),
         table(None, backends, title="Attention back ends"),
+        table(None, moving, title="Moving KV"),
         table(None, _cache_rows(report["cache"]), title="Cache folder"),
     ]
     if "model" in report:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
+from kvcomm.align.ops.choice import available_ops
 from kvcomm.cli.app import run
 from kvcomm.model.attention import available_backends
 from tests.tiny import TinyModel, tiny_tokenizer
@@ -29,6 +30,8 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["machine"]["torch_threads"] == torch.get_num_threads()
     assert found["machine"]["omp_wait_policy"] == os.environ["OMP_WAIT_POLICY"]
     assert [tuple(info.values()) for info in found["attention"]] == [tuple(info) for info in available_backends()]
+    assert [tuple(info.values()) for info in found["moving"]] == [tuple(info) for info in available_ops()]
+    assert found["moving"][0]["runs"]
     assert found["extras"].keys() == {"faiss", "triton", "server", "eval"}
     assert "model" not in found
 

@@ -11,6 +11,7 @@ from kvcomm.align.ops import cpu, reference
 from kvcomm.align.ops.contract import Align, Rotate
 from kvcomm.align.ops.triton_launch import Mover
 from kvcomm.errors import InvalidRequest
+from kvcomm.model.attention import BackendInfo
 
 
 class Ops(NamedTuple):
@@ -42,3 +43,18 @@ def make_ops(name: str, device: torch.device | str) -> Ops:
     if name == "cpu":
         raise InvalidRequest(f"the operations called 'cpu' do not run on {device}; choose 'reference' or 'auto'")
     raise InvalidRequest(f"unknown operations {name!r}; there are auto, cpu, triton, reference")
+
+
+def available_ops() -> list[BackendInfo]:
+    """What every implementation says about CUDA where present, else the CPU; the one that "auto" takes comes first."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = []
+    for name in ("cpu", "triton", "reference"):
+        try:
+            make_ops(name, device)
+        except InvalidRequest as error:
+            found.append(BackendInfo(name, False, str(error)))
+        else:
+            found.append(BackendInfo(name, True, ""))
+    chosen = next(info for info in found if info.runs)
+    return [chosen._replace(reason="default"), *(info for info in found if info is not chosen)]
