@@ -63,9 +63,9 @@ def test_agents_that_are_ready_together_share_the_first_batch(monkeypatch: pytes
             time.sleep(0.05)
             return handle
 
-        def counted_forward(runner: ModelRunner, runs: Any) -> Any:
+        def counted_forward(runner: ModelRunner, runs: Any, **more: Any) -> Any:
             batches.append(len(runs))
-            return forward(runner, runs)
+            return forward(runner, runs, **more)
 
         monkeypatch.setattr(engine, "submit", slow_submit)
         monkeypatch.setattr(ModelRunner, "forward", counted_forward)
@@ -135,9 +135,9 @@ def test_independent_agents_run_in_one_batch(engine: Engine, monkeypatch: pytest
     forward = engine.scheduler._runner.forward
     sizes = []
 
-    def counted(runs: Any) -> Any:
+    def counted(runs: Any, **more: Any) -> Any:
         sizes.append(len(runs))
-        return forward(runs)
+        return forward(runs, **more)
 
     monkeypatch.setattr(engine.scheduler._runner, "forward", counted)
     with closing(team(engine).stream(question="1 + 1?")) as events:

@@ -113,7 +113,8 @@ def test_decode_steps_are_steps_of_all_contexts(engine: Engine, monkeypatch: pyt
     submit = engine.scheduler.submit
     monkeypatch.setattr(engine.scheduler, "submit", lambda request: time.sleep(0.02) or submit(request))
     forward = engine.scheduler._runner.forward
-    monkeypatch.setattr(engine.scheduler._runner, "forward", lambda runs: passes.append(len(runs)) or forward(runs))
+    runner = engine.scheduler._runner
+    monkeypatch.setattr(runner, "forward", lambda runs, **more: passes.append(len(runs)) or forward(runs, **more))
     with benchmark.prefilled(
         engine, benchmark.random_tokens(engine), num_contexts=3, num_tokens=20, num_room_tokens=5
     ) as contexts:
@@ -130,7 +131,7 @@ def test_answers_lie_right_behind_their_contexts(engine: Engine, monkeypatch: py
     monkeypatch.setattr(
         engine.scheduler._runner,
         "forward",
-        lambda runs: tables.extend(run.pages.tolist() for run in runs) or forward(runs),
+        lambda runs, **more: tables.extend(run.pages.tolist() for run in runs) or forward(runs, **more),
     )
     take = benchmark.random_tokens(engine)
     with benchmark.prefilled(engine, take, num_contexts=3, num_tokens=48, num_room_tokens=20) as contexts:

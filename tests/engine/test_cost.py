@@ -21,13 +21,14 @@ def test_a_pass_over_two_stretches_is_counted_pair_by_pair() -> None:
 
 def test_reuse_has_to_pay() -> None:
     cost = ReuseCost(lambda: MODEL)
-    assert not cost.is_worth_it([(90, 100)], 90, 0, 100)  # nothing is known yet
+    assert not cost.is_worth_it([[(90, 100)]], 90, 0, 100)  # nothing is known yet
     cost.prepare()
-    assert cost.is_worth_it([(90, 100)], 90, 0, 100)
-    assert not cost.is_worth_it([(2, 100)], 2, 0, 100)
+    assert cost.is_worth_it([[(90, 100)]], 90, 0, 100)
+    assert not cost.is_worth_it([[(2, 100)]], 2, 0, 100)
+    assert not cost.is_worth_it([[(90, 100)]] * 9, 90, 0, 100)  # a pass at a time
     slow = ReuseCost(lambda: MODEL.model_copy(update={"move_s": 0.01}))
     slow.prepare()
-    assert not slow.is_worth_it([(90, 100)], 90, 0, 100)
+    assert not slow.is_worth_it([[(90, 100)]], 90, 0, 100)
 
 
 def test_it_is_measured_once_and_kept(tmp_path: Path) -> None:
