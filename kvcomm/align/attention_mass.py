@@ -23,35 +23,38 @@ class AttentionMass:
         mass: [num_tokens] float32 on the pool's device; attention to each position, summed over heads and rows.
     """
 
-    def __init__(self, layers: Sequence[LayerStore], slots: slice | Tensor, tail_start: int, tail_end: int) -> None:
+    def __init__(self, layers: Sequence[LayerStore], tail_start: int, tail_end: int) -> None:
         """Args:
-        slots: of the positions from 0 on, at least `tail_end` of them.
         tail_start, tail_end: positions that the tail covers; of a long one the end counts.
         """
         self._layers = layers
-        self._slots = slots
         self._tail = max(tail_start, tail_end - MAX_TAIL), tail_end
         self._first_layer = len(layers) // 2
         self._last_layer = max(3 * len(layers) // 4, self._first_layer + 1) - 1
         self.mass = torch.zeros(tail_end, device=layers[0].keys.device)
 
-    def watch(self, row: int, start: int, end: int) -> Watch | None:
+    def watch(self, slots: slice | Tensor, row: int, start: int, end: int) -> Watch | None:
         """For a pass whose rows from `row` on are positions `[start, end)`: what to call behind every layer.
 
         None when no row of it belongs to the tail.
+
+        Args:
+            slots: of the positions from 0 on, at least `end` of them, during this pass.
         """
         first, last = max(start, self._tail[0]), min(end, self._tail[1])
         if first >= last:
             return None
         rows, positions = slice(row + first - start, row + last - start), (first, last)
-        return lambda layer_id, query, scale: self._add(layer_id, query[0, :, rows], positions, scale)
+        return lambda layer_id, query, scale: self._add(layer_id, query[0, :, rows], slots, positions, scale)
 
-    def _add(self, layer_id: int, query: Tensor, positions: tuple[int, int], scale: float) -> None:
+    def _add(
+        self, layer_id: int, query: Tensor, slots: slice | Tensor, positions: tuple[int, int], scale: float
+    ) -> None:
         """Add one layer: queries [num_heads, num_rows, key_dim] of these positions; the keys are in the pool."""
         if not self._first_layer <= layer_id <= self._last_layer:
             return
         first, last = positions
-        keys = self._layers[layer_id].keys[self._slots][:last].float().transpose(0, 1)
+        keys = self._layers[layer_id].keys[slots][:last].float().transpose(0, 1)
         keys = keys.repeat_interleave(len(query) // len(keys), dim=0)
         scores = query.float() @ keys.transpose(1, 2) * scale
         seen = torch.arange(first, last, device=keys.device)[:, None]

@@ -118,18 +118,12 @@ class Replayer:
         with self._scratch(case, forced, moves[0].start) as sequence:
             distance = assemble(self._memory, self._layers, sequence, moves, corrections)
             probes = Probes(self._pool, self._layers, sequence.pages, recomputed) if len(recomputed) else None
-            tail = self.tail(sequence, moves, case.num_prompt)
+            tail = AttentionMass(self._layers, max(move.end for move in moves), case.num_prompt)
             got = self._log_probs(case, sequence, computed_stretches(moves, recomputed, len(forced)), tail)
             residual = None if probes is None else probes.residual()
         agreement = (exact.argmax(-1) == got.argmax(-1)).float().mean()
         outcome = Outcome(_divergence(exact, got), float(agreement), distance, residual, len(recomputed))
         return Replay(outcome, tail.mass[torch.from_numpy(moved_positions(moves))])
-
-    def tail(self, sequence: KVSequence, moves: Sequence[Move], num_prompt: int) -> AttentionMass:
-        """Ready to look at what a prompt's end, behind the last moved token, attends to."""
-        return AttentionMass(
-            self._layers, self._pool.slots(sequence.pages, num_prompt), max(move.end for move in moves), num_prompt
-        )
 
     def served(self, case: Case, exact: Tensor) -> float:
         """Divergence of a sequence as it is, moved KV and all, from the exact log-probabilities."""
@@ -206,7 +200,8 @@ class Replayer:
         ]
         last = runs[-1]
         row = sum(len(run.token_ids) for run in runs[:-1])
-        watch = None if tail is None else tail.watch(row, last.start, last.end)
+        slots = self._pool.slots(sequence.pages, last.end)
+        watch = None if tail is None else tail.watch(slots, row, last.start, last.end)
         return self._runner.forward(runs, watch=watch).float().log_softmax(-1)
 
 

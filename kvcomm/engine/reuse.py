@@ -36,7 +36,7 @@ from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
 from kvcomm.memory.segments import Segment
 from kvcomm.model.attention.contract import IntArray
-from kvcomm.model.runner import Watch
+from kvcomm.model.runner import Run, Watch
 
 
 @dataclass(eq=False)
@@ -50,6 +50,7 @@ class Approximation:
             done.
         scores: [number of moved tokens], what `tail` found; None before that.
         predicted: nats; the divergence that calibration expects at most.
+        num_exact: tokens of the exact prefix that was found.
         otherwise, unmoved: why template text, and why text of segments that are not moved, is computed.
         distance: of the text from what is known; known when it is assembled.
         residual: of the recomputed tokens; known when they are computed.
@@ -60,6 +61,7 @@ class Approximation:
     group: EdgeGroup
     rung: int
     predicted: float
+    num_exact: int
     otherwise: Reason = Reason.NEW
     unmoved: Reason = Reason.NO_SOURCE
     tail: AttentionMass | None = None
@@ -190,14 +192,16 @@ class Reuse:
         request.sequence.mark_approximate(approximation.moves[0].start)
         request.sequence.num_placed = request.sequence.num_tokens
         if int(approximation.share * num_moved(approximation.moves)):
-            self._look(request, approximation)
+            # The first pass, over glue and tail, looks at what the tail attends to.
+            end = approximation.moves[-1].end
+            approximation.tail = AttentionMass(self._layers, end, request.num_prompt_tokens)
 
-    def watch(self, request: Request, row: int, start: int, end: int) -> Watch | None:
-        """What looks on while rows from `row` on of a pass compute positions `[start, end)` of a request's prompt."""
+    def watch(self, request: Request, run: Run, row: int) -> Watch | None:
+        """What looks on while rows from `row` on of a pass compute a run of a request's prompt."""
         approximation = request.approximation
         if approximation is None or approximation.tail is None:
             return None
-        return approximation.tail.watch(row, start, end)
+        return approximation.tail.watch(self._memory.pool.slots(run.pages, run.end), row, run.start, run.end)
 
     def check(self, request: Request) -> bool:
         """After a prefill: whether the answer may begin. If not, a rung, or the next one, is to be computed."""
@@ -227,9 +231,10 @@ class Reuse:
 
     def _climb(self, request: Request, approximation: Approximation, reason: Reason) -> None:
         """Compute the tokens of the rung, for a reason, and what stands behind the first of them once more."""
-        recomputed = approximation.recomputed
-        pages = request.sequence.pages
-        approximation.probes = Probes(self._memory.pool, self._layers, pages, recomputed)
+        recomputed, sequence = approximation.recomputed, request.sequence
+        # Nothing behind the first moved token counts before the rung is computed: a fork must not take it along.
+        sequence.num_computed = approximation.moves[0].start
+        approximation.probes = Probes(self._memory.pool, self._layers, sequence.pages, recomputed)
         request.plan = self._plan_of(request, approximation, reason)
         first = int(recomputed[0])
         request.pending = [(max(start, first), end) for start, end in request.plan.stretches if end > first]
@@ -298,29 +303,23 @@ class Reuse:
         corrections = self.corrections(request.namespace, policy.estimator, moves, group.strength)
         assert corrections is not None
         predicted = calibration.predicted(rung, policy.confidence)
-        approximation = Approximation(tuple(moves), corrections, group, rung, predicted)
+        num_exact = request.sequence.num_computed
+        approximation = Approximation(tuple(moves), corrections, group, rung, predicted, num_exact)
         if max(move.risk for move in moves) > 0 and approximation.risk > policy.max_divergence:
             return None, Reason.SOURCE_RISK
         passes = _passes(moves, approximation.share, request.num_prompt_tokens)
-        num_exact = request.sequence.num_computed
         if not self._cost.is_worth_it(passes, num_moved(moves), num_exact, request.num_prompt_tokens):
             return None, Reason.COST
         return approximation, Reason.NO_SOURCE
 
     def _plan_of(self, request: Request, approximation: Approximation, reason: Reason = Reason.RUNG) -> Plan:
         """The plan as far as it is known by now; `reason`: why moved tokens are computed after all."""
-        num_exact = request.sequence.num_exact
+        num_exact = approximation.num_exact
         moved = [(move.start, move.end) for move in approximation.moves]
         parts = parts_of(
             request.segments, num_exact, moved, otherwise=approximation.otherwise, unmoved=approximation.unmoved
         )
         return plan_of(num_exact, _with_rung(parts, approximation.recomputed, reason))
-
-    def _look(self, request: Request, approximation: Approximation) -> None:
-        """Let the first pass look at what the tail attends to."""
-        count = request.num_prompt_tokens
-        slots = self._memory.pool.slots(request.sequence.pages, count)
-        approximation.tail = AttentionMass(self._layers, slots, approximation.moves[-1].end, count)
 
     def _retreat(self, request: Request, reason: Reason) -> None:
         """Compute everything behind the exact prefix."""

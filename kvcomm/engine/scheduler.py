@@ -356,7 +356,7 @@ class Scheduler:
         row = 0
         for work in batch:
             for run in work.runs:
-                watch = None if work.branch is not None else self._reuse.watch(work.request, row, run.start, run.end)
+                watch = None if work.branch is not None else self._reuse.watch(work.request, run, row)
                 if watch is not None:
                     watches.append(watch)
                 row += len(run.token_ids)

@@ -46,10 +46,10 @@ def test_mass_is_that_of_the_stock_attention(
         for each in (sequence, other):
             engine.memory.make_writable(each, 0, each.num_tokens)
         slots = pool.slots(sequence.pages, len(TOKENS))
-        mass = AttentionMass(layer_stores(pool, engine.geometry), slots, *tail)
+        mass = AttentionMass(layer_stores(pool, engine.geometry), *tail)
         for start, end in zip((0, *cuts), cuts, strict=False):
             runs = [Run(OTHER, other.pages, 0), Run(TOKENS[start:end], sequence.pages, start)]
-            runner.forward(runs, watch=mass.watch(len(OTHER), start, end))
+            runner.forward(runs, watch=mass.watch(slots, len(OTHER), start, end))
         sequence.release()
         other.release()
     torch.testing.assert_close(mass.mass, expected(tiny, *counted), atol=1e-5, rtol=1e-5)

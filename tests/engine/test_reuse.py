@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvcomm.align.calibration import Calibration, Pair
 from kvcomm.config import EngineConfig
+from kvcomm.engine.context import Context
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.replay import Case, Replay
@@ -115,6 +116,43 @@ def test_an_exact_policy_never_sees_any_of_it(engine: Engine) -> None:
     assert exact.usage.aligned_tokens == 0
     assert exact.usage.computed_tokens >= 90 + len(TAIL)  # nothing of the approximate run is in the tree
     assert list(exact.token_ids) == greedy(engine.model, tokens, 8)
+
+
+def test_what_a_rung_computes_behind_no_cached_prefix_is_not_called_exact(engine: Engine) -> None:
+    policy = replace(LOOSE, rungs=(0.3,))
+    earn(engine, policy)
+    engine.clear_cache()
+    ask(engine, ROLE_A, 99, policy)
+    served = ask(engine, ROLE_B, 99, policy).usage
+    assert served.exact_tokens == 0
+    assert served.aligned_tokens == 63
+    assert served.reasons == {"new": len(ROLE_B), "rung": 27, "glue": len(TAIL)}
+
+
+def test_a_fork_between_the_passes_of_a_rung_takes_nothing_half_done_along(engine: Engine) -> None:
+    policy = replace(LOOSE, rungs=(0.3,))
+    earn(engine, policy)
+    ask(engine, ROLE_A, 99, policy)
+    context = engine.context(ROLE_B, policy=policy)
+    forks: list[Context] = []
+    keep = engine.reuse.planner.check
+
+    def check(request: Request) -> bool:
+        done = keep(request)
+        if not done and request.is_lent:
+            forks.append(context.fork())
+        return done
+
+    engine.reuse.planner.check = check  # type: ignore[method-assign]
+    context.extend(prompt(ROLE_B, 99)[1:])
+    (child,) = forks
+    assert context.fidelity is Fidelity.APPROXIMATE
+    assert child.sequence.num_computed == len(ROLE_B)
+    assert child.fidelity is Fidelity.EXACT
+    tokens = list(child.tokens)
+    assert list(child.generate(SAMPLING).token_ids) == greedy(engine.model, tokens, 8)
+    for each in (context, child):
+        each.release()
 
 
 @pytest.mark.parametrize("rungs", [(0.0,), (0.5,)])
