@@ -305,9 +305,10 @@ def _tail(text: str, width: int) -> str:
 
 def _finished_line(title: str, result: AgentResult) -> Text:
     usage = result.usage
+    moved = f"and {usage.aligned_tokens} moved, " if usage.aligned_tokens else ""
     return Text.assemble(
         (f"{title:<29}", "dim"),
-        f"{result.name:<11} {usage.exact_tokens:>4} of {usage.prompt_tokens:>4} prompt tokens reused, "
+        f"{result.name:<11} {usage.exact_tokens:>4} of {usage.prompt_tokens:>4} prompt tokens reused, {moved}"
         f"first token {usage.ttft_s:.2f} s",
     )
 
