@@ -6,17 +6,15 @@ import gzip
 import json
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from eval.figures import Figure
 from eval.workload import note
-from kvcomm import Engine, KVCommAgentGroup, ReusePolicy
+from kvcomm import Engine, ReusePolicy
 from kvcomm.agents.team import load_team
+from kvcomm.agents.warming import run_all
 from kvcomm.engine.plan import Reason
 
-BATCH = 10
-"""Texts that are read at the same time."""
 MAX_CHARACTERS = 1200
 """Of each text; documents are longer."""
 FIELDS = ("prompt", "text", "question")
@@ -36,21 +34,13 @@ def shift_texts(files: Sequence[Path], count: int) -> list[str]:
 
 def shift_figures(engine: Engine, team: str, texts: Sequence[str]) -> list[Figure]:
     """Let the team read the texts on an engine whose edge groups are calibrated."""
-    group = KVCommAgentGroup(engine, policy=POLICY)
-    for agent in load_team(team).agents:
-        group.add(agent)
-    num_requests = num_approximated = 0
-    reasons: Counter[str] = Counter()
-    for first in range(0, len(texts), BATCH):
-        note(f"other texts: {first + 1} to {min(first + BATCH, len(texts))} of {len(texts)}")
-        batch = texts[first : first + BATCH]
-        with ThreadPoolExecutor(len(batch)) as threads:
-            results = list(threads.map(lambda text: group.run(question=text), batch))
-        usages = [result[name].usage for result in results for name in list(result)[1:]]
-        num_requests += len(usages)
-        num_approximated += sum(usage.aligned_tokens > 0 for usage in usages)
-        reasons.update(reason for usage in usages for reason in usage.reasons)
-        engine.clear_cache()
+    chosen = load_team(team)
+    results = run_all(chosen.group(engine, policy=POLICY), [{"question": text} for text in texts], chosen, note)
+    engine.clear_cache()
+    usages = [result[name].usage for result in results for name in list(result)[1:]]
+    num_requests = len(usages)
+    num_approximated = sum(usage.aligned_tokens > 0 for usage in usages)
+    reasons = Counter(reason for usage in usages for reason in usage.reasons)
     refused = reasons[Reason.OUT_OF_DISTRIBUTION.value]
     return [
         Figure("shift_approximated", num_approximated, "requests", goal="0"),

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from eval.workload import note
-from kvcomm import Engine, KVCommAgentGroup, ReusePolicy
+from kvcomm import Engine, ReusePolicy
 from kvcomm.agents.team import load_team
+from kvcomm.agents.warming import run_all
 from kvcomm.memory.segments import Segment
 
 BATCH = 16
@@ -55,11 +55,9 @@ def team_runs(engine: Engine, team: str, questions: Sequence[str], file: Path | 
 
 
 def _answer(engine: Engine, team: str, questions: Sequence[str]) -> list[Run]:
-    group = KVCommAgentGroup(engine, policy=ReusePolicy.exact())
-    for agent in load_team(team).agents:
-        group.add(agent)
-    with ThreadPoolExecutor(len(questions)) as threads:
-        results = list(threads.map(lambda question: group.run(question=question), questions))
+    chosen = load_team(team)
+    group = chosen.group(engine, policy=ReusePolicy.exact())
+    results = run_all(group, [{"question": question} for question in questions], chosen)
     engine.clear_cache()
     return [{name: Reading(result[name].prompt, result[name].token_ids) for name in result} for result in results]
 

@@ -117,6 +117,9 @@ def _demo(options: argparse.Namespace, console: Console) -> int:
     began_s = time.monotonic()
     if options.questions < 1:
         raise InvalidRequest(f"--questions must be at least 1, not {options.questions}")
+    fewest = NUM_ANCHORS + 2
+    if options.warm and options.warm < fewest:
+        raise InvalidRequest(f"--warm must be 0 or at least {fewest}, not {options.warm}")
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise InvalidRequest(f"--json {options.json}: there is no folder {options.json.absolute().parent}")
     team = limited(load_team("gsm8k"), options.max_new_tokens)

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from kvcomm.agents.results import GroupResult
 from kvcomm.agents.team import Team
 from kvcomm.agents.warming import limited
-from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.results import Usage
+from kvcomm.errors import InvalidRequest
 
 
 @dataclass
@@ -117,11 +117,17 @@ def compare(
     """Run a team on inputs in the three ways, one input at a time; all agents, in the team's order.
 
     Args:
-        engine: warmed up for the policy; its cache is emptied first.
+        engine: warmed up for the policy; its cache is emptied first. The other two ways have its settings.
+        inputs: of one run each, at least one.
+
+    Raises:
+        InvalidRequest: there are no inputs.
     """
+    if not inputs:
+        raise InvalidRequest("there are no inputs to compare on")
     with ExitStack() as stack:
-        dense = stack.enter_context(Engine(engine.model, engine.tokenizer, config=EngineConfig(cache=False)))
-        exact = stack.enter_context(Engine(engine.model, engine.tokenizer))
+        dense = stack.enter_context(Engine(engine.model, engine.tokenizer, config=replace(engine.config, cache=False)))
+        exact = stack.enter_context(Engine(engine.model, engine.tokenizer, config=engine.config))
         ways = {
             "dense": team.group(dense, policy=ReusePolicy.exact()),
             "exact prefixes": team.group(exact, policy=ReusePolicy.exact()),

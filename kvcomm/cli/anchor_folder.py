@@ -117,7 +117,8 @@ class AnchorFolder:
         """
         for entry in self.entries:
             verify_bank(entry.file)
-        names = [entry.file.name for entry in self.entries] + ([GROUPS_FILE] if self.groups else [])
+        read_groups(self.folder)
+        names = [*(entry.file.name for entry in self.entries), GROUPS_FILE]  # last: whoever has it has everything
         partial = file.with_name(f".{file.name}.part")
         try:
             with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
@@ -149,10 +150,11 @@ def import_archive(file: Path, folder: Path) -> int:
             banks = bank_files(unpacked)
             for bank in banks:
                 verify_bank(bank)
-            if (unpacked / GROUPS_FILE).exists():
-                read_groups(unpacked)
+            if not (unpacked / GROUPS_FILE).exists():
+                raise AnchorFileCorrupt(f"{file} is not a whole archive of anchors: {GROUPS_FILE} is missing")
+            read_groups(unpacked)
             unpacked.rename(folder)
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, EOFError) as error:
         raise AnchorFileCorrupt(f"{file} is not a whole archive of anchors: {error}") from error
     except OSError as error:
         raise AnchorFileError(f"{file} cannot be imported: {error.strerror or error}") from error
@@ -162,7 +164,8 @@ def import_archive(file: Path, folder: Path) -> int:
 def _unpack(file: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
     """One member, under its own name and as an ordinary file: no paths, links or devices."""
     is_anchor = member.name == GROUPS_FILE or member.name.endswith(SUFFIX)
-    if not member.isreg() or not is_anchor or Path(member.name).name != member.name or member.name.startswith("."):
+    is_plain = member.isreg() and not member.issparse()
+    if not is_plain or not is_anchor or Path(member.name).name != member.name or member.name.startswith("."):
         raise AnchorFileCorrupt(f"{file} holds {member.name!r}, which is no file of anchors; nothing was imported")
     content = archive.extractfile(member)
     assert content is not None  # an ordinary file

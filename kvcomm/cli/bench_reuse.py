@@ -63,6 +63,7 @@ def reuse_command(
     from kvcomm.agents.comparison import compare
     from kvcomm.agents.team import load_team
     from kvcomm.agents.warming import examples, limited, warm_up
+    from kvcomm.cli.store import folder_errors
     from kvcomm.config import EngineConfig
     from kvcomm.engine.engine import Engine
     from kvcomm.engine.policy import ReusePolicy
@@ -73,6 +74,9 @@ def reuse_command(
     wanted = runs + (0 if load is not None else warm)
     if len(inputs) < wanted:
         raise InvalidRequest(f"{len(inputs)} inputs are too few for --runs {runs} and --warm {warm}; give --data")
+    if save is not None:  # before anything is computed
+        with folder_errors("write", save):
+            save.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     config = EngineConfig(contest_prompts=3)
     with Engine.load(model, config=config, progress=True) as engine, console.status("") as status:
@@ -99,6 +103,7 @@ def reuse_table(agents: Sequence[AgentReuse], policy: ReusePolicy) -> Table:
 
 
 def agent_values(agent: AgentReuse) -> dict[str, Any]:
+    """One agent as JSON values: means of token counts, everything else run by run."""
     return {
         "agent": agent.agent,
         "prompt_tokens": agent.mean(lambda usage: usage.prompt_tokens),

@@ -7,6 +7,7 @@ between two plans are looked at, so a busy machine, on which everything takes lo
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import time
@@ -19,9 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvcomm.align.ops.contract import LayerStore, Rotate
 from kvcomm.align.spans import place_of
+from kvcomm.errors import PoolExhausted
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.sequences import Sequence as KVSequence
 from kvcomm.model.runner import ModelRunner, Run
+
+logger = logging.getLogger("kvcomm.engine")
 
 TRIALS = ((16, 16), (16, 1024), (256, 256), (256, 1024))
 """(rows, end) of the passes that are timed."""
@@ -55,12 +59,26 @@ class ReuseCost:
 
     def __init__(self, measure: Callable[[], CostModel]) -> None:
         self._measure = measure
+        self._has_failed = False
         self.model: CostModel | None = None
 
     def prepare(self) -> None:
-        """Measure, or read what was measured before; on the engine's thread, not under its lock."""
-        if self.model is None:
+        """Measure, or read what was measured before; on the engine's thread, not under its lock.
+
+        Where it fails nothing is ever worth moving, and nobody's request suffers.
+
+        Raises:
+            PoolExhausted: no room for a trial now; worth another try.
+        """
+        if self.model is not None or self._has_failed:
+            return
+        try:
             self.model = self._measure()
+        except PoolExhausted:
+            raise
+        except Exception:
+            self._has_failed = True
+            logger.exception("what moving costs could not be measured: everything is computed")
 
     def is_worth_it(
         self, passes: Sequence[Sequence[tuple[int, int]]], num_moved: int, num_exact: int, num_tokens: int

@@ -180,8 +180,8 @@ class Learner:
         def steps(trial: _Trial) -> Steps:
             while True:
                 with self._lock:
-                    wanted = context.sequence.token_ids[: context.sequence.num_computed]
-                    if not self._grow(trial, wanted):
+                    own = context.sequence
+                    if own.approximate_from is None or not self._grow(trial, own.token_ids[: own.num_computed]):
                         break
                 yield from self._replayer.prefill(trial.sequence.token_ids, trial.sequence, self._chunk)
                 with self._lock:

@@ -6,14 +6,19 @@ import io
 import json
 import os
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kvcomm.align.bank_file import SUFFIX
 from kvcomm.align.profile_file import GROUPS_FILE, load_profile
+from kvcomm.cli.anchor_folder import AnchorFolder, import_archive
 from kvcomm.cli.app import run
+from kvcomm.errors import AnchorFileError
 from tests.align.test_profile_file import EDGES, SHAPE, saved
 
 FIRST = EDGES[0].digest[:12]
@@ -124,8 +129,42 @@ def test_damaged_archives_leave_no_folder(folder: Path, tmp_path: Path, capsys: 
     archive = tmp_path / "team.tar"
     call(capsys, "export", folder, archive)
     content = archive.read_bytes()
-    for cut in (0, 100, 700, len(content) // 2):
+    with tarfile.open(archive) as whole:
+        boundaries = [member.offset for member in whole]  # a tar cut there still looks whole
+    for cut in (0, 100, 700, len(content) // 2, *boundaries):
         archive.write_bytes(content[:cut])
         error(capsys, "import", archive, tmp_path / "new", code=1)
         assert not (tmp_path / "new").exists()
+    archive.write_bytes(content)
     assert "is not a folder of anchors" in error(capsys, "ls", tmp_path / "nowhere", code=2)
+
+
+def test_an_archive_that_claims_more_than_it_holds_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sparse member of a few bytes would fill the disk."""
+    archive = tmp_path / "bad.tar"
+    member = tarfile.TarInfo("x" + SUFFIX)
+    member.type = tarfile.GNUTYPE_SPARSE
+    archive.write_bytes(member.tobuf(tarfile.GNU_FORMAT) + b"\0" * 1024)
+    error(capsys, "import", archive, tmp_path / "new", code=1)
+    assert [file.name for file in tmp_path.iterdir()] == ["bad.tar"]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(flips=st.lists(st.tuples(st.integers(0, 1535), st.integers(1, 255)), min_size=1, max_size=4))
+def test_a_flipped_archive_is_an_error_or_what_it_was(flips: list[tuple[int, int]], tmp_path: Path) -> None:
+    """Headers hold what digests do not cover: times and owners."""
+    root = Path(tempfile.mkdtemp(dir=tmp_path))
+    source = saved(root / "anchors")
+    AnchorFolder(source).export(root / "a.tar")
+    content = bytearray((root / "a.tar").read_bytes())
+    for at, change in flips:
+        content[at % len(content)] ^= change
+    (root / "a.tar").write_bytes(content)
+    try:
+        import_archive(root / "a.tar", root / "new")
+    except AnchorFileError:
+        assert not (root / "new").exists()
+    else:
+        assert load_profile(root / "new", namespace="n", shape=SHAPE).num_dropped == 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvcomm.align.estimators import TokenEstimator
+from kvcomm.engine.cost import CostModel
 from kvcomm.engine.engine import Engine
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.segments import Segment
@@ -83,3 +84,18 @@ def test_answers_end_when_the_engine_closes_while_learning(engine: Engine) -> No
     pending = engine.calibrate(prompt(ROLE_B, 1), some_tokens(5, seed=3), LOOSE)
     engine.close()
     assert pending.done()
+
+
+def test_a_machine_that_cannot_be_measured_computes_everything(engine: Engine) -> None:
+    calls = []
+
+    def fails() -> CostModel:
+        calls.append(1)
+        raise RuntimeError("no compiler")
+
+    engine.reuse.cost.model, engine.reuse.cost._measure = None, fails
+    for seed in range(2):
+        ask(engine, ROLE_A, seed, LOOSE)
+        served = ask(engine, ROLE_B, seed, LOOSE)
+        assert list(served.token_ids) == greedy(engine.model, tokens_of(prompt(ROLE_B, seed)), 8)
+    assert calls == [1]

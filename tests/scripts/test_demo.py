@@ -192,6 +192,9 @@ def test_wrong_options(demo: ModuleType, tmp_path: Path, data: Path, capsys: pyt
     assert "cannot be read" in capsys.readouterr().err
     assert demo.main(["--questions", "0"]) == 2
     assert "--questions must be at least 1" in capsys.readouterr().err
+    for warm in ("-3", "4"):
+        assert demo.main(["--data", str(data), f"--warm={warm}"]) == 2
+        assert f"--warm must be 0 or at least 5, not {warm}" in capsys.readouterr().err
     assert demo.main(["--data", str(data), "--json", str(tmp_path / "no" / "x")]) == 2
     assert "there is no folder" in capsys.readouterr().err
     assert demo.main(["--data", str(data), "--model", "nix"]) == 1

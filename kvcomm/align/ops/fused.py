@@ -1,14 +1,14 @@
 """The loops of alignment on the CPU, compiled by numba: one pass over source and target, offsets from the cache.
 
 Importing this file needs numba and is what takes time, so only calls do it; compiled code is kept beside this file, or
-where NUMBA_CACHE_DIR says. Rows are one token's channels of all heads, float32. NaN stays NaN: what the compiler may
-assume of numbers is said loop by loop.
+where NUMBA_CACHE_DIR says, and where nothing can be written it is compiled anew in every process. Rows are one token's
+channels of all heads, float32. NaN stays NaN: what the compiler may assume of numbers is said loop by loop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
@@ -25,16 +25,27 @@ BATCH = 4
 """Neighbors that one loop over the channels adds; their number is a multiple of it, filled up with weight 0."""
 
 
+def _jit(function: F, **options: Any) -> F:
+    try:
+        return cast(F, numba.njit(cache=True, **options)(function))
+    except RuntimeError:  # no folder for compiled code can be written
+        return cast(F, numba.njit(**options)(function))
+
+
+def _inlined(function: F) -> F:
+    return _jit(function, fastmath={"contract"}, inline="always")
+
+
 def _compiled(function: F) -> F:
-    return cast(F, numba.njit(parallel=True, fastmath={"contract"}, cache=True)(function))
+    return _jit(function, parallel=True, fastmath={"contract"})
 
 
 def _compiled_sums(function: F) -> F:
     """Sums over channels may be reordered: else they are one long chain of additions."""
-    return cast(F, numba.njit(parallel=True, fastmath={"contract", "reassoc"}, cache=True)(function))
+    return _jit(function, parallel=True, fastmath={"contract", "reassoc"})
 
 
-@numba.njit(fastmath={"contract"}, cache=True, inline="always")
+@_inlined
 def _add_weighted(row: Floats, codes: Codes, scales: Floats, indices: Indices, weights: Floats) -> None:
     """Add the weighted offsets of one token to a row, [channels]."""
     for first in range(0, len(indices), BATCH):
