@@ -1,6 +1,6 @@
 """Time to first token of a team that reads the same texts behind different roles: moved KV against a dense prefill.
 
-    python -m eval.ttft --data TEXTS [--setting paper] [--calibration N] [--repeats N] [--json]
+    python -m eval.ttft --data TEXTS [--setting paper] [--anchors FOLDER] [--calibration N] [--repeats N] [--json]
 
 The setting of KVCOMM's Table 3 (arXiv 2510.12872v2): five agents, 512-token roles, a 1,000-token question, 512-token
 outputs; each reads its role, the question and all outputs before its own. Deviations: real text where the publication
@@ -8,7 +8,8 @@ has synthetic one, and outputs are taken from the text instead of decoded, which
 are cached and banks are warm, as in a team at work. Dense is transformers' own forward over the whole prompt. The
 engine is timed as its callers see it, whole requests through its queue, in turns with dense and in one process. What is
 served is bounded by the calibration that the run makes itself: for a caller who accepts everything (glue only), and for
-(0.05, 0.05).
+(0.05, 0.05). That calibration takes by far the longest, and times do not depend on when it was made: with --anchors it
+is kept in a folder, and taken from there by the next run of the same sizes and texts.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -25,7 +27,6 @@ from eval.stock import Stock
 from eval.workload import add_sizes, make_parser, note, parse, run, settings
 from kvcomm import Completion, Engine, ReusePolicy, SamplingParams
 from kvcomm.agents.warming import publish
-from kvcomm.align.groups import EdgeGroup
 from kvcomm.engine.benchmark import Samples, TakeTokens
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.request import NUM_CONTINUATION
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit code."""
     parser = make_parser("ttft", "Time to first token of a team, moved KV against dense prefills.")
     parser.add_argument("--setting", choices=("paper",), default="paper", help="sizes and team [%(default)s]")
+    parser.add_argument("--anchors", type=Path, metavar="FOLDER", help="keep calibration there, or take it")
     add_sizes(parser, agents=5, role_tokens=512, question_tokens=1000, output_tokens=512, warm=3, calibration=20)
     return run(parse(parser, arguments, repeats=5, quick_repeats=2), measure)
 
@@ -50,21 +52,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(engine: Engine, take: TakeTokens, options: Namespace) -> Report:
     """All figures of an engine."""
     team = Team(engine, take, options)
-    for index in range(options.warm):
-        note(f"anchors: text {index + 1} of {options.warm}")
-        team.learn()
-    for index in range(num := engine.config.contest_prompts + options.calibration):
-        note(f"calibration: text {index + 1} of {num}")
-        team.calibrate()
+    _warm(team)
     stock = Stock(engine.model)
     samples: dict[str, list[float]] = {}
     for index in range(-1, options.repeats):
         note("one round to warm up" if index < 0 else f"round {index + 1} of {options.repeats}")
-        for name, value in _round(team, stock):
-            if index >= 0:
+        found = dict(_round(team, stock))
+        note("  " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        if index >= 0:
+            for name, value in found.items():
                 samples.setdefault(name, []).append(value)
     measured = {name: Samples(tuple(values)) for name, values in samples.items()}
-    return Report("ttft", _figures(measured, options.agents), settings(engine, options), samples)
+    return Report("ttft", _figures(measured, options.agents), settings(engine, options, anchors=None), samples)
+
+
+def _warm(team: Team) -> None:
+    """Teach and calibrate, or take from the folder what an earlier run of the same sizes has kept; same texts after."""
+    options, engine = team.options, team.engine
+    num_calibrated = engine.config.contest_prompts + options.calibration
+    if options.anchors is not None and options.anchors.exists():
+        profile = engine.load_anchors(options.anchors)
+        if len(profile.groups) != options.agents - 1:
+            raise InvalidRequest(
+                f"{options.anchors} holds {len(profile.groups)} edge groups, not one for each of agents 2 to "
+                f"{options.agents}; name another folder"
+            )
+        note(f"anchors and calibration of {len(profile.groups)} edge groups taken from {options.anchors}")
+        for _ in range(options.warm + num_calibrated):
+            team.texts()
+        return
+    for index in range(options.warm):
+        note(f"anchors: text {index + 1} of {options.warm}")
+        team.learn()
+    for index in range(num_calibrated):
+        note(f"calibration: text {index + 1} of {num_calibrated}")
+        team.calibrate()
+    if options.anchors is not None:
+        engine.save_anchors(options.anchors)
 
 
 @dataclass
@@ -77,12 +101,11 @@ class Texts:
 
 @dataclass
 class Team:
-    """Agents with fixed roles on one engine, and what their edge groups have learned."""
+    """Agents with fixed roles on one engine."""
 
     engine: Engine
     take: TakeTokens
     options: Namespace
-    groups: dict[int, EdgeGroup] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         roles = [self.take(self.options.role_tokens) for _ in range(self.options.agents)]
@@ -126,7 +149,6 @@ class Team:
             group = self.engine.calibrate(prompts[agent], answer, BOUND).result()
             if group is None:
                 raise InvalidRequest(f"nothing of agent {agent + 1}'s prompt can be moved")
-            self.groups[agent] = group
         self.restart()
 
     def continuation(self, prompt: Sequence[Segment]) -> tuple[int, ...]:
@@ -176,7 +198,7 @@ def _agent(
     yield f"kvcomm{kind}_{agent + 1}_s", served.usage.ttft_s
     if agent:
         yield f"aligned{kind}_{agent + 1}", served.usage.aligned_tokens / _num_slots(prompt)
-        yield f"divergence{kind}_{agent + 1}", _divergence(team, prompt, agent, served)
+        yield f"divergence{kind}_{agent + 1}", _divergence(team, prompt, served)
     if agent == team.options.agents - 1 and not kind:
         yield "computed", served.usage.computed_tokens
 
@@ -185,11 +207,13 @@ def _num_slots(prompt: Sequence[Segment]) -> int:
     return sum(len(segment.token_ids) for segment in prompt if segment.name is not None)
 
 
-def _divergence(team: Team, prompt: Sequence[Segment], agent: int, served: Completion) -> float:
+def _divergence(team: Team, prompt: Sequence[Segment], served: Completion) -> float:
     """Nats, of what was served; what was computed exactly has none."""
-    if served.usage.approximation is None:
+    report = served.usage.approximation
+    if report is None:
         return 0.0
-    variant = Variant("token", served.usage.approximation.rung, strength=team.groups[agent].strength)
+    (strength,) = (group.strength for group in team.engine.edge_groups() if group.key.digest == report.group)
+    variant = Variant("token", report.rung, strength=strength)
     continuation = team.continuation(prompt)
     (outcome,) = team.engine.measure(prompt, continuation, [variant]).result()
     return outcome.divergence

@@ -1,0 +1,43 @@
+"""`python -m eval.ttft`: a team in small sizes; what one run calibrates, the next one takes from a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval import ttft
+from kvcomm.align.profile_file import GROUPS_FILE
+
+SIZES = {"agents": 3, "role-tokens": 16, "question-tokens": 48, "output-tokens": 32, "warm": 3, "calibration": 19}
+
+
+def figures(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    sizes = [f"--{name}={value}" for name, value in SIZES.items()]
+    files = [f"--anchors={tmp_path / 'anchors'}", f"--out={tmp_path / 'run.json'}"]
+    assert ttft.main([f"--model={folder}", "--repeats=1", "--json", *sizes, *files]) == 0
+    read = capsys.readouterr()
+    values = {figure["id"]: figure["value"] for figure in json.loads(read.out)["figures"]}
+    return values | {"notes": read.err}
+
+
+def test_a_calibrated_team(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = figures(tiny_folder, tmp_path, capsys)
+    assert (tmp_path / "anchors" / GROUPS_FILE).exists()
+    assert "calibration: text 1 of 27" in first["notes"]
+    again = figures(tiny_folder, tmp_path, capsys)
+    assert "of 2 edge groups taken from" in again["notes"]
+    assert "calibration: text" not in again["notes"]
+    for values in (first, again):
+        assert values["aligned"] == 1.0
+        # Nothing but the glue: the last agent's three pieces of it, and what stands before its answer.
+        assert 0 < values["computed"] < 3 * 16
+        assert abs(values["exact_hit_computed"] - values["computed"]) <= 1
+        assert 0 < values["divergence"] < 1
+        assert values["agent3_speedup"] == pytest.approx(values["dense_3_s"] / values["kvcomm_3_s"])
+    assert again["divergence"] == pytest.approx(first["divergence"], rel=1e-3)
+
+    assert ttft.main([f"--model={tiny_folder}", f"--anchors={tmp_path / 'anchors'}", "--agents=5"]) == 1
+    assert "holds 2 edge groups, not one for each of agents 2 to 5" in capsys.readouterr().err
