@@ -28,11 +28,11 @@ from kvcomm.align.groups import EdgeGroup
 from kvcomm.engine.selectors import Variant
 from kvcomm.memory.segments import Segment
 
-RUNGS = (0.0, 0.25, 0.5)
-POLICY = ReusePolicy(max_divergence=BOUNDS[0][0], confidence=1 - BOUNDS[0][1], rungs=RUNGS)
+POLICY = ReusePolicy(max_divergence=BOUNDS[0][0], confidence=1 - BOUNDS[0][1])
 """Says how groups are calibrated; the bounds themselves are applied afterwards."""
-LADDER = tuple(Variant("token", share) for share in RUNGS)
+LADDER = tuple(Variant("token", share) for share in POLICY.rungs)
 """Corrected as strongly as the contest of the group says."""
+TOKEN, RUNG25, RUNG50 = LADDER[0], Variant("token", 0.25), Variant("token", 0.5)
 OTHERS = (
     Variant("rotate"),
     Variant("paper"),
@@ -42,7 +42,7 @@ OTHERS = (
     Variant("rotate", 0.15, "deviation"),
     Variant("rotate", 0.5, "deviation"),
 )
-COMPARED = (*LADDER, *OTHERS)
+COMPARED = (*LADDER, RUNG25, RUNG50, *OTHERS)
 ROTATE, PAPER = OTHERS[:2]
 GOALS = {
     "token_over_rotate": "<= 0.25",
@@ -193,18 +193,17 @@ def _comparison(tested: Tested, groups: Mapping[str, EdgeGroup]) -> list[Figure]
     def agreement(variant: Variant) -> float:
         return sum(each.outcomes[COMPARED.index(variant)].agreement for each in everything) / len(everything)
 
-    token, rung25, rung50 = LADDER
     rotate = mean(ROTATE)
     worse = sum(
-        groups[agent].strength > 0 and mean(token, prompts) > mean(ROTATE, prompts) for agent, prompts in tested.items()
+        groups[agent].strength > 0 and mean(TOKEN, prompts) > mean(ROTATE, prompts) for agent, prompts in tested.items()
     )
     figures = [
-        _figure("token_over_rotate", mean(token) / rotate),
-        _figure("token_over_paper", mean(token) / mean(PAPER)),
-        _figure("rung25_over_rotate", mean(rung25) / rotate),
-        _figure("rung25_top1", agreement(rung25), "share"),
-        _figure("rung50_over_rotate", mean(rung50) / rotate),
-        _figure("rung50_top1", agreement(rung50), "share"),
+        _figure("token_over_rotate", mean(TOKEN) / rotate),
+        _figure("token_over_paper", mean(TOKEN) / mean(PAPER)),
+        _figure("rung25_over_rotate", mean(RUNG25) / rotate),
+        _figure("rung25_top1", agreement(RUNG25), "share"),
+        _figure("rung50_over_rotate", mean(RUNG50) / rotate),
+        _figure("rung50_top1", agreement(RUNG50), "share"),
         _figure("worse_edges_in_use", worse, "groups"),
     ]
     figures += [_figure(f"all {_label(each)} over rotate", mean(each) / rotate) for each in OTHERS[1:]]

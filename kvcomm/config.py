@@ -38,6 +38,7 @@ class EngineConfig:
         cache_ttl_s: seconds after which an unused cached prefix is dropped; None: only when pages are needed.
         anchor_bytes: of offsets that one edge keeps at most.
         contest_prompts: prompts on which an edge group decides how strongly to correct, before it is calibrated.
+        idle_after_s: seconds without any request before idle work goes on: the next agent of a team asks at once.
         cache: False switches prefix reuse off (contexts and forks still share).
     """
 
@@ -51,6 +52,7 @@ class EngineConfig:
     cache_ttl_s: float | None = None
     anchor_bytes: int = 16 * 2**20
     contest_prompts: int = NUM_CONTESTED
+    idle_after_s: float = 0.05
     cache: bool = True
 
     def __post_init__(self) -> None:
@@ -61,6 +63,8 @@ class EngineConfig:
             raise InvalidRequest(f"pool_tokens={self.pool_tokens} is less than one page of {self.page_size}")
         if self.cache_ttl_s is not None and self.cache_ttl_s <= 0:
             raise InvalidRequest(f"cache_ttl_s must be positive, not {self.cache_ttl_s}")
+        if not self.idle_after_s >= 0:
+            raise InvalidRequest(f"idle_after_s must be at least 0, not {self.idle_after_s}")
 
     def num_pages(self, kv_bytes_per_token: int) -> int:
         """Pages of the pool for a model of this KV size."""

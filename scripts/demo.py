@@ -51,7 +51,8 @@ from kvcomm.cli.bench_reuse import agent_values, conclusion, reuse_table
 from kvcomm.errors import InvalidRequest
 
 PIPE_WIDTH = 200
-POLICY = ReusePolicy(max_divergence=0.05, confidence=0.65)
+POLICY = ReusePolicy(max_divergence=0.05, confidence=0.65, rungs=(0.0, 0.25, 0.5))
+"""With a rung less than usual: every rung is one more thing to calibrate."""
 NUM_ANCHORS = 3
 """Of the problems to warm up on, those that teach."""
 HUB_DATASET = "openai/gsm8k"
@@ -108,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-new-tokens", type=int, default=48, metavar="N", help="tokens of an answer at most (default %(default)s)"
     )
     parser.add_argument(
-        "--warm", type=int, default=10, metavar="N", help="problems to warm up on for moved KV; 0: skip that part"
+        "--warm", type=int, default=9, metavar="N", help="problems to warm up on for moved KV; 0: skip that part"
     )
     return parser
 

@@ -124,7 +124,7 @@ class Engine:
         self._exchange = KVExchange(self.memory, self.geometry, self.lock)
         self._holdings = Holdings(self.pool, self.scheduler.requests)
         self._request_ids = itertools.count()
-        self._loop = EngineLoop(self.scheduler, self.reuse.idle)
+        self._loop = EngineLoop(self.scheduler, self.reuse.idle, self.config.idle_after_s)
         self._finalizer = weakref.finalize(self, EngineLoop.close, self._loop)
 
     @classmethod

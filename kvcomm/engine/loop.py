@@ -1,11 +1,14 @@
 """The thread that drives the scheduler while there is work, and idle work while there is none.
 
-One thread for all forward passes: callers only queue requests and wait, so Ctrl-C in a caller never interrupts a step.
+Idle work begins a moment after the last request: agents of a team ask one after the other, and a pass for nobody in
+between would be what the next one waits for. One thread for all forward passes: callers only queue requests and wait,
+so Ctrl-C in a caller never interrupts a step.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 
 from kvcomm.engine.request import Request
 from kvcomm.engine.scheduler import Scheduler
@@ -16,9 +19,14 @@ from kvcomm.errors import EngineClosed
 class EngineLoop:
     """Starts with the first request, sleeps when idle, ends with `close`."""
 
-    def __init__(self, scheduler: Scheduler, idle: IdleWork) -> None:
+    def __init__(self, scheduler: Scheduler, idle: IdleWork, idle_after_s: float = 0.0) -> None:
+        """Args:
+        idle_after_s: seconds without any request before idle work goes on.
+        """
         self._scheduler = scheduler
         self._idle = idle
+        self._idle_after_s = idle_after_s
+        self._busy_until = -float("inf")
         self._wake = threading.Condition()
         self._is_closing = False
         self._thread: threading.Thread | None = None
@@ -72,7 +80,8 @@ class EngineLoop:
             try:
                 if self._scheduler.has_work:
                     self._scheduler.step()
-                else:
+                    self._busy_until = time.monotonic()
+                elif not self._is_awaiting_request():
                     self._idle.step()
             except BaseException as error:
                 # A broken invariant of our own: nobody may wait for ever, and no state is trusted any more.
@@ -80,3 +89,9 @@ class EngineLoop:
                 closed.__cause__ = error
                 self._scheduler.close(closed)
                 raise
+
+    def _is_awaiting_request(self) -> bool:
+        """Wait until a request comes, or none has for long enough; True: there is a request, or the end."""
+        with self._wake:
+            left_s = self._busy_until + self._idle_after_s - time.monotonic()
+            return self._wake.wait_for(lambda: self._is_closing or self._scheduler.has_work, max(0.0, left_s))

@@ -1,0 +1,79 @@
+"""The engine's thread: who is served first. Fakes stand for requests and idle jobs."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, cast
+
+import pytest
+
+from kvcomm.config import EngineConfig
+from kvcomm.engine.loop import EngineLoop
+from kvcomm.engine.request import Request
+from kvcomm.errors import InvalidRequest
+
+
+class Work:
+    """A queue of requests, or of idle jobs, that writes down what is done."""
+
+    def __init__(self, name: str, done: list[str]) -> None:
+        self.name, self.done, self.num_waiting = name, done, 0
+        self.next: threading.Timer | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return self.num_waiting > 0
+
+    def submit(self, request: Request) -> None:
+        self.num_waiting += 1
+
+    def step(self) -> None:
+        self.num_waiting -= 1
+        self.done.append(self.name)
+        if self.next is not None:
+            self.next.start()
+            self.next = None
+
+    def close(self, error: Exception | None = None) -> None:
+        pass
+
+
+def test_the_next_agent_of_a_team_comes_before_idle_work() -> None:
+    done: list[str] = []
+    requests, idle = Work("request", done), Work("idle", done)
+    loop = EngineLoop(cast(Any, requests), cast(Any, idle), 0.6)
+    idle.num_waiting = 1
+    nobody = cast(Request, None)
+    requests.next = threading.Timer(0.1, lambda: loop.submit(nobody))
+    loop.submit(nobody)
+    assert loop.wait_idle(20)
+    loop.close()
+    assert done == ["request", "request", "idle"]
+
+
+def test_idle_work_needs_no_request_to_begin() -> None:
+    done: list[str] = []
+    idle = Work("idle", done)
+    loop = EngineLoop(cast(Any, Work("request", done)), cast(Any, idle), 1000.0)
+    idle.num_waiting = 2
+    loop.wake()
+    assert loop.wait_idle(20)
+    loop.close()
+    assert done == ["idle", "idle"]
+
+
+def test_closing_does_not_wait_for_idle_work() -> None:
+    done: list[str] = []
+    requests, idle = Work("request", done), Work("idle", done)
+    loop = EngineLoop(cast(Any, requests), cast(Any, idle), 1000.0)
+    idle.num_waiting = 1
+    loop.submit(cast(Request, None))
+    while not done:
+        pass
+    loop.close()
+    assert done == ["request"]
+
+
+def test_a_negative_wait_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="idle_after_s must be at least 0, not -1"):
+        EngineConfig(idle_after_s=-1)
