@@ -30,7 +30,7 @@ from kvcomm.agents.warming import publish
 from kvcomm.engine.benchmark import Samples, TakeTokens
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.request import NUM_CONTINUATION
-from kvcomm.engine.selectors import Variant
+from kvcomm.engine.variant import Variant
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.segments import Segment
 

@@ -48,3 +48,9 @@ def top_segments(moves: Sequence[Move], share: float, scores: Tensor) -> IntArra
         chosen.append(np.arange(moves[index].end - taken, moves[index].end, dtype=np.int32))
         room -= taken
     return np.sort(np.concatenate(chosen))
+
+
+def first_tokens(moves: Sequence[Move], share: float) -> IntArray:
+    """The first tokens of every segment, a share of each, ascending."""
+    chosen = [np.arange(move.start, move.start + int(share * move.num_tokens), dtype=np.int32) for move in moves]
+    return np.concatenate(chosen)

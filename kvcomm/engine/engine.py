@@ -36,7 +36,7 @@ from kvcomm.engine.results import Completion
 from kvcomm.engine.reuse_parts import ReuseParts
 from kvcomm.engine.sampling import Sampler, SamplingParams
 from kvcomm.engine.scheduler import Scheduler
-from kvcomm.engine.selectors import Variant
+from kvcomm.engine.variant import Variant
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
@@ -230,6 +230,7 @@ class Engine:
         *,
         tenant: str = DEFAULT_TENANT,
         policy: ReusePolicy | None = None,
+        variant: Variant | None = None,
         **settings: object,
     ) -> RequestHandle:
         """Start a request; wait for it, stream it or cancel it through the handle.
@@ -237,6 +238,7 @@ class Engine:
         Args:
             policy: how far reuse may depart from the exact answer; None: the engine's. Only segments with a name are
                 ever moved.
+            variant: for comparisons: reuse in exactly this way, with no bound, instead of as the policy allows.
 
         Raises:
             InvalidRequest: empty, too long, unknown tokens, bad sampling settings.
@@ -246,6 +248,7 @@ class Engine:
         segments = self.read_prompt(prompt, is_start=True)
         sequence = Sequence(self.pool, _token_ids(segments))
         request = self._request(sequence, segments, sampling_params(sampling, settings), tenant, policy)
+        request.variant = variant
         self._loop.submit(request)
         return request.handle
 
@@ -256,10 +259,11 @@ class Engine:
         *,
         tenant: str = DEFAULT_TENANT,
         policy: ReusePolicy | None = None,
+        variant: Variant | None = None,
         **settings: object,
     ) -> Completion:
         """`submit` and wait for the result; raises what `submit` and `RequestHandle.result` raise."""
-        return self.submit(prompt, sampling, tenant=tenant, policy=policy, **settings).result()
+        return self.submit(prompt, sampling, tenant=tenant, policy=policy, variant=variant, **settings).result()
 
     def _request(
         self,

@@ -25,12 +25,14 @@ from kvcomm.align.ladder import top_tokens
 from kvcomm.align.moves import Move
 from kvcomm.align.ops.contract import LayerStore
 from kvcomm.align.spans import place_of
+from kvcomm.engine.approximation import Approximation
 from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.replay import Case, Outcome, Replay, Replayer
 from kvcomm.engine.request import NUM_CONTINUATION, Request
-from kvcomm.engine.reuse import Approximation, Reuse, candidates
-from kvcomm.engine.selectors import SELECTORS, SelectorView, Variant
+from kvcomm.engine.reuse import Reuse, candidates
+from kvcomm.engine.selectors import SELECTORS, SelectorView
 from kvcomm.engine.study import IdleWork, Job, Steps
+from kvcomm.engine.variant import Variant
 from kvcomm.errors import EngineClosed, InvalidRequest
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
@@ -101,7 +103,7 @@ class Learner:
     def after(self, request: Request) -> None:
         """A request has succeeded and still holds its pages: queue what can be learned from it. Under the lock."""
         policy = request.policy
-        if policy.is_exact or request.sampling.n > 1 or self._reuse.immovable:
+        if policy.is_exact or request.variant or request.sampling.n > 1 or self._reuse.immovable:
             return
         if request.approximation is not None:
             if self._random.random() < policy.audit:

@@ -157,13 +157,7 @@ class Replayer:
 
         That layer's exact KV needs no more than one layer of computation; here it is read from the exact sequence.
         """
-        scores = []
-        for move in case.moves:
-            truth = place_of(self._pool, case.sequence.pages, move.start, move.num_tokens, position=move.start)
-            exact, moved = (read_span(self._layers, place, [1]) for place in (truth, move.source))
-            difference = torch.cat((exact.keys[0] - moved.keys[0], exact.values[0] - moved.values[0]), dim=-1)
-            scores.append(difference.flatten(1).norm(dim=-1))
-        return torch.cat(scores)
+        return deviations(self._memory, self._layers, case.sequence, case.moves)
 
     def prefill(self, case_tokens: IntArray, sequence: KVSequence, chunk: int) -> Iterator[None]:
         """Compute what is missing of a sequence, `chunk` tokens a step; its pages must be writable."""
@@ -209,6 +203,17 @@ def _divergence(exact: Tensor, got: Tensor) -> float:
     """Mean KL(exact || got) over rows of log-probabilities, nats; infinite where either is not finite."""
     value = float((exact.exp() * (exact - got)).sum(-1).mean())
     return max(value, 0.0) if math.isfinite(value) else math.inf
+
+
+def deviations(memory: Memory, layers: Sequence[LayerStore], exact: KVSequence, moves: Sequence[Move]) -> Tensor:
+    """Of every moved token's KV in the second layer from that of an exact sequence, [number of moved tokens]."""
+    scores = []
+    for move in moves:
+        truth = place_of(memory.pool, exact.pages, move.start, move.num_tokens, position=move.start)
+        true, moved = (read_span(layers, place, [1]) for place in (truth, move.source))
+        difference = torch.cat((true.keys[0] - moved.keys[0], true.values[0] - moved.values[0]), dim=-1)
+        scores.append(difference.flatten(1).norm(dim=-1))
+    return torch.cat(scores)
 
 
 def assemble(

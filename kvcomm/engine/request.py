@@ -23,7 +23,8 @@ from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
 
 if TYPE_CHECKING:
-    from kvcomm.engine.reuse import Approximation
+    from kvcomm.engine.approximation import Approximation
+    from kvcomm.engine.variant import Variant
 
 ANSWER = "answer"
 """Name of the segments that were generated here."""
@@ -84,6 +85,7 @@ class Request:
         ready_logits: logits of the last prompt token, if its KV and they are at hand already.
         segments: what the sequence is made of; empty where nobody asked for moved segments.
         policy: how far reuse may depart from the exact answer.
+        variant: reuse in exactly this way, whatever the policy says; None: as the policy allows.
         pending: `[start, end)` of prompt tokens still to be computed, ascending.
         approximation: how moved KV is reused; None: not at all.
         has_retreated: an approximation was given up on the way, for text unlike what is known.
@@ -104,6 +106,7 @@ class Request:
     carried: Carried = field(default_factory=Carried)
     segments: tuple[Segment, ...] = ()
     policy: ReusePolicy = field(default_factory=ReusePolicy.exact)
+    variant: Variant | None = None
     plan: Plan = field(default_factory=Plan)
     pending: list[tuple[int, int]] = field(default_factory=list)
     approximation: Approximation | None = None

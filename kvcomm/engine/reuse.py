@@ -9,89 +9,35 @@ for `assemble`, which writes only to pages of the request.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from kvcomm.align.attention_mass import AttentionMass
 from kvcomm.align.edges import Edge
 from kvcomm.align.estimators import Correction, Estimator
-from kvcomm.align.groups import EdgeGroup, GroupBook, GroupKey
-from kvcomm.align.ladder import moved_positions, top_tokens
+from kvcomm.align.groups import GroupBook, GroupKey
+from kvcomm.align.ladder import moved_positions
 from kvcomm.align.moves import Move, num_moved
 from kvcomm.align.ops.contract import LayerStore
 from kvcomm.align.probes import Probes
+from kvcomm.engine.approximation import Approximation
 from kvcomm.engine.cost import ReuseCost
+from kvcomm.engine.forced import DeviationChooser, forced
 from kvcomm.engine.moves import MoveFinder, parts_of
 from kvcomm.engine.plan import Part, Plan, Reason, plan_of
 from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.replay import assemble, computed_stretches
 from kvcomm.engine.request import Request
-from kvcomm.engine.results import ApproximationReport
+from kvcomm.engine.variant import Variant
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
 from kvcomm.memory.segments import Segment
 from kvcomm.model.attention.contract import IntArray
 from kvcomm.model.runner import Run, Watch
-
-
-@dataclass(eq=False)
-class Approximation:
-    """How a request reuses moved KV.
-
-    Attributes:
-        moves: what is moved; `corrections` in the same order.
-        rung: index into the policy's shares.
-        tail: looks at what the end of the prompt attends to, in a first pass over glue and tail; None: not needed, or
-            done.
-        scores: [number of moved tokens], what `tail` found; None before that.
-        predicted: nats; the divergence that calibration expects at most.
-        num_exact: tokens of the exact prefix that was found.
-        otherwise, unmoved: why template text, and why text of segments that are not moved, is computed.
-        distance: of the text from what is known; known when it is assembled.
-        residual: of the recomputed tokens; known when they are computed.
-    """
-
-    moves: tuple[Move, ...]
-    corrections: tuple[Correction, ...]
-    group: EdgeGroup
-    rung: int
-    predicted: float
-    num_exact: int
-    otherwise: Reason = Reason.NEW
-    unmoved: Reason = Reason.NO_SOURCE
-    tail: AttentionMass | None = None
-    scores: Tensor | None = None
-    holds_sources: bool = True
-    is_assembled: bool = False
-    distance: float = 0.0
-    residual: float | None = None
-    probes: Probes | None = None
-
-    @property
-    def risk(self) -> float:
-        """Nats of divergence to be expected of this KV at most: its own and its sources', which adds up."""
-        return self.predicted + max(move.risk for move in self.moves)
-
-    @property
-    def recomputed(self) -> IntArray:
-        """Positions of moved tokens that the rung recomputes; none before it is known which."""
-        if self.scores is None:
-            return np.empty(0, dtype=np.int32)
-        return top_tokens(self.moves, self.share, self.scores)
-
-    @property
-    def share(self) -> float:
-        """Of the moved tokens, that the rung may recompute."""
-        return self.group.key.shares[self.rung]
-
-    def report(self) -> ApproximationReport:
-        """For the request's usage."""
-        return ApproximationReport(self.group.key.digest, self.share, self.risk, self.distance, self.residual)
 
 
 class Reuse:
@@ -104,6 +50,7 @@ class Reuse:
         estimators: Mapping[str, Estimator],
         groups: GroupBook,
         cost: ReuseCost,
+        deviation: DeviationChooser,
         *,
         immovable: str | None,
     ) -> None:
@@ -117,6 +64,7 @@ class Reuse:
         self._memory = memory
         self._layers = layers
         self._cost = cost
+        self._deviation = deviation
 
     def plan(self, request: Request, otherwise: Reason) -> Plan:
         """The plan of a request whose exact prefix has been found; keeps its approximation, if any, in the request.
@@ -125,7 +73,7 @@ class Reuse:
             otherwise: why what is not cached exactly has to be computed.
         """
         policy, num_exact = request.policy, request.sequence.num_computed
-        moves = [] if self.immovable else self._find(request, policy)
+        moves = [] if self.immovable else self._find(request)
         reasons: list[Reason] = []
         for allowed in candidates(moves):
             approximation, reason = self._decide(request, allowed, policy)
@@ -144,7 +92,8 @@ class Reuse:
 
     def may_reuse(self, request: Request) -> bool:
         """Whether the request's caller and prompt leave anything to decide."""
-        return not request.policy.is_exact and any(segment.name is not None for segment in request.segments)
+        wants = request.variant is not None or not request.policy.is_exact
+        return wants and any(segment.name is not None for segment in request.segments)
 
     def prepare(self) -> None:
         """Measure the machine, once; on the engine's thread, not under the lock."""
@@ -152,7 +101,7 @@ class Reuse:
 
     def waits_for_source(self, request: Request, running: Iterable[Request]) -> bool:
         """Whether a prefill in flight is about to make a segment known that this request would be allowed to move."""
-        if self.immovable or request.policy.is_exact or not request.segments:
+        if self.immovable or not self.may_reuse(request):
             return False
         soon = {
             segment.token_ids
@@ -167,15 +116,20 @@ class Reuse:
             and not self.finder.is_known(request.namespace, segment)
             for segment in request.segments
         )
-        return is_read and any(
-            group.calibration.choose(request.policy.max_divergence, request.policy.delta) is not None
-            for group in self.groups.groups(request.namespace)
+        return is_read and (
+            request.variant is not None
+            or any(
+                group.calibration.choose(request.policy.max_divergence, request.policy.delta) is not None
+                for group in self.groups.groups(request.namespace)
+            )
         )
 
     def assemble(self, request: Request) -> None:
         """Write the moved KV into the request's pages and note how far the text is from what is known."""
         approximation = request.approximation
         assert approximation is not None
+        if approximation.selector == "deviation" and approximation.share:
+            self._deviation.choose(request, approximation)
         approximation.distance = assemble(
             self._memory, self._layers, request.sequence, approximation.moves, approximation.corrections
         )
@@ -185,13 +139,16 @@ class Reuse:
         """After `assemble`: go on with the moved KV, or compute everything exactly if the text is too far off."""
         approximation = request.approximation
         assert approximation is not None
-        limit = approximation.group.calibration.distance_limit
+        limit = approximation.group.calibration.distance_limit if approximation.is_bounded else sys.float_info.max
         if limit is None or not approximation.distance <= limit:
             self._retreat(request, Reason.OUT_OF_DISTRIBUTION)
             return
         request.sequence.mark_approximate(approximation.moves[0].start)
         request.sequence.num_placed = request.sequence.num_tokens
-        if int(approximation.share * num_moved(approximation.moves)):
+        if approximation.chosen is not None:
+            request.plan = self._plan_of(request, approximation)
+            request.pending = list(request.plan.stretches)
+        elif int(approximation.share * num_moved(approximation.moves)):
             # The first pass, over glue and tail, looks at what the tail attends to.
             end = approximation.moves[-1].end
             approximation.tail = AttentionMass(self._layers, end, request.num_prompt_tokens)
@@ -215,6 +172,8 @@ class Reuse:
             return False
         if approximation.probes is not None:
             approximation.residual = approximation.probes.residual()
+            if not approximation.is_bounded:
+                return True
             limit = approximation.group.calibration.residual_limit(approximation.rung)
             if limit is None or not approximation.residual <= limit:
                 self._escalate(request, approximation)
@@ -272,8 +231,8 @@ class Reuse:
         known = tuple(each for each in found if each is not None)
         return known if len(known) == len(moves) else None
 
-    def _find(self, request: Request, policy: ReusePolicy) -> list[Move]:
-        if policy.is_exact:
+    def _find(self, request: Request) -> list[Move]:
+        if not self.may_reuse(request):
             return []
         return self.finder.find(
             request.namespace,
@@ -288,6 +247,8 @@ class Reuse:
     def _decide(
         self, request: Request, moves: Sequence[Move], policy: ReusePolicy
     ) -> tuple[Approximation | None, Reason]:
+        if request.variant is not None:
+            return self._forced(request, moves, request.variant)
         if self.corrections(request.namespace, policy.estimator, moves) is None:
             return None, Reason.NO_ANCHORS
         group = self.groups.find(request.namespace, GroupKey.of(moves, policy.estimator, policy.rungs))
@@ -311,6 +272,12 @@ class Reuse:
         if not self._cost.is_worth_it(passes, num_moved(moves), num_exact, request.num_prompt_tokens):
             return None, Reason.COST
         return approximation, Reason.NO_SOURCE
+
+    def _forced(self, request: Request, moves: Sequence[Move], variant: Variant) -> tuple[Approximation | None, Reason]:
+        corrections = self.corrections(request.namespace, variant.estimator, moves, variant.strength)
+        if corrections is None:
+            return None, Reason.NO_ANCHORS
+        return forced(moves, corrections, variant, request.sequence.num_computed), Reason.NO_SOURCE
 
     def _plan_of(self, request: Request, approximation: Approximation, reason: Reason = Reason.RUNG) -> Plan:
         """The plan as far as it is known by now; `reason`: why moved tokens are computed after all."""

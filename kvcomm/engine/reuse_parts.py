@@ -18,6 +18,7 @@ from kvcomm.align.sketch import Sketcher
 from kvcomm.align.spans import layer_stores
 from kvcomm.config import EngineConfig
 from kvcomm.engine.cost import ReuseCost, cached_cost, machine_label, measure_cost
+from kvcomm.engine.forced import DeviationChooser
 from kvcomm.engine.learner import Learner
 from kvcomm.engine.replay import Replayer
 from kvcomm.engine.request import Request
@@ -81,7 +82,8 @@ class ReuseParts:
             )
         )
         groups, idle = GroupBook(config.contest_prompts), IdleWork(lock)
-        planner = Reuse(memory, layers, estimators, groups, cost, immovable=geometry.immovable)
+        deviation = DeviationChooser(memory, layers, runner)
+        planner = Reuse(memory, layers, estimators, groups, cost, deviation, immovable=geometry.immovable)
         replayer = Replayer(memory, runner, layers, lock)
         learner = Learner(
             memory, layers, planner, replayer, idle, chunk=config.prefill_chunk, end_token_ids=end_token_ids

@@ -10,28 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 from torch import Tensor
 
-from kvcomm.align.ladder import top_segments, top_tokens
+from kvcomm.align.ladder import first_tokens, top_segments, top_tokens
 from kvcomm.engine.replay import Case, Replayer
 from kvcomm.model.attention.contract import IntArray
-
-
-class Variant(NamedTuple):
-    """One way to reuse a prompt, for `Engine.measure`.
-
-    Attributes:
-        estimator: "token", "paper" or "rotate".
-        share: of the moved tokens that may be recomputed.
-        selector: which ones: "attention", "influence", "head" or "deviation".
-        strength: factor on the estimator's correction.
-    """
-
-    estimator: str
-    share: float = 0.0
-    selector: str = "attention"
-    strength: float = 1.0
 
 
 class SelectorView(NamedTuple):
@@ -54,10 +37,7 @@ def _by_influence(view: SelectorView, share: float) -> IntArray:
 
 
 def _heads(view: SelectorView, share: float) -> IntArray:
-    chosen = [
-        np.arange(move.start, move.start + int(share * move.num_tokens), dtype=np.int32) for move in view.case.moves
-    ]
-    return np.concatenate(chosen)
+    return first_tokens(view.case.moves, share)
 
 
 def _by_deviation(view: SelectorView, share: float) -> IntArray:

@@ -21,7 +21,8 @@ from kvcomm.engine.replay import Case, Replay
 from kvcomm.engine.request import Request
 from kvcomm.engine.results import Completion
 from kvcomm.engine.sampling import SamplingParams
-from kvcomm.engine.selectors import SELECTORS, Variant
+from kvcomm.engine.selectors import SELECTORS
+from kvcomm.engine.variant import Variant
 from kvcomm.errors import AnchorFileForeign, ContextReleased, EngineClosed, InvalidRequest
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.segments import Segment
