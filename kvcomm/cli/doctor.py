@@ -20,7 +20,7 @@ EXTRAS = {
     "faiss": ("faiss-cpu", "faiss-gpu"),
     "triton": ("triton",),
     "server": ("fastapi", "uvicorn", "sse-starlette", "prometheus-client"),
-    "eval": ("datasets", "scipy", "matplotlib"),
+    "eval": ("datasets", "jinja2", "matplotlib", "statsmodels"),
 }
 ALTERNATIVES = frozenset({"faiss"})
 """Extras of which one package is enough."""

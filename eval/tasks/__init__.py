@@ -1,0 +1,1 @@
+"""Task evaluations: what reuse does to the answers of teams on public data sets."""

@@ -1,0 +1,48 @@
+"""GSM8K (Cobbe et al., arXiv 2110.14168): word problems whose answer is a number."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal, InvalidOperation
+
+from eval.tasks.task import Row, Score, Source
+
+_NUMBER = re.compile(r"-?\$?\s?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\$?\.\d+")
+_STRICT = re.compile(r"answer:\s*(-?\$?[\d,]*\.?\d+)\s*(?:\.|$)", re.IGNORECASE | re.MULTILINE)
+
+
+class Gsm8k:
+    """Right by the last number of the answer; strictly right only on a line `Answer: NUMBER`."""
+
+    name = "gsm8k"
+    team = "gsm8k"
+    source = Source(("openai/gsm8k", "main"), "gsm8k")
+
+    def question(self, row: Row) -> str:
+        """The problem."""
+        return str(row["question"])
+
+    def score(self, answer: str, row: Row) -> Score:
+        """See the class."""
+        wanted = number(str(row["answer"]).rsplit("####", 1)[-1])
+        found = last_number(answer)
+        strict = _STRICT.findall(answer)
+        return Score(
+            "" if found is None else str(found),
+            found is not None and found == wanted,
+            bool(strict) and number(strict[-1]) == wanted,
+        )
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number of a text; thousands may be set apart by commas, money by a dollar sign."""
+    found = _NUMBER.findall(text)
+    return number(found[-1]) if found else None
+
+
+def number(text: str) -> Decimal | None:
+    """A number as people write it: `1,200`, `$3.50`, ` 18 `; 18 equals 18.0."""
+    try:
+        return Decimal(re.sub(r"[,$\s]", "", text)).normalize() + 0
+    except InvalidOperation:
+        return None

@@ -1,0 +1,173 @@
+"""Letting a team work on a data set in several modes, on byte-identical prompts.
+
+The dense run comes first and writes down every prompt. In every other mode each agent gets exactly those prompts: it
+reads what the agents before it answered in the dense run. So a flip is the doing of this request's reuse and of nothing
+before it. Of agents that others read only the first tokens are generated in these modes; the referee answers in full.
+Sources of moved text are exact, as they are left by its first reader and its producer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from eval.tasks.modes import Mode
+from eval.tasks.samples import Answer, Sample, SampleFile, batches, usage_values
+from eval.tasks.task import Row, Task
+from kvcomm import Engine, ReusePolicy, SamplingParams
+from kvcomm.agents.team import Team
+from kvcomm.agents.warming import run_all
+from kvcomm.engine.request import ANSWER, NUM_CONTINUATION
+from kvcomm.engine.variant import Variant
+from kvcomm.memory.segments import Segment
+
+BATCH = 16
+"""Questions that are worked on at the same time."""
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is evaluated.
+
+    Attributes:
+        rows: the questions.
+        train: further ones, for anchors and calibration.
+        num_anchors: of `train`, those that teach.
+    """
+
+    task: Task
+    team: Team
+    rows: Sequence[Row]
+    train: Sequence[Row] = ()
+    num_anchors: int = 0
+
+    @property
+    def referee(self) -> str:
+        """The agent whose answer counts."""
+        return self.team.agents[-1].name
+
+    def inputs(self, row: Row) -> dict[str, str]:
+        """Of one run of the team."""
+        (name,) = self.team.required_inputs
+        return {name: self.task.question(row)}
+
+    def sampling(self, agent: str) -> SamplingParams:
+        """Greedy; as long as the team says."""
+        (found,) = (each.sampling for each in self.team.agents if each.name == agent)
+        return found or SamplingParams()
+
+
+def run_dense(engine: Engine, work: Work, rows: Sequence[Row], file: SampleFile, advance: Advance) -> None:
+    """Let the team answer rows without any reuse; continues where the file ends."""
+    done = file.read()
+    advance(len(done))
+    group = work.team.group(engine, policy=ReusePolicy.exact())
+    for batch in batches((index for index in range(len(rows)) if index not in done), BATCH):
+        results = run_all(group, [work.inputs(rows[index]) for index in batch], work.team)
+        samples = []
+        for index, result in zip(batch, results, strict=True):
+            answers = {name: Answer.of(result[name]) for name in result}
+            score = work.task.score(answers[work.referee].text, rows[index])
+            samples.append(Sample(index, answers, result.total_s, score))
+        file.add(samples)
+        advance(len(batch))
+
+
+def warm_up(engine: Engine, runs: Sequence[Sample], num_anchors: int, modes: Sequence[Mode], advance: Advance) -> None:
+    """Teach an engine with the first runs, and calibrate it with the others, for the modes that need it."""
+    policies = [mode.policy for mode in modes if mode.variant is None and mode.moves]
+    estimators = {mode.variant.estimator for mode in modes if mode.variant is not None}
+    estimators |= {policy.estimator for policy in policies}
+    for place, run in enumerate(runs):
+        publish_all(engine, run.answers)
+        for answer in list(run.answers.values())[1:]:
+            if place < num_anchors:
+                engine.learn(answer.segments, estimators=sorted(estimators - {"rotate"})).result()
+                continue
+            for policy in policies:
+                if answer.token_ids:
+                    engine.calibrate(answer.segments, answer.token_ids, policy).result()
+        engine.clear_cache()
+        advance(1)
+
+
+def run_mode(
+    engine: Engine, work: Work, mode: Mode, dense: Mapping[int, Sample], file: SampleFile, advance: Advance
+) -> None:
+    """Serve the dense run's prompts in another mode; continues where the file ends."""
+    done = file.read()
+    advance(len(done))
+    for batch in batches((index for index in dense if index not in done), BATCH):
+        engine.clear_cache()
+        _read_roles(engine, dense[batch[0]].answers)
+        with ThreadPoolExecutor(len(batch)) as threads:
+            samples = list(threads.map(lambda index: _serve(engine, work, mode, dense[index]), batch))
+        file.add(samples)
+        advance(len(batch))
+    engine.clear_cache()
+
+
+def _serve(engine: Engine, work: Work, mode: Mode, dense: Sample) -> Sample:
+    began_s = time.monotonic()
+    answers = {}
+    for name, truth in dense.answers.items():
+        sampling = work.sampling(name)
+        if name != work.referee:
+            sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, NUM_CONTINUATION))
+        served = engine.generate(truth.segments, sampling, policy=mode.policy, variant=mode.variant)
+        answers[name] = Answer(served.token_ids, served.text, usage_values(served.usage))
+        if mode.moves and name != work.referee:
+            publish(engine, truth)
+    score = work.task.score(answers[work.referee].text, work.rows[dense.index])
+    return Sample(dense.index, answers, time.monotonic() - began_s, score)
+
+
+def measure_divergences(
+    engine: Engine, mode: Mode, dense: Sequence[Sample], file: SampleFile, advance: Advance
+) -> None:
+    """Replay what a mode served, on some of the questions, against the dense answers; written into the samples."""
+    samples = file.read()
+    for truth in dense:
+        sample = samples[truth.index]
+        publish_all(engine, truth.answers)
+        answers = {name: _measured(engine, mode, each, truth.answers[name]) for name, each in sample.answers.items()}
+        samples[truth.index] = replace(sample, answers=answers)
+        engine.clear_cache()
+        advance(1)
+    file.replace(samples.values())
+
+
+def _measured(engine: Engine, mode: Mode, served: Answer, truth: Answer) -> Answer:
+    if served.divergence is not None or not truth.token_ids:
+        return served
+    moved = served.usage["moved"]
+    if moved is None:
+        return replace(served, divergence=0.0, agreement=1.0)
+    variant = mode.variant
+    if variant is None:
+        (strength,) = (group.strength for group in engine.edge_groups() if group.key.digest == moved["group"])
+        variant = Variant(mode.policy.estimator, moved["rung"], strength=strength)
+    (outcome,) = engine.measure(truth.segments, truth.token_ids, [variant]).result()
+    return replace(served, divergence=outcome.divergence, agreement=outcome.agreement)
+
+
+def publish(engine: Engine, answer: Answer) -> None:
+    """Leave a prompt and its dense answer in the cache, exactly computed, for others to move."""
+    said = (Segment(answer.token_ids, ANSWER),) if answer.token_ids else ()
+    engine.context((*answer.segments, *said), policy=ReusePolicy.exact()).release()
+
+
+def publish_all(engine: Engine, answers: Mapping[str, Answer]) -> None:
+    """The same for all agents, in the order in which they answered."""
+    for answer in answers.values():
+        publish(engine, answer)
+
+
+def _read_roles(engine: Engine, answers: Mapping[str, Answer]) -> None:
+    """Leave the agents' role prompts in the cache, as in a team at work."""
+    for answer in answers.values():
+        engine.context(answer.segments[:1], policy=ReusePolicy.exact()).release()
