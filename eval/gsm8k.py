@@ -19,7 +19,7 @@ from eval.tasks.modes import DENSE
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate and print; returns the exit code."""
-    return command.main(command.Evaluation(Gsm8k(), figures, limit=100), arguments)
+    return command.main(command.Evaluation("gsm8k", lambda data: Gsm8k(), figures, limit=100), arguments)
 
 
 def figures(results: Mapping[str, ModeResult]) -> list[Figure]:

@@ -34,6 +34,8 @@ from kvcomm.agents.team import load_team
 from kvcomm.config import EngineConfig
 from kvcomm.errors import InvalidRequest
 
+ALL_ROWS = 10**9
+
 Figures = Callable[[Mapping[str, ModeResult]], list[Figure]]
 
 
@@ -42,11 +44,13 @@ class Evaluation:
     """One task's command.
 
     Attributes:
+        make_task: from the path of the data; may read rows of its own.
         figures: what the task is held against, from the results by mode.
         limit: questions by default.
     """
 
-    task: Task
+    name: str
+    make_task: Callable[[Path | None], Task]
     figures: Figures
     limit: int
 
@@ -55,7 +59,7 @@ def main(evaluation: Evaluation, arguments: Sequence[str] | None = None) -> int:
     """Evaluate, print and write the report; returns the exit code."""
     options = _parser(evaluation).parse_args(arguments)
     try:
-        report = _evaluate(evaluation, options)
+        report = _evaluate(evaluation, evaluation.make_task(options.data), options)
     except (KVCommError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
@@ -68,7 +72,7 @@ def main(evaluation: Evaluation, arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser(evaluation: Evaluation) -> ArgumentParser:
-    name = evaluation.task.name
+    name = evaluation.name
     parser = ArgumentParser(
         prog=f"python -m eval.{name}", description=f"What reuse does to a team's answers on {name}."
     )
@@ -96,10 +100,10 @@ def _parser(evaluation: Evaluation) -> ArgumentParser:
     return parser
 
 
-def _evaluate(evaluation: Evaluation, options: Namespace) -> Report:
+def _evaluate(evaluation: Evaluation, task: Task, options: Namespace) -> Report:
     began_s = time.monotonic()
     modes = make_modes(options.modes, ReusePolicy(options.max_divergence, options.confidence, learn=False, audit=0.0))
-    work = _work(evaluation.task, options, any(mode.moves for mode in modes))
+    work = _work(task, options, any(mode.moves for mode in modes))
     settings = _settings(work, options)
     folder = _open_folder(options.out, settings)
     files = {mode.name: SampleFile(folder / f"{mode.name}.jsonl") for mode in modes}
@@ -123,9 +127,9 @@ def _evaluate(evaluation: Evaluation, options: Namespace) -> Report:
     results = {mode.name: _analysed(mode, files, dense) for mode in modes}
     figures = [*evaluation.figures(results), Figure("minutes", (time.monotonic() - began_s) / 60, "min", goal="< 60")]
     ttft = {mode.name: list(_first_tokens(files[mode.name].read())) for mode in modes}
-    contents = Contents(evaluation.task.name, figures, list(results.values()), settings, memory, ttft)
+    contents = Contents(evaluation.name, figures, list(results.values()), settings, memory, ttft)
     write_report(contents, options.out)
-    return Report(evaluation.task.name, figures, settings)
+    return Report(evaluation.name, figures, settings)
 
 
 def _analysed(mode: Mode, files: Mapping[str, SampleFile], dense: Mapping[int, Sample]) -> ModeResult:
@@ -146,15 +150,19 @@ def _work(task: Task, options: Namespace, moves: bool) -> Work:
 
         team = limited(team, options.max_new_tokens)
     num_train = options.anchors + EngineConfig(contest_prompts=4).contest_prompts + options.calibration if moves else 0
-    rows = _chosen(load_rows(task.source, task.source.test, options.data, 10**9), options.limit, options.seed)
+    every = task.arrange(load_rows(task.source, task.source.test, options.data, ALL_ROWS))
+    rows = _chosen(every, options.limit, options.seed)
     train: list[Row] = []
-    if num_train:
-        train = load_rows(task.source, task.source.train, options.train or options.data, num_train)
+    if num_train and task.source.train == task.source.test and options.train is None:
+        asked = {digest_of([row]) for row in rows}
+        train = [row for row in every if digest_of([row]) not in asked][:num_train]
+    elif num_train:
+        if options.data is not None and options.data.is_file() and options.train is None:
+            raise InvalidRequest(f"{options.data} is one file; give --train for rows to learn from, or a folder")
+        train = task.arrange(load_rows(task.source, task.source.train, options.train or options.data, ALL_ROWS))
     if len(train) < num_train:
         raise InvalidRequest(f"{len(train)} rows to learn from are too few; {num_train} are needed: give --train")
-    if options.data is not None and options.data.is_file() and options.train is None and num_train:
-        raise InvalidRequest(f"{options.data} is one file; give --train for rows to learn from, or a folder")
-    return Work(task, team, rows, train, options.anchors)
+    return Work(task, team, rows, train[:num_train], options.anchors)
 
 
 def _chosen(rows: Sequence[Row], limit: int, seed: int) -> list[Row]:

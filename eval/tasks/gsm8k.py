@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 
 from eval.tasks.task import Row, Score, Source
@@ -18,11 +19,17 @@ class Gsm8k:
     team = "gsm8k"
     source = Source(("openai/gsm8k", "main"), "gsm8k")
 
-    def question(self, row: Row) -> str:
-        """The problem."""
-        return str(row["question"])
+    num_logprobs = None
 
-    def score(self, answer: str, row: Row) -> Score:
+    def arrange(self, rows: Sequence[Row]) -> list[Row]:
+        """As they come."""
+        return list(rows)
+
+    def inputs(self, row: Row) -> dict[str, str]:
+        """The problem."""
+        return {"question": str(row["question"])}
+
+    def score(self, answer: str, first: Mapping[str, float], row: Row) -> Score:
         """See the class."""
         wanted = number(str(row["answer"]).rsplit("####", 1)[-1])
         found = last_number(answer)

@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 
 from eval.tasks.modes import Mode
 from eval.tasks.samples import Answer, Sample, SampleFile, batches, usage_values
-from eval.tasks.task import Row, Task
+from eval.tasks.task import Row, Score, Task
 from kvcomm import Engine, ReusePolicy, SamplingParams
 from kvcomm.agents.team import Team
 from kvcomm.agents.warming import run_all
 from kvcomm.engine.request import ANSWER, NUM_CONTINUATION
+from kvcomm.engine.sampling import TokenLogprob
 from kvcomm.engine.variant import Variant
 from kvcomm.memory.segments import Segment
 
@@ -50,11 +51,6 @@ class Work:
         """The agent whose answer counts."""
         return self.team.agents[-1].name
 
-    def inputs(self, row: Row) -> dict[str, str]:
-        """Of one run of the team."""
-        (name,) = self.team.required_inputs
-        return {name: self.task.question(row)}
-
     def sampling(self, agent: str) -> SamplingParams:
         """Greedy; as long as the team says."""
         (found,) = (each.sampling for each in self.team.agents if each.name == agent)
@@ -67,11 +63,12 @@ def run_dense(engine: Engine, work: Work, rows: Sequence[Row], file: SampleFile,
     advance(len(done))
     group = work.team.group(engine, policy=ReusePolicy.exact())
     for batch in batches((index for index in range(len(rows)) if index not in done), BATCH):
-        results = run_all(group, [work.inputs(rows[index]) for index in batch], work.team)
+        results = run_all(group, [work.task.inputs(rows[index]) for index in batch], work.team)
         samples = []
         for index, result in zip(batch, results, strict=True):
             answers = {name: Answer.of(result[name]) for name in result}
-            score = work.task.score(answers[work.referee].text, rows[index])
+            answers[work.referee] = _with_first(engine, work, answers[work.referee])
+            score = _score(work, answers, rows[index])
             samples.append(Sample(index, answers, result.total_s, score))
         file.add(samples)
         advance(len(batch))
@@ -116,14 +113,41 @@ def _serve(engine: Engine, work: Work, mode: Mode, dense: Sample) -> Sample:
     answers = {}
     for name, truth in dense.answers.items():
         sampling = work.sampling(name)
-        if name != work.referee:
+        if name == work.referee:
+            sampling = replace(sampling, logprobs=work.task.num_logprobs)
+        else:
             sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, NUM_CONTINUATION))
         served = engine.generate(truth.segments, sampling, policy=mode.policy, variant=mode.variant)
-        answers[name] = Answer(served.token_ids, served.text, usage_values(served.usage))
+        answers[name] = Answer(
+            served.token_ids, served.text, usage_values(served.usage), first=first_tokens(engine, served.logprobs)
+        )
         if mode.moves and name != work.referee:
             publish(engine, truth)
-    score = work.task.score(answers[work.referee].text, work.rows[dense.index])
+    score = _score(work, answers, work.rows[dense.index])
     return Sample(dense.index, answers, time.monotonic() - began_s, score)
+
+
+def _with_first(engine: Engine, work: Work, answer: Answer) -> Answer:
+    """The referee's dense answer with the log-probabilities that the task looks at; a group gives none."""
+    if work.task.num_logprobs is None:
+        return answer
+    sampling = SamplingParams(max_new_tokens=1, logprobs=work.task.num_logprobs, ignore_eos=True)
+    again = engine.generate(answer.segments, sampling, policy=ReusePolicy.exact())
+    return replace(answer, first=first_tokens(engine, again.logprobs))
+
+
+def first_tokens(engine: Engine, logprobs: Sequence[TokenLogprob] | None) -> dict[str, float]:
+    """Log-probabilities of the most probable first tokens by their text; of equal texts the larger one."""
+    found: dict[str, float] = {}
+    for token_id, logprob in logprobs[0].top if logprobs else ():
+        text = str(engine.tokenizer.decode([token_id])).strip()
+        found.setdefault(text, logprob)
+    return found
+
+
+def _score(work: Work, answers: Mapping[str, Answer], row: Row) -> Score:
+    answer = answers[work.referee]
+    return work.task.score(answer.text, answer.first, row)
 
 
 def measure_divergences(

@@ -23,6 +23,7 @@ class Answer:
     Attributes:
         prompt: (token ids, name of the slot or None) of every segment.
         usage: counts of tokens, reasons, seconds to the first token and in all, and how text was moved, if it was.
+        first: log-probabilities of the most probable first tokens, by text; only where a task looks at them.
         divergence, agreement: from the dense answer, teacher-forced over its first tokens; None: not measured.
     """
 
@@ -30,6 +31,7 @@ class Answer:
     text: str
     usage: Mapping[str, Any]
     prompt: tuple[tuple[tuple[int, ...], str | None], ...] = ()
+    first: Mapping[str, float] = field(default_factory=dict)
     divergence: float | None = None
     agreement: float | None = None
 
@@ -140,9 +142,7 @@ def _sample(value: dict[str, Any]) -> Sample:
 
 def _answer(value: dict[str, Any]) -> Answer:
     prompt = tuple((tuple(token_ids), name) for token_ids, name in value["prompt"])
-    return Answer(
-        tuple(value["token_ids"]), value["text"], value["usage"], prompt, value["divergence"], value["agreement"]
-    )
+    return Answer(**{**value, "token_ids": tuple(value["token_ids"]), "prompt": prompt})
 
 
 def _finite(value: object) -> object:

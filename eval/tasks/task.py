@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -57,14 +57,27 @@ class Task(Protocol):
         """Where its rows are."""
         ...
 
-    def question(self, row: Row) -> str:
-        """What the team is asked; the input "question" of its agents.
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many first tokens of the last agent's answer are looked at; None: only its text."""
+        ...
+
+    def arrange(self, rows: Sequence[Row]) -> list[Row]:
+        """Rows in the order in which they are taken."""
+        ...
+
+    def inputs(self, row: Row) -> Mapping[str, str]:
+        """What the team is asked: the inputs of its agents.
 
         Raises:
             KeyError: the row lacks a field.
         """
         ...
 
-    def score(self, answer: str, row: Row) -> Score:
-        """Judge the last agent's answer."""
+    def score(self, answer: str, first: Mapping[str, float], row: Row) -> Score:
+        """Judge the last agent's answer.
+
+        Args:
+            first: log-probabilities of its most probable first tokens, by their text without spaces around.
+        """
         ...

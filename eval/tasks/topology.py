@@ -20,20 +20,24 @@ AGENTS = range(2, 6)
 def wire(team: Team, num_agents: int, topology: str) -> Team:
     """The first workers of a team and its referee, the last agent, in a topology.
 
+    Every prompt begins as that of the first worker, which shows the inputs.
+
     Raises:
-        InvalidRequest: the team has fewer agents, or not one input.
+        InvalidRequest: the team has fewer agents, or its first one reads others.
     """
     if not 2 <= num_agents <= len(team.agents):
         raise InvalidRequest(f"team {team.name!r} has {len(team.agents)} agents; --agents is 2 to that")
-    if len(team.required_inputs) != 1:
-        raise InvalidRequest(f"team {team.name!r} needs {', '.join(team.required_inputs)}; evaluations give one input")
-    (question,) = team.required_inputs
+    head = team.agents[0].prompt.strip()
+    if {slot.name for slot in team.agents[0].slots} - set(team.required_inputs):
+        raise InvalidRequest(
+            f"agent {team.agents[0].name!r} of team {team.name!r} comes first and must read inputs only"
+        )
     workers, referee = team.agents[: num_agents - 1], team.agents[-1]
     if topology == "debate":
-        wired = _debate(workers, referee, question)
+        wired = _debate(workers, referee, head)
     elif topology in TOPOLOGIES:
         wired = [
-            _reading(agent, question, _read_before([*workers, referee], index, topology))
+            _reading(agent, head, _read_before([*workers, referee], index, topology))
             for index, agent in enumerate([*workers, referee])
         ]
     else:
@@ -49,21 +53,19 @@ def _read_before(agents: Sequence[Agent], index: int, topology: str) -> list[str
     return before if topology == "full" or is_referee else []
 
 
-def _debate(workers: Sequence[Agent], referee: Agent, question: str) -> list[Agent]:
+def _debate(workers: Sequence[Agent], referee: Agent, head: str) -> list[Agent]:
     second = {agent.name: f"{agent.name}_again" for agent in workers}
-    first = [_reading(agent, question, []) for agent in workers]
+    first = [_reading(agent, head, []) for agent in workers]
     again = [
-        replace(
-            _reading(agent, question, [other.name for other in workers if other is not agent]), name=second[agent.name]
-        )
+        replace(_reading(agent, head, [other.name for other in workers if other is not agent]), name=second[agent.name])
         for agent in workers
     ]
-    return [*first, *again, _reading(referee, question, list(second.values()))]
+    return [*first, *again, _reading(referee, head, list(second.values()))]
 
 
-def _reading(agent: Agent, question: str, names: Sequence[str]) -> Agent:
-    """The agent with a prompt of the question, the answers it reads, and what it was told to do with them."""
-    parts = [f"Problem: {{{question}}}"]
+def _reading(agent: Agent, head: str, names: Sequence[str]) -> Agent:
+    """The agent with a prompt of the team's inputs, the answers it reads, and what it was told to do with them."""
+    parts = [head]
     parts += [f"{name.replace('_', ' ').capitalize()}: {{{name}}}" for name in names]
     closing = agent.prompt.rsplit("}", 1)[-1].strip()
     return replace(agent, prompt="\n\n".join([*parts, closing] if closing else parts))

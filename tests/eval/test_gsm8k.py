@@ -15,6 +15,8 @@ from eval import gsm8k
 from eval.tasks import command
 from eval.tasks.gsm8k import Gsm8k, last_number
 from eval.tasks.samples import SampleFile
+from kvcomm.align.calibration import Calibration
+from kvcomm.engine.cost import ReuseCost
 
 TEAM = """
 name = "tiny"
@@ -69,6 +71,15 @@ def arguments(tiny_folder: Path, tmp_path: Path) -> list[str]:
 MODES = "dense,exact,kvcomm,paper,cacheblend,epic,rotate"
 
 
+@pytest.fixture
+def generous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four random texts say little about how far the next one is, and for a tiny model moving hardly pays."""
+    monkeypatch.setattr(Calibration, "distance_limit", 100.0)
+    monkeypatch.setattr(Calibration, "residual_limit", lambda self, rung: 100.0)
+    monkeypatch.setattr(ReuseCost, "is_worth_it", lambda self, *_: True)
+
+
+@pytest.mark.usefixtures("generous")
 def test_every_mode(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gsm8k.main([*arguments, f"--modes={MODES}"]) == 0
     figures = {each["id"]: each["value"] for each in json.loads(capsys.readouterr().out)["figures"]}
@@ -179,5 +190,5 @@ def test_last_number(text: str, expected: str | None) -> None:
     ],
 )
 def test_score(answer: str, right: bool, strict: bool) -> None:
-    score = Gsm8k().score(answer, {"answer": "9 * 2 = <<9*2=18>>18\n#### 18"})
+    score = Gsm8k().score(answer, {}, {"answer": "9 * 2 = <<9*2=18>>18\n#### 18"})
     assert (score.is_right, score.is_strictly_right) == (right, strict)
