@@ -1,0 +1,89 @@
+"""Compare two reports of the same task.
+
+    python -m eval.report A B
+
+A and B are folders of task evaluations, or their report.json. Prints every figure of both, and which settings differ.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from eval.figures import PIPE_WIDTH
+from kvcomm.errors import InvalidRequest
+
+Values = Mapping[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare and print; returns the exit code."""
+    parser = ArgumentParser(prog="python -m eval.report", description="Compare two reports of the same task.")
+    parser.add_argument("reports", nargs=2, type=Path, metavar="REPORT", help="folder of a run, or its report.json")
+    options = parser.parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    try:
+        one, other = (read(file) for file in options.reports)
+        if one["name"] != other["name"]:
+            raise InvalidRequest(f"a report on {one['name']} cannot be compared with one on {other['name']}")
+    except InvalidRequest as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    console.print(table(one, other))
+    for line in differences(one["settings"], other["settings"]):
+        console.print(line, markup=False)
+    return 0
+
+
+def read(file: Path) -> Values:
+    """A report.
+
+    Raises:
+        InvalidRequest: not one; names the file.
+    """
+    path = file / "report.json" if file.is_dir() else file
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        assert {"name", "figures", "settings"} <= found.keys()
+    except (OSError, ValueError, AssertionError, AttributeError) as error:
+        raise InvalidRequest(f"{path} is no report of a task evaluation") from error
+    return dict(found)
+
+
+def table(one: Values, other: Values) -> Table:
+    """Every figure of both, and the difference; intervals that do not overlap are marked."""
+    view = Table(title=one["name"], title_justify="left", box=None, pad_edge=False)
+    view.add_column("figure", header_style="dim")
+    for head in ("A", "B", "B - A"):
+        view.add_column(head, justify="right", header_style="dim")
+    view.add_column("", header_style="dim")
+    figures = [{figure["id"]: figure for figure in report["figures"]} for report in (one, other)]
+    for name in dict.fromkeys([*figures[0], *figures[1]]):
+        found = [each.get(name) for each in figures]
+        cells = ["" if each is None else f"{each['value']:.4g} {each['unit']}" for each in found]
+        difference, remark = "", ""
+        if found[0] and found[1]:
+            difference = f"{found[1]['value'] - found[0]['value']:+.4g}"
+            spreads = [each["spread"] for each in found if each is not None and each["spread"]]
+            is_apart = len(spreads) == 2 and (spreads[0][1] < spreads[1][0] or spreads[1][1] < spreads[0][0])
+            remark = "intervals do not overlap" if is_apart else ""
+        view.add_row(name, *cells, difference, remark)
+    return view
+
+
+def differences(one: Values, other: Values) -> list[str]:
+    """Settings that are not the same; other questions make figures hard to compare, and that is said first."""
+    names = [name for name in dict.fromkeys([*one, *other]) if one.get(name) != other.get(name)]
+    lines = ["not the same questions: differences are of the questions, too"] if "rows" in names else []
+    return lines + [f"{name}: {one.get(name)} in A, {other.get(name)} in B" for name in names]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
