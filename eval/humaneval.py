@@ -2,7 +2,8 @@
 
     python -m eval.humaneval --data FOLDER [--limit N] [--modes dense,exact,kvcomm,paper] [--agents 2..5]
 
-Programs are run in a sandbox (`eval.sandbox`). Their accuracy is pass@1 of the greedy answer.
+Programs are run in a sandbox (`eval.sandbox`). Their accuracy is pass@1 of the greedy answer; with --samples N further
+programs are drawn, and pass@k is estimated from those.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def figures(results: Mapping[str, ModeResult]) -> list[Figure]:
     """pass@1, and flips of all modes but dense."""
     found = [Figure(f"pass_at_1_{name}", result.accuracy.value, "share") for name, result in results.items()]
+    found += [
+        Figure(f"pass_at_{k}_drawn_{name}", value, "share")
+        for name, result in results.items()
+        for k, value in result.pass_at.items()
+    ]
     return [*found, *(each for each in verdicts(results) if each.id.startswith("flips"))]
 
 

@@ -33,6 +33,7 @@ def make_task(data: Path | None) -> Mmlu:
 def figures(results: Mapping[str, ModeResult]) -> list[Figure]:
     """Accuracies, and letters that differ from dense, mode by mode."""
     found = [Figure(f"accuracy_{name}", result.accuracy.value, "share") for name, result in results.items()]
+    found += [Figure(f"macro_{name}", result.macro or 0.0, "share") for name, result in results.items()]
     for name, result in results.items():
         if name != DENSE:
             spread, is_own = (result.changed.low, result.changed.high), name == KVCOMM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ class ModeResult:
         rungs: approximated requests by the rung they were served at.
         approximated: share of requests that read others.
         ttft_s: agent -> median seconds to the first token, other questions beside it included.
+        by_group: group of rows -> share of right answers.
+        pass_at: k -> the chance that one of k drawn answers is right.
         team_ttft_s, team_s: medians over questions, summed over agents, and from the first request to the last answer.
         computed_share: of the prompt tokens.
     """
@@ -64,11 +67,18 @@ class ModeResult:
     team_ttft_s: float
     team_s: float
     predictions: tuple[tuple[float, float], ...] = field(default=())
+    by_group: Mapping[str, float] = field(default_factory=dict)
+    pass_at: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def computed_share(self) -> float:
         """Of the prompt tokens."""
         return self.tokens["computed"] / max(1, sum(self.tokens.values()))
+
+    @property
+    def macro(self) -> float | None:
+        """Mean over groups of the share of right answers; None: there are no groups."""
+        return float(np.mean(list(self.by_group.values()))) if self.by_group else None
 
     @property
     def mean_divergence(self) -> float | None:
@@ -125,7 +135,34 @@ def analyse(
         _median(sum(answer.usage["ttft_s"] for answer in sample.answers.values()) for sample, _ in pairs),
         _median(sample.total_s for sample, _ in pairs),
         tuple(_predictions(judged)),
+        _by_group([sample for sample, _ in pairs]),
+        _pass_at([sample for sample, _ in pairs]),
     )
+
+
+def _by_group(samples: Sequence[Sample]) -> dict[str, float]:
+    found: dict[str, list[bool]] = {}
+    for sample in samples:
+        if sample.score is not None and sample.extra.get("group"):
+            found.setdefault(sample.extra["group"], []).append(sample.score.is_right)
+    return {group: sum(right) / len(right) for group, right in sorted(found.items())}
+
+
+def _pass_at(samples: Sequence[Sample]) -> dict[int, float]:
+    drawn = [(sample.extra["drawn"], sample.extra["right"]) for sample in samples if sample.extra.get("drawn")]
+    largest = min((count for count, _ in drawn), default=0)
+    return {k: float(np.mean([pass_at_k(*each, k) for each in drawn])) for k in (1, 2, 5, 10, 100) if k <= largest}
+
+
+def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
+    """The chance that of k samples drawn one is right at least: the unbiased estimate (arXiv 2107.03374, section 2.1).
+
+    Raises:
+        ValueError: k samples cannot be drawn of these.
+    """
+    if not 0 < k <= num_samples or not 0 <= num_right <= num_samples:
+        raise ValueError(f"pass@{k} of {num_samples} samples, {num_right} right")
+    return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
 
 
 def wilson(count: int, total: int) -> Interval:
@@ -183,4 +220,5 @@ def as_values(result: ModeResult) -> dict[str, Any]:
         **asdict(result),
         "computed_share": result.computed_share,
         "mean_divergence": result.mean_divergence,
+        "macro": result.macro,
     }

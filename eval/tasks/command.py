@@ -88,6 +88,8 @@ def _parser(evaluation: Evaluation) -> ArgumentParser:
     parser.add_argument("--train", type=Path, metavar="FILE", help="rows for anchors and calibration [beside --data]")
     parser.add_argument("--team", help="a packaged team or a .toml file [the task's]")
     parser.add_argument("--max-new-tokens", type=_positive, metavar="N", help="of an answer at most [the team's]")
+    parser.add_argument("--samples", type=int, default=0, metavar="N", help="answers to draw besides [%(default)s]")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="of those [%(default)s]")
     parser.add_argument("--max-divergence", type=float, default=0.02, metavar="NATS", help="of kvcomm [%(default)s]")
     parser.add_argument("--confidence", type=float, default=0.95, metavar="P", help="of kvcomm [%(default)s]")
     parser.add_argument("--anchors", type=_positive, default=16, metavar="N", help="questions that teach [%(default)s]")
@@ -162,7 +164,7 @@ def _work(task: Task, options: Namespace, moves: bool) -> Work:
         train = task.arrange(load_rows(task.source, task.source.train, options.train or options.data, ALL_ROWS))
     if len(train) < num_train:
         raise InvalidRequest(f"{len(train)} rows to learn from are too few; {num_train} are needed: give --train")
-    return Work(task, team, rows, train[:num_train], options.anchors)
+    return Work(task, team, rows, train[:num_train], options.anchors, options.samples, options.temperature)
 
 
 def _chosen(rows: Sequence[Row], limit: int, seed: int) -> list[Row]:

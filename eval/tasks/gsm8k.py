@@ -21,6 +21,10 @@ class Gsm8k:
 
     num_logprobs = None
 
+    def group(self, row: Row) -> str:
+        """None."""
+        return ""
+
     def arrange(self, rows: Sequence[Row]) -> list[Row]:
         """As they come."""
         return list(rows)

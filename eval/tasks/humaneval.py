@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -25,6 +24,10 @@ class HumanEval:
         limits: of every program.
         """
         self._limits = limits or Limits()
+
+    def group(self, row: Row) -> str:
+        """None."""
+        return ""
 
     def arrange(self, rows: Sequence[Row]) -> list[Row]:
         """As they come."""
@@ -60,14 +63,3 @@ def code_of(answer: str) -> str:
     """The last block of code of an answer, or all of it; what stands behind an unfinished block is kept."""
     blocks = _BLOCK.findall(answer)
     return str(blocks[-1]).rstrip() if blocks else answer.rstrip()
-
-
-def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """The unbiased estimate of Chen et al. (section 2.1): the chance that of k samples drawn one is right at least.
-
-    Raises:
-        ValueError: k samples cannot be drawn of these.
-    """
-    if not 0 < k <= num_samples or not 0 <= num_right <= num_samples:
-        raise ValueError(f"pass@{k} of {num_samples} samples, {num_right} right")
-    return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)

@@ -35,6 +35,10 @@ class Mmlu:
             if len(shown) < num_shots:
                 shown.append(f"{_question(row)}\nAnswer: {LETTERS[int(row['answer'])]}")
 
+    def group(self, row: Row) -> str:
+        """The subject."""
+        return str(row["subject"])
+
     def arrange(self, rows: Sequence[Row]) -> list[Row]:
         """One of every subject, then the next of every subject."""
         subjects: dict[str, list[Row]] = defaultdict(list)

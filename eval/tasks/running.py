@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 from eval.tasks.modes import Mode
 from eval.tasks.samples import Answer, Sample, SampleFile, batches, usage_values
@@ -27,6 +28,9 @@ from kvcomm.memory.segments import Segment
 BATCH = 16
 """Questions that are worked on at the same time."""
 
+SEED_OF_SAMPLES = 1
+EXACT_MODE = Mode("dense", ReusePolicy.exact())
+
 Advance = Callable[[int], None]
 
 
@@ -38,6 +42,8 @@ class Work:
         rows: the questions.
         train: further ones, for anchors and calibration.
         num_anchors: of `train`, those that teach.
+        num_samples: answers of the referee that are drawn besides the greedy one.
+        temperature: of those.
     """
 
     task: Task
@@ -45,6 +51,8 @@ class Work:
     rows: Sequence[Row]
     train: Sequence[Row] = ()
     num_anchors: int = 0
+    num_samples: int = 0
+    temperature: float = 0.8
 
     @property
     def referee(self) -> str:
@@ -69,7 +77,8 @@ def run_dense(engine: Engine, work: Work, rows: Sequence[Row], file: SampleFile,
             answers = {name: Answer.of(result[name]) for name in result}
             answers[work.referee] = _with_first(engine, work, answers[work.referee])
             score = _score(work, answers, rows[index])
-            samples.append(Sample(index, answers, result.total_s, score))
+            extra = _extra(engine, work, answers[work.referee].segments, rows[index], EXACT_MODE)
+            samples.append(Sample(index, answers, result.total_s, score, extra))
         file.add(samples)
         advance(len(batch))
 
@@ -123,8 +132,9 @@ def _serve(engine: Engine, work: Work, mode: Mode, dense: Sample) -> Sample:
         )
         if mode.moves and name != work.referee:
             publish(engine, truth)
-    score = _score(work, answers, work.rows[dense.index])
-    return Sample(dense.index, answers, time.monotonic() - began_s, score)
+    total_s, row = time.monotonic() - began_s, work.rows[dense.index]
+    extra = _extra(engine, work, dense.answers[work.referee].segments, row, mode)
+    return Sample(dense.index, answers, total_s, _score(work, answers, row), extra)
 
 
 def _with_first(engine: Engine, work: Work, answer: Answer) -> Answer:
@@ -143,6 +153,19 @@ def first_tokens(engine: Engine, logprobs: Sequence[TokenLogprob] | None) -> dic
         text = str(engine.tokenizer.decode([token_id])).strip()
         found.setdefault(text, logprob)
     return found
+
+
+def _extra(engine: Engine, work: Work, prompt: tuple[Segment, ...], row: Row, mode: Mode) -> dict[str, Any]:
+    """The row's group, and how many of further answers that were drawn are right."""
+    extra: dict[str, Any] = {"group": work.task.group(row)}
+    if work.num_samples:
+        sampling = replace(
+            work.sampling(work.referee), n=work.num_samples, temperature=work.temperature, seed=SEED_OF_SAMPLES
+        )
+        drawn = engine.generate(prompt, sampling, policy=mode.policy, variant=mode.variant)
+        extra["drawn"] = work.num_samples
+        extra["right"] = sum(work.task.score(choice.text, {}, row).is_right for choice in drawn.choices)
+    return extra
 
 
 def _score(work: Work, answers: Mapping[str, Answer], row: Row) -> Score:

@@ -62,6 +62,10 @@ class Task(Protocol):
         """How many first tokens of the last agent's answer are looked at; None: only its text."""
         ...
 
+    def group(self, row: Row) -> str:
+        """What accuracies are also given by, such as a subject; empty: nothing."""
+        ...
+
     def arrange(self, rows: Sequence[Row]) -> list[Row]:
         """Rows in the order in which they are taken."""
         ...

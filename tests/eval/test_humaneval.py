@@ -8,7 +8,8 @@ from itertools import combinations
 import pytest
 
 from eval.sandbox import Limits
-from eval.tasks.humaneval import HumanEval, code_of, pass_at_k
+from eval.tasks.analysis import pass_at_k
+from eval.tasks.humaneval import HumanEval, code_of
 
 ROW = {
     "prompt": 'from typing import List\n\n\ndef double(x: int) -> int:\n    """ Twice x. """\n',

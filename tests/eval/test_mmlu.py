@@ -66,10 +66,13 @@ def test_a_run(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "team.toml").write_text(TEAM)
     arguments = [f"--model={tiny_folder}", f"--team={tmp_path / 'team.toml'}", f"--data={tmp_path}", "--agents=2"]
     arguments += [f"--out={tmp_path / 'out'}", "--limit=4", "--anchors=10", "--calibration=4", "--divergence=2"]
-    arguments += ["--modes=dense,kvcomm,rotate", "--confidence=0.5", "--max-divergence=50", "--json"]
+    arguments += ["--modes=dense,kvcomm,rotate", "--confidence=0.5", "--max-divergence=50", "--samples=2", "--json"]
     assert mmlu.main(arguments) == 0
     figures = {each["id"]: each["value"] for each in json.loads(capsys.readouterr().out)["figures"]}
     assert {"accuracy_dense", "letter_flips", "letter_flips_rotate"} <= figures.keys()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {frozenset(each["by_group"]) for each in report["modes"]} == {frozenset({"law", "art"})}
+    assert all(set(each["pass_at"]) == {"1", "2"} for each in report["modes"])
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples" / "kvcomm.jsonl").read_text().splitlines()]
     assert len(samples) == 4
     assert all(len(sample["answers"]["last"]["first"]) > 20 for sample in samples)
