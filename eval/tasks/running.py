@@ -19,8 +19,8 @@ from eval.tasks.samples import Answer, Sample, SampleFile, batches, usage_values
 from eval.tasks.task import Row, Score, Task
 from kvcomm import Engine, ReusePolicy, SamplingParams
 from kvcomm.agents.team import Team
-from kvcomm.agents.warming import run_all
-from kvcomm.engine.request import ANSWER, NUM_CONTINUATION
+from kvcomm.agents.warming import publish, run_all
+from kvcomm.engine.request import NUM_CONTINUATION
 from kvcomm.engine.sampling import TokenLogprob
 from kvcomm.engine.variant import Variant
 from kvcomm.memory.segments import Segment
@@ -89,7 +89,7 @@ def warm_up(engine: Engine, runs: Sequence[Sample], num_anchors: int, modes: Seq
     estimators = {mode.variant.estimator for mode in modes if mode.variant is not None}
     estimators |= {policy.estimator for policy in policies}
     for place, run in enumerate(runs):
-        publish_all(engine, run.answers)
+        publish(engine, _pairs(run.answers))
         for answer in list(run.answers.values())[1:]:
             if place < num_anchors:
                 engine.learn(answer.segments, estimators=sorted(estimators - {"rotate"})).result()
@@ -131,7 +131,7 @@ def _serve(engine: Engine, work: Work, mode: Mode, dense: Sample) -> Sample:
             served.token_ids, served.text, usage_values(served.usage), first=first_tokens(engine, served.logprobs)
         )
         if mode.moves and name != work.referee:
-            publish(engine, truth)
+            publish(engine, _pairs({name: truth}))
     total_s, row = time.monotonic() - began_s, work.rows[dense.index]
     extra = _extra(engine, work, dense.answers[work.referee].segments, row, mode)
     return Sample(dense.index, answers, total_s, _score(work, answers, row), extra)
@@ -180,7 +180,7 @@ def measure_divergences(
     samples = file.read()
     for truth in dense:
         sample = samples[truth.index]
-        publish_all(engine, truth.answers)
+        publish(engine, _pairs(truth.answers))
         answers = {name: _measured(engine, mode, each, truth.answers[name]) for name, each in sample.answers.items()}
         samples[truth.index] = replace(sample, answers=answers)
         engine.clear_cache()
@@ -202,16 +202,8 @@ def _measured(engine: Engine, mode: Mode, served: Answer, truth: Answer) -> Answ
     return replace(served, divergence=outcome.divergence, agreement=outcome.agreement)
 
 
-def publish(engine: Engine, answer: Answer) -> None:
-    """Leave a prompt and its dense answer in the cache, exactly computed, for others to move."""
-    said = (Segment(answer.token_ids, ANSWER),) if answer.token_ids else ()
-    engine.context((*answer.segments, *said), policy=ReusePolicy.exact()).release()
-
-
-def publish_all(engine: Engine, answers: Mapping[str, Answer]) -> None:
-    """The same for all agents, in the order in which they answered."""
-    for answer in answers.values():
-        publish(engine, answer)
+def _pairs(answers: Mapping[str, Answer]) -> list[tuple[tuple[Segment, ...], tuple[int, ...]]]:
+    return [(answer.segments, answer.token_ids) for answer in answers.values()]
 
 
 def _read_roles(engine: Engine, answers: Mapping[str, Answer]) -> None:
