@@ -15,6 +15,7 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from eval.bound import BOUNDS, Rungs, bound_figures
@@ -167,7 +168,7 @@ def _measure(engine: Engine, runs: Sequence[Run], groups: Mapping[str, EdgeGroup
         note(f"test: question {index + 1} of {len(runs)}")
         publish(engine, _pairs(run))
         for agent, reading in _readers(run).items():
-            variants = [each._replace(strength=_strength(each, groups[agent])) for each in COMPARED]
+            variants = [replace(each, strength=_strength(each, groups[agent])) for each in COMPARED]
             outcomes = engine.measure(reading.prompt, reading.answer, variants).result()
             moved = sum(len(segment.token_ids) for segment in reading.prompt if segment.name is not None)
             found.setdefault(agent, []).append(Rungs(moved, outcomes))

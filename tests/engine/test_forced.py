@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.request import Request
 from kvcomm.engine.results import Completion
 from kvcomm.engine.sampling import SamplingParams
-from kvcomm.engine.variant import Variant
+from kvcomm.engine.selectors import SELECTORS
+from kvcomm.engine.variant import SELECTOR_NAMES, Variant
+from kvcomm.errors import InvalidRequest
 from kvcomm.memory.segments import Segment
 from tests.engine.conftest import greedy, some_tokens
 from tests.tiny import tiny_model
@@ -128,3 +131,21 @@ def test_an_estimator_that_knows_nothing_computes(engine: Engine) -> None:
     served = ask(engine, 1, Variant("paper"))
     assert served.usage.reasons["no_anchors"] == len(TEXT)
     assert list(served.token_ids) == greedy(engine.model, tokens_of(1), SAMPLING.max_new_tokens)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"estimator": "magic"}, "unknown estimator 'magic'; there are token, paper, rotate"),
+        ({"estimator": "token", "selector": "magic"}, "unknown selector 'magic'; there are attention"),
+        ({"estimator": "token", "share": 1.5}, "share must be between 0 and 1, got 1.5"),
+        ({"estimator": "token", "strength": float("nan")}, "strength must be a finite number, got nan"),
+    ],
+)
+def test_unknown_ways_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        Variant(**wrong)
+
+
+def test_every_selector_has_its_name() -> None:
+    assert tuple(SELECTORS) == SELECTOR_NAMES
