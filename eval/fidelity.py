@@ -43,8 +43,10 @@ OTHERS = (
     Variant("rotate", 0.15, "deviation"),
     Variant("rotate", 0.5, "deviation"),
 )
-COMPARED = (*LADDER, RUNG25, RUNG50, *OTHERS)
+COMPARED = tuple(dict.fromkeys((*LADDER, RUNG25, RUNG50, *OTHERS)))
 ROTATE, PAPER = OTHERS[:2]
+ESSENTIAL = COMPARED[: COMPARED.index(PAPER) + 1]
+"""What ratios are made of; the rest is for comparison."""
 GOALS = {
     "token_over_rotate": "<= 0.25",
     "token_over_paper": "<= 0.40",
@@ -89,8 +91,9 @@ def measure(engine: Engine, options: Namespace) -> Report:
         note(f"anchors: question {index + 1} of {len(anchors)}")
         _learn(engine, run)
     groups = _calibrate(engine, rest[:num_calibrated])
-    tested = _measure(engine, rest[num_calibrated:], groups)
-    figures = _comparison(tested, groups)
+    compared = ESSENTIAL if options.ladder_only else COMPARED
+    tested = _measure(engine, rest[num_calibrated:], groups, compared)
+    figures = _comparison(tested, groups, compared)
     if options.bound:
         calibrations = {agent: group.calibration for agent, group in groups.items()}
         ladder = {agent: [_ladder(prompt) for prompt in prompts] for agent, prompts in tested.items()}
@@ -101,7 +104,7 @@ def measure(engine: Engine, options: Namespace) -> Report:
     samples = {
         f"{agent} {_label(variant)}": [prompt.outcomes[index].divergence for prompt in prompts]
         for agent, prompts in tested.items()
-        for index, variant in enumerate(COMPARED)
+        for index, variant in enumerate(compared)
     }
     config = settings(engine, options, test=options.test.name, answers=None, shift=shifted is not None)
     return Report("fidelity", figures, config, samples)
@@ -121,6 +124,7 @@ def _parser() -> ArgumentParser:
         "--shift", type=Path, nargs="*", metavar="FILE", help="read other texts too [HumanEval and documents]"
     )
     parser.add_argument("--shift-texts", type=int, default=10, metavar="N", help="of each such file [%(default)s]")
+    parser.add_argument("--ladder-only", action="store_true", help="leave out the methods that are only compared with")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="keep the exact runs in this file, or take them")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--out", type=Path, default=Path("out/fidelity.json"), help="file of the run [%(default)s]")
@@ -162,13 +166,15 @@ def _calibrate(engine: Engine, runs: Sequence[Run]) -> dict[str, EdgeGroup]:
     return groups
 
 
-def _measure(engine: Engine, runs: Sequence[Run], groups: Mapping[str, EdgeGroup]) -> Tested:
+def _measure(
+    engine: Engine, runs: Sequence[Run], groups: Mapping[str, EdgeGroup], compared: Sequence[Variant]
+) -> Tested:
     found: dict[str, list[Rungs]] = {}
     for index, run in enumerate(runs):
         note(f"test: question {index + 1} of {len(runs)}")
         publish(engine, _pairs(run))
         for agent, reading in _readers(run).items():
-            variants = [replace(each, strength=_strength(each, groups[agent])) for each in COMPARED]
+            variants = [replace(each, strength=_strength(each, groups[agent])) for each in compared]
             outcomes = engine.measure(reading.prompt, reading.answer, variants).result()
             moved = sum(len(segment.token_ids) for segment in reading.prompt if segment.name is not None)
             found.setdefault(agent, []).append(Rungs(moved, outcomes))
@@ -184,7 +190,7 @@ def _ladder(prompt: Rungs) -> Rungs:
     return prompt._replace(outcomes=prompt.outcomes[: len(LADDER)])
 
 
-def _comparison(tested: Tested, groups: Mapping[str, EdgeGroup]) -> list[Figure]:
+def _comparison(tested: Tested, groups: Mapping[str, EdgeGroup], compared: Sequence[Variant]) -> list[Figure]:
     """Ratios of mean divergences over all prompts, and the means of every edge group."""
     everything = [prompt for prompts in tested.values() for prompt in prompts]
 
@@ -207,10 +213,12 @@ def _comparison(tested: Tested, groups: Mapping[str, EdgeGroup]) -> list[Figure]
         _figure("rung50_top1", agreement(RUNG50), "share"),
         _figure("worse_edges_in_use", worse, "groups"),
     ]
-    figures += [_figure(f"all {_label(each)} over rotate", mean(each) / rotate) for each in OTHERS[1:]]
+    figures += [
+        _figure(f"all {_label(each)} over rotate", mean(each) / rotate) for each in OTHERS[1:] if each in compared
+    ]
     for agent, prompts in tested.items():
         figures.append(_figure(f"{agent} strength", groups[agent].strength))
-        figures += [_figure(f"{agent} {_label(each)}", mean(each, prompts), "nats") for each in COMPARED]
+        figures += [_figure(f"{agent} {_label(each)}", mean(each, prompts), "nats") for each in compared]
     return figures
 
 

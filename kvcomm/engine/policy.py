@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from kvcomm.errors import InvalidRequest
 
 ESTIMATORS = ("token", "paper", "rotate")
-DEFAULT_RUNGS = (0.0, 0.15, 0.3, 0.45)
+DEFAULT_RUNGS = (0.0, 0.15, 0.3, 0.5)
 DEFAULT_AUDIT = 0.02
 
 

@@ -65,6 +65,16 @@ def test_figures(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFix
     assert values["second paper"] == pytest.approx(mean["second paper"])
 
 
+def test_the_ladder_alone(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fidelity.main([*arguments, "--ladder-only"]) == 0
+    values = {figure["id"]: figure["value"] for figure in json.loads(capsys.readouterr().out)["figures"]}
+    samples = json.loads((tmp_path / "run.json").read_text())["samples"]
+    assert {name for name in samples if "deviation" in name or "head" in name} == set()
+    mean = {name: sum(each) / 3 for name, each in samples.items()}
+    assert values["token_over_paper"] == pytest.approx(mean["second token"] / mean["second paper"])
+    assert values["rung50_over_rotate"] == pytest.approx(mean["second token 50% attention"] / mean["second rotate"])
+
+
 def test_answers_are_kept_and_taken_up_again(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
