@@ -26,11 +26,16 @@ from typing import NamedTuple
 GUARD = Path(__file__).with_name("sandbox_guard.py")
 MAX_OUTPUT = 10_000
 """Bytes of the program's output that are kept, from its end."""
-_PREPARE = (
-    "mount --make-rprivate / && mount -t tmpfs -o size=32m,mode=1777 tmpfs /tmp "
-    '&& for place in /var/tmp /dev/shm /run; do mount -t tmpfs -o size=1m tmpfs "$place" 2>/dev/null; done; '
-    'mount -o remount,bind,ro / && cd /tmp && exec "$@"'
-)
+_PREPARE = """
+mount --make-rprivate / || exit 1
+while read -r _ place _; do
+    for flags in "" ,nosuid,nodev ,nosuid,nodev,noexec; do
+        mount -o "remount,bind,ro$flags" "$place" && break
+    done
+done < /proc/self/mounts 2> /dev/null
+mount -t tmpfs -o size=32m,mode=700 tmpfs "$0" && cd "$0" && exec "$@"
+"""
+"""Shell: every mount becomes read-only, all but a new one in memory on the program's folder, which comes first."""
 
 
 class Limits(NamedTuple):
@@ -64,7 +69,7 @@ def run_program(program: str, limits: Limits | None = None) -> Verdict:
     given = {"program": program, "limits": limits._asdict(), "token": token, "report": writing}
     with tempfile.TemporaryDirectory(prefix="kvcomm-sandbox-", ignore_cleanup_errors=True) as folder:
         process = subprocess.Popen(
-            _command(),
+            _command(folder),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -89,22 +94,25 @@ def run_program(program: str, limits: Limits | None = None) -> Verdict:
 @cache
 def isolation() -> str:
     """ "namespaces", or "limits" where the system has no user namespaces for us."""
-    return "namespaces" if _works(_namespaces()) else "limits"
+    with tempfile.TemporaryDirectory(prefix="kvcomm-sandbox-") as folder:
+        return "namespaces" if _works(_namespaces(folder)) else "limits"
 
 
-def _command() -> list[str]:
-    wrapper = _namespaces() if isolation() == "namespaces" else []
+def _command(folder: str) -> list[str]:
+    wrapper = _namespaces(folder) if isolation() == "namespaces" else []
     return [*wrapper, sys.executable, "-I", "-S", "-B", "-c", GUARD.read_text()]
 
 
-def _namespaces() -> list[str]:
+def _namespaces(folder: str) -> list[str]:
     shared = ["--user", "--map-root-user", "--mount", "--net", "--ipc", "--uts", "--pid", "--fork", "--kill-child"]
-    return ["/usr/bin/unshare", *shared, "/bin/sh", "-c", _PREPARE, "sh"]
+    return ["/usr/bin/unshare", *shared, "/bin/sh", "-c", _PREPARE, folder]
 
 
 def _works(command: list[str]) -> bool:
     try:
-        tried = subprocess.run([*command, "/bin/true"], env={}, capture_output=True, timeout=20, check=False)
+        tried = subprocess.run(
+            [*command, sys.executable, "-I", "-S", "-c", ""], env={}, capture_output=True, timeout=20, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return False
     return tried.returncode == 0
