@@ -34,19 +34,12 @@ POLICY = ReusePolicy(max_divergence=BOUNDS[0][0], confidence=1 - BOUNDS[0][1])
 LADDER = tuple(Variant("token", share) for share in POLICY.rungs)
 """Corrected as strongly as the contest of the group says."""
 TOKEN, RUNG25, RUNG50 = LADDER[0], Variant("token", 0.25), Variant("token", 0.5)
-OTHERS = (
-    Variant("rotate"),
-    Variant("paper"),
-    Variant("token", 0.25, "influence"),
-    Variant("token", 0.5, "influence"),
-    Variant("token", 0.25, "head"),
-    Variant("rotate", 0.15, "deviation"),
-    Variant("rotate", 0.5, "deviation"),
-)
-COMPARED = tuple(dict.fromkeys((*LADDER, RUNG25, RUNG50, *OTHERS)))
-ROTATE, PAPER = OTHERS[:2]
-ESSENTIAL = COMPARED[: COMPARED.index(PAPER) + 1]
-"""What ratios are made of; the rest is for comparison."""
+ROTATE, PAPER = Variant("rotate"), Variant("paper")
+OTHERS = (ROTATE, PAPER, Variant("rotate", 0.15, "deviation"), Variant("rotate", 0.5, "deviation"))
+SELECTORS = (Variant("token", 0.25, "influence"), Variant("token", 0.5, "influence"), Variant("token", 0.25, "head"))
+"""Other ways to choose the tokens of a rung, on request."""
+COMPARED = tuple(dict.fromkeys((*LADDER, RUNG25, RUNG50, *OTHERS, *SELECTORS)))
+ESSENTIAL = COMPARED[: -len(SELECTORS)]
 GOALS = {
     "token_over_rotate": "<= 0.25",
     "token_over_paper": "<= 0.40",
@@ -91,7 +84,7 @@ def measure(engine: Engine, options: Namespace) -> Report:
         note(f"anchors: question {index + 1} of {len(anchors)}")
         _learn(engine, run)
     groups = _calibrate(engine, rest[:num_calibrated])
-    compared = ESSENTIAL if options.ladder_only else COMPARED
+    compared = COMPARED if options.selectors else ESSENTIAL
     tested = _measure(engine, rest[num_calibrated:], groups, compared)
     figures = _comparison(tested, groups, compared)
     if options.bound:
@@ -124,7 +117,7 @@ def _parser() -> ArgumentParser:
         "--shift", type=Path, nargs="*", metavar="FILE", help="read other texts too [HumanEval and documents]"
     )
     parser.add_argument("--shift-texts", type=int, default=10, metavar="N", help="of each such file [%(default)s]")
-    parser.add_argument("--ladder-only", action="store_true", help="leave out the methods that are only compared with")
+    parser.add_argument("--selectors", action="store_true", help="compare other ways to choose what is recomputed")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="keep the exact runs in this file, or take them")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--out", type=Path, default=Path("out/fidelity.json"), help="file of the run [%(default)s]")
@@ -214,7 +207,7 @@ def _comparison(tested: Tested, groups: Mapping[str, EdgeGroup], compared: Seque
         _figure("worse_edges_in_use", worse, "groups"),
     ]
     figures += [
-        _figure(f"all {_label(each)} over rotate", mean(each) / rotate) for each in OTHERS[1:] if each in compared
+        _figure(f"all {_label(each)} over rotate", mean(each) / rotate) for each in compared[compared.index(PAPER) :]
     ]
     for agent, prompts in tested.items():
         figures.append(_figure(f"{agent} strength", groups[agent].strength))

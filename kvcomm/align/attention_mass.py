@@ -1,4 +1,8 @@
-"""How much attention the end of a prompt pays to what stands before it: the score by which rungs choose tokens."""
+"""How much attention some rows of a prompt pay to what stands before them, head by head.
+
+Seen while a pass computes those rows: queries are handed over behind every layer, keys are in the pool. The layers that
+are looked at are those in which copying heads live and what feeds them.
+"""
 
 from __future__ import annotations
 
@@ -10,38 +14,48 @@ from torch import Tensor
 from kvcomm.align.ops.contract import LayerStore
 from kvcomm.model.runner import Watch
 
-MAX_TAIL = 64
-"""Tokens of the tail that are looked at, the last ones; a longer one would make looking dear."""
+
+def looking_layers(num_layers: int) -> range:
+    """Layers in which the end of a prompt tells what its answer will read: from a third to five sixths."""
+    first = num_layers // 3
+    return range(first, max(5 * num_layers // 6, first + 1))
+
+
+def damaged_layers(num_layers: int) -> range:
+    """Layers whose keys carry most of the damage of moved KV: the third quarter."""
+    first = num_layers // 2
+    return range(first, max(3 * num_layers // 4, first + 1))
 
 
 class AttentionMass:
-    """Sums up what the tail of one sequence attends to, over the heads of the third quarter of the layers.
+    """Sums up what rows `[first, end)` of one sequence attend to, in some layers.
 
-    Copying heads live there. The tail may be computed in several passes, together with anything else.
-
-    Attributes:
-        mass: [num_tokens] float32 on the pool's device; attention to each position, summed over heads and rows.
+    The rows may be computed in several passes, together with anything else.
     """
 
-    def __init__(self, layers: Sequence[LayerStore], tail_start: int, tail_end: int) -> None:
-        """Args:
-        tail_start, tail_end: positions that the tail covers; of a long one the end counts.
-        """
+    def __init__(self, layers: Sequence[LayerStore], layer_ids: range, first: int, end: int) -> None:
         self._layers = layers
-        self._tail = max(tail_start, tail_end - MAX_TAIL), tail_end
-        self._first_layer = len(layers) // 2
-        self._last_layer = max(3 * len(layers) // 4, self._first_layer + 1) - 1
-        self.mass = torch.zeros(tail_end, device=layers[0].keys.device)
+        self._layer_ids = layer_ids
+        self._rows = first, end
+        self._mass: dict[int, Tensor] = {}
+
+    def by_head(self, positions: Tensor) -> Tensor:
+        """[num_layers * num_heads, num_positions] float32: to each position, summed over rows.
+
+        Args:
+            positions: [num_positions] int64, before the end of the rows.
+        """
+        return torch.cat([self._mass[layer_id][:, positions] for layer_id in self._layer_ids])
 
     def watch(self, slots: slice | Tensor, row: int, start: int, end: int) -> Watch | None:
         """For a pass whose rows from `row` on are positions `[start, end)`: what to call behind every layer.
 
-        None when no row of it belongs to the tail.
+        None when none of the rows that are looked at is among them.
 
         Args:
             slots: of the positions from 0 on, at least `end` of them, during this pass.
         """
-        first, last = max(start, self._tail[0]), min(end, self._tail[1])
+        first, last = max(start, self._rows[0]), min(end, self._rows[1])
         if first >= last:
             return None
         rows, positions = slice(row + first - start, row + last - start), (first, last)
@@ -51,12 +65,15 @@ class AttentionMass:
         self, layer_id: int, query: Tensor, slots: slice | Tensor, positions: tuple[int, int], scale: float
     ) -> None:
         """Add one layer: queries [num_heads, num_rows, key_dim] of these positions; the keys are in the pool."""
-        if not self._first_layer <= layer_id <= self._last_layer:
+        if layer_id not in self._layer_ids:
             return
         first, last = positions
-        keys = self._layers[layer_id].keys[slots][:last].float().transpose(0, 1)
-        keys = keys.repeat_interleave(len(query) // len(keys), dim=0)
-        scores = query.float() @ keys.transpose(1, 2) * scale
+        keys = self._layers[layer_id].keys[slots][:last].float().permute(1, 2, 0)  # [num_kv_heads, key_dim, last]
+        scores = query.float().reshape(len(keys), -1, query.shape[2]) @ keys
+        scores = scores.view(len(query), -1, last) * scale
         seen = torch.arange(first, last, device=keys.device)[:, None]
         is_hidden = torch.arange(last, device=keys.device)[None] > seen
-        self.mass[:last] += scores.masked_fill(is_hidden, -torch.inf).softmax(-1).sum((0, 1))
+        paid = scores.masked_fill_(is_hidden, -torch.inf).softmax(-1).sum(1)
+        if layer_id not in self._mass:
+            self._mass[layer_id] = paid.new_zeros(len(query), self._rows[1])
+        self._mass[layer_id][:, :last] += paid

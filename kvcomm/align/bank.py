@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple, Self
 
@@ -51,9 +51,9 @@ class BankShape(NamedTuple):
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one anchor token: int8 codes and a float32 scale per row, and a float32 sketch per group."""
+        """Bytes of one anchor token: int8 codes and a float32 scale per row, a float32 sketch per group, its text."""
         rows = [channels for channels in (*self.keys, *self.values) if channels is not None]
-        return sum(rows) + 4 * len(rows) + 4 * self.num_groups * self.dim
+        return sum(rows) + 4 * len(rows) + 4 * self.num_groups * self.dim + 4
 
     def require(self, sketches: Tensor, offsets: OffsetTable) -> None:
         """Raises InvalidRequest unless sketches and offsets are finite and of this shape."""
@@ -77,12 +77,16 @@ class BankSnapshot:
         version: grows with every change of the bank.
         sketches: [num_groups, num_tokens, dim] float32.
         offsets: of the same tokens.
+        texts: [num_tokens] int32; anchors of one text have the same number.
+        errors: what estimators have found out about their anchors, by how strongly they correct.
     """
 
     edge: Edge
     version: int
     sketches: Tensor
     offsets: OffsetTable
+    texts: Tensor
+    errors: dict[float, Tensor] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -92,7 +96,7 @@ class BankSnapshot:
     @property
     def num_bytes(self) -> int:
         """Bytes of offsets and sketches."""
-        return self.offsets.num_bytes + self.sketches.nbytes
+        return self.offsets.num_bytes + self.sketches.nbytes + self.texts.nbytes
 
     @cached_property
     def _indices(self) -> tuple[NeighborIndex, ...]:
@@ -142,10 +146,13 @@ class AnchorBank:
                 return 0
             grown_sketches = torch.cat((old.sketches, sketches[:, novel]), dim=1)
             grown_offsets = old.offsets.append(offsets.take(novel))
+            text = int(old.texts.max()) + 1 if old.num_tokens else 0
+            grown_texts = torch.cat((old.texts, torch.full((len(novel),), text, dtype=torch.int32)))
             if grown_sketches.shape[1] > self.max_tokens:
                 kept = _least_redundant(grown_sketches, self.max_tokens)
                 grown_sketches, grown_offsets = grown_sketches[:, kept], grown_offsets.take(kept)
-            self._snapshot = BankSnapshot(self.edge, old.version + 1, grown_sketches, grown_offsets)
+                grown_texts = grown_texts[kept]
+            self._snapshot = BankSnapshot(self.edge, old.version + 1, grown_sketches, grown_offsets, grown_texts)
             return len(novel)
 
     def replace(self, snapshot: BankSnapshot) -> None:
@@ -159,13 +166,14 @@ class AnchorBank:
             raise InvalidRequest(f"{snapshot.num_tokens} anchor tokens exceed the bank's {self.max_tokens}")
         with self._lock:
             version = self._snapshot.version + 1
-            self._snapshot = BankSnapshot(self.edge, version, snapshot.sketches, snapshot.offsets)
+            self._snapshot = replace(snapshot, edge=self.edge, version=version, errors={})
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the snapshot is not of the bank's shape or too large."""
         snapshot = self._snapshot
         self.shape.require(snapshot.sketches, snapshot.offsets)
         assert snapshot.num_tokens <= self.max_tokens, (snapshot.num_tokens, self.max_tokens)
+        assert snapshot.texts.shape == (snapshot.num_tokens,), (snapshot.texts.shape, snapshot.num_tokens)
 
 
 class AnchorStore:
@@ -216,7 +224,8 @@ class AnchorStore:
 def _empty(edge: Edge, shape: BankShape) -> BankSnapshot:
     keys = tuple(None if size is None else OffsetRows.empty(size) for size in shape.keys)
     values = tuple(None if size is None else OffsetRows.empty(size) for size in shape.values)
-    return BankSnapshot(edge, 0, torch.empty(shape.num_groups, 0, shape.dim), OffsetTable(keys, values))
+    nothing = torch.empty(0, dtype=torch.int32)
+    return BankSnapshot(edge, 0, torch.empty(shape.num_groups, 0, shape.dim), OffsetTable(keys, values), nothing)
 
 
 def _distances(first: Tensor, second: Tensor) -> Tensor:

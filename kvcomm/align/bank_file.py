@@ -21,7 +21,7 @@ from kvcomm.align.offsets import OffsetRows, OffsetTable
 from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign, AnchorFileTooNew, InvalidRequest
 from kvcomm.memory.sealed_file import SealedFormat, tensors_digest
 
-FORMAT = SealedFormat("anchor bank", "kvcomm_anchors", 1, AnchorFileError, AnchorFileCorrupt, AnchorFileTooNew)
+FORMAT = SealedFormat("anchor bank", "kvcomm_anchors", 2, AnchorFileError, AnchorFileCorrupt, AnchorFileTooNew)
 SUFFIX = ".anchors.safetensors"
 
 
@@ -159,11 +159,11 @@ def _names(shape: BankShape) -> list[str]:
         for layer, size in enumerate(sizes)
         if size is not None
     ]
-    return ["sketches", *(f"{name}.{part}" for name in rows for part in ("codes", "scales"))]
+    return ["sketches", "texts", *(f"{name}.{part}" for name in rows for part in ("codes", "scales"))]
 
 
 def _tensors(snapshot: BankSnapshot) -> dict[str, Tensor]:
-    found = {"sketches": snapshot.sketches}
+    found = {"sketches": snapshot.sketches, "texts": snapshot.texts}
     for kind, layers in (("keys", snapshot.offsets.keys), ("values", snapshot.offsets.values)):
         for layer, rows in enumerate(layers):
             if rows is not None:
@@ -175,7 +175,7 @@ def _tensors(snapshot: BankSnapshot) -> dict[str, Tensor]:
 def _snapshot(file: Path, header: BankHeader, tensors: dict[str, Tensor]) -> BankSnapshot:
     for name, tensor in tensors.items():
         is_sketch = name == "sketches"
-        wanted = torch.int8 if name.endswith(".codes") else torch.float32
+        wanted = torch.int8 if name.endswith(".codes") else torch.int32 if name == "texts" else torch.float32
         num_tokens = tensor.shape[1] if is_sketch and tensor.ndim == 3 else len(tensor) if tensor.ndim else -1
         if tensor.dtype != wanted or num_tokens != header.num_tokens:
             raise AnchorFileCorrupt(f"{file}: {name} is {tuple(tensor.shape)} {tensor.dtype}")
@@ -187,4 +187,4 @@ def _snapshot(file: Path, header: BankHeader, tensors: dict[str, Tensor]) -> Ban
         )
 
     offsets = OffsetTable(rows("keys", header.keys), rows("values", header.values))
-    return BankSnapshot(header.edge, 0, tensors["sketches"], offsets)
+    return BankSnapshot(header.edge, 0, tensors["sketches"], offsets, tensors["texts"])

@@ -14,8 +14,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kvcomm.align.attention_mass import damaged_layers
 from kvcomm.align.bank import AnchorStore, BankSnapshot
 from kvcomm.align.edges import Edge
+from kvcomm.align.expected_error import anchor_errors, neighbor_weights
 from kvcomm.align.ops.choice import Ops
 from kvcomm.align.ops.contract import LayerStore, Neighbors, Place
 from kvcomm.align.sketch import Sketcher
@@ -23,17 +25,29 @@ from kvcomm.align.spans import SpanKV, read_span
 from kvcomm.model.rope import rotate
 
 
+class Written(NamedTuple):
+    """What is known of an estimate that has been written.
+
+    Attributes:
+        distance: of the text to what is known: 0 where the estimator has no notion of it.
+        errors: [num_tokens] float32, expected, only compared with each other; None where nobody asked.
+    """
+
+    distance: float
+    errors: Tensor | None
+
+
 class Correction(Protocol):
     """What an estimator knows about one edge, unchangeable."""
 
-    def write(self, layers: Sequence[LayerStore], source: Place, target: Place, index: int) -> float:
+    def write(
+        self, layers: Sequence[LayerStore], source: Place, target: Place, index: int, *, with_errors: bool
+    ) -> Written:
         """Write the estimate to the target's slots.
 
         Args:
             index: of the first token in its segment.
-
-        Returns:
-            The distance to what is known: 0 where the estimator has no notion of it.
+            with_errors: whether expected errors are wanted.
         """
         ...
 
@@ -97,10 +111,12 @@ class RotateEstimator:
         """Always the same."""
         return self
 
-    def write(self, layers: Sequence[LayerStore], source: Place, target: Place, index: int) -> float:
-        """See `Correction`; every text is as near as any other."""
+    def write(
+        self, layers: Sequence[LayerStore], source: Place, target: Place, index: int, *, with_errors: bool
+    ) -> Written:
+        """See `Correction`; every text is as near as any other, every token as far off."""
         self._ops.rotate(layers, source, target)
-        return 0.0
+        return Written(0.0, _alike(layers, source) if with_errors else None)
 
 
 class TokenSettings(NamedTuple):
@@ -167,28 +183,38 @@ class TokenEstimator:
 
 
 class _TokenCorrection:
+    """Offsets of one snapshot's nearest anchors."""
+
     def __init__(self, snapshot: BankSnapshot, sketcher: Sketcher, ops: Ops, settings: TokenSettings) -> None:
         self._snapshot = snapshot
         self._sketcher = sketcher
         self._ops = ops
         self._settings = settings
 
-    def write(self, layers: Sequence[LayerStore], source: Place, target: Place, index: int) -> float:
+    def write(
+        self, layers: Sequence[LayerStore], source: Place, target: Place, index: int, *, with_errors: bool
+    ) -> Written:
         """See `Correction`; the distance is the mean over tokens of that to the nearest anchor token."""
         distances, indices = self._snapshot.nearest(self._sketcher(layers, source, index), self._settings.k)
+        weights = neighbor_weights(distances, self._settings.temperature)
         if self._settings.alpha:
-            self._align(layers, source, target, distances, indices)
+            neighbors = Neighbors(indices, weights * self._settings.alpha, self._sketcher.group_of_layer)
+            self._ops.align(layers, source, target, self._snapshot.offsets, neighbors)
         else:
             self._ops.rotate(layers, source, target)
-        return float(distances[..., 0].mean())
+        errors = self._errors(len(layers), weights, indices) if with_errors else None
+        return Written(float(distances[..., 0].mean()), errors)
 
-    def _align(
-        self, layers: Sequence[LayerStore], source: Place, target: Place, distances: Tensor, indices: Tensor
-    ) -> None:
-        mean = distances.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        weights = torch.softmax(-self._settings.temperature * distances / mean, dim=-1) * self._settings.alpha
-        neighbors = Neighbors(indices, weights, self._sketcher.group_of_layer)
-        self._ops.align(layers, source, target, self._snapshot.offsets, neighbors)
+    def _errors(self, num_layers: int, weights: Tensor, indices: Tensor) -> Tensor:
+        """Those of the neighbors, weighed as their offsets are, in the layers that carry most of the damage."""
+        layer_ids = damaged_layers(num_layers)
+        group = self._sketcher.group_of_layer[layer_ids[len(layer_ids) // 2]]
+        k, alpha, temperature = self._settings.k, self._settings.alpha, self._settings.temperature
+        known = self._snapshot.errors.get(alpha)
+        if known is None:
+            known = anchor_errors(self._snapshot, layer_ids, group, k=k, alpha=alpha, temperature=temperature)
+            self._snapshot.errors[alpha] = known
+        return (weights[group] * known[indices[group]]).sum(-1)
 
 
 class _Text(NamedTuple):
@@ -243,7 +269,9 @@ class _PaperCorrection:
     def __init__(self, texts: tuple[_Text, ...]) -> None:
         self._texts = texts
 
-    def write(self, layers: Sequence[LayerStore], source: Place, target: Place, index: int) -> float:
+    def write(
+        self, layers: Sequence[LayerStore], source: Place, target: Place, index: int, *, with_errors: bool
+    ) -> Written:
         """See `Correction`; the distance is the published gate's: entropy of the weights over that of equal ones."""
         known, last = read_span(layers, source), index + source.num_tokens
         texts = [text for text in self._texts if text.known.num_tokens >= last]
@@ -257,7 +285,7 @@ class _PaperCorrection:
                 _add_weighted(known.values, text.offsets.values, weights, span)
             entropy = _entropy_ratio(key_weights)
         _write_span(layers, target, known)
-        return entropy
+        return Written(entropy, _alike(layers, source) if with_errors else None)
 
 
 # Layer by layer: what all layers take at once is handed out by the system anew every time, and that takes longer than
@@ -287,6 +315,11 @@ def _entropy_ratio(weights: Tensor) -> float:
         return 0.0
     entropy = -(weights * weights.clamp_min(1e-30).log()).sum(0).mean()
     return float(entropy) / math.log(len(weights))
+
+
+def _alike(layers: Sequence[LayerStore], source: Place) -> Tensor:
+    """Errors of an estimator that does not tell tokens apart."""
+    return torch.ones(source.num_tokens, device=layers[0].keys.device)
 
 
 def _write_span(layers: Sequence[LayerStore], target: Place, span: SpanKV) -> None:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from kvcomm.align.breaker import Breaker
 from kvcomm.align.calibration import Calibration
 from kvcomm.align.edges import Edge
+from kvcomm.align.importance import ImportanceFit
 from kvcomm.align.moves import Move
 from kvcomm.config import NUM_CONTESTED
 
@@ -93,13 +94,18 @@ class Contest:
 
 @dataclass(eq=False)
 class EdgeGroup:
-    """One group: its strength, its calibration, its breakers, its counts. Guarded by its owner's lock."""
+    """One group: its strength, its calibration, its breakers, its counts. Guarded by its owner's lock.
+
+    Attributes:
+        head_weights: how rungs choose tokens, see `importance`; fixed before the first pair.
+    """
 
     key: GroupKey
     strengths: tuple[float, ...]
     num_contested: int = NUM_CONTESTED
     contest: Contest = field(init=False)
     calibration: Calibration = field(init=False)
+    head_weights: tuple[float, ...] | None = field(default=None, init=False)
     breakers: dict[tuple[float, float], Breaker] = field(default_factory=dict)
     audited: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
     num_requests: int = 0
@@ -122,6 +128,7 @@ class EdgeGroup:
         """Forget strength, pairs and breakers, as after a change of the anchors."""
         self.contest = Contest(self.strengths, self.num_contested)
         self.calibration = Calibration(len(self.key.shares))
+        self.head_weights = None
         self.breakers.clear()
 
 
@@ -134,6 +141,7 @@ class GroupBook:
         """
         self._num_contested = num_contested
         self._groups: dict[str, dict[GroupKey, EdgeGroup]] = {}
+        self._fits: dict[str, ImportanceFit] = {}
 
     def group(self, namespace: str, key: GroupKey, strengths: tuple[float, ...]) -> EdgeGroup:
         """The group with this key, made on first use for an estimator with these strengths.
@@ -146,6 +154,16 @@ class GroupBook:
             alike = (group for group in groups.values() if group.key.is_like(key) and group.contest.is_over)
             made.contest = next((group.contest for group in alike), made.contest)
         return groups[key]
+
+    def importance_fit(self, namespace: str) -> ImportanceFit:
+        """What a tenant's contests tell about heads; all groups share it, as heads are the model's."""
+        return self._fits.setdefault(namespace, ImportanceFit())
+
+    def head_weights(self, namespace: str, key: GroupKey) -> tuple[float, ...] | None:
+        """Those of a group with these edges and this estimator, whatever its rungs, else what contests tell by now."""
+        alike = (group for group in self.groups(namespace) if group.key._replace(shares=key.shares) == key)
+        known = (group.head_weights for group in alike if group.head_weights is not None)
+        return next(known, None) or self.importance_fit(namespace).weights()
 
     def find(self, namespace: str, key: GroupKey) -> EdgeGroup | None:
         """The group with this key, if there is one."""

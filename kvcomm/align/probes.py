@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvcomm.align.attention_mass import damaged_layers
 from kvcomm.align.ops.contract import LayerStore
 from kvcomm.memory.pool import PageIds, PagePool
 from kvcomm.model.attention.contract import IntArray
@@ -23,7 +24,7 @@ class Probes:
 
     def __init__(self, pool: PagePool, layers: Sequence[LayerStore], pages: PageIds, positions: IntArray) -> None:
         """Copies the estimates at (some of) `positions`, at least one, out of the pages of a sequence."""
-        self._layers = layers[len(layers) // 2 : max(3 * len(layers) // 4, len(layers) // 2 + 1)]
+        self._layers = [layers[layer_id] for layer_id in damaged_layers(len(layers))]
         few = positions[np.linspace(0, len(positions) - 1, min(MAX_PROBES, len(positions))).astype(np.int64)]
         slots = pages[few // pool.page_size].astype(np.int64) * pool.page_size + few % pool.page_size
         self._slots = torch.from_numpy(slots).to(pool.keys[0].device)

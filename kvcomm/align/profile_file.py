@@ -24,7 +24,7 @@ from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileTooNew, 
 from kvcomm.memory.sealed_file import SealedFormat
 
 FORMAT = SealedFormat(
-    "file of edge groups", "kvcomm_edge_groups", 1, AnchorFileError, AnchorFileCorrupt, AnchorFileTooNew
+    "file of edge groups", "kvcomm_edge_groups", 2, AnchorFileError, AnchorFileCorrupt, AnchorFileTooNew
 )
 GROUPS_FILE = "edge-groups.safetensors"
 
@@ -81,6 +81,7 @@ class GroupRecord(_Strict):
     contest_totals: tuple[NonNegative, ...]
     contest_prompts: NonNegativeInt
     contest_wanted: PositiveInt
+    head_weights: tuple[Finite, ...] | None
     pairs: tuple[PairRecord, ...]
     breakers: tuple[BreakerRecord, ...]
 
@@ -122,6 +123,7 @@ class GroupRecord(_Strict):
             contest_totals=tuple(group.contest.totals),
             contest_prompts=group.contest.num_prompts,
             contest_wanted=group.contest.num_wanted,
+            head_weights=group.head_weights,
             pairs=tuple(pairs),
             breakers=tuple(breakers),
         )
@@ -139,6 +141,7 @@ class GroupRecord(_Strict):
         group.contest = Contest(self.strengths, self.contest_wanted, list(self.contest_totals), self.contest_prompts)
         pairs = [Pair(pair.divergences, pair.distance, pair.residuals) for pair in self.pairs]
         group.calibration = Calibration(len(self.shares), pairs)
+        group.head_weights = self.head_weights
         for each in self.breakers:
             breaker = Breaker(each.delta)
             breaker.resume(each.log_ratios, each.num_observed, each.num_violations, tripped=each.tripped)

@@ -23,13 +23,11 @@ from kvcomm.engine.learner import NOTHING, Learner, _Trial
 from kvcomm.engine.prompts import Prompt
 from kvcomm.engine.replay import Case, Replay, assemble, computed_stretches
 from kvcomm.engine.request import NUM_CONTINUATION
-from kvcomm.engine.selectors import SELECTORS, SelectorView
 from kvcomm.engine.study import Steps
 from kvcomm.engine.variant import Variant
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence as KVSequence
-from kvcomm.model.attention.contract import IntArray
 from kvcomm.model.runner import ModelRunner, Run
 
 
@@ -148,11 +146,14 @@ class _Dissector(Learner):
             raise InvalidRequest(f"estimator {variant.estimator!r} knows nothing about some segment of this prompt")
         recomputed = NOTHING
         if variant.share:
-            recomputed = self._chosen(trial, case, exact, variant, unchanged)
+            estimator = variant.estimator, variant.strength
+            if estimator not in unchanged:  # what the estimator gives when nothing is recomputed
+                unchanged[estimator] = self._replay(trial, case, exact, case.moves, *estimator)
+            recomputed = self._chosen(trial, case, variant, unchanged[estimator])
         forced = case.forced
         sequence = KVSequence(self._pool, forced)
         with self._replayer.borrowed(sequence, case.sequence, case.moves[0].start, 0):
-            assemble(self._memory, self._layers, sequence, case.moves, corrections)
+            assemble(self._memory, self._layers, sequence, case.moves, corrections, with_errors=False)
             stretches = computed_stretches(case.moves, recomputed, len(forced))
             reused = self._runner.forward(_runs(sequence, stretches, len(case.continuation)))
             reused = reused.float().log_softmax(-1)
@@ -163,21 +164,6 @@ class _Dissector(Learner):
             tuple((exact.argmax(-1) == reused.argmax(-1)).tolist()),
             *errors,
         )
-
-    def _chosen(
-        self,
-        trial: _Trial,
-        case: Case,
-        exact: Tensor,
-        variant: Variant,
-        unchanged: dict[tuple[str, float], Replay],
-    ) -> IntArray:
-        """Positions that a variant recomputes; `unchanged` keeps what estimators give when nothing is."""
-        estimator = variant.estimator, variant.strength
-        if estimator not in unchanged:
-            unchanged[estimator] = self._replay(trial, case, exact, case.moves, *estimator)
-        view = SelectorView(case, self._replayer, unchanged[estimator].scores)
-        return SELECTORS[variant.selector](view, variant.share)
 
     def _errors(
         self, case: Case, sequence: KVSequence, moves: Sequence[Move]

@@ -12,7 +12,7 @@ from kvcomm.align.attention_mass import AttentionMass
 from kvcomm.align.estimators import Correction
 from kvcomm.align.groups import EdgeGroup
 from kvcomm.align.ladder import top_segments, top_tokens
-from kvcomm.align.moves import Move
+from kvcomm.align.moves import Move, num_moved
 from kvcomm.align.probes import Probes
 from kvcomm.engine.plan import Reason
 from kvcomm.engine.results import ApproximationReport
@@ -26,16 +26,17 @@ class Approximation:
     Attributes:
         moves: what is moved; `corrections` in the same order.
         rung: index into the policy's shares.
-        tail: looks at what the end of the prompt attends to, in a first pass over glue and tail; None: not needed, or
+        errors: [number of moved tokens], expected; known when it is assembled, if anything is to be recomputed.
+        looking: at what the prompt's last token attends to, in a first pass over glue and tail; None: not needed, or
             done.
-        scores: [number of moved tokens], what `tail` found; None before that.
+        scores: [number of moved tokens], how much each is worth recomputing; None before that pass.
         predicted: nats; the divergence that calibration expects at most; infinite where nobody knows.
         num_exact: tokens of the exact prefix that was found.
         otherwise, unmoved: why template text, and why text of segments that are not moved, is computed.
         distance: of the text from what is known; known when it is assembled.
         residual: of the recomputed tokens; known when they are computed.
         selector: what chooses the tokens of a rung; only where no bound is kept it may be another than "attention".
-        chosen: positions to recompute, where something else than the attention of the tail chooses them.
+        chosen: positions to recompute, where something else than `scores` chooses them.
     """
 
     moves: tuple[Move, ...]
@@ -46,7 +47,8 @@ class Approximation:
     num_exact: int
     otherwise: Reason = Reason.NEW
     unmoved: Reason = Reason.NO_SOURCE
-    tail: AttentionMass | None = None
+    errors: Tensor | None = None
+    looking: AttentionMass | None = None
     scores: Tensor | None = None
     holds_sources: bool = True
     is_assembled: bool = False
@@ -75,6 +77,11 @@ class Approximation:
     def is_bounded(self) -> bool:
         """Whether it keeps to a calibrated bound, or gives way to exact computation."""
         return math.isfinite(self.predicted)
+
+    @property
+    def num_recomputed(self) -> int:
+        """Moved tokens that the rung recomputes."""
+        return int(self.share * num_moved(self.moves))
 
     @property
     def share(self) -> float:

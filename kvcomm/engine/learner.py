@@ -325,6 +325,9 @@ class Learner:
     def _examine(self, trial: _Trial, case: Case, exact: Tensor, moves: Sequence[Move], group: EdgeGroup) -> Steps:
         """Let a prompt take part in what its group is at: the contest, then the calibration."""
         if group.contest.is_over:
+            if not group.calibration.num_pairs:  # fixed now: what a rung takes is part of what is calibrated
+                with self._lock:
+                    group.head_weights = self._reuse.groups.importance_fit(trial.namespace).weights()
             yield from self._calibrate(trial, case, exact, moves, group)
         else:
             yield from self._compare(trial, case, exact, moves, group)
@@ -349,24 +352,28 @@ class Learner:
         return total
 
     def _compare(self, trial: _Trial, case: Case, exact: Tensor, moves: Sequence[Move], group: EdgeGroup) -> Steps:
-        divergences = []
+        attended = self._replayer.attended(case, moves)
+        yield
+        replays = []
         for strength in group.strengths:
-            replay = self._replay(trial, case, exact, moves, group.key.estimator, strength)
-            divergences.append(replay.outcome.divergence)
+            replays.append(self._replay(trial, case, exact, moves, group.key.estimator, strength))
             yield
+        divergences = [replay.outcome.divergence for replay in replays]
         if all(math.isfinite(divergence) for divergence in divergences):
             with self._lock:
                 group.contest.add(divergences)
+                self._reuse.groups.importance_fit(trial.namespace).add(replays[0].attention, attended)
 
     def _calibrate(self, trial: _Trial, case: Case, exact: Tensor, moves: Sequence[Move], group: EdgeGroup) -> Steps:
         def replay(recomputed: IntArray) -> Replay:
             return self._replay(trial, case, exact, moves, group.key.estimator, group.strength, recomputed)
 
         unchanged = replay(NOTHING)
+        scores = unchanged.scores(group.head_weights)
         yield
         outcomes = []
         for share in group.key.shares:
-            recomputed = top_tokens(moves, share, unchanged.scores)
+            recomputed = top_tokens(moves, share, scores)
             outcomes.append(replay(recomputed).outcome if len(recomputed) else unchanged.outcome)
             yield
         divergences = tuple(outcome.divergence for outcome in outcomes)
@@ -402,11 +409,17 @@ class Learner:
         estimator = variant.estimator, variant.strength
         if estimator not in unchanged:
             unchanged[estimator] = self._replay(trial, case, exact, case.moves, *estimator)
-        view = SelectorView(case, self._replayer, unchanged[estimator].scores)
-        recomputed = SELECTORS[variant.selector](view, variant.share)
+        recomputed = self._chosen(trial, case, variant, unchanged[estimator])
         if not len(recomputed):
             return unchanged[estimator].outcome
         return self._replay(trial, case, exact, case.moves, *estimator, recomputed).outcome
+
+    def _chosen(self, trial: _Trial, case: Case, variant: Variant, unchanged: Replay) -> IntArray:
+        """Positions that a variant recomputes, from what its estimator gives when nothing is."""
+        with self._lock:
+            key = GroupKey.of(case.moves, variant.estimator, ())
+            scores = unchanged.scores(self._reuse.groups.head_weights(trial.namespace, key))
+        return SELECTORS[variant.selector](SelectorView(case, self._replayer, scores), variant.share)
 
     def _audit(self, trial: _Trial) -> Steps:
         """Compute an approximate request exactly and hold what was served against it."""

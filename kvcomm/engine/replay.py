@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvcomm.align.attention_mass import AttentionMass
-from kvcomm.align.estimators import Correction
+from kvcomm.align.attention_mass import AttentionMass, damaged_layers, looking_layers
+from kvcomm.align.estimators import Correction, Written
+from kvcomm.align.importance import importance
 from kvcomm.align.ladder import moved_positions
 from kvcomm.align.moves import Move
 from kvcomm.align.ops.contract import LayerStore
@@ -51,10 +52,20 @@ class Outcome(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """An outcome, and what the tail of the prompt attended to: one score per moved token, by which rungs choose."""
+    """An outcome, and by what rungs choose.
+
+    Attributes:
+        attention: [num_heads, number of moved tokens], of the prompt's last token; see `importance`.
+        errors: [number of moved tokens], expected.
+    """
 
     outcome: Outcome
-    scores: Tensor
+    attention: Tensor
+    errors: Tensor
+
+    def scores(self, head_weights: Sequence[float] | None) -> Tensor:
+        """How much each moved token is worth recomputing, [number of moved tokens]."""
+        return importance(self.attention, self.errors, head_weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,14 +127,27 @@ class Replayer:
         """
         forced = case.forced
         with self._scratch(case, forced, moves[0].start) as sequence:
-            distance = assemble(self._memory, self._layers, sequence, moves, corrections)
+            written = assemble(self._memory, self._layers, sequence, moves, corrections, with_errors=True)
+            assert written.errors is not None
             probes = Probes(self._pool, self._layers, sequence.pages, recomputed) if len(recomputed) else None
-            tail = AttentionMass(self._layers, max(move.end for move in moves), case.num_prompt)
-            got = self._log_probs(case, sequence, computed_stretches(moves, recomputed, len(forced)), tail)
+            last = AttentionMass(self._layers, looking_layers(len(self._layers)), case.num_prompt - 1, case.num_prompt)
+            got = self._log_probs(case, sequence, computed_stretches(moves, recomputed, len(forced)), last)
             residual = None if probes is None else probes.residual()
         agreement = (exact.argmax(-1) == got.argmax(-1)).float().mean()
-        outcome = Outcome(_divergence(exact, got), float(agreement), distance, residual, len(recomputed))
-        return Replay(outcome, tail.mass[torch.from_numpy(moved_positions(moves))])
+        outcome = Outcome(_divergence(exact, got), float(agreement), written.distance, residual, len(recomputed))
+        return Replay(outcome, last.by_head(torch.from_numpy(moved_positions(moves)).long()), written.errors)
+
+    def attended(self, case: Case, moves: Sequence[Move]) -> Tensor:
+        """What the exact answer's tokens attend to, in the layers that carry damage: [number of moved tokens].
+
+        Raises:
+            PoolExhausted: no pages for the scratch copy.
+        """
+        forced, start = case.forced, case.num_prompt - 1
+        mass = AttentionMass(self._layers, damaged_layers(len(self._layers)), start, len(forced))
+        with self._scratch(case, forced, start) as sequence:
+            self._log_probs(case, sequence, [(start, len(forced))], mass)
+        return mass.by_head(torch.from_numpy(moved_positions(moves)).long()).sum(0)
 
     def served(self, case: Case, exact: Tensor) -> float:
         """Divergence of a sequence as it is, moved KV and all, from the exact log-probabilities."""
@@ -184,9 +208,9 @@ class Replayer:
         case: Case,
         sequence: KVSequence,
         stretches: Sequence[tuple[int, int]],
-        tail: AttentionMass | None = None,
+        mass: AttentionMass | None = None,
     ) -> Tensor:
-        """Log-probabilities over the continuation, which must end the last stretch; `tail` looks at that one."""
+        """Log-probabilities over the continuation, which must end the last stretch; `mass` looks at that one."""
         num_logits = len(case.continuation)
         runs = [
             Run(sequence.token_ids[start:end], sequence.pages, start, num_logits if end == sequence.num_tokens else 0)
@@ -195,7 +219,7 @@ class Replayer:
         last = runs[-1]
         row = sum(len(run.token_ids) for run in runs[:-1])
         slots = self._pool.slots(sequence.pages, last.end)
-        watch = None if tail is None else tail.watch(slots, row, last.start, last.end)
+        watch = None if mass is None else mass.watch(slots, row, last.start, last.end)
         return self._runner.forward(runs, watch=watch).float().log_softmax(-1)
 
 
@@ -222,13 +246,16 @@ def assemble(
     sequence: KVSequence,
     moves: Sequence[Move],
     corrections: Sequence[Correction],
-) -> float:
-    """Write the moved KV into a sequence's own pages; returns the largest distance from what is known."""
-    distances = [0.0]
+    *,
+    with_errors: bool,
+) -> Written:
+    """Write the moved KV into a sequence's own pages; the largest distance, and the expected errors of all tokens."""
+    found = []
     for move, correction in zip(moves, corrections, strict=True):
         target = place_of(memory.pool, sequence.pages, move.start, move.num_tokens, position=move.start)
-        distances.append(correction.write(layers, move.source, target, move.index))
-    return max(distances)
+        found.append(correction.write(layers, move.source, target, move.index, with_errors=with_errors))
+    errors = [each.errors for each in found if each.errors is not None]
+    return Written(max(each.distance for each in found), torch.cat(errors) if with_errors else None)
 
 
 def computed_stretches(moves: Sequence[Move], recomputed: IntArray, num_tokens: int) -> list[tuple[int, int]]:

@@ -16,10 +16,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from kvcomm.align.attention_mass import AttentionMass
+from kvcomm.align.attention_mass import AttentionMass, looking_layers
 from kvcomm.align.edges import Edge
 from kvcomm.align.estimators import Correction, Estimator
 from kvcomm.align.groups import GroupBook, GroupKey
+from kvcomm.align.importance import importance
 from kvcomm.align.ladder import moved_positions
 from kvcomm.align.moves import Move, num_moved
 from kvcomm.align.ops.contract import LayerStore
@@ -130,9 +131,15 @@ class Reuse:
         assert approximation is not None
         if approximation.selector == "deviation" and approximation.share:
             self._deviation.choose(request, approximation)
-        approximation.distance = assemble(
-            self._memory, self._layers, request.sequence, approximation.moves, approximation.corrections
+        written = assemble(
+            self._memory,
+            self._layers,
+            request.sequence,
+            approximation.moves,
+            approximation.corrections,
+            with_errors=approximation.num_recomputed > 0,
         )
+        approximation.distance, approximation.errors = written
         approximation.is_assembled = True
 
     def accept(self, request: Request) -> None:
@@ -148,26 +155,28 @@ class Reuse:
         if approximation.chosen is not None:
             request.plan = self._plan_of(request, approximation)
             request.pending = list(request.plan.stretches)
-        elif int(approximation.share * num_moved(approximation.moves)):
-            # The first pass, over glue and tail, looks at what the tail attends to.
-            end = approximation.moves[-1].end
-            approximation.tail = AttentionMass(self._layers, end, request.num_prompt_tokens)
+        elif approximation.num_recomputed:
+            # The first pass, over glue and tail, looks at what the last token attends to.
+            end = request.num_prompt_tokens
+            approximation.looking = AttentionMass(self._layers, looking_layers(len(self._layers)), end - 1, end)
 
     def watch(self, request: Request, run: Run, row: int) -> Watch | None:
         """What looks on while rows from `row` on of a pass compute a run of a request's prompt."""
         approximation = request.approximation
-        if approximation is None or approximation.tail is None:
+        if approximation is None or approximation.looking is None:
             return None
-        return approximation.tail.watch(self._memory.pool.slots(run.pages, run.end), row, run.start, run.end)
+        return approximation.looking.watch(self._memory.pool.slots(run.pages, run.end), row, run.start, run.end)
 
     def check(self, request: Request) -> bool:
         """After a prefill: whether the answer may begin. If not, a rung, or the next one, is to be computed."""
         approximation = request.approximation
         if approximation is None:
             return True
-        if approximation.tail is not None:
-            positions = torch.from_numpy(moved_positions(approximation.moves))
-            approximation.scores, approximation.tail = approximation.tail.mass[positions], None
+        if approximation.looking is not None:
+            assert approximation.errors is not None
+            attention = approximation.looking.by_head(torch.from_numpy(moved_positions(approximation.moves)).long())
+            approximation.scores = importance(attention, approximation.errors, approximation.group.head_weights)
+            approximation.looking = None
             self._climb(request, approximation, Reason.RUNG)
             return False
         if approximation.probes is not None:
@@ -277,7 +286,10 @@ class Reuse:
         corrections = self.corrections(request.namespace, variant.estimator, moves, variant.strength)
         if corrections is None:
             return None, Reason.NO_ANCHORS
-        return forced(moves, corrections, variant, request.sequence.num_computed), Reason.NO_SOURCE
+        approximation = forced(moves, corrections, variant, request.sequence.num_computed)
+        group = approximation.group
+        group.head_weights = self.groups.head_weights(request.namespace, group.key)
+        return approximation, Reason.NO_SOURCE
 
     def _plan_of(self, request: Request, approximation: Approximation, reason: Reason = Reason.RUNG) -> Plan:
         """The plan as far as it is known by now; `reason`: why moved tokens are computed after all."""

@@ -38,16 +38,22 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 def same(one: BankSnapshot, other: BankSnapshot) -> bool:
     pairs = zip((*one.offsets.keys, *one.offsets.values), (*other.offsets.keys, *other.offsets.values), strict=True)
-    return torch.equal(one.sketches, other.sketches) and all(
-        (a is None and b is None)
-        or (a is not None and b is not None and torch.equal(a.codes, b.codes) and torch.equal(a.scales, b.scales))
-        for a, b in pairs
+    return (
+        torch.equal(one.sketches, other.sketches)
+        and torch.equal(one.texts, other.texts)
+        and all(
+            (a is None and b is None)
+            or (a is not None and b is not None and torch.equal(a.codes, b.codes) and torch.equal(a.scales, b.scales))
+            for a, b in pairs
+        )
     )
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 7])
 def test_a_bank_comes_back_bit_for_bit(tmp_path: Path, num_tokens: int) -> None:
-    snapshot = BankSnapshot(EDGE, 3, bank().sketches[:, :num_tokens], bank().offsets.take(torch.arange(num_tokens)))
+    whole, kept = bank(), torch.arange(num_tokens)
+    texts = torch.tensor([4, 4, 5, 6, 6, 6, 9], dtype=torch.int32)[kept]
+    snapshot = BankSnapshot(EDGE, 3, whole.sketches[:, kept], whole.offsets.take(kept), texts)
     header = save_bank(snapshot, SHAPE, "ns", tmp_path / "deep" / "a.anchors.safetensors")
     again = load_bank(tmp_path / "deep" / "a.anchors.safetensors", namespace="ns", shape=SHAPE)
     assert same(snapshot, again)
@@ -65,8 +71,8 @@ def test_another_models_bank_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_newer_file_is_refused(tmp_path: Path) -> None:
-    FORMAT._replace(version=2).write(tmp_path / "a", "{}", {})
-    with pytest.raises(AnchorFileTooNew, match="version 2"):
+    FORMAT._replace(version=FORMAT.version + 1).write(tmp_path / "a", "{}", {})
+    with pytest.raises(AnchorFileTooNew, match=f"version {FORMAT.version + 1}"):
         read_bank_header(tmp_path / "a")
 
 

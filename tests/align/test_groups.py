@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from kvcomm.align.edges import Edge
 from kvcomm.align.groups import Contest, EdgeGroup, GroupBook, GroupKey
@@ -80,3 +81,24 @@ def test_a_group_with_approximate_sources_begins_with_the_strength_of_its_exact_
     assert book.group("a", chained, STRENGTHS).calibration.num_pairs == 0
     assert not book.group("a", other, STRENGTHS).contest.is_over
     assert not book.group("b", chained, STRENGTHS).contest.is_over
+
+
+def test_heads_are_learned_by_all_groups_of_a_tenant() -> None:
+    book = GroupBook()
+    for seed in range(8):
+        attention = torch.rand(3, 40, generator=torch.Generator().manual_seed(seed))
+        book.importance_fit("one").add(attention, attention[1])
+    learned = book.head_weights("one", KEY)
+    assert learned is not None
+    assert max(range(3), key=lambda head: learned[head]) == 1
+    assert book.head_weights("other", KEY) is None
+
+
+def test_a_group_keeps_the_heads_it_was_calibrated_with() -> None:
+    book = GroupBook()
+    group = book.group("one", KEY, STRENGTHS)
+    group.head_weights = (0.25, 0.75)
+    assert book.head_weights("one", KEY._replace(shares=())) == (0.25, 0.75)
+    assert book.head_weights("one", KEY._replace(estimator="paper")) is None
+    group.restart()
+    assert group.head_weights is None

@@ -39,6 +39,7 @@ def group() -> EdgeGroup:
     for index in range(9):
         made.contest.add((0.01 * index, 0.02 * index))
         made.calibration.add(Pair((0.01 * index, 0.001 * index), 0.3, (None, 0.1)))
+    made.head_weights = (0.5, -0.25, 1e-9)
     breaker = made.breaker((0.02, 0.05))
     for _ in range(3):
         breaker.observe(True)
@@ -57,6 +58,7 @@ def test_what_comes_back_is_what_was_saved(tmp_path: Path) -> None:
     assert loaded.key == original.key
     assert loaded.strength == original.strength == 1.0
     assert loaded.contest == original.contest
+    assert loaded.head_weights == original.head_weights
     assert loaded.calibration.pairs == original.calibration.pairs
     one, other = loaded.breakers[0.02, 0.05], original.breakers[0.02, 0.05]
     assert one.tripped is other.tripped is True

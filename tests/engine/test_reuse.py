@@ -173,7 +173,7 @@ def test_the_answer_begins_as_the_stock_forward_does_on_the_same_kv(engine: Engi
 
 
 @pytest.mark.parametrize("chunk", [9, 512])
-def test_a_rung_computes_what_the_tail_attends_to_most(chunk: int) -> None:
+def test_a_rung_computes_what_is_most_important(chunk: int) -> None:
     """The moved tokens that were computed after all are those a replay of the same prompt chooses."""
     policy = replace(LOOSE, rungs=(0.3,))
     tiny = tiny_model()

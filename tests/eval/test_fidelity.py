@@ -58,21 +58,23 @@ def test_figures(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFix
     assert fidelity.main(arguments) == 0
     values = {figure["id"]: figure["value"] for figure in json.loads(capsys.readouterr().out)["figures"]}
     samples = json.loads((tmp_path / "run.json").read_text())["samples"]
-    assert len(samples) == len(fidelity.COMPARED)  # one agent has text to move
+    assert len(samples) == len(fidelity.ESSENTIAL)  # one agent has text to move
+    assert {name for name in samples if "influence" in name or "head" in name} == set()
     mean = {name: sum(each) / 3 for name, each in samples.items()}
     assert values["token_over_rotate"] == pytest.approx(mean["second token"] / mean["second rotate"])
+    assert values["token_over_paper"] == pytest.approx(mean["second token"] / mean["second paper"])
     assert values["rung25_over_rotate"] == pytest.approx(mean["second token 25% attention"] / mean["second rotate"])
+    assert values["rung50_over_rotate"] == pytest.approx(mean["second token 50% attention"] / mean["second rotate"])
     assert values["second paper"] == pytest.approx(mean["second paper"])
 
 
-def test_the_ladder_alone(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fidelity.main([*arguments, "--ladder-only"]) == 0
+def test_other_selectors_on_request(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fidelity.main([*arguments, "--selectors"]) == 0
     values = {figure["id"]: figure["value"] for figure in json.loads(capsys.readouterr().out)["figures"]}
     samples = json.loads((tmp_path / "run.json").read_text())["samples"]
-    assert {name for name in samples if "deviation" in name or "head" in name} == set()
-    mean = {name: sum(each) / 3 for name, each in samples.items()}
-    assert values["token_over_paper"] == pytest.approx(mean["second token"] / mean["second paper"])
-    assert values["rung50_over_rotate"] == pytest.approx(mean["second token 50% attention"] / mean["second rotate"])
+    assert len(samples) == len(fidelity.COMPARED)
+    ratio = sum(samples["second token 25% head"]) / sum(samples["second rotate"])
+    assert values["all token 25% head over rotate"] == pytest.approx(ratio)
 
 
 def test_answers_are_kept_and_taken_up_again(
