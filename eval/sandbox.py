@@ -1,7 +1,7 @@
 """Running programs that a model wrote, so that whatever they do ends with them.
 
 A program gets a Python process of its own: an empty environment, an empty folder, limits on memory, CPU time and files,
-no other processes, no sockets. Where the system allows it (`unshare` of util-linux, Linux user namespaces) it also gets
+no other processes, no sockets, no files but its own and Python's. Where the system allows it (`unshare` of util-linux, Linux user namespaces) it also gets
 its own network, without devices, its own process ids, which all die with it, and a file system on which nothing but
 a small folder in memory can be written. `isolation()` says which of the two it is here. This stands up to careless and
 rude programs; it is no fortress against somebody who knows the kernel's weak spots.
@@ -33,9 +33,14 @@ while read -r _ place _; do
         mount -o "remount,bind,ro$flags" "$place" && break
     done
 done < /proc/self/mounts 2> /dev/null
-mount -t tmpfs -o size=32m,mode=700 tmpfs "$0" && cd "$0" && exec "$@"
+mount -t tmpfs -o size=32m,mode=700 tmpfs "$0" && cd "$0" || exit 1
+"$@"
+exit $?
 """
-"""Shell: every mount becomes read-only, all but a new one in memory on the program's folder, which comes first."""
+"""Shell: every mount becomes read-only, all but a new one in memory on the program's folder, which comes first.
+
+The shell stays as process 1: with it all others end, and signals that end the program do not pass it by.
+"""
 
 
 class Limits(NamedTuple):
