@@ -3,8 +3,8 @@
 A program gets a Python process of its own: an empty environment, an empty folder, limits on memory, CPU time and files,
 no other processes, no sockets, no files but its own and Python's. Where the system allows it (`unshare` of util-linux,
 Linux user namespaces) it also gets its own network, without devices, its own process ids, which all die with it, and a
-file system on which nothing but a small folder in memory can be written. `isolation()` says which of the two it is
-here. This stands up to careless and rude programs; it is no fortress against somebody who knows the kernel's weak spots.
+file system on which nothing but a small folder in memory can be written. `isolation()` says which of the two it is. It
+stands up to careless and rude programs; it is no fortress against somebody who knows the kernel's weak spots.
 """
 
 from __future__ import annotations
