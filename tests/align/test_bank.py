@@ -99,7 +99,9 @@ def test_smollm2_needs_less_than_12_kb_a_token() -> None:
         tuple(None if size is None else OffsetRows.quantize(torch.randn(3, size)) for size in channels),
     )
     assert offsets.num_bytes / 3 <= 12_000
-    assert BankShape(channels, channels, 1, 1).token_bytes == offsets.num_bytes / 3 + 4 + 4  # a sketch of one entry, its text
+    assert (
+        BankShape(channels, channels, 1, 1).token_bytes == offsets.num_bytes / 3 + 4 + 4
+    )  # a sketch of one entry, its text
 
 
 @pytest.mark.parametrize("what", ["shape", "channels", "nan", "scales"])

@@ -32,6 +32,26 @@ def test_neighbors_are_those_of_a_naive_search() -> None:
         assert np.allclose(distances.numpy(), np.sort(squared, axis=1)[:, :5], rtol=1e-3)
 
 
+@pytest.mark.parametrize("num_rows", [1, 7, 13, 900])
+def test_what_components_leave_out_costs_no_neighbor(num_rows: int) -> None:
+    """Rows that differ in every direction: 64 of 150 axes tell little about who is near."""
+    generator = torch.Generator().manual_seed(num_rows)
+    rows, queries = torch.randn(num_rows, 150, generator=generator), torch.randn(40, 150, generator=generator)
+    rows[num_rows // 2] = rows[0]
+    queries[3] = rows[0]
+    squared = ((queries.double()[:, None] - rows.double()[None]) ** 2).sum(-1).numpy()
+    squared[3, [0, num_rows // 2]] = 0
+    distances, found = TorchIndex(rows).search(queries, 8)
+    order = np.argsort(squared, axis=1, kind="stable")[:, :8]
+    assert np.array_equal(found.numpy(), order)
+    assert np.allclose(distances.numpy(), np.take_along_axis(squared, order, axis=1), rtol=1e-4, atol=1e-5)
+
+
+def test_of_no_rows_nobody_is_near() -> None:
+    distances, found = TorchIndex(torch.empty(0, 5)).search(torch.zeros(2, 5), 8)
+    assert distances.shape == found.shape == (2, 0)
+
+
 def test_ties_go_to_the_first_row_and_k_may_exceed_the_rows() -> None:
     rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     for index in indices(rows):

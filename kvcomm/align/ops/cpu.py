@@ -20,7 +20,7 @@ from kvcomm.align.ops.staging import Staging
 from kvcomm.model.rope import RopeGeometry
 
 NUM_SPARE = 4
-"""Rows beyond k that are measured exactly, so that rounding costs no neighbor."""
+"""Rows beyond k that are measured at once: mostly no other one can be nearer than these."""
 
 _one_at_a_time = threading.Lock()
 """Where numba has no OpenMP its threads may serve one caller only."""
@@ -50,21 +50,24 @@ def turned(keys: Tensor, positions: Tensor, rope: RopeGeometry) -> Tensor:
     return out
 
 
-def nearest(rough: Tensor, queries: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def nearest(rough: Tensor, squares: Tensor, queries: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Squared distances float32 and numbers int64 of the nearest rows, [num_queries, count].
 
     Ascending by distance, equal ones by row.
 
     Args:
-        rough: [num_queries, num_rows], distances up to rounding and a constant per query: they choose whom to measure.
+        rough: [num_queries, num_rows], at most the squared distances less `squares`: they choose whom to measure.
+        squares: [num_queries] float32.
         queries, rows: [num_queries, dim] and [num_rows, dim] float32.
     """
     from kvcomm.align.ops import fused
 
     distances, found = torch.empty(len(queries), count), torch.empty(len(queries), count, dtype=torch.int64)
+    if not count:
+        return distances, found
     with _threads():
         measured = queries.contiguous().numpy(), rows.numpy()
-        fused.nearest(rough.numpy(), *measured, distances.numpy(), found.numpy(), NUM_SPARE)
+        fused.nearest(rough.numpy(), squares.numpy(), *measured, distances.numpy(), found.numpy(), NUM_SPARE)
     return distances, found
 
 

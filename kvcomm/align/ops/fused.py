@@ -14,7 +14,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-F = TypeVar("F", bound=Callable[..., None])
+F = TypeVar("F", bound=Callable[..., object])
 
 Floats = NDArray[np.float32]
 Codes = NDArray[np.int8]
@@ -34,6 +34,10 @@ def _jit(function: F, **options: Any) -> F:
 
 def _inlined(function: F) -> F:
     return _jit(function, fastmath={"contract"}, inline="always")
+
+
+def _inlined_sums(function: F) -> F:
+    return _jit(function, fastmath={"contract", "reassoc"}, inline="always")
 
 
 def _compiled(function: F) -> F:
@@ -161,47 +165,74 @@ def turn_rows(source: Floats, out: Floats, turns: Floats, dim: int, interleaved:
                 out[token, channel] = source[token, channel]
 
 
+@_inlined_sums
+def _squared_distance(one: Floats, other: Floats) -> np.float32:
+    total = np.float32(0)
+    for channel in range(len(one)):
+        difference = one[channel] - other[channel]
+        total += difference * difference
+    return total
+
+
+@_inlined
+def _insert(values: Floats, chosen: Longs, last: int, value: np.float32, row: int) -> None:
+    """Put a row in its place among those before `last`, ascending by value, equal ones by row."""
+    at = last
+    while at > 0 and (value < values[at - 1] or (value == values[at - 1] and row < chosen[at - 1])):
+        values[at], chosen[at] = values[at - 1], chosen[at - 1]
+        at -= 1
+    values[at], chosen[at] = value, row
+
+
+@_inlined
+def _smallest(rough: Floats, values: Floats, rows: Longs) -> None:
+    """The smallest values of a row of `rough` and where they are, as many as `values` holds."""
+    filled, count = 0, len(values)
+    for row in range(len(rough)):
+        if filled < count:
+            _insert(values, rows, filled, rough[row], row)
+            filled += 1
+        elif rough[row] < values[count - 1]:
+            _insert(values, rows, count - 1, rough[row], row)
+
+
+@_inlined
+def _measure(query: Floats, rows: Floats, row: int, num_known: int, values: Floats, near: Longs) -> None:
+    """Take a row in among the nearest, of which `num_known` are known by now."""
+    value, last = _squared_distance(query, rows[row]), min(num_known, len(near) - 1)
+    if num_known < len(near) or value < values[last] or (value == values[last] and row < near[last]):
+        _insert(values, near, last, value, row)
+
+
 @_compiled_sums
-def nearest(rough: Floats, queries: Floats, rows: Floats, distances: Floats, found: Longs, num_spare: int) -> None:
+def nearest(
+    rough: Floats, squares: Floats, queries: Floats, rows: Floats, distances: Floats, found: Longs, num_spare: int
+) -> None:
     """The nearest rows of every query.
 
     Args:
-        rough: [num_queries, num_rows], distances up to rounding and a constant per query: they choose whom to measure.
+        rough: [num_queries, num_rows], at most the squared distances less `squares`: they choose whom to measure.
+        squares: [num_queries].
         queries, rows: [num_queries, dim] and [num_rows, dim].
         distances, found: [num_queries, k]; overwritten with squared distances, ascending, and row numbers, equal ones
-            by row; k <= num_rows.
-        num_spare: rows beyond k that are measured.
+            by row; 1 <= k <= num_rows.
+        num_spare: rows beyond k that are measured at once.
     """
-    num_rows, dim, k = rows.shape[0], rows.shape[1], found.shape[1]
+    num_rows, k = rows.shape[0], found.shape[1]
     count = min(k + num_spare, num_rows)
     for query in numba.prange(queries.shape[0]):
-        chosen = np.empty(count, np.int64)
-        values = np.empty(count, np.float32)
-        limit = np.float32(np.inf)  # the largest of those chosen, once there are enough
-        filled = 0
-        for row in range(num_rows):
-            value = rough[query, row]
-            if filled == count and not value < limit:
-                continue
-            at = min(filled, count - 1)
-            while at > 0 and value < values[at - 1]:
-                values[at], chosen[at] = values[at - 1], chosen[at - 1]
-                at -= 1
-            values[at], chosen[at] = value, row
-            filled = min(filled + 1, count)
-            limit = values[filled - 1]
+        chosen, smallest = np.empty(count, np.int64), np.empty(count, np.float32)
+        _smallest(rough[query], smallest, chosen)
         for index in range(count):
-            total = np.float32(0)
-            for channel in range(dim):
-                difference = queries[query, channel] - rows[chosen[index], channel]
-                total += difference * difference
-            values[index] = total
-        for place in range(k):
-            best = place
-            for index in range(place + 1, count):
-                is_tie = values[index] == values[best] and chosen[index] < chosen[best]
-                if values[index] < values[best] or is_tie:
-                    best = index
-            values[place], values[best] = values[best], values[place]
-            chosen[place], chosen[best] = chosen[best], chosen[place]
-            distances[query, place], found[query, place] = values[place], chosen[place]
+            _measure(queries[query], rows, chosen[index], index, distances[query], found[query])
+        limit = smallest[count - 1]
+        if distances[query, k - 1] - squares[query] >= limit:
+            # Rows that were not chosen, and may still be nearer than the last of the k.
+            for row in range(num_rows):
+                value = rough[query, row]
+                if value >= limit and value <= distances[query, k - 1] - squares[query]:
+                    is_measured = False
+                    for index in range(count):
+                        is_measured |= chosen[index] == row
+                    if not is_measured:
+                        _measure(queries[query], rows, row, k, distances[query], found[query])
