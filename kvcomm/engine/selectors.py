@@ -1,7 +1,7 @@
 """Selectors: which of the moved tokens to recompute, given a share.
 
-`attention` is what rungs use: the tokens that the tail of the prompt attends to most. The others are for comparison:
-`influence` (whole segments, the most attended first), `head` (EPIC, arXiv 2410.15332: the first tokens of every
+`attention` is what rungs use: the most important tokens, by attention and expected error. The others are for comparison:
+`influence` (whole segments, the most important first), `head` (EPIC, arXiv 2410.15332: the first tokens of every
 segment), `deviation` (CacheBlend, arXiv 2405.16444: the tokens whose KV differ most in the second layer).
 """
 
@@ -18,7 +18,7 @@ from kvcomm.model.attention.contract import IntArray
 
 
 class SelectorView(NamedTuple):
-    """What a selector may look at. `scores`: attention of the tail to every moved token, when all of them are moved."""
+    """What a selector may look at. `scores`: importance of every moved token, when all of them are moved."""
 
     case: Case
     replayer: Replayer
