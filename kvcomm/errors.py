@@ -24,6 +24,8 @@ the way out. Our own broken invariants stay `AssertionError`.
     |  +- DownloadError                   offline, registry refused, interrupted
     |  +- HashMismatch                    a fetched file is not the pinned one
     |  +- CacheFolderError                full disk, read-only, foreign or truncated cache folder
+    +- KeyFileError                       a file of API keys cannot be read, written or understood
+    +- MissingExtra                       an optional part of the installation is not there
     +- SnapshotError                      a snapshot file cannot be written or used
        +- SnapshotCorrupt                 truncated, bit-flipped or not a snapshot at all
        +- SnapshotForeign                 another model, dtype, rope, tokenizer or tenant
@@ -126,6 +128,14 @@ class HashMismatch(ModelLoadError):
 
 class CacheFolderError(ModelLoadError):
     """The user's cache folder cannot be written, or what lies in it is foreign or incomplete."""
+
+
+class KeyFileError(KVCommError):
+    """A file of API keys cannot be read, written or understood."""
+
+
+class MissingExtra(KVCommError):
+    """An optional part of the installation is needed and not there; names the extra to install."""
 
 
 class SnapshotError(KVCommError):

@@ -1,0 +1,96 @@
+"""The door: which key opens which path, checked before a body is read.
+
+Paths that tell nothing about tenants are open. `/admin` needs an admin's key, `/metrics` an admin's or a reader's (the
+counters there are those of all tenants together), everything else a tenant's. Without a key file every caller is the
+one default tenant, and the operator too: `kvcomm serve` then only listens on this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from fastapi.security import HTTPBearer
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from kvcomm.engine.engine import DEFAULT_TENANT
+from kvcomm.server.errors import ApiError
+from kvcomm.server.keys import KeyRing, Role
+from kvcomm.server.logs import notes_of
+
+if TYPE_CHECKING:
+    from kvcomm.server.tenants import Tenant
+
+OPEN = frozenset({"/health", "/ready", "/version", "/openapi.json"})
+BEARER = "bearer "
+
+security = HTTPBearer(auto_error=False, description="An API key made by `kvcomm serve keys add`.")
+"""Documents the scheme on operations that need a key; the check itself is made at the door."""
+
+
+def roles_for(path: str) -> frozenset[Role]:
+    """Roles that open a path; empty: everybody."""
+    if path in OPEN:
+        return frozenset()
+    if path == "/admin" or path.startswith("/admin/"):
+        return frozenset({Role.ADMIN})
+    if path == "/metrics":
+        return frozenset({Role.ADMIN, Role.METRICS})
+    return frozenset({Role.TENANT})
+
+
+def tenant_name(scope: Scope) -> str:
+    """The name of the tenant whose key a request carries."""
+    name = scope["state"]["tenant"]
+    assert isinstance(name, str), f"{scope['path']} is served to no tenant"
+    return name
+
+
+class Door:
+    """ASGI middleware: finds the tenant, or answers 401, 403 or 429."""
+
+    def __init__(self, app: ASGIApp, *, keys: KeyRing | None, tenant: Callable[[str], Tenant]) -> None:
+        """`tenant` gives a tenant by name."""
+        self._app = app
+        self._keys = keys
+        self._tenant = tenant
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                self._enter(scope)
+            except ApiError as error:
+                await error.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _enter(self, scope: Scope) -> None:
+        roles = roles_for(scope["path"])
+        if not roles:
+            return
+        name = DEFAULT_TENANT if self._keys is None else self._identify(self._keys, scope, roles)
+        scope["state"]["tenant"] = name
+        if name is not None:
+            notes_of(scope).tenant = name
+            if Role.TENANT in roles:
+                self._tenant(name).require_rate()
+
+    def _identify(self, keys: KeyRing, scope: Scope, roles: frozenset[Role]) -> str | None:
+        given = Headers(scope=scope).get("authorization", "")
+        if not given.lower().startswith(BEARER):
+            raise _unauthorized("missing_api_key", "no API key: send the header 'Authorization: Bearer KEY'")
+        record = keys.find(given[len(BEARER) :].strip())
+        if record is None:
+            raise _unauthorized("invalid_api_key", "this API key is not known")
+        if record.role not in roles:
+            wanted = " or ".join(sorted(role.value for role in roles))
+            message = (
+                f"{scope['path']} needs the key of a role {wanted}, and this one is of the role {record.role.value}"
+            )
+            raise ApiError(403, "wrong_key", message)
+        return record.tenant
+
+
+def _unauthorized(code: str, message: str) -> ApiError:
+    return ApiError(401, code, message, headers={"www-authenticate": "Bearer"})

@@ -1,0 +1,45 @@
+"""The application: surfaces, and what every request passes on its way to them.
+
+From the outside in: the log (ids, counts, last resort for errors), the door (keys, rate), the body's limits, then
+FastAPI. A surface is a router; adding one is one line in `SURFACES`.
+"""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from kvcomm.engine.engine import Engine
+from kvcomm.server import admin, chat, completions, errors, health, models, openapi
+from kvcomm.server.access import Door
+from kvcomm.server.keys import KeyRing
+from kvcomm.server.limits import BodyLimit
+from kvcomm.server.logs import RequestLog
+from kvcomm.server.settings import ServerSettings
+from kvcomm.server.state import ServerState
+
+SURFACES = (health.router, models.router, chat.router, completions.router, admin.router)
+
+
+def make_app(engine: Engine, settings: ServerSettings | None = None, *, keys: KeyRing | None = None) -> FastAPI:
+    """An app over an engine, which stays the caller's to close.
+
+    Args:
+        keys: by default those of the file in the settings; none there: no keys, one tenant.
+
+    Raises:
+        KeyFileError: the settings name a key file that cannot be read.
+    """
+    settings = settings or ServerSettings()
+    if keys is None and settings.keys is not None:
+        keys = KeyRing(settings.keys)
+    state = ServerState(engine, settings, keys)
+    app = FastAPI(docs_url=None, redoc_url=None)  # their pages load scripts from elsewhere
+    app.state.kvcomm = state
+    for surface in SURFACES:
+        app.include_router(surface)
+    errors.install(app)
+    openapi.install(app)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    app.add_middleware(Door, keys=keys, tenant=state.tenants.get)
+    app.add_middleware(RequestLog, observe=state.metrics.answered)
+    return app

@@ -1,0 +1,190 @@
+"""What clients are told when something goes wrong: OpenAI's error shape, a status, never a word about other tenants.
+
+`ApiError` is the one error that handlers raise; kvcomm's own errors and pydantic's are translated here, in one place.
+Messages that count the engine's pages or requests are replaced: those numbers belong to all tenants together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from kvcomm.errors import (
+    EmptyPrompt,
+    EngineClosed,
+    InvalidRequest,
+    PoolExhausted,
+    PoolTooSmall,
+    PromptTooLong,
+    QuotaExceeded,
+)
+from kvcomm.server.schemas.errors import ErrorDetail, ErrorResponse
+
+RETRY_AFTER = "retry-after"
+CLOSE = {"connection": "close"}
+CLIENT_GONE = 499
+"""Logged where nobody is left to be answered; never sent."""
+
+BODY_KINDS = frozenset({"missing", "model_type", "model_attributes_type"})
+"""Errors about a body that is none, or no object."""
+
+MAX_SHOWN = 60  # characters of a bad value in a message
+
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+MEANINGS = {
+    400: "The request is not valid; `param` names the field.",
+    401: "No API key, or one that is not known.",
+    403: "The API key is of another kind.",
+    404: "There is no such model or resource.",
+    408: "The body did not arrive in time.",
+    413: "The body is too large.",
+    429: "A limit of the tenant is reached; `Retry-After` says when to come back.",
+    500: "The request failed inside the server.",
+    503: "The server is full, or about to stop; `Retry-After` says when to come back.",
+    504: "The answer took too long.",
+}
+
+
+class ApiError(HTTPException):
+    """An answer that is not a success.
+
+    Attributes:
+        code: for programs, such as "model_not_found".
+        param: the field at fault.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        extra = {} if retry_after_s is None else {RETRY_AFTER: str(max(1, math.ceil(retry_after_s)))}
+        super().__init__(status, message, {**(headers or {}), **extra})
+        self.code = code
+        self.param = param
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The answer as JSON values."""
+        kind = TYPES.get(self.status_code, "server_error")
+        detail = ErrorDetail(message=self.detail, type=kind, param=self.param, code=self.code)
+        return ErrorResponse(error=detail).model_dump()
+
+    def response(self) -> JSONResponse:
+        """The answer."""
+        return JSONResponse(self.body, self.status_code, headers=self.headers)
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Statuses of an operation for its OpenAPI document, all with an error body."""
+    return {status: {"model": ErrorResponse, "description": MEANINGS[status]} for status in statuses}
+
+
+def translate(error: BaseException, *, retry_after_s: float = 1) -> ApiError:
+    """What a client is told about an error of the engine; nothing about one that nobody expected: log that."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, PromptTooLong):
+        return ApiError(400, "context_length_exceeded", str(error))
+    if isinstance(error, EmptyPrompt):
+        return ApiError(400, "empty_prompt", "the prompt has no tokens")
+    if isinstance(error, InvalidRequest):
+        return ApiError(400, "invalid_value", str(error))
+    if isinstance(error, PoolTooSmall):
+        return ApiError(400, "request_too_large", str(error), param="max_tokens")
+    if isinstance(error, QuotaExceeded):
+        message = "this tenant's quota is used up by its own contexts and requests; release some, or wait"
+        return ApiError(429, "quota_exceeded", message, retry_after_s=retry_after_s)
+    if isinstance(error, PoolExhausted):
+        message = "there is no room for this request's KV right now; try again later"
+        return ApiError(503, "pool_exhausted", message, retry_after_s=retry_after_s)
+    if isinstance(error, EngineClosed):
+        return ApiError(503, "engine_closed", "the server is stopping", retry_after_s=retry_after_s)
+    return ApiError(500, "internal_error", "the request failed inside the server; its log says why")
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of the app in OpenAI's shape."""
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+
+
+async def _on_http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    if isinstance(error, ApiError):
+        return error.response()
+    if error.status_code == 404:
+        return ApiError(404, "unknown_url", f"there is nothing at {request.method} {request.url.path}").response()
+    phrase = HTTPStatus(error.status_code).phrase.lower()
+    code = phrase.replace(" ", "_")
+    return ApiError(error.status_code, code, error.detail or phrase, headers=error.headers).response()
+
+
+async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    return invalid(error.errors(), error.body).response()
+
+
+def invalid(errors: Sequence[Any], body: object) -> ApiError:
+    """The first thing wrong with a request, by name."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, "invalid_json", f"the body is not JSON: {first['ctx']['error']}")
+    where, *path = first["loc"]
+    param = _param(path, body) if where == "body" else ".".join(str(part) for part in path)
+    kind, message = first["type"], _lower(first["msg"])
+    if not param and kind in BODY_KINDS:
+        return ApiError(400, "invalid_body", "the body must be a JSON object, with 'Content-Type: application/json'")
+    if kind == "extra_forbidden":
+        return ApiError(400, "unknown_parameter", f"unknown parameter: {param!r}", param=param)
+    if kind == "missing":
+        return ApiError(400, "missing_required_parameter", f"missing required parameter: {param!r}", param=param)
+    if kind == "unsupported":
+        return ApiError(400, "unsupported_value", f"{param} {first['msg']}", param=param)
+    if not param:
+        return ApiError(400, "invalid_value", first["msg"], param=first.get("ctx", {}).get("param"))
+    shown = repr(first["input"])
+    if len(shown) <= MAX_SHOWN and not isinstance(first["input"], dict | list):
+        message += f", not {shown}"
+    return ApiError(400, "invalid_value", f"{param}: {message}", param=param)
+
+
+def _param(path: Sequence[Any], body: object) -> str:
+    """A path such as messages[0].content; branches of unions, which no client sent, are left out."""
+    text, at = "", body
+    for index, part in enumerate(path):
+        if isinstance(at, list) and isinstance(part, int):
+            text += f"[{part}]"
+            at = at[part] if part < len(at) else None
+        elif isinstance(at, dict) and (part in at or index == len(path) - 1):
+            text += f".{part}" if text else str(part)
+            at = at.get(part)
+    return text
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]

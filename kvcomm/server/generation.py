@@ -1,0 +1,218 @@
+"""One HTTP request's engine requests: started, followed, and always given back.
+
+A `Call` lives from before the body is validated until the response has been sent or the client is gone. Whatever ends
+it, every engine request it started has then ended too, its pages are returned and its place is free: `close` cancels
+what still runs and waits for it. Worker threads tokenize and submit: nobody's long text holds up others' streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from contextlib import AsyncExitStack, aclosing, suppress
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+import anyio
+import anyio.to_thread
+from fastapi import Depends, Request
+
+from kvcomm.engine.handle import RequestHandle
+from kvcomm.engine.policy import ReusePolicy
+from kvcomm.engine.results import Chunk, Completion
+from kvcomm.engine.sampling import SamplingParams
+from kvcomm.errors import EngineClosed, KVCommError
+from kvcomm.memory.segments import Segment
+from kvcomm.server.errors import ApiError, translate
+from kvcomm.server.logs import RequestNotes, log_unexpected, notes_of
+from kvcomm.server.prompts import Maker, num_tokens
+from kvcomm.server.state import ServerState, state_of
+from kvcomm.server.tenants import Tenant
+from kvcomm.server.waiting import timed_out, while_connected
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt and what to do with it.
+
+    Attributes:
+        ttl_s: how long the prompt should stay cached at least; None: as long as the engine says.
+    """
+
+    prompt: tuple[Segment, ...]
+    sampling: SamplingParams
+    policy: ReusePolicy
+    salt: str | None = None
+    ttl_s: float | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that its choices can grow to; the prompt counts once, it is shared."""
+        return num_tokens(self.prompt) + self.sampling.n * self.sampling.max_new_tokens
+
+
+class Piece(NamedTuple):
+    """A chunk, and which of a call's jobs it belongs to."""
+
+    job: int
+    chunk: Chunk
+
+
+@dataclass(eq=False)
+class Call:
+    """The server's side of one HTTP request that generates."""
+
+    request: Request
+    state: ServerState
+    tenant: Tenant
+    notes: RequestNotes
+    deadline_s: float
+    created: int = field(default_factory=lambda: int(time.time()))
+    _jobs: list[tuple[Job, str, RequestHandle]] = field(default_factory=list)
+    _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+
+    async def guard(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do some work, unless the client disconnects or the time is up; the engine's errors become answers.
+
+        Raises:
+            ApiError: whatever went wrong.
+        """
+        try:
+            return await while_connected(self.request.receive, work, deadline_s=self.deadline_s)
+        except KVCommError as error:
+            raise self._translated(error) from error
+
+    async def make(self, maker: Maker) -> tuple[Segment, ...]:
+        """A prompt, tokenized in a worker thread."""
+        return await anyio.to_thread.run_sync(maker)
+
+    async def submit(self, job: Job) -> None:
+        """Start a job once there is a place for it.
+
+        Raises:
+            ApiError: no place; see `Admission.place`.
+            KVCommError: the engine refuses it.
+        """
+        await self._stack.enter_async_context(self.state.admission.place(self.tenant, job.max_tokens))
+        space = self.state.tenants.open_namespace(self.tenant, job.salt)
+
+        def start() -> None:
+            # Remembered here: if the caller is cancelled meanwhile, `close` still finds it.
+            handle = self.state.engine.submit(job.prompt, job.sampling, tenant=space, policy=job.policy)
+            self._jobs.append((job, space, handle))
+
+        await anyio.to_thread.run_sync(start)
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """Chunks of all jobs as they come.
+
+        Raises:
+            ApiError: what ended a job; 504 when the time is up.
+        """
+        async with aclosing(_merged([handle for _, _, handle in self._jobs])) as pieces:
+            while True:
+                try:
+                    async with asyncio.timeout_at(self.deadline_s):
+                        piece = await anext(pieces)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError:
+                    raise timed_out() from None
+                except Exception as error:  # a job ends with whatever the model raised
+                    raise self._translated(error) from error
+                yield piece
+
+    async def results(self) -> list[Completion]:
+        """The completions in the order of submission, once all jobs have ended.
+
+        Raises:
+            ApiError: what ended a job instead.
+        """
+        try:
+            completions = [await handle.aresult() for _, _, handle in self._jobs]
+        except Exception as error:  # a job ends with whatever the model raised
+            raise self._translated(error) from error
+        for job, space, _ in self._jobs:
+            if job.ttl_s is not None:
+                await anyio.to_thread.run_sync(self.state.prolong, space, job.prompt, job.ttl_s)
+        for (job, _, _), completion in zip(self._jobs, completions, strict=True):
+            self.state.metrics.completed(completion, job.policy)
+        self.notes.counted([completion.usage for completion in completions])
+        if self.state.settings.log_prompts:
+            self._note_texts(completions)
+        return completions
+
+    async def close(self) -> None:
+        """Cancel what still runs, wait until it has ended, and give the places back."""
+        for _, _, handle in self._jobs:
+            handle.cancel()
+        with anyio.CancelScope(shield=True):
+            for _, _, handle in self._jobs:
+                with suppress(Exception):  # how it ended has been told, or nobody is left to be told
+                    await handle.aresult()
+            self.state.tenants.keep_quota(self.tenant)
+            await self._stack.aclose()
+
+    def _note_texts(self, completions: Sequence[Completion]) -> None:
+        decode = self.state.engine.decode
+        prompts = [[token for segment in job.prompt for token in segment.token_ids] for job, _, _ in self._jobs]
+        self.notes.fields["prompts"] = [decode(prompt) for prompt in prompts]
+        self.notes.fields["answers"] = [[choice.text for choice in each.choices] for each in completions]
+
+    def _translated(self, error: BaseException) -> ApiError:
+        if isinstance(error, EngineClosed):
+            self.state.is_engine_closed = True
+        answer = translate(error, retry_after_s=self.state.settings.retry_after_s)
+        if answer.status_code == HTTPStatus.INTERNAL_SERVER_ERROR:
+            log_unexpected(error, self.notes)
+        return answer
+
+
+async def _begin(request: Request) -> AsyncIterator[Call]:
+    state = state_of(request)
+    state.admission.require_open()
+    notes = notes_of(request.scope)
+    deadline_s = asyncio.get_running_loop().time() + state.settings.request_timeout_s
+    call = Call(request, state, state.tenant_of(request), notes, deadline_s)
+    try:
+        yield call
+    finally:
+        await call.close()
+
+
+CallDep = Annotated[Call, Depends(_begin)]
+"""A call that is closed once the response has been sent."""
+
+
+async def _merged(handles: Sequence[RequestHandle]) -> AsyncGenerator[Piece, None]:
+    """Chunks of several handles; leaving early cancels them all."""
+    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+
+    async def follow(job: int, handle: RequestHandle) -> None:
+        try:
+            async for chunk in handle:
+                queue.put_nowait(Piece(job, chunk))
+        except Exception as error:  # raised where the queue is read
+            queue.put_nowait(error)
+        else:
+            queue.put_nowait(None)
+
+    tasks = [asyncio.ensure_future(follow(job, handle)) for job, handle in enumerate(handles)]
+    num_running = len(tasks)
+    try:
+        while num_running:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

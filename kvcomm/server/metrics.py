@@ -1,0 +1,143 @@
+"""What Prometheus may ask: tokens by where they came from, times in seconds, why reuse failed, how full the pool is.
+
+One registry per app. Counters here are sums over all tenants and carry no tenant's name, so only the operator may read
+them. What the engine counts itself is read when somebody asks; what ends with a request is counted as it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kvcomm.engine.engine import Engine
+from kvcomm.engine.plan import Reason
+from kvcomm.engine.policy import ReusePolicy
+from kvcomm.engine.results import Completion
+
+if TYPE_CHECKING:
+    from kvcomm.server.admission import Admission
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
+
+REFUSALS = frozenset(
+    {
+        Reason.NO_SOURCE,
+        Reason.IMMOVABLE,
+        Reason.NO_ANCHORS,
+        Reason.UNCALIBRATED,
+        Reason.BOUND,
+        Reason.BREAKER,
+        Reason.OUT_OF_DISTRIBUTION,
+        Reason.SOURCE_RISK,
+        Reason.COST,
+        Reason.ESCALATED,
+    }
+)
+"""Reasons for computing text that could have been moved."""
+
+
+class Metrics:
+    """The metrics of one app. Safe to use from several threads."""
+
+    def __init__(self, engine: Engine, admission: Admission) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineCollector(engine, admission))
+        self._queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
+        self._hits = self._counter("prefix_cache_hits", "Prompt tokens found there.")
+        self._by_source = self._counter("prompt_tokens_by_source", "Prompt tokens: exact, aligned, computed.", "source")
+        self._generated = self._counter("generation_tokens", "Tokens generated.")
+        self._misses = self._counter("miss", "Prompt tokens computed, by reason.", "reason")
+        self._decisions = self._counter(
+            "anchor_decisions", "Requests that allowed approximation, by what came of it.", "decision", "reason"
+        )
+        self._requests = self._counter("http_requests", "Requests answered.", "method", "route", "status")
+        self._queue = self._histogram("request_queue_time_seconds", "From submission to admission by the engine.")
+        self._ttft = self._histogram("time_to_first_token_seconds", "From submission to the first token.")
+        self._per_token = self._histogram("time_per_output_token_seconds", "Between tokens, mean of a request.")
+        self._total = self._histogram("e2e_request_latency_seconds", "From submission to the end of the answer.")
+        self._http = self._histogram(
+            "http_request_duration_seconds", "From headers to the end of the response.", "route"
+        )
+
+    def completed(self, completion: Completion, policy: ReusePolicy) -> None:
+        """Count an engine request that has ended well."""
+        usage = completion.usage
+        self._queries.inc(usage.prompt_tokens)
+        self._hits.inc(usage.exact_tokens)
+        sources = {"exact": usage.exact_tokens, "aligned": usage.aligned_tokens, "computed": usage.computed_tokens}
+        for source, num_tokens in sources.items():
+            self._by_source.labels(source).inc(num_tokens)
+        self._generated.inc(usage.generated_tokens)
+        for reason, num_tokens in usage.reasons.items():
+            self._misses.labels(reason).inc(num_tokens)
+        self._queue.observe(usage.queue_s)
+        self._ttft.observe(usage.ttft_s)
+        self._total.observe(usage.total_s)
+        if usage.generated_tokens > 1:
+            self._per_token.observe((usage.total_s - usage.ttft_s) / (usage.generated_tokens - 1))
+        if not policy.is_exact:
+            self._decided(completion)
+
+    def answered(self, method: str, route: str, status: int, duration_s: float) -> None:
+        """Count a response of whatever kind; the method only where it belongs to an operation: clients invent some."""
+        self._requests.labels(method if route != "other" else "other", route, str(status)).inc()
+        self._http.labels(route).observe(duration_s)
+
+    def exposition(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _decided(self, completion: Completion) -> None:
+        refusals = sorted(REFUSALS & completion.usage.reasons.keys())
+        if completion.usage.approximation is not None:
+            self._decisions.labels("accepted", "calibrated").inc()
+        for reason in refusals:
+            self._decisions.labels("refused", reason).inc()
+
+    def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
+        return Counter(f"kvcomm:{name}", meaning, labels, registry=self.registry)
+
+    def _histogram(self, name: str, meaning: str, *labels: str) -> Histogram:
+        return Histogram(f"kvcomm:{name}", meaning, labels, buckets=SECONDS, registry=self.registry)
+
+
+class _EngineCollector(Collector):
+    """What the engine and the admission know themselves."""
+
+    def __init__(self, engine: Engine, admission: Admission) -> None:
+        self._engine = engine
+        self._admission = admission
+
+    def collect(self) -> Iterator[Metric]:
+        """The present values."""
+        engine = self._engine
+        stats = engine.memory_stats()
+        gauges = {
+            "kv_cache_usage_ratio": ("Pages in use.", 1 - stats.num_free / stats.num_pages),
+            "kv_cache_cached_pages": ("Pages that cached prefixes refer to.", stats.num_cached),
+            "requests_running": ("Engine requests that are computed.", engine.scheduler.num_running),
+            "requests_waiting": ("Engine requests that wait to be computed.", engine.scheduler.num_waiting),
+            "requests_in_flight": ("Engine requests that hold a place.", self._admission.num_in_flight),
+        }
+        for name, (meaning, value) in gauges.items():
+            yield GaugeMetricFamily(f"kvcomm:{name}", meaning, value=value)
+        yield CounterMetricFamily(
+            "kvcomm:audit_violations",
+            "Audits in which moved KV broke the bound.",
+            value=engine.reuse.learner.num_violations,
+        )
+        yield self._evicted()
+
+    def _evicted(self) -> Metric:
+        engine = self._engine
+        with engine.lock:
+            usages = [engine.tree.usage(name) for name in engine.tree.namespaces()]
+        family = CounterMetricFamily("kvcomm:evicted_tokens", "Cached tokens dropped, by reason.", labels=["reason"])
+        family.add_metric(["evicted"], sum(usage.evicted_tokens for usage in usages))
+        family.add_metric(["expired"], sum(usage.expired_tokens for usage in usages))
+        family.add_metric(["quota"], sum(usage.quota_tokens for usage in usages))
+        return family

@@ -1,0 +1,83 @@
+"""Running an app under uvicorn: its limits, its drain, and where it listens."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from kvcomm.errors import InvalidRequest
+from kvcomm.server.logs import logging_config
+from kvcomm.server.protocol import limited_protocol
+from kvcomm.server.settings import ServerSettings
+from kvcomm.server.state import ServerState
+
+logger = logging.getLogger("kvcomm.server")
+
+
+class DrainingServer(uvicorn.Server):
+    """On SIGTERM or SIGINT: not ready, no new requests; those in flight end by themselves, for a while at most."""
+
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._drain = drain
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain; a second SIGINT ends at once."""
+        self._drain()
+        super().handle_exit(sig, frame)
+
+
+def make_server(app: FastAPI) -> DrainingServer:
+    """The server of an app made by `make_app`.
+
+    Raises:
+        InvalidRequest: it would listen where others can reach it, without keys.
+    """
+    state = app.state.kvcomm
+    assert isinstance(state, ServerState)
+    settings = state.settings
+    settings.require_safe_address(has_keys=state.keys is not None)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=limited_protocol(settings.header_timeout_s),
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        server_header=False,
+        log_config=logging_config(settings.log_level),
+        timeout_keep_alive=settings.keep_alive_s,
+        timeout_graceful_shutdown=settings.drain_timeout_s,
+    )
+    return DrainingServer(config, state.admission.drain)
+
+
+def bind(settings: ServerSettings) -> socket.socket:
+    """A listening socket, so that a taken port is an error of one line and port 0 is known before anybody asks.
+
+    Raises:
+        InvalidRequest: the address cannot be listened on.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((settings.host, settings.port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        where = f"{settings.host}:{settings.port}"
+        raise InvalidRequest(f"cannot listen on {where}: {error.strerror or error}; choose another --port") from error
+    return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """URL of a listening socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,83 @@
+"""From request fields to how the engine draws, moves and keeps: sampling, policy, lifetime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kvcomm.engine.policy import ReusePolicy
+from kvcomm.engine.sampling import SamplingParams
+from kvcomm.server.errors import ApiError
+from kvcomm.server.schemas.chat import ChatRequest
+from kvcomm.server.schemas.common import GenerationRequest, seconds
+from kvcomm.server.schemas.messages import TextPart
+from kvcomm.server.settings import ServerSettings
+
+NUM_SEEDS = 2**63
+
+MIN_TEMPERATURE = 1e-6
+"""Below, the most probable token is as good as certain, and logits would overflow."""
+
+
+def sampling_of(
+    request: GenerationRequest,
+    settings: ServerSettings,
+    *,
+    num_prompt_tokens: int,
+    max_context: int,
+    wanted_tokens: int | None,
+    logprobs: int | None,
+) -> SamplingParams:
+    """The sampling of one prompt.
+
+    Args:
+        wanted_tokens: the client's bound on the answer; what the model's limit leaves is the other.
+        logprobs: alternatives to report per token; None: no log-probabilities.
+
+    Raises:
+        ApiError: 400 when the prompt leaves no room for an answer.
+        InvalidRequest: settings that the engine refuses.
+    """
+    room = max_context - num_prompt_tokens
+    if room < 1:
+        message = f"the prompt has {num_prompt_tokens} tokens and the model's limit, answer included, is {max_context}"
+        raise ApiError(400, "context_length_exceeded", message)
+    temperature = settings.default_temperature if request.temperature is None else request.temperature
+    return SamplingParams(
+        max_new_tokens=min(room, wanted_tokens or settings.default_max_tokens),
+        temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
+        top_k=request.top_k or 0,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        min_p=request.min_p or 0.0,
+        repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
+        seed=None if request.seed is None else request.seed % NUM_SEEDS,
+        stop=request.stops,
+        ignore_eos=bool(request.ignore_eos),
+        n=request.n or 1,
+        logprobs=logprobs,
+    )
+
+
+def policy_of(request: GenerationRequest, settings: ServerSettings) -> ReusePolicy:
+    """How far reuse may depart from exact results: as the request says, else as the server does."""
+    if request.reuse is not None:
+        return request.reuse.policy()
+    return ReusePolicy(max_divergence=settings.max_divergence, confidence=settings.confidence)
+
+
+def ttl_of(request: GenerationRequest) -> float | None:
+    """Seconds for which the request's prompt should stay cached at least: the longest that it says anywhere."""
+    said = [request.prompt_cache_options.ttl] if request.prompt_cache_options is not None else []
+    if isinstance(request, ChatRequest):
+        said += [each.ttl for part in _parts(request) for each in part.breakpoints]
+    return max((seconds(ttl) for ttl in said if ttl is not None), default=None)
+
+
+def num_breakpoints(request: ChatRequest) -> int:
+    """Cache breakpoints in the messages."""
+    return sum(len(part.breakpoints) for part in _parts(request))
+
+
+def _parts(request: ChatRequest) -> Iterable[TextPart]:
+    for message in request.messages:
+        if isinstance(message.content, list):
+            yield from message.content

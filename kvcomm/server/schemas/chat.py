@@ -1,0 +1,167 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
+from pydantic_core import PydanticCustomError
+
+from kvcomm.server.schemas.common import IGNORED, GenerationRequest, ResponseModel, only
+from kvcomm.server.schemas.messages import Message, Tool
+from kvcomm.server.schemas.usage import Usage
+
+FinishReason = Literal["stop", "length"]
+
+NEEDS_STREAM: JsonDict = {
+    "if": {"properties": {"stream_options": {"type": "object"}}, "required": ["stream_options"]},
+    "then": {"properties": {"stream": {"const": True}}, "required": ["stream"]},
+}
+NEEDS_LOGPROBS: JsonDict = {
+    "if": {"properties": {"top_logprobs": {"type": "integer"}}, "required": ["top_logprobs"]},
+    "then": {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
+}
+
+
+def require_stream(request: GenerationRequest) -> None:
+    """OpenAI's rule: `stream_options` only with `stream`."""
+    if request.stream_options is not None and not request.stream:
+        raise PydanticCustomError("needs", "{param} is only allowed when stream is true", {"param": "stream_options"})
+
+
+class ChatRequest(GenerationRequest):
+    """A conversation to be continued."""
+
+    model_config = ConfigDict(json_schema_extra={"allOf": [NEEDS_STREAM, NEEDS_LOGPROBS]})
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: (
+        Annotated[int, Field(ge=1, description="An upper bound; wins over max_tokens, its older name.")] | None
+    ) = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Annotated[
+        list[Tool] | None, Field(description="Given to the chat template; calls come back as the model writes them.")
+    ] = None
+    tool_choice: only(  # type: ignore[valid-type]
+        None, "auto", "none", why="can be 'auto' or 'none': a call cannot be forced here"
+    ) = None
+    parallel_tool_calls: Annotated[bool | None, Field(description=IGNORED)] = None
+    response_format: only(  # type: ignore[valid-type]
+        None, {"type": "text"}, why="can only be {'type': 'text'}: answers are not constrained here"
+    ) = None
+    reasoning_effort: Annotated[
+        Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None,
+        Field(description="Given to the chat template."),
+    ] = None
+    verbosity: Annotated[Literal["low", "medium", "high"] | None, Field(description=IGNORED)] = None
+    metadata: Annotated[dict[str, str] | None, Field(description=IGNORED)] = None
+    safety_identifier: Annotated[str | None, Field(description=IGNORED)] = None
+    service_tier: Annotated[
+        Literal["auto", "default", "flex", "scale", "priority", "fast"] | None, Field(description=IGNORED)
+    ] = None
+    prediction: Annotated[dict[str, Any] | None, Field(description=IGNORED)] = None
+    store: only(None, False, why="is not supported: answers are not kept") = None  # type: ignore[valid-type]
+    modalities: only(  # type: ignore[valid-type]
+        None, ["text"], why="can only be ['text']: this model writes text"
+    ) = None
+    audio: only(None, why="is not supported: this model writes text") = None  # type: ignore[valid-type]
+    functions: only(None, why="is not supported; use tools") = None  # type: ignore[valid-type]
+    function_call: only(None, why="is not supported; use tool_choice") = None  # type: ignore[valid-type]
+    moderation: only(None, why="is not supported; leave it out") = None  # type: ignore[valid-type]
+    web_search_options: only(  # type: ignore[valid-type]
+        None, why="is not supported; leave it out"
+    ) = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ChatRequest:
+        require_stream(self)
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError(
+                "needs", "{param} is only allowed when logprobs is true", {"param": "top_logprobs"}
+            )
+        return self
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """Tokens of an answer at most, if the client says."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class TopLogprob(ResponseModel):
+    """A token that could have been drawn."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    """A token that was drawn, under the model before any shaping."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(ResponseModel):
+    """Of a choice or a piece of it."""
+
+    content: list[TokenLogprob] | None
+    refusal: None = None
+
+
+class AnswerMessage(ResponseModel):
+    """What the model says."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(ResponseModel):
+    """One answer."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: ChoiceLogprobs | None = None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(ResponseModel):
+    """The answers to one conversation."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Delta(ResponseModel):
+    """What is new."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(ResponseModel):
+    """A piece of one answer."""
+
+    index: int
+    delta: Delta
+    logprobs: ChoiceLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class ChatCompletionChunk(ResponseModel):
+    """One event of a stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None

@@ -1,0 +1,220 @@
+"""What request models share: strictness, values that are documented by OpenAI but not served, cache and reuse options.
+
+A field that OpenAI documents and that cannot change what is answered here is accepted and ignored; its description says
+so. A documented field whose value would change the answer, and cannot be honoured, is refused by name. Any other field
+is an error. The JSON schema says exactly what is accepted.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainValidator,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from kvcomm.engine.policy import ReusePolicy
+
+MAX_DEPTH = 64
+"""Levels of nesting in a body; every real one has far fewer."""
+
+MAX_CHOICES = 16
+"""Answers to one prompt."""
+
+MAX_TTL_S = 24 * 3600
+UNIT_S = {"s": 1, "m": 60, "h": 3600}
+
+IGNORED = "Accepted as OpenAI documents it; has no effect here."
+
+
+class RequestModel(BaseModel):
+    """Base of everything a client sends: exact types, no unknown fields, no NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Body(RequestModel):
+    """Base of request bodies: also refuses what is valid JSON and yet no text, or nested beyond all reason."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _require_sane(cls, value: object) -> object:
+        level = [value]
+        for _ in range(MAX_DEPTH):
+            for item in level:
+                if isinstance(item, str):
+                    _require_unicode(item)
+            level = [part for item in level for part in _parts(item)]
+            if not level:
+                return value
+        raise PydanticCustomError("too_deep", "the body is nested more than {depth} levels deep", {"depth": MAX_DEPTH})
+
+
+def _parts(value: object) -> list[object]:
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    return value if isinstance(value, list) else []
+
+
+def _require_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("surrogate", "the body has a lone surrogate, which is no character") from None
+
+
+class ResponseModel(BaseModel):
+    """Base of everything a client gets."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def only(*allowed: Any, why: str) -> Any:
+    """The type of a documented field of which only these values are served; others are refused: name, then `why`."""
+
+    def check(value: Any) -> Any:
+        for each in allowed:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value == each and (is_number or type(value) is type(each)):
+                return value
+        raise PydanticCustomError("unsupported", "{why}", {"why": why})
+
+    return Annotated[Any, PlainValidator(check), WithJsonSchema({"enum": list(allowed)})]
+
+
+def one_or_many(value: object) -> str:
+    """Discriminator of a text or a list: so that errors speak of the form that was sent."""
+    return "many" if isinstance(value, list) else "one"
+
+
+NonEmpty = Annotated[str, Field(min_length=1)]
+Stop = Annotated[
+    Annotated[NonEmpty, Tag("one")] | Annotated[list[NonEmpty], Field(max_length=16), Tag("many")],
+    Discriminator(one_or_many),
+]
+Ttl = Annotated[
+    str,
+    Field(
+        pattern=r"^([1-9][0-9]{0,3}[sm]|([1-9]|1[0-9]|2[0-4])h)$",
+        description="A lifetime such as 90s, 30m or 1h; at most 24h.",
+    ),
+]
+
+
+def seconds(ttl: str) -> float:
+    """A lifetime in seconds."""
+    return float(min(int(ttl[:-1]) * UNIT_S[ttl[-1]], MAX_TTL_S))
+
+
+class CacheControl(RequestModel):
+    """Anthropic's breakpoint. Every prefix is cached here anyway, so its place changes nothing; its `ttl` counts."""
+
+    type: Literal["ephemeral"]
+    ttl: Ttl | None = None
+
+
+class PromptCacheBreakpoint(RequestModel):
+    """OpenAI's breakpoint. Every prefix is cached here anyway, so its place changes nothing; its `ttl` counts."""
+
+    mode: Literal["explicit"]
+    ttl: Ttl | None = None
+
+
+class PromptCacheOptions(RequestModel):
+    """How long the request's prompt should stay cached, unless its pages are needed; at least as long as by default."""
+
+    mode: Annotated[Literal["implicit", "explicit"] | None, Field(description=IGNORED)] = None
+    ttl: Ttl | None = None
+
+
+class Reuse(RequestModel):
+    """How far reuse may depart from the exact answer. Only segments are ever moved; a plain prompt is always exact."""
+
+    mode: Literal["exact", "approximate"] = "approximate"
+    max_divergence: Annotated[
+        float, Field(ge=0, description="Nats: KL(exact || reused), mean over the next 32 tokens.")
+    ] = 0.02
+    confidence: Annotated[
+        float, Field(gt=0, lt=1, description="Probability with which the bound holds among accepted requests.")
+    ] = 0.95
+
+    def policy(self) -> ReusePolicy:
+        """The same for the engine."""
+        if self.mode == "exact":
+            return ReusePolicy.exact()
+        return ReusePolicy(max_divergence=self.max_divergence, confidence=self.confidence)
+
+
+class StreamOptions(RequestModel):
+    """What a stream holds besides the answer."""
+
+    include_usage: Annotated[bool, Field(description="One more chunk at the end, with the usage and no choices.")] = (
+        False
+    )
+    include_obfuscation: Annotated[bool | None, Field(description=IGNORED)] = None
+
+
+NO_PENALTY = "can only be 0; repetition_penalty is there instead"
+
+
+class GenerationRequest(Body):
+    """Fields that chat and plain completions share."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    seed: int | None = None
+    stop: Stop | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_tokens: (
+        Annotated[int, Field(ge=1, description="An upper bound; the model's limit may end the answer earlier.")] | None
+    ) = None
+    presence_penalty: only(None, 0, why=NO_PENALTY) = None  # type: ignore[valid-type]
+    frequency_penalty: only(None, 0, why=NO_PENALTY) = None  # type: ignore[valid-type]
+    logit_bias: only(None, {}, why="is not supported; leave it out") = None  # type: ignore[valid-type]
+    user: Annotated[str | None, Field(description=IGNORED)] = None
+
+    top_k: Annotated[int, Field(ge=0, description="Keep the k most probable tokens; 0 is off.")] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
+    ignore_eos: Annotated[bool, Field(description="Go on after the model's end tokens.")] | None = None
+
+    cache_salt: (
+        Annotated[
+            str,
+            Field(
+                min_length=1,
+                max_length=128,
+                description="Requests with different salts share no cache, also within one tenant.",
+            ),
+        ]
+        | None
+    ) = None
+    prompt_cache_key: Annotated[
+        str | None, Field(description="Accepted; there is one cache, which needs no routing. Not a salt.")
+    ] = None
+    prompt_cache_options: PromptCacheOptions | None = None
+    prompt_cache_retention: Annotated[Literal["in_memory", "24h"] | None, Field(description=IGNORED)] = None
+    reuse: Reuse | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Stop strings."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def wants_usage_chunk(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return self.stream_options is not None and self.stream_options.include_usage

@@ -1,0 +1,90 @@
+"""`POST /v1/completions`: texts or token ids to be continued, without a chat template."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
+
+from kvcomm.server.schemas.chat import NEEDS_STREAM, FinishReason, require_stream
+from kvcomm.server.schemas.common import GenerationRequest, NonEmpty, ResponseModel, only
+from kvcomm.server.schemas.usage import Usage
+
+TokenId = Annotated[int, Field(ge=0)]
+Ids = Annotated[list[TokenId], Field(min_length=1)]
+MAX_PROMPTS = 128
+
+
+def _form(value: object) -> str:
+    if not isinstance(value, list):
+        return "text"
+    first = value[0] if value else None
+    return "texts" if isinstance(first, str) else "batches" if isinstance(first, list) else "ids"
+
+
+Prompts = Annotated[
+    Annotated[NonEmpty, Tag("text")]
+    | Annotated[list[NonEmpty], Field(min_length=1, max_length=MAX_PROMPTS), Tag("texts")]
+    | Annotated[Ids, Tag("ids")]
+    | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS), Tag("batches")],
+    Discriminator(_form),
+]
+
+
+class CompletionRequest(GenerationRequest):
+    """Prompts to be continued; control tokens spelled out in a text are control tokens."""
+
+    model_config = ConfigDict(json_schema_extra={"allOf": [NEEDS_STREAM]})
+
+    prompt: Prompts
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: only(  # type: ignore[valid-type]
+        None, False, why="is not supported; put the prompt before the answer yourself"
+    ) = None
+    best_of: only(None, 1, why="is not supported; use n") = None  # type: ignore[valid-type]
+    suffix: only(None, "", why="is not supported; leave it out") = None  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _check(self) -> CompletionRequest:
+        require_stream(self)
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One entry per prompt."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        first = self.prompt[0]
+        if isinstance(first, int):
+            return [[token for token in self.prompt if isinstance(token, int)]]
+        return [each for each in self.prompt if not isinstance(each, int)]
+
+
+class CompletionLogprobs(ResponseModel):
+    """Parallel lists, one entry per token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(ResponseModel):
+    """One continuation, or a piece of it in a stream."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason | None
+
+
+class TextCompletion(ResponseModel):
+    """The continuations, or one event of a stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None

@@ -1,0 +1,130 @@
+"""Chat messages and tools, as OpenAI documents them, for a model that reads and writes text."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
+
+from kvcomm.server.schemas.common import (
+    IGNORED,
+    CacheControl,
+    PromptCacheBreakpoint,
+    RequestModel,
+    one_or_many,
+    only,
+)
+
+Name = Annotated[str | None, Field(description="Given to the chat template.")]
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+
+
+def _require_text(part: object) -> object:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(kind, str) and kind != "text":
+        raise PydanticCustomError(
+            "unsupported", "is of type {kind}, which is not supported: this model reads text", {"kind": repr(kind)}
+        )
+    return part
+
+
+class TextPart(RequestModel):
+    """A piece of text; several in a message are joined without anything in between."""
+
+    type: Literal["text"]
+    text: str
+    cache_control: CacheControl | None = None
+    prompt_cache_breakpoint: PromptCacheBreakpoint | None = None
+
+    @property
+    def breakpoints(self) -> tuple[CacheControl | PromptCacheBreakpoint, ...]:
+        """Breakpoints at its end."""
+        return tuple(each for each in (self.cache_control, self.prompt_cache_breakpoint) if each is not None)
+
+
+Part = Annotated[TextPart, BeforeValidator(_require_text)]
+Content = Annotated[
+    Annotated[str, Tag("one")] | Annotated[list[Part], Field(min_length=1), Tag("many")], Discriminator(one_or_many)
+]
+
+
+class SystemMessage(RequestModel):
+    """Instructions."""
+
+    role: Literal["system"]
+    content: Content
+    name: Name = None
+
+
+class DeveloperMessage(RequestModel):
+    """Instructions by their newer name; chat templates see a system message."""
+
+    role: Literal["developer"]
+    content: Content
+    name: Name = None
+
+
+class UserMessage(RequestModel):
+    """What the user says."""
+
+    role: Literal["user"]
+    content: Content
+    name: Name = None
+
+
+class CalledFunction(RequestModel):
+    """Which function, with which arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(RequestModel):
+    """A call that the assistant made."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class AssistantMessage(RequestModel):
+    """An earlier answer."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    name: Name = None
+    tool_calls: list[ToolCall] | None = None
+    refusal: Annotated[str | None, Field(description=IGNORED)] = None
+    annotations: Annotated[list[Any] | None, Field(description=IGNORED)] = None
+    audio: only(None, why="is not supported: this model reads text") = None  # type: ignore[valid-type]
+    function_call: only(None, why="is not supported; use tool_calls") = None  # type: ignore[valid-type]
+
+
+class ToolMessage(RequestModel):
+    """The result of a call."""
+
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str
+
+
+Message = Annotated[
+    SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")
+]
+
+
+class Function(RequestModel):
+    """A function's signature; `parameters` is a JSON schema."""
+
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Annotated[bool | None, Field(description=IGNORED)] = None
+
+
+class Tool(RequestModel):
+    """A tool that the chat template may show to the model."""
+
+    type: Literal["function"]
+    function: Function

@@ -1,0 +1,56 @@
+"""`usage`: OpenAI's counts, and where the prompt's tokens came from."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from kvcomm.server.schemas.common import ResponseModel
+
+
+class PromptTokensDetails(ResponseModel):
+    """OpenAI's view of the cache."""
+
+    cached_tokens: Annotated[int, Field(ge=0, description="Reused exactly; the same as cached_prefix_tokens.")]
+
+
+class Bound(ResponseModel):
+    """What was promised: P(divergence > max_divergence) <= 1 - confidence among accepted requests."""
+
+    max_divergence: float
+    confidence: float
+
+
+class Timings(ResponseModel):
+    """Seconds inside the engine, from submission; of the slowest prompt where there are several."""
+
+    queue_s: float
+    ttft_s: float
+    total_s: float
+
+
+class Usage(ResponseModel):
+    """prompt_tokens = cached_prefix_tokens + aligned_tokens + computed_tokens."""
+
+    prompt_tokens: Annotated[int, Field(ge=0)]
+    completion_tokens: Annotated[int, Field(ge=0)]
+    total_tokens: Annotated[int, Field(ge=0)]
+    prompt_tokens_details: PromptTokensDetails
+    input_tokens: Annotated[int, Field(ge=0, description="The same as prompt_tokens.")]
+    output_tokens: Annotated[int, Field(ge=0, description="The same as completion_tokens.")]
+    cached_prefix_tokens: Annotated[int, Field(ge=0, description="KV reused that equals a cold run's.")]
+    aligned_tokens: Annotated[int, Field(ge=0, description="KV moved from another context and corrected.")]
+    computed_tokens: Annotated[int, Field(ge=0, description="Prompt tokens computed for this request.")]
+    miss_reasons: Annotated[
+        dict[str, int],
+        Field(description="Why prompt tokens were computed: reason -> tokens; the sum is computed_tokens."),
+    ]
+    rung: Annotated[
+        float | None, Field(description="Share of the moved tokens recomputed at most; null where nothing was moved.")
+    ]
+    bound: Annotated[Bound | None, Field(description="The bound in force; null for exact requests.")]
+    cache_breakpoints: Annotated[
+        int, Field(ge=0, description="Breakpoints in the request. Every prefix is cached, with or without one.")
+    ]
+    timings: Timings

@@ -1,0 +1,223 @@
+"""Settings of a server: one frozen object, read from flags, environment and a TOML file.
+
+Flags win over environment variables (`KVCOMM_SERVE_PORT`, and `KVCOMM_SERVE_ENGINE__PAGE_SIZE` for what the file has
+in its table `[engine]`), those over the file, the file over the defaults. A key that nobody knows is an error wherever
+it stands. Settings hold no secrets: keys live in a file of their own, as hashes.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+
+from kvcomm.config import EngineConfig
+from kvcomm.errors import InvalidRequest
+from kvcomm.model.registry import SMOLLM2_135M
+
+ENV_PREFIX = "KVCOMM_SERVE_"
+ENV_NESTED = "__"
+MODEL_VARIABLE = "KVCOMM_MODEL"
+"""Names the model for every command; `KVCOMM_SERVE_MODEL` wins over it."""
+
+WhenFull = Literal["queue", "refuse"]
+
+Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Limits(BaseModel):
+    """What one tenant may take; None is no limit.
+
+    Attributes:
+        requests_per_minute: requests it may start, on average; a minute's worth may come at once.
+        max_requests: requests of its in flight at once; over it, 429.
+        held_tokens: tokens that its requests in flight may grow to; over it, as `when_full` says.
+        when_full: "queue" waits for its own requests to end, for `queue_timeout_s` at most; "refuse" answers 429.
+        cached_tokens: of its cached prefixes; over it, its own least recently used ones are dropped.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    requests_per_minute: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    max_requests: Positive | None = None
+    held_tokens: Positive | None = None
+    when_full: WhenFull = "queue"
+    cached_tokens: Positive | None = None
+
+
+def _engine_config(value: object) -> EngineConfig:
+    if isinstance(value, EngineConfig):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"must be a table of engine settings, not {value!r}")
+    return EngineConfig.from_mapping({name: _number(item) for name, item in value.items()})
+
+
+def _number(value: object) -> object:
+    """What an environment variable spells: numbers and truth values become such."""
+    if not isinstance(value, str):
+        return value
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return value
+    return parsed if isinstance(parsed, int | float | bool) else value
+
+
+Engine = Annotated[
+    EngineConfig,
+    PlainValidator(_engine_config),
+    PlainSerializer(lambda config: {name: getattr(config, name) for name in config.__dataclass_fields__}),
+]
+
+
+class ServerSettings(BaseModel):
+    """How a server is set up; every field is a flag, an environment variable and a key of the file.
+
+    Attributes:
+        model: a packaged name, folder or hub id.
+        served_name: what clients call the model; by default the last part of `model`.
+        dtype, device: as for `Engine.load`; None: its defaults.
+        host, port: where to listen; port 0 takes a free one.
+        keys: the file written by `kvcomm serve keys`; None: no keys, which only loopback addresses allow.
+        max_requests: engine requests in flight at once, waiting ones included; over it, 503.
+        max_body_bytes: of a request; over it, 413.
+        header_timeout_s, body_timeout_s: to receive the headers, then the body of a request.
+        keep_alive_s: how long an idle connection is kept.
+        request_timeout_s: for a request from its body to the end of its answer; then 504.
+        queue_timeout_s: for a tenant's request to wait for room under the tenant's own quota; then 429.
+        drain_timeout_s: for requests in flight to end after SIGTERM; then they are cancelled.
+        retry_after_s: what clients are told to wait where the server cannot know better.
+        default_max_tokens: of an answer, where the client does not say; less where the model's limit is nearer.
+        default_temperature: where the client does not say; OpenAI documents 1.
+        max_salts: namespaces per tenant that `cache_salt` may open; the least recently used one is dropped.
+        limits: of tenants whose key brings none of its own.
+        max_divergence, confidence: the bound in force where a request does not say; 0 is exact reuse only.
+        log_level: of the structured log.
+        log_prompts: write prompts and answers into the log.
+        engine: pool, pages, batch; see `EngineConfig`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = SMOLLM2_135M.name
+    served_name: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    keys: Path | None = None
+    max_requests: Positive = 256
+    max_body_bytes: Positive = 4 * 2**20
+    header_timeout_s: Seconds = 10.0
+    body_timeout_s: Seconds = 30.0
+    keep_alive_s: Positive = 30
+    request_timeout_s: Seconds = 600.0
+    queue_timeout_s: Seconds = 60.0
+    drain_timeout_s: Positive = 30
+    retry_after_s: Positive = 1
+    default_max_tokens: Positive = 1024
+    default_temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    max_salts: Positive = 256
+    limits: Limits = Limits()
+    max_divergence: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_prompts: bool = False
+    engine: Engine = Field(default_factory=EngineConfig)
+
+    @property
+    def name(self) -> str:
+        """What clients call the model."""
+        return self.served_name or Path(self.model).name
+
+    def require_safe_address(self, *, has_keys: bool) -> None:
+        """Raises InvalidRequest when anybody on the network could use the server without a key."""
+        if not has_keys and not is_loopback(self.host):
+            raise InvalidRequest(
+                f"refusing to listen on {self.host} without keys, where others could reach it: make a key with "
+                "`kvcomm serve keys add NAME --keys FILE` and give --keys FILE, or listen on 127.0.0.1"
+            )
+
+    def printable(self) -> dict[str, Any]:
+        """The effective settings as JSON values."""
+        return self.model_dump(mode="json")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect to an address; a name other than localhost counts as public."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def load_settings(flags: Mapping[str, Any], environment: Mapping[str, str], file: Path | None = None) -> ServerSettings:
+    """Put settings together.
+
+    Args:
+        flags: what the command line says, by field name; None values count as not given.
+        environment: of the process.
+        file: TOML.
+
+    Raises:
+        InvalidRequest: an unknown key or a bad value, with the place it comes from; a file that cannot be read.
+    """
+    sources = {
+        str(file): _from_file(file) if file is not None else {},
+        "the environment": _from_environment(environment),
+        "the command line": {name: value for name, value in flags.items() if value is not None},
+    }
+    merged: dict[str, Any] = {}
+    for source, values in sources.items():
+        _validated(values, source)
+        merged = _merge(merged, values)
+    return _validated(merged, "the settings together")
+
+
+def _from_file(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_bytes().decode())
+    except OSError as error:
+        raise InvalidRequest(f"{file} cannot be read: {error.strerror or error}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InvalidRequest(f"{file} is not TOML: {error}") from error
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    if MODEL_VARIABLE in environment:
+        values["model"] = environment[MODEL_VARIABLE]
+    for name, text in sorted(environment.items()):
+        if name.startswith(ENV_PREFIX):
+            *path, last = name.removeprefix(ENV_PREFIX).lower().split(ENV_NESTED)
+            nested: Any = text
+            for key in [last, *reversed(path)]:
+                nested = {key: nested}
+            values = _merge(values, nested)
+    return values
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for name, value in above.items():
+        old = merged.get(name)
+        merged[name] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _validated(values: Mapping[str, Any], source: str) -> ServerSettings:
+    try:
+        return ServerSettings.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(sorted(ServerSettings.model_fields))
+            raise InvalidRequest(f"unknown setting {name!r} in {source}; known: {known}") from error
+        raise InvalidRequest(f"setting {name!r} in {source}: {first['msg']}, not {first['input']!r}") from error

@@ -1,0 +1,83 @@
+"""What all surfaces of one server share: the engine, and who is let in, counted and logged. One per app, no globals."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from kvcomm.engine.engine import Engine
+from kvcomm.memory.segments import Segment
+from kvcomm.server.access import tenant_name
+from kvcomm.server.admission import Admission
+from kvcomm.server.errors import ApiError
+from kvcomm.server.keys import KeyRing
+from kvcomm.server.metrics import Metrics
+from kvcomm.server.prompts import PromptMaker
+from kvcomm.server.settings import ServerSettings
+from kvcomm.server.tenants import Tenant, Tenants
+
+
+@dataclass(eq=False)
+class ServerState:
+    """The parts of a running server.
+
+    Attributes:
+        keys: None: no keys, everybody who can connect is the one default tenant.
+        is_engine_closed: a request has found the engine closed; nothing will be served any more.
+    """
+
+    engine: Engine
+    settings: ServerSettings
+    keys: KeyRing | None
+    clock: Callable[[], float] = time.monotonic
+    created: int = field(default_factory=lambda: int(time.time()))
+    is_engine_closed: bool = False
+    admission: Admission = field(init=False)
+    tenants: Tenants = field(init=False)
+    prompts: PromptMaker = field(init=False)
+    metrics: Metrics = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.admission = Admission(self.settings)
+        self.tenants = Tenants(self.engine, self.settings, self.keys, self.clock)
+        self.prompts = PromptMaker(self.engine)
+        self.metrics = Metrics(self.engine, self.admission)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells apart models, dtypes and formats; OpenAI's `system_fingerprint`."""
+        return f"kvcomm-{self.engine.namespace('fingerprint')[:16]}"
+
+    def require_model(self, name: str) -> None:
+        """Raises ApiError 404 when the server does not serve a model of that name."""
+        if name != self.settings.name:
+            message = f"there is no model {name!r} here; this server serves {self.settings.name!r}"
+            raise ApiError(404, "model_not_found", message, param="model")
+
+    def tenant_of(self, request: Request) -> Tenant:
+        """Whose request this is."""
+        return self.tenants.get(tenant_name(request.scope))
+
+    def prolong(self, space: str, prompt: tuple[Segment, ...], ttl_s: float) -> None:
+        """Let what is cached of a prompt live for so long at least, unless its pages are needed."""
+        token_ids = [token for segment in prompt for token in segment.token_ids]
+        engine = self.engine
+        with engine.lock:
+            namespace = engine.namespace(space)
+            match = engine.tree.match(namespace, token_ids)
+            engine.tree.insert(namespace, token_ids[: match.num_tokens], match.pages, ttl_s=ttl_s)
+
+
+def state_of(request: Request) -> ServerState:
+    """The state of the app that a request came to."""
+    state = request.app.state.kvcomm
+    assert isinstance(state, ServerState)
+    return state
+
+
+StateDep = Annotated[ServerState, Depends(state_of)]

@@ -1,0 +1,170 @@
+"""Tenants: the namespaces of their KV, what they may take, and what they hold now.
+
+A tenant's name comes from its key, never from the request. What of a request may divide its cache further is a salt,
+and the two together are encoded so that no name and salt can spell another tenant. All counters here belong to one
+tenant and are told to nobody else. Used from the event loop's thread only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kvcomm.engine.engine import DEFAULT_TENANT, Engine
+from kvcomm.server.errors import ApiError
+from kvcomm.server.keys import KeyRing
+from kvcomm.server.settings import Limits, ServerSettings
+
+SECONDS_PER_MINUTE = 60
+
+
+class TokenBucket:
+    """A rate with bursts: fills up to a minute's worth, each request takes one."""
+
+    def __init__(self, per_minute: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.per_minute = per_minute
+        self._clock = clock
+        self._capacity = max(1.0, per_minute)
+        self._level = self._capacity
+        self._at_s = clock()
+
+    def take(self) -> float:
+        """Take one; 0.0 if there was one, else the seconds until there will be."""
+        now = self._clock()
+        rate = self.per_minute / SECONDS_PER_MINUTE
+        self._level = min(self._capacity, self._level + (now - self._at_s) * rate)
+        self._at_s = now
+        if self._level >= 1:
+            self._level -= 1
+            return 0.0
+        return (1 - self._level) / rate
+
+
+@dataclass(eq=False)
+class Tenant:
+    """One tenant while the server runs.
+
+    Law: `num_requests` and `held_tokens` are the sums over its engine requests in flight; both return to 0.
+
+    Attributes:
+        limits: in force; followed from the key file.
+        held_tokens: tokens that its requests in flight may grow to.
+        salts: namespaces it has opened, least recently used first.
+    """
+
+    name: str
+    limits: Limits
+    bucket: TokenBucket | None = None
+    num_requests: int = 0
+    held_tokens: int = 0
+    salts: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    room: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    def follow(self, limits: Limits, clock: Callable[[], float]) -> None:
+        """Put limits in force."""
+        per_minute = limits.requests_per_minute
+        if per_minute is None:
+            self.bucket = None
+        elif self.bucket is None or self.bucket.per_minute != per_minute:
+            self.bucket = TokenBucket(per_minute, clock=clock)
+        self.limits = limits
+
+    def require_rate(self) -> None:
+        """Raises ApiError 429 when it asks more often than it may."""
+        wait_s = self.bucket.take() if self.bucket is not None else 0.0
+        if wait_s:
+            assert self.bucket is not None
+            message = f"more than {self.bucket.per_minute:g} requests per minute; try again in {math.ceil(wait_s)} s"
+            raise ApiError(429, "rate_limit_exceeded", message, retry_after_s=wait_s)
+
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether a request that may grow to so many tokens fits beside those in flight."""
+        limit = self.limits.held_tokens
+        return limit is None or self.held_tokens + num_tokens <= limit
+
+
+class Tenants:
+    """Every tenant that has asked for something."""
+
+    def __init__(
+        self, engine: Engine, settings: ServerSettings, keys: KeyRing | None, clock: Callable[[], float]
+    ) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._keys = keys
+        self._clock = clock
+        self._tenants: dict[str, Tenant] = {}
+
+    def get(self, name: str = DEFAULT_TENANT) -> Tenant:
+        """A tenant with the limits that hold now."""
+        tenant = self._tenants.get(name)
+        limits = (self._keys.limits_of(name) if self._keys is not None else None) or self._settings.limits
+        if tenant is None:
+            tenant = self._tenants[name] = Tenant(name, limits)
+            tenant.follow(limits, self._clock)
+        elif tenant.limits != limits:
+            tenant.follow(limits, self._clock)
+            for space in tenant.salts:
+                self._engine.set_quota(cached_tokens=limits.cached_tokens, tenant=space)
+        return tenant
+
+    @property
+    def names(self) -> list[str]:
+        """Of those that have asked for something."""
+        return sorted(self._tenants)
+
+    def open_namespace(self, tenant: Tenant, salt: str | None) -> str:
+        """The engine's tenant for a tenant's requests with a salt; keeps the number of salts bounded."""
+        space = namespace(tenant.name, salt)
+        is_new = space not in tenant.salts
+        tenant.salts[space] = None
+        tenant.salts.move_to_end(space)
+        if is_new and tenant.limits.cached_tokens is not None:
+            self._engine.set_quota(cached_tokens=tenant.limits.cached_tokens, tenant=space)
+        while len(tenant.salts) > self._settings.max_salts:
+            oldest, _ = tenant.salts.popitem(last=False)
+            self._engine.clear_cache(tenant=oldest)
+        return space
+
+    def num_cached(self, tenant: Tenant) -> int:
+        """Tokens of its cached prefixes, over all its salts."""
+        with self._engine.lock:
+            return sum(self._num_cached(space) for space in tenant.salts)
+
+    def clear(self, tenant: Tenant) -> int:
+        """Drop its cached prefixes; returns how many tokens went."""
+        before = self.num_cached(tenant)
+        for space in tenant.salts:
+            self._engine.clear_cache(tenant=space)
+        return before - self.num_cached(tenant)
+
+    def keep_quota(self, tenant: Tenant) -> None:
+        """Drop the tenant's least recently used namespaces while all of them together exceed its quota."""
+        limit = tenant.limits.cached_tokens
+        if limit is None or len(tenant.salts) < 2:  # one namespace keeps its quota by itself
+            return
+        with self._engine.lock:
+            sizes = {space: self._num_cached(space) for space in tenant.salts}
+            total = sum(sizes.values())
+            for space in list(sizes)[:-1]:
+                if total <= limit:
+                    return
+                self._engine.clear_cache(tenant=space)
+                del tenant.salts[space]
+                total -= sizes[space]
+
+    def _num_cached(self, space: str) -> int:
+        return self._engine.tree.usage(self._engine.namespace(space)).num_tokens
+
+
+def namespace(tenant: str, salt: str | None) -> str:
+    """The engine's tenant for a tenant and a salt; different pairs never give the same.
+
+    A tenant's name begins with a letter or digit, a pair with a bracket.
+    """
+    return tenant if salt is None else json.dumps([tenant, salt])

@@ -1,0 +1,41 @@
+"""From the engine's usage to the wire's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from kvcomm.engine.results import Usage as EngineUsage
+from kvcomm.server.schemas.usage import Bound, PromptTokensDetails, Timings, Usage
+
+
+def usage_of(usages: Sequence[EngineUsage], *, cache_breakpoints: int = 0) -> Usage:
+    """The usage of a request that took one or more engine requests: sums, and the slowest one's times."""
+    prompt = sum(usage.prompt_tokens for usage in usages)
+    generated = sum(usage.generated_tokens for usage in usages)
+    exact = sum(usage.exact_tokens for usage in usages)
+    reasons: Counter[str] = Counter()
+    for usage in usages:
+        reasons.update(usage.reasons)
+    bound = usages[0].bound
+    rungs = [usage.approximation.rung for usage in usages if usage.approximation is not None]
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=generated,
+        total_tokens=prompt + generated,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=exact),
+        input_tokens=prompt,
+        output_tokens=generated,
+        cached_prefix_tokens=exact,
+        aligned_tokens=sum(usage.aligned_tokens for usage in usages),
+        computed_tokens=sum(usage.computed_tokens for usage in usages),
+        miss_reasons=dict(reasons),
+        rung=max(rungs, default=None),
+        bound=None if bound is None else Bound(max_divergence=bound[0], confidence=1 - bound[1]),
+        cache_breakpoints=cache_breakpoints,
+        timings=Timings(
+            queue_s=max(usage.queue_s for usage in usages),
+            ttft_s=max(usage.ttft_s for usage in usages),
+            total_s=max(usage.total_s for usage in usages),
+        ),
+    )
