@@ -12,29 +12,31 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from eval.figures import Figure
-from eval.gsm8k import figures as verdicts
+from eval.gsm8k import flips
 from eval.sandbox import isolation
 from eval.tasks import command
 from eval.tasks.analysis import ModeResult
 from eval.tasks.humaneval import HumanEval
 from eval.workload import note
 
+NUM_SAMPLES = 5
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate and print; returns the exit code."""
     note(f"programs are kept apart by {isolation()}")
-    return command.main(command.Evaluation("humaneval", lambda data: HumanEval(), figures, limit=20), arguments)
+    evaluation = command.Evaluation("humaneval", lambda options: HumanEval(), figures, 20, NUM_SAMPLES)
+    return command.main(evaluation, arguments)
 
 
 def figures(results: Mapping[str, ModeResult]) -> list[Figure]:
-    """pass@1, and flips of all modes but dense."""
-    found = [Figure(f"pass_at_1_{name}", result.accuracy.value, "share") for name, result in results.items()]
-    found += [
-        Figure(f"pass_at_{k}_drawn_{name}", value, "share")
-        for name, result in results.items()
-        for k, value in result.pass_at.items()
-    ]
-    return [*found, *(each for each in verdicts(results) if each.id.startswith("flips"))]
+    """pass@1 of the greedy answers, pass@k of those drawn, and flips of all modes but dense."""
+    found = []
+    for name, result in results.items():
+        share = result.outcome.accuracy
+        found.append(Figure(f"pass_at_1_{name}", share.value, "share", (share.low, share.high)))
+        found += [Figure(f"pass_at_{k}_drawn_{name}", value, "share") for k, value in result.outcome.pass_at.items()]
+    return [*found, *flips(results)]
 
 
 if __name__ == "__main__":

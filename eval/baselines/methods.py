@@ -11,8 +11,8 @@ from __future__ import annotations
 from kvcomm.engine.variant import Variant
 
 METHODS = {
-    "paper": Variant("paper"),
+    "rotate": Variant("rotate"),
     "cacheblend": Variant("rotate", 0.15, "deviation"),
     "epic": Variant("rotate", 0.15, "head"),
-    "rotate": Variant("rotate"),
+    "paper": Variant("paper"),
 }

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import platform
-import sys
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from eval.figures import Figure
-from eval.tasks.analysis import Interval, ModeResult, as_values
-
-if TYPE_CHECKING:
-    from kvcomm import Engine
+from eval.report.tables import Table, all_tables
+from eval.tasks.analysis import ModeResult, as_values
+from eval.tasks.modes import KVCOMM
+from eval.tasks.task import Task
+from eval.tasks.timing import Timed
 
 
 @dataclass(frozen=True)
@@ -23,106 +22,92 @@ class Contents:
     """Everything of one run.
 
     Attributes:
-        name: of the task.
-        memory: bytes of the pool, of anchor banks.
-        ttft: mode -> (prompt tokens, seconds to the first token) of every request.
+        figures: what the run is held against.
+        settings: what decides what is computed.
+        facts: what it was computed with.
+        times: every timed request.
     """
 
-    name: str
+    task: Task
     figures: Sequence[Figure]
     results: Sequence[ModeResult]
     settings: Mapping[str, Any]
-    memory: Mapping[str, int]
-    ttft: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    facts: Mapping[str, Any]
+    times: Sequence[Timed]
+
+    @property
+    def tables(self) -> list[Table]:
+        """For people."""
+        return all_tables(self.results, self.task, self.facts)
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values."""
         return {
-            "name": self.name,
-            "made": datetime.now(UTC).isoformat(timespec="seconds"),
-            "python": platform.python_version(),
-            "platform": f"{platform.system()} {platform.machine()}",
+            "name": self.task.name,
             "figures": [{**figure.to_json(), "goal": figure.goal} for figure in self.figures],
             "modes": [as_values(result) for result in self.results],
             "settings": dict(self.settings),
-            "memory": dict(self.memory),
+            "facts": dict(self.facts),
         }
 
 
-def memory_of(engine: Engine) -> dict[str, int]:
-    """Bytes of the pool, and of what the banks of anchors hold."""
-    banks = engine.reuse.anchors.banks(engine.namespace())
-    return {
-        "pool_bytes": engine.pool.num_pages * engine.pool.page_size * engine.geometry.kv_bytes_per_token,
-        "anchor_bytes": sum(bank.snapshot().num_bytes for bank in banks),
-    }
+def bound_figures(results: Mapping[str, ModeResult]) -> list[Figure]:
+    """What all tasks are held against: divergences, what is computed, and the bound where one was in force."""
+    found = []
+    for name, result in results.items():
+        if (divergence := result.damage.mean_divergence) is not None:
+            found.append(Figure(f"divergence_{name}", divergence, "nats"))
+        found.append(Figure(f"computed_{name}", result.reuse.computed_share, "share"))
+    own = results.get(KVCOMM)
+    if own is not None and own.damage.violations is not None:
+        share, limit = own.damage.violations, own.damage.violation_limit
+        found.append(Figure("violations", share.value, "share", (share.low, share.high), f"<= {limit:.3g}"))
+        found.append(Figure("audited", own.damage.num_audited, "requests"))
+    return found
 
 
 def write_report(contents: Contents, folder: Path) -> None:
     """Write report.json, report.md and report.html."""
     from eval.report.page import page
 
-    (folder / "report.json").write_text(json.dumps(contents.to_json(), indent=2, default=_plain) + "\n")
-    (folder / "report.md").write_text(markdown(contents))
-    (folder / "report.html").write_text(page(contents))
+    text = json.dumps(_finite(contents.to_json()), indent=2, allow_nan=False)
+    (folder / "report.json").write_text(f"{text}\n", encoding="utf-8")
+    (folder / "report.md").write_text(markdown(contents), encoding="utf-8")
+    (folder / "report.html").write_text(page(contents), encoding="utf-8")
 
 
 def markdown(contents: Contents) -> str:
     """A summary for pull requests."""
-    lines = [f"# {contents.name}", "", "| figure | value | 95 % or quartiles | wanted |", "|---|---:|---|---|"]
-    for figure in contents.figures:
-        spread = "" if figure.spread is None else f"{figure.spread[0]:.3g} to {figure.spread[1]:.3g}"
-        lines.append(f"| {figure.id} | {figure.value:.4g} {figure.unit} | {spread} | {figure.goal} |")
-    head, *body = mode_rows(contents.results)
-    lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(row) + " |" for row in body]
+    settings = contents.settings
+    lines = [
+        f"# {contents.task.name}: what reuse does to a team's answers",
+        "",
+        f"{contents.results[0].num_questions} questions, {settings['agents']} agents, topology {settings['topology']}, "
+        f"model {settings['model']}, bound ({settings['max_divergence']}, {1 - settings['confidence']:.3g}).",
+        "",
+        *_rows(["figure", "value", "95 %", "wanted"], [figure_cells(figure) for figure in contents.figures]),
+    ]
+    for table in contents.tables:
+        lines += ["", f"## {table.title}", "", *_rows(table.head, table.rows)]
+        lines += ["", table.note] if table.note else []
     return "\n".join(lines) + "\n"
 
 
-def mode_rows(results: Sequence[ModeResult]) -> list[list[str]]:
-    """The table of modes: a head and one row per mode."""
-    head = [
-        "mode",
-        "right",
-        "strictly",
-        "flips",
-        "lost, won",
-        "McNemar p",
-        "reading changed",
-        "divergence",
-        "same tokens",
-    ]
-    head += ["exact", "aligned", "computed", "approximated", "above the bound", "TTFT of the team", "pool of reasons"]
-    rows = [head]
-    for each in results:
-        total = max(1, sum(each.tokens.values()))
-        rows.append(
-            [
-                each.mode,
-                share(each.accuracy),
-                share(each.strict),
-                share(each.flips),
-                f"{each.lost}, {each.won}",
-                f"{each.mcnemar_p:.3f}",
-                share(each.changed),
-                "" if each.mean_divergence is None else f"{each.mean_divergence:.4f} nats",
-                f"{each.same:.0%}",
-                *(f"{each.tokens[kind] / total:.0%}" for kind in ("exact", "aligned", "computed")),
-                share(each.approximated),
-                "" if each.violations is None else share(each.violations),
-                f"{each.team_ttft_s:.2f} s",
-                ", ".join(f"{name} {count / total:.0%}" for name, count in list(each.reasons.items())[:4]),
-            ]
-        )
-    rows[0][-1] = "computed because"
-    return rows
+def figure_cells(figure: Figure) -> list[str]:
+    """A figure as cells of a table."""
+    spread = "" if figure.spread is None else f"{figure.spread[0]:.3g} to {figure.spread[1]:.3g}"
+    return [figure.id, f"{figure.value:.4g} {figure.unit}", spread, figure.goal]
 
 
-def share(interval: Interval) -> str:
-    """A share with its interval, for people."""
-    return f"{interval.value:.1%} ({interval.low:.0%} to {interval.high:.0%})"
+def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
-def _plain(value: object) -> object:
-    sys.stderr.write(f"report: {type(value).__name__} is written as text\n")
-    return str(value)
+def _finite(value: Any) -> Any:
+    """JSON has no infinities: null."""
+    if isinstance(value, Mapping):
+        return {str(name): _finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

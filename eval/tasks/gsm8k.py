@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 
-from eval.tasks.task import Row, Score, Source
+from eval.tasks.program import beginning_of, code_of, printed_by
+from eval.tasks.task import Row, Score, Source, Split
 
 _NUMBER = re.compile(r"-?\$?\s?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\$?\.\d+")
 _STRICT = re.compile(r"answer:\s*(-?\$?[\d,]*\.?\d+)\s*(?:\.|$)", re.IGNORECASE | re.MULTILINE)
@@ -17,9 +18,10 @@ class Gsm8k:
 
     name = "gsm8k"
     team = "gsm8k"
-    source = Source(("openai/gsm8k", "main"), "gsm8k")
-
-    num_logprobs = None
+    source = Source(("openai/gsm8k", "main"), "gsm8k", Split("test", "test"), Split("train", "train"))
+    readings = ("last number", "a line 'Answer: NUMBER'")
+    first_texts = ()
+    tools: Mapping[str, str] = {"programmer": "Its program prints"}
 
     def group(self, row: Row) -> str:
         """None."""
@@ -32,6 +34,10 @@ class Gsm8k:
     def inputs(self, row: Row) -> dict[str, str]:
         """The problem."""
         return {"question": str(row["question"])}
+
+    def use_tool(self, agent: str, answer: str, row: Row) -> str:
+        """What the programmer's program prints."""
+        return printed_by(beginning_of(code_of(answer)))
 
     def score(self, answer: str, first: Mapping[str, float], row: Row) -> Score:
         """See the class."""

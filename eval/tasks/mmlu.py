@@ -7,23 +7,26 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import chain, zip_longest
 
-from eval.tasks.task import Row, Score, Source
+from eval.tasks.task import Row, Score, Source, Split
 
-LETTERS = "ABCD"
+LETTERS = ("A", "B", "C", "D")
 NUM_SHOTS = 3
 _LETTER = re.compile(r"\b([A-D])\b")
 
 
 class Mmlu:
-    """Right by the most probable of the four letters as first token; strictly right when the text says that letter.
+    """Right by the most probable of the four letters as first token; otherwise, by the first letter that the text says.
 
     The examples before a question are of its subject, from the dev split.
     """
 
     name = "mmlu"
     team = "mmlu"
-    source = Source(("cais/mmlu", "all"), "mmlu", train="test")
-    num_logprobs = 100
+    source = Source(("cais/mmlu", "all"), "mmlu", Split("test", "test"), Split("test", "test"))
+    shots = Split("dev", "dev")
+    readings = ("most probable letter", "letter in the text")
+    first_texts = LETTERS
+    tools: Mapping[str, str] = {}
 
     def __init__(self, examples: Sequence[Row], num_shots: int = NUM_SHOTS) -> None:
         """Args:
@@ -50,6 +53,10 @@ class Mmlu:
         """Examples and question."""
         examples = self._examples.get(row["subject"]) or [f"There are none for {row['subject']}."]
         return {"examples": "\n\n".join(examples), "question": _question(row)}
+
+    def use_tool(self, agent: str, answer: str, row: Row) -> str:
+        """There is none."""
+        raise AssertionError(f"no tool works on the answer of {agent}")
 
     def score(self, answer: str, first: Mapping[str, float], row: Row) -> Score:
         """See the class."""

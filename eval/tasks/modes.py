@@ -1,8 +1,8 @@
-"""The ways in which a team's requests are served, all by the same engine and kernels."""
+"""The ways in which a team's requests are served."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from eval.baselines.methods import METHODS
 from kvcomm import ReusePolicy
@@ -10,7 +10,8 @@ from kvcomm.engine.variant import Variant
 from kvcomm.errors import InvalidRequest
 
 DENSE, EXACT, KVCOMM = "dense", "exact", "kvcomm"
-MODES = (DENSE, EXACT, KVCOMM, *METHODS)
+STOCK, STOCK_PREFIX = "stock", "stock_prefix"
+MODES = (DENSE, EXACT, KVCOMM, *METHODS, STOCK, STOCK_PREFIX)
 
 
 class Mode(NamedTuple):
@@ -19,18 +20,47 @@ class Mode(NamedTuple):
     Attributes:
         policy: what the caller accepts.
         variant: reuse in this way with no bound; None: as the policy allows.
-        is_cached: whether anything is reused.
     """
 
     name: str
     policy: ReusePolicy
     variant: Variant | None = None
-    is_cached: bool = True
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether transformers serves it, without the engine."""
+        return self.name in (STOCK, STOCK_PREFIX)
 
     @property
     def moves(self) -> bool:
         """Whether text is moved between contexts."""
         return self.variant is not None or not self.policy.is_exact
+
+    @property
+    def estimator(self) -> str | None:
+        """How moved KV is corrected; None: nothing is moved."""
+        if self.variant is not None:
+            return self.variant.estimator
+        return None if self.policy.is_exact else self.policy.estimator
+
+    @property
+    def bound(self) -> tuple[float, float] | None:
+        """The (epsilon, delta) that is kept; None: none."""
+        return None if self.policy.is_exact else (self.policy.max_divergence, self.policy.delta)
+
+    def describe(self) -> dict[str, Any]:
+        """For reports."""
+        if self.variant is not None:
+            return {"served by": "engine", **vars(self.variant)}
+        if not self.policy.is_exact:
+            return {"served by": "engine", **vars(self.policy)}
+        described = {
+            DENSE: {"served by": "engine", "cached": "nothing"},
+            EXACT: {"served by": "engine", "cached": "exact prefixes"},
+            STOCK: {"served by": "transformers", "cached": "nothing"},
+            STOCK_PREFIX: {"served by": "transformers", "cached": "text before the first slot"},
+        }
+        return described[self.name]
 
 
 def make_modes(names: str, policy: ReusePolicy) -> list[Mode]:
@@ -43,5 +73,5 @@ def make_modes(names: str, policy: ReusePolicy) -> list[Mode]:
     if unknown := [name for name in wanted if name not in MODES]:
         raise InvalidRequest(f"unknown mode {unknown[0]!r}; there are {', '.join(MODES)}")
     exact = ReusePolicy.exact()
-    own = {DENSE: Mode(DENSE, exact, is_cached=False), EXACT: Mode(EXACT, exact), KVCOMM: Mode(KVCOMM, policy)}
-    return [own.get(name) or Mode(name, exact, METHODS[name]) for name in wanted]
+    own = {KVCOMM: Mode(KVCOMM, policy)}
+    return [own.get(name) or Mode(name, exact, METHODS.get(name)) for name in wanted]

@@ -1,7 +1,8 @@
 """Rows of a data set: from a file, from a folder laid out by task, or from the hub, always through `datasets`.
 
 A folder holds one folder per task (`gsm8k/`), or is that itself; in it a split is the file whose name begins with the
-split's (`test_public.jsonl`, `train_slice.jsonl.gz`).
+split's (`test_public.jsonl`, `train_slice.jsonl.gz`). A file is the rows to ask; the other splits are looked for beside
+it.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from collections.abc import Sequence
 from logging import CRITICAL
 from pathlib import Path
 
-from eval.tasks.task import Row, Source
+from eval.tasks.task import Row, Source, Split
 from kvcomm.errors import InvalidRequest
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 
 
-def load_rows(source: Source, split: str, data: Path | None, limit: int) -> list[Row]:
-    """The first rows of a split.
+def load_rows(source: Source, split: Split, data: Path | None) -> list[Row]:
+    """The rows of a split.
+
+    Args:
+        data: a file with these rows, or a folder; None: the hub.
 
     Raises:
         InvalidRequest: no such file, not readable, or the hub is out of reach; says in one line what to do.
@@ -34,18 +38,18 @@ def load_rows(source: Source, split: str, data: Path | None, limit: int) -> list
     try:
         if data is None:
             _require_hub(source)
-            found = datasets.load_dataset(*source.hub, split=split)
+            found = datasets.load_dataset(*source.hub, split=split.hub)
         else:
             file = split_file(source, split, data)
             found = datasets.load_dataset("json", data_files=str(file), split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         where = f"{source.hub[0]} on the hub" if data is None else str(data)
         raise InvalidRequest(f"{where} cannot be read: {_one_line(error)}; give --data FILE or FOLDER") from error
-    return [dict(row) for row in found.select(range(min(limit, len(found))))]
+    return [dict(row) for row in found]
 
 
-def split_file(source: Source, split: str, data: Path) -> Path:
-    """The file of a split.
+def split_file(source: Source, split: Split, data: Path) -> Path:
+    """The file of a split: `data` itself, or in the folder `data`.
 
     Raises:
         InvalidRequest: there is none.
@@ -53,14 +57,26 @@ def split_file(source: Source, split: str, data: Path) -> Path:
     if data.is_file():
         return data
     for folder in (data / source.folder, data):
-        if found := sorted(file for file in folder.glob(f"{split}*") if file.name.endswith(SUFFIXES)):
+        if found := _files_of(split, folder):
             return found[0]
-    raise InvalidRequest(f"{data} holds no {source.folder}/{split}*.jsonl or .jsonl.gz")
+    what = "no such file or folder" if not data.exists() else f"no {source.folder}/{split.file}*.jsonl or .jsonl.gz"
+    raise InvalidRequest(f"{data}: {what}; give --data FILE or FOLDER")
+
+
+def beside(split: Split, data: Path | None) -> Path | None:
+    """Where another split than the rows to ask is: `data`, if that is no file, else the file beside it, if there is."""
+    if data is None or not data.is_file():
+        return data
+    return next((file for file in _files_of(split, data.parent) if file != data), None)
 
 
 def digest_of(rows: Sequence[Row]) -> str:
     """SHA-256 over rows, for reports."""
     return hashlib.sha256(json.dumps(list(rows), sort_keys=True).encode()).hexdigest()
+
+
+def _files_of(split: Split, folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob(f"{split.file}*") if file.name.endswith(SUFFIXES))
 
 
 def _require_hub(source: Source) -> None:

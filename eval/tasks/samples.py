@@ -1,19 +1,20 @@
-"""What a run keeps of every question, line by line, so that it can be interrupted, resumed and looked at afterwards."""
+"""What a run keeps of every question in every mode."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
+from eval.tasks.records import RecordFile
 from eval.tasks.task import Score
-from kvcomm.agents.results import AgentResult
-from kvcomm.engine.results import Usage
-from kvcomm.errors import InvalidRequest
+from kvcomm import Usage
 from kvcomm.memory.segments import Segment
+
+Prompt = tuple[tuple[tuple[int, ...], str | None], ...]
+"""(token ids, name of the slot or None) of every segment."""
 
 
 @dataclass(frozen=True)
@@ -21,25 +22,19 @@ class Answer:
     """One agent's answer in one mode.
 
     Attributes:
-        prompt: (token ids, name of the slot or None) of every segment.
-        usage: counts of tokens, reasons, seconds to the first token and in all, and how text was moved, if it was.
-        first: log-probabilities of the most probable first tokens, by text; only where a task looks at them.
-        divergence, agreement: from the dense answer, teacher-forced over its first tokens; None: not measured.
+        token_ids: as decoded, without the end of turn.
+        usage: counts of tokens, reasons, and how text was moved, if it was.
+        prompt: only in the dense run; the other modes get the same.
+        result: what a tool made of the answer, as readers get it; only in the dense run.
+        first: log-probabilities of the texts that the task looks at, as first token.
     """
 
     token_ids: tuple[int, ...]
     text: str
     usage: Mapping[str, Any]
-    prompt: tuple[tuple[tuple[int, ...], str | None], ...] = ()
+    prompt: Prompt = ()
+    result: tuple[int, ...] = ()
     first: Mapping[str, float] = field(default_factory=dict)
-    divergence: float | None = None
-    agreement: float | None = None
-
-    @classmethod
-    def of(cls, result: AgentResult) -> Self:
-        """From a group's run, with its prompt."""
-        prompt = tuple((segment.token_ids, segment.name) for segment in result.prompt)
-        return cls(result.token_ids, result.text, usage_values(result.usage), prompt)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -54,12 +49,11 @@ class Sample:
     Attributes:
         index: of its row.
         answers: agent -> answer, in the order in which they answered.
-        total_s: seconds from the first request to the last answer, other questions beside it included.
+        extra: the row's group; how many further answers were drawn and how many of them are right.
     """
 
     index: int
     answers: Mapping[str, Answer]
-    total_s: float
     score: Score | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -75,74 +69,32 @@ def usage_values(usage: Usage) -> dict[str, Any]:
         "computed": usage.computed_tokens,
         "generated": usage.generated_tokens,
         "reasons": dict(usage.reasons),
-        "ttft_s": usage.ttft_s,
-        "total_s": usage.total_s,
         "moved": moved,
     }
 
 
-class SampleFile:
-    """The samples of one mode, in the order in which they were finished."""
+class SampleFile(RecordFile[Sample]):
+    """The samples of one mode."""
 
     def __init__(self, file: Path) -> None:
-        self.file = file
+        super().__init__(file, _sample)
 
-    def read(self) -> dict[int, Sample]:
-        """Every sample by its row's index; a last line that was cut off is left out.
-
-        Raises:
-            InvalidRequest: another line is damaged; names it.
-        """
-        if not self.file.exists():
-            return {}
-        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
-        samples = {}
-        for number, line in enumerate(lines, start=1):
-            try:
-                sample = _sample(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
-                if number == len(lines):
-                    break
-                raise InvalidRequest(f"{self.file}, line {number}: not a sample ({error!r})") from error
-            samples[sample.index] = sample
-        return samples
-
-    def add(self, samples: Iterable[Sample]) -> None:
-        """Append samples."""
-        self._mend()
-        with self.file.open("a", encoding="utf-8") as out:
-            for sample in samples:
-                out.write(json.dumps(asdict(sample), separators=(",", ":")) + "\n")
-
-    def replace(self, samples: Iterable[Sample]) -> None:
-        """Write all of them anew."""
-        partial = self.file.with_suffix(".part")
-        partial.write_text("".join(json.dumps(asdict(each), separators=(",", ":")) + "\n" for each in samples))
-        partial.replace(self.file)
-
-    def _mend(self) -> None:
-        """Drop a last line that was cut off."""
-        if self.file.exists() and not self.file.read_bytes().endswith(b"\n"):
-            content = self.file.read_bytes()
-            self.file.write_bytes(content[: content.rfind(b"\n") + 1])
-
-
-def batches(indices: Iterable[int], size: int) -> Iterator[list[int]]:
-    """Consecutive groups of at most `size`."""
-    left = list(indices)
-    for first in range(0, len(left), size):
-        yield left[first : first + size]
+    def by_index(self) -> dict[int, Sample]:
+        """Every sample by its row's index."""
+        return {sample.index: sample for sample in self.read()}
 
 
 def _sample(value: dict[str, Any]) -> Sample:
     answers = {name: _answer(each) for name, each in value["answers"].items()}
     score = None if value["score"] is None else Score(*value["score"])
-    return Sample(value["index"], answers, value["total_s"], score, value["extra"])
+    return Sample(value["index"], answers, score, value["extra"])
 
 
 def _answer(value: dict[str, Any]) -> Answer:
     prompt = tuple((tuple(token_ids), name) for token_ids, name in value["prompt"])
-    return Answer(**{**value, "token_ids": tuple(value["token_ids"]), "prompt": prompt})
+    return Answer(
+        **{**value, "token_ids": tuple(value["token_ids"]), "result": tuple(value["result"]), "prompt": prompt}
+    )
 
 
 def _finite(value: object) -> object:

@@ -14,13 +14,20 @@ class Score(NamedTuple):
 
     Attributes:
         found: what was read out of the answer; empty: nothing.
-        is_right: by the tolerant reading.
-        is_strictly_right: only where the answer keeps to the form it was asked for.
+        is_right: by the reading that counts.
+        is_right_otherwise: by the task's second reading; see `Task.readings`.
     """
 
     found: str
     is_right: bool
-    is_strictly_right: bool
+    is_right_otherwise: bool
+
+
+class Split(NamedTuple):
+    """Some rows of a data set: the split's name on the hub, and what the names of its files begin with."""
+
+    hub: str
+    file: str
 
 
 @dataclass(frozen=True)
@@ -30,13 +37,13 @@ class Source:
     Attributes:
         hub: data set and configuration on the hub.
         folder: name of the task's folder in a folder of data.
-        test, train: splits on the hub, and what their files begin with.
+        test, train: rows to ask, rows to learn from. The same: what is asked is left out of what is learned from.
     """
 
     hub: tuple[str, str]
     folder: str
-    test: str = "test"
-    train: str = "train"
+    test: Split
+    train: Split
 
 
 class Task(Protocol):
@@ -58,8 +65,18 @@ class Task(Protocol):
         ...
 
     @property
-    def num_logprobs(self) -> int | None:
-        """How many first tokens of the last agent's answer are looked at; None: only its text."""
+    def readings(self) -> tuple[str, str]:
+        """How answers are read, for people: the reading that counts, and the second one."""
+        ...
+
+    @property
+    def first_texts(self) -> tuple[str, ...]:
+        """Texts whose log-probability as the last agent's first token is looked at; empty: only its answer counts."""
+        ...
+
+    @property
+    def tools(self) -> Mapping[str, str]:
+        """Agents whose answer a tool works on, and how its result is announced to those that read it."""
         ...
 
     def group(self, row: Row) -> str:
@@ -78,10 +95,14 @@ class Task(Protocol):
         """
         ...
 
+    def use_tool(self, agent: str, answer: str, row: Row) -> str:
+        """What the tool of one of `tools` gives for an agent's answer; never empty."""
+        ...
+
     def score(self, answer: str, first: Mapping[str, float], row: Row) -> Score:
         """Judge the last agent's answer.
 
         Args:
-            first: log-probabilities of its most probable first tokens, by their text without spaces around.
+            first: log-probabilities of `first_texts`, as far as they are among the most probable first tokens.
         """
         ...

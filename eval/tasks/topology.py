@@ -2,12 +2,14 @@
 
 `full`: everybody reads all before; `chain`: everybody reads the one before; `star`: nobody but the referee reads
 others; `debate`: as star, then everybody reads the others' first answers and answers anew, and the referee reads those.
+Who reads an agent whose answer a tool works on reads the tool's result as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from kvcomm.agents import Agent
 from kvcomm.agents.team import Team
@@ -15,12 +17,17 @@ from kvcomm.errors import InvalidRequest
 
 TOPOLOGIES = ("full", "chain", "debate", "star")
 AGENTS = range(2, 6)
+AGAIN = "_again"
+NO_TOOLS: Mapping[str, str] = MappingProxyType({})
 
 
-def wire(team: Team, num_agents: int, topology: str) -> Team:
+def wire(team: Team, num_agents: int, topology: str, tools: Mapping[str, str] = NO_TOOLS) -> Team:
     """The first workers of a team and its referee, the last agent, in a topology.
 
     Every prompt begins as that of the first worker, which shows the inputs.
+
+    Args:
+        tools: agents whose answer a tool works on, and how its result is announced.
 
     Raises:
         InvalidRequest: the team has fewer agents, or its first one reads others.
@@ -34,15 +41,25 @@ def wire(team: Team, num_agents: int, topology: str) -> Team:
         )
     workers, referee = team.agents[: num_agents - 1], team.agents[-1]
     if topology == "debate":
-        wired = _debate(workers, referee, head)
+        wired = _debate(workers, referee, head, tools)
     elif topology in TOPOLOGIES:
         wired = [
-            _reading(agent, head, _read_before([*workers, referee], index, topology))
+            _reading(agent, head, _read_before([*workers, referee], index, topology), tools)
             for index, agent in enumerate([*workers, referee])
         ]
     else:
         raise InvalidRequest(f"unknown topology {topology!r}; there are {', '.join(TOPOLOGIES)}")
     return replace(team, agents=tuple(wired), rounds=1)
+
+
+def role_of(name: str) -> str:
+    """The agent of the team that an agent of a topology plays."""
+    return name.removesuffix(AGAIN)
+
+
+def result_of(name: str) -> str:
+    """The slot in which the result of an agent's tool is read."""
+    return f"{name}_result"
 
 
 def _read_before(agents: Sequence[Agent], index: int, topology: str) -> list[str]:
@@ -53,19 +70,25 @@ def _read_before(agents: Sequence[Agent], index: int, topology: str) -> list[str
     return before if topology == "full" or is_referee else []
 
 
-def _debate(workers: Sequence[Agent], referee: Agent, head: str) -> list[Agent]:
-    second = {agent.name: f"{agent.name}_again" for agent in workers}
-    first = [_reading(agent, head, []) for agent in workers]
+def _debate(workers: Sequence[Agent], referee: Agent, head: str, tools: Mapping[str, str]) -> list[Agent]:
+    second = {agent.name: f"{agent.name}{AGAIN}" for agent in workers}
+    first = [_reading(agent, head, [], tools) for agent in workers]
     again = [
-        replace(_reading(agent, head, [other.name for other in workers if other is not agent]), name=second[agent.name])
+        replace(
+            _reading(agent, head, [other.name for other in workers if other is not agent], tools),
+            name=second[agent.name],
+        )
         for agent in workers
     ]
-    return [*first, *again, _reading(referee, head, list(second.values()))]
+    return [*first, *again, _reading(referee, head, list(second.values()), tools)]
 
 
-def _reading(agent: Agent, head: str, names: Sequence[str]) -> Agent:
+def _reading(agent: Agent, head: str, names: Sequence[str], tools: Mapping[str, str]) -> Agent:
     """The agent with a prompt of the team's inputs, the answers it reads, and what it was told to do with them."""
     parts = [head]
-    parts += [f"{name.replace('_', ' ').capitalize()}: {{{name}}}" for name in names]
+    for name in names:
+        parts.append(f"{name.replace('_', ' ').capitalize()}: {{{name}}}")
+        if role_of(name) in tools:
+            parts.append(f"{tools[role_of(name)]}: {{{result_of(name)}}}")
     closing = agent.prompt.rsplit("}", 1)[-1].strip()
     return replace(agent, prompt="\n\n".join([*parts, closing] if closing else parts))

@@ -1,0 +1,106 @@
+"""Letting a team answer questions exactly, agent by agent, with its tools: the dense run, and those to learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from eval.tasks.modes import EXACT, Mode
+from eval.tasks.samples import Answer, Sample, usage_values
+from eval.tasks.task import Row
+from eval.tasks.topology import result_of, role_of
+from eval.tasks.work import Work
+from kvcomm import Completion, Engine, ReusePolicy
+from kvcomm.agents.rendering import PromptRenderer
+from kvcomm.agents.templates import Slot
+from kvcomm.engine.request import ANSWER
+from kvcomm.engine.sampling import TokenLogprob
+from kvcomm.errors import InvalidRequest
+from kvcomm.memory.segments import Segment
+
+EXACTLY = Mode(EXACT, ReusePolicy.exact())
+
+
+class AnsweringTeam:
+    """A team on one engine. Several questions may be answered at the same time, from several threads."""
+
+    def __init__(self, engine: Engine, work: Work) -> None:
+        self._engine = engine
+        self._work = work
+        self._renderer = PromptRenderer(engine)
+        self._prompts = {agent.name: self._renderer.render(agent) for agent in work.team.agents}
+
+    def answer(self, index: int, row: Row) -> Sample:
+        """Let every agent answer, in the team's order.
+
+        Raises:
+            InvalidRequest: a prompt is too long, or the row lacks a field; names the question.
+        """
+        try:
+            answers = self._answers(row)
+        except (InvalidRequest, KeyError) as error:
+            raise InvalidRequest(
+                f"question {index}: {error}; have fewer agents or shorter answers (--agents, --max-new-tokens)"
+            ) from error
+        last = answers[self._work.referee]
+        extra = {"group": self._work.task.group(row), **drawn(self._engine, self._work, EXACTLY, last.segments, row)}
+        return Sample(index, answers, self._work.score(last.text, last.first, row), extra)
+
+    def _answers(self, row: Row) -> dict[str, Answer]:
+        texts = {**self._work.team.inputs, **self._work.task.inputs(row)}
+        values: dict[Slot, Sequence[int]] = {
+            Slot(name): self._renderer.encode_input(name, text) for name, text in texts.items()
+        }
+        answers: dict[str, Answer] = {}
+        for agent in self._work.team.agents:
+            sampling = self._work.sampling(agent.name)
+            prompt = self._prompts[agent.name].fill(values)
+            completion = self._engine.generate(prompt, sampling, policy=EXACTLY.policy)
+            token_ids = self._renderer.strip_end(completion.token_ids, sampling.stop_token_ids)
+            values[Slot(agent.name)] = token_ids
+            result: tuple[int, ...] = ()
+            if self._work.has_tool(agent.name):
+                slot = result_of(agent.name)
+                text = self._work.task.use_tool(role_of(agent.name), completion.text, row)
+                values[Slot(slot)] = result = self._renderer.encode_input(slot, text)
+            parts = tuple((segment.token_ids, segment.name) for segment in prompt)
+            usage, first = usage_values(completion.usage), first_texts(self._engine, self._work, completion)
+            answers[agent.name] = Answer(token_ids, completion.text, usage, parts, result, first)
+        return answers
+
+
+def drawn(engine: Engine, work: Work, mode: Mode, prompt: Sequence[Segment], row: Row) -> dict[str, int]:
+    """How many further answers of the referee are drawn in a mode, and how many of them are right."""
+    if not work.num_samples:
+        return {}
+    completion = engine.generate(prompt, work.drawing(), policy=mode.policy, variant=mode.variant)
+    right = sum(work.score(choice.text, {}, row).is_right for choice in completion.choices)
+    return {"drawn": work.num_samples, "right": right}
+
+
+def first_texts(engine: Engine, work: Work, completion: Completion) -> dict[str, float]:
+    """Log-probabilities of the texts that the task looks at, as first token."""
+    return probable_texts(engine, work.task.first_texts, completion.logprobs)
+
+
+def probable_texts(engine: Engine, wanted: Iterable[str], logprobs: Sequence[TokenLogprob] | None) -> dict[str, float]:
+    """Of those wanted, with spaces around or not, the log-probability as first token; the larger one of several."""
+    texts, found = frozenset(wanted), dict[str, float]()
+    for token_id, logprob in logprobs[0].top if logprobs and texts else ():  # the most probable one first
+        text = str(engine.tokenizer.decode([token_id])).strip()
+        if text in texts:
+            found.setdefault(text, logprob)
+    return found
+
+
+def publish_answer(engine: Engine, agent: str, answer: Answer) -> None:
+    """Compute an agent's prompt, answer and tool result exactly: the agents behind it can move them from here."""
+    behind = [Segment(answer.result, result_of(agent))] if answer.result else []
+    if answer.token_ids:
+        behind = [Segment(answer.token_ids, ANSWER), *behind]
+    engine.context((*answer.segments, *behind), policy=EXACTLY.policy).release()
+
+
+def publish_all(engine: Engine, answers: Mapping[str, Answer]) -> None:
+    """`publish_answer` for a whole team, in its order: the first reader of a text is the source for the others."""
+    for agent, answer in answers.items():
+        publish_answer(engine, agent, answer)

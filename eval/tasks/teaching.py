@@ -1,0 +1,121 @@
+"""Earning approximation: anchors and calibration from questions of their own, answered exactly beforehand.
+
+What was learned is kept in the run's folder, so that an interrupted run does not learn anew. Only the texts of the
+published estimator are not among it; they are read once more where they are needed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from eval.tasks.answering import AnsweringTeam, publish_all
+from eval.tasks.at_once import at_once
+from eval.tasks.modes import Mode
+from eval.tasks.samples import Answer, Sample, SampleFile
+from eval.tasks.serving import WIDTH, Advance
+from eval.tasks.work import Work
+from kvcomm import Engine, ReusePolicy
+from kvcomm.align.estimators import PaperEstimator
+
+PAPER, ROTATE = PaperEstimator.name, "rotate"
+FLOAT32_BYTES = 4
+
+
+@dataclass
+class Lesson:
+    """What an engine has to learn, and what it has learned.
+
+    Attributes:
+        estimators: that learn from questions.
+        policies: that are calibrated.
+        paper_tokens: of every question, those of which the published estimator keeps KV and offsets, all edges.
+    """
+
+    estimators: set[str]
+    policies: list[ReusePolicy]
+    paper_tokens: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, modes: Sequence[Mode], *, is_known: bool) -> Lesson:
+        """What modes need; all but the published estimator's texts may be known already."""
+        estimators = {mode.estimator for mode in modes if mode.estimator is not None} - {ROTATE}
+        policies = [mode.policy for mode in modes if mode.moves and mode.variant is None]
+        return cls(estimators & {PAPER}, []) if is_known else cls(estimators, policies)
+
+    def teach(self, engine: Engine, answer: Answer) -> int:
+        """Let an engine learn from one prompt; returns tokens kept by the published estimator."""
+        kept = 0
+        for name in sorted(self.estimators):
+            found = engine.learn(answer.segments, estimators=[name]).result()
+            kept += found if name == PAPER else 0
+        return kept
+
+    def calibrate(self, engine: Engine, answer: Answer) -> None:
+        """Let one prompt take part in contest and calibration."""
+        for policy in self.policies if answer.token_ids else ():
+            engine.calibrate(answer.segments, answer.token_ids, policy).result()
+
+
+def teach(
+    engine: Engine, work: Work, modes: Sequence[Mode], file: SampleFile, folder: Path, advance: Advance
+) -> dict[str, int]:
+    """Let an engine learn what modes that move text need to know. Advances by one for a question.
+
+    Args:
+        file: the exact runs to learn from; what is missing in it is answered now.
+        folder: what was learned.
+
+    Returns:
+        Bytes that each estimator holds then.
+    """
+    is_known = folder.exists()
+    if is_known:
+        engine.load_anchors(folder)
+    lesson = Lesson.of(modes, is_known=is_known)
+    num_questions = len(work.train) if lesson.policies else work.num_anchors if lesson.estimators else 0
+    advance(len(work.train) - num_questions)
+    for sample in _answered(engine, work, file, num_questions):
+        readers = list(sample.answers.values())[1:]
+        if sample.index < work.num_anchors:
+            lesson.paper_tokens.append(sum(lesson.teach(engine, answer) for answer in readers))
+        else:
+            for answer in readers:
+                lesson.calibrate(engine, answer)
+        advance(1)
+    if lesson.policies:
+        _keep(engine, folder)
+    return _held_bytes(engine, lesson)
+
+
+def _answered(engine: Engine, work: Work, file: SampleFile, num_questions: int) -> Iterator[Sample]:
+    """The exact runs of the first questions to learn from, each with its KV known while it is looked at."""
+    known, team = file.by_index(), AnsweringTeam(engine, work)
+    for first in range(0, num_questions, WIDTH):
+        indices = range(first, min(first + WIDTH, num_questions))
+        missing = [index for index in indices if index not in known]
+        for sample in at_once(engine, lambda index: team.answer(index, work.train[index]), missing, WIDTH):
+            file.add([sample])
+            known[sample.index] = sample
+        for index in indices:
+            publish_all(engine, known[index].answers)
+            yield known[index]
+        engine.clear_cache()
+
+
+def _keep(engine: Engine, folder: Path) -> None:
+    """Save what was learned; the folder appears whole or not at all."""
+    partial = folder.with_suffix(".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    engine.save_anchors(partial)
+    partial.rename(folder)
+
+
+def _held_bytes(engine: Engine, lesson: Lesson) -> dict[str, int]:
+    """The published estimator keeps source KV and offsets in float32, of a number of texts for every edge."""
+    banks = engine.reuse.anchors.banks(engine.namespace())
+    kv_bytes = FLOAT32_BYTES * engine.geometry.kv_bytes_per_token // engine.geometry.dtype.itemsize
+    kept = sum(lesson.paper_tokens[-PaperEstimator.max_texts :])
+    return {"token": sum(bank.snapshot().num_bytes for bank in banks), PAPER: 2 * kv_bytes * kept, ROTATE: 0}
