@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from kvcomm import __version__
-from kvcomm.cli import anchors, bench, context, doctor, model, segment, snapshot
+from kvcomm.cli import anchors, bench, context, doctor, model, segment, serve, snapshot
 from kvcomm.cli import run as run_cli
 from kvcomm.cli.output import emit_error
 from kvcomm.errors import InvalidRequest, KVCommError
@@ -37,6 +37,7 @@ app.add_typer(snapshot.app, name="snapshot")
 app.add_typer(anchors.app, name="anchors")
 app.add_typer(model.app, name="model")
 app.add_typer(bench.app, name="bench")
+app.add_typer(serve.app, name="serve")
 app.command("doctor")(doctor.doctor)
 
 

@@ -2,7 +2,8 @@
 
 Paths that tell nothing about tenants are open. `/admin` needs an admin's key, `/metrics` an admin's or a reader's (the
 counters there are those of all tenants together), everything else a tenant's. Without a key file every caller is the
-one default tenant, and the operator too: `kvcomm serve` then only listens on this machine.
+one default tenant, and the operator too: `kvcomm serve` then only listens on this machine, and only callers that mean
+this machine are let in, or any web page could use a name that points here (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from kvcomm.engine.engine import DEFAULT_TENANT
 from kvcomm.server.errors import ApiError
 from kvcomm.server.keys import KeyRing, Role
 from kvcomm.server.logs import notes_of
+from kvcomm.server.settings import is_loopback
 
 if TYPE_CHECKING:
     from kvcomm.server.tenants import Tenant
@@ -69,7 +71,7 @@ class Door:
         roles = roles_for(scope["path"])
         if not roles:
             return
-        name = DEFAULT_TENANT if self._keys is None else self._identify(self._keys, scope, roles)
+        name = _local_tenant(scope) if self._keys is None else self._identify(self._keys, scope, roles)
         scope["state"]["tenant"] = name
         if name is not None:
             notes_of(scope).tenant = name
@@ -90,6 +92,14 @@ class Door:
             )
             raise ApiError(403, "wrong_key", message)
         return record.tenant
+
+
+def _local_tenant(scope: Scope) -> str:
+    host = Headers(scope=scope).get("host", "")
+    name = host[1 : host.find("]")] if host.startswith("[") else host.partition(":")[0]
+    if not is_loopback(name):
+        raise ApiError(403, "wrong_host", f"a server without keys is only for this machine, not for Host {host!r}")
+    return DEFAULT_TENANT
 
 
 def _unauthorized(code: str, message: str) -> ApiError:

@@ -116,10 +116,21 @@ class KeyFile(BaseModel):
 
 @contextmanager
 def changing(file: Path) -> Iterator[KeyFile]:
-    """The key file, empty if there is none, kept from other processes that would change it too."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{file}.lock"):
+    """The key file, empty if there is none, kept from other processes that would change it too.
+
+    Raises:
+        KeyFileError: it cannot be read, or nothing can be written beside it.
+    """
+    lock = FileLock(f"{file}.lock")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise KeyFileError(f"key file {file} cannot be written: {error.strerror or error}") from error
+    try:
         yield KeyFile.read(file) if file.exists() else KeyFile()
+    finally:
+        lock.release()
 
 
 def add_key(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -16,8 +16,6 @@ from kvcomm.server.protocol import limited_protocol
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.state import ServerState
 
-logger = logging.getLogger("kvcomm.server")
-
 
 class DrainingServer(uvicorn.Server):
     """On SIGTERM or SIGINT: not ready, no new requests; those in flight end by themselves, for a while at most."""
@@ -27,9 +25,11 @@ class DrainingServer(uvicorn.Server):
         self._drain = drain
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain; a second SIGINT ends at once."""
+        """Begin to drain; a second SIGINT ends at once. `run` then returns: the process ends by itself, not by it."""
         self._drain()
-        super().handle_exit(sig, frame)
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self.should_exit = True
 
 
 def make_server(app: FastAPI) -> DrainingServer:
@@ -59,7 +59,7 @@ def make_server(app: FastAPI) -> DrainingServer:
 
 
 def bind(settings: ServerSettings) -> socket.socket:
-    """A listening socket, so that a taken port is an error of one line and port 0 is known before anybody asks.
+    """A socket to listen on, so that a taken port is an error of one line, before a model is loaded for it.
 
     Raises:
         InvalidRequest: the address cannot be listened on.
@@ -69,7 +69,6 @@ def bind(settings: ServerSettings) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((settings.host, settings.port))
-        listener.listen(2048)
     except OSError as error:
         listener.close()
         where = f"{settings.host}:{settings.port}"
@@ -78,6 +77,6 @@ def bind(settings: ServerSettings) -> socket.socket:
 
 
 def address_of(listener: socket.socket) -> str:
-    """URL of a listening socket."""
+    """URL of a socket to listen on."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -54,7 +54,7 @@ def make_client(engine: Engine) -> Iterator[MakeClient]:
 
     def make(*, keys: KeyRing | None = None, **settings: Any) -> TestClient:
         apps.append(make_app(engine, ServerSettings(model=MODEL, **settings), keys=keys))
-        return TestClient(apps[-1])
+        return TestClient(apps[-1], base_url="http://localhost")
 
     yield make
     for app in apps:

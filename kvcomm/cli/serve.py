@@ -1,0 +1,244 @@
+"""`kvcomm serve`: the OpenAI-compatible server, and the file of API keys that it reads."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvcomm.cli.output import JsonFlag, emit, table
+from kvcomm.errors import InvalidRequest, MissingExtra
+
+if TYPE_CHECKING:
+    from kvcomm.server.settings import Limits, ServerSettings
+
+EPILOG = (
+    "Examples: kvcomm serve; kvcomm serve --model smollm2-135m --port 8080 --max-requests 64; "
+    "kvcomm serve keys add ann --keys keys.json; kvcomm serve --host 0.0.0.0 --keys keys.json --config server.toml"
+)
+KEYS_EPILOG = (
+    "Examples: kvcomm serve keys add ann --keys keys.json --requests-per-minute 60; "
+    "kvcomm serve keys add root --role admin --keys keys.json; kvcomm serve keys ls --keys keys.json"
+)
+EXTRA_MODULES = ("fastapi", "uvicorn", "prometheus_client")
+
+app = typer.Typer(
+    help="Serve a model to OpenAI clients, with a shared KV cache.",
+    epilog=EPILOG,
+    invoke_without_command=True,
+    add_completion=False,
+)
+keys_app = typer.Typer(
+    help="API keys: a file of their hashes, which a running server follows.",
+    epilog=KEYS_EPILOG,
+    no_args_is_help=True,
+)
+app.add_typer(keys_app, name="keys")
+
+KeysFlag = Annotated[
+    Path, typer.Option("--keys", envvar="KVCOMM_SERVE_KEYS", metavar="FILE", help="The key file.", show_default=False)
+]
+
+
+@app.callback(epilog=EPILOG)
+def serve(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="MODEL", help="A packaged name, folder or hub id.")
+    ] = None,
+    served_name: Annotated[
+        str | None, typer.Option("--served-name", metavar="NAME", help="What clients call the model.")
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option("--host", help="Where to listen; 127.0.0.1 by default, others need --keys.")
+    ] = None,
+    port: Annotated[int | None, typer.Option("--port", help="8000 by default; 0 takes a free one.")] = None,
+    keys: Annotated[
+        Path | None, typer.Option("--keys", metavar="FILE", help="API keys made by `kvcomm serve keys add`.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", envvar="KVCOMM_SERVE_CONFIG", metavar="FILE", help="TOML with any setting."),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Such as cpu or cuda.")] = None,
+    pool_tokens: Annotated[int | None, typer.Option("--pool-tokens", metavar="N", help="Token slots of KV.")] = None,
+    max_requests: Annotated[
+        int | None, typer.Option("--max-requests", metavar="N", help="In flight at once; over it, 503.")
+    ] = None,
+    request_timeout: Annotated[
+        float | None, typer.Option("--request-timeout", metavar="SECONDS", help="For a whole answer; then 504.")
+    ] = None,
+    default_max_tokens: Annotated[
+        int | None, typer.Option("--default-max-tokens", metavar="N", help="Where the client does not say.")
+    ] = None,
+    log_level: Annotated[str | None, typer.Option("--log-level", help="debug, info, warning or error.")] = None,
+    log_prompts: Annotated[
+        bool | None, typer.Option("--log-prompts/--no-log-prompts", help="Write prompts and answers into the log.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Print the effective settings and end.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Serve a model to OpenAI clients, with a shared KV cache.
+
+    Settings come from flags, from KVCOMM_SERVE_* variables, from the file, in this order. The log is JSON on stderr.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from kvcomm.server.settings import load_settings
+
+    flags = {
+        "model": model,
+        "served_name": served_name,
+        "host": host,
+        "port": port,
+        "keys": keys,
+        "dtype": dtype,
+        "device": device,
+        "engine": None if pool_tokens is None else {"pool_tokens": pool_tokens},
+        "max_requests": max_requests,
+        "request_timeout_s": request_timeout,
+        "default_max_tokens": default_max_tokens,
+        "log_level": log_level,
+        "log_prompts": log_prompts,
+    }
+    environment = {name: text for name, text in os.environ.items() if name != "KVCOMM_SERVE_CONFIG"}
+    settings = load_settings(flags, environment, config)
+    settings.require_safe_address(has_keys=settings.keys is not None)
+    if check:
+        _print(settings, None, as_json=as_json)
+    else:
+        _require_extra()
+        _serve(settings, as_json=as_json)
+
+
+def _require_extra() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in EXTRA_MODULES if find_spec(name) is None]
+    if missing:
+        raise MissingExtra(f"the server needs {', '.join(missing)}: pip install 'kvcomm[server]'")
+
+
+def _serve(settings: ServerSettings, *, as_json: bool) -> None:
+    from logging.config import dictConfig
+
+    from kvcomm.server.keys import KeyRing
+    from kvcomm.server.logs import logging_config
+    from kvcomm.server.running import address_of, bind
+
+    # Mistakes are found before a model is loaded for them.
+    keys = KeyRing(settings.keys) if settings.keys is not None else None
+    listener = bind(settings)
+    dictConfig(logging_config(settings.log_level))
+    try:
+        from kvcomm.engine.engine import Engine
+        from kvcomm.server.app import make_app
+        from kvcomm.server.running import make_server
+
+        with Engine.load(
+            settings.model, dtype=settings.dtype, device=settings.device, config=settings.engine, progress=True
+        ) as engine:
+            server = make_server(make_app(engine, settings, keys=keys))
+            _print(settings, address_of(listener), as_json=as_json)
+            server.run(sockets=[listener])
+    finally:
+        listener.close()
+
+
+def _print(settings: ServerSettings, address: str | None, *, as_json: bool) -> None:
+    values = settings.printable()
+    rows = [[name, "" if value is None else str(value)] for name, value in _flat(values)]
+    title = "settings" if address is None else f"listening on {address}, model {settings.name!r}"
+    emit({"address": address, "settings": values}, table(["setting", "value"], rows, title=title), as_json=as_json)
+    sys.stdout.flush()
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return rows
+
+
+@keys_app.command("add", epilog=KEYS_EPILOG)
+def add(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the key; unique in its file.")],
+    keys: KeysFlag,
+    tenant: Annotated[
+        str | None, typer.Option("--tenant", metavar="NAME", help="Whose cache it uses; by default one of its own.")
+    ] = None,
+    role: Annotated[str, typer.Option("--role", help="tenant, admin or metrics.")] = "tenant",
+    requests_per_minute: Annotated[float | None, typer.Option("--requests-per-minute", metavar="N")] = None,
+    max_requests: Annotated[int | None, typer.Option("--max-requests", metavar="N", help="In flight at once.")] = None,
+    held_tokens: Annotated[
+        int | None, typer.Option("--held-tokens", metavar="N", help="That requests in flight may grow to.")
+    ] = None,
+    when_full: Annotated[
+        str | None, typer.Option("--when-full", help="queue or refuse requests over --held-tokens.")
+    ] = None,
+    cached_tokens: Annotated[
+        int | None, typer.Option("--cached-tokens", metavar="N", help="Of cached prefixes; over it, its own go.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a key, write its hash, and print the key: it is shown this once."""
+    from kvcomm.server.keys import Role, add_key
+
+    limits = {
+        "requests_per_minute": requests_per_minute,
+        "max_requests": max_requests,
+        "held_tokens": held_tokens,
+        "when_full": when_full,
+        "cached_tokens": cached_tokens,
+    }
+    try:
+        kind = Role(role)
+    except ValueError:
+        raise InvalidRequest(f"--role {role!r} is none of {', '.join(each.value for each in Role)}") from None
+    key = add_key(keys, name, role=kind, tenant=tenant, limits=_limits(limits))
+    emit({"name": name, "role": role, "key": key}, key, as_json=as_json)
+
+
+def _limits(given: dict[str, Any]) -> Limits | None:
+    from pydantic import ValidationError
+
+    from kvcomm.server.settings import Limits
+
+    values = {name: value for name, value in given.items() if value is not None}
+    try:
+        return Limits(**values) if values else None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        option = f"--{str(first['loc'][0]).replace('_', '-')}"
+        raise InvalidRequest(f"{option}: {first['msg']}, not {first['input']!r}") from error
+
+
+@keys_app.command("rm", epilog=KEYS_EPILOG)
+def remove(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the key.")], keys: KeysFlag, as_json: JsonFlag = False
+) -> None:
+    """Take a key out of the file; a running server refuses it within a second."""
+    from kvcomm.server.keys import remove_key
+
+    record = remove_key(keys, name)
+    emit({"removed": record.name}, f"removed {record.name}", as_json=as_json)
+
+
+@keys_app.command("ls", epilog=KEYS_EPILOG)
+def list_keys(keys: KeysFlag, as_json: JsonFlag = False) -> None:
+    """List the keys of a file: names, roles, tenants and limits; nobody can list the keys themselves."""
+    from kvcomm.server.keys import KeyFile
+
+    records = KeyFile.read(keys).keys
+    rows = []
+    for record in records:
+        limits = record.limits.model_dump(exclude_unset=True) if record.limits else {}
+        said = ", ".join(f"{name}={value}" for name, value in limits.items() if value is not None)
+        rows.append([record.name, record.role.value, record.tenant, record.created, said])
+    values = [record.model_dump(mode="json", exclude={"sha256"}) for record in records]
+    emit({"keys": values}, table(["name", "role", "tenant", "created", "limits"], rows), as_json=as_json)

@@ -1,0 +1,321 @@
+"""A real uvicorn: clients that go away, drains, full servers, deadlines, bodies that are too large or too slow."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2
+import pytest
+
+from kvcomm.engine.engine import Engine
+from kvcomm.engine.handle import RequestHandle
+from kvcomm.server.keys import KeyRing, add_key
+from kvcomm.server.prompts import PromptMaker
+from kvcomm.server.schemas.chat import ChatRequest
+from kvcomm.server.settings import Limits, ServerSettings
+from tests.server.conftest import MODEL, chat
+from tests.server.live import PATIENCE_S, Live, read_all, serving, wait_for
+
+CHAT = "/v1/chat/completions"
+LONG = chat(max_tokens=400, ignore_eos=True)
+
+
+def settings(**fields: Any) -> ServerSettings:
+    """Settings of a test server."""
+    return ServerSettings(model=MODEL, port=0, **fields)
+
+
+def encoded(body: dict[str, Any]) -> bytes:
+    """A body as it goes over the wire."""
+    return json.dumps(body).encode()
+
+
+@pytest.fixture
+def live(engine: Engine) -> Iterator[Live]:
+    """A server with small limits."""
+    limits = {
+        "max_body_bytes": 2000,
+        "body_timeout_s": 0.3,
+        "header_timeout_s": 0.3,
+        "keep_alive_s": 1,
+        "max_requests": 2,
+    }
+    with serving(engine, settings(**limits)) as made:
+        yield made
+        wait_for(lambda: made.state.admission.num_in_flight == 0)
+
+
+@pytest.fixture
+def stalled(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """The engine stops before every step until the event is set, so that requests stay in flight."""
+    go_on = threading.Event()
+    step = engine.scheduler.step
+
+    def stalling_step() -> None:
+        while not go_on.wait(0.005) and not any(request.is_cancelled for request in engine.scheduler.requests()):
+            pass
+        step()
+
+    monkeypatch.setattr(engine.scheduler, "step", stalling_step)
+    yield go_on
+    go_on.set()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_pages(live: Live, engine: Engine, stream: bool) -> None:
+    """Its request ends at the next step, long before its 400 tokens; all its pages come back."""
+    cancelled: list[int] = []
+    cancel = RequestHandle.cancel
+
+    def recorded(handle: RequestHandle) -> None:
+        if not handle.done:
+            cancelled.append(handle.request_id)
+        cancel(handle)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RequestHandle, "cancel", recorded)
+        connection = live.post(encoded({**LONG, "stream": stream}))
+        if stream:
+            assert connection.recv(100)
+        wait_for(lambda: engine.scheduler.num_running == 1)
+        connection.close()
+        wait_for(lambda: live.state.admission.num_in_flight == 0)
+    assert cancelled
+    engine.check_integrity()
+    assert engine.memory_stats().num_in_requests == 0
+
+
+def test_clients_that_go_away_at_any_moment(live: Live, engine: Engine) -> None:
+    for index in range(40):
+        connection = live.post(encoded({**LONG, "stream": True}))
+        if index % 3:
+            connection.recv(1 + 100 * (index % 7))
+        connection.close()
+    wait_for(lambda: live.state.admission.num_in_flight == 0)
+    engine.check_integrity()
+    assert engine.memory_stats().num_in_requests == 0
+    assert httpx2.post(live.url + CHAT, json=chat(), timeout=PATIENCE_S).status_code == 200
+
+
+def test_a_full_server_refuses_at_once(live: Live, stalled: threading.Event) -> None:
+    waiting = [live.post(encoded(chat())) for _ in range(2)]
+    wait_for(lambda: live.state.admission.num_in_flight == 2)
+    refused = httpx2.post(live.url + CHAT, json=chat(), timeout=PATIENCE_S)
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "overloaded"
+    assert int(refused.headers["retry-after"]) >= 1
+    assert httpx2.get(live.url + "/ready").status_code == 503
+    assert httpx2.get(live.url + "/health").status_code == 200
+    stalled.set()
+    for connection in waiting:
+        assert connection.recv(12) == b"HTTP/1.1 200"
+        connection.close()
+    assert httpx2.get(live.url + "/ready").status_code == 200
+
+
+def test_draining_lets_requests_end(engine: Engine, stalled: threading.Event) -> None:
+    """SIGTERM: what is in flight is answered in full, a stream to its end; nothing new is let in."""
+    with serving(engine, settings()) as live:
+        kept = httpx2.Client(base_url=live.url, timeout=PATIENCE_S)
+        assert kept.get("/ready").status_code == 200
+        streaming = live.post(encoded(chat(stream=True)))
+        whole = live.post(encoded(chat()))
+        wait_for(lambda: live.state.admission.num_in_flight == 2)
+        live.state.admission.drain()
+        assert kept.get("/ready").status_code == 503
+        refused = kept.post(CHAT, json=chat())
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        assert refused.headers["connection"] == "close"
+        kept.close()
+        live.server.handle_exit(signal.SIGTERM, None)
+        stalled.set()
+        assert read_all(streaming).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert b'"finish_reason":"length"' in read_all(whole)
+        streaming.close()
+        whole.close()
+    assert not live.server.force_exit
+
+
+def test_a_drain_has_an_end(engine: Engine, stalled: threading.Event) -> None:
+    with serving(engine, settings(drain_timeout_s=1)) as live:
+        connection = live.post(encoded(LONG))
+        wait_for(lambda: live.state.admission.num_in_flight == 1)
+        live.server.handle_exit(signal.SIGTERM, None)
+        read_all(connection)
+        connection.close()
+        wait_for(lambda: live.state.admission.num_in_flight == 0)
+
+
+def test_a_second_interrupt_ends_at_once(engine: Engine) -> None:
+    with serving(engine, settings()) as live:
+        live.server.handle_exit(signal.SIGINT, None)
+        assert not live.server.force_exit
+        live.server.handle_exit(signal.SIGINT, None)
+        assert live.server.force_exit
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_deadline(engine: Engine, stalled: threading.Event, stream: bool) -> None:
+    with serving(engine, settings(request_timeout_s=0.2)) as live:
+        response = httpx2.post(live.url + CHAT, json=chat(stream=stream), timeout=PATIENCE_S)
+        assert response.status_code == 504
+        assert response.json()["error"]["code"] == "request_timeout"
+        wait_for(lambda: live.state.admission.num_in_flight == 0)
+
+
+def test_a_deadline_in_the_middle_of_a_stream(
+    engine: Engine, stalled: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The status is out already: the stream ends with an error in place of [DONE]."""
+    stalled.set()
+    num_steps = [0]
+    step = engine.scheduler.step
+
+    def first_steps() -> None:
+        num_steps[0] += 1
+        if num_steps[0] == 5:
+            stalled.clear()
+        step()
+
+    monkeypatch.setattr(engine.scheduler, "step", first_steps)
+    with serving(engine, settings(request_timeout_s=0.5)) as live:
+        response = httpx2.post(live.url + CHAT, json={**LONG, "stream": True}, timeout=PATIENCE_S)
+        assert response.status_code == 200
+        *chunks, last = [line for line in response.text.split("\n") if line]
+        assert len(chunks) > 1
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "request_timeout"
+        wait_for(lambda: live.state.admission.num_in_flight == 0)
+
+
+def padded(num_bytes: int) -> bytes:
+    """A valid request of exactly so many bytes."""
+    body = encoded(chat(user=""))
+    return body.replace(b'"user": ""', b'"user": "' + b"x" * (num_bytes - len(body)) + b'"')
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_the_largest_body(live: Live, chunked: bool) -> None:
+    def send(body: bytes) -> httpx2.Response:
+        content = iter([body[:700], body[700:]]) if chunked else body
+        headers = {"content-type": "application/json"}
+        return httpx2.post(live.url + CHAT, content=content, headers=headers, timeout=PATIENCE_S)
+
+    assert send(padded(2000)).status_code == 200
+    refused = send(padded(2001))
+    assert refused.status_code == 413
+    assert refused.json()["error"]["code"] == "body_too_large"
+
+
+def test_ten_megabytes_are_refused_before_they_come(live: Live) -> None:
+    connection = live.connect()
+    connection.sendall(b"POST " + CHAT.encode() + b" HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10000000\r\n\r\n")
+    assert connection.recv(12) == b"HTTP/1.1 413"
+    connection.close()
+
+
+def test_an_endless_body_is_cut_off(live: Live) -> None:
+    connection = live.connect()
+    head = b" HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+    connection.sendall(b"POST " + CHAT.encode() + head + b"400\r\n" + b"x" * 1024 + b"\r\n" + b"400\r\n" + b"x" * 1024)
+    assert connection.recv(12) == b"HTTP/1.1 413"
+    connection.close()
+
+
+def test_a_slow_body(live: Live) -> None:
+    connection = live.connect()
+    head = b" HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n"
+    connection.sendall(b"POST " + CHAT.encode() + head + b"{")
+    answer = read_all(connection)
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"body_timeout" in answer
+    connection.close()
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize("sent", [b"", HEALTH[:30], HEALTH + HEALTH[:9]])
+def test_slow_headers(live: Live, sent: bytes) -> None:
+    """A connection without complete headers is closed, also the second request of one."""
+    connection = live.connect()
+    if sent:
+        connection.sendall(sent)
+    answer = read_all(connection)
+    assert answer.startswith(b"HTTP/1.1 200") == (len(sent) > len(HEALTH))
+    connection.close()
+
+
+def test_many_slow_clients_do_not_hold_up_others(live: Live) -> None:
+    slow = [live.connect() for _ in range(50)]
+    for connection in slow:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nx-")
+    assert httpx2.post(live.url + CHAT, json=chat(), timeout=PATIENCE_S).status_code == 200
+    for connection in slow:
+        assert read_all(connection) == b""
+        connection.close()
+
+
+def test_a_kept_connection_serves_again(live: Live) -> None:
+    with httpx2.Client(base_url=live.url, timeout=PATIENCE_S) as kept:
+        for _ in range(3):
+            assert kept.post(CHAT, json=chat()).status_code == 200
+
+
+def test_a_full_tenant(engine: Engine, stalled: threading.Event, key_file: Any) -> None:
+    """One tenant waits for its own room, one is told to come back; others are served meanwhile."""
+    (prompt,) = PromptMaker(engine).chat(ChatRequest.model_validate(chat()))
+    need = len(prompt.token_ids) + 6
+    limits = Limits(held_tokens=2 * need - 1)
+    ann = add_key(key_file, "ann", limits=limits.model_copy(update={"when_full": "queue"}))
+    bob = add_key(key_file, "bob", limits=limits.model_copy(update={"when_full": "refuse"}))
+    with serving(engine, settings(queue_timeout_s=PATIENCE_S), keys=KeyRing(key_file)) as live:
+        tenants = {key: live.state.tenants.get(name) for key, name in ((ann, "ann"), (bob, "bob"))}
+        answers: dict[tuple[str, int], httpx2.Response] = {}
+
+        def ask(key: str, index: int) -> None:
+            headers = {"authorization": f"Bearer {key}"}
+            answers[key, index] = httpx2.post(live.url + CHAT, json=chat(), headers=headers, timeout=PATIENCE_S)
+
+        threads = [threading.Thread(target=ask, args=(key, index)) for key in (ann, bob) for index in range(2)]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: len(answers) == 1 and all(tenant.num_requests == 1 for tenant in tenants.values()))
+        ((key, _),) = answers
+        (refused,) = answers.values()
+        assert key == bob
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "quota_exceeded"
+        assert "retry-after" in refused.headers
+        stalled.set()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        assert sorted(answer.status_code for answer in answers.values()) == [200, 200, 200, 429]
+
+
+def test_waiting_for_room_has_an_end(engine: Engine, stalled: threading.Event) -> None:
+    limits = Limits(held_tokens=50)
+    with serving(engine, settings(queue_timeout_s=0.2, limits=limits)) as live:
+        first = live.post(encoded(chat()))
+        wait_for(lambda: live.state.admission.num_in_flight == 1)
+        late = httpx2.post(live.url + CHAT, json=chat(), timeout=PATIENCE_S)
+        assert (late.status_code, late.json()["error"]["code"]) == (429, "quota_exceeded")
+        never = httpx2.post(live.url + CHAT, json=chat(max_tokens=60), timeout=PATIENCE_S)
+        assert (never.status_code, never.json()["error"]["code"]) == (400, "request_too_large")
+        stalled.set()
+        assert first.recv(12) == b"HTTP/1.1 200"
+        first.close()
+
+
+def test_requests_of_a_tenant_are_bounded(engine: Engine, stalled: threading.Event) -> None:
+    with serving(engine, settings(limits=Limits(max_requests=1))) as live:
+        first = live.post(encoded(chat()))
+        wait_for(lambda: live.state.admission.num_in_flight == 1)
+        second = httpx2.post(live.url + CHAT, json=chat(), timeout=PATIENCE_S)
+        assert (second.status_code, second.json()["error"]["code"]) == (429, "too_many_requests")
+        stalled.set()
+        assert first.recv(12) == b"HTTP/1.1 200"
+        first.close()
