@@ -1,0 +1,91 @@
+"""The OpenAPI document says what the server does: operations, statuses, security, and schemas that match answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from jsonschema_rs import Draft202012Validator
+from starlette.testclient import TestClient
+
+from tests.server.conftest import chat, completion
+
+
+@pytest.fixture
+def document(client: TestClient) -> dict[str, Any]:
+    """The document."""
+    return dict(client.get("/openapi.json").json())
+
+
+def validator(document: dict[str, Any], name: str) -> Draft202012Validator:
+    """A validator of one of its schemas."""
+    return Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": document["components"]})
+
+
+def test_every_operation_is_named_and_none_answers_422(document: dict[str, Any]) -> None:
+    ids = []
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            ids.append(operation["operationId"])
+            assert "422" not in operation["responses"], path
+            assert operation.get("security") == (None if path in OPEN else [{"HTTPBearer": []}]), path
+            if path not in OPEN:
+                assert {"401", "403"} <= set(operation["responses"]), path
+    assert len(set(ids)) == len(ids)
+
+
+OPEN = {"/health", "/ready", "/version"}
+
+
+def test_no_reference_dangles(document: dict[str, Any]) -> None:
+    names = set(document["components"]["schemas"])
+
+    def references(value: Any) -> set[str]:
+        if isinstance(value, dict):
+            own = {value["$ref"].rsplit("/", 1)[1]} if isinstance(value.get("$ref"), str) else set()
+            return own.union(*map(references, value.values()))
+        return set().union(*map(references, value)) if isinstance(value, list) else set()
+
+    assert references(document) == names
+
+
+@pytest.mark.parametrize(
+    ("path", "request_schema", "response_schema", "body"),
+    [
+        ("/v1/chat/completions", "ChatRequest", "ChatCompletion", chat(logprobs=True, top_logprobs=1, n=2)),
+        ("/v1/completions", "CompletionRequest", "TextCompletion", completion(logprobs=1, prompt=["a", "b"])),
+    ],
+)
+def test_answers_match_their_schema(
+    client: TestClient, document: dict[str, Any], path: str, request_schema: str, response_schema: str, body: Any
+) -> None:
+    validator(document, request_schema).validate(body)
+    validator(document, response_schema).validate(client.post(path, json=body).json())
+    validator(document, "ErrorResponse").validate(client.post(path, json={}).json())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"nonsense": 1},
+        {"temperature": "1"},
+        {"temperature": 2.1},
+        {"presence_penalty": 1},
+        {"response_format": {"type": "json_object"}},
+        {"top_logprobs": 1},
+        {"stream_options": {}},
+        {"stream_options": {}, "stream": False},
+        {"n": 17},
+        {"stop": [""]},
+        {"messages": [{"role": "user", "content": []}]},
+        {"prompt_cache_options": {"ttl": "25h"}},
+        {"reuse": {"confidence": 1}},
+        {"tool_choice": "required"},
+    ],
+)
+def test_what_is_refused_is_outside_the_schema(
+    client: TestClient, document: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    body = chat(**fields)
+    assert not validator(document, "ChatRequest").is_valid(body)
+    assert client.post("/v1/chat/completions", json=body).status_code == 400
