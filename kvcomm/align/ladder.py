@@ -1,7 +1,7 @@
 """The ladder: which of the moved tokens a rung recomputes.
 
-A rung is a share of the moved tokens, and it takes the most important ones (see `importance`). Costlier rungs hold all of
-the cheaper ones.
+A rung is a share of the moved tokens, and it takes the most important ones (see `importance`). Costlier rungs hold all
+of the cheaper ones.
 """
 
 from __future__ import annotations

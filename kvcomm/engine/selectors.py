@@ -1,8 +1,8 @@
 """Selectors: which of the moved tokens to recompute, given a share.
 
-`attention` is what rungs use: the most important tokens, by attention and expected error. The others are for comparison:
-`influence` (whole segments, the most important first), `head` (EPIC, arXiv 2410.15332: the first tokens of every
-segment), `deviation` (CacheBlend, arXiv 2405.16444: the tokens whose KV differ most in the second layer).
+`attention` is what rungs use: the most important tokens, by attention and expected error. The others are for
+comparison: `influence` (whole segments, the most important first), `head` (EPIC, arXiv 2410.15332: the first tokens of
+every segment), `deviation` (CacheBlend, arXiv 2405.16444: the tokens whose KV differ most in the second layer).
 """
 
 from __future__ import annotations
