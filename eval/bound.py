@@ -4,28 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from eval.figures import Figure
 from kvcomm.align.calibration import Calibration
-from kvcomm.engine.replay import Outcome
+from kvcomm.align.serving import Rungs, serve
 
 BOUNDS = ((0.02, 0.05), (0.05, 0.05))
-
-
-class Rungs(NamedTuple):
-    """One prompt: its moved tokens, and what each rung of the ladder gave."""
-
-    num_moved: int
-    outcomes: Sequence[Outcome]
-
-
-class Served(NamedTuple):
-    """What an accepted request would have got."""
-
-    divergence: float
-    num_moved: int
-    num_aligned: int
 
 
 def bound_figures(
@@ -48,19 +32,3 @@ def bound_figures(
         Figure(f"accepted_{name}", count / max(1, len(answered)), "share"),
         Figure(f"accepted_{name}_requests", count, "requests", goal="200"),
     ]
-
-
-def serve(calibration: Calibration, prompt: Rungs, epsilon: float, delta: float) -> Served | None:
-    """What the planner does: the chosen rung, unless the text is too far off; the next one while probes are.
-
-    None: computed exactly.
-    """
-    rung = calibration.choose(epsilon, delta)
-    limit = calibration.distance_limit
-    if rung is None or limit is None or prompt.outcomes[0].distance > limit:
-        return None
-    for index in range(rung, len(prompt.outcomes)):
-        outcome, residual_limit = prompt.outcomes[index], calibration.residual_limit(index)
-        if outcome.residual is None or (residual_limit is not None and outcome.residual <= residual_limit):
-            return Served(outcome.divergence, prompt.num_moved, prompt.num_moved - outcome.num_recomputed)
-    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,6 +20,9 @@ POSITIVE = (
     "max_running",
     "anchor_bytes",
     "contest_prompts",
+    "neighbors",
+    "sketch_groups",
+    "sketch_layers",
 )
 """Settings that are at least 1."""
 
@@ -39,6 +43,10 @@ class EngineConfig:
         anchor_bytes: of offsets that one edge keeps at most.
         contest_prompts: prompts on which an edge group decides how strongly to correct, before it is calibrated.
         idle_after_s: seconds without any request before idle work goes on: the next agent of a team asks at once.
+        neighbors: anchor tokens by which each moved token is corrected.
+        alpha: factors on the correction: one for all layers, or one per group of layers that looks for neighbors.
+        sketch_groups: groups of consecutive layers that look for their own neighbors.
+        sketch_layers: layers per group by whose KV neighbors are found.
         cache: False switches prefix reuse off (contexts and forks still share).
     """
 
@@ -53,6 +61,10 @@ class EngineConfig:
     anchor_bytes: int = 16 * 2**20
     contest_prompts: int = NUM_CONTESTED
     idle_after_s: float = 0.05
+    neighbors: int = 8
+    alpha: tuple[float, ...] = (1.0,)
+    sketch_groups: int = 3
+    sketch_layers: int = 5
     cache: bool = True
 
     def __post_init__(self) -> None:
@@ -63,6 +75,9 @@ class EngineConfig:
             raise InvalidRequest(f"pool_tokens={self.pool_tokens} is less than one page of {self.page_size}")
         if self.cache_ttl_s is not None and self.cache_ttl_s <= 0:
             raise InvalidRequest(f"cache_ttl_s must be positive, not {self.cache_ttl_s}")
+        object.__setattr__(self, "alpha", tuple(self.alpha))
+        if not self.alpha or not all(math.isfinite(each) and each >= 0 for each in self.alpha):
+            raise InvalidRequest(f"alpha must be finite factors >= 0, one or one per group, not {self.alpha!r}")
         if not self.idle_after_s >= 0:
             raise InvalidRequest(f"idle_after_s must be at least 0, not {self.idle_after_s}")
 

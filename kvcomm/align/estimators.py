@@ -128,6 +128,7 @@ class TokenSettings(NamedTuple):
         temperature: of the softmax over negative distances, each relative to the token's mean distance.
         min_tokens: anchor tokens below which an edge is not used.
         mature_tokens: anchor tokens from which on an edge is calibrated instead of taught, if its bank holds as many.
+        alphas: factors on `alpha`, one per group of layers; empty: all 1.
     """
 
     k: int = 8
@@ -135,6 +136,7 @@ class TokenSettings(NamedTuple):
     temperature: float = 4.0
     min_tokens: int = 64
     mature_tokens: int = 1200
+    alphas: tuple[float, ...] = ()
 
 
 class TokenEstimator:
@@ -198,7 +200,10 @@ class _TokenCorrection:
         distances, indices = self._snapshot.nearest(self._sketcher(layers, source, index), self._settings.k)
         weights = neighbor_weights(distances, self._settings.temperature)
         if self._settings.alpha:
-            neighbors = Neighbors(indices, weights * self._settings.alpha, self._sketcher.group_of_layer)
+            scaled = weights * self._settings.alpha
+            if self._settings.alphas:
+                scaled *= torch.tensor(self._settings.alphas, device=scaled.device)[:, None, None]
+            neighbors = Neighbors(indices, scaled, self._sketcher.group_of_layer)
             self._ops.align(layers, source, target, self._snapshot.offsets, neighbors)
         else:
             self._ops.rotate(layers, source, target)
@@ -210,6 +215,7 @@ class _TokenCorrection:
         layer_ids = damaged_layers(num_layers)
         group = self._sketcher.group_of_layer[layer_ids[len(layer_ids) // 2]]
         k, alpha, temperature = self._settings.k, self._settings.alpha, self._settings.temperature
+        alpha *= self._settings.alphas[group] if self._settings.alphas else 1.0
         known = self._snapshot.errors.get(alpha)
         if known is None:
             known = anchor_errors(self._snapshot, layer_ids, group, k=k, alpha=alpha, temperature=temperature)

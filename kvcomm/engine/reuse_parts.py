@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,11 @@ from threading import RLock
 from typing import Self
 
 from kvcomm.align.bank import AnchorStore, BankShape
-from kvcomm.align.estimators import Estimator, PaperEstimator, RotateEstimator, TokenEstimator
+from kvcomm.align.estimators import Estimator, PaperEstimator, RotateEstimator, TokenEstimator, TokenSettings
 from kvcomm.align.groups import GroupBook
 from kvcomm.align.ops.choice import Ops, make_ops
 from kvcomm.align.profile_file import Profile, load_profile, save_profile
-from kvcomm.align.sketch import Sketcher
+from kvcomm.align.sketch import Sketcher, SketchSettings
 from kvcomm.align.spans import layer_stores
 from kvcomm.config import EngineConfig
 from kvcomm.engine.cost import ReuseCost, cached_cost, machine_label, measure_cost
@@ -24,7 +25,7 @@ from kvcomm.engine.replay import Replayer
 from kvcomm.engine.request import Request
 from kvcomm.engine.reuse import Reuse
 from kvcomm.engine.study import IdleWork
-from kvcomm.errors import AnchorFileForeign
+from kvcomm.errors import AnchorFileForeign, InvalidRequest
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
 from kvcomm.model.cache_folder import cache_root
@@ -34,7 +35,12 @@ from kvcomm.model.runner import ModelRunner
 
 @dataclass(frozen=True, eq=False)
 class ReuseParts:
-    """What plans, learns, replays and works in idle time, and what they have learned."""
+    """What plans, learns, replays and works in idle time, and what they have learned.
+
+    Attributes:
+        estimation: digest of settings of estimators and sketches other than the defaults; empty: all are. Part of the
+            namespace of files, since anchors and calibrations hold for these settings only.
+    """
 
     ops: Ops
     anchors: AnchorStore
@@ -45,6 +51,7 @@ class ReuseParts:
     replayer: Replayer
     learner: Learner
     idle: IdleWork
+    estimation: str = ""
 
     @classmethod
     def make(
@@ -63,13 +70,16 @@ class ReuseParts:
         layers = layer_stores(memory.pool, geometry)
         device = memory.pool.keys[0].device
         ops = make_ops("auto", device)
-        sketcher = Sketcher(geometry)
+        sketcher = Sketcher(
+            geometry, SketchSettings(num_groups=config.sketch_groups, layers_per_group=config.sketch_layers)
+        )
+        settings = _token_settings(config, sketcher.num_groups)
         anchors = AnchorStore(
             BankShape.of(geometry, num_groups=sketcher.num_groups, dim=sketcher.settings.dim),
             max_bank_bytes=config.anchor_bytes,
         )
         known: tuple[Estimator, ...] = (
-            TokenEstimator(anchors, sketcher, ops),
+            TokenEstimator(anchors, sketcher, ops, settings),
             RotateEstimator(ops),
             PaperEstimator(),
         )
@@ -88,19 +98,26 @@ class ReuseParts:
         learner = Learner(
             memory, layers, planner, replayer, idle, chunk=config.prefill_chunk, end_token_ids=end_token_ids
         )
-        return cls(ops, anchors, groups, cost, estimators, planner, replayer, learner, idle)
+        estimation = _estimation_label(settings, sketcher.settings)
+        return cls(ops, anchors, groups, cost, estimators, planner, replayer, learner, idle, estimation)
+
+    def file_namespace(self, namespace: str) -> str:
+        """Whose files these are: the tenant's, and under other settings than the defaults only of engines with them."""
+        return hashlib.sha256(f"{namespace} {self.estimation}".encode()).hexdigest() if self.estimation else namespace
 
     def save(self, folder: Path, namespace: str) -> Profile:
         """Write what a tenant has learned. Under the lock. Raises AnchorFileError."""
         banks = [bank.snapshot() for bank in self.anchors.banks(namespace)]
-        return save_profile(folder, namespace, self.anchors.shape, banks, self.groups.groups(namespace))
+        return save_profile(
+            folder, self.file_namespace(namespace), self.anchors.shape, banks, self.groups.groups(namespace)
+        )
 
     def load(self, folder: Path, namespace: str) -> Profile:
         """Take over what a folder holds, all of it or nothing, in place of what is known of the same edges and groups.
 
         Under the lock. Raises AnchorFileError and its subclasses.
         """
-        profile = load_profile(folder, namespace=namespace, shape=self.anchors.shape)
+        profile = load_profile(folder, namespace=self.file_namespace(namespace), shape=self.anchors.shape)
         too_large = [bank for bank in profile.banks if bank.num_tokens > self.anchors.max_bank_tokens]
         if too_large:
             raise AnchorFileForeign(
@@ -118,3 +135,20 @@ class ReuseParts:
         yield from self.planner.pages_held(requests)
         yield from self.idle.pages_held()
         yield from self.replayer.pages_held()
+
+
+def _token_settings(config: EngineConfig, num_groups: int) -> TokenSettings:
+    """Raises InvalidRequest if there are several factors, but not one per group of layers."""
+    if len(config.alpha) == 1:
+        return TokenSettings(k=config.neighbors, alpha=config.alpha[0])
+    if len(config.alpha) != num_groups:
+        raise InvalidRequest(
+            f"alpha={config.alpha!r} must be one factor or one for each of {num_groups} groups of layers"
+        )
+    return TokenSettings(k=config.neighbors, alphas=config.alpha)
+
+
+def _estimation_label(token: TokenSettings, sketch: SketchSettings) -> str:
+    if (token, sketch) == (TokenSettings(), SketchSettings()):
+        return ""
+    return hashlib.sha256(json.dumps([token, sketch]).encode()).hexdigest()
