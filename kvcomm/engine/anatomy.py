@@ -146,10 +146,7 @@ class _Dissector(Learner):
             raise InvalidRequest(f"estimator {variant.estimator!r} knows nothing about some segment of this prompt")
         recomputed = NOTHING
         if variant.share:
-            estimator = variant.estimator, variant.strength
-            if estimator not in unchanged:  # what the estimator gives when nothing is recomputed
-                unchanged[estimator] = self._replay(trial, case, exact, case.moves, *estimator)
-            recomputed = self._chosen(trial, case, variant, unchanged[estimator])
+            recomputed = self._recomputed(trial, case, exact, variant, unchanged)
         forced = case.forced
         sequence = KVSequence(self._pool, forced)
         with self._replayer.borrowed(sequence, case.sequence, case.moves[0].start, 0):

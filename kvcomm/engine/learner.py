@@ -405,21 +405,30 @@ class Learner:
         variant: Variant,
         unchanged: dict[tuple[str, float], Replay],
     ) -> Outcome:
-        """One way to reuse a prompt; `unchanged` keeps what the estimators give when nothing is recomputed."""
+        """One way to reuse a prompt; see `_recomputed`."""
+        recomputed = self._recomputed(trial, case, exact, variant, unchanged)
         estimator = variant.estimator, variant.strength
-        if estimator not in unchanged:
-            unchanged[estimator] = self._replay(trial, case, exact, case.moves, *estimator)
-        recomputed = self._chosen(trial, case, variant, unchanged[estimator])
         if not len(recomputed):
             return unchanged[estimator].outcome
         return self._replay(trial, case, exact, case.moves, *estimator, recomputed).outcome
 
-    def _chosen(self, trial: _Trial, case: Case, variant: Variant, unchanged: Replay) -> IntArray:
-        """Positions that a variant recomputes, from what its estimator gives when nothing is."""
+    def _recomputed(
+        self,
+        trial: _Trial,
+        case: Case,
+        exact: Tensor,
+        variant: Variant,
+        unchanged: dict[tuple[str, float], Replay],
+    ) -> IntArray:
+        """Positions that a variant recomputes; `unchanged` keeps what estimators give when nothing is recomputed."""
+        estimator = variant.estimator, variant.strength
+        if estimator not in unchanged:
+            unchanged[estimator] = self._replay(trial, case, exact, case.moves, *estimator)
         with self._lock:
             key = GroupKey.of(case.moves, variant.estimator, ())
-            scores = unchanged.scores(self._reuse.groups.head_weights(trial.namespace, key))
-        return SELECTORS[variant.selector](SelectorView(case, self._replayer, scores), variant.share)
+            head_weights = self._reuse.groups.head_weights(trial.namespace, key)
+        view = SelectorView(case, self._replayer, unchanged[estimator].scores(head_weights))
+        return SELECTORS[variant.selector](view, variant.share)
 
     def _audit(self, trial: _Trial) -> Steps:
         """Compute an approximate request exactly and hold what was served against it."""
