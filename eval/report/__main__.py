@@ -3,7 +3,7 @@
     python -m eval.report A B
 
 A and B are folders of task evaluations, or their report.json. Prints every figure of both and which settings differ;
-where both were asked the same questions and their answers are at hand, also how the answers of each mode differ, paired.
+where both were asked the same questions and their answers are at hand, also how each mode's answers differ, paired.
 """
 
 from __future__ import annotations

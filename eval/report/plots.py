@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import NullFormatter
 
 from eval.tasks.analysis import ModeResult
 from eval.tasks.modes import DENSE, MODES
@@ -123,7 +124,7 @@ def divergence_plot(results: Sequence[ModeResult]) -> str:
             axes.plot(at, divergence, linestyle="", **_look(mode), label=mode)
         _join(pareto([(at, divergence) for at, divergence, _ in points]), axes)
         _label(axes, "share of prompt tokens computed", "mean divergence, nats")
-        axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
+        _log_from_zero(axes)
         axes.set_ylim(bottom=-LINEAR_BELOW / 5)
         axes.set_xlim(0, 1.05)
 
@@ -159,7 +160,7 @@ def position_plot(results: Sequence[ModeResult]) -> str:
             places = np.arange(1, len(each.damage.by_position) + 1)
             axes.plot(places, each.damage.by_position, **_look(each.mode, size=3), label=each.mode)
         _label(axes, "token of the answer", "divergence, nats")
-        axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
+        _log_from_zero(axes)
         axes.set_ylim(bottom=0)
 
     return _svg(draw)
@@ -208,10 +209,15 @@ def prediction_plot(result: ModeResult) -> str:
 
     def draw(axes: Axes) -> None:
         predicted, measured = (np.maximum(values, 1e-6) for values in np.array(result.damage.predictions).T)
-        axes.loglog(predicted, measured, linestyle="", alpha=0.6, **_look(result.mode, size=4), label=result.mode)
+        axes.plot(predicted, measured, linestyle="", alpha=0.6, **_look(result.mode, size=4), label=result.mode)
         ends = [min(predicted.min(), measured.min()), max(predicted.max(), measured.max())]
         axes.plot(ends, ends, "--", color=TEXT, alpha=0.5, linewidth=1)
         _label(axes, "predicted, nats", "measured, nats")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
 
     return _svg(draw)
 
@@ -255,6 +261,12 @@ def _color(mode: str) -> dict[str, Any]:
 
 def _look(mode: str, size: float = 6) -> dict[str, Any]:
     return {**_color(mode), "marker": MARKERS[MODES.index(mode)], "markersize": size}
+
+
+def _log_from_zero(axes: Axes) -> None:
+    """Divergences by their size, down to 0."""
+    axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
+    axes.yaxis.set_major_formatter("{x:g}")
 
 
 def _label(axes: Axes, x: str, y: str) -> None:

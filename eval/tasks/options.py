@@ -18,7 +18,7 @@ from kvcomm.agents.team import Team, load_team
 from kvcomm.agents.warming import limited
 from kvcomm.errors import InvalidRequest
 
-CONFIG = EngineConfig(contest_prompts=4, pool_bytes=4 * 2**30)
+CONFIG = EngineConfig(contest_prompts=4, pool_bytes=4 * 2**30, idle_after_s=0.0)
 """Of the engine that reuses. The pool holds the prompts of many questions; untouched pages cost no memory on a CPU."""
 COLD_CONFIG = EngineConfig(cache=False)
 """Of the dense runs."""
@@ -107,7 +107,7 @@ def settings_of(work: Work, options: Namespace) -> dict[str, Any]:
         "team": work.team.name,
         "data": None if options.data is None else options.data.name,
         "rows": digest_of(work.rows),
-        "train_rows": digest_of(work.train),
+        "train_rows": digest_of(work.train) if work.train else None,
         "reads": {agent.name: [slot.name for slot in agent.slots] for agent in work.team.agents},
         "tokens": {agent.name: work.sampling(agent.name).max_new_tokens for agent in work.team.agents},
     }

@@ -35,15 +35,16 @@ def load_rows(source: Source, split: Split, data: Path | None) -> list[Row]:
         raise InvalidRequest("datasets is not installed: pip install 'kvcomm[eval]'") from error
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(CRITICAL)  # what goes wrong is said here, in one line
+    if data is None:
+        _require_hub(source)
+    file = None if data is None else split_file(source, split, data)
     try:
-        if data is None:
-            _require_hub(source)
+        if file is None:
             found = datasets.load_dataset(*source.hub, split=split.hub)
         else:
-            file = split_file(source, split, data)
             found = datasets.load_dataset("json", data_files=str(file), split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        where = f"{source.hub[0]} on the hub" if data is None else str(data)
+        where = f"{source.hub[0]} on the hub" if file is None else str(file)
         raise InvalidRequest(f"{where} cannot be read: {_one_line(error)}; give --data FILE or FOLDER") from error
     return [dict(row) for row in found]
 

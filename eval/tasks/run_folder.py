@@ -14,6 +14,8 @@ from eval.tasks.samples import SampleFile
 from eval.tasks.timing import TimesFile
 from kvcomm.errors import InvalidRequest
 
+TRAIN = "train_rows"
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -31,6 +33,9 @@ class RunFolder:
         file = folder / "settings.json"
         if file.exists():
             before = _read(file)
+            if None in (before.get(TRAIN), settings.get(TRAIN)):  # nothing was learned, or is now
+                settings = {**settings, TRAIN: before.get(TRAIN) or settings.get(TRAIN)}
+                before[TRAIN] = settings[TRAIN]
             for name in sorted((settings.keys() | before.keys()) - NOT_COMPARED):
                 now = json.loads(json.dumps(settings.get(name)))
                 if before.get(name) != now:

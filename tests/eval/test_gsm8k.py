@@ -1,4 +1,4 @@
-"""`python -m eval.gsm8k` on a tiny model: every mode, its report, an interruption, and how answers are read."""
+"""`python -m eval.gsm8k` on a tiny model: every mode, its report, interruptions, and how answers are read."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import gzip
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from eval import gsm8k
-from eval.tasks import command
+from eval.tasks import answering, replays, serving, teaching, timing
 from eval.tasks.gsm8k import Gsm8k, last_number
-from eval.tasks.samples import SampleFile
+from eval.tasks.options import make_parser, make_work
+from eval.tasks.samples import Sample, SampleFile
 from kvcomm.align.calibration import Calibration
 from kvcomm.engine.cost import ReuseCost
 
@@ -39,7 +42,8 @@ NUM_TRAIN = 18
 
 
 def rows(stem: str, count: int) -> str:
-    texts = [hashlib.sha256(f"{stem} {index}".encode()).hexdigest()[:24] for index in range(count)]
+    """Texts that begin with letters of their own: no two share a prefix."""
+    texts = [chr(65 + index) + hashlib.sha256(f"{stem} {index}".encode()).hexdigest()[:24] for index in range(count)]
     return "".join(
         json.dumps({"question": text, "answer": f"so\n#### {index}"}) + "\n" for index, text in enumerate(texts)
     )
@@ -64,11 +68,17 @@ def arguments(tiny_folder: Path, tmp_path: Path) -> list[str]:
         "--max-divergence=50",
         "--limit=4",
         "--divergence=3",
+        "--timed=2",
         "--json",
     ]
 
 
-MODES = "dense,exact,kvcomm,paper,cacheblend,epic,rotate"
+MODES = "dense,exact,kvcomm,paper,cacheblend,epic,rotate,stock,stock_prefix"
+MOVING = ("kvcomm", "paper", "cacheblend", "epic", "rotate")
+
+
+def figures(capsys: pytest.CaptureFixture[str]) -> dict[str, float]:
+    return {each["id"]: each["value"] for each in json.loads(capsys.readouterr().out)["figures"]}
 
 
 @pytest.fixture
@@ -82,64 +92,199 @@ def generous(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("generous")
 def test_every_mode(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gsm8k.main([*arguments, f"--modes={MODES}"]) == 0
-    figures = {each["id"]: each["value"] for each in json.loads(capsys.readouterr().out)["figures"]}
+    found = figures(capsys)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     modes = {each["mode"]: each for each in report["modes"]}
     assert list(modes) == MODES.split(",")
-    assert figures["flips_exact"] == 0
-    assert modes["dense"]["tokens"]["exact"] == 0
-    assert modes["exact"]["same"] == 1.0
-    assert modes["exact"]["tokens"]["exact"] > 0
-    for name in ("kvcomm", "paper", "cacheblend", "epic", "rotate"):
-        assert modes[name]["tokens"]["aligned"] > 0, name
-        assert len(modes[name]["divergences"]) == 3 * 2, name
-        assert modes[name]["mean_divergence"] > 0, name
-    assert modes["cacheblend"]["computed_share"] > modes["rotate"]["computed_share"]
-    assert modes["kvcomm"]["violations"][0] == 0
-    assert report["memory"]["anchor_bytes"] > 0
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("<svg") == 5
+    for name in ("exact", "stock", "stock_prefix"):
+        assert found[f"flips_{name}"] == 0, name
+        assert modes[name]["damage"]["same"] == 1.0, name
+        assert modes[name]["damage"]["mean_divergence"] < 1e-6, name
+    assert modes["dense"]["reuse"]["tokens"]["exact"] == 0
+    assert modes["stock"]["reuse"]["tokens"] == modes["dense"]["reuse"]["tokens"]
+    for name in ("exact", "stock_prefix"):
+        assert modes[name]["reuse"]["tokens"]["exact"] > 0, name
+    for name in MOVING:
+        reuse, damage = modes[name]["reuse"], modes[name]["damage"]
+        assert reuse["tokens"]["aligned"] > 0, name
+        assert reuse["requests"]["moved"] == sum(reuse["rungs"].values()) == 4 * 2, name
+        assert len(damage["divergences"]) == 3 * 2, name
+        assert damage["mean_divergence"] > 1e-6, name
+        assert len(damage["key_errors"]) == 2, name
+        assert len(damage["by_position"]) == 20, name
+        assert damage["key_errors"][0] == pytest.approx(0, abs=1e-5), name
+    assert modes["cacheblend"]["reuse"]["computed_share"] > modes["rotate"]["reuse"]["computed_share"]
+    assert modes["kvcomm"]["damage"]["num_audited"] == 3 * 2
+    assert modes["kvcomm"]["damage"]["violations"][0] == 0
+    assert len(modes["kvcomm"]["damage"]["reliability"]) == 6
+    assert found["violations"] == 0
+
+
+@pytest.mark.usefixtures("generous")
+def test_the_report_is_complete(arguments: list[str], tmp_path: Path) -> None:
+    assert gsm8k.main([*arguments, "--modes=dense,kvcomm,paper,stock_prefix"]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    facts = report["facts"]
+    assert facts["environment"]["packages"]["transformers"]
+    assert facts["environment"]["packages"]["datasets"]
+    assert set(facts["seeds"]) == {"questions", "drawn_answers"}
+    digests = [
+        facts["digests"][name] for name in ("rows", "train_rows", "data_file", "team", "prompts", "chat_template")
+    ]
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests)
+    assert facts["engine"]["page_size"] == 16
+    assert facts["modes"]["kvcomm"]["max_divergence"] == 50
+    assert facts["modes"]["paper"]["estimator"] == "paper"
+    for mode in report["modes"]:
+        times = mode["times"]
+        assert list(times["ttft_s"]) == list(times["total_s"]) == ["first", "second", "last"]
+        assert 0 < times["team_ttft_s"] < times["team_s"]
+        assert times["kv_bytes"] > 0
+        assert (times["anchor_bytes"] > 0) == (mode["mode"] in MOVING), mode["mode"]
+    page, summary = ((tmp_path / "out" / f"report.{kind}").read_text() for kind in ("html", "md"))
+    assert page.count("<svg") == 8
+    assert "#010203" not in page
     assert not re.findall(r'(?:src|href)="http|url\(http|@import', page)
-    assert "flips_kvcomm" in (tmp_path / "out" / "report.md").read_text()
+    for title in ("Answers", "Divergence", "The bound", "Reuse", "First tokens", "Whole answers", "Memory"):
+        assert f"<h2>{title}</h2>" in page
+        assert f"## {title}\n" in summary
+    assert "flips_kvcomm" in summary
 
 
 def test_all_modes_get_the_dense_prompts(arguments: list[str], tmp_path: Path) -> None:
-    assert gsm8k.main([*arguments, "--modes=exact,rotate"]) == 0
-    dense, rotate = (SampleFile(tmp_path / "out" / "samples" / f"{name}.jsonl").read() for name in ("dense", "rotate"))
-    for index, sample in dense.items():
+    assert gsm8k.main([*arguments, "--modes=exact,rotate,stock"]) == 0
+    samples = {name: read(tmp_path, name) for name in ("dense", "exact", "rotate", "stock")}
+    for index, sample in samples["dense"].items():
         answers = list(sample.answers.values())
         assert answers[0].token_ids in [token_ids for token_ids, _ in answers[2].prompt]
         for name, answer in sample.answers.items():
-            assert rotate[index].answers[name].usage["prompt"] == sum(len(token_ids) for token_ids, _ in answer.prompt)
+            asked = sum(len(token_ids) for token_ids, _ in answer.prompt)
+            assert {samples[mode][index].answers[name].usage["prompt"] for mode in samples} == {asked}
 
 
+def test_modes_served_together_are_as_if_alone(arguments: list[str], tmp_path: Path) -> None:
+    """The same tokens from the same sources, whatever other modes left behind."""
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    assert gsm8k.main([*arguments, f"--out={together}", "--modes=paper,epic,cacheblend,rotate"]) == 0
+    for name in ("rotate", "paper", "cacheblend"):
+        assert gsm8k.main([*arguments, f"--out={alone / name}", f"--modes={name}"]) == 0
+        expected, got = (
+            SampleFile(folder / "samples" / f"{name}.jsonl").by_index() for folder in (alone / name, together)
+        )
+        for index, sample in expected.items():
+            assert {agent: answer.token_ids for agent, answer in sample.answers.items()} == {
+                agent: answer.token_ids for agent, answer in got[index].answers.items()
+            }
+            for agent, answer in sample.answers.items():
+                other = got[index].answers[agent].usage
+                assert [answer.usage[kind] for kind in KINDS] == [other[kind] for kind in KINDS], (name, index, agent)
+
+
+KINDS = ("exact", "aligned", "computed")
+
+
+def read(tmp_path: Path, name: str) -> dict[int, Sample]:
+    return SampleFile(tmp_path / "out" / "samples" / f"{name}.jsonl").by_index()
+
+
+class Interrupted:
+    """Ctrl-C at the nth call of something."""
+
+    def __init__(self, work: Callable[..., Any], nth: int) -> None:
+        self._work = work
+        self._left = nth
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        self._left -= 1
+        if self._left == 0:
+            raise KeyboardInterrupt
+        return self._work(*arguments, **named)
+
+
+@pytest.mark.usefixtures("generous")
+@pytest.mark.parametrize(
+    ("module", "name", "nth"),
+    [
+        (answering.AnsweringTeam, "_answers", 3),  # in the dense run
+        (answering.AnsweringTeam, "_answers", 4 + 10),  # of the questions to learn from
+        (teaching.Lesson, "calibrate", 3),
+        (serving, "_serve_exact", 3),
+        (serving, "_serve_together", 2),
+        (timing, "_time_team", 6),
+        (replays, "_replayed", 2),
+    ],
+)
 def test_an_interrupted_run_goes_on(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    module: Any, name: str, nth: int, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    """Whatever it was at: nothing that was finished is computed again, and nothing is missing in the end."""
+    arguments = [*arguments, "--modes=exact,kvcomm,paper,rotate"]
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, Interrupted(getattr(module, name), nth))
+        if isinstance(module, type):  # bound again, as the method it was
+            interrupted = module.__dict__[name]
+            patched.setattr(module, name, lambda self, *given: interrupted(self, *given))
+        assert gsm8k.main(arguments) == 130
+    kept = kept_lines(tmp_path / "out")
+    assert gsm8k.main(arguments) == 0
+    after = kept_lines(tmp_path / "out")
+    assert all(lines == after[file][: len(lines)] for file, lines in kept.items())
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    for mode in report["modes"]:
+        assert mode["num_questions"] == 4
+        assert mode["times"]["num_questions"] == 2
+        assert len(mode["damage"]["divergences"]) == (0 if mode["mode"] == "dense" else 3 * 2)
+    assert report["modes"][1]["damage"]["same"] == 1.0  # exact still is
+    records = [line for lines in after.values() for line in lines]
+    assert len(records) == len(set(records))
 
-    with monkeypatch.context() as patched:
-        patched.setattr(command, "run_mode", interrupt)
-        assert gsm8k.main([*arguments, "--modes=exact"]) == 130
+
+def kept_lines(folder: Path) -> dict[str, list[str]]:
+    """Whole lines of every file of records."""
+    files = [*folder.glob("samples/*.jsonl"), *folder.glob("*.jsonl")]
+    return {str(file.relative_to(folder)): file.read_text().splitlines() for file in files}
+
+
+def test_a_line_that_was_cut_off_is_computed_again(arguments: list[str], tmp_path: Path) -> None:
+    assert gsm8k.main([*arguments, "--modes=exact"]) == 0
     file = tmp_path / "out" / "samples" / "dense.jsonl"
-    whole = file.read_text()
-    file.write_text(whole[: len(whole) // 2])  # and the disk was not done either
-    with monkeypatch.context() as patched:
-        patched.setattr(command, "warm_up", interrupt)  # nothing is moved: nothing to warm up
-        assert gsm8k.main([*arguments, "--modes=exact"]) == 0
-    before, after = ([json.loads(line)["answers"] for line in text.splitlines()] for text in (whole, file.read_text()))
-    assert [each["last"]["token_ids"] for each in before] == [each["last"]["token_ids"] for each in after]
+    before, whole = read(tmp_path, "dense"), file.read_text()
+    file.write_text(whole[: len(whole) // 2])
+    assert gsm8k.main([*arguments, "--modes=exact"]) == 0
+    assert read(tmp_path, "dense") == before
+
+
+def test_a_further_mode_is_added(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gsm8k.main([*arguments, "--modes=exact"]) == 0
+    assert gsm8k.main([*arguments, "--modes=rotate"]) == 0
+    before = kept_lines(tmp_path / "out")
+    assert gsm8k.main([*arguments, "--modes=rotate,paper"]) == 0
+    after = kept_lines(tmp_path / "out")
+    assert all(lines == after[file][: len(lines)] for file, lines in before.items())
+    assert len(read(tmp_path, "paper")) == 4
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["train_rows"]
     capsys.readouterr()
-    assert gsm8k.main([*arguments, "--modes=exact", "--limit=2"]) == 1
-    assert "holds a run with" in capsys.readouterr().err
+    assert gsm8k.main([*arguments, "--modes=rotate", "--limit=2"]) == 1
+    assert "holds a run with limit 4, not 2; give another --out" in capsys.readouterr().err
+
+
+def test_a_failure_ends_the_run_at_once(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gsm8k.main([*arguments, "--max-new-tokens=500"]) == 1
+    error = capsys.readouterr().err
+    assert "question " in error
+    assert "--max-new-tokens" in error
+    assert "512" in error
 
 
 def test_wrong_arguments(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gsm8k.main([*arguments, "--modes=dense,magic"]) == 1
-    assert "unknown mode 'magic'; there are dense, exact, kvcomm, paper" in capsys.readouterr().err
+    assert "unknown mode 'magic'; there are dense, exact, kvcomm, rotate" in capsys.readouterr().err
+    assert gsm8k.main([*arguments, f"--data={tmp_path / 'nothing'}"]) == 1
+    assert "no such file or folder; give --data FILE or FOLDER" in capsys.readouterr().err
     assert gsm8k.main([*arguments, f"--data={tmp_path}"]) == 1
-    assert "holds no gsm8k/test*.jsonl" in capsys.readouterr().err
+    assert "no gsm8k/test*.jsonl or .jsonl.gz" in capsys.readouterr().err
     assert gsm8k.main([*arguments, "--calibration=100"]) == 1
     assert "18 rows to learn from are too few; 114 are needed" in capsys.readouterr().err
     bad = tmp_path / "bad.jsonl"
@@ -148,6 +293,25 @@ def test_wrong_arguments(arguments: list[str], tmp_path: Path, capsys: pytest.Ca
     error = capsys.readouterr().err
     assert "cannot be read" in error
     assert error.count("\n") == 1
+    team = tmp_path / "team.toml"
+    team.write_text(TEAM.replace("ignore_eos = true", "temperature = 0.5"))
+    assert gsm8k.main([*arguments, "--modes=exact"]) == 1
+    assert "agent 'first' of team 'tiny' does not decode greedily" in capsys.readouterr().err
+
+
+def test_a_file_with_what_is_learned_from_beside_it(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "data" / "gsm8k" / "test_public.jsonl"
+    assert gsm8k.main([*arguments, f"--data={file}", "--modes=rotate", "--divergence=1", "--timed=0"]) == 0
+    (tmp_path / "alone").mkdir()
+    alone = tmp_path / "alone" / "questions.jsonl.gz"
+    alone.write_bytes(gzip.compress(file.read_bytes()))
+    capsys.readouterr()
+    assert gsm8k.main([*arguments, f"--data={alone}", "--modes=rotate"]) == 1
+    assert "has no train* beside it; give --train FILE" in capsys.readouterr().err
+    out = f"--out={tmp_path / 'other'}"
+    assert gsm8k.main([*arguments, f"--data={alone}", "--modes=exact", out, "--timed=0", "--divergence=0"]) == 0
 
 
 def test_without_data_and_network_one_line_says_what_to_do(
@@ -158,6 +322,47 @@ def test_without_data_and_network_one_line_says_what_to_do(
     error = capsys.readouterr().err
     assert "openai/gsm8k cannot be fetched; give --data FILE or FOLDER" in error
     assert error.count("\n") == 1
+
+
+def test_seeds_choose_questions(arguments: list[str], tmp_path: Path) -> None:
+    def asked(*more: str) -> set[int]:
+        options = make_parser("gsm8k", 100, 0).parse_args([*arguments, "--limit=2", *more])
+        return {int(str(row["answer"]).split()[-1]) for row in make_work(Gsm8k(), options, learns=False).rows}
+
+    assert asked() == {0, 1}
+    assert asked("--seed=3") == asked("--seed=3")
+    assert {frozenset(asked(f"--seed={seed}")) for seed in range(1, 9)} != {frozenset({0, 1})}
+
+
+@pytest.mark.parametrize(
+    ("answer", "printed"),
+    [
+        ("a = 6\nb = 8\nprint(a * b)\nAnswer: 48", "48"),
+        ("```python\nprint(1 / 0)\n```", "ZeroDivisionError: division by zero"),
+        ("x = 3", "nothing"),
+        ("I cannot write programs.", "no program"),
+        ("", "no program"),
+        ("print('x' * 10_000)", "x" * 200),
+        ("import os\nos.fork()", "PermissionError: os.fork is not allowed here"),
+    ],
+)
+def test_the_programmers_tool(answer: str, printed: str) -> None:
+    assert Gsm8k().use_tool("programmer", answer, {}) == printed
+
+
+def test_readers_get_what_the_tool_gave(arguments: list[str], tmp_path: Path) -> None:
+    """The result is a slot of its own: moved, from behind the answer that it was made of."""
+    (tmp_path / "team.toml").write_text(TEAM.replace('"second"', '"programmer"'))
+    assert gsm8k.main([*arguments, "--modes=rotate", "--timed=1"]) == 0
+    for index, sample in read(tmp_path, "dense").items():
+        result = sample.answers["programmer"].result
+        assert result
+        assert (result, "programmer_result") in sample.answers["last"].prompt
+        served = read(tmp_path, "rotate")[index].answers["last"].usage
+        slots = sum(len(token_ids) for token_ids, name in sample.answers["last"].prompt if name is not None)
+        # Of an answer that its producer has just decoded, the last token was never read.
+        assert slots - 2 <= served["aligned"] <= slots
+        assert len(result) > 2
 
 
 @pytest.mark.parametrize(
@@ -191,4 +396,4 @@ def test_last_number(text: str, expected: str | None) -> None:
 )
 def test_score(answer: str, right: bool, strict: bool) -> None:
     score = Gsm8k().score(answer, {}, {"answer": "9 * 2 = <<9*2=18>>18\n#### 18"})
-    assert (score.is_right, score.is_strictly_right) == (right, strict)
+    assert (score.is_right, score.is_right_otherwise) == (right, strict)

@@ -1,15 +1,20 @@
-"""HumanEval: what is run, and how it is judged."""
+"""HumanEval: what is run, how it is judged, what its tool says; and a run on a tiny model."""
 
 from __future__ import annotations
 
+import gzip
+import json
 from fractions import Fraction
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
+from eval import humaneval
 from eval.sandbox import Limits
-from eval.tasks.analysis import pass_at_k
-from eval.tasks.humaneval import HumanEval, code_of
+from eval.tasks.humaneval import HumanEval, examples_of
+from eval.tasks.program import beginning_of, code_of
+from eval.tasks.statistics import pass_at_k
 
 ROW = {
     "prompt": 'from typing import List\n\n\ndef double(x: int) -> int:\n    """ Twice x. """\n',
@@ -36,7 +41,7 @@ ROW = {
 )
 def test_score(answer: str, right: bool, strict: bool) -> None:
     score = HumanEval(Limits(seconds=5)).score(answer, {}, ROW)
-    assert (score.is_right, score.is_strictly_right) == (right, strict)
+    assert (score.is_right, score.is_right_otherwise) == (right, strict)
 
 
 def test_the_last_block_counts() -> None:
@@ -51,3 +56,91 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_one(n: int, c: int) -> Non
         assert pass_at_k(n, c, k) == pytest.approx(float(Fraction(sum(map(any, draws)), len(draws))))
     with pytest.raises(ValueError, match=f"pass@{n + 1}"):
         pass_at_k(n, c, n + 1)
+
+
+SHOWN = '''from typing import List
+
+
+def helper(x):
+    """ >>> helper(1)
+    9
+    """
+    return 9
+
+
+def double(x: int) -> int:
+    """ Twice x.
+    >>> double(2)
+    4
+    >>> double(-1)
+    -2
+    """
+'''
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("return 2 * x", "2 of 2 examples"),
+        ("```python\ndef double(x):\n    return abs(2 * x)\n```", "1 of 2 examples; double(-1) gives 2, not -2"),
+        ("return y", "0 of 2 examples; double(2) gives NameError(\"name 'y' is not defined\"), not 4"),
+        ("return (", "SyntaxError: '(' was never closed"),
+        (
+            "import os\nos.fork()",
+            "0 of 2 examples; double(2) gives PermissionError('os.fork is not allowed here'), not 4",
+        ),
+    ],
+)
+def test_the_coders_tool_tries_the_examples_of_the_docstring(answer: str, said: str) -> None:
+    assert HumanEval().use_tool("coder", answer, {**ROW, "prompt": SHOWN}) == said
+
+
+def test_without_examples_the_tool_says_whether_the_code_runs() -> None:
+    assert HumanEval().use_tool("coder", "return 2 * x", ROW) == "no error"
+    assert HumanEval().use_tool("coder", "return (", ROW).startswith("SyntaxError")
+
+
+def test_examples_are_those_of_the_last_function() -> None:
+    assert examples_of(SHOWN) == [("double(2)", "4"), ("double(-1)", "-2")]
+    assert examples_of("not Python") == []
+
+
+def test_prose_behind_a_program_is_left_out() -> None:
+    assert beginning_of("a = 1\nprint(a)\nAnswer: 1 apple") == "a = 1\nprint(a)"
+    assert beginning_of("The answer is 1.") == ""
+
+
+TEAM = """
+name = "tiny"
+[defaults]
+sampling = { max_new_tokens = 12, ignore_eos = true }
+[[agents]]
+name = "coder"
+prompt = "Write {question}"
+[[agents]]
+name = "last"
+prompt = "{question} Which is right?"
+"""
+
+
+def test_a_run(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "humaneval"
+    data.mkdir()
+    rows = [{**ROW, "task_id": str(n), "prompt": f'def double(x):\n    """ Number {n}. """\n'} for n in range(8)]
+    content = "".join(json.dumps(each) + "\n" for each in rows)
+    (data / "humaneval_public.jsonl.gz").write_bytes(gzip.compress(content.encode()))
+    (tmp_path / "team.toml").write_text(TEAM)
+    arguments = [f"--model={tiny_folder}", f"--team={tmp_path / 'team.toml'}", f"--data={tmp_path}", "--agents=2"]
+    arguments += [f"--out={tmp_path / 'out'}", "--limit=2", "--anchors=1", "--calibration=1", "--divergence=1"]
+    assert humaneval.main([*arguments, "--modes=exact,rotate", "--samples=3", "--timed=1", "--json"]) == 0
+    figures = {each["id"]: each["value"] for each in json.loads(capsys.readouterr().out)["figures"]}
+    assert {
+        "pass_at_1_dense",
+        "pass_at_1_drawn_dense",
+        "pass_at_2_drawn_rotate",
+        "pass_at_3_drawn_exact",
+    } <= figures.keys()
+    assert figures["flips_exact"] == 0
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples" / "dense.jsonl").read_text().splitlines()]
+    assert all(sample["answers"]["coder"]["result"] for sample in samples)
+    assert all(sample["extra"]["drawn"] == 3 for sample in samples)

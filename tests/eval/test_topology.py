@@ -1,9 +1,13 @@
-"""Who reads whom in every topology."""
+"""Who reads whom in every topology, and that every task runs in every one of them."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
+from eval import gsm8k, humaneval, mmlu
 from eval.tasks.topology import TOPOLOGIES, wire
 from kvcomm.agents import load_team
 from kvcomm.agents.graph import AgentGraph
@@ -47,6 +51,77 @@ def test_every_team_can_be_wired_in_every_way(name: str, topology: str) -> None:
         for agent in wired.agents:
             assert agent.prompt.startswith(team.agents[0].prompt.strip())
             assert agent.system == next(each.system for each in team.agents if agent.name.startswith(each.name))
+
+
+def test_readers_of_an_agent_read_what_its_tool_gave() -> None:
+    tools = {"programmer": "Its program prints"}
+    wired = wire(load_team("gsm8k"), 5, "full", tools)
+    assert [slot.name for slot in wired.agents[-1].slots][3:] == ["programmer", "programmer_result", "inspector"]
+    assert "{programmer}\n\nIts program prints: {programmer_result}\n\nInspector:" in wired.agents[-1].prompt
+    assert reads(wire(load_team("gsm8k"), 5, "chain", tools))["referee"] == {"inspector"}
+    debate = wire(load_team("gsm8k"), 4, "debate", tools)
+    assert [slot.name for slot in debate.agents[-1].slots][-2:] == ["programmer_again", "programmer_again_result"]
+    assert reads(debate)["programmer_again"] == {"solver", "analyst"}
+    assert set(wire(load_team("gsm8k"), 3, "full", tools).required_inputs) == {"question"}
+
+
+TASKS = {"gsm8k": gsm8k.main, "mmlu": mmlu.main, "humaneval": humaneval.main}
+ROLES = {"gsm8k": "programmer", "mmlu": "reader", "humaneval": "coder"}
+NUM_ROWS = 7
+
+
+def small_team(task: str) -> str:
+    """Five agents, the second one with a tool if the task has any, short enough for a tiny model."""
+    names = ["first", ROLES[task], "third", "fourth", "referee"]
+    agents = "".join(f'[[agents]]\nname = "{name}"\nsystem = "{name}"\nprompt = "Q {{question}} ?"\n' for name in names)
+    return f'name = "small"\n[defaults]\nsampling = {{ max_new_tokens = 6, ignore_eos = true }}\n{agents}'
+
+
+def write_rows(task: str, folder: Path) -> None:
+    text = "def f(x):\n" if task == "humaneval" else ""
+    rows = [
+        {
+            "question": f"{chr(65 + n)}{n}",
+            "answer": n % 4 if task == "mmlu" else f"#### {n}",
+            "subject": "law",
+            "choices": ["w", "x", "y", "z"],
+            "prompt": f'{text}    """{chr(65 + n)}"""\n',
+            "entry_point": "f",
+            "test": "def check(f): pass\n",
+        }
+        for n in range(NUM_ROWS)
+    ]
+    for name in {"gsm8k": ("train", "test"), "mmlu": ("dev", "test"), "humaneval": ("humaneval",)}[task]:
+        (folder / f"{name}_public.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("num_agents", [2, 5])
+def test_every_task_runs_in_every_topology(
+    task: str, topology: str, num_agents: int, tiny_folder: Path, tmp_path: Path
+) -> None:
+    write_rows(task, tmp_path)
+    (tmp_path / "team.toml").write_text(small_team(task))
+    arguments = [f"--model={tiny_folder}", f"--team={tmp_path / 'team.toml'}", f"--data={tmp_path}"]
+    arguments += [f"--out={tmp_path / 'out'}", "--limit=1", "--anchors=1", "--calibration=1", "--samples=0"]
+    arguments += [
+        f"--agents={num_agents}",
+        f"--topology={topology}",
+        "--modes=exact,rotate",
+        "--timed=0",
+        "--divergence=1",
+    ]
+    if task == "mmlu":
+        arguments.append("--shots=0")
+    assert TASKS[task](arguments) == 0
+    modes = {each["mode"]: each for each in json.loads((tmp_path / "out" / "report.json").read_text())["modes"]}
+    num_answers = 2 * (num_agents - 1) + 1 if topology == "debate" else num_agents
+    assert sum(modes["rotate"]["reuse"]["requests"].values()) == num_answers
+    # A single worker has nobody to debate with: it is asked the same once more, and finds its prompt cached.
+    repeats = int(topology == "debate" and num_agents == 2)
+    assert modes["rotate"]["reuse"]["requests"]["moved"] == num_answers - 1 - repeats
+    assert modes["exact"]["damage"]["same"] == 1.0
 
 
 def test_what_cannot_be_wired() -> None:
