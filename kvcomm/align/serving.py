@@ -20,6 +20,11 @@ class Replayed(Protocol):
         ...
 
     @property
+    def agreement(self) -> float:
+        """Share of the continuation's tokens at which both put the same token first."""
+        ...
+
+    @property
     def distance(self) -> float:
         """Of the text from what the estimator knows."""
         ...

@@ -1,0 +1,98 @@
+"""Exact runs of a team, kept line by line: prompts as segments, answers as token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from kvcomm.agents.team import Team
+from kvcomm.agents.tuning.rows import Row
+from kvcomm.agents.tuning.state import append_line, read_lines
+from kvcomm.agents.warming import BATCH, Note, run_all
+from kvcomm.engine.engine import Engine
+from kvcomm.engine.policy import ReusePolicy
+from kvcomm.engine.sampling import SamplingParams
+from kvcomm.errors import InvalidRequest
+from kvcomm.memory.segments import Segment
+
+
+class Reading(NamedTuple):
+    """What one agent read, and what it answered."""
+
+    prompt: tuple[Segment, ...]
+    answer: tuple[int, ...]
+
+    @property
+    def num_moved(self) -> int:
+        """Prompt tokens that can come from other contexts."""
+        return sum(len(segment.token_ids) for segment in self.prompt if segment.name is not None)
+
+
+TeamRun = dict[str, Reading]
+"""Agent -> reading, in the order of the team."""
+
+
+def greedy(team: Team) -> Team:
+    """The team as it is tuned: the bound compares greedy answers.
+
+    Raises:
+        InvalidRequest: a team of one agent has nothing to move; runs of several rounds are not tuned.
+    """
+    if len(team.agents) < 2:
+        raise InvalidRequest(f"team {team.name!r} has one agent: there is nothing to move")
+    if team.rounds != 1:
+        raise InvalidRequest(f"team {team.name!r} runs {team.rounds} rounds; only teams of one round can be tuned")
+    agents = (
+        replace(each, sampling=replace(each.sampling or SamplingParams(), temperature=0.0)) for each in team.agents
+    )
+    return replace(team, agents=tuple(agents))
+
+
+def team_digest(team: Team) -> str:
+    """SHA-256 (hex) of agents, sampling, rounds and default inputs; names of teams do not count."""
+    agents = [
+        [each.name, each.system, each.prompt, None if each.sampling is None else asdict(each.sampling)]
+        for each in team.agents
+    ]
+    described = json.dumps([agents, team.rounds, dict(team.inputs)], sort_keys=True, default=list)
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
+def exact_runs(engine: Engine, team: Team, rows: Sequence[Row], file: Path, note: Note) -> list[TeamRun]:
+    """The team's exact run on every row, from the file where it is there."""
+    known = {str(entry["row"]): _run(entry["agents"]) for entry in read_lines(file)}
+    missing = [row for row in rows if row.digest not in known]
+    group = team.group(engine, policy=ReusePolicy.exact())
+    for first in range(0, len(missing), BATCH):
+        batch = missing[first : first + BATCH]
+        note(f"exact runs: {first + 1} to {first + len(batch)} of {len(missing)}")
+        results = run_all(group, [row.inputs for row in batch], team)
+        engine.clear_cache()
+        for row, result in zip(batch, results, strict=True):
+            run = {name: Reading(result[name].prompt, result[name].token_ids) for name in result}
+            append_line(file, {"row": row.digest, "agents": _json(run)})
+            known[row.digest] = run
+    return [known[row.digest] for row in rows]
+
+
+def readers(run: TeamRun) -> TeamRun:
+    """Every agent but the first one, who has nobody to take text from, that has answered."""
+    return {name: reading for name, reading in list(run.items())[1:] if reading.answer}
+
+
+def _json(run: TeamRun) -> dict[str, object]:
+    return {
+        name: [[[segment.name, list(segment.token_ids)] for segment in reading.prompt], list(reading.answer)]
+        for name, reading in run.items()
+    }
+
+
+def _run(agents: dict[str, tuple[list[tuple[str | None, list[int]]], list[int]]]) -> TeamRun:
+    return {
+        name: Reading(tuple(Segment(tuple(ids), slot) for slot, ids in prompt), tuple(answer))
+        for name, (prompt, answer) in agents.items()
+    }

@@ -1,0 +1,118 @@
+"""How a budget is spent: rows of each part from the measured cost of a row, and what is left for the search.
+
+Calibration and verification come first: with fewer pairs than the confidence needs nothing could ever be accepted.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kvcomm.agents.tuning.rows import Sizes
+from kvcomm.align.calibration import Calibration
+from kvcomm.errors import InvalidRequest
+
+SAMPLE = 4
+"""Rows by which costs are measured; they are the first anchors."""
+MIN_ANCHORS, MIN_TUNING = SAMPLE, 4
+MOST = Sizes(anchors=24, tuning=24, calibration=160, verification=160)
+NUM_RUNGS = 4
+"""Rungs of a ladder that planning assumes."""
+NUM_BASE = 21
+"""Variants that are always measured on the tuning rows, the contest's among them."""
+MARGIN = 0.9
+"""Share of the budget that is planned with."""
+
+
+class Costs(NamedTuple):
+    """Seconds per row.
+
+    Attributes:
+        answer: of the team's exact run.
+        learn: of publishing a run and teaching from it.
+        publish: of publishing a run and computing the exact sides of its readers.
+        replay: of one variant for all readers.
+    """
+
+    answer: float
+    learn: float
+    publish: float
+    replay: float
+
+    def measured(self, num_rows: int, num_variants: int) -> float:
+        """Seconds of replaying rows."""
+        return num_rows * (self.publish + num_variants * self.replay)
+
+
+class Plan(NamedTuple):
+    """What will be done, and what it is predicted to take, seconds."""
+
+    sizes: Sizes
+    answer_s: float
+    learn_s: float
+    base_s: float
+    calibrate_s: float
+    verify_s: float
+    search_s: float
+
+    @property
+    def total_s(self) -> float:
+        """All of it; the search may take less."""
+        return sum(self[1:])
+
+    def steps(self) -> list[tuple[str, int, float]]:
+        """Name, rows and seconds of every step."""
+        return [
+            ("exact runs", self.sizes.total, self.answer_s),
+            ("fill banks", self.sizes.anchors, self.learn_s),
+            ("contest, estimators, selectors and ladder", self.sizes.tuning, self.base_s),
+            ("search of k, alpha and sketch layers, at most", self.sizes.tuning, self.search_s),
+            ("calibrate", self.sizes.calibration, self.calibrate_s),
+            ("verify", self.sizes.verification, self.verify_s),
+        ]
+
+
+def least_sizes(delta: float) -> Sizes:
+    """Rows below which nothing can be accepted, or judged, at this delta."""
+    needed = Calibration.pairs_needed(delta)
+    return Sizes(MIN_ANCHORS, MIN_TUNING, needed, needed)
+
+
+def make_plan(costs: Costs, num_rows: int, budget_s: float, delta: float) -> Plan:
+    """The largest parts that the budget and the rows allow.
+
+    Raises:
+        InvalidRequest: too few rows, or too small a budget, for the confidence asked for; with the numbers.
+    """
+    least = least_sizes(delta)
+    if num_rows < least.total:
+        raise InvalidRequest(
+            f"{num_rows} rows are too few: confidence {1 - delta:g} needs {least.calibration} to calibrate, as many to "
+            f"verify, {least.anchors} for anchors and {least.tuning} to tune, together {least.total}"
+        )
+    smallest = _priced(costs, least)
+    if smallest.total_s > budget_s:
+        raise InvalidRequest(
+            f"a budget of {budget_s:.0f} s is too small: confidence {1 - delta:g} needs {least.total} rows at least, "
+            f"{least.calibration} of them to calibrate; at {costs.answer:.2f} s per exact run and {costs.replay:.3f} s "
+            f"per replay that takes {smallest.total_s:.0f} s; give a larger --budget or a lower --confidence"
+        )
+    best = smallest
+    for step in range(1, 41):
+        sizes = Sizes(*(low + (max(low, most) - low) * step // 40 for low, most in zip(least, MOST, strict=True)))
+        plan = _priced(costs, sizes)
+        if sizes.total > num_rows or plan.total_s > MARGIN * budget_s * 0.75:
+            break
+        best = plan
+    return best._replace(search_s=max(0.0, MARGIN * budget_s - best.total_s))
+
+
+def _priced(costs: Costs, sizes: Sizes) -> Plan:
+    return Plan(
+        sizes,
+        answer_s=sizes.total * costs.answer,
+        learn_s=sizes.anchors * costs.learn,
+        base_s=costs.measured(sizes.tuning, NUM_BASE + 2 * NUM_RUNGS),
+        calibrate_s=costs.measured(sizes.calibration, 1 + NUM_RUNGS),
+        verify_s=costs.measured(sizes.verification, NUM_RUNGS),
+        search_s=0.0,
+    )

@@ -1,0 +1,278 @@
+"""A tuned profile: the settings chosen for a model and a team, what was measured, and what it holds for.
+
+A TOML file beside a folder of the same name whose `banks/` holds what was learned. The format is described in
+`anchors/FORMAT.md`; the file is read strictly, and nothing is taken from it that does not fit the model and the team.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+
+from kvcomm.config import EngineConfig
+from kvcomm.engine.policy import ReusePolicy
+from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign, AnchorFileTooNew, InvalidRequest
+
+FORMAT = 1
+BANKS = "banks"
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Nats = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelTable(_Strict):
+    """The model: its name as it was given, and the namespace that it must have."""
+
+    name: str
+    namespace: str
+
+
+class TeamTable(_Strict):
+    """The team: its name as it was given, and the digest that it must have."""
+
+    name: str
+    digest: str
+
+
+class DataTable(_Strict):
+    """Digests of the rows of every part."""
+
+    file: str
+    rule: str
+    anchors: tuple[str, ...]
+    tuning: tuple[str, ...]
+    calibration: tuple[str, ...]
+    verification: tuple[str, ...]
+
+    @property
+    def used(self) -> frozenset[str]:
+        """Every row that the profile has seen."""
+        return frozenset((*self.anchors, *self.tuning, *self.calibration, *self.verification))
+
+
+class BoundTable(_Strict):
+    """What was asked for."""
+
+    max_divergence: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+
+
+class SettingsTable(_Strict):
+    """What was chosen."""
+
+    estimator: Literal["token", "rotate"]
+    selector: Literal["attention"]
+    rungs: Annotated[tuple[Share, ...], Field(min_length=1)]
+    neighbors: PositiveInt
+    alpha: Annotated[tuple[Nats, ...], Field(min_length=1)]
+    sketch_groups: PositiveInt
+    sketch_layers: PositiveInt
+    contest_prompts: PositiveInt
+    anchor_bytes: PositiveInt
+
+
+class AgentTable(_Strict):
+    """One agent's edge group, by digest, how strongly it is corrected, and its calibration pairs."""
+
+    group: str
+    strength: Nats
+    num_pairs: NonNegativeInt
+
+
+class VerificationTable(_Strict):
+    """What would have been accepted on the rows that nothing was chosen by."""
+
+    requests: NonNegativeInt
+    accepted: NonNegativeInt
+    violations: NonNegativeInt
+    share: Share
+    low: Share
+    high: Share
+    limit: float
+    aligned: Share
+    holds: bool
+
+
+class PointTable(_Strict):
+    """One way to reuse, on the tuning rows."""
+
+    setting: str
+    computed: Share
+    divergence: Nats
+    agreement: Share
+    on_front: bool
+
+
+class ValidityTable(_Strict):
+    """What the profile holds for, and with what it was made."""
+
+    holds_for: str
+    made: str
+    budget_s: float
+    versions: dict[str, str]
+
+
+class TuningProfile(_Strict):
+    """The whole file."""
+
+    format: Literal[1]
+    model: ModelTable
+    team: TeamTable
+    bound: BoundTable
+    settings: SettingsTable
+    verification: VerificationTable
+    agents: dict[str, AgentTable]
+    validity: ValidityTable
+    data: DataTable
+    banks: dict[str, str]
+    pareto: tuple[PointTable, ...]
+
+    def config(self, base: EngineConfig | None = None) -> EngineConfig:
+        """An engine's settings under this profile; what it does not speak of is as in `base`."""
+        values = vars(base or EngineConfig()) | {
+            name: getattr(self.settings, name)
+            for name in ("neighbors", "alpha", "sketch_groups", "sketch_layers", "contest_prompts", "anchor_bytes")
+        }
+        return EngineConfig.from_mapping(values)
+
+    def policy(self) -> ReusePolicy:
+        """The bound, and how it was earned."""
+        return ReusePolicy(
+            max_divergence=self.bound.max_divergence,
+            confidence=self.bound.confidence,
+            rungs=self.settings.rungs,
+            estimator=self.settings.estimator,
+        )
+
+
+def state_folder(file: Path) -> Path:
+    """The folder beside a profile, with its banks and the state of its making."""
+    if file.suffix != ".toml":
+        raise InvalidRequest(f"{file} must end in .toml: a folder of the same name without it keeps the banks")
+    return file.with_suffix("")
+
+
+def read_profile(file: Path) -> TuningProfile:
+    """Read a profile.
+
+    Raises:
+        AnchorFileError: it cannot be read.
+        AnchorFileTooNew: of a later format.
+        AnchorFileCorrupt: not TOML, or not what the format says; names the field.
+    """
+    try:
+        table = tomllib.loads(file.read_bytes().decode())
+    except OSError as error:
+        raise AnchorFileError(f"{file} cannot be read: {error.strerror or error}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise AnchorFileCorrupt(f"{file} is not a TOML file: {error}") from error
+    found = table.get("format")
+    if isinstance(found, int) and found > FORMAT:
+        raise AnchorFileTooNew(f"{file} has format {found}; this version reads format {FORMAT}")
+    try:
+        profile = TuningProfile.model_validate_json(json.dumps(table, default=str))
+        profile.policy()
+        profile.config()
+    except (ValidationError, InvalidRequest) as error:
+        raise AnchorFileCorrupt(f"{file} does not fit the format of profiles: {error}") from error
+    return profile
+
+
+def require_fit(profile: TuningProfile, file: Path, namespace: str, team_digest: str | None) -> None:
+    """Refuse a profile of another model or team, or banks other than it names.
+
+    Raises:
+        AnchorFileForeign: another model or team.
+        AnchorFileCorrupt: a bank is missing, altered, or not named.
+    """
+    if profile.model.namespace != namespace:
+        raise AnchorFileForeign(
+            f"{file} was tuned for another model than this one: {profile.model.name!r} "
+            f"({profile.model.namespace[:12]}, not {namespace[:12]})"
+        )
+    if team_digest is not None and profile.team.digest != team_digest:
+        raise AnchorFileForeign(
+            f"{file} was tuned for another team: {profile.team.name!r} as it was then "
+            f"({profile.team.digest[:12]}, not {team_digest[:12]}); tune anew"
+        )
+    found = bank_digests(state_folder(file) / BANKS)
+    for name in sorted(found.keys() | profile.banks.keys()):
+        if found.get(name) != profile.banks.get(name):
+            how = "is missing" if name not in found else "is not named" if name not in profile.banks else "was altered"
+            raise AnchorFileCorrupt(f"{file}: bank {name} {how}; restore it, or tune anew")
+
+
+def bank_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 (hex) of every file in a folder of banks, by name; nothing where there is none."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+COMMENTS = {
+    "model": "Digest of weights, dtype, rope, attention settings, tokenizer, chat template and tenant: no other fits.",
+    "team": "Digest of all agents' texts and sampling: a changed prompt is another team.",
+    "bound": "At most so many nats, mean KL(exact || reused) over 32 tokens, with this probability.",
+    "settings": "Chosen by divergence on the tuning rows. `rungs` are shares of the moved tokens that are computed.",
+    "verification": "On rows by which nothing was chosen; low and high are the 95 % Wilson interval of violations,\n"
+    "# `limit` is delta + 2 standard errors, `aligned` the share of moved tokens that need not be computed.",
+    "validity": "A calibration promises nothing about texts of another kind: `kvcomm tune --check` looks at yours.",
+    "data": "Which rows were used for what, by digest; a check leaves them out.",
+    "banks": "SHA-256 of the files in the folder beside this one. They are large and not part of this file.",
+}
+
+
+def write_profile(profile: TuningProfile, file: Path) -> None:
+    """Write a commented TOML file; it appears whole or not at all. Raises AnchorFileError if it cannot be written."""
+    values = profile.model_dump(mode="json")
+    lines = ["# Made by `kvcomm tune`; see anchors/FORMAT.md.", f"format = {values.pop('format')}"]
+    points, agents = values.pop("pareto"), values.pop("agents")
+    for name, table in values.items():
+        lines += ["", f"# {COMMENTS[name]}", *_table(name, table)]
+    for name, table in agents.items():
+        lines += ["", *_table(f"agents.{_key(name)}", table)]
+    lines += ["", "# Share of the moved tokens computed, mean nats, share of tokens whose first choice stays the same."]
+    for point in points:
+        lines += ["[[pareto]]", *(f"{key} = {_value(value)}" for key, value in point.items())]
+    temporary = file.with_suffix(".part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        temporary.replace(file)
+    except OSError as error:
+        raise AnchorFileError(f"{file} cannot be written: {error.strerror or error}") from error
+
+
+def _table(name: str, values: Mapping[str, Any]) -> list[str]:
+    plain = [f"{_key(key)} = {_value(value)}" for key, value in values.items() if not isinstance(value, dict)]
+    inner = [
+        line
+        for key, value in values.items()
+        if isinstance(value, dict)
+        for line in _table(f"{name}.{_key(key)}", value)
+    ]
+    return [f"[{name}]", *plain, *inner]
+
+
+def _key(name: str) -> str:
+    return (
+        name if name.replace("_", "").replace("-", "").isascii() and name.replace("_", "").isalnum() else _value(name)
+    )
+
+
+def _value(value: object) -> str:
+    """A TOML value; JSON's texts, numbers and truth values are TOML's, but for one control character."""
+    if isinstance(value, list):
+        if len(value) > 4:
+            return "[\n" + "".join(f"    {_value(item)},\n" for item in value) + "]"
+        return "[" + ", ".join(_value(item) for item in value) + "]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

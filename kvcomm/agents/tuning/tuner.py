@@ -1,0 +1,332 @@
+"""`kvcomm tune`: exact runs, banks, search, calibration, verification, one after the other within a budget.
+
+Everything that takes long is kept in the folder beside the profile, so that a run that was interrupted goes on where it
+was. The search stops when its time is over; calibration and verification are never cut short.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from kvcomm.agents.team import Team
+from kvcomm.agents.tuning import search
+from kvcomm.agents.tuning.answers import TeamRun, exact_runs, greedy, team_digest
+from kvcomm.agents.tuning.checking import judge, ladder_variants
+from kvcomm.agents.tuning.costing import measure_costs
+from kvcomm.agents.tuning.plan import SAMPLE, Costs, Plan, make_plan
+from kvcomm.agents.tuning.profile import (
+    BANKS,
+    AgentTable,
+    BoundTable,
+    DataTable,
+    ModelTable,
+    PointTable,
+    SettingsTable,
+    TeamTable,
+    TuningProfile,
+    ValidityTable,
+    VerificationTable,
+    bank_digests,
+    state_folder,
+    write_profile,
+)
+from kvcomm.agents.tuning.replays import (
+    EngineMaker,
+    Measured,
+    Replays,
+    banks_of,
+    calibrate,
+    give_banks,
+    learn,
+    measure,
+)
+from kvcomm.agents.tuning.rows import RULE, Row, Split, split_rows
+from kvcomm.agents.tuning.state import claim
+from kvcomm.agents.warming import Note
+from kvcomm.align.bank import BankSnapshot
+from kvcomm.align.groups import EdgeGroup
+from kvcomm.align.profile_file import GROUPS_FILE
+from kvcomm.config import NUM_CONTESTED, EngineConfig
+from kvcomm.engine.engine import Engine
+from kvcomm.engine.policy import ReusePolicy
+from kvcomm.engine.variant import Variant
+from kvcomm.errors import InvalidRequest
+
+CONTEST = ReusePolicy(max_divergence=1.0, rungs=(0.0,))
+"""Only its contest is used; what it calibrates is not kept."""
+HOLDS_FOR = "this model, this team, and inputs of the kind that the rows are of; not for other texts"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is tuned.
+
+    Attributes:
+        model, team_name, data_name: as they were given, for people.
+        rows: every row there is, in order of the split.
+        budget_s: wall-clock seconds of one run.
+        out: the profile's file.
+    """
+
+    make_engine: EngineMaker
+    model: str
+    team: Team
+    team_name: str
+    rows: Sequence[Row]
+    data_name: str
+    policy: ReusePolicy
+    budget_s: float
+    out: Path
+    note: Note = field(default=lambda text: None)
+
+    def __post_init__(self) -> None:
+        if self.policy.is_exact:
+            raise InvalidRequest("--max-divergence must be above 0: exact reuse needs no tuning")
+        if not self.budget_s > 0:
+            raise InvalidRequest(f"--budget must be above 0 seconds, not {self.budget_s:g}")
+
+    @property
+    def folder(self) -> Path:
+        """Of banks and state."""
+        return state_folder(self.out)
+
+    @property
+    def bound(self) -> tuple[float, float]:
+        """(epsilon, delta)."""
+        return self.policy.max_divergence, self.policy.delta
+
+
+@dataclass
+class Chosen:
+    """What the search has arrived at."""
+
+    config: EngineConfig
+    banks: list[BankSnapshot]
+    measured: Measured
+    points: list[search.Point] = field(default_factory=list)
+
+
+def plan_tuning(task: Task) -> Plan:
+    """Measure the cost of a row on a small sample and plan the budget, or take the plan of an interrupted run.
+
+    Raises:
+        InvalidRequest: too few rows, too small a budget, or the folder is of another run; with the numbers.
+    """
+    file = task.folder / "costs.json"
+    with task.make_engine(EngineConfig()) as engine:
+        claim(task.folder, _identity(task, engine))
+        if not file.exists():
+            sample = list(task.rows[:SAMPLE])
+            if len(sample) < SAMPLE:
+                raise InvalidRequest(
+                    f"{len(task.rows)} rows are too few: the sample that costs are measured by has {SAMPLE}"
+                )
+            costs = measure_costs(engine, greedy(task.team), sample, task.folder / "answers.jsonl", task.note)
+            file.write_text(json.dumps(costs._asdict()) + "\n")
+    costs = Costs(**json.loads(file.read_text()))
+    return make_plan(costs, len(task.rows), task.budget_s, task.policy.delta)
+
+
+def tune(task: Task, plan: Plan) -> TuningProfile:
+    """Do what the plan says and write the profile and its banks.
+
+    Raises:
+        InvalidRequest: nothing of the team's prompts can be moved.
+        AnchorFileError: something cannot be written.
+    """
+    started = time.monotonic()
+    split = split_rows(task.rows, plan.sizes)
+    team = greedy(task.team)
+    config = EngineConfig(contest_prompts=min(NUM_CONTESTED, plan.sizes.tuning))
+    with task.make_engine(config) as engine:
+        namespace = engine.namespace()
+        num_groups = engine.reuse.anchors.shape.num_groups
+        wanted = [row for part in split for row in part]
+        runs = exact_runs(engine, team, wanted, task.folder / "answers.jsonl", task.note)
+    data = _by_part(split, runs)
+    deadline = started + task.budget_s - 1.1 * (plan.calibrate_s + plan.verify_s)
+    chosen = _search(task, config, num_groups, data, plan, deadline)
+    ladder = search.best_ladder(chosen.measured, search.BASE, task.bound)
+    policy = ReusePolicy(
+        max_divergence=task.policy.max_divergence,
+        confidence=task.policy.confidence,
+        rungs=ladder.rungs,
+        estimator=ladder.estimator,
+    )
+    with task.make_engine(chosen.config) as engine:
+        groups = _calibrate(task, engine, chosen, data, policy)
+        found = _verify(task, engine, data[3], groups, policy)
+    profile = TuningProfile(
+        format=1,
+        model=ModelTable(name=task.model, namespace=namespace),
+        team=TeamTable(name=task.team_name, digest=team_digest(team)),
+        bound=BoundTable(max_divergence=policy.max_divergence, confidence=policy.confidence),
+        settings=_settings(chosen.config, policy),
+        verification=found,
+        agents={
+            agent: AgentTable(group=group.key.digest, strength=group.strength, num_pairs=group.calibration.num_pairs)
+            for agent, group in groups.items()
+        },
+        validity=_validity(task),
+        data=_data(task, split),
+        banks=bank_digests(task.folder / BANKS),
+        pareto=tuple(PointTable(**point._asdict()) for point in search.mark_front(chosen.points)),
+    )
+    write_profile(profile, task.out)
+    return profile
+
+
+def _identity(task: Task, engine: Engine) -> dict[str, str]:
+    return {
+        "model": engine.namespace(),
+        "team": team_digest(greedy(task.team)),
+        "data": hashlib.sha256(" ".join(row.digest for row in task.rows).encode()).hexdigest(),
+        "bound": f"{task.policy.max_divergence!r} {task.policy.confidence!r}",
+        "budget": repr(task.budget_s),
+    }
+
+
+def _by_part(split: Split, runs: Sequence[TeamRun]) -> list[Replays]:
+    parts, first = [], 0
+    for rows in split:
+        parts.append(Replays(rows, runs[first : first + len(rows)]))
+        first += len(rows)
+    return parts
+
+
+def _search(
+    task: Task, config: EngineConfig, num_groups: int, data: list[Replays], plan: Plan, deadline: float
+) -> Chosen:
+    """Everything at the default settings, then setting by setting as long as there is time."""
+    banks = _banks(task, config, data[0])
+    measured = _trial(task, config, banks, data, search.BASE, "as it is")
+    if not measured:
+        raise InvalidRequest(
+            f"nothing of the prompts of team {task.team.name!r} can be moved; there is nothing to tune"
+        )
+    chosen = Chosen(config, banks, measured, search.pareto(measured, search.BASE))
+    best = search.score(measured, [search.BASE.index(each) for each in search.PROBED])
+    price_s = plan.base_s / 3
+    changed = ""
+    for axis in range(search.num_axes(num_groups)):
+        for each in search.candidates(chosen.config, axis, num_groups):
+            # What was chosen has to be measured again at every share before a ladder can be.
+            if time.monotonic() + price_s + each.needs_banks * plan.learn_s + plan.base_s > deadline:
+                task.note("search: its time is over")
+                break
+            begun = time.monotonic()
+            given = _banks(task, each.config, data[0]) if each.needs_banks else chosen.banks
+            found = _trial(task, each.config, given, data, search.PROBED, each.label)
+            price_s = max(price_s, time.monotonic() - begun - each.needs_banks * plan.learn_s)
+            chosen.points += search.pareto(found, search.PROBED, each.label)
+            value = search.score(found, range(len(search.PROBED)))
+            if found and value < (1 - search.MIN_GAIN) * best:
+                best, changed = value, f"{changed} {each.label}".strip()
+                chosen.config, chosen.banks = each.config, given
+    if changed:
+        chosen.measured = _trial(task, chosen.config, chosen.banks, data, search.BASE, changed)
+        chosen.points += search.pareto(chosen.measured, search.BASE, changed)
+    return chosen
+
+
+def _banks(task: Task, config: EngineConfig, data: Replays) -> list[BankSnapshot]:
+    """What the anchor rows teach under these sketches, from the folder where it is there."""
+    config = EngineConfig(
+        contest_prompts=config.contest_prompts, sketch_groups=config.sketch_groups, sketch_layers=config.sketch_layers
+    )
+    folder = task.folder / f"learned-{config.sketch_groups}-{config.sketch_layers}-{len(data.rows)}"
+    with task.make_engine(config) as engine:
+        if (folder / GROUPS_FILE).exists():  # written last
+            engine.load_anchors(folder)
+        else:
+            learn(engine, data, task.note)
+            engine.save_anchors(folder)
+        return banks_of(engine)
+
+
+def _trial(
+    task: Task,
+    config: EngineConfig,
+    banks: Sequence[BankSnapshot],
+    data: list[Replays],
+    variants: Sequence[Variant],
+    label: str,
+) -> Measured:
+    with task.make_engine(config) as engine:
+        give_banks(engine, banks)
+        groups = _contest(task, engine, data[1], CONTEST)
+        strengths = {agent: group.strength for agent, group in groups.items()}
+        file = task.folder / "outcomes.jsonl"
+        return measure(engine, data[1], variants, strengths, file, label, task.note)
+
+
+def _contest(task: Task, engine: Engine, tuning: Replays, policy: ReusePolicy) -> dict[str, EdgeGroup]:
+    """How strongly to correct, decided on the first tuning rows; later pairs go to the calibration alone."""
+    count = engine.config.contest_prompts
+    groups: dict[str, EdgeGroup] = {}
+    calibrate(engine, Replays(tuning.rows[:count], tuning.runs[:count]), policy, task.note, groups, "contest")
+    return groups
+
+
+def _calibrate(
+    task: Task, engine: Engine, chosen: Chosen, data: list[Replays], policy: ReusePolicy
+) -> dict[str, EdgeGroup]:
+    """The contest under the chosen policy, then its calibration; both again if they were interrupted."""
+    give_banks(engine, chosen.banks)
+    groups = _contest(task, engine, data[1], policy) if policy.estimator == "token" else {}
+    calibrate(engine, data[2], policy, task.note, groups, "calibration")
+    folder = task.folder / BANKS
+    if folder.exists():
+        shutil.rmtree(folder)
+    engine.save_anchors(folder)
+    return groups
+
+
+def _verify(
+    task: Task, engine: Engine, data: Replays, groups: dict[str, EdgeGroup], policy: ReusePolicy
+) -> VerificationTable:
+    strengths = {agent: group.strength for agent, group in groups.items()}
+    label = f"verification {vars(engine.config)}"
+    file = task.folder / "verified.jsonl"
+    measured = measure(engine, data, ladder_variants(policy), strengths, file, label, task.note)
+    calibrations = {agent: group.calibration for agent, group in groups.items()}
+    num_requests = len(data.rows) * (len(task.team.agents) - 1)
+    return judge(measured, calibrations, policy, num_requests=num_requests)
+
+
+def _settings(config: EngineConfig, policy: ReusePolicy) -> SettingsTable:
+    return SettingsTable(
+        estimator="rotate" if policy.estimator == "rotate" else "token",
+        selector="attention",
+        rungs=policy.rungs,
+        neighbors=config.neighbors,
+        alpha=config.alpha,
+        sketch_groups=config.sketch_groups,
+        sketch_layers=config.sketch_layers,
+        contest_prompts=config.contest_prompts,
+        anchor_bytes=config.anchor_bytes,
+    )
+
+
+def _data(task: Task, split: Split) -> DataTable:
+    parts = {name: tuple(row.digest for row in rows) for name, rows in split._asdict().items()}
+    return DataTable(file=task.data_name, rule=RULE, **parts)
+
+
+def _validity(task: Task) -> ValidityTable:
+    versions = {name: version(name) for name in ("kvcomm", "torch", "transformers")}
+    return ValidityTable(
+        holds_for=HOLDS_FOR,
+        made=datetime.now(UTC).isoformat(timespec="seconds"),
+        budget_s=task.budget_s,
+        versions={**versions, "python": platform.python_version()},
+    )

@@ -1,0 +1,175 @@
+"""`kvcomm tune`: from rows to a profile, and from a profile to what new rows say of it, on a tiny team."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvcomm.agents.tuning import read_profile, tuner
+from kvcomm.agents.tuning.plan import Costs, make_plan
+from kvcomm.agents.tuning.rows import Sizes
+from kvcomm.cli.app import run
+from kvcomm.cli.tune import seconds
+from kvcomm.errors import AnchorFileError, InvalidRequest
+
+TEAM = """
+name = "tiny"
+[defaults]
+sampling = { max_new_tokens = 16, ignore_eos = true }
+[[agents]]
+name = "first"
+system = "You answer."
+prompt = "Q: {question}"
+[[agents]]
+name = "second"
+system = "You check what others say."
+prompt = "Q: {question} A: {first}"
+"""
+LOOSE = ("--max-divergence", "50", "--confidence", "0.7")
+
+pytestmark = pytest.mark.usefixtures("home")
+
+
+def questions(file: Path, count: int, stem: str) -> Path:
+    """Texts that share no beginning."""
+    texts = [hashlib.sha256(f"{stem} {index}".encode()).hexdigest()[:24] for index in range(count)]
+    content = "\n".join(json.dumps({"question": text, "answer": "unused"}) for text in texts).encode()
+    file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
+    return file
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts that take seconds."""
+    monkeypatch.setattr("kvcomm.agents.tuning.plan.MOST", Sizes(6, 4, 4, 4))
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    (tmp_path / "team.toml").write_text(TEAM)
+    data = questions(tmp_path / "data.jsonl.gz", 24, "a")
+    return ["--workload", str(tmp_path / "team.toml"), "--data", str(data), "--out", str(tmp_path / "p" / "tiny.toml")]
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> Any:
+    assert run(["tune", *arguments, "--json"]) == code
+    out, err = capsys.readouterr()
+    return json.loads(out) if code == 0 else json.loads(err.splitlines()[-1])["error"]["message"]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_profile_is_made_checked_and_refused(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], tmp_path: Path, other_model_folder: Path
+) -> None:
+    made = call(capsys, *arguments, *LOOSE, "--budget", "10m")
+    file = tmp_path / "p" / "tiny.toml"
+    profile = read_profile(file)
+    assert made == {"profile": str(file), **profile.model_dump(mode="json")}
+    parts = [profile.data.anchors, profile.data.tuning, profile.data.calibration, profile.data.verification]
+    assert [len(part) for part in parts] == [6, 4, 4, 4]
+    assert len(profile.data.used) == 18
+    assert (profile.verification.requests, profile.verification.accepted) == (4, 4)
+    assert profile.agents["second"].num_pairs == 4
+    labels = {point.setting for point in profile.pareto}
+    assert {"token", "rotate", "token 30% head", "token, k=4"} <= labels
+    assert any(label.endswith("sketch_layers=2") for label in labels)
+
+    team = tmp_path / "team.toml"
+    fresh = questions(tmp_path / "fresh.jsonl", 5, "b")
+    checked = call(capsys, "--check", str(file), "--data", str(fresh), "--workload", str(team))
+    figures = {figure["id"]: figure for figure in checked["figures"]}
+    assert figures["violations"]["value"] == 0
+    assert figures["violations"]["spread"][0] == 0
+    assert 0 < figures["violations"]["spread"][1] < 0.6
+    assert figures["accepted"]["value"] >= 3  # a text further off than the four calibrated ones is not accepted
+    assert checked["config"]["rows"] == 5
+    mixed = questions(tmp_path / "old.jsonl", 24, "a")
+    assert call(capsys, "--check", str(file), "--data", str(mixed))["config"]["rows_left_out"] == 18
+    known = questions(tmp_path / "known.jsonl", 24, "a")
+    used = [line for line in known.read_text().splitlines() if digest(line) in profile.data.used]
+    known.write_text("\n".join(used))
+    assert "all 18 rows were used" in call(capsys, "--check", str(file), "--data", str(known), code=2)
+
+    other = ["--model", str(other_model_folder)]
+    assert "another model" in call(capsys, "--check", str(file), "--data", str(fresh), *other, code=1)
+    team.write_text(TEAM.replace("check", "doubt"))
+    assert "another team" in call(capsys, "--check", str(file), "--data", str(fresh), code=1)
+    team.write_text(TEAM)
+    bank = next((tmp_path / "p" / "tiny" / "banks").glob("*.anchors.safetensors"))
+    content = bank.read_bytes()
+    bank.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert "was altered" in call(capsys, "--check", str(file), "--data", str(fresh), code=1)
+    bank.unlink()
+    assert "is missing" in call(capsys, "--check", str(file), "--data", str(fresh), code=1)
+    file.write_text(file.read_text().replace("neighbors = ", "neighbours = "))
+    with pytest.raises(AnchorFileError, match="neighbours"):
+        read_profile(file)
+
+
+def digest(line: str) -> str:
+    inputs = {"question": json.loads(line)["question"]}
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("step", ["learn", "_contest", "measure", "_calibrate", "_verify", "write_profile"])
+def test_an_interrupted_run_goes_on(
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    step: str,
+) -> None:
+    monkeypatch.setattr("kvcomm.agents.tuning.search.num_axes", lambda num_groups: 0)
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuner, step, interrupted)
+        assert run(["tune", *arguments, *LOOSE, "--budget", "10m"]) == 130
+    capsys.readouterr()
+    answers = tmp_path / "p" / "tiny" / "answers.jsonl"
+    before = answers.read_bytes()
+    made = call(capsys, *arguments, *LOOSE, "--budget", "10m")
+    assert answers.read_bytes() == before
+    assert made["agents"]["second"]["num_pairs"] == 4
+    assert made["verification"]["accepted"] == 4
+    assert "another bound" in call(capsys, *arguments, "--budget", "10m", code=2)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_dry_run_stops_and_too_little_of_anything_is_an_error(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], tmp_path: Path
+) -> None:
+    plan = call(capsys, *arguments, *LOOSE, "--budget", "10m", "--dry-run")
+    assert [step["rows"] for step in plan["steps"]] == [18, 6, 4, 4, 4, 4]
+    assert 0 < plan["total_s"] <= 600
+    assert not (tmp_path / "p" / "tiny.toml").exists()
+    few = call(capsys, *arguments, "--budget", "10m", "--out", str(tmp_path / "q.toml"), code=2)
+    assert "24 rows are too few: confidence 0.95 needs 19 to calibrate" in few
+    small = call(capsys, *arguments, *LOOSE, "--budget", "0.001s", "--out", str(tmp_path / "r.toml"), code=2)
+    assert "a budget of 0 s is too small: confidence 0.7 needs" in small
+    assert "above 0" in call(capsys, *arguments, "--max-divergence", "0", code=2)
+    assert "either --out, to tune, or --check" in call(capsys, "--data", arguments[3], code=2)
+
+
+def test_times() -> None:
+    assert [seconds(text) for text in ("90", "90s", "20m", "1.5h")] == [90, 90, 1200, 5400]
+    with pytest.raises(InvalidRequest, match="not a time"):
+        seconds("soon")
+
+
+def test_a_larger_budget_buys_larger_parts() -> None:
+    costs = Costs(answer=2.0, learn=0.5, publish=0.5, replay=0.1)
+    small, large = make_plan(costs, 1000, 400, 0.05), make_plan(costs, 1000, 2000, 0.05)
+    assert small.sizes.calibration >= 19
+    assert all(low <= high for low, high in zip(small.sizes, large.sizes, strict=True))
+    assert small.total_s <= 400
+    with pytest.raises(InvalidRequest, match="a budget of 100 s is too small"):
+        make_plan(costs, 1000, 100, 0.05)
