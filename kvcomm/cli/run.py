@@ -6,6 +6,7 @@ import sys
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     from kvcomm.agents.results import AgentResult, GroupEvent, GroupResult
     from kvcomm.agents.team import Team
     from kvcomm.cli.progress import ProgressView
+    from kvcomm.config import EngineConfig
     from kvcomm.engine.engine import Engine
+    from kvcomm.engine.policy import ReusePolicy
 
 ALONE = "answer"
 """The name of the agent that answers a single prompt."""
@@ -54,6 +57,10 @@ def run(
     max_new_tokens: MaxNewTokensFlag = None,
     temperature: TemperatureFlag = None,
     seed: SeedFlag = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option("--profile", metavar="PROFILE", help="Reuse as `kvcomm tune` found best for this team."),
+    ] = None,
     model: ModelFlag = DEFAULT_MODEL,
     stream: Annotated[
         bool | None,
@@ -67,6 +74,7 @@ def run(
     """
     settings = sampling_settings(max_new_tokens, temperature, seed)
     wanted = _team(team, prompt, inputs, raw=raw, rounds=rounds)
+    tuned = wanted
     wanted = _with_sampling(wanted, settings)
     values = {**wanted.inputs, **_inputs(inputs)}
     if prompt is not None:
@@ -74,8 +82,9 @@ def run(
     _require_inputs(wanted, values)
     num_rounds = rounds or wanted.rounds
     is_streamed = not as_json if stream is None else stream
-    with load_engine(model) as engine:
-        events = _events(engine, wanted, values, num_rounds, raw=raw)
+    engine, policy = (load_engine(model), None) if profile is None else _tuned(profile, tuned, model)
+    with engine:
+        events = _events(engine, wanted, values, num_rounds, raw=raw, policy=policy)
         with _view(wanted, num_rounds, is_streamed=is_streamed, as_json=as_json) as view:
             result = _follow(events, view)
     answers = [answer for answers in result.rounds for answer in answers.values()]
@@ -101,6 +110,17 @@ def _team(team: str | None, prompt: str | None, inputs: list[str] | None, *, raw
     if not prompt or not prompt.strip():
         raise EmptyPrompt(f"the prompt is empty: {prompt!r}")
     return Team(ALONE, (Agent(ALONE, prompt="{prompt}"),))
+
+
+def _tuned(profile: Path, team: Team, model: str) -> tuple[Engine, ReusePolicy]:
+    from kvcomm.agents.tuning import apply_profile
+    from kvcomm.engine.engine import Engine
+
+    def make(config: EngineConfig) -> Engine:
+        return Engine.load(model, config=config, progress=True)
+
+    applied = apply_profile(make, profile, team=team)
+    return applied.engine, applied.policy
 
 
 def _with_sampling(team: Team, settings: dict[str, int | float | None]) -> Team:
@@ -132,11 +152,11 @@ def _require_inputs(team: Team, values: dict[str, str]) -> None:
 
 
 def _events(
-    engine: Engine, team: Team, values: dict[str, str], num_rounds: int, *, raw: bool
+    engine: Engine, team: Team, values: dict[str, str], num_rounds: int, *, raw: bool, policy: ReusePolicy | None
 ) -> Generator[GroupEvent, None, None]:
     if raw:
         return _raw_events(engine, values["prompt"], team)
-    return team.group(engine).stream(num_rounds, **values)
+    return team.group(engine, policy=policy).stream(num_rounds, **values)
 
 
 def _raw_events(engine: Engine, prompt: str, team: Team) -> Generator[GroupEvent, None, None]:

@@ -95,6 +95,11 @@ def test_a_profile_is_made_checked_and_refused(
     known.write_text("\n".join(used))
     assert "all 18 rows were used" in call(capsys, "--check", str(file), "--data", str(known), code=2)
 
+    assert run(["run", str(team), "--input", "question=why so?", "--profile", str(file), "--json"]) == 0
+    assert [*json.loads(capsys.readouterr().out)["rounds"][0]] == ["first", "second"]
+    assert run(["run", "gsm8k", "--input", "question=why so?", "--profile", str(file)]) == 1
+    assert "another team" in capsys.readouterr().err
+
     other = ["--model", str(other_model_folder)]
     assert "another model" in call(capsys, "--check", str(file), "--data", str(fresh), *other, code=1)
     team.write_text(TEAM.replace("check", "doubt"))

@@ -87,9 +87,11 @@ def measure(
 
     Args:
         strengths: agent -> factor on the token estimator's correction; agents that are missing are left out.
-        label: of the engine's settings; with the variants and strengths it says what a line of the file holds.
+        label: for people, and with settings, anchors, variants and strengths it says what a line of the file holds.
     """
-    key = f"{label} {[tuple(vars(each).values()) for each in variants]} {sorted(strengths.items())}"
+    taught = sorted((bank.edge.digest[:16], bank.num_tokens) for bank in banks_of(engine))
+    asked = [tuple(vars(each).values()) for each in variants]
+    key = f"{label} {vars(engine.config)} {taught} {asked} {sorted(strengths.items())}"
     known = {str(entry["row"]): entry["agents"] for entry in read_lines(file) if entry["key"] == key}
     found: Measured = {}
     for index, (row, run) in enumerate(zip(data.rows, data.runs, strict=True)):

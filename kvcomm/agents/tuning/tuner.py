@@ -191,7 +191,6 @@ def _identity(task: Task, engine: Engine) -> dict[str, str]:
         "team": team_digest(greedy(task.team)),
         "data": hashlib.sha256(" ".join(row.digest for row in task.rows).encode()).hexdigest(),
         "bound": f"{task.policy.max_divergence!r} {task.policy.confidence!r}",
-        "budget": repr(task.budget_s),
     }
 
 
@@ -295,7 +294,7 @@ def _verify(
     task: Task, engine: Engine, data: Replays, groups: dict[str, EdgeGroup], policy: ReusePolicy
 ) -> VerificationTable:
     strengths = {agent: group.strength for agent, group in groups.items()}
-    label = f"verification {vars(engine.config)}"
+    label = "verification"
     file = task.folder / "verified.jsonl"
     measured = measure(engine, data, ladder_variants(policy), strengths, file, label, task.note)
     calibrations = {agent: group.calibration for agent, group in groups.items()}
