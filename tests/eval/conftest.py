@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.conftest import ROWS_ONLY
 from tests.tiny import tiny_model
 
 
@@ -17,3 +18,9 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made.model.save_pretrained(folder)
     made.tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _fixed_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether moving pays for a tiny model depends on how busy the machine was when it was measured; not here."""
+    monkeypatch.setattr("kvcomm.engine.reuse_parts.cached_cost", lambda file, measure: ROWS_ONLY)
