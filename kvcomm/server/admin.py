@@ -48,7 +48,9 @@ async def server_status(state: StateDep) -> ServerStatus:
     )
 
 
-@router.delete("/admin/tenants/{tenant}/cache", operation_id="clearCache", responses=documented(401, 403, 404, 500))
+@router.delete(
+    "/admin/tenants/{tenant}/cache", operation_id="clearCache", responses=documented(400, 401, 403, 404, 500)
+)
 async def clear_cache(tenant: Annotated[str, Path(pattern=NAME_PATTERN)], state: StateDep) -> Cleared:
     """Drop a tenant's cached prefixes; what is in use stays until it is not."""
     if tenant not in state.tenants.names:

@@ -38,7 +38,7 @@ def make_app(engine: Engine, settings: ServerSettings | None = None, *, keys: Ke
     for surface in SURFACES:
         app.include_router(surface)
     errors.install(app)
-    openapi.install(app)
+    openapi.install(app, model=settings.name, vocab_size=engine.geometry.vocab_size)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
     app.add_middleware(Door, keys=keys, tenant=state.tenants.get)
     app.add_middleware(RequestLog, observe=state.metrics.answered)

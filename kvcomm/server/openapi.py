@@ -1,31 +1,43 @@
-"""The OpenAPI document, true to what the server does: FastAPI's 422 goes, invalid requests are answered with 400."""
+"""The OpenAPI document, true to what the server does.
+
+FastAPI's 422 goes, since invalid requests are answered with 400, and what only the running server knows comes in: the
+one model that requests may name, and which token ids it has.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from kvcomm import __version__
+from kvcomm.server.schemas.common import MODEL_NAME, TOKEN_ID
 
 UNUSED = ("HTTPValidationError", "ValidationError")
 DESCRIPTION = "OpenAI's API over a shared KV cache: exact prefix reuse for every tenant, and a word on every miss."
 
 
-def install(app: FastAPI) -> None:
+def install(app: FastAPI, *, model: str, vocab_size: int) -> None:
     """Let the app give this document at /openapi.json."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = get_openapi(title="kvcomm", version=__version__, description=DESCRIPTION, routes=app.routes)
-            app.openapi_schema = _without_422(schema)
+            _drop_422(schema)
+            for definition in _definitions(schema):
+                if definition.get("format") == TOKEN_ID:
+                    definition["maximum"] = vocab_size - 1
+                elif definition.get("format") == MODEL_NAME:
+                    definition["enum"] = [model]
+            app.openapi_schema = schema
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]  # as FastAPI's documentation does it
 
 
-def _without_422(schema: dict[str, Any]) -> dict[str, Any]:
+def _drop_422(schema: dict[str, Any]) -> None:
     for operations in schema["paths"].values():
         for operation in operations.values():
             content = operation["responses"].get("422", {}).get("content", {})
@@ -34,4 +46,13 @@ def _without_422(schema: dict[str, Any]) -> dict[str, Any]:
                 del operation["responses"]["422"]
     for name in UNUSED:
         schema["components"]["schemas"].pop(name, None)
-    return schema
+
+
+def _definitions(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object in a JSON value."""
+    if isinstance(value, dict):
+        yield value
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _definitions(item)

@@ -30,7 +30,7 @@ def sampling_of(
     """The sampling of one prompt.
 
     Args:
-        wanted_tokens: the client's bound on the answer; what the model's limit leaves is the other.
+        wanted_tokens: the client's bound on the answer; the server's and what the model's limit leaves are others.
         logprobs: alternatives to report per token; None: no log-probabilities.
 
     Raises:
@@ -43,7 +43,7 @@ def sampling_of(
         raise ApiError(400, "context_length_exceeded", message)
     temperature = settings.default_temperature if request.temperature is None else request.temperature
     return SamplingParams(
-        max_new_tokens=min(room, wanted_tokens or settings.default_max_tokens),
+        max_new_tokens=min(room, wanted_tokens or settings.default_max_tokens, settings.max_answer_tokens or room),
         temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
         top_k=request.top_k or 0,
         top_p=1.0 if request.top_p is None else request.top_p,

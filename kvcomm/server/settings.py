@@ -94,6 +94,7 @@ class ServerSettings(BaseModel):
         drain_timeout_s: for requests in flight to end after SIGTERM; then they are cancelled.
         retry_after_s: what clients are told to wait where the server cannot know better.
         default_max_tokens: of an answer, where the client does not say; less where the model's limit is nearer.
+        max_answer_tokens: of an answer, whatever the client asks for; None: what the model's limit leaves.
         default_temperature: where the client does not say; OpenAI documents 1.
         max_salts: namespaces per tenant that `cache_salt` may open; the least recently used one is dropped.
         limits: of tenants whose key brings none of its own.
@@ -122,6 +123,7 @@ class ServerSettings(BaseModel):
     drain_timeout_s: Positive = 30
     retry_after_s: Positive = 1
     default_max_tokens: Positive = 1024
+    max_answer_tokens: Positive | None = None
     default_temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     max_salts: Positive = 256
     limits: Limits = Limits()

@@ -7,7 +7,6 @@ the server begins to drain, and drained streams are to end by themselves.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -17,18 +16,19 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from kvcomm.server.errors import ApiError
+from kvcomm.server.logs import notes_of
 from kvcomm.server.waiting import while_connected
-
-logger = logging.getLogger("kvcomm.server")
 
 DONE = "data: [DONE]\n\n"
 GRACE_S = 5.0
 """After the deadline: for a client to take the last event, before a stream that nobody reads is dropped."""
 
+EVENT_SCHEMA = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer; with `stream`, server-sent events that each hold a chunk, then `[DONE]`.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"itemSchema": EVENT_SCHEMA}},
     }
 }
 
@@ -46,7 +46,10 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._encoded):
-            await while_connected(receive, self.stream_response(send), deadline_s=self._deadline_s + GRACE_S)
+            try:
+                await while_connected(receive, self.stream_response(send), deadline_s=self._deadline_s + GRACE_S)
+            except ApiError as error:  # nobody is left, or nobody reads: there is no one to tell
+                notes_of(scope).fields["stopped"] = error.code
 
 
 def event(data: BaseModel | dict[str, Any]) -> str:

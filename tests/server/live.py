@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI
 
 from kvcomm.engine.engine import Engine
 from kvcomm.server.app import make_app
 from kvcomm.server.keys import KeyRing
+from kvcomm.server.logs import JsonFormatter
 from kvcomm.server.running import DrainingServer, bind, make_server
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.state import ServerState
@@ -24,11 +26,12 @@ PATIENCE_S = 30.0
 
 
 class Live(NamedTuple):
-    """A running server."""
+    """A running server, and what it logs."""
 
     server: DrainingServer
     state: ServerState
     port: int
+    log: list[dict[str, Any]]
 
     @property
     def url(self) -> str:
@@ -47,6 +50,18 @@ class Live(NamedTuple):
         return connection
 
 
+class _Kept(logging.Handler):
+    """Keeps log lines as they are written."""
+
+    def __init__(self, lines: list[dict[str, Any]]) -> None:
+        super().__init__()
+        self._lines = lines
+        self.setFormatter(JsonFormatter())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(json.loads(self.format(record)))
+
+
 @contextmanager
 def serving(engine: Engine, settings: ServerSettings, *, keys: KeyRing | None = None) -> Iterator[Live]:
     """A server for a `with` statement; it is drained at the end, and nothing may hang."""
@@ -54,11 +69,13 @@ def serving(engine: Engine, settings: ServerSettings, *, keys: KeyRing | None = 
     levels = {name: logging.getLogger(name).level for name in ("kvcomm", "uvicorn")}
     listener = bind(settings)
     server = make_server(app)
+    log: list[dict[str, Any]] = []
+    logging.getLogger("kvcomm").addHandler(_Kept(log))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), name="uvicorn")
     thread.start()
     try:
         wait_for(lambda: server.started)
-        yield Live(server, app.state.kvcomm, listener.getsockname()[1])
+        yield Live(server, app.state.kvcomm, listener.getsockname()[1], log)
     finally:
         server.should_exit = True
         thread.join(PATIENCE_S)

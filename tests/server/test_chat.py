@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 from kvcomm.engine.engine import Engine
 from kvcomm.server.prompts import PromptMaker
 from kvcomm.server.schemas.chat import ChatRequest
-from tests.server.conftest import HELLO, MODEL, chat
+from tests.server.conftest import HELLO, MODEL, MakeClient, chat
 from tests.server.events import DONE, events_of
 
 URL = "/v1/chat/completions"
@@ -130,6 +130,13 @@ def test_answers_end_at_the_models_limit(client: TestClient, engine: Engine) -> 
     body = chat(messages=[{"role": "user", "content": "a" * 480}], max_tokens=10_000, ignore_eos=True)
     usage = client.post(URL, json=body).json()["usage"]
     assert usage["total_tokens"] == engine.max_context
+
+
+def test_the_servers_own_limit(make_client: MakeClient) -> None:
+    client = make_client(max_answer_tokens=3)
+    for fields in ({}, {"max_tokens": 4}, {"max_completion_tokens": 400}):
+        assert client.post(URL, json=chat(ignore_eos=True, **fields)).json()["usage"]["completion_tokens"] == 3
+    assert client.post(URL, json=chat(max_tokens=2)).json()["usage"]["completion_tokens"] == 2
 
 
 def test_a_prompt_that_is_too_long(client: TestClient) -> None:

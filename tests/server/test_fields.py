@@ -31,6 +31,7 @@ def error_of(response: Any, status: int = 400) -> dict[str, Any]:
         {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "tool_choice": "auto", "stop": []},
         {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": True, "top_p": 0.9, "temperature": 1},
         {"temperature": 1e-30, "seed": 10**30},
+        {"max_tokens": 3.0, "seed": 1.0},
     ],
 )
 def test_documented_fields_are_accepted(client: TestClient, fields: dict[str, Any]) -> None:
@@ -84,6 +85,7 @@ def test_plain_completions_refuse_too(client: TestClient, field: str, value: Any
         ({"temperature": 2.1}, "temperature", "invalid_value"),
         ({"n": 17}, "n", "invalid_value"),
         ({"n": True}, "n", "invalid_value"),
+        ({"n": 1.5}, "n", "invalid_value"),
         ({"max_tokens": 0}, "max_tokens", "invalid_value"),
         ({"stop": [""]}, "stop[0]", "invalid_value"),
         ({"stop": 5}, "stop", "invalid_value"),

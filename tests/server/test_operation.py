@@ -90,6 +90,7 @@ def test_a_client_that_goes_away_frees_its_pages(live: Live, engine: Engine, str
 
 
 def test_clients_that_go_away_at_any_moment(live: Live, engine: Engine) -> None:
+    """No page is lost, and the log does not take it for a fault."""
     for index in range(40):
         connection = live.post(encoded({**LONG, "stream": True}))
         if index % 3:
@@ -99,6 +100,8 @@ def test_clients_that_go_away_at_any_moment(live: Live, engine: Engine) -> None:
     engine.check_integrity()
     assert engine.memory_stats().num_in_requests == 0
     assert httpx2.post(live.url + CHAT, json=chat(), timeout=PATIENCE_S).status_code == 200
+    assert {line["level"] for line in live.log} == {"info"}
+    assert {line.get("stopped") for line in live.log} == {None, "client_gone"}
 
 
 def test_a_full_server_refuses_at_once(live: Live, stalled: threading.Event) -> None:

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
-from kvcomm.server.schemas.common import IGNORED, GenerationRequest, ResponseModel, only
+from kvcomm.server.schemas.common import IGNORED, WHOLE, GenerationRequest, ResponseModel, only
 from kvcomm.server.schemas.messages import Message, Tool
 from kvcomm.server.schemas.usage import Usage
 
@@ -37,10 +37,10 @@ class ChatRequest(GenerationRequest):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: (
-        Annotated[int, Field(ge=1, description="An upper bound; wins over max_tokens, its older name.")] | None
+        Annotated[int, Field(ge=1, description="An upper bound; wins over max_tokens, its older name."), WHOLE] | None
     ) = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     tools: Annotated[
         list[Tool] | None, Field(description="Given to the chat template; calls come back as the model writes them.")
     ] = None

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -25,6 +26,9 @@ from kvcomm.engine.policy import ReusePolicy
 
 MAX_DEPTH = 64
 """Levels of nesting in a body; every real one has far fewer."""
+
+MODEL_NAME, TOKEN_ID = "model-name", "token-id"
+"""Formats of values of which only the running server knows which ones there are."""
 
 MAX_CHOICES = 16
 """Answers to one prompt."""
@@ -82,8 +86,7 @@ def only(*allowed: Any, why: str) -> Any:
 
     def check(value: Any) -> Any:
         for each in allowed:
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value == each and (is_number or type(value) is type(each)):
+            if value == each and (type(value) is type(each) or (_is_number(value) and _is_number(each))):
                 return value
         raise PydanticCustomError("unsupported", "{why}", {"why": why})
 
@@ -95,6 +98,12 @@ def one_or_many(value: object) -> str:
     return "many" if isinstance(value, list) else "one"
 
 
+def _whole(value: object) -> object:
+    """JSON knows one kind of number: 1.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
 NonEmpty = Annotated[str, Field(min_length=1)]
 Stop = Annotated[
     Annotated[NonEmpty, Tag("one")] | Annotated[list[NonEmpty], Field(max_length=16), Tag("many")],
@@ -162,29 +171,31 @@ class StreamOptions(RequestModel):
     include_obfuscation: Annotated[bool | None, Field(description=IGNORED)] = None
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 NO_PENALTY = "can only be 0; repetition_penalty is there instead"
 
 
 class GenerationRequest(Body):
     """Fields that chat and plain completions share."""
 
-    model: str
+    model: Annotated[str, Field(json_schema_extra={"format": MODEL_NAME})]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    seed: int | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
+    seed: Annotated[int, WHOLE] | None = None
     stop: Stop | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    max_tokens: (
-        Annotated[int, Field(ge=1, description="An upper bound; the model's limit may end the answer earlier.")] | None
-    ) = None
+    max_tokens: Annotated[int, Field(ge=1, description="An upper bound; the server has others."), WHOLE] | None = None
     presence_penalty: only(None, 0, why=NO_PENALTY) = None  # type: ignore[valid-type]
     frequency_penalty: only(None, 0, why=NO_PENALTY) = None  # type: ignore[valid-type]
     logit_bias: only(None, {}, why="is not supported; leave it out") = None  # type: ignore[valid-type]
     user: Annotated[str | None, Field(description=IGNORED)] = None
 
-    top_k: Annotated[int, Field(ge=0, description="Keep the k most probable tokens; 0 is off.")] | None = None
+    top_k: Annotated[int, Field(ge=0, description="Keep the k most probable tokens; 0 is off."), WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
     ignore_eos: Annotated[bool, Field(description="Go on after the model's end tokens.")] | None = None

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from kvcomm.server.schemas.chat import NEEDS_STREAM, FinishReason, require_stream
-from kvcomm.server.schemas.common import GenerationRequest, NonEmpty, ResponseModel, only
+from kvcomm.server.schemas.common import TOKEN_ID, WHOLE, GenerationRequest, NonEmpty, ResponseModel, only
 from kvcomm.server.schemas.usage import Usage
 
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0, json_schema_extra={"format": TOKEN_ID}), WHOLE]
 Ids = Annotated[list[TokenId], Field(min_length=1)]
 MAX_PROMPTS = 128
 
@@ -37,7 +37,7 @@ class CompletionRequest(GenerationRequest):
     model_config = ConfigDict(json_schema_extra={"allOf": [NEEDS_STREAM]})
 
     prompt: Prompts
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5), WHOLE] | None = None
     echo: only(  # type: ignore[valid-type]
         None, False, why="is not supported; put the prompt before the answer yourself"
     ) = None

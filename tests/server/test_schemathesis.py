@@ -1,0 +1,81 @@
+"""schemathesis on the OpenAPI document, with auth: what the document says is what the server does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi.schemas import OpenApiSchema
+
+from kvcomm.config import EngineConfig
+from kvcomm.engine.engine import Engine
+from kvcomm.server.app import make_app
+from kvcomm.server.keys import KeyRing, Role, add_key
+from kvcomm.server.settings import ServerSettings
+from tests.server.conftest import MODEL, require_nothing_left
+from tests.tiny import tiny_model
+
+OPERATIONS = (
+    "GET /health",
+    "GET /ready",
+    "GET /version",
+    "GET /v1/models",
+    "GET /v1/models/{model}",
+    "POST /v1/chat/completions",
+    "POST /v1/completions",
+    "GET /metrics",
+    "GET /admin/status",
+    "DELETE /admin/tenants/{tenant}/cache",
+)
+OPERATOR = ("/metrics", "/admin")
+
+
+class Api(NamedTuple):
+    """A document of an app, and keys for it."""
+
+    schema: OpenApiSchema
+    keys: dict[Role, str]
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    """An app that needs keys and answers in a few tokens."""
+    file: Path = tmp_path_factory.mktemp("keys") / "keys.json"
+    keys = {role: add_key(file, role.value, role=role) for role in Role}
+    tiny = tiny_model()
+    tiny.model.config.max_position_embeddings = 4096  # no schema can say how many tokens a text has
+    with Engine(tiny.model, tiny.tokenizer, config=EngineConfig(page_size=4, pool_tokens=16_384)) as engine:
+        app = make_app(engine, ServerSettings(model=MODEL, max_answer_tokens=4), keys=KeyRing(file))
+        yield Api(schemathesis.openapi.from_asgi("/openapi.json", app), keys)
+        require_nothing_left(engine)
+
+
+def test_no_operation_is_left_out(api: Api) -> None:
+    documented = [result.ok() for result in api.schema.get_all_operations()]
+    assert {f"{each.method.upper()} {each.path}" for each in documented} == set(OPERATIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        *((name, GenerationMode.POSITIVE) for name in OPERATIONS),
+        *((name, GenerationMode.NEGATIVE) for name in OPERATIONS if name.startswith("POST") or "{" in name),
+    ],
+)
+def test_the_document_is_true(api: Api, name: str, mode: GenerationMode) -> None:
+    """Valid requests are answered as documented, invalid ones are refused, and none ends in a 500."""
+    method, path = name.split()
+    operation = api.schema[path][method]
+    key = api.keys[Role.ADMIN if path.startswith(OPERATOR) else Role.TENANT]
+
+    @settings(max_examples=40, suppress_health_check=list(HealthCheck), database=None)
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def check(case: schemathesis.Case) -> None:
+        case.call_and_validate(headers={"Authorization": f"Bearer {key}"})
+
+    check()
