@@ -1,0 +1,162 @@
+"""The setting of KVCOMM's Table 3 (arXiv 2510.12872v2): first tokens of five agents, moved KV against dense prefills.
+
+512-token roles, a 1,000-token question, 512-token outputs; each agent reads its role, the question and all outputs
+before its own. Deviations: real text where the publication has synthetic one, and outputs are taken from the text
+instead of decoded, which a first token does not depend on. Roles are cached and banks are warm, as in a team at work.
+Dense is transformers' own forward over the whole prompt. The engine is timed as its callers see it, whole requests
+through its queue, in turns with dense and in one process. What is served is bounded by the calibration that the run
+makes itself: for a caller who accepts everything (glue only), and for (0.05, 0.05). That calibration takes by far the
+longest, and times do not depend on when it was made: with --anchors it is kept in a folder, and taken from there by the
+next run of the same sizes and texts. With --quick sizes are small and too few texts calibrate for (0.05, 0.05): what is
+served under that bound is then exact.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from eval.figures import Figure, Report
+from eval.stock import Stock
+from eval.ttft.team import ONE_TOKEN, Sizes, Team, Texts, num_slot_tokens, teach, tokens_of
+from eval.workload import note, settings
+from kvcomm import Completion, Engine, ReusePolicy
+from kvcomm.engine.benchmark import Samples, TakeTokens
+from kvcomm.engine.variant import Variant
+from kvcomm.errors import InvalidRequest
+from kvcomm.memory.segments import Segment
+
+GLUE_ONLY = ReusePolicy(max_divergence=1e6, confidence=0.5, learn=False, audit=0.0)
+BOUND = ReusePolicy(max_divergence=0.05, confidence=0.95, learn=False, audit=0.0)
+GOALS = {"agent5_speedup": ">= 12", "sum_speedup": ">= 5", "over_exact_hit": "<= 1.5"}
+
+
+def measure(engine: Engine, take: TakeTokens, options: Namespace) -> Report:
+    """All figures of an engine."""
+    sizes = Sizes(options.agents, options.role_tokens, options.question_tokens, options.output_tokens)
+    team = Team(engine, take, sizes)
+    _warm(team, options)
+    stock = Stock(engine.model)
+    samples: dict[str, list[float]] = {}
+    for index in range(-1, options.repeats):
+        note("one round to warm up" if index < 0 else f"round {index + 1} of {options.repeats}")
+        found = dict(_round(team, stock))
+        note("  " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        if index >= 0:
+            for name, value in found.items():
+                samples.setdefault(name, []).append(value)
+    measured = {name: Samples(tuple(values)) for name, values in samples.items()}
+    return Report("ttft", _figures(measured, options.agents), settings(engine, options, anchors=None), samples)
+
+
+def _warm(team: Team, options: Namespace) -> None:
+    """Teach and calibrate, or take from the folder what an earlier run of the same sizes has kept; same texts after."""
+    engine = team.engine
+    num_calibrated = engine.config.contest_prompts + options.calibration
+    if options.anchors is not None and options.anchors.exists():
+        profile = engine.load_anchors(options.anchors)
+        if len(profile.groups) != options.agents - 1:
+            raise InvalidRequest(
+                f"{options.anchors} holds {len(profile.groups)} edge groups, not one for each of agents 2 to "
+                f"{options.agents}; name another folder"
+            )
+        note(f"anchors and calibration of {len(profile.groups)} edge groups taken from {options.anchors}")
+        for _ in range(options.warm + num_calibrated):
+            team.texts()
+        return
+    teach(team, options.warm)
+    for index in range(num_calibrated):
+        note(f"calibration: text {index + 1} of {num_calibrated}")
+        team.calibrate(BOUND)
+    if options.anchors is not None:
+        engine.save_anchors(options.anchors)
+
+
+def _round(team: Team, stock: Stock) -> Iterator[tuple[str, float]]:
+    """Every agent's first token, dense and on moved KV; one text for each policy: a prompt is new but once."""
+    for policy, kind in ((GLUE_ONLY, ""), (BOUND, "_bound")):
+        team.restart()
+        texts = team.texts()
+        for agent in team.agents:
+            yield from _agent(team, stock, texts, agent, policy, kind)
+            team.publish(agent, texts)
+        if not kind:
+            yield from _exact_hit(team, texts)
+
+
+def _agent(
+    team: Team, stock: Stock, texts: Texts, agent: int, policy: ReusePolicy, kind: str
+) -> Iterator[tuple[str, float]]:
+    prompt = team.prompt(agent, texts)
+    tokens = tokens_of(prompt)
+    if agent % 2:
+        yield f"dense{kind}_{agent + 1}_s", stock.prefill_s(tokens, use_cache=True)
+    served = team.engine.generate(prompt, ONE_TOKEN, policy=policy)
+    if not agent % 2:
+        yield f"dense{kind}_{agent + 1}_s", stock.prefill_s(tokens, use_cache=True)
+    yield f"kvcomm{kind}_{agent + 1}_s", served.usage.ttft_s
+    if agent:
+        yield f"aligned{kind}_{agent + 1}", served.usage.aligned_tokens / num_slot_tokens(prompt)
+        yield f"divergence{kind}_{agent + 1}", _divergence(team, prompt, served)
+    if agent == team.agents[-1] and not kind:
+        yield "computed", served.usage.computed_tokens
+
+
+def _divergence(team: Team, prompt: Sequence[Segment], served: Completion) -> float:
+    """Nats, of what was served; what was computed exactly has none."""
+    report = served.usage.approximation
+    if report is None:
+        return 0.0
+    (strength,) = (group.strength for group in team.engine.edge_groups() if group.key.digest == report.group)
+    variant = Variant("token", report.rung, strength=strength)
+    continuation = team.continuation(prompt)
+    (outcome,) = team.engine.measure(prompt, continuation, [variant]).result()
+    return outcome.divergence
+
+
+def _exact_hit(team: Team, texts: Texts) -> Iterator[tuple[str, float]]:
+    """The last agent's prompt, all but as many new tokens at its end as moving had to compute."""
+    prompt = team.prompt(team.agents[-1], texts)
+    tokens = tokens_of(prompt)
+    num_computed = len(tokens) - len(prompt[0].token_ids) - num_slot_tokens(prompt)
+    tail = team.take(num_computed)
+    served = team.engine.generate(tokens[:-num_computed] + tail, ONE_TOKEN, policy=ReusePolicy.exact())
+    yield "exact_hit_s", served.usage.ttft_s
+    yield "exact_hit_computed", served.usage.computed_tokens
+
+
+def _figures(samples: dict[str, Samples], num_agents: int) -> list[Figure]:
+    last = num_agents
+    figures = []
+    for kind in ("", "_bound"):
+        agents = range(1, num_agents + 1)
+        dense = [samples[f"dense{kind}_{agent}_s"] for agent in agents]
+        served = [samples[f"kvcomm{kind}_{agent}_s"] for agent in agents]
+        figures += [
+            _ratio(f"agent{last}_speedup{kind}", dense[-1].per(served[-1])),
+            _ratio(f"sum_speedup{kind}", _sums(dense).per(_sums(served))),
+            Figure(f"divergence{kind}", _mean(samples, f"divergence{kind}", num_agents), "nats"),
+            Figure(f"aligned{kind}", _mean(samples, f"aligned{kind}", num_agents), "share"),
+        ]
+    figures.append(_ratio("over_exact_hit", samples[f"kvcomm_{last}_s"].per(samples["exact_hit_s"])))
+    figures += [
+        Figure(name, measured.median, "s", measured.quartiles)
+        for name, measured in samples.items()
+        if name.endswith("_s")
+    ]
+    figures += [Figure(name, samples[name].median, "tokens") for name in ("computed", "exact_hit_computed")]
+    return figures
+
+
+def _ratio(name: str, samples: Samples) -> Figure:
+    return Figure(name, samples.median, "x", samples.quartiles, GOALS.get(name, ""))
+
+
+def _sums(parts: Sequence[Samples]) -> Samples:
+    return Samples(tuple(float(total) for total in np.sum([part.values for part in parts], axis=0)))
+
+
+def _mean(samples: dict[str, Samples], name: str, num_agents: int) -> float:
+    return float(np.mean([samples[f"{name}_{agent}"].values for agent in range(2, num_agents + 1)]))
