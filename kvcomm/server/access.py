@@ -1,4 +1,4 @@
-"""The door: which key opens which path, checked before a body is read.
+"""The door: which key opens which path, and who is let in now; decided before a body is read.
 
 Paths that tell nothing about tenants are open. `/admin` needs an admin's key, `/metrics` an admin's or a reader's (the
 counters there are those of all tenants together), everything else a tenant's. Without a key file every caller is the
@@ -9,6 +9,7 @@ this machine are let in, or any web page could use a name that points here (DNS 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from fastapi.security import HTTPBearer
@@ -22,10 +23,12 @@ from kvcomm.server.logs import notes_of
 from kvcomm.server.settings import is_loopback
 
 if TYPE_CHECKING:
+    from kvcomm.server.admission import Admission
     from kvcomm.server.tenants import Tenant
 
 OPEN = frozenset({"/health", "/ready", "/version", "/openapi.json"})
 BEARER = "bearer "
+WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 security = HTTPBearer(auto_error=False, description="An API key made by `kvcomm serve keys add`.")
 """Documents the scheme on operations that need a key; the check itself is made at the door."""
@@ -50,24 +53,32 @@ def tenant_name(scope: Scope) -> str:
 
 
 class Door:
-    """ASGI middleware: finds the tenant, or answers 401, 403 or 429."""
+    """ASGI middleware: finds the tenant and lets it in, or answers 401, 403, 429 or 503."""
 
-    def __init__(self, app: ASGIApp, *, keys: KeyRing | None, tenant: Callable[[str], Tenant]) -> None:
+    def __init__(
+        self, app: ASGIApp, *, keys: KeyRing | None, tenant: Callable[[str], Tenant], admission: Admission
+    ) -> None:
         """`tenant` gives a tenant by name."""
         self._app = app
         self._keys = keys
         self._tenant = tenant
+        self._admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        with ExitStack() as stack:
             try:
-                self._enter(scope)
+                self._identify_caller(scope)
+                if scope["method"] in WITH_BODY and Role.TENANT in roles_for(scope["path"]):
+                    stack.enter_context(self._admission.letting_in())
             except ApiError as error:
                 await error.response()(scope, receive, send)
                 return
-        await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
 
-    def _enter(self, scope: Scope) -> None:
+    def _identify_caller(self, scope: Scope) -> None:
         roles = roles_for(scope["path"])
         if not roles:
             return

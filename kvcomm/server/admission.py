@@ -1,15 +1,16 @@
-"""Who may start now: a bounded number of engine requests, tenants' own limits, and no more once the server drains.
+"""Who may start now: bounded numbers, tenants' own limits, and no more once the server drains.
 
-A place is taken per engine request and given back when that request has ended and its pages are returned. Nothing
-waits here but a tenant for its own requests; the engine queues what has been admitted. So the queue is bounded, and
-whoever does not fit is told at once when to come back. Used from the event loop's thread only.
+An HTTP request is let in before its body is read, so that bodies in memory are bounded too. It then takes a place per
+engine request, which is free again when that request has ended and its pages are returned. Nothing waits here but a
+tenant for its own requests; the engine queues what has been admitted. So every queue is bounded, and whoever does not
+fit is told at once when to come back. Used from the event loop's thread only.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from kvcomm.server.errors import CLOSE, ApiError
 from kvcomm.server.settings import ServerSettings
@@ -17,10 +18,16 @@ from kvcomm.server.tenants import Tenant
 
 
 class Admission:
-    """Places for engine requests."""
+    """Counts what is in flight.
+
+    Attributes:
+        num_open: HTTP requests with a body that were let in and have not been answered in full.
+        num_in_flight: engine requests of those.
+    """
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
+        self.num_open = 0
         self.num_in_flight = 0
         self.is_draining = False
 
@@ -31,27 +38,37 @@ class Admission:
     @property
     def is_full(self) -> bool:
         """Whether one more request would be refused."""
-        return self.num_in_flight >= self._settings.max_requests
+        return max(self.num_open, self.num_in_flight) >= self._settings.max_requests
+
+    @contextmanager
+    def letting_in(self) -> Iterator[None]:
+        """For the time of an HTTP request with a body; raises what `require_open` does."""
+        self.require_open()
+        self.num_open += 1
+        try:
+            yield
+        finally:
+            self.num_open -= 1
 
     def require_open(self) -> None:
-        """Raises ApiError 503 when nobody is let in: before anything is tokenized in vain."""
+        """Raises ApiError 503 when nobody is let in."""
         if self.is_draining:
             raise ApiError(
                 503, "draining", "the server is stopping", retry_after_s=self._settings.retry_after_s, headers=CLOSE
             )
         if self.is_full:
-            message = f"{self._settings.max_requests} requests are in flight already; try again later"
-            raise ApiError(503, "overloaded", message, retry_after_s=self._settings.retry_after_s)
+            raise self._overloaded()
 
     @asynccontextmanager
     async def place(self, tenant: Tenant, num_tokens: int) -> AsyncIterator[None]:
         """A place for one engine request of a tenant that may grow to `num_tokens`.
 
         Raises:
-            ApiError: 503 when the server is full or draining, 429 when the tenant is at its own limit.
+            ApiError: 503 when the server is full, 429 when the tenant is at its own limit.
         """
         await self._wait_for_room(tenant, num_tokens)
-        self.require_open()
+        if self.num_in_flight >= self._settings.max_requests:
+            raise self._overloaded()
         self._require_own(tenant)
         self.num_in_flight += 1
         tenant.num_requests += 1
@@ -64,6 +81,10 @@ class Admission:
             tenant.held_tokens -= num_tokens
             async with tenant.room:
                 tenant.room.notify_all()
+
+    def _overloaded(self) -> ApiError:
+        message = f"{self._settings.max_requests} requests are in flight already; try again later"
+        return ApiError(503, "overloaded", message, retry_after_s=self._settings.retry_after_s)
 
     def _require_own(self, tenant: Tenant) -> None:
         limit = tenant.limits.max_requests
@@ -89,6 +110,6 @@ class Admission:
             raise full
         try:
             async with asyncio.timeout(self._settings.queue_timeout_s), tenant.room:
-                await tenant.room.wait_for(lambda: self.is_draining or tenant.has_room(num_tokens))
+                await tenant.room.wait_for(lambda: tenant.has_room(num_tokens))
         except TimeoutError:
             raise full from None

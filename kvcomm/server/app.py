@@ -1,7 +1,7 @@
 """The application: surfaces, and what every request passes on its way to them.
 
-From the outside in: the log (ids, counts, last resort for errors), the door (keys, rate), the body's limits, then
-FastAPI. A surface is a router; adding one is one line in `SURFACES`.
+From the outside in: the log (ids, counts, last resort for errors), the door (keys, rate, admission), the body's
+limits, then FastAPI. A surface is a router; adding one is one line in `SURFACES`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,6 @@ def make_app(engine: Engine, settings: ServerSettings | None = None, *, keys: Ke
     errors.install(app)
     openapi.install(app, model=settings.name, vocab_size=engine.geometry.vocab_size)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
-    app.add_middleware(Door, keys=keys, tenant=state.tenants.get)
+    app.add_middleware(Door, keys=keys, tenant=state.tenants.get, admission=state.admission)
     app.add_middleware(RequestLog, observe=state.metrics.answered)
     return app

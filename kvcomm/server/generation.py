@@ -174,7 +174,6 @@ class Call:
 
 async def _begin(request: Request) -> AsyncIterator[Call]:
     state = state_of(request)
-    state.admission.require_open()
     notes = notes_of(request.scope)
     deadline_s = asyncio.get_running_loop().time() + state.settings.request_timeout_s
     call = Call(request, state, state.tenant_of(request), notes, deadline_s)

@@ -120,6 +120,21 @@ def test_a_full_server_refuses_at_once(live: Live, stalled: threading.Event) -> 
     assert httpx2.get(live.url + "/ready").status_code == 200
 
 
+def test_bodies_in_memory_are_bounded(live: Live) -> None:
+    """Who does not finish a body holds a place until it is cut off; the others learn it before they send theirs."""
+    head = b"POST " + CHAT.encode() + b" HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n"
+    slow = [live.connect() for _ in range(2)]
+    for connection in slow:
+        connection.sendall(head)
+    wait_for(lambda: live.state.admission.num_open == 2)
+    late = live.connect()
+    late.sendall(head)
+    assert late.recv(12) == b"HTTP/1.1 503"
+    for connection in (*slow, late):
+        connection.close()
+    wait_for(lambda: live.state.admission.num_open == 0)
+
+
 def test_draining_lets_requests_end(engine: Engine, stalled: threading.Event) -> None:
     """SIGTERM: what is in flight is answered in full, a stream to its end; nothing new is let in."""
     with serving(engine, settings()) as live:
