@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from eval.tasks.modes import EXACT, Mode
 from eval.tasks.samples import Answer, Sample, usage_values
 from eval.tasks.task import Row
-from eval.tasks.topology import result_of, role_of
+from eval.tasks.topology import role_of
 from eval.tasks.work import Work
 from kvcomm import Completion, Engine, ReusePolicy
 from kvcomm.agents.rendering import PromptRenderer
@@ -56,16 +56,22 @@ class AnsweringTeam:
             prompt = self._prompts[agent.name].fill(values)
             completion = self._engine.generate(prompt, sampling, policy=EXACTLY.policy)
             token_ids = self._renderer.strip_end(completion.token_ids, sampling.stop_token_ids)
-            values[Slot(agent.name)] = token_ids
-            result: tuple[int, ...] = ()
-            if self._work.has_tool(agent.name):
-                slot = result_of(agent.name)
-                text = self._work.task.use_tool(role_of(agent.name), completion.text, row)
-                values[Slot(slot)] = result = self._renderer.encode_input(slot, text)
+            result = self._result(agent.name, completion.text, row)
             parts = tuple((segment.token_ids, segment.name) for segment in prompt)
             usage, first = usage_values(completion.usage), first_texts(self._engine, self._work, completion)
             answers[agent.name] = Answer(token_ids, completion.text, usage, parts, result, first)
+            values[Slot(agent.name)] = answers[agent.name].passed_on
+            if result and self._engine.config.cache:  # known first from where it was made, as answers are
+                publish_answer(self._engine, answers[agent.name])
         return answers
+
+    def _result(self, agent: str, answer: str, row: Row) -> tuple[int, ...]:
+        """What the agent's tool makes of an answer, as it is read; nothing if it has none."""
+        role = role_of(agent)
+        if role not in self._work.task.tools:
+            return ()
+        text = f"\n{self._work.task.tools[role]}: {self._work.task.use_tool(role, answer, row)}"
+        return self._renderer.encode_input(agent, text)
 
 
 def drawn(engine: Engine, work: Work, mode: Mode, prompt: Sequence[Segment], row: Row) -> dict[str, int]:
@@ -92,15 +98,13 @@ def probable_texts(engine: Engine, wanted: Iterable[str], logprobs: Sequence[Tok
     return found
 
 
-def publish_answer(engine: Engine, agent: str, answer: Answer) -> None:
-    """Compute an agent's prompt, answer and tool result exactly: the agents behind it can move them from here."""
-    behind = [Segment(answer.result, result_of(agent))] if answer.result else []
-    if answer.token_ids:
-        behind = [Segment(answer.token_ids, ANSWER), *behind]
+def publish_answer(engine: Engine, answer: Answer) -> None:
+    """Compute a prompt and what is passed on exactly: those that read it can move it from here."""
+    behind = [Segment(answer.passed_on, ANSWER)] if answer.passed_on else []
     engine.context((*answer.segments, *behind), policy=EXACTLY.policy).release()
 
 
 def publish_all(engine: Engine, answers: Mapping[str, Answer]) -> None:
     """`publish_answer` for a whole team, in its order: the first reader of a text is the source for the others."""
-    for agent, answer in answers.items():
-        publish_answer(engine, agent, answer)
+    for answer in answers.values():
+        publish_answer(engine, answer)

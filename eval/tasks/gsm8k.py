@@ -21,7 +21,7 @@ class Gsm8k:
     source = Source(("openai/gsm8k", "main"), "gsm8k", Split("test", "test"), Split("train", "train"))
     readings = ("last number", "a line 'Answer: NUMBER'")
     first_texts = ()
-    tools: Mapping[str, str] = {"programmer": "Its program prints"}
+    tools: Mapping[str, str] = {"programmer": "The program prints"}
 
     def group(self, row: Row) -> str:
         """None."""

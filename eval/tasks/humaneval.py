@@ -39,7 +39,7 @@ class HumanEval:
     )
     readings = ("tests pass", "tests pass, nothing but code")
     first_texts = ()
-    tools: Mapping[str, str] = {"coder": "Running it on the examples of the docstring gives"}
+    tools: Mapping[str, str] = {"coder": "On the examples of the docstring it gets"}
 
     def __init__(self, limits: Limits | None = None) -> None:
         """Args:

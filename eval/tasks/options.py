@@ -81,7 +81,7 @@ def make_work(task: Task, options: Namespace, *, learns: bool) -> Work:
     Raises:
         InvalidRequest: rows cannot be read or are too few, or the team does not fit.
     """
-    team = wire(load_team(options.team or task.team), options.agents, options.topology, task.tools)
+    team = wire(load_team(options.team or task.team), options.agents, options.topology)
     if options.max_new_tokens is not None:
         team = limited(team, options.max_new_tokens)
     _require_greedy(team)

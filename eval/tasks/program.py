@@ -35,7 +35,7 @@ def beginning_of(text: str) -> str:
 def printed_by(code: str) -> str:
     """What a program prints, or why it ends without printing; never empty, and not long."""
     if not code.strip():
-        return "no program"
+        return "nothing, for there is no program"
     verdict = run_program(code, TOOL_LIMITS)
     output = verdict.output.strip() if verdict.passed else verdict.reason
     return output[-MAX_RESULT:].strip() or "nothing"

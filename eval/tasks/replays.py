@@ -110,7 +110,7 @@ def _replayed(
             for mode, found in _request(engine, stock, served, whole):
                 yield Divergence(truth.index, mode.name, name, **found)
         if name != last:
-            publish_answer(engine, name, whole)
+            publish_answer(engine, whole)
 
 
 def _request(
@@ -125,7 +125,9 @@ def _request(
         variants = [_variant(engine, each) for each in moved]
         dissection = dissect(engine, whole.segments, continuation, variants).result()
         for each, anatomy in zip(moved, dissection.anatomies, strict=True):
-            yield each.mode, {**_values(anatomy), "predicted": _predicted(engine, each)}
+            # A text that other questions had, too, may have been moved from one of those; that is not to be had again.
+            if anatomy is not None:
+                yield each.mode, {**_values(anatomy), "predicted": _predicted(engine, each)}
         for each in by_stock:
             yield each.mode, _stock_values(stock[each.mode.name], whole.segments, continuation, dissection)
     for each in others:

@@ -25,7 +25,7 @@ class Answer:
         token_ids: as decoded, without the end of turn.
         usage: counts of tokens, reasons, and how text was moved, if it was.
         prompt: only in the dense run; the other modes get the same.
-        result: what a tool made of the answer, as readers get it; only in the dense run.
+        result: what a tool made of the answer, with how it is announced; only in the dense run.
         first: log-probabilities of the texts that the task looks at, as first token.
     """
 
@@ -35,6 +35,11 @@ class Answer:
     prompt: Prompt = ()
     result: tuple[int, ...] = ()
     first: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def passed_on(self) -> tuple[int, ...]:
+        """What readers get: the answer as it was decoded, and behind it what a tool made of it."""
+        return self.token_ids + self.result
 
     @property
     def segments(self) -> tuple[Segment, ...]:

@@ -133,7 +133,7 @@ def batches(engine: Engine, samples: Sequence[Sample]) -> Iterator[list[Sample]]
 
 
 def _num_tokens(answer: Answer) -> int:
-    return sum(len(token_ids) for token_ids, _ in answer.prompt) + len(answer.token_ids) + len(answer.result)
+    return sum(len(token_ids) for token_ids, _ in answer.prompt) + len(answer.passed_on)
 
 
 def _serve_exact(engine: Engine, work: Work, mode: Mode, truth: Sample) -> Sample:
@@ -158,7 +158,7 @@ def _serve_together(engine: Engine, work: Work, modes: Sequence[Mode], truth: Sa
             if name == work.referee:
                 extra[mode.name] = _sample(engine, work, mode, truth, answers[mode.name])
         if name != work.referee:
-            publish_answer(engine, name, whole)
+            publish_answer(engine, whole)
     return extra
 
 

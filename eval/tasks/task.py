@@ -76,7 +76,7 @@ class Task(Protocol):
 
     @property
     def tools(self) -> Mapping[str, str]:
-        """Agents whose answer a tool works on, and how its result is announced to those that read it."""
+        """Agents whose answer a tool works on, and how its result is announced; it stands behind the answer."""
         ...
 
     def group(self, row: Row) -> str:

@@ -90,7 +90,7 @@ def _time_team(servers: Servers, work: Work, mode: Mode, truth: Sample, limit: i
             timed = _ask(servers.cold if mode.name == DENSE else servers.engine, mode, whole, num_tokens)
         found.append(Timed(truth.index, mode.name, name, **timed))
         if mode.moves and name != work.referee:
-            publish_answer(servers.engine, name, whole)
+            publish_answer(servers.engine, whole)
     servers.engine.clear_cache()
     return found
 

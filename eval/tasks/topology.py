@@ -2,14 +2,12 @@
 
 `full`: everybody reads all before; `chain`: everybody reads the one before; `star`: nobody but the referee reads
 others; `debate`: as star, then everybody reads the others' first answers and answers anew, and the referee reads those.
-Who reads an agent whose answer a tool works on reads the tool's result as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from types import MappingProxyType
 
 from kvcomm.agents import Agent
 from kvcomm.agents.team import Team
@@ -18,16 +16,12 @@ from kvcomm.errors import InvalidRequest
 TOPOLOGIES = ("full", "chain", "debate", "star")
 AGENTS = range(2, 6)
 AGAIN = "_again"
-NO_TOOLS: Mapping[str, str] = MappingProxyType({})
 
 
-def wire(team: Team, num_agents: int, topology: str, tools: Mapping[str, str] = NO_TOOLS) -> Team:
+def wire(team: Team, num_agents: int, topology: str) -> Team:
     """The first workers of a team and its referee, the last agent, in a topology.
 
     Every prompt begins as that of the first worker, which shows the inputs.
-
-    Args:
-        tools: agents whose answer a tool works on, and how its result is announced.
 
     Raises:
         InvalidRequest: the team has fewer agents, or its first one reads others.
@@ -41,10 +35,10 @@ def wire(team: Team, num_agents: int, topology: str, tools: Mapping[str, str] = 
         )
     workers, referee = team.agents[: num_agents - 1], team.agents[-1]
     if topology == "debate":
-        wired = _debate(workers, referee, head, tools)
+        wired = _debate(workers, referee, head)
     elif topology in TOPOLOGIES:
         wired = [
-            _reading(agent, head, _read_before([*workers, referee], index, topology), tools)
+            _reading(agent, head, _read_before([*workers, referee], index, topology))
             for index, agent in enumerate([*workers, referee])
         ]
     else:
@@ -57,11 +51,6 @@ def role_of(name: str) -> str:
     return name.removesuffix(AGAIN)
 
 
-def result_of(name: str) -> str:
-    """The slot in which the result of an agent's tool is read."""
-    return f"{name}_result"
-
-
 def _read_before(agents: Sequence[Agent], index: int, topology: str) -> list[str]:
     before = [agent.name for agent in agents[:index]]
     if topology == "chain":
@@ -70,25 +59,22 @@ def _read_before(agents: Sequence[Agent], index: int, topology: str) -> list[str
     return before if topology == "full" or is_referee else []
 
 
-def _debate(workers: Sequence[Agent], referee: Agent, head: str, tools: Mapping[str, str]) -> list[Agent]:
+def _debate(workers: Sequence[Agent], referee: Agent, head: str) -> list[Agent]:
     second = {agent.name: f"{agent.name}{AGAIN}" for agent in workers}
-    first = [_reading(agent, head, [], tools) for agent in workers]
+    first = [_reading(agent, head, []) for agent in workers]
     again = [
         replace(
-            _reading(agent, head, [other.name for other in workers if other is not agent], tools),
+            _reading(agent, head, [other.name for other in workers if other is not agent]),
             name=second[agent.name],
         )
         for agent in workers
     ]
-    return [*first, *again, _reading(referee, head, list(second.values()), tools)]
+    return [*first, *again, _reading(referee, head, list(second.values()))]
 
 
-def _reading(agent: Agent, head: str, names: Sequence[str], tools: Mapping[str, str]) -> Agent:
+def _reading(agent: Agent, head: str, names: Sequence[str]) -> Agent:
     """The agent with a prompt of the team's inputs, the answers it reads, and what it was told to do with them."""
     parts = [head]
-    for name in names:
-        parts.append(f"{name.replace('_', ' ').capitalize()}: {{{name}}}")
-        if role_of(name) in tools:
-            parts.append(f"{tools[role_of(name)]}: {{{result_of(name)}}}")
+    parts += [f"{name.replace('_', ' ').capitalize()}: {{{name}}}" for name in names]
     closing = agent.prompt.rsplit("}", 1)[-1].strip()
     return replace(agent, prompt="\n\n".join([*parts, closing] if closing else parts))

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from eval.tasks.task import Row, Score, Task
-from eval.tasks.topology import role_of
 from kvcomm import SamplingParams
 from kvcomm.agents.team import Team
 from kvcomm.engine.request import NUM_CONTINUATION
@@ -60,10 +59,6 @@ class Work:
         """Of the further answers of the referee."""
         sampling = self.sampling(self.referee)
         return replace(sampling, n=self.num_samples, temperature=self.temperature, seed=self.seed, logprobs=None)
-
-    def has_tool(self, agent: str) -> bool:
-        """Whether a tool works on an agent's answer."""
-        return role_of(agent) in self.task.tools
 
     def score(self, answer: str, first: Mapping[str, float], row: Row) -> Score:
         """Judge the referee's answer."""

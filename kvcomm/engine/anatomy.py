@@ -62,11 +62,12 @@ class Dissection(NamedTuple):
 
     Attributes:
         exact: log-probabilities over the continuation, [num_continuation, vocab_size] float32.
-        anatomies: one per variant; none at all where nothing of the prompt can be moved.
+        anatomies: one per variant; None where its estimator knows nothing about some segment of the prompt; none at all
+            where nothing of it can be moved.
     """
 
     exact: Tensor
-    anatomies: tuple[Anatomy, ...]
+    anatomies: tuple[Anatomy | None, ...]
 
 
 def dissect(
@@ -78,8 +79,7 @@ def dissect(
         answer: token ids of the exact greedy answer; the first 32 are looked at.
 
     Raises:
-        InvalidRequest: the prompt or the answer is empty. Through the future: an estimator knows nothing about some
-            segment of the prompt.
+        InvalidRequest: the prompt or the answer is empty.
     """
     segments, tokens = engine.read_prompt(prompt, is_start=True), tuple(answer)[:NUM_CONTINUATION]
     if not tokens:
@@ -123,7 +123,7 @@ class _Dissector(Learner):
             case = self._case(trial, answer)
             exact = self._replayer.exact(case)
             yield
-            found: list[Anatomy] = []
+            found: list[Anatomy | None] = []
             unchanged: dict[tuple[str, float], Replay] = {}
             for variant in variants if case.moves else ():
                 found.append(self._anatomy(trial, case, exact, variant, unchanged))
@@ -140,10 +140,10 @@ class _Dissector(Learner):
         exact: Tensor,
         variant: Variant,
         unchanged: dict[tuple[str, float], Replay],
-    ) -> Anatomy:
+    ) -> Anatomy | None:
         corrections = self._reuse.corrections(trial.namespace, variant.estimator, case.moves, variant.strength)
         if corrections is None:
-            raise InvalidRequest(f"estimator {variant.estimator!r} knows nothing about some segment of this prompt")
+            return None
         recomputed = NOTHING
         if variant.share:
             recomputed = self._recomputed(trial, case, exact, variant, unchanged)

@@ -340,8 +340,8 @@ def test_seeds_choose_questions(arguments: list[str], tmp_path: Path) -> None:
         ("a = 6\nb = 8\nprint(a * b)\nAnswer: 48", "48"),
         ("```python\nprint(1 / 0)\n```", "ZeroDivisionError: division by zero"),
         ("x = 3", "nothing"),
-        ("I cannot write programs.", "no program"),
-        ("", "no program"),
+        ("I cannot write programs.", "nothing, for there is no program"),
+        ("", "nothing, for there is no program"),
         ("print('x' * 10_000)", "x" * 200),
         ("import os\nos.fork()", "PermissionError: os.fork is not allowed here"),
     ],
@@ -351,18 +351,17 @@ def test_the_programmers_tool(answer: str, printed: str) -> None:
 
 
 def test_readers_get_what_the_tool_gave(arguments: list[str], tmp_path: Path) -> None:
-    """The result is a slot of its own: moved, from behind the answer that it was made of."""
+    """Behind the answer that it was made of, and moved together with it."""
     (tmp_path / "team.toml").write_text(TEAM.replace('"second"', '"programmer"'))
     assert gsm8k.main([*arguments, "--modes=rotate", "--timed=1"]) == 0
     for index, sample in read(tmp_path, "dense").items():
-        result = sample.answers["programmer"].result
-        assert result
-        assert (result, "programmer_result") in sample.answers["last"].prompt
+        made = sample.answers["programmer"]
+        assert made.result
+        assert (made.token_ids + made.result, "programmer") in sample.answers["last"].prompt
         served = read(tmp_path, "rotate")[index].answers["last"].usage
         slots = sum(len(token_ids) for token_ids, name in sample.answers["last"].prompt if name is not None)
         # Of an answer that its producer has just decoded, the last token was never read.
-        assert slots - 2 <= served["aligned"] <= slots
-        assert len(result) > 2
+        assert slots - 1 <= served["aligned"] <= slots
 
 
 @pytest.mark.parametrize(
