@@ -11,7 +11,6 @@ import uvicorn
 from fastapi import FastAPI
 
 from kvcomm.errors import InvalidRequest
-from kvcomm.server.logs import logging_config
 from kvcomm.server.protocol import limited_protocol
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.state import ServerState
@@ -33,7 +32,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def make_server(app: FastAPI) -> DrainingServer:
-    """The server of an app made by `make_app`.
+    """The server of an app made by `make_app`. Where the log goes is the process's matter: see `logging_config`.
 
     Raises:
         InvalidRequest: it would listen where others can reach it, without keys.
@@ -51,7 +50,7 @@ def make_server(app: FastAPI) -> DrainingServer:
         lifespan="off",
         access_log=False,
         server_header=False,
-        log_config=logging_config(settings.log_level),
+        log_config=None,
         timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=settings.drain_timeout_s,
     )

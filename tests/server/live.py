@@ -66,11 +66,13 @@ class _Kept(logging.Handler):
 def serving(engine: Engine, settings: ServerSettings, *, keys: KeyRing | None = None) -> Iterator[Live]:
     """A server for a `with` statement; it is drained at the end, and nothing may hang."""
     app: FastAPI = make_app(engine, settings, keys=keys)
-    levels = {name: logging.getLogger(name).level for name in ("kvcomm", "uvicorn")}
     listener = bind(settings)
     server = make_server(app)
     log: list[dict[str, Any]] = []
-    logging.getLogger("kvcomm").addHandler(_Kept(log))
+    handler, logger = _Kept(log), logging.getLogger("kvcomm.server")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), name="uvicorn")
     thread.start()
     try:
@@ -80,11 +82,8 @@ def serving(engine: Engine, settings: ServerSettings, *, keys: KeyRing | None = 
         server.should_exit = True
         thread.join(PATIENCE_S)
         assert not thread.is_alive(), "the server did not end"
-        for name, level in levels.items():  # uvicorn's configuration is the process's
-            logger = logging.getLogger(name)
-            logger.setLevel(level)
-            logger.handlers.clear()
-            logger.propagate = True
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
