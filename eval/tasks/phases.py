@@ -17,7 +17,7 @@ from eval.tasks.modes import DENSE, STOCK_PREFIX, Mode
 from eval.tasks.progress import Phases
 from eval.tasks.replays import replay
 from eval.tasks.run_folder import RunFolder
-from eval.tasks.serving import Advance, Samples, serve_cached, serve_moving, serve_stock
+from eval.tasks.serving import Advance, Samples, serve_by_engine, serve_stock
 from eval.tasks.teaching import teach
 from eval.tasks.timing import Servers, time_modes
 from eval.tasks.work import Work
@@ -51,15 +51,7 @@ class Run:
                 train = self._folder.samples("train")
                 held = teach(self._engine, self._work, self._moving, train, self._folder.anchors, advance)
                 self._folder.keep_bytes(self._folder.held_bytes() | held)
-        for mode in self._modes[1:]:
-            if not mode.moves:
-                with self._phases.phase(mode.name, len(self.dense)) as advance:
-                    self._serve(mode, advance)
-        if self._moving:
-            title = ", ".join(mode.name for mode in self._moving)
-            with self._phases.phase(title, len(self._moving) * len(self.dense)) as advance:
-                files = {mode.name: self._folder.samples(mode.name) for mode in self._moving}
-                serve_moving(self._engine, self._work, self._moving, self.dense, files, advance)
+        self._serve()
         with self._phases.phase("times", len(timed) * len(self._modes)) as advance:
             servers = Servers(self._cold, self._engine, self._stock)
             time_modes(servers, self._work, self._modes, timed, self._folder.times, advance)
@@ -114,12 +106,17 @@ class Run:
             file.add([sample])
             advance(1)
 
-    def _serve(self, mode: Mode, advance: Advance) -> None:
-        file = self._folder.samples(mode.name)
-        if mode.is_stock:
-            serve_stock(self._engine, self._stock[mode.name], self._work, self.dense, file, advance)
-        else:
-            serve_cached(self._engine, self._work, mode, self.dense, file, advance)
+    def _serve(self) -> None:
+        by_engine = [mode for mode in self._modes[1:] if not mode.is_stock]
+        if by_engine:
+            title = ", ".join(mode.name for mode in by_engine)
+            with self._phases.phase(title, len(by_engine) * len(self.dense)) as advance:
+                files = {mode.name: self._folder.samples(mode.name) for mode in by_engine}
+                serve_by_engine(self._engine, self._work, by_engine, self.dense, files, advance)
+        for name, server in self._stock.items():
+            with self._phases.phase(name, len(self.dense)) as advance:
+                file = self._folder.samples(name)
+                serve_stock(self._engine, server, self._work, self.dense, file, advance)
 
     def _first(self, count: int) -> Samples:
         return {index: self.dense[index] for index in list(self.dense)[:count]}

@@ -4,20 +4,22 @@ In every mode each agent gets exactly the dense run's prompt: it reads what the 
 flip is the doing of this request's reuse and of nothing before it. Of agents that others read only the first tokens are
 generated; the referee answers in full. Sources of moved text are exact: as its first reader and its producer leave it.
 
-Modes that move text are served together, prompt by prompt, and only then is the prompt computed exactly for those that
-read it: once for all modes instead of once for each. They do not see one another: approximate KV enters no tree, and a
-source that is exact is preferred to one that is not. What one of them had to compute exactly the next one finds cached;
-it would have been computed, and that is what is written down.
+Modes are served together, prompt by prompt, and only then is the prompt computed exactly for those that read it: once
+for all modes instead of once for each. They do not see one another: approximate KV enters no tree, and a source that is
+exact is preferred to one that is not. What one of them had to compute exactly the next one finds cached; it would have
+been computed, and that is what is written down.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from eval.baselines.stock import StockServer
 from eval.tasks.answering import drawn, first_texts, probable_texts, publish_answer
 from eval.tasks.at_once import at_once
-from eval.tasks.modes import KVCOMM, Mode
+from eval.tasks.modes import EXACT, KVCOMM, Mode
 from eval.tasks.samples import Answer, Sample, SampleFile, usage_values
 from eval.tasks.work import NUM_LOGPROBS, Work
 from kvcomm import Engine, ReusePolicy, SamplingParams
@@ -26,6 +28,8 @@ from kvcomm.memory.segments import Segment
 
 WIDTH = 16
 """Questions that are served at the same time at most."""
+ORDER = {KVCOMM: 1, EXACT: 2}
+"""Those that may compute a prompt exactly come last: what they leave in the cache is then in nobody's way."""
 POOL_SHARE = 0.3
 """Of the engine's pool, what the exact prompts of those may take: sources must not be evicted before they are read."""
 
@@ -33,25 +37,11 @@ Advance = Callable[[int], None]
 Samples = Mapping[int, Sample]
 
 
-def serve_cached(engine: Engine, work: Work, mode: Mode, dense: Samples, file: SampleFile, advance: Advance) -> None:
-    """Serve a mode that reuses exact prefixes only; continues where the file ends."""
-    done = file.by_index()
-    advance(len(done))
-    for batch in batches(engine, [dense[index] for index in dense if index not in done]):
-        engine.clear_cache()
-        read_roles(engine, batch[0])
-        for sample in at_once(engine, lambda truth: _serve_exact(engine, work, mode, truth), batch, WIDTH):
-            file.add([sample])
-            advance(1)
-    engine.clear_cache()
-
-
-def serve_moving(
+def serve_by_engine(
     engine: Engine, work: Work, modes: Sequence[Mode], dense: Samples, files: Mapping[str, SampleFile], advance: Advance
 ) -> None:
-    """Serve modes that move text; continues where their files end. Advances by one for a question in one mode."""
-    # The one that may compute exactly comes last: what it leaves in the cache is then in nobody's way.
-    modes = sorted(modes, key=lambda mode: mode.name == KVCOMM)
+    """Serve modes other than dense; continues where their files end. Advances by one for a question in one mode."""
+    modes = sorted(modes, key=lambda mode: ORDER.get(mode.name, 0))
     done = {mode.name: files[mode.name].by_index().keys() for mode in modes}
     advance(sum(map(len, done.values())))
     missing = {index: [mode for mode in modes if index not in done[mode.name]] for index in dense}
@@ -60,7 +50,7 @@ def serve_moving(
         read_roles(engine, batch[0])
 
         def serve(truth: Sample) -> dict[str, Sample]:
-            return _serve_together(engine, work, missing[truth.index], truth)
+            return _serve_question(engine, work, missing[truth.index], truth)
 
         for served in at_once(engine, serve, batch, WIDTH):
             for name, sample in served.items():
@@ -99,7 +89,7 @@ def serve_stock(
         advance(1)
 
 
-def stock_usage(whole: Answer, num_cached: int, num_generated: int) -> dict[str, object]:
+def stock_usage(whole: Answer, num_cached: int, num_generated: int) -> dict[str, Any]:
     """As `usage_values`."""
     num_prompt = sum(len(token_ids) for token_ids, _ in whole.prompt)
     computed = num_prompt - num_cached
@@ -136,30 +126,28 @@ def _num_tokens(answer: Answer) -> int:
     return sum(len(token_ids) for token_ids, _ in answer.prompt) + len(answer.passed_on)
 
 
-def _serve_exact(engine: Engine, work: Work, mode: Mode, truth: Sample) -> Sample:
-    answers = {
-        name: _serve(engine, work, mode, whole.segments, work.first_sampling(name))
-        for name, whole in truth.answers.items()
-    }
-    return _sample(engine, work, mode, truth, answers)
-
-
-def _serve_together(engine: Engine, work: Work, modes: Sequence[Mode], truth: Sample) -> dict[str, Sample]:
+def _serve_question(engine: Engine, work: Work, modes: Sequence[Mode], truth: Sample) -> dict[str, Sample]:
     answers: dict[str, dict[str, Answer]] = {mode.name: {} for mode in modes}
-    extra: dict[str, Sample] = {}
+    served: dict[str, Sample] = {}
     for name, whole in truth.answers.items():
-        computed = None
+        computed: Answer | None = None
         for mode in modes:
-            served = _serve(engine, work, mode, whole.segments, work.first_sampling(name))
-            if served.usage["moved"] is None:
-                computed = computed or served
-                served = Answer(served.token_ids, served.text, computed.usage, first=served.first)
-            answers[mode.name][name] = served
+            answer = _serve(engine, work, mode, whole.segments, work.first_sampling(name))
+            if answer.usage["moved"] is None:
+                computed = computed or answer
+                answer = replace(answer, usage=_usage_of(mode, computed))
+            answers[mode.name][name] = answer
             if name == work.referee:
-                extra[mode.name] = _sample(engine, work, mode, truth, answers[mode.name])
-        if name != work.referee:
+                served[mode.name] = _sample(engine, work, mode, truth, answers[mode.name])
+        if name != work.referee and any(mode.moves for mode in modes):
             publish_answer(engine, whole)
-    return extra
+    return served
+
+
+def _usage_of(mode: Mode, computed: Answer) -> dict[str, Any]:
+    """Of a request that moved nothing, as if it had been the one that computed its prompt."""
+    usage = dict(computed.usage)
+    return usage if mode.moves else {**usage, "reasons": {"new": usage["computed"]}}
 
 
 def _serve(engine: Engine, work: Work, mode: Mode, prompt: Sequence[Segment], sampling: SamplingParams) -> Answer:
