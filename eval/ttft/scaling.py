@@ -2,16 +2,18 @@
 
 Every agent reads the question and all outputs before its own, so one team gives both curves: seconds to the first token
 against the prompt's tokens, and the sum over a team against its number of agents. What is compared, and how, is said in
-`eval.ttft.first_tokens`. Outputs are as long as the wanted prompt leaves them room to be. A curve's exponent is the
-slope of a line through the logarithms, fitted in every round to all agents with something to move; a first token that
-costs a constant has exponent 0, one that costs the same for each token 1. Cost below all curves that no reuse takes
-away (roles and glue) makes an exponent smaller than its last section is: the curves are in the JSON.
+`eval.ttft.first_tokens`. Outputs are as long as the wanted prompt leaves them room to be. The engine has a pool that
+holds all prompts of a round, so nothing is evicted in between. A curve's exponent is the slope of a line through the
+logarithms, fitted in every round to all agents with something to move; a first token that costs a constant has exponent
+0, one that costs the same for each token 1. A constant part, as of glue, makes an exponent smaller than the end of its
+curve is steep: the curves are in the JSON.
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from eval.figures import Figure, Report
 from eval.stock import Stock
 from eval.ttft.first_tokens import COLUMNS, WAYS, FirstTokens, measure_first_tokens, warm_up
 from eval.ttft.grid import Grid, GridReport
-from eval.ttft.team import Sizes, Team, num_prompt_tokens, teach
+from eval.ttft.team import Sizes, Team, num_prompt_tokens, num_team_tokens, teach
 from eval.workload import note, settings
 from kvcomm import Engine
 from kvcomm.engine.benchmark import Samples, TakeTokens
@@ -27,6 +29,9 @@ from kvcomm.errors import InvalidRequest
 
 MIN_AGENTS = 3
 """Two points with something to move."""
+
+NUM_SPARE_PROMPTS = 4
+"""Of the longest prompts, beside all prompts of a round: what is being served and what it leaves for others to move."""
 
 
 def measure(engine: Engine, take: TakeTokens, options: Namespace) -> Report:
@@ -36,11 +41,16 @@ def measure(engine: Engine, take: TakeTokens, options: Namespace) -> Report:
         InvalidRequest: too few agents, or no room for outputs.
     """
     sizes = team_sizes(engine, options)
-    team, stock = Team(engine, take, sizes), Stock(engine.model)
-    teach(team, options.warm)
-    warm_up(team, stock)
-    found = measure_first_tokens(team, stock, num_rounds=options.repeats)
-    config = settings(engine, options, output_tokens=sizes.output, longest_prompt=found.num_tokens[-1])
+    pool_tokens = NUM_SPARE_PROMPTS * options.prompt_tokens + num_team_tokens(engine, sizes)
+    roomy = replace(engine.config, pool_tokens=max(pool_tokens, engine.config.pool_tokens or 0))
+    with Engine(engine.model, engine.tokenizer, config=roomy) as own:
+        team, stock = Team(own, take, sizes), Stock(own.model)
+        teach(team, options.warm)
+        warm_up(team, stock)
+        found = measure_first_tokens(team, stock, num_rounds=options.repeats)
+    config = settings(
+        engine, options, output_tokens=sizes.output, longest_prompt=found.num_tokens[-1], pool_tokens=roomy.pool_tokens
+    )
     return GridReport("ttft scaling", _figures(found), config, found.raw(), Grid(COLUMNS, tuple(found.rows())))
 
 

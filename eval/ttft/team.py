@@ -79,7 +79,6 @@ class Team:
         """Teach the banks one run."""
         texts = self.texts()
         for agent in self.agents:
-            # One after the other: what is read again and again outlives in a full pool what is read once.
             self.publish(agent, texts)
             if agent:
                 self.engine.learn(self.prompt(agent, texts)).result()
@@ -128,6 +127,12 @@ def num_prompt_tokens(engine: Engine, sizes: Sizes, agent: int) -> int:
     """Tokens of an agent's prompt in a team of these sizes, whatever the texts."""
     num_glue = sum(len(glue.token_ids) for glue in _glue(engine, agent))
     return sizes.role + sizes.question + agent * sizes.output + num_glue
+
+
+def num_team_tokens(engine: Engine, sizes: Sizes) -> int:
+    """Tokens of all agents' prompts and outputs: what the cache holds at the end of a round."""
+    prompts = sum(num_prompt_tokens(engine, sizes, agent) for agent in range(sizes.agents))
+    return prompts + sizes.agents * sizes.output
 
 
 def tokens_of(prompt: Sequence[Segment]) -> list[int]:
