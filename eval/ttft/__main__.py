@@ -99,7 +99,7 @@ SETTINGS = {
         "First tokens of a team, moved KV against dense prefills.",
         paper.measure,
         {"agents": 5, "role_tokens": 512, "question_tokens": 1000, "output_tokens": 512, "warm": 3, "calibration": 20},
-        {"agents": 5, "role_tokens": 64, "question_tokens": 96, "output_tokens": 48, "warm": 2, "calibration": 1},
+        {"agents": 5, "role_tokens": 64, "question_tokens": 96, "output_tokens": 48, "warm": 3},
         repeats=5,
         quick_repeats=2,
         add_options=_paper_options,

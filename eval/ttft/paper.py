@@ -7,19 +7,21 @@ Dense is transformers' own forward over the whole prompt. The engine is timed as
 through its queue, in turns with dense and in one process. What is served is bounded by the calibration that the run
 makes itself: for a caller who accepts everything (glue only), and for (0.05, 0.05). That calibration takes by far the
 longest, and times do not depend on when it was made: with --anchors it is kept in a folder, and taken from there by the
-next run of the same sizes and texts. With --quick sizes are small and too few texts calibrate for (0.05, 0.05): what is
-served under that bound is then exact.
+next run of the same sizes and texts. With --quick sizes are small and nothing is calibrated: glue only is served with
+no bound, and under (0.05, 0.05) everything is computed exactly.
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from eval.figures import Figure, Report
 from eval.stock import Stock
+from eval.ttft.first_tokens import MOVED
 from eval.ttft.team import ONE_TOKEN, Sizes, Team, Texts, num_slot_tokens, teach, tokens_of
 from eval.workload import note, settings
 from kvcomm import Completion, Engine, ReusePolicy
@@ -30,11 +32,29 @@ from kvcomm.memory.segments import Segment
 
 GLUE_ONLY = ReusePolicy(max_divergence=1e6, confidence=0.5, learn=False, audit=0.0)
 BOUND = ReusePolicy(max_divergence=0.05, confidence=0.95, learn=False, audit=0.0)
+
+
+class Serving(NamedTuple):
+    """How moved KV is asked for, and the ending of its figures' names."""
+
+    policy: ReusePolicy
+    variant: Variant | None
+    kind: str
+
+
+CALIBRATED = (Serving(GLUE_ONLY, None, ""), Serving(BOUND, None, "_bound"))
+QUICK = (Serving(ReusePolicy.exact(), MOVED, ""), Serving(BOUND, None, "_bound"))
 GOALS = {"agent5_speedup": ">= 12", "sum_speedup": ">= 5", "over_exact_hit": "<= 1.5"}
 
 
 def measure(engine: Engine, take: TakeTokens, options: Namespace) -> Report:
-    """All figures of an engine."""
+    """All figures of an engine.
+
+    Raises:
+        InvalidRequest: --quick and --anchors, or anchors of a team of another size.
+    """
+    if options.quick and options.anchors is not None:
+        raise InvalidRequest("--quick calibrates nothing that --anchors could keep; leave one of them out")
     sizes = Sizes(options.agents, options.role_tokens, options.question_tokens, options.output_tokens)
     team = Team(engine, take, sizes)
     _warm(team, options)
@@ -42,7 +62,7 @@ def measure(engine: Engine, take: TakeTokens, options: Namespace) -> Report:
     samples: dict[str, list[float]] = {}
     for index in range(-1, options.repeats):
         note("one round to warm up" if index < 0 else f"round {index + 1} of {options.repeats}")
-        found = dict(_round(team, stock))
+        found = dict(_round(team, stock, QUICK if options.quick else CALIBRATED))
         note("  " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
         if index >= 0:
             for name, value in found.items():
@@ -54,7 +74,7 @@ def measure(engine: Engine, take: TakeTokens, options: Namespace) -> Report:
 def _warm(team: Team, options: Namespace) -> None:
     """Teach and calibrate, or take from the folder what an earlier run of the same sizes has kept; same texts after."""
     engine = team.engine
-    num_calibrated = engine.config.contest_prompts + options.calibration
+    num_calibrated = 0 if options.quick else engine.config.contest_prompts + options.calibration
     if options.anchors is not None and options.anchors.exists():
         profile = engine.load_anchors(options.anchors)
         if len(profile.groups) != options.agents - 1:
@@ -74,43 +94,42 @@ def _warm(team: Team, options: Namespace) -> None:
         engine.save_anchors(options.anchors)
 
 
-def _round(team: Team, stock: Stock) -> Iterator[tuple[str, float]]:
-    """Every agent's first token, dense and on moved KV; one text for each policy: a prompt is new but once."""
-    for policy, kind in ((GLUE_ONLY, ""), (BOUND, "_bound")):
+def _round(team: Team, stock: Stock, servings: Sequence[Serving]) -> Iterator[tuple[str, float]]:
+    """Every agent's first token, dense and on moved KV; one text for each way: a prompt is new but once."""
+    for serving in servings:
         team.restart()
         texts = team.texts()
         for agent in team.agents:
-            yield from _agent(team, stock, texts, agent, policy, kind)
+            yield from _agent(team, stock, texts, agent, serving)
             team.publish(agent, texts)
-        if not kind:
+        if not serving.kind:
             yield from _exact_hit(team, texts)
 
 
-def _agent(
-    team: Team, stock: Stock, texts: Texts, agent: int, policy: ReusePolicy, kind: str
-) -> Iterator[tuple[str, float]]:
-    prompt = team.prompt(agent, texts)
+def _agent(team: Team, stock: Stock, texts: Texts, agent: int, serving: Serving) -> Iterator[tuple[str, float]]:
+    prompt, kind = team.prompt(agent, texts), serving.kind
     tokens = tokens_of(prompt)
     if agent % 2:
         yield f"dense{kind}_{agent + 1}_s", stock.prefill_s(tokens, use_cache=True)
-    served = team.engine.generate(prompt, ONE_TOKEN, policy=policy)
+    served = team.engine.generate(prompt, ONE_TOKEN, policy=serving.policy, variant=serving.variant)
     if not agent % 2:
         yield f"dense{kind}_{agent + 1}_s", stock.prefill_s(tokens, use_cache=True)
     yield f"kvcomm{kind}_{agent + 1}_s", served.usage.ttft_s
     if agent:
         yield f"aligned{kind}_{agent + 1}", served.usage.aligned_tokens / num_slot_tokens(prompt)
-        yield f"divergence{kind}_{agent + 1}", _divergence(team, prompt, served)
+        yield f"divergence{kind}_{agent + 1}", _divergence(team, prompt, served, serving.variant)
     if agent == team.agents[-1] and not kind:
         yield "computed", served.usage.computed_tokens
 
 
-def _divergence(team: Team, prompt: Sequence[Segment], served: Completion) -> float:
+def _divergence(team: Team, prompt: Sequence[Segment], served: Completion, variant: Variant | None) -> float:
     """Nats, of what was served; what was computed exactly has none."""
     report = served.usage.approximation
     if report is None:
         return 0.0
-    (strength,) = (group.strength for group in team.engine.edge_groups() if group.key.digest == report.group)
-    variant = Variant("token", report.rung, strength=strength)
+    if variant is None:
+        (strength,) = (group.strength for group in team.engine.edge_groups() if group.key.digest == report.group)
+        variant = Variant("token", report.rung, strength=strength)
     continuation = team.continuation(prompt)
     (outcome,) = team.engine.measure(prompt, continuation, [variant]).result()
     return outcome.divergence

@@ -48,3 +48,22 @@ def test_a_calibrated_team(tiny_folder: Path, tmp_path: Path, capsys: pytest.Cap
 
     assert ttft.main([f"--model={tiny_folder}", f"--anchors={tmp_path / 'anchors'}", "--agents=5"]) == 1
     assert "holds 2 edge groups, not one for each of agents 2 to 5" in capsys.readouterr().err
+
+
+def test_quick(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same figures without a calibration: glue only is served with no bound, nothing under one."""
+    sizes = ["--agents=3", "--role-tokens=16", "--question-tokens=48", "--output-tokens=32"]
+    arguments = [f"--model={tiny_folder}", f"--out={tmp_path / 'run.json'}", "--quick", "--json", *sizes]
+    assert ttft.main(arguments) == 0
+    read = capsys.readouterr()
+    values = {figure["id"]: figure["value"] for figure in json.loads(read.out)["figures"]}
+    assert "calibration" not in read.err
+    assert values["aligned"] == 1.0
+    assert 0 < values["divergence"] < 1
+    assert values["aligned_bound"] == values["divergence_bound"] == 0.0
+    assert {"agent3_speedup", "sum_speedup", "agent3_speedup_bound", "sum_speedup_bound", "over_exact_hit"} < set(
+        values
+    )
+
+    assert ttft.main([*arguments, f"--anchors={tmp_path / 'anchors'}"]) == 1
+    assert "--quick calibrates nothing that --anchors could keep" in capsys.readouterr().err
