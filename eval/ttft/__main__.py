@@ -58,7 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setting.add_options(parser, chosen.quick)
     add_sizes(parser, **(setting.quick_sizes if chosen.quick else setting.sizes))
     options = parse(parser, arguments, repeats=setting.repeats, quick_repeats=setting.quick_repeats)
-    options.questions = None
     if setting.reads_questions:
         options.questions, options.data = options.data, None
     return run(options, setting.measure)
@@ -122,7 +121,8 @@ SETTINGS = {
         quick_repeats=1,
     ),
     "end-to-end": Setting(
-        "Whole runs of a team, decoding included: transformers agent by agent against a kvcomm group.",
+        "Whole runs of a team, decoding included: transformers agent by agent against a kvcomm group. Here --data "
+        "holds questions: a .jsonl file (field 'question'), or one a line; by default those that come with kvcomm.",
         end_to_end.measure,
         {"answer_tokens": 64, "in_flight": 4, "warm": 4, "calibration": 28},
         {"answer_tokens": 64, "in_flight": 2, "warm": 4, "calibration": 28},

@@ -26,13 +26,12 @@ class Grid(NamedTuple):
         return {"columns": list(self.columns), "rows": [list(row) for row in self.rows]}
 
     def table(self) -> Table:
-        """For people; a row whose first column is another than before begins a section."""
+        """For people."""
         view = Table(box=None, pad_edge=False)
         for column in self.columns:
             view.add_column(column, justify="right", header_style="dim")
-        for row, following in zip(self.rows, (*self.rows[1:], ()), strict=True):
-            cells = [cell if isinstance(cell, str) else format_number(cell) for cell in row]
-            view.add_row(*cells, end_section=bool(following) and following[0] != row[0])
+        for row in self.rows:
+            view.add_row(*(cell if isinstance(cell, str) else format_number(cell) for cell in row))
         return view
 
 

@@ -1,6 +1,7 @@
 """The shapes of KVCOMM's second table (arXiv 2510.12872v2): roles of 64 to 1,024 tokens by outputs of 128 to 1,024.
 
-Three agents and a 1,000-token question in every cell; what is compared, and how, is said in `eval.ttft.first_tokens`.
+Three agents in every cell, and a question of 1,000 tokens as in the paper setting; what is compared, and how, is said
+in `eval.ttft.first_tokens`.
 Deviations from the publication: real text instead of synthetic one, outputs taken from the text instead of decoded,
 and exact reuse of prefixes as a third column. Every cell has roles, and so banks, of its own. Cells whose longest
 prompt does not fit the model are left out and named. One dtype a run: give --dtype.
@@ -29,7 +30,7 @@ def measure(engine: Engine, take: TakeTokens, options: Namespace) -> Report:
     """Every cell of an engine.
 
     Raises:
-        InvalidRequest: not one cell fits the model.
+        InvalidRequest: not one cell fits the model, or there is one agent only.
     """
     stock = Stock(engine.model)
     cells, left_out = _cells(engine, options)
@@ -54,6 +55,8 @@ def measure(engine: Engine, take: TakeTokens, options: Namespace) -> Report:
 
 def _cells(engine: Engine, options: Namespace) -> tuple[list[Sizes], list[str]]:
     """The cells that fit the model, and the names of those that do not."""
+    if options.agents < 2:
+        raise InvalidRequest(f"one agent has nobody to take text from; --agents is at least 2, got {options.agents}")
     fitting, left_out = [], []
     for role in options.role_sizes:
         for output in options.output_sizes:

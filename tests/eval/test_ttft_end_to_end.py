@@ -12,7 +12,7 @@ import pytest
 
 from eval.stock import Stock
 from eval.ttft import __main__ as ttft
-from eval.ttft.end_to_end import waiting_s
+from eval.ttft.end_to_end import WARM_UP_TOKENS, waiting_s
 from kvcomm.agents.results import AgentResult
 from kvcomm.align.calibration import Calibration
 from kvcomm.align.profile_file import GROUPS_FILE
@@ -76,8 +76,9 @@ def test_exact_reuse(
     generate = Stock.generate
 
     def spy(self: Stock, prompt: Any, *, num_rows: int, num_new_tokens: int) -> Any:
-        assert (num_rows, num_new_tokens) == (1, NUM_ANSWER_TOKENS)
-        prompts.append(tuple(prompt))
+        if num_new_tokens != WARM_UP_TOKENS:
+            assert (num_rows, num_new_tokens) == (1, NUM_ANSWER_TOKENS)
+            prompts.append(tuple(prompt))
         return generate(self, prompt, num_rows=num_rows, num_new_tokens=num_new_tokens)
 
     monkeypatch.setattr(Stock, "generate", spy)
@@ -92,6 +93,7 @@ def test_exact_reuse(
     assert found["same_prompts"] == found["same_answers"] == 1.0
     assert 0 < found["reused"] < 1
     assert found["moved"] == 0.0
+    assert found["computed_new"] > 0
     assert found["end_to_end_speedup"] == found["end_to_end_speedup_exact"]
     assert found["config"]["kvcomm"] == "exact prefixes"
     assert found["config"]["questions"] == "questions.jsonl"
@@ -125,18 +127,23 @@ def test_moved_kv(
     assert "learning from run" not in again["notes"]
     for found in (first, again):
         assert found["moved"] > 0
+        assert found["computed_glue"] > 0
         assert found["same_prompts"] == found["same_answers"] == 1.0
         assert found["config"]["kvcomm"] == "exact prefixes and moved KV"
     names = json.loads((tmp_path / "run.json").read_text())["samples"].keys()
     assert {"exact_s", "exact_stock_s", "kvcomm_s", "kvcomm_stock_s", "kvcomm_batched_s"} <= names
 
 
-def test_too_few_questions(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_few_questions_and_too_many_at_once(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = questions(tmp_path, 3)
     assert run(tiny_folder, tmp_path, f"--data={file}", "--repeats=4") == 1
     assert "error: 3 questions are too few: 4 are measured, 0 warm up" in capsys.readouterr().err
     assert run(tiny_folder, tmp_path, f"--data={file}", "--repeats=2", f"--anchors={tmp_path / 'new'}") == 1
     assert "2 are measured, 40 warm up" in capsys.readouterr().err
+    assert run(tiny_folder, tmp_path, f"--data={file}", "--repeats=2", "--in-flight=17") == 1
+    assert "--in-flight 17 is more than the 16 runs that are made at once" in capsys.readouterr().err
 
 
 def test_waiting_is_counted_once() -> None:

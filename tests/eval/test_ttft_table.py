@@ -86,6 +86,11 @@ def test_every_way_computes_what_it_says(tiny_folder: Path, tmp_path: Path, monk
         assert exact[2].usage.computed_tokens - moved[2].usage.computed_tokens == (slots if agent else 0)
 
 
+def test_one_agent(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tiny_folder, tmp_path, "--agents=1") == 1
+    assert "--agents is at least 2, got 1" in capsys.readouterr().err
+
+
 def test_nothing_fits(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tiny_folder, tmp_path, "--role-sizes=600", "--output-sizes=64") == 1
     assert "error: no cell fits the model's 512 tokens; give smaller --role-sizes" in capsys.readouterr().err
