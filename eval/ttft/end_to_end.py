@@ -6,7 +6,8 @@ agents that wait for nobody share a batch, roles come from the cache, and with -
 bound. Without --anchors it is the same as `exact`, exact reuse only. All answers have the same number of tokens,
 whatever would end them. Stock is given the very prompts, as token ids, that a rehearsal of kvcomm's run has left:
 `same_prompts` is the share of timed runs that read these again, `same_answers` that of stock's answers that equal the
-exact rehearsal's (all of them in float32; in bfloat16 even another batch can change an answer).
+exact rehearsal's. Both are 1 in float32; in bfloat16 even another batch can change an answer and what others read then,
+though not how long it is.
 
 A folder of --anchors that is not there yet is learned on the questions behind those that are measured. A quarter of
 these is answered on moved KV, so that agents who read such answers are calibrated, too; for (0.05, 0.05) about a

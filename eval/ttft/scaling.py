@@ -64,8 +64,8 @@ def team_sizes(engine: Engine, options: Namespace) -> Sizes:
     if options.agents < MIN_AGENTS:
         raise InvalidRequest(f"a curve needs at least {MIN_AGENTS} agents, got --agents {options.agents}")
     wanted = min(options.prompt_tokens, engine.max_context - 1)  # and room for the first token
-    if wanted < options.prompt_tokens:
-        note(f"prompts of {options.prompt_tokens} tokens and an answer do not fit the model; the longest has {wanted}")
+    if options.prompt_tokens > engine.max_context:
+        note(f"prompts of {options.prompt_tokens} tokens do not fit the model; the longest has {wanted}")
     sizes = Sizes(options.agents, options.role_tokens, options.question_tokens, 0)
     fixed = num_prompt_tokens(engine, sizes, num_readers)
     output = (wanted - fixed) // num_readers

@@ -50,7 +50,7 @@ def test_curves(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     report = json.loads(printed.out)
     figures = {figure["id"]: figure["value"] for figure in report["figures"]}
     rows = [dict(zip(report["grid"]["columns"], row, strict=True)) for row in report["grid"]["rows"]]
-    assert "prompts of 600 tokens and an answer do not fit the model; the longest has 511" in printed.err
+    assert "prompts of 600 tokens do not fit the model; the longest has 511" in printed.err
     assert [row["agent"] for row in rows] == ["1", "2", "3", "4", "all"]
     assert report["config"]["longest_prompt"] == rows[3]["prompt tokens"] <= 511
     assert figures["aligned"] == 1.0
