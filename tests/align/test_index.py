@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import sys
 
 import numpy as np
@@ -45,6 +46,19 @@ def test_what_components_leave_out_costs_no_neighbor(num_rows: int) -> None:
     order = np.argsort(squared, axis=1, kind="stable")[:, :8]
     assert np.array_equal(found.numpy(), order)
     assert np.allclose(distances.numpy(), np.take_along_axis(squared, order, axis=1), rtol=1e-4, atol=1e-5)
+
+
+def test_loops_leave_the_number_of_torch_threads_alone() -> None:
+    """numba's first loop in a process set it to the number of cores, and a model was faster after it than before."""
+    program = """
+import torch
+torch.set_num_threads(1)
+from kvcomm.align.index import TorchIndex
+TorchIndex(torch.randn(50, 9)).search(torch.randn(5, 9), 3)
+print(torch.get_num_threads())
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "1"
 
 
 def test_of_no_rows_nobody_is_near() -> None:

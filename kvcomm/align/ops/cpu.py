@@ -76,9 +76,13 @@ def _threads() -> Iterator[None]:
     """As many of numba's threads as torch has, for this caller alone."""
     import numba
 
+    num_threads = torch.get_num_threads()
     with _one_at_a_time:
-        numba.set_num_threads(min(torch.get_num_threads(), vars(numba.config)["NUMBA_NUM_THREADS"]))
-        yield
+        try:
+            numba.set_num_threads(min(num_threads, vars(numba.config)["NUMBA_NUM_THREADS"]))
+            yield
+        finally:
+            torch.set_num_threads(num_threads)  # numba's OpenMP layer sets torch's as well when it starts
 
 
 class _Weighted(NamedTuple):
