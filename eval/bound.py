@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from eval.figures import Figure
 from kvcomm.align.calibration import Calibration
+from kvcomm.align.intervals import violation_limit
 from kvcomm.align.serving import Rungs, serve
 
 BOUNDS = ((0.02, 0.05), (0.05, 0.05))
@@ -23,7 +23,7 @@ def bound_figures(
     served = [each for each in answered if each is not None]
     count = len(served)
     violations = sum(each.divergence > epsilon for each in served) / count if count else 0.0
-    limit = delta + 2 * math.sqrt(delta * (1 - delta) / max(1, count))
+    limit = violation_limit(delta, count)
     aligned = sum(each.num_aligned for each in served) / max(1, sum(each.num_moved for each in served))
     name = f"{round(100 * epsilon):03d}"
     return [

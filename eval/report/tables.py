@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from eval.tasks.analysis import ModeResult
-from eval.tasks.statistics import Interval
 from eval.tasks.task import Task
+from kvcomm.align.intervals import Interval
 
 NONE = "-"
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from eval.tasks.replays import LEVELS, Divergence
 from eval.tasks.samples import Answer, Sample
-from eval.tasks.statistics import Interval, mcnemar, mean, median, pass_at_k, violation_limit, wilson
+from eval.tasks.statistics import mcnemar, mean, median, pass_at_k
 from eval.tasks.timing import Timed
+from kvcomm.align.intervals import Interval, violation_limit, wilson
 
 PASSES = (1, 2, 5, 10, 100)
 

@@ -1,30 +1,11 @@
-"""The statistics of reports: shares with intervals, paired flips, passes among drawn answers."""
+"""The statistics of reports: paired flips, passes among drawn answers; intervals are in `kvcomm.align.intervals`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import numpy as np
-
-
-class Interval(NamedTuple):
-    """A share with its 95 % Wilson interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def wilson(count: int, total: int) -> Interval:
-    """A share with its 95 % interval; of nothing: 0, and anything is possible."""
-    from statsmodels.stats.proportion import proportion_confint
-
-    if not total:
-        return Interval(0.0, 0.0, 1.0)
-    low, high = proportion_confint(count, total, method="wilson")
-    return Interval(count / total, float(low), float(high))
 
 
 def mcnemar(lost: int, won: int) -> float:
@@ -43,11 +24,6 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
     if not 0 < k <= num_samples or not 0 <= num_right <= num_samples:
         raise ValueError(f"pass@{k} of {num_samples} samples, {num_right} right")
     return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
-
-
-def violation_limit(delta: float, count: int) -> float:
-    """Share of violations that a bound which just holds exceeds in one of forty samples: delta + 2 standard errors."""
-    return delta + 2 * math.sqrt(delta * (1 - delta) / max(1, count))
 
 
 def median(values: Iterable[float]) -> float:

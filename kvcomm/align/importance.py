@@ -53,11 +53,9 @@ class ImportanceFit:
             attended: [num_tokens], what the exact answer's tokens attended to.
         """
         features, target = _features(attention).double().cpu(), _features(attended[None])[0].double().cpu()
-        if self._gram is None or self._cross is None:
-            self._gram, self._cross = torch.zeros(len(features), len(features)).double(), torch.zeros(len(features))
-            self._cross = self._cross.double()
-        self._gram += features @ features.T
-        self._cross += features @ target
+        gram, cross = features @ features.T, features @ target
+        self._gram = gram if self._gram is None else self._gram + gram
+        self._cross = cross if self._cross is None else self._cross + cross
         self.num_prompts += 1
 
     def weights(self) -> tuple[float, ...] | None:

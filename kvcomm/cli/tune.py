@@ -12,7 +12,7 @@ import typer
 
 from kvcomm.cli.options import DEFAULT_MODEL, ModelFlag
 from kvcomm.cli.output import JsonFlag, emit, table
-from kvcomm.errors import InvalidRequest, MissingExtra
+from kvcomm.errors import AnchorFileError, InvalidRequest, MissingExtra
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,13 +76,17 @@ def tune(
     rows = read_rows(data, team)[:limit]
     policy = ReusePolicy(max_divergence=max_divergence, confidence=confidence)
     task = Task(_maker(model), model, team, workload, rows, data.name, policy, seconds(budget), out, _note)
-    plan = plan_tuning(task)
-    if dry_run:
-        emit(_plan_values(plan, task), _plan_table(plan, task), as_json=as_json)
-        return
-    if not as_json:
-        emit(None, _plan_table(plan, task), as_json=False)
-    _emit_profile(run_task(task, plan), task, as_json=as_json)
+    try:
+        plan = plan_tuning(task)
+        if dry_run:
+            emit(_plan_values(plan, task), _plan_table(plan, task), as_json=as_json)
+            return
+        if not as_json:
+            emit(None, _plan_table(plan, task), as_json=False)
+        _emit_profile(run_task(task, plan), task, as_json=as_json)
+    except OSError as error:
+        where = error.filename or task.folder
+        raise AnchorFileError(f"{where} cannot be written or read: {error.strerror or error}") from error
 
 
 def seconds(text: str) -> float:

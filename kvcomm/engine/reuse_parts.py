@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Self
 
+from kvcomm.align.attention_mass import looking_layers
 from kvcomm.align.bank import AnchorStore, BankShape
 from kvcomm.align.estimators import Estimator, PaperEstimator, RotateEstimator, TokenEstimator, TokenSettings
 from kvcomm.align.groups import GroupBook
@@ -38,6 +39,7 @@ class ReuseParts:
     """What plans, learns, replays and works in idle time, and what they have learned.
 
     Attributes:
+        num_looking_heads: heads by which rungs choose tokens; a group's weights have one entry for each.
         estimation: digest of settings of estimators and sketches other than the defaults; empty: all are. Part of the
             namespace of files, since anchors and calibrations hold for these settings only.
     """
@@ -51,6 +53,7 @@ class ReuseParts:
     replayer: Replayer
     learner: Learner
     idle: IdleWork
+    num_looking_heads: int
     estimation: str = ""
 
     @classmethod
@@ -99,7 +102,8 @@ class ReuseParts:
             memory, layers, planner, replayer, idle, chunk=config.prefill_chunk, end_token_ids=end_token_ids
         )
         estimation = _estimation_label(settings, sketcher.settings)
-        return cls(ops, anchors, groups, cost, estimators, planner, replayer, learner, idle, estimation)
+        num_heads = sum(geometry.layers[layer_id].num_heads for layer_id in looking_layers(len(layers)))
+        return cls(ops, anchors, groups, cost, estimators, planner, replayer, learner, idle, num_heads, estimation)
 
     def file_namespace(self, namespace: str) -> str:
         """Whose files these are: the tenant's, and under other settings than the defaults only of engines with them."""
@@ -124,6 +128,12 @@ class ReuseParts:
                 f"{folder} holds a bank of {too_large[0].num_tokens} tokens, this engine keeps "
                 f"{self.anchors.max_bank_tokens} an edge: raise anchor_bytes, or learn anew"
             )
+        for group in profile.groups:
+            if group.head_weights is not None and len(group.head_weights) != self.num_looking_heads:
+                raise AnchorFileForeign(
+                    f"{folder} holds a group with weights for {len(group.head_weights)} heads, and this model has "
+                    f"{self.num_looking_heads} that are looked at: learn anew"
+                )
         for bank in profile.banks:
             self.anchors.bank(namespace, bank.edge).replace(bank)
         for group in profile.groups:

@@ -164,6 +164,16 @@ def test_a_dry_run_stops_and_too_little_of_anything_is_an_error(
     assert "either --out, to tune, or --check" in call(capsys, "--data", arguments[3], code=2)
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "text").write_text("no folder")
+    out = tmp_path / "text" / "tiny.toml"
+    message = call(capsys, *arguments, *LOOSE, "--budget", "10m", "--out", str(out), code=1)
+    assert "cannot be written or read" in message
+    assert str(tmp_path / "text") in message
+
+
 def test_times() -> None:
     assert [seconds(text) for text in ("90", "90s", "20m", "1.5h")] == [90, 90, 1200, 5400]
     with pytest.raises(InvalidRequest, match="not a time"):

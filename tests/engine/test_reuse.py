@@ -463,6 +463,19 @@ def test_another_models_anchors_and_larger_banks_are_refused(engine: Engine, tmp
         assert not list(other.reuse.anchors.banks(other.namespace()))
 
 
+def test_weights_of_other_heads_are_refused(engine: Engine, tmp_path: Path) -> None:
+    """A file may be whole, sealed and still say something about another number of heads; no request may suffer."""
+    earn(engine, LOOSE)
+    for group in engine.edge_groups():
+        group.head_weights = (1.0,) * (engine.reuse.num_looking_heads + 1)
+    engine.save_anchors(tmp_path)
+    with Engine(engine.model, engine.tokenizer, config=SMALL_BANKS) as other:
+        with pytest.raises(AnchorFileForeign, match=r"weights for \d+ heads"):
+            other.load_anchors(tmp_path)
+        assert not other.edge_groups()
+        assert not list(other.reuse.anchors.banks(other.namespace()))
+
+
 def test_tenants_learn_for_themselves(engine: Engine) -> None:
     earn(engine, LOOSE)
     for role in (ROLE_A, ROLE_B):

@@ -14,9 +14,10 @@ from eval.report.plots import all_plots, change_plot, pareto
 from eval.tasks.analysis import analyse
 from eval.tasks.replays import Divergence, DivergenceFile
 from eval.tasks.samples import Answer, Sample, SampleFile
-from eval.tasks.statistics import mcnemar, violation_limit, wilson
+from eval.tasks.statistics import mcnemar
 from eval.tasks.task import Score
 from eval.tasks.timing import Timed, TimesFile
+from kvcomm.align.intervals import violation_limit
 from kvcomm.errors import InvalidRequest
 
 
@@ -121,15 +122,6 @@ def test_the_bound_is_held_against_what_chance_allows() -> None:
     assert violation_limit(0.05, 3) == result.damage.violation_limit
     assert figures["audited"].value == 3
     assert "divergence_dense" not in figures
-
-
-def test_wilson_solves_its_equation() -> None:
-    """The ends are the shares p with |x - p| = z sqrt(p (1 - p) / n)."""
-    for count, total in ((0, 10), (3, 10), (99, 100)):
-        value, *ends = wilson(count, total)
-        for end in ends:
-            assert (value - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / total, abs=1e-6)
-    assert wilson(0, 0) == (0.0, 0.0, 1.0)
 
 
 @pytest.mark.parametrize(("lost", "won"), [(0, 0), (3, 0), (5, 2), (4, 4)])

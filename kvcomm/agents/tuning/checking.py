@@ -18,9 +18,9 @@ from kvcomm.agents.tuning.profile import (
 )
 from kvcomm.agents.tuning.replays import EngineMaker, Measured, Replays, measure
 from kvcomm.agents.tuning.rows import Row
-from kvcomm.agents.tuning.statistics import violation_limit, wilson
 from kvcomm.agents.warming import Note
 from kvcomm.align.calibration import Calibration
+from kvcomm.align.intervals import violation_limit, wilson
 from kvcomm.align.serving import serve
 from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine

@@ -213,7 +213,16 @@ def _search(
             f"nothing of the prompts of team {task.team.name!r} can be moved; there is nothing to tune"
         )
     chosen = Chosen(config, banks, measured, search.pareto(measured, search.BASE))
-    best = search.score(measured, [search.BASE.index(each) for each in search.PROBED])
+    changed = _improve(task, chosen, data, plan, num_groups, deadline)
+    if changed:
+        chosen.measured = _trial(task, chosen.config, chosen.banks, data, search.BASE, changed)
+        chosen.points += search.pareto(chosen.measured, search.BASE, changed)
+    return chosen
+
+
+def _improve(task: Task, chosen: Chosen, data: list[Replays], plan: Plan, num_groups: int, deadline: float) -> str:
+    """Try setting by setting, keep what gains, until the time is over; returns the labels of what was kept."""
+    best = search.score(chosen.measured, [search.BASE.index(each) for each in search.PROBED])
     price_s = plan.base_s / 3
     changed = ""
     for axis in range(search.num_axes(num_groups)):
@@ -221,7 +230,7 @@ def _search(
             # What was chosen has to be measured again at every share before a ladder can be.
             if time.monotonic() + price_s + each.needs_banks * plan.learn_s + plan.base_s > deadline:
                 task.note("search: its time is over")
-                break
+                return changed
             begun = time.monotonic()
             given = _banks(task, each.config, data[0]) if each.needs_banks else chosen.banks
             found = _trial(task, each.config, given, data, search.PROBED, each.label)
@@ -231,10 +240,7 @@ def _search(
             if found and value < (1 - search.MIN_GAIN) * best:
                 best, changed = value, f"{changed} {each.label}".strip()
                 chosen.config, chosen.banks = each.config, given
-    if changed:
-        chosen.measured = _trial(task, chosen.config, chosen.banks, data, search.BASE, changed)
-        chosen.points += search.pareto(chosen.measured, search.BASE, changed)
-    return chosen
+    return changed
 
 
 def _banks(task: Task, config: EngineConfig, data: Replays) -> list[BankSnapshot]:

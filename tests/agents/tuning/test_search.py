@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from kvcomm.agents.tuning import search
-from kvcomm.agents.tuning.statistics import violation_limit, wilson
 from kvcomm.align.serving import Rungs
 from kvcomm.config import EngineConfig
 from kvcomm.engine.replay import Outcome
@@ -68,11 +67,3 @@ def test_every_axis_changes_one_setting() -> None:
         ["alpha=[1.0, 1.0, 0.8]"],
         ["sketch_layers=2", "sketch_layers=10"],
     ]
-
-
-def test_intervals() -> None:
-    assert wilson(0, 0) == (0, 0, 1)
-    assert wilson(3, 40) == pytest.approx((0.075, 0.02583, 0.19861), abs=1e-4)
-    assert wilson(0, 40)[1] == 0
-    assert wilson(40, 40)[2] == 1
-    assert violation_limit(0.05, 100) == pytest.approx(0.05 + 2 * 0.021794, abs=1e-5)

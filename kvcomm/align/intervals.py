@@ -1,4 +1,4 @@
-"""Shares with intervals."""
+"""Shares of violations: with their intervals, and how large they may be by chance where a bound just holds."""
 
 from __future__ import annotations
 
