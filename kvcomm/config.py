@@ -88,13 +88,18 @@ class EngineConfig:
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> EngineConfig:
-        """From a parsed file or flags; unknown keys fail.
+        """From a parsed file or flags; unknown keys fail. `alpha` may be a single number.
 
         Raises:
-            InvalidRequest: an unknown key; the message lists the known ones.
+            InvalidRequest: an unknown key, with the known ones, or a value of the wrong type or outside its range.
         """
         known = {field.name for field in fields(cls)}
         unknown = sorted(values.keys() - known)
         if unknown:
             raise InvalidRequest(f"unknown engine settings {unknown}; known: {sorted(known)}")
-        return cls(**values)
+        alpha = values.get("alpha", ())
+        wanted = values | ({"alpha": (alpha,)} if isinstance(alpha, int | float) else {})
+        try:
+            return cls(**wanted)
+        except TypeError as error:
+            raise InvalidRequest(f"engine settings {values} have a value of the wrong type: {error}") from error

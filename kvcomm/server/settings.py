@@ -59,14 +59,14 @@ def _engine_config(value: object) -> EngineConfig:
 
 
 def _number(value: object) -> object:
-    """What an environment variable spells: numbers and truth values become such."""
+    """What an environment variable spells: numbers, truth values and lists become such."""
     if not isinstance(value, str):
         return value
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return value
-    return parsed if isinstance(parsed, int | float | bool) else value
+    return parsed if isinstance(parsed, int | float | bool | list) else value
 
 
 Engine = Annotated[

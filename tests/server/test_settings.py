@@ -64,6 +64,9 @@ def test_the_model_of_every_command() -> None:
         ("port = 65536", {}, {}, "setting 'port' in .*server.toml"),
         ("[engine]\npage_size = 0", {}, {}, "page_size must be at least 1"),
         ("engine = 5", {}, {}, "must be a table"),
+        ("[engine]\nalpha = \"strong\"", {}, {}, "a value of the wrong type"),
+        ("[engine]\nalpha = [1, -1]", {}, {}, "alpha must be finite factors >= 0"),
+        ("", {"KVCOMM_SERVE_ENGINE__PAGE_SIZE": "many"}, {}, "a value of the wrong type"),
         ("port = ", {}, {}, "is not TOML"),
         ("request_timeout_s = inf", {}, {}, "request_timeout_s"),
     ],
@@ -73,6 +76,11 @@ def test_mistakes_say_where_they_are(
 ) -> None:
     with pytest.raises(InvalidRequest, match=message):
         load_settings(flags, environment, file_with(tmp_path, text))
+
+
+def test_factors_are_a_number_or_a_list(tmp_path: Path) -> None:
+    assert load_settings({}, {}, file_with(tmp_path, "[engine]\nalpha = 0.5")).engine.alpha == (0.5,)
+    assert load_settings({}, {"KVCOMM_SERVE_ENGINE__ALPHA": "[1, 0.5, 1]"}).engine.alpha == (1, 0.5, 1)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
