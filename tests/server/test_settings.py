@@ -64,7 +64,7 @@ def test_the_model_of_every_command() -> None:
         ("port = 65536", {}, {}, "setting 'port' in .*server.toml"),
         ("[engine]\npage_size = 0", {}, {}, "page_size must be at least 1"),
         ("engine = 5", {}, {}, "must be a table"),
-        ("[engine]\nalpha = \"strong\"", {}, {}, "a value of the wrong type"),
+        ('[engine]\nalpha = "strong"', {}, {}, "a value of the wrong type"),
         ("[engine]\nalpha = [1, -1]", {}, {}, "alpha must be finite factors >= 0"),
         ("", {"KVCOMM_SERVE_ENGINE__PAGE_SIZE": "many"}, {}, "a value of the wrong type"),
         ("port = ", {}, {}, "is not TOML"),
