@@ -18,6 +18,7 @@ from kvcomm.align.attention_mass import damaged_layers
 from kvcomm.align.bank import AnchorStore, BankSnapshot
 from kvcomm.align.edges import Edge
 from kvcomm.align.expected_error import anchor_errors, neighbor_weights
+from kvcomm.align.moves import Move
 from kvcomm.align.ops.choice import Ops
 from kvcomm.align.ops.contract import LayerStore, Neighbors, Place
 from kvcomm.align.sketch import Sketcher
@@ -40,13 +41,10 @@ class Written(NamedTuple):
 class Correction(Protocol):
     """What an estimator knows about one edge, unchangeable."""
 
-    def write(
-        self, layers: Sequence[LayerStore], source: Place, target: Place, index: int, *, with_errors: bool
-    ) -> Written:
-        """Write the estimate to the target's slots.
+    def write(self, layers: Sequence[LayerStore], move: Move, target: Place, *, with_errors: bool) -> Written:
+        """Write the estimate of what is moved to the target's slots.
 
         Args:
-            index: of the first token in its segment.
             with_errors: whether expected errors are wanted.
         """
         ...
@@ -73,10 +71,8 @@ class Estimator(Protocol):
         """How much is known about exactly this edge; only compared."""
         ...
 
-    def learn(
-        self, namespace: str, edge: Edge, layers: Sequence[LayerStore], source: Place, truth: Place, index: int
-    ) -> int:
-        """Learn from a segment that is known in both contexts; returns how many tokens were kept."""
+    def learn(self, namespace: str, layers: Sequence[LayerStore], move: Move, truth: Place) -> int:
+        """Learn from what could be moved and is known in both contexts; returns how many tokens were kept."""
         ...
 
     def correction(self, namespace: str, edge: Edge, strength: float = 1.0) -> Correction | None:
@@ -101,9 +97,7 @@ class RotateEstimator:
         """Nothing."""
         return 0
 
-    def learn(
-        self, namespace: str, edge: Edge, layers: Sequence[LayerStore], source: Place, truth: Place, index: int
-    ) -> int:
+    def learn(self, namespace: str, layers: Sequence[LayerStore], move: Move, truth: Place) -> int:
         """There is nothing to learn."""
         return 0
 
@@ -111,12 +105,10 @@ class RotateEstimator:
         """Always the same."""
         return self
 
-    def write(
-        self, layers: Sequence[LayerStore], source: Place, target: Place, index: int, *, with_errors: bool
-    ) -> Written:
+    def write(self, layers: Sequence[LayerStore], move: Move, target: Place, *, with_errors: bool) -> Written:
         """See `Correction`; every text is as near as any other, every token as far off."""
-        self._ops.rotate(layers, source, target)
-        return Written(0.0, _alike(layers, source) if with_errors else None)
+        self._ops.rotate(layers, move.source, target)
+        return Written(0.0, _alike(layers, move) if with_errors else None)
 
 
 class TokenSettings(NamedTuple):
@@ -164,15 +156,13 @@ class TokenEstimator:
         snapshot = self.anchors.find(namespace, edge, 1)
         return snapshot.num_tokens if snapshot is not None and snapshot.edge == edge else 0
 
-    def learn(
-        self, namespace: str, edge: Edge, layers: Sequence[LayerStore], source: Place, truth: Place, index: int
-    ) -> int:
+    def learn(self, namespace: str, layers: Sequence[LayerStore], move: Move, truth: Place) -> int:
         """Add the offsets between source and truth to the edge's bank and to the one for its slots in any context."""
-        known = read_span(layers, source)
+        known = read_span(layers, move.source)
         # Layer 0 sees the token and its position only: there is nothing to correct.
         offsets = read_span(layers, truth).minus(known, range(1, len(layers)))
-        sketches = self._sketcher(layers, source, index)
-        banks = (self.anchors.bank(namespace, each) for each in (edge, edge.general))
+        sketches = self._sketcher(layers, move)
+        banks = (self.anchors.bank(namespace, each) for each in (move.edge, move.edge.general))
         return max([bank.learn(sketches, offsets) for bank in banks])
 
     def correction(self, namespace: str, edge: Edge, strength: float = 1.0) -> Correction | None:
@@ -193,20 +183,18 @@ class _TokenCorrection:
         self._ops = ops
         self._settings = settings
 
-    def write(
-        self, layers: Sequence[LayerStore], source: Place, target: Place, index: int, *, with_errors: bool
-    ) -> Written:
+    def write(self, layers: Sequence[LayerStore], move: Move, target: Place, *, with_errors: bool) -> Written:
         """See `Correction`; the distance is the mean over tokens of that to the nearest anchor token."""
-        distances, indices = self._snapshot.nearest(self._sketcher(layers, source, index), self._settings.k)
+        distances, indices = self._snapshot.nearest(self._sketcher(layers, move), self._settings.k)
         weights = neighbor_weights(distances, self._settings.temperature)
         if self._settings.alpha:
             scaled = weights * self._settings.alpha
             if self._settings.alphas:
                 scaled *= torch.tensor(self._settings.alphas, device=scaled.device)[:, None, None]
             neighbors = Neighbors(indices, scaled, self._sketcher.group_of_layer)
-            self._ops.align(layers, source, target, self._snapshot.offsets, neighbors)
+            self._ops.align(layers, move.source, target, self._snapshot.offsets, neighbors)
         else:
-            self._ops.rotate(layers, source, target)
+            self._ops.rotate(layers, move.source, target)
         errors = self._errors(len(layers), weights, indices) if with_errors else None
         return Written(float(distances[..., 0].mean()), errors)
 
@@ -252,18 +240,16 @@ class PaperEstimator:
         """Anchor texts of the edge."""
         return len(self._texts.get((namespace, edge), ()))
 
-    def learn(
-        self, namespace: str, edge: Edge, layers: Sequence[LayerStore], source: Place, truth: Place, index: int
-    ) -> int:
+    def learn(self, namespace: str, layers: Sequence[LayerStore], move: Move, truth: Place) -> int:
         """Keep the text as an anchor, in place of the oldest if the pool is full."""
-        if index:
+        if move.index:
             return 0  # anchors are aligned from the first token of a segment on
-        known, true = read_span(layers, source), read_span(layers, truth)
+        known, true = read_span(layers, move.source), read_span(layers, truth)
         offsets = SpanKV(_differences(true.keys, known.keys), _differences(true.values, known.values))
-        texts = self._texts.setdefault((namespace, edge), [])
+        texts = self._texts.setdefault((namespace, move.edge), [])
         texts.append(_Text(known, offsets))
         del texts[: -self.max_texts]
-        return source.num_tokens
+        return move.num_tokens
 
     def correction(self, namespace: str, edge: Edge, strength: float = 1.0) -> Correction | None:
         """The texts known now."""
@@ -275,13 +261,11 @@ class _PaperCorrection:
     def __init__(self, texts: tuple[_Text, ...]) -> None:
         self._texts = texts
 
-    def write(
-        self, layers: Sequence[LayerStore], source: Place, target: Place, index: int, *, with_errors: bool
-    ) -> Written:
+    def write(self, layers: Sequence[LayerStore], move: Move, target: Place, *, with_errors: bool) -> Written:
         """See `Correction`; the distance is the published gate's: entropy of the weights over that of equal ones."""
-        known, last = read_span(layers, source), index + source.num_tokens
+        known, last = read_span(layers, move.source), move.index + move.num_tokens
         texts = [text for text in self._texts if text.known.num_tokens >= last]
-        span, entropy = slice(index, last), 1.0
+        span, entropy = slice(move.index, last), 1.0
         if texts:
             key_weights = _index_weights(known.keys, [text.known.keys for text in texts], span)
             value_weights = _index_weights(known.values, [text.known.values for text in texts], span)
@@ -291,7 +275,7 @@ class _PaperCorrection:
                 _add_weighted(known.values, text.offsets.values, weights, span)
             entropy = _entropy_ratio(key_weights)
         _write_span(layers, target, known)
-        return Written(entropy, _alike(layers, source) if with_errors else None)
+        return Written(entropy, _alike(layers, move) if with_errors else None)
 
 
 # Layer by layer: what all layers take at once is handed out by the system anew every time, and that takes longer than
@@ -323,9 +307,9 @@ def _entropy_ratio(weights: Tensor) -> float:
     return float(entropy) / math.log(len(weights))
 
 
-def _alike(layers: Sequence[LayerStore], source: Place) -> Tensor:
+def _alike(layers: Sequence[LayerStore], move: Move) -> Tensor:
     """Errors of an estimator that does not tell tokens apart."""
-    return torch.ones(source.num_tokens, device=layers[0].keys.device)
+    return torch.ones(move.num_tokens, device=layers[0].keys.device)
 
 
 def _write_span(layers: Sequence[LayerStore], target: Place, span: SpanKV) -> None:

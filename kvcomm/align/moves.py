@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
 
 from kvcomm.align.edges import Edge
 from kvcomm.align.ops.contract import Place
+from kvcomm.align.repeats import Surroundings, repeats
 from kvcomm.memory.pool import PageIds
 
 
@@ -20,6 +25,7 @@ class Move:
         index: of the first moved token in its segment; what stands before it is cached exactly or was not stored.
         source: where its KV is.
         source_pages: the pages of `source`; whoever keeps the move holds a reference on each.
+        around: what stands around the segment, here and there.
         risk: nats of divergence to be expected of the source itself at most; 0 if it is exact.
         is_exact: whether the source is exact.
     """
@@ -30,6 +36,7 @@ class Move:
     index: int
     source: Place
     source_pages: PageIds
+    around: Surroundings
     risk: float = 0.0
     is_exact: bool = True
 
@@ -37,6 +44,11 @@ class Move:
     def num_tokens(self) -> int:
         """Tokens that could be moved."""
         return self.end - self.start
+
+    @cached_property
+    def repeats(self) -> Tensor:
+        """How much the moved tokens repeat that their source had not seen, [num_tokens, 2] float32; see `repeats`."""
+        return torch.from_numpy(repeats(self.around)[self.index : self.index + self.num_tokens])
 
 
 def num_moved(moves: Sequence[Move]) -> int:

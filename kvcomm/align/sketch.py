@@ -1,8 +1,8 @@
 """Sketches: a short vector for every token by which similar tokens on similar places are found.
 
-The un-rotated keys and the values of a few layers, projected at random (Johnson-Lindenstrauss), and the logarithm of
-the token's index in its segment. The projection follows from the model's shape alone, so sketches made by two processes
-can be compared.
+The un-rotated keys and the values of a few layers, projected at random (Johnson-Lindenstrauss), the logarithm of the
+token's index in its segment, and how much it repeats of what its source had not seen. The projection follows from the
+model's shape alone, so sketches made by two processes can be compared.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from kvcomm.align.moves import Move
 from kvcomm.align.ops.contract import LayerStore, Place
+from kvcomm.align.repeats import NUM_ENTRIES
 from kvcomm.align.spans import SpanKV, read_span
 from kvcomm.model.geometry import ModelGeometry
 
@@ -27,14 +29,16 @@ class SketchSettings(NamedTuple):
     Attributes:
         num_groups: groups of consecutive layers that look for their own neighbors.
         layers_per_group: layers, evenly spaced over the group, whose KV is looked at.
-        dim: entries of a sketch, the position's included.
+        dim: entries of a sketch, those of position and repeats included.
         position_weight: of log(1 + index), relative to the typical norm of the rest.
+        repeat_weight: of the entries of `repeats`, likewise.
     """
 
     num_groups: int = 3
     layers_per_group: int = 5
-    dim: int = 193
+    dim: int = 195
     position_weight: float = 0.35
+    repeat_weight: float = 0.35
 
 
 class Sketcher:
@@ -55,16 +59,20 @@ class Sketcher:
         self._lock = Lock()
         generator = torch.Generator().manual_seed(seed)
         self._projections = [
-            _projection(geometry, layer_ids, self.settings.dim - 1, generator) for layer_ids in self._layer_ids
+            _projection(geometry, layer_ids, self.settings.dim - 1 - NUM_ENTRIES, generator)
+            for layer_ids in self._layer_ids
         ]
 
-    def __call__(self, layers: Sequence[LayerStore], place: Place, first_index: int = 0) -> Tensor:
-        """Sketches of a span in the pool, [num_groups, num_tokens, dim] float32, not to be written.
+    def __call__(self, layers: Sequence[LayerStore], move: Move) -> Tensor:
+        """Sketches of the tokens of a move, [num_groups, num_tokens, dim] float32."""
+        of_source = self._of_source(layers, move.source, move.index)
+        repeated = self.settings.repeat_weight * move.repeats.to(of_source.device)
+        return torch.cat((of_source, repeated.expand(len(of_source), -1, -1)), dim=2)
+
+    def _of_source(self, layers: Sequence[LayerStore], place: Place, first_index: int) -> Tensor:
+        """All entries but those of repeats, which depend on the target; not to be written.
 
         Made once for the same span of the same owner: texts are read by several agents.
-
-        Args:
-            first_index: index of the span's first token in its segment.
         """
         if place.owner is None:
             return self._make(layers, place, first_index)

@@ -343,7 +343,7 @@ class Learner:
                 continue
             truth = place_of(self._memory.pool, trial.sequence.pages, move.start, move.num_tokens, position=move.start)
             estimator = self._reuse.estimators[name]
-            kept = estimator.learn(trial.namespace, move.edge, self._layers, move.source, truth, move.index)
+            kept = estimator.learn(trial.namespace, self._layers, move, truth)
             total += kept
             with self._lock:
                 for group in self._reuse.groups.rest_on(trial.namespace, move.edge) if kept else ():

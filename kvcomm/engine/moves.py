@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from kvcomm.align.edges import Edge, signatures
 from kvcomm.align.moves import Move
+from kvcomm.align.repeats import Surroundings
 from kvcomm.align.spans import place_of
 from kvcomm.engine.plan import Part, Reason
 from kvcomm.memory.fidelity import Fidelity
@@ -22,11 +23,12 @@ from kvcomm.memory.sequences import Sequence as KVSequence
 
 
 class Occurrence(NamedTuple):
-    """A segment at its place in a prompt."""
+    """A segment at its place in a prompt; `before`: the slots that stand before it."""
 
     segment: Segment
     signature: str
     start: int
+    before: tuple[Segment, ...]
 
     @property
     def end(self) -> int:
@@ -37,9 +39,12 @@ class Occurrence(NamedTuple):
 def occurrences(segments: Sequence[Segment]) -> Iterator[Occurrence]:
     """Every segment of a prompt, in order."""
     start = 0
+    before: tuple[Segment, ...] = ()
     for segment, signature in zip(segments, signatures(segments), strict=True):
-        yield Occurrence(segment, signature, start)
+        yield Occurrence(segment, signature, start, before)
         start += len(segment.token_ids)
+        if segment.name is not None:
+            before = (*before, segment)
 
 
 class MoveFinder:
@@ -110,6 +115,7 @@ class MoveFinder:
                 num_tokens=num_tokens,
                 risk=0.0 if is_exact else risk,
                 slot=each.segment.name,
+                before=each.before,
             )
 
     def release(self, moves: Sequence[Move]) -> None:
@@ -146,13 +152,19 @@ class MoveFinder:
         pool.retain(pages)
         first, position = rendition.offset + index, rendition.start + index
         source = place_of(pool, pages, first, end - start, position=position, owner=rendition.identity)
-        edge = _edge(rendition, each)
-        return Move(edge, start, end, index, source, pages, rendition.risk, rendition.fidelity is Fidelity.EXACT)
+        edge, is_exact = _edge(rendition, each), rendition.fidelity is Fidelity.EXACT
+        return Move(edge, start, end, index, source, pages, _around(rendition, each), rendition.risk, is_exact)
 
 
 def _edge(rendition: Rendition, each: Occurrence) -> Edge:
     assert each.segment.name is not None
     return Edge(rendition.signature, each.signature, each.segment.name, rendition.slot)
+
+
+def _around(rendition: Rendition, each: Occurrence) -> Surroundings:
+    seen = [segment.token_ids for segment in rendition.before]
+    unseen = [segment.token_ids for segment in each.before if segment.token_ids not in seen]
+    return Surroundings(each.segment.token_ids, seen, unseen)
 
 
 def parts_of(

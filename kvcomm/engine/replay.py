@@ -253,7 +253,7 @@ def assemble(
     found = []
     for move, correction in zip(moves, corrections, strict=True):
         target = place_of(memory.pool, sequence.pages, move.start, move.num_tokens, position=move.start)
-        found.append(correction.write(layers, move.source, target, move.index, with_errors=with_errors))
+        found.append(correction.write(layers, move, target, with_errors=with_errors))
     errors = [each.errors for each in found if each.errors is not None]
     return Written(max(each.distance for each in found), torch.cat(errors) if with_errors else None)
 

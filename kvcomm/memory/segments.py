@@ -66,6 +66,7 @@ class Rendition:
     created_s: float
     used_s: float
     slot: str = ""  # name of the segment in that context
+    before: tuple[Segment, ...] = ()  # the named ones before it in that context
     risk: float = 0.0  # nats of divergence to be expected of it at most; 0 for exact KV
     identity: Identity = field(default_factory=Identity)
 
@@ -170,6 +171,7 @@ class SegmentStore:
         num_tokens: int | None = None,
         risk: float = 0.0,
         slot: str = "",
+        before: tuple[Segment, ...] = (),
         ttl_s: float | None = None,
     ) -> Rendition | None:
         """Keep KV of `segment` and retain its `pages`; least recently used renditions make room.
@@ -194,7 +196,9 @@ class SegmentStore:
             self._forget_if_unused(space, digest)
             return None
         now = self._clock()
-        rendition = Rendition(digest, covered, signature, start, pages.copy(), offset, fidelity, now, now, slot, risk)
+        rendition = Rendition(
+            digest, covered, signature, start, pages.copy(), offset, fidelity, now, now, slot, before, risk
+        )
         space.records[digest].renditions[key] = rendition
         self._order[(namespace, digest, key)] = None
         self._count(space, pages.size)

@@ -11,12 +11,13 @@ from kvcomm.align.edges import Edge
 from kvcomm.align.ladder import moved_positions, top_segments, top_tokens
 from kvcomm.align.moves import Move
 from kvcomm.align.ops.contract import Place
+from kvcomm.align.repeats import Surroundings
 
 EDGE = Edge("s", "t", "a", "a")
 
 
 def move(start: int, end: int) -> Move:
-    return Move(EDGE, start, end, 0, Place(slice(0, end - start), 0), np.empty(0, dtype=np.int32))
+    return Move(EDGE, start, end, 0, Place(slice(0, end - start), 0), np.empty(0, dtype=np.int32), Surroundings(()))
 
 
 MOVES = [move(10, 14), move(20, 26), move(30, 40)]

@@ -68,9 +68,8 @@ def test_moving_that_fails_computes_exactly(engine: Engine, monkeypatch: pytest.
 def test_anchors_that_are_not_finite_are_never_kept(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     real = engine.reuse.estimators["token"]
     assert isinstance(real, TokenEstimator)
-    monkeypatch.setattr(
-        real, "_sketcher", lambda layers, place, index: torch.full((2, place.num_tokens, 193), torch.nan)
-    )
+    dim = engine.reuse.anchors.shape.dim
+    monkeypatch.setattr(real, "_sketcher", lambda layers, move: torch.full((2, move.num_tokens, dim), torch.nan))
     ask(engine, ROLE_A, 1, LOOSE)
     ask(engine, ROLE_B, 1, LOOSE)
     with pytest.raises(InvalidRequest, match="anchors must be finite"):

@@ -71,6 +71,21 @@ def nearest(rough: Tensor, squares: Tensor, queries: Tensor, rows: Tensor, count
     return distances, found
 
 
+def longest_matches(tokens: np.ndarray, text: np.ndarray, num_free: int, longest: int) -> np.ndarray:
+    """Length of the longest text ending with each token that stands in `text` too, [num_tokens] int32.
+
+    Args:
+        tokens, text: token ids, int32.
+        num_free: token i may match anywhere before `num_free + i`.
+        longest: length up to which is counted.
+    """
+    from kvcomm.align.ops import fused
+
+    found = np.empty(len(tokens), dtype=np.int32)
+    fused.longest_matches(tokens, text, num_free, longest, found)
+    return found
+
+
 @contextmanager
 def _threads() -> Iterator[None]:
     """As many of numba's threads as torch has, for this caller alone."""

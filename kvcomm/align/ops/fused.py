@@ -236,3 +236,25 @@ def nearest(
                         is_measured |= chosen[index] == row
                     if not is_measured:
                         _measure(queries[query], rows, row, k, distances[query], found[query])
+
+
+@_jit
+def longest_matches(tokens: Indices, text: Indices, num_free: int, longest: int, found: Indices) -> None:
+    """How long a text ending with each token stands elsewhere, in tokens.
+
+    Args:
+        tokens: [num_tokens].
+        text: where to look; token i may match anywhere before `num_free + i`.
+        longest: length beyond which none is told from another.
+        found: [num_tokens]; overwritten.
+    """
+    # Lengths of the matches that end with a token and, one to the left, at each place; those of the token before.
+    lengths, before = np.zeros(len(text) + 1, np.int32), np.zeros(len(text) + 1, np.int32)
+    for token in range(len(tokens)):
+        lengths, before = before, lengths
+        best = 0
+        for place in range(min(len(text), num_free + token)):
+            length = min(int(before[place]) + 1, longest) if text[place] == tokens[token] else 0
+            lengths[place + 1] = length
+            best = max(best, length)
+        found[token] = best
