@@ -38,6 +38,8 @@ class EngineConfig:
         max_batch_tokens: tokens computed in one step at most; a longer prompt is prefilled in chunks.
         prefill_chunk: prompt tokens in a step in which other requests decode, so that their streams go on.
         max_running: requests that are computed at the same time at most.
+        draft_rows: a step that decodes fewer answers than this is filled up with guesses at their next tokens, which
+            change no answer; 0: no guesses. On CPU up to 3 rows take about as long as one.
         attention: "auto", "torch" or "triton".
         cache_ttl_s: seconds after which an unused cached prefix is dropped; None: only when pages are needed.
         anchor_bytes: of offsets that one edge keeps at most.
@@ -56,6 +58,7 @@ class EngineConfig:
     max_batch_tokens: int = 2048
     prefill_chunk: int = 256
     max_running: int = 64
+    draft_rows: int = 3
     attention: str = "auto"
     cache_ttl_s: float | None = None
     anchor_bytes: int = 16 * 2**20
@@ -78,6 +81,8 @@ class EngineConfig:
         object.__setattr__(self, "alpha", tuple(self.alpha))
         if not self.alpha or not all(math.isfinite(each) and each >= 0 for each in self.alpha):
             raise InvalidRequest(f"alpha must be finite factors >= 0, one or one per group, not {self.alpha!r}")
+        if self.draft_rows < 0:
+            raise InvalidRequest(f"draft_rows must be at least 0, not {self.draft_rows}")
         if not self.idle_after_s >= 0:
             raise InvalidRequest(f"idle_after_s must be at least 0, not {self.idle_after_s}")
 

@@ -51,6 +51,7 @@ def usage_values(usage: Usage) -> dict[str, object]:
         "aligned_tokens": usage.aligned_tokens,
         "computed_tokens": usage.computed_tokens,
         "generated_tokens": usage.generated_tokens,
+        "guessed_tokens": usage.guessed_tokens,
         "queue_s": usage.queue_s,
         "ttft_s": usage.ttft_s,
         "total_s": usage.total_s,

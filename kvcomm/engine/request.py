@@ -35,7 +35,11 @@ NUM_CONTINUATION = 32
 
 @dataclass(eq=False)
 class Branch:
-    """One choice while it is generated."""
+    """One choice while it is generated.
+
+    Attributes:
+        num_guessed: tokens of the answer that a step had guessed right beforehand.
+    """
 
     index: int
     sequence: Sequence
@@ -44,6 +48,7 @@ class Branch:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
+    num_guessed: int = 0
 
 
 @dataclass
@@ -174,6 +179,7 @@ class Request:
             aligned_tokens=self.num_prompt_tokens - computed - exact,
             computed_tokens=computed,
             generated_tokens=sum(len(branch.token_ids) for branch in self.branches),
+            guessed_tokens=sum(branch.num_guessed for branch in self.branches),
             queue_s=(clock.admitted or now) - clock.submitted,
             ttft_s=(clock.first_token or now) - clock.submitted,
             total_s=now - clock.submitted,

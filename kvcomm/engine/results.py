@@ -52,6 +52,7 @@ class Usage:
         reasons: why prompt tokens were computed, reason -> tokens.
         bound: the (epsilon, delta) in force, None under an exact policy.
         approximation: how moved KV was reused, None if it was not.
+        guessed_tokens: generated tokens that came without a pass of their own, see `EngineConfig.draft_rows`.
     """
 
     prompt_tokens: int
@@ -65,6 +66,7 @@ class Usage:
     reasons: Mapping[str, int] = field(default_factory=dict)
     bound: tuple[float, float] | None = None
     approximation: ApproximationReport | None = None
+    guessed_tokens: int = 0
 
     @property
     def decode_tokens_per_s(self) -> float:

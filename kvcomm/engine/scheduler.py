@@ -1,5 +1,8 @@
 """Continuous batching: every step computes one token of each running answer and chunks of waiting prompts.
 
+Where few answers run, a step also tries guesses at their next tokens (see `guesses`): each token is drawn as always,
+and a guess that equals it has its successor's logits already.
+
 A step is: drop what was cancelled, admit, write moved KV, build the batch, forward, commit. The lock is held while
 state changes and released during the forward pass, so contexts can be forked and requests submitted meanwhile. Only
 this class and idle work call the runner and write pages, and only from one thread. A request is admitted when the pages
@@ -23,6 +26,7 @@ import torch
 from torch import Tensor
 
 from kvcomm.config import EngineConfig
+from kvcomm.engine.guesses import repeated
 from kvcomm.engine.learner import Learner
 from kvcomm.engine.plan import Reason, exact_plan
 from kvcomm.engine.request import ANSWER, Branch, Request
@@ -34,6 +38,7 @@ from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
+from kvcomm.model.attention.contract import IntArray
 from kvcomm.model.runner import ModelRunner, Run, Watch
 
 logger = logging.getLogger("kvcomm.engine")
@@ -290,7 +295,7 @@ class Scheduler:
     def _build_batch(self) -> list[Work]:
         stuck: list[Request] = []
         batch = self._decode_work(stuck)
-        budget = self._config.max_batch_tokens - len(batch)
+        budget = self._config.max_batch_tokens - sum(work.num_tokens for work in batch)
         if batch:
             budget = min(budget, self._config.prefill_chunk)
         for request in self._running:
@@ -307,15 +312,24 @@ class Scheduler:
 
     def _decode_work(self, stuck: list[Request]) -> list[Work]:
         batch: list[Work] = []
-        for request in self._running:
-            if not request.is_prefilled:
-                continue
-            for branch in request.active_branches:
-                sequence = branch.sequence
-                if self._can_write(request, sequence, sequence.num_tokens, stuck):
-                    run = _run(sequence, sequence.num_computed, sequence.num_tokens, num_logits=1)
-                    batch.append(Work(request, branch, sequence, (run,)))
+        answers = [(request, branch) for request in self._running for branch in request.active_branches]
+        answers = [(request, branch) for request, branch in answers if request.is_prefilled]
+        num_spare = self._config.draft_rows - len(answers)
+        for request, branch in answers:
+            sequence = branch.sequence
+            if self._can_write(request, sequence, sequence.num_tokens, stuck):
+                guesses = self._guesses(request, branch, num_spare)
+                num_spare -= len(guesses)
+                run = _run(sequence, sequence.num_computed, sequence.num_tokens, num_logits=1 + len(guesses))
+                run = run._replace(token_ids=np.concatenate([run.token_ids, guesses]))
+                batch.append(Work(request, branch, sequence, (run,)))
         return batch
+
+    def _guesses(self, request: Request, branch: Branch, num_rows: int) -> IntArray:
+        """Guesses at the next tokens of a choice: those its answer may still have, within the pages it owns."""
+        num_wanted = request.sampling.max_new_tokens - len(branch.token_ids) - 1
+        num_slots = branch.sequence.num_pages * self._pool.page_size - branch.sequence.num_tokens
+        return repeated(branch.sequence.token_ids, min(num_rows, num_wanted, num_slots))
 
     def _prefill_work(self, request: Request, budget: int, stuck: list[Request]) -> Work | None:
         sequence = request.sequence
@@ -373,23 +387,34 @@ class Scheduler:
         finite = finite_rows(logits)
         row = 0
         for work in batch:
-            at, row = row, row + work.num_logits
+            first, row = row, row + work.num_logits
             if work.request.handle.done:
                 continue  # closed meanwhile, or another choice of the same request failed in this very step
-            if work.branch is None:
-                self._prefilled(work)
-            else:
-                work.sequence.num_computed = work.end
+            if work.branch is not None:
+                self._decoded(work, work.branch, logits[first:row], finite[first:row])
+                continue
+            self._prefilled(work)
             if work.num_logits == 0:
                 continue
-            work_logits, is_finite = logits[at], finite[at]
+            if not finite[first]:
+                self._fail(work.request, _not_finite(work.request, work.end))
+            elif self._reuse.check(work.request):
+                self._begin_answers(work.request, logits[first])
+
+    def _decoded(self, work: Work, branch: Branch, logits: Tensor, finite: AnySequence[bool]) -> None:
+        """Draw the next token of a choice, and behind every guess that equals what was drawn one more."""
+        run, sequence = work.runs[0], work.sequence
+        for index, is_finite in enumerate(finite):
+            end = run.start + index + 1
+            if index:
+                if branch.finish_reason is not None or sequence.token_ids[end - 1] != run.token_ids[index]:
+                    return
+                branch.num_guessed += 1
+            sequence.num_computed = end
             if not is_finite:
-                self._fail(work.request, _not_finite(work))
-            elif work.branch is None:
-                if self._reuse.check(work.request):
-                    self._begin_answers(work.request, work_logits)
-            else:
-                self._accept(work.request, work.branch, work_logits)
+                self._fail(work.request, _not_finite(work.request, end))
+                return
+            self._accept(work.request, branch, logits[index])
 
     def _prefilled(self, work: Work) -> None:
         """Count what was computed of a prompt. Behind moved KV nothing counts before all of it is in place."""
@@ -525,8 +550,8 @@ def _num_common(first: np.ndarray, second: np.ndarray) -> int:
     return int(differs.argmax()) if differs.any() else num
 
 
-def _not_finite(work: Work) -> NumericalError:
+def _not_finite(request: Request, num_tokens: int) -> NumericalError:
     return NumericalError(
-        f"request {work.request.request_id}: the model gave NaN or infinite logits after {work.end} tokens; "
+        f"request {request.request_id}: the model gave NaN or infinite logits after {num_tokens} tokens; "
         "nothing of it was cached; try float32, or check the weights"
     )
