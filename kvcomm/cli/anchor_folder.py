@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-import tarfile
-import tempfile
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from kvcomm.align.bank_file import SUFFIX, BankHeader, read_bank_header, verify_bank
+from kvcomm.align.bank_file import SUFFIX, BankHeader, read_bank_header
 from kvcomm.align.profile_file import GROUPS_FILE, GroupRecord, bank_files, read_groups, save_groups
-from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, InvalidRequest
+from kvcomm.errors import AnchorFileError, InvalidRequest
 
 NUM_DIGITS = 12
 """Of an edge, shown."""
@@ -109,69 +106,6 @@ class AnchorFolder:
                 raise AnchorFileError(f"{entry.file} cannot be removed: {error.strerror or error}") from error
         return len(self.groups) - len(kept)
 
-    def export(self, file: Path) -> int:
-        """Pack everything into a plain tar archive; returns the number of banks.
-
-        Raises:
-            AnchorFileError: a file is refused, or the archive cannot be written.
-        """
-        for entry in self.entries:
-            verify_bank(entry.file)
-        read_groups(self.folder)
-        names = [*(entry.file.name for entry in self.entries), GROUPS_FILE]  # last: whoever has it has everything
-        partial = file.with_name(f".{file.name}.part")
-        try:
-            with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
-                for name in names:
-                    archive.add(self.folder / name, arcname=name, recursive=False, filter=_anonymous)
-            partial.replace(file)
-        except OSError as error:
-            raise AnchorFileError(f"{file} cannot be written: {error.strerror or error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
-        return len(self.entries)
-
-
-def import_archive(file: Path, folder: Path) -> int:
-    """Unpack an archive into a folder that does not exist yet; returns the number of banks.
-
-    Raises:
-        AnchorFileError: it cannot be read, holds anything else than anchors, or anchors that are refused; then there
-            is no folder.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
-            unpacked = Path(name) / "anchors"
-            unpacked.mkdir()
-            with tarfile.open(file, "r:") as archive:
-                for member in archive:
-                    _unpack(file, archive, member, unpacked)
-            banks = bank_files(unpacked)
-            for bank in banks:
-                verify_bank(bank)
-            if not (unpacked / GROUPS_FILE).exists():
-                raise AnchorFileCorrupt(f"{file} is not a whole archive of anchors: {GROUPS_FILE} is missing")
-            read_groups(unpacked)
-            unpacked.rename(folder)
-    except (tarfile.TarError, ValueError, EOFError) as error:
-        raise AnchorFileCorrupt(f"{file} is not a whole archive of anchors: {error}") from error
-    except OSError as error:
-        raise AnchorFileError(f"{file} cannot be imported: {error.strerror or error}") from error
-    return len(banks)
-
-
-def _unpack(file: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
-    """One member, under its own name and as an ordinary file: no paths, links or devices."""
-    is_anchor = member.name == GROUPS_FILE or member.name.endswith(SUFFIX)
-    is_plain = member.isreg() and not member.issparse()
-    if not is_plain or not is_anchor or Path(member.name).name != member.name or member.name.startswith("."):
-        raise AnchorFileCorrupt(f"{file} holds {member.name!r}, which is no file of anchors; nothing was imported")
-    content = archive.extractfile(member)
-    assert content is not None  # an ordinary file
-    with (folder / member.name).open("xb") as out:
-        shutil.copyfileobj(content, out)
-
 
 def _entry(file: Path) -> BankEntry:
     num_bytes = file.stat().st_size
@@ -183,10 +117,3 @@ def _entry(file: Path) -> BankEntry:
 
 def _saved(entry: BankEntry) -> datetime:
     return datetime.fromtimestamp(entry.file.stat().st_mtime, UTC)
-
-
-def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Nothing about who packed it, on which machine."""
-    member.uid = member.gid = 0
-    member.uname = member.gname = ""
-    return member

@@ -116,11 +116,12 @@ def export_command(
     as_json: JsonFlag = False,
 ) -> None:
     """Pack a folder of anchors into one file."""
+    from kvcomm.align.archive import export_archive
     from kvcomm.cli.anchor_folder import AnchorFolder
 
     if file.exists() and not force:
         raise InvalidRequest(f"{file} exists; choose another file or give --force")
-    num_banks = AnchorFolder(folder).export(file)
+    num_banks = export_archive(AnchorFolder(folder).folder, file)
     num_bytes = file.stat().st_size
     value = {"file": str(file), "num_banks": num_banks, "num_bytes": num_bytes}
     emit(value, f"exported {counted(num_banks, 'bank')} to {file}, {format_bytes(num_bytes)}", as_json=as_json)
@@ -133,7 +134,7 @@ def import_command(
     as_json: JsonFlag = False,
 ) -> None:
     """Unpack anchors into a new folder; everything is checked before anything is in place."""
-    from kvcomm.cli.anchor_folder import import_archive
+    from kvcomm.align.archive import import_archive
 
     if folder.exists():
         raise InvalidRequest(f"{folder} exists; import into a new folder")

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvcomm.align.archive import export_archive, import_archive
 from kvcomm.align.bank_file import SUFFIX
 from kvcomm.align.profile_file import GROUPS_FILE, load_profile
-from kvcomm.cli.anchor_folder import AnchorFolder, import_archive
 from kvcomm.cli.app import run
 from kvcomm.errors import AnchorFileError
 from tests.align.test_profile_file import EDGES, SHAPE, saved
@@ -157,7 +157,7 @@ def test_a_flipped_archive_is_an_error_or_what_it_was(flips: list[tuple[int, int
     """Headers hold what digests do not cover: times and owners."""
     root = Path(tempfile.mkdtemp(dir=tmp_path))
     source = saved(root / "anchors")
-    AnchorFolder(source).export(root / "a.tar")
+    export_archive(source, root / "a.tar")
     content = bytearray((root / "a.tar").read_bytes())
     for at, change in flips:
         content[at % len(content)] ^= change

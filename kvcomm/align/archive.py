@@ -1,0 +1,88 @@
+"""A folder of anchors as one file, a plain tar archive: to hand it on, over a network too.
+
+Archives may come from anywhere. Nothing in one is trusted: members are ordinary files under their own names, every
+bank is checked, and what is refused leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+import tempfile
+from pathlib import Path
+
+from kvcomm.align.bank_file import SUFFIX, verify_bank
+from kvcomm.align.profile_file import GROUPS_FILE, bank_files, read_groups
+from kvcomm.errors import AnchorFileCorrupt, AnchorFileError
+
+
+def export_archive(folder: Path, file: Path) -> int:
+    """Pack a folder of anchors into an archive; returns the number of banks.
+
+    Raises:
+        AnchorFileError: a file is refused, or the archive cannot be written.
+    """
+    banks = bank_files(folder)
+    for bank in banks:
+        verify_bank(bank)
+    read_groups(folder)
+    names = [*(bank.name for bank in banks), GROUPS_FILE]  # last: whoever has it has everything
+    partial = file.with_name(f".{file.name}.part")
+    try:
+        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
+            for name in names:
+                archive.add(folder / name, arcname=name, recursive=False, filter=_anonymous)
+        partial.replace(file)
+    except OSError as error:
+        raise AnchorFileError(f"{file} cannot be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return len(banks)
+
+
+def import_archive(file: Path, folder: Path) -> int:
+    """Unpack an archive into a folder that does not exist yet; returns the number of banks.
+
+    Raises:
+        AnchorFileError: it cannot be read, holds anything else than anchors, or anchors that are refused; then there
+            is no folder.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+            unpacked = Path(name) / "anchors"
+            unpacked.mkdir()
+            with tarfile.open(file, "r:") as archive:
+                for member in archive:
+                    _unpack(file, archive, member, unpacked)
+            banks = bank_files(unpacked)
+            for bank in banks:
+                verify_bank(bank)
+            if not (unpacked / GROUPS_FILE).exists():
+                raise AnchorFileCorrupt(f"{file} is not a whole archive of anchors: {GROUPS_FILE} is missing")
+            read_groups(unpacked)
+            unpacked.rename(folder)
+    except (tarfile.TarError, ValueError, EOFError) as error:
+        raise AnchorFileCorrupt(f"{file} is not a whole archive of anchors: {error}") from error
+    except OSError as error:
+        raise AnchorFileError(f"{file} cannot be imported: {error.strerror or error}") from error
+    return len(banks)
+
+
+def _unpack(file: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    """One member, under its own name and as an ordinary file: no paths, links or devices."""
+    is_anchor = member.name == GROUPS_FILE or member.name.endswith(SUFFIX)
+    is_plain = member.isreg() and not member.issparse()
+    if not is_plain or not is_anchor or Path(member.name).name != member.name or member.name.startswith("."):
+        raise AnchorFileCorrupt(f"{file} holds {member.name!r}, which is no file of anchors; nothing was imported")
+    content = archive.extractfile(member)
+    assert content is not None  # an ordinary file
+    with (folder / member.name).open("xb") as out:
+        shutil.copyfileobj(content, out)
+
+
+def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Nothing about who packed it, on which machine."""
+    member.uid = member.gid = 0
+    member.uname = member.gname = ""
+    return member
