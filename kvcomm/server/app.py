@@ -9,7 +9,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from kvcomm.engine.engine import Engine
-from kvcomm.server import admin, chat, completions, errors, health, models, openapi
+from kvcomm.server import admin, anchors, chat, completions, errors, health, models, openapi
 from kvcomm.server.access import Door
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.limits import BodyLimit
@@ -17,7 +17,7 @@ from kvcomm.server.logs import RequestLog
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.state import ServerState
 
-SURFACES = (health.router, models.router, chat.router, completions.router, admin.router)
+SURFACES = (health.router, models.router, chat.router, completions.router, anchors.router, admin.router)
 
 
 def make_app(engine: Engine, settings: ServerSettings | None = None, *, keys: KeyRing | None = None) -> FastAPI:
@@ -39,7 +39,7 @@ def make_app(engine: Engine, settings: ServerSettings | None = None, *, keys: Ke
         app.include_router(surface)
     errors.install(app)
     openapi.install(app, model=settings.name, vocab_size=engine.geometry.vocab_size)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_bytes_of, timeout_s=settings.body_timeout_s)
     app.add_middleware(Door, keys=keys, tenant=state.tenants.get, admission=state.admission)
     app.add_middleware(RequestLog, observe=state.metrics.answered)
     return app

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,13 +12,13 @@ from kvcomm.server.errors import CLOSE, ApiError
 
 
 class BodyLimit:
-    """ASGI middleware: 413 for a body over `max_bytes`, 408 for one that is not complete after `timeout_s`.
+    """ASGI middleware: 413 for a body over `max_bytes` of its path, 408 for one not complete after `timeout_s`.
 
     A declared length is refused before anything is read, everything else as soon as it exceeds the limit: no more than
     that is ever held. The connection is closed then: what comes after an unread body cannot be told from it.
     """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int, timeout_s: float) -> None:
+    def __init__(self, app: ASGIApp, *, max_bytes: Callable[[str], int], timeout_s: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
@@ -26,13 +27,14 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        max_bytes = self._max_bytes(scope["path"])
         declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdecimal() and int(declared) > self._max_bytes:
-            await self._too_large().response()(scope, receive, send)
+        if declared.isdecimal() and int(declared) > max_bytes:
+            await _too_large(max_bytes).response()(scope, receive, send)
             return
-        await self._app(scope, self._limited(receive), send)
+        await self._app(scope, self._limited(receive, max_bytes), send)
 
-    def _limited(self, receive: Receive) -> Receive:
+    def _limited(self, receive: Receive, max_bytes: int) -> Receive:
         deadline_s = asyncio.get_running_loop().time() + self._timeout_s
         num_bytes, is_complete = 0, False
 
@@ -47,13 +49,14 @@ class BodyLimit:
                 text = f"the body was not complete after {self._timeout_s:g} s"
                 raise ApiError(408, "body_timeout", text, headers=CLOSE) from None
             num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_bytes:
-                raise self._too_large()
+            if num_bytes > max_bytes:
+                raise _too_large(max_bytes)
             is_complete = not message.get("more_body", False)
             return message
 
         return limited
 
-    def _too_large(self) -> ApiError:
-        text = f"the body is larger than {self._max_bytes} bytes, the most that this server takes"
-        return ApiError(413, "body_too_large", text, headers=CLOSE)
+
+def _too_large(max_bytes: int) -> ApiError:
+    text = f"the body is larger than {max_bytes} bytes, the most that this server takes"
+    return ApiError(413, "body_too_large", text, headers=CLOSE)

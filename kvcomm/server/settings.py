@@ -87,6 +87,7 @@ class ServerSettings(BaseModel):
         keys: the file written by `kvcomm serve keys`; None: no keys, which only loopback addresses allow.
         max_requests: engine requests in flight at once, waiting ones included; over it, 503.
         max_body_bytes: of a request; over it, 413.
+        max_archive_bytes: of an archive of anchors that the operator sends; over it, 413.
         header_timeout_s, body_timeout_s: to receive the headers, then the body of a request.
         keep_alive_s: how long an idle connection is kept.
         request_timeout_s: for a request from its body to the end of its answer; then 504.
@@ -115,6 +116,7 @@ class ServerSettings(BaseModel):
     keys: Path | None = None
     max_requests: Positive = 256
     max_body_bytes: Positive = 4 * 2**20
+    max_archive_bytes: Positive = 2**30
     header_timeout_s: Seconds = 10.0
     body_timeout_s: Seconds = 30.0
     keep_alive_s: Positive = 30
@@ -137,6 +139,10 @@ class ServerSettings(BaseModel):
     def name(self) -> str:
         """What clients call the model."""
         return self.served_name or Path(self.model).name
+
+    def max_bytes_of(self, path: str) -> int:
+        """Bytes of the body of a request to a path."""
+        return self.max_archive_bytes if path.startswith("/admin/") else self.max_body_bytes
 
     def require_safe_address(self, *, has_keys: bool) -> None:
         """Raises InvalidRequest when anybody on the network could use the server without a key."""

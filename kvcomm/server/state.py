@@ -81,3 +81,11 @@ def state_of(request: Request) -> ServerState:
 
 
 StateDep = Annotated[ServerState, Depends(state_of)]
+
+
+def _tenant_of(request: Request, state: StateDep) -> Tenant:
+    return state.tenant_of(request)
+
+
+TenantDep = Annotated[Tenant, Depends(_tenant_of)]
+"""The tenant whose key a request carries."""

@@ -10,6 +10,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 from schemathesis.specs.openapi.schemas import OpenApiSchema
 
 from kvcomm.config import EngineConfig
@@ -28,11 +29,15 @@ OPERATIONS = (
     "GET /v1/models/{model}",
     "POST /v1/chat/completions",
     "POST /v1/completions",
+    "GET /v1/anchors",
+    "PUT /admin/tenants/{tenant}/anchors",
     "GET /metrics",
     "GET /admin/status",
     "DELETE /admin/tenants/{tenant}/cache",
 )
 OPERATOR = ("/metrics", "/admin")
+OPAQUE = ("PUT /admin/tenants/{tenant}/anchors",)
+"""Operations whose bodies no schema describes: random bytes are refused, and rightly."""
 
 
 class Api(NamedTuple):
@@ -71,11 +76,12 @@ def test_the_document_is_true(api: Api, name: str, mode: GenerationMode) -> None
     """Valid requests are answered as documented, invalid ones are refused, and none ends in a 500."""
     method, path = name.split()
     operation = api.schema[path][method]
+    excluded = [positive_data_acceptance] if name in OPAQUE else []
     key = api.keys[Role.ADMIN if path.startswith(OPERATOR) else Role.TENANT]
 
     @settings(max_examples=40, suppress_health_check=list(HealthCheck), database=None)
     @given(case=operation.as_strategy(generation_mode=mode))
     def check(case: schemathesis.Case) -> None:
-        case.call_and_validate(headers={"Authorization": f"Bearer {key}"})
+        case.call_and_validate(headers={"Authorization": f"Bearer {key}"}, excluded_checks=excluded)
 
     check()

@@ -35,3 +35,10 @@ class Cleared(ResponseModel):
     """What was dropped."""
 
     cleared_tokens: int
+
+
+class AnchorsTaken(ResponseModel):
+    """What was put in place."""
+
+    num_banks: int
+    num_groups: int

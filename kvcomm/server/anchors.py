@@ -1,0 +1,73 @@
+"""What was learned about moving a tenant's text, as one archive: a tenant takes it, the operator puts it in place.
+
+An archive holds no text, but what it was learned on shaped it: a tenant gets its own only. Taking one over costs memory
+and decides what is approximated, so it needs the operator's key.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import anyio.to_thread
+from fastapi import APIRouter, Depends, Request
+from fastapi import Path as PathParam
+from starlette.responses import Response
+
+from kvcomm.align.archive import export_archive, import_archive
+from kvcomm.engine.engine import Engine
+from kvcomm.errors import AnchorFileError
+from kvcomm.server.access import security
+from kvcomm.server.errors import ApiError, documented
+from kvcomm.server.keys import NAME_PATTERN
+from kvcomm.server.schemas.admin import AnchorsTaken
+from kvcomm.server.state import StateDep, TenantDep
+
+router = APIRouter(dependencies=[Depends(security)])
+
+TAR = "application/x-tar"
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+
+
+@router.get(
+    "/v1/anchors",
+    operation_id="exportAnchors",
+    tags=["kvcomm"],
+    response_class=Response,
+    responses={200: {"content": {TAR: BINARY}}, **documented(401, 403, 429, 500)},
+)
+def export_anchors(state: StateDep, tenant: TenantDep) -> Response:
+    """Every bank and calibration of the caller, a tar archive that `kvcomm anchors` reads."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, file = Path(name) / "anchors", Path(name) / "anchors.tar"
+        state.engine.save_anchors(folder, tenant=tenant.name)
+        export_archive(folder, file)
+        return Response(file.read_bytes(), media_type=TAR)
+
+
+@router.put(
+    "/admin/tenants/{tenant}/anchors",
+    operation_id="importAnchors",
+    tags=["operator"],
+    openapi_extra={"requestBody": {"required": True, "content": {"application/octet-stream": BINARY}}},
+    responses=documented(400, 401, 403, 408, 413, 500),
+)
+async def import_anchors(
+    tenant: Annotated[str, PathParam(pattern=NAME_PATTERN)], request: Request, state: StateDep
+) -> AnchorsTaken:
+    """Put an archive's banks and calibrations in place of what a tenant has of the same edges, all of it or nothing."""
+    return await anyio.to_thread.run_sync(_take, state.engine, tenant, await request.body())
+
+
+def _take(engine: Engine, tenant: str, archive: bytes) -> AnchorsTaken:
+    with tempfile.TemporaryDirectory() as name:
+        file, folder = Path(name) / "archive", Path(name) / "anchors"
+        file.write_bytes(archive)
+        try:
+            num_banks = import_archive(file, folder)
+            profile = engine.load_anchors(folder, tenant=tenant)
+        except AnchorFileError as error:
+            message = str(error).replace(str(file), "the archive").replace(str(folder), "the archive")
+            raise ApiError(400, "bad_anchors", message) from error
+    return AnchorsTaken(num_banks=num_banks, num_groups=len(profile.groups))
