@@ -98,7 +98,7 @@ class Comparison:
     def _audited_since(self, digest: str) -> list[float]:
         (group,) = (group for group in self._engine.edge_groups() if group.key.digest == digest)
         count = group.num_audited - self._num_audited.get(digest, 0)
-        return list(group.audited)[-count:] if count else []
+        return [audit.divergence for audit in list(group.audits)[-count:]] if count else []
 
 
 def watched(policy: ReusePolicy) -> ReusePolicy:

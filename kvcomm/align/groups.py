@@ -92,6 +92,27 @@ class Contest:
         return self.strengths[best] if gains else self.strengths[-1]
 
 
+class Audit(NamedTuple):
+    """One approximate request held against exact computation.
+
+    Attributes:
+        at_s: when, on the monotonic clock.
+        divergence: nats, measured.
+        predicted: nats; what calibration expected at most.
+        bound: the (epsilon, delta) that the caller asked for.
+    """
+
+    at_s: float
+    divergence: float
+    predicted: float
+    bound: tuple[float, float]
+
+    @property
+    def is_violation(self) -> bool:
+        """Whether it broke the bound; a divergence that is no number does."""
+        return not self.divergence <= self.bound[0]
+
+
 @dataclass(eq=False)
 class EdgeGroup:
     """One group: its strength, its calibration, its breakers, its counts. Guarded by its owner's lock.
@@ -107,7 +128,7 @@ class EdgeGroup:
     calibration: Calibration = field(init=False)
     head_weights: tuple[float, ...] | None = field(default=None, init=False)
     breakers: dict[tuple[float, float], Breaker] = field(default_factory=dict)
-    audited: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
+    audits: deque[Audit] = field(default_factory=lambda: deque(maxlen=1000))
     num_requests: int = 0
     num_approximated: int = 0
     num_audited: int = 0

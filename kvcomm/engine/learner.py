@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import numpy as np
 from torch import Tensor
 
 from kvcomm.align.calibration import Pair
-from kvcomm.align.groups import EdgeGroup, GroupKey
+from kvcomm.align.groups import Audit, EdgeGroup, GroupKey
 from kvcomm.align.ladder import top_tokens
 from kvcomm.align.moves import Move
 from kvcomm.align.ops.contract import LayerStore
@@ -457,13 +458,13 @@ class Learner:
         assert trial.served is not None
         policy, group = trial.policy, trial.served.group
         bound = (policy.max_divergence, policy.delta)
-        violated = not divergence <= policy.max_divergence
+        audit = Audit(time.monotonic(), divergence, trial.served.risk, bound)
         with self._lock:
             self.num_audits += 1
-            self.num_violations += violated
-            group.audited.append(divergence)
+            self.num_violations += audit.is_violation
+            group.audits.append(audit)
             group.num_audited += 1
-            tripped_now = group.breaker(bound).observe(violated)
+            tripped_now = group.breaker(bound).observe(audit.is_violation)
         if tripped_now:
             logger.warning(
                 "the bound of %g nats at confidence %g does not hold for edge group %s: computed exactly from now on",

@@ -99,6 +99,20 @@ class Plan:
         """Tokens in spans of a kind."""
         return sum(span.end - span.start for span in self.spans if span.kind is kind)
 
+    def exact_up_to(self, position: int | None) -> Plan:
+        """The same plan where reused KV from `position` on is known not to be a cold run's; None: all of it is."""
+        if position is None:
+            return self
+        spans: list[Span] = []
+        for span in self.spans:
+            if span.kind is not SpanKind.EXACT or span.end <= position:
+                spans.append(span)
+                continue
+            if span.start < position:
+                spans.append(span._replace(end=position))
+            spans.append(span._replace(kind=SpanKind.ALIGNED, start=max(span.start, position)))
+        return Plan(tuple(spans))
+
     @property
     def reasons(self) -> dict[str, int]:
         """Computed tokens by reason."""

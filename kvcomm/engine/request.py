@@ -186,4 +186,5 @@ class Request:
             reasons=self.carried.plus(self.plan).reasons,
             bound=None if self.policy.is_exact else (self.policy.max_divergence, self.policy.delta),
             approximation=None if self.approximation is None else self.approximation.report(),
+            spans=self.plan.exact_up_to(self.sequence.approximate_from).spans,
         )

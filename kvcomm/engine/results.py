@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from kvcomm.engine.plan import Span
 from kvcomm.engine.sampling import TokenLogprob
 
 
@@ -52,6 +53,8 @@ class Usage:
         reasons: why prompt tokens were computed, reason -> tokens.
         bound: the (epsilon, delta) in force, None under an exact policy.
         approximation: how moved KV was reused, None if it was not.
+        spans: of the prompt, in order and without gaps: how this request came by their KV. What a context had computed
+            before is a reused span here, and yet among the computed tokens of the request that reports it.
         guessed_tokens: generated tokens that came without a pass of their own, see `EngineConfig.draft_rows`.
     """
 
@@ -67,6 +70,7 @@ class Usage:
     bound: tuple[float, float] | None = None
     approximation: ApproximationReport | None = None
     guessed_tokens: int = 0
+    spans: tuple[Span, ...] = ()
 
     @property
     def decode_tokens_per_s(self) -> float:

@@ -17,8 +17,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from kvcomm.memory.events import CacheEvent, EventKind, EventLog
-from kvcomm.memory.node import NO_IDS, MissReason, Namespace, Node, preorder
+from kvcomm.memory.node import NO_IDS, Drop, MissReason, Namespace, Node, preorder
 from kvcomm.memory.pool import PagePool
+
+RESET = "reset"
+"""Why tokens went that somebody cleared away."""
 
 
 class LeafQueue:
@@ -81,9 +84,10 @@ class LeafQueue:
 class Reaper:
     """Takes tokens out of the tree and gives their page references back to the pool."""
 
-    def __init__(self, pool: PagePool, log: EventLog) -> None:
+    def __init__(self, pool: PagePool, log: EventLog, clock: Callable[[], float]) -> None:
         self._pool = pool
         self._log = log
+        self._clock = clock
         self._lru = LeafQueue(lambda node: node.used.tick)
         self._expiry = LeafQueue(lambda node: node.expires_at_s)
 
@@ -203,7 +207,9 @@ class Reaper:
     def _account(self, leaf: Node, start: int, num_pages: int, reason: MissReason | None) -> None:
         """Counters and event for tokens [start, end) of `leaf`, about to go with `num_pages` pages."""
         namespace, num_tokens = leaf.namespace, leaf.end - start
-        self.record(EventKind.REMOVED, leaf, start, reason or "reset")
+        why = reason or RESET
+        self.record(EventKind.REMOVED, leaf, start, why)
+        namespace.drops.append(Drop(self._clock(), start, num_tokens, leaf.head_from(start), why))
         namespace.num_tokens -= num_tokens
         namespace.num_pages -= num_pages
         if reason is not None:

@@ -9,6 +9,7 @@ left the tree. Knows neither queues nor reference counts.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,6 +26,8 @@ TokenIds = npt.NDArray[np.int32]
 
 NO_IDS: npt.NDArray[np.int32] = np.empty(0, dtype=np.int32)
 _MAX_TOMBSTONES = 64
+_MAX_DROPS = 64
+_HEAD_TOKENS = 16
 _FIRST_CHUNK, _LAST_CHUNK = 128, 65_536
 
 
@@ -44,6 +47,22 @@ class Use(NamedTuple):
     at_s: float
 
 
+class Drop(NamedTuple):
+    """Tokens [start, start + num_tokens) of some path, gone from the tree.
+
+    Attributes:
+        at_s: when, on the tree's clock.
+        head: the first few of the tokens, to tell what it was.
+        reason: evicted, expired, quota or reset.
+    """
+
+    at_s: float
+    start: int
+    num_tokens: int
+    head: tuple[int, ...]
+    reason: str
+
+
 class Namespace:
     """One root and the counters of what hangs below it; `num_pages` counts distinct pages."""
 
@@ -57,6 +76,7 @@ class Namespace:
         self.query_tokens = 0
         self.hit_tokens = 0
         self.dropped_tokens = dict.fromkeys((MissReason.EVICTED, MissReason.EXPIRED, MissReason.QUOTA), 0)
+        self.drops: deque[Drop] = deque(maxlen=_MAX_DROPS)
 
 
 class Node:
@@ -136,6 +156,10 @@ class Node:
     def miss_reason(self, token: int) -> MissReason:
         """Why no child begins with `token`."""
         return (self.tombstones or {}).get(token, MissReason.NEW)
+
+    def head_from(self, start: int) -> tuple[int, ...]:
+        """The first few of its tokens from position `start` on."""
+        return tuple(self.tokens[start - self.start :][:_HEAD_TOKENS].tolist())
 
     def path_tokens(self) -> TokenIds:
         """All tokens [0, end) of the path that ends with this node, a copy."""

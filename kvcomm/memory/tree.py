@@ -19,10 +19,10 @@ import numpy.typing as npt
 
 from kvcomm.memory.events import CacheEvent, EventKind, EventLog
 from kvcomm.memory.eviction import Reaper
-from kvcomm.memory.node import NO_IDS, MissReason, Namespace, Node, TokenIds, Use, descend, preorder
+from kvcomm.memory.node import NO_IDS, Drop, MissReason, Namespace, Node, TokenIds, Use, descend, preorder
 from kvcomm.memory.pool import PageIds, PagePool
 
-__all__ = ["Match", "MissReason", "NamespaceUsage", "Node", "NodeView", "RadixTree", "TokenIds"]
+__all__ = ["Drop", "Match", "MissReason", "NamespaceUsage", "Node", "NodeView", "RadixTree", "TokenIds"]
 
 
 class Match(NamedTuple):
@@ -76,7 +76,7 @@ class RadixTree:
         self._ttl_s = math.inf if ttl_s is None else ttl_s
         self._namespaces: dict[str, Namespace] = {}
         self._log = EventLog()
-        self._reaper = Reaper(pool, self._log)
+        self._reaper = Reaper(pool, self._log, clock)
         self._num_uses = 0
 
     def match(self, namespace: str, tokens: npt.ArrayLike) -> Match:
@@ -224,6 +224,11 @@ class RadixTree:
         for name in names:
             if name in self._namespaces:
                 self._reaper.clear(self._namespaces[name])
+
+    def recent_drops(self, namespace: str) -> list[tuple[float, Drop]]:
+        """What left `namespace` lately, the latest few, newest first; with the seconds since then."""
+        space, now = self._namespaces.get(namespace), self._clock()
+        return [] if space is None else [(now - drop.at_s, drop) for drop in reversed(space.drops)]
 
     def take_events(self) -> list[CacheEvent]:
         """Events since the last call, oldest first; the first call starts recording and returns none."""

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from kvcomm.server.admission import Admission
     from kvcomm.server.tenants import Tenant
 
-OPEN = frozenset({"/health", "/ready", "/version", "/openapi.json"})
+OPEN = frozenset({"/health", "/ready", "/version", "/openapi.json", "/ui"})
+UNMETERED = frozenset({"/v1/stats"})
+"""Paths of tenants that count towards no rate: a dashboard left open must not use up what requests need."""
 BEARER = "bearer "
 WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
@@ -86,7 +88,7 @@ class Door:
         scope["state"]["tenant"] = name
         if name is not None:
             notes_of(scope).tenant = name
-            if Role.TENANT in roles:
+            if Role.TENANT in roles and scope["path"] not in UNMETERED:
                 self._tenant(name).require_rate()
 
     def _identify(self, keys: KeyRing, scope: Scope, roles: frozenset[Role]) -> str | None:

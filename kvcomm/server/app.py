@@ -9,7 +9,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from kvcomm.engine.engine import Engine
-from kvcomm.server import admin, anchors, chat, completions, errors, health, models, openapi
+from kvcomm.server import admin, anchors, chat, completions, dashboard, errors, health, models, openapi, stats
 from kvcomm.server.access import Door
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.limits import BodyLimit
@@ -17,7 +17,16 @@ from kvcomm.server.logs import RequestLog
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.state import ServerState
 
-SURFACES = (health.router, models.router, chat.router, completions.router, anchors.router, admin.router)
+SURFACES = (
+    health.router,
+    models.router,
+    chat.router,
+    completions.router,
+    anchors.router,
+    stats.router,
+    dashboard.router,
+    admin.router,
+)
 
 
 def make_app(engine: Engine, settings: ServerSettings | None = None, *, keys: KeyRing | None = None) -> FastAPI:

@@ -34,7 +34,7 @@ from kvcomm.server.schemas.chat import (
 from kvcomm.server.schemas.usage import Usage
 from kvcomm.server.state import ServerState
 from kvcomm.server.streaming import DOCUMENTED, EventStream
-from kvcomm.server.usage import usage_of
+from kvcomm.server.usage import plan_of, usage_of
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -144,7 +144,8 @@ class _Answer:
         return chunk.model_copy(update={"usage": usage}) if self._body.wants_usage_chunk else chunk
 
     def _usage(self, completion: Completion) -> Usage:
-        return usage_of([completion.usage], cache_breakpoints=num_breakpoints(self._body))
+        usage = usage_of([completion.usage], cache_breakpoints=num_breakpoints(self._body))
+        return usage.model_copy(update={"plan": plan_of(completion.usage)}) if self._body.include_plan else usage
 
     def _logprobs(self, tokens: tuple[EngineLogprob, ...]) -> ChoiceLogprobs:
         return ChoiceLogprobs(content=[self._logprob(token) for token in tokens], refusal=None)

@@ -141,6 +141,7 @@ class Call:
                 await anyio.to_thread.run_sync(self.state.prolong, space, job.prompt, job.ttl_s)
         for (job, _, _), completion in zip(self._jobs, completions, strict=True):
             self.state.metrics.completed(completion, job.policy)
+            self.tenant.tally.add(completion.usage)
         self.notes.counted([completion.usage for completion in completions])
         if self.state.settings.log_prompts:
             self._note_texts(completions)

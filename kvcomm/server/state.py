@@ -28,6 +28,7 @@ class ServerState:
 
     Attributes:
         keys: None: no keys, everybody who can connect is the one default tenant.
+        started_s: when it was made, on `clock`.
         is_engine_closed: a request has found the engine closed; nothing will be served any more.
     """
 
@@ -37,12 +38,14 @@ class ServerState:
     clock: Callable[[], float] = time.monotonic
     created: int = field(default_factory=lambda: int(time.time()))
     is_engine_closed: bool = False
+    started_s: float = field(init=False)
     admission: Admission = field(init=False)
     tenants: Tenants = field(init=False)
     prompts: PromptMaker = field(init=False)
     metrics: Metrics = field(init=False)
 
     def __post_init__(self) -> None:
+        self.started_s = self.clock()
         self.admission = Admission(self.settings)
         self.tenants = Tenants(self.engine, self.settings, self.keys, self.clock)
         self.prompts = PromptMaker(self.engine)

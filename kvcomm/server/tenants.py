@@ -19,6 +19,7 @@ from kvcomm.engine.engine import DEFAULT_TENANT, Engine
 from kvcomm.server.errors import ApiError
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.settings import Limits, ServerSettings
+from kvcomm.server.tally import Tally
 
 SECONDS_PER_MINUTE = 60
 
@@ -55,6 +56,7 @@ class Tenant:
         limits: in force; followed from the key file.
         held_tokens: tokens that its requests in flight may grow to.
         salts: namespaces it has opened, least recently used first.
+        tally: what its requests came to.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Tenant:
     num_requests: int = 0
     held_tokens: int = 0
     salts: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    tally: Tally = field(default_factory=Tally)
     room: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     def follow(self, limits: Limits, clock: Callable[[], float]) -> None:
@@ -105,7 +108,7 @@ class Tenants:
         tenant = self._tenants.get(name)
         limits = (self._keys.limits_of(name) if self._keys is not None else None) or self._settings.limits
         if tenant is None:
-            tenant = self._tenants[name] = Tenant(name, limits)
+            tenant = self._tenants[name] = Tenant(name, limits, tally=Tally(self._clock))
             tenant.follow(limits, self._clock)
         elif tenant.limits != limits:
             tenant.follow(limits, self._clock)

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Literal
 
+from kvcomm.engine.plan import Span, SpanKind
 from kvcomm.engine.results import Usage as EngineUsage
-from kvcomm.server.schemas.usage import Bound, PromptTokensDetails, Timings, Usage
+from kvcomm.server.schemas.usage import Bound, PlanSpan, PromptTokensDetails, Timings, Usage
+
+SOURCES: dict[SpanKind, Literal["exact", "aligned", "computed"]] = {
+    SpanKind.EXACT: "exact",
+    SpanKind.ALIGNED: "aligned",
+    SpanKind.COMPUTE: "computed",
+}
 
 
 def usage_of(usages: Sequence[EngineUsage], *, cache_breakpoints: int = 0) -> Usage:
@@ -39,3 +47,13 @@ def usage_of(usages: Sequence[EngineUsage], *, cache_breakpoints: int = 0) -> Us
             total_s=max(usage.total_s for usage in usages),
         ),
     )
+
+
+def plan_of(usage: EngineUsage) -> list[PlanSpan]:
+    """The plan of one engine request."""
+    return [_span(span) for span in usage.spans]
+
+
+def _span(span: Span) -> PlanSpan:
+    reason = None if span.reason is None else span.reason.value
+    return PlanSpan(start=span.start, end=span.end, source=SOURCES[span.kind], reason=reason)

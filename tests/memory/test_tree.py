@@ -412,6 +412,37 @@ def test_events_tell_the_story_from_the_first_question_on(bench: Bench) -> None:
     assert bench.tree.take_events() == []
 
 
+def test_recent_drops_say_what_went_when_and_why(bench: Bench) -> None:
+    assert bench.tree.recent_drops(NS) == []
+    bench.serve(span(0, 40))
+    bench.serve(span(100, 4), ttl_s=5.0)
+    bench.serve(span(200, 4), "other")
+    bench.now = 2.0
+    bench.tree.set_quota(NS, 10)
+    bench.now = 6.0
+    bench.tree.expire()
+    bench.now = 10.0
+    bench.tree.reset()
+    found = [
+        (ago_s, drop.start, drop.num_tokens, drop.head, drop.reason) for ago_s, drop in bench.tree.recent_drops(NS)
+    ]
+    assert found == [
+        (0.0, 0, 36, span(0, 16), "reset"),
+        (4.0, 0, 4, span(100, 4), "expired"),
+        (8.0, 36, 4, span(36, 4), "quota"),
+    ]
+    assert [drop.head for _, drop in bench.tree.recent_drops("other")] == [span(200, 4)]
+
+
+def test_only_the_latest_drops_are_kept(bench: Bench) -> None:
+    for start in range(100):
+        bench.serve(span(start, 4))
+        bench.tree.reset()
+    firsts = [drop.head[0] for _, drop in bench.tree.recent_drops(NS)]
+    assert firsts == list(range(99, 99 - len(firsts), -1))
+    assert 10 < len(firsts) < 100
+
+
 def test_a_reader_who_stays_away_is_told_so(bench: Bench) -> None:
     log = EventLog(max_events=2)
     log.take()

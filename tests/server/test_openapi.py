@@ -34,7 +34,7 @@ def test_every_operation_is_named_and_none_answers_422(document: dict[str, Any])
     assert len(set(ids)) == len(ids)
 
 
-OPEN = {"/health", "/ready", "/version"}
+OPEN = {"/health", "/ready", "/version", "/ui"}
 
 
 def test_no_reference_dangles(document: dict[str, Any]) -> None:
@@ -52,7 +52,12 @@ def test_no_reference_dangles(document: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("path", "request_schema", "response_schema", "body"),
     [
-        ("/v1/chat/completions", "ChatRequest", "ChatCompletion", chat(logprobs=True, top_logprobs=1, n=2)),
+        (
+            "/v1/chat/completions",
+            "ChatRequest",
+            "ChatCompletion",
+            chat(logprobs=True, top_logprobs=1, n=2, include_plan=True),
+        ),
         ("/v1/completions", "CompletionRequest", "TextCompletion", completion(logprobs=1, prompt=["a", "b"])),
     ],
 )
@@ -81,6 +86,7 @@ def test_answers_match_their_schema(
         {"prompt_cache_options": {"ttl": "25h"}},
         {"reuse": {"confidence": 1}},
         {"tool_choice": "required"},
+        {"include_plan": 1},
     ],
 )
 def test_what_is_refused_is_outside_the_schema(

@@ -27,6 +27,8 @@ OPERATIONS = (
     "GET /version",
     "GET /v1/models",
     "GET /v1/models/{model}",
+    "GET /v1/stats",
+    "GET /ui",
     "POST /v1/chat/completions",
     "POST /v1/completions",
     "GET /v1/anchors",

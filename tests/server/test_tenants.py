@@ -40,6 +40,8 @@ def usage_of(response: Any) -> dict[str, Any]:
         ("/ready", EVERYBODY),
         ("/version", EVERYBODY),
         ("/openapi.json", EVERYBODY),
+        ("/ui", EVERYBODY),
+        ("/v1/stats", {"ann", "bob"}),
         ("/v1/models", {"ann", "bob"}),
         ("/metrics", {"admin", "metrics"}),
         ("/admin/status", {"admin"}),

@@ -62,6 +62,9 @@ class ChatRequest(GenerationRequest):
         Literal["auto", "default", "flex", "scale", "priority", "fast"] | None, Field(description=IGNORED)
     ] = None
     prediction: Annotated[dict[str, Any] | None, Field(description=IGNORED)] = None
+    include_plan: Annotated[
+        bool, Field(description="Let the usage say for every span of the prompt where its KV came from.")
+    ] = False
     store: only(None, False, why="is not supported: answers are not kept") = None  # type: ignore[valid-type]
     modalities: only(  # type: ignore[valid-type]
         None, ["text"], why="can only be ['text']: this model writes text"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -30,6 +30,15 @@ class Timings(ResponseModel):
     total_s: float
 
 
+class PlanSpan(ResponseModel):
+    """Tokens [start, end) of the prompt and how this request came by their KV."""
+
+    start: Annotated[int, Field(ge=0)]
+    end: Annotated[int, Field(ge=1)]
+    source: Literal["exact", "aligned", "computed"]
+    reason: Annotated[str | None, Field(description="Why they were computed; null for reused tokens.")]
+
+
 class Usage(ResponseModel):
     """prompt_tokens = cached_prefix_tokens + aligned_tokens + computed_tokens."""
 
@@ -54,3 +63,7 @@ class Usage(ResponseModel):
         int, Field(ge=0, description="Breakpoints in the request. Every prefix is cached, with or without one.")
     ]
     timings: Timings
+    plan: Annotated[
+        list[PlanSpan] | None,
+        Field(description="With `include_plan`: spans of the prompt, in order and without gaps."),
+    ] = None

@@ -1,0 +1,89 @@
+"use strict";
+// Elements and numbers. Whatever comes from a server is inserted as text: there is no other way to insert here.
+
+const SOURCES = ["exact", "aligned", "computed"];
+
+const MEANING = {
+  exact: "reused, equal to a cold run",
+  aligned: "moved from another context and corrected",
+  computed: "computed for this request",
+  approximate: "rests on moved text; never serves an exact request",
+};
+
+const REASONS = {
+  new: "no cached prompt continues like this one",
+  evicted: "was cached, but its pages were needed",
+  expired: "was cached and outlived its TTL",
+  quota: "the quota left no room to keep it",
+  reset: "cleared by the operator",
+  last_token: "everything is cached; the last token's logits are needed to go on",
+  cache_off: "reuse is switched off",
+  glue: "template text behind the first moved segment",
+  rung: "moved text that this rung of the ladder recomputes",
+  no_source: "not seen in another context, or not kept any more",
+  immovable: "this model's keys cannot be moved",
+  no_anchors: "nothing learned yet about moving between these contexts",
+  uncalibrated: "too few exact examples yet to promise a bound",
+  bound: "no rung keeps the bound",
+  breaker: "audits found more violations than the bound allows",
+  out_of_distribution: "too far from what the bound was calibrated on",
+  source_risk: "the source is approximate itself, and both risks are too much",
+  cost: "moving would take longer than computing",
+  escalated: "recomputed tokens were too far from their estimates",
+};
+
+const byId = (id) => document.getElementById(id);
+
+/** An element with attributes and children; children that are no nodes become text. */
+function make(tag, attributes = {}, ...children) {
+  return dressed(document.createElement(tag), attributes, children);
+}
+
+/** The same for a part of a drawing. */
+function draw(tag, attributes = {}, ...children) {
+  return dressed(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+}
+
+function dressed(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value);
+  }
+  element.append(...children.filter((child) => child !== null));
+  return element;
+}
+
+/** A length or share as a custom property: the policy allows no style attributes, the style sheet does the rest. */
+function sized(element, property, value) {
+  element.style.setProperty(property, value);
+  return element;
+}
+
+function empty(text) {
+  return make("p", { class: "empty" }, text);
+}
+
+const grouped = new Intl.NumberFormat("en-US");
+const count = (value) => grouped.format(value);
+
+function bytes(value) {
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  let index = 0;
+  while (value >= 1000 && index < units.length - 1) {
+    value /= 1000;
+    index += 1;
+  }
+  return `${index ? value.toFixed(1) : value} ${units[index]}`;
+}
+
+function seconds(value) {
+  if (value < 0.001) return `${Math.round(value * 1e6)} µs`;
+  if (value < 1) return `${+(value * 1000).toPrecision(3)} ms`;
+  if (value < 120) return `${+value.toPrecision(3)} s`;
+  if (value < 7200) return `${Math.round(value / 60)} min`;
+  return `${Math.round(value / 3600)} h`;
+}
+
+const nats = (value) => (value === null ? "unknown" : String(+value.toPrecision(2)));
+const percent = (part, whole) => (whole ? `${((100 * part) / whole).toFixed(part && part < whole / 100 ? 2 : 1)} %` : "none");
+const plain = (word) => word.replaceAll("_", " ");
+const total = (tokens) => SOURCES.reduce((sum, source) => sum + tokens[source], 0);

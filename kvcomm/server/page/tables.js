@@ -1,0 +1,53 @@
+// Tables and tiles.
+
+/** A table with a scroll bar of its own, reachable by keyboard. Columns: {name, number, wide}. */
+function table(label, columns, rows) {
+  const side = (column) => [column.number ? "number" : "", column.wide ? "wide-only" : ""].join(" ").trim() || null;
+  const head = make("tr", {}, ...columns.map((column) => make("th", { scope: "col", class: side(column) }, column.name)));
+  const body = rows.map((cells) => make("tr", {}, ...cells.map((cell, index) => make("td", { class: side(columns[index]) }, cell))));
+  const whole = make("table", {}, make("thead", {}, head), make("tbody", {}, ...body));
+  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label }, whole);
+}
+
+function showSummary(stats) {
+  const all = total(stats.tokens);
+  const cache = stats.cache;
+  const mean = stats.requests ? seconds(stats.ttft.sum_s / stats.requests) : "none";
+  const quota = cache.quota_tokens === null ? bytes(cache.bytes) : `${bytes(cache.bytes)}, quota ${count(cache.quota_tokens)}`;
+  const tiles = [
+    ["Requests", count(stats.requests), `${count(stats.requests_in_flight)} in flight`],
+    ["Prompt tokens reused", percent(all - stats.tokens.computed, all), `of ${count(all)}`],
+    ["First token, mean", mean, `up ${seconds(stats.uptime_s)}`],
+    ["Tokens generated", count(stats.generated_tokens), ""],
+    ["Tokens cached", count(cache.tokens), quota],
+  ];
+  return tiles.map(([name, value, note]) => make("div", {}, make("dt", {}, name), make("dd", {}, value, make("small", {}, note))));
+}
+
+function showBounds(bounds) {
+  if (!bounds.length) return [];
+  const columns = [
+    { name: "kind of prompt" }, { name: "bound", number: true }, { name: "confidence", number: true, wide: true },
+    { name: "audits", number: true }, { name: "above", number: true }, { name: "state" },
+  ];
+  const rows = bounds.map((each) => [
+    make("code", {}, each.group.slice(0, 8)), String(each.max_divergence), `${+(100 * each.confidence).toFixed(2)} %`,
+    count(each.num_audited), count(each.num_violations), each.tripped ? "tripped: exact only" : "holds",
+  ]);
+  return [table("Bounds and their audits", columns, rows)];
+}
+
+function showEvictions(stats) {
+  const cache = stats.cache;
+  const sums = [["evicted", cache.evicted_tokens], ["expired", cache.expired_tokens], ["quota", cache.over_quota_tokens]];
+  const words = sums.map(([reason, tokens]) => `${reason} ${count(tokens)}`).join(", ");
+  const head = make("p", { class: "note" }, `Tokens dropped so far: ${words}.`);
+  if (!stats.evictions.length) return [head, empty("Nothing was dropped lately.")];
+  const columns = [{ name: "ago", number: true }, { name: "tokens", number: true }, { name: "why" }, { name: "text" }];
+  const rows = stats.evictions.map((each) => [
+    seconds(each.ago_s), count(each.tokens),
+    make("span", { title: REASONS[each.reason] ?? "" }, plain(each.reason)),
+    make("code", {}, `${each.start ? "…" : ""}${each.label.trim()}…`),
+  ]);
+  return [head, table("Dropped stretches of cached prompts", columns, rows)];
+}

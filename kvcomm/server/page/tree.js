@@ -1,0 +1,146 @@
+// A tree that is walked with the arrow keys and keeps its place while its data change.
+// Nodes: {id, label, tokens, bytes, fidelity, notes, children}.
+
+class TreeView {
+  constructor(place, name) {
+    this.place = place;
+    this.name = name;
+    this.closed = new Set();
+    this.focused = null;
+  }
+
+  show(nodes) {
+    const hadFocus = this.place.contains(document.activeElement);
+    if (!nodes.length) {
+      this.place.replaceChildren(empty("Nothing is kept yet."));
+      return;
+    }
+    this.nodes = nodes;
+    this.largest = Math.max(1, ...flat(nodes).map((node) => node.bytes));
+    const list = make("ul", { role: "tree", "aria-label": this.name });
+    nodes.forEach((node, index) => list.append(this.item(node, 1, index + 1, nodes.length)));
+    list.addEventListener("keydown", (event) => this.press(event));
+    list.addEventListener("focusin", (event) => this.move(event.target.closest("[role=treeitem]")));
+    this.place.replaceChildren(icicle(nodes), list);
+    const items = this.visible();
+    this.move(items.find((item) => item.dataset.id === this.focused) ?? items[0]);
+    if (hadFocus) this.current.focus({ preventScroll: true });
+  }
+
+  item(node, level, position, size) {
+    const isOpen = !this.closed.has(node.id);
+    const item = make("li", {
+      role: "treeitem",
+      tabindex: -1,
+      "aria-level": level,
+      "aria-posinset": position,
+      "aria-setsize": size,
+      "aria-expanded": node.children.length ? String(isOpen) : null,
+      "data-id": node.id,
+    });
+    const bar = sized(make("span", { class: `bar ${node.fidelity}` }), "--share", node.bytes / this.largest);
+    const mark = make("span", { class: "twist", "aria-hidden": "true" }, node.children.length ? (isOpen ? "▾" : "▸") : "·");
+    const size_ = `${count(node.tokens)} tokens, ${bytes(node.bytes)}`;
+    const words = [node.fidelity, size_, ...node.notes].join(" · ");
+    const row = make("div", { class: "node" }, mark,
+      make("span", { class: "label" }, node.label),
+      make("span", { class: "track", "aria-hidden": "true" }, bar),
+      make("span", { class: "note" }, swatch(node.fidelity), words));
+    row.addEventListener("click", () => this.toggle(item));
+    item.append(row);
+    if (node.children.length && isOpen) {
+      const group = make("ul", { role: "group" });
+      node.children.forEach((child, index) => group.append(this.item(child, level + 1, index + 1, node.children.length)));
+      item.append(group);
+    }
+    return item;
+  }
+
+  visible() {
+    return [...this.place.querySelectorAll("[role=treeitem]")];
+  }
+
+  move(item) {
+    if (!item) return;
+    for (const each of this.place.querySelectorAll("[tabindex='0']")) each.tabIndex = -1;
+    item.tabIndex = 0;
+    this.current = item;
+    this.focused = item.dataset.id;
+  }
+
+  toggle(item) {
+    if (!item.hasAttribute("aria-expanded")) return;
+    const id = item.dataset.id;
+    if (!this.closed.delete(id)) this.closed.add(id);
+    this.focused = id;
+    this.show(this.nodes);
+    this.current.focus();
+  }
+
+  press(event) {
+    const items = this.visible();
+    const at = items.indexOf(this.current);
+    const state = this.current.getAttribute("aria-expanded");
+    const above = this.current.parentElement.closest("[role=treeitem]");
+    const target = {
+      ArrowDown: () => items[at + 1],
+      ArrowUp: () => items[at - 1],
+      Home: () => items[0],
+      End: () => items.at(-1),
+      ArrowLeft: () => (state === "true" ? this.toggle(this.current) : above),
+      ArrowRight: () => (state === "false" ? this.toggle(this.current) : state === "true" ? items[at + 1] : undefined),
+      Enter: () => this.toggle(this.current),
+      " ": () => this.toggle(this.current),
+    }[event.key];
+    if (!target || event.ctrlKey || event.altKey || event.metaKey) return;
+    event.preventDefault();
+    target()?.focus();
+  }
+}
+
+function flat(nodes) {
+  return nodes.flatMap((node) => [node, ...flat(node.children)]);
+}
+
+const MAX_ROWS = 6;
+
+/** All nodes at a glance: a block as wide as what it and what hangs below it hold. */
+function icicle(nodes) {
+  const map = make("div", { class: "icicle", "aria-hidden": "true" });
+  for (const node of nodes) map.append(cell(node, 1));
+  return map;
+}
+
+function cell(node, row) {
+  const title = `${node.label}: ${bytes(node.bytes)}, ${node.fidelity}`;
+  const box = make("div", { class: "cell" }, make("div", { class: `block ${node.fidelity}`, title }, make("span", { class: "inside" }, node.label)));
+  const below = make("div", { class: "below" });
+  if (row < MAX_ROWS) for (const child of node.children) below.append(cell(child, row + 1));
+  box.append(below);
+  return sized(box, "--weight", flat([node]).reduce((sum, each) => sum + each.bytes, 0) || 1);
+}
+
+/** What hangs in the cache, as nodes of a view; the root itself, which is no text, is left out. */
+function cacheNodes(node) {
+  const notes = [node.kind];
+  if (node.pinned) notes.push("pinned");
+  if (node.last_used_s !== null) notes.push(`used ${seconds(node.last_used_s)} ago`);
+  if (node.expires_in_s !== null) notes.push(`expires in ${seconds(node.expires_in_s)}`);
+  return { ...node, label: node.label ?? node.id.slice(0, 12), notes, children: node.children.map(cacheNodes) };
+}
+
+/** A list of contexts as a forest by their parents. */
+function contextNodes(contexts) {
+  const nodes = new Map();
+  for (const each of contexts) {
+    const notes = [];
+    if (each.own_tokens !== each.tokens) notes.push(`${count(each.own_tokens)} of its own`);
+    if (each.busy) notes.push("busy");
+    if (each.pinned) notes.push("pinned");
+    if (each.expires_in_s !== null) notes.push(`expires in ${seconds(each.expires_in_s)}`);
+    nodes.set(each.id, { ...each, label: each.name ?? each.id, notes, children: [] });
+  }
+  const tops = [];
+  for (const each of contexts) (nodes.get(each.parent)?.children ?? tops).push(nodes.get(each.id));
+  return tops;
+}

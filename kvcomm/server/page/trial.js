@@ -1,0 +1,49 @@
+// The "try it" panel: one real request, and the plan that its answer reports.
+
+function trialBody(model) {
+  const messages = [];
+  const system = byId("trial-system").value.trim();
+  if (system) messages.push({ role: "system", content: system });
+  messages.push({ role: "user", content: byId("trial-user").value });
+  return {
+    model,
+    messages,
+    max_tokens: Number(byId("trial-tokens").value),
+    temperature: 0,
+    include_plan: true,
+    reuse: { mode: byId("trial-mode").value },
+  };
+}
+
+const MAX_LISTED = 40;
+
+/** What an answer says about itself: the strip of spans, the same as a table, the counts, the text. */
+function showTrial(answer) {
+  const { usage } = answer;
+  const plan = usage.plan.map((span) => ({ ...span, tokens: span.end - span.start }));
+  const spans = plan.map((span) => ({
+    kind: span.source,
+    weight: span.tokens,
+    label: span.reason === null ? `${span.source} ${span.tokens}` : `${plain(span.reason)} ${span.tokens}`,
+    title: `${span.start} to ${span.end}: ${span.source}${span.reason === null ? "" : `, ${plain(span.reason)}`}`,
+  }));
+  const tokens = { exact: usage.cached_prefix_tokens, aligned: usage.aligned_tokens, computed: usage.computed_tokens };
+  const columns = [{ name: "tokens", number: true }, { name: "count", number: true }, { name: "source" }, { name: "why" }];
+  const rows = plan.slice(0, MAX_LISTED).map((span) => [
+    `${span.start}–${span.end}`, count(span.tokens), make("span", {}, swatch(span.source), span.source),
+    span.reason === null ? MEANING[span.source] : `${plain(span.reason)}: ${REASONS[span.reason] ?? ""}`,
+  ]);
+  const bound = usage.bound === null ? "exact" : `bound ${usage.bound.max_divergence} nats at ${+(100 * usage.bound.confidence).toFixed(2)} %`;
+  const words = `${count(usage.prompt_tokens)} prompt tokens, first token after ${seconds(usage.timings.ttft_s)}, ${bound}`;
+  const label = `Plan: ${SOURCES.map((source) => `${tokens[source]} ${source}`).join(", ")}`;
+  return [
+    make("h3", {}, "Plan of the prompt"),
+    strip(spans, label),
+    legend(tokens),
+    make("p", { class: "note" }, words),
+    table("Spans of the prompt", columns, rows),
+    plan.length > MAX_LISTED ? make("p", { class: "note" }, `and ${plan.length - MAX_LISTED} spans more`) : null,
+    make("h3", {}, "Answer"),
+    make("pre", { class: "answer" }, answer.choices[0].message.content),
+  ].filter((part) => part !== null);
+}

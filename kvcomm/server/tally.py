@@ -1,0 +1,57 @@
+"""What one tenant's requests came to: tokens by source, reasons, times to the first token, and the latest requests.
+
+Belongs to one tenant and is told to nobody else: Prometheus' counters, which are sums over all tenants, are not read
+from here. Bounded: sums, one histogram, the last few requests. Used from the event loop's thread only.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvcomm.engine.results import Usage
+from kvcomm.server.metrics import SECONDS
+
+MAX_RECENT = 60
+
+
+class Finished(NamedTuple):
+    """One engine request that ended well, `at_s` on the tally's clock."""
+
+    at_s: float
+    usage: Usage
+
+
+@dataclass(eq=False)
+class Tally:
+    """Sums over a tenant's engine requests that ended well.
+
+    Attributes:
+        clock: seconds, monotonic.
+        tokens: of prompts, by source: exact, aligned, computed.
+        misses: computed tokens of prompts, by reason.
+        ttft_counts: requests by time to the first token: up to each of `SECONDS`, then above.
+    """
+
+    clock: Callable[[], float] = time.monotonic
+    num_requests: int = 0
+    generated_tokens: int = 0
+    tokens: Counter[str] = field(default_factory=Counter)
+    misses: Counter[str] = field(default_factory=Counter)
+    ttft_counts: list[int] = field(default_factory=lambda: [0] * (len(SECONDS) + 1))
+    ttft_sum_s: float = 0.0
+    recent: deque[Finished] = field(default_factory=lambda: deque(maxlen=MAX_RECENT))
+
+    def add(self, usage: Usage) -> None:
+        """Count a request."""
+        self.num_requests += 1
+        self.generated_tokens += usage.generated_tokens
+        self.tokens.update(exact=usage.exact_tokens, aligned=usage.aligned_tokens, computed=usage.computed_tokens)
+        self.misses.update(usage.reasons)
+        self.ttft_counts[bisect_left(SECONDS, usage.ttft_s)] += 1
+        self.ttft_sum_s += usage.ttft_s
+        self.recent.append(Finished(self.clock(), usage))
