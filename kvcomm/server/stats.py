@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends
 
 from kvcomm.align.groups import Audit, EdgeGroup
 from kvcomm.engine.engine import Engine
@@ -28,7 +28,7 @@ from kvcomm.server.schemas.stats import (
     TtftHistogram,
     WatchedBound,
 )
-from kvcomm.server.state import StateDep
+from kvcomm.server.state import StateDep, TenantDep
 from kvcomm.server.tally import Finished, Tally
 from kvcomm.server.tenants import Tenant
 
@@ -39,9 +39,8 @@ router = APIRouter(tags=["insight"], dependencies=[Depends(security)])
 
 
 @router.get("/v1/stats", operation_id="stats", responses=documented(401, 403, 429, 500))
-async def stats(request: Request, state: StateDep) -> Stats:
+async def stats(tenant: TenantDep, state: StateDep) -> Stats:
     """What your own requests came to, what of them is cached, what was dropped, and how audits judge your bounds."""
-    tenant = state.tenant_of(request)
     tally, engine, now_s = tenant.tally, state.engine, state.clock()
     with engine.lock:
         groups = [group for space in tenant.salts for group in engine.edge_groups(space)]

@@ -1,0 +1,271 @@
+"""The dashboard in a real browser: it shows what the server says, by mouse, by keyboard, on a phone, in the dark."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import APIRouter
+from selenium.webdriver.common.keys import Keys as Key
+
+from kvcomm.engine.engine import Engine
+from kvcomm.server import app as app_module
+from kvcomm.server.keys import KeyRing
+from kvcomm.server.settings import ServerSettings
+from tests.server.browser import Browser, browsing
+from tests.server.conftest import MODEL, Keys
+from tests.server.live import Live, serving
+
+XSS = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """One browser for the file."""
+    with browsing(tmp_path_factory.mktemp("profile")) as made:
+        yield made
+
+
+@pytest.fixture
+def browser(chromium: Browser) -> Iterator[Browser]:
+    """The browser, as on a desk; at the end it must have had nothing to complain about."""
+    chromium.resize(1280, 900)
+    chromium.prefer("light")
+    chromium.complaints()
+    yield chromium
+    assert chromium.complaints() == []
+
+
+@pytest.fixture
+def live(engine: Engine) -> Iterator[Live]:
+    """A server without keys."""
+    with serving(engine, ServerSettings(model=MODEL, port=0)) as running:
+        yield running
+
+
+def node(name: str, size: int, *children: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """A node of the cache tree."""
+    values = {
+        "id": f"id-{name}", "label": name, "tokens": size, "bytes": size * 1000, "fidelity": "exact", "kind": "prefix",
+        "last_used_s": 5.0, "pinned": False, "expires_in_s": None, "children": list(children),
+    }  # fmt: skip
+    return values | fields
+
+
+def context(name: str, parent: str | None, **fields: Any) -> dict[str, Any]:
+    """A context."""
+    values = {
+        "object": "context", "id": name, "name": name.upper(), "parent": parent, "tokens": 20, "own_tokens": 5,
+        "bytes": 5000, "fidelity": "exact", "busy": False, "pinned": False, "expires_in_s": 60.0, "created": 1,
+    }  # fmt: skip
+    return values | fields
+
+
+@pytest.fixture
+def trees(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What `/v1/cache/tree` and `/v1/contexts` answer in this test."""
+    top = node("A", 40, node("B", 10, fidelity="approximate", pinned=True), node(XSS, 30))
+    answers: dict[str, Any] = {
+        "tree": {"object": "cache.tree", "bytes": 80_000, "tokens": 80, "root": node("", 0, top)},
+        "contexts": {
+            "object": "list",
+            "data": [context("a", None), context("b", "a", busy=True), context("c", "gone")],
+        },
+    }
+    router = APIRouter()
+    router.add_api_route("/v1/cache/tree", lambda: answers["tree"])
+    router.add_api_route("/v1/contexts", lambda: answers["contexts"])
+    monkeypatch.setattr(app_module, "SURFACES", (router, *app_module.SURFACES))
+    return answers
+
+
+@pytest.fixture
+def page(trees: dict[str, Any], live: Live, browser: Browser) -> Browser:
+    """The dashboard of the server, once it shows something."""
+    browser.open(f"{live.url}/ui")
+    browser.wait(lambda: browser.text("#status") == "live" and browser.all("#contexts [role=treeitem]"))
+    return browser
+
+
+def send(page: Browser, message: str) -> None:
+    """Try a message and wait for its plan."""
+    page.run("document.getElementById('trial-result').replaceChildren()")
+    box = page.one("#trial-user")
+    box.clear()
+    box.send_keys(message)
+    page.one("#trial-tokens").clear()
+    page.one("#trial-tokens").send_keys("4", Key.ENTER)
+    page.wait(lambda: page.all("#trial-result .strip"))
+
+
+def tree_labels(page: Browser, place: str) -> list[tuple[str, str]]:
+    """Level and label of every node shown."""
+    label = "return arguments[0].querySelector('.label').textContent"
+    items = page.all(f"{place} [role=treeitem]")
+    return [(str(item.get_attribute("aria-level")), page.run(label, item)) for item in items]
+
+
+def test_a_request_and_its_plan(page: Browser, live: Live) -> None:
+    for kinds in (["computed"], ["exact", "computed"]):
+        send(page, "how many apples are left?")
+        spans = page.all("#trial-result .span")
+        assert [str(span.get_attribute("class")).split()[-1] for span in spans] == kinds
+        assert len(page.all("#trial-result tbody tr")) == len(kinds)
+    usage = live.state.tenants.get().tally.recent[-1].usage
+    label = str(page.one("#trial-result .strip").get_attribute("aria-label"))
+    assert label == f"Plan: {usage.exact_tokens} exact, 0 aligned, {usage.computed_tokens} computed"
+    widths = [span.size["width"] for span in spans]
+    assert widths[0] / sum(widths) == pytest.approx(usage.exact_tokens / usage.prompt_tokens, abs=0.02)
+    assert "last token" in page.text("#trial-result tbody")
+    page.wait(lambda: page.text("#summary div dd").startswith("2"))  # and the counters follow
+    assert f"exact {100 * usage.exact_tokens / (2 * usage.prompt_tokens):.1f} %" in page.text("#sources .legend")
+    assert page.all("#ttft .histogram li")
+
+
+def test_what_the_server_refuses_is_said(page: Browser) -> None:
+    send(page, "hello")
+    page.run("document.getElementById('trial-user').value = 'x'.repeat(100000)")
+    page.one("#trial-send").click()
+    page.wait(lambda: "the model's limit" in page.text("#trial-error"))
+    assert page.one("#trial-error").is_displayed()
+    assert any("400" in each for each in page.complaints())
+
+
+def test_prompts_are_text_and_never_markup(page: Browser) -> None:
+    send(page, XSS)
+    assert page.run("return document.title") == "kvcomm"
+    assert page.all("main img, main script, main iframe") == []
+    assert XSS in page.text("#tree")
+
+
+def test_the_policy_stops_what_would_be_inserted(page: Browser) -> None:
+    """Should a mistake ever let markup in, the browser refuses to make or to run it."""
+    for way in ("document.body.innerHTML = '<b>x</b>'", "document.createElement('script').text = 'document.title = 1'"):
+        assert page.run(f"try {{ {way}; return '' }} catch (error) {{ return error.name }}") == "TypeError"
+    page.run("const s = document.createElement('script'); s.append('document.title = 1'); document.body.append(s)")
+    page.run("return fetch('http://localhost:1/').catch(() => null)")
+    assert page.run("return document.title") == "kvcomm"
+    complaints = " ".join(page.complaints())
+    assert "TrustedHTML" in complaints
+    assert "connect-src" in complaints
+
+
+def test_trees(page: Browser, trees: dict[str, Any]) -> None:
+    assert tree_labels(page, "#tree") == [("1", "A"), ("2", "B"), ("2", XSS)]
+    assert tree_labels(page, "#contexts") == [("1", "A"), ("2", "B"), ("1", "C")]
+    notes = page.text("#tree [data-id=id-B] .note")
+    assert notes == "approximate · 10 tokens, 10.0 kB · prefix · pinned · used 5 s ago"
+    assert "busy" in page.text("#contexts [data-id=b] .note")
+    bars = {each: page.one(f"#tree [data-id=id-{each}] > .node .bar").size["width"] for each in "AB"}
+    assert bars["B"] / bars["A"] == pytest.approx(0.25, abs=0.05)
+    blocks = [each.size["width"] for each in page.all("#tree .cell")]
+    assert blocks[1] / blocks[0] == pytest.approx(10 / 80 * 2, abs=0.03)
+
+
+def test_a_tree_by_keyboard(page: Browser, trees: dict[str, Any]) -> None:
+    def focused() -> str:
+        return str(page.run("return document.activeElement.dataset.id"))
+
+    page.run("document.querySelector('#tree [role=treeitem]').focus()")
+    assert len(page.all("#tree [tabindex='0']")) == 1
+    page.press(Key.ARROW_DOWN, Key.ARROW_DOWN)
+    assert focused() == f"id-{XSS}"
+    page.press(Key.ARROW_LEFT)
+    assert focused() == "id-A"
+    page.press(Key.ARROW_LEFT)
+    assert tree_labels(page, "#tree") == [("1", "A")]
+    trees["tree"]["root"]["children"][0]["tokens"] = 41
+    send(page, "something new")  # the trees are read again, and what was closed stays closed
+    page.wait(lambda: "41 tokens" in page.text("#tree"))
+    assert tree_labels(page, "#tree") == [("1", "A")]
+    page.run("document.querySelector('#tree [role=treeitem]').focus()")
+    page.press(Key.ARROW_RIGHT, Key.ARROW_RIGHT)
+    assert focused() == "id-B"
+    page.press(Key.END, Key.HOME)
+    assert focused() == "id-A"
+
+
+def test_everything_is_reached_by_keyboard(page: Browser) -> None:
+    reached = []
+    page.run("document.activeElement.blur()")
+    for _ in range(20):
+        page.press(Key.TAB)
+        reached.append(page.run("return document.activeElement.id || document.activeElement.dataset.id || ''"))
+    wanted = ["pause", "trial-system", "trial-user", "trial-mode", "trial-tokens", "trial-send", "id-A", "a"]
+    assert [each for each in reached if each in wanted][: len(wanted)] == wanted
+
+
+@pytest.mark.parametrize(("width", "is_phone"), [(360, True), (1280, False)])
+def test_nothing_sticks_out(page: Browser, width: int, is_phone: bool) -> None:
+    send(page, "a long message " * 12)
+    page.resize(width, 800, is_phone=is_phone)
+    assert page.run("return document.documentElement.scrollWidth") <= width
+    wide = "return [...document.querySelectorAll('.card')].filter((card) => card.scrollWidth > card.clientWidth).length"
+    assert page.run(wide) == 0
+    fields = "[...document.querySelectorAll('button, input, select')].filter((each) => each.offsetParent)"
+    small = f"return {fields}.filter((each) => each.offsetHeight < 32).length"
+    assert page.run(small) == 0
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of an `rgb(...)` colour, WCAG 2.2."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out(page: Browser, scheme: str) -> None:
+    page.prefer(scheme)
+    card = page.run("return getComputedStyle(document.querySelector('.card')).backgroundColor")
+    assert (luminance(card) > 0.5) == (scheme == "light")
+    for selector in (".card h2", "#summary dt", ".note", "#tree .label"):
+        text = page.run("return getComputedStyle(document.querySelector(arguments[0])).color", selector)
+        dark, light = sorted((luminance(text), luminance(card)))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, (selector, text, card)
+
+
+def test_kinds_differ_by_pattern_too(page: Browser) -> None:
+    script = "return getComputedStyle(document.querySelector('.legend .' + arguments[0])).backgroundImage.split('(')[0]"
+    send(page, "hello")
+    patterns = {kind: page.run(script, kind) for kind in ("exact", "aligned", "computed")}
+    assert patterns == {"exact": "none", "aligned": "repeating-linear-gradient", "computed": "radial-gradient"}
+
+
+def test_pausing_stops_the_polls(page: Browser, live: Live) -> None:
+    page.one("#pause").click()
+    assert page.text("#status") == "paused"
+    polls = "return performance.getEntriesByType('resource').length"
+    before = page.run(polls)
+    page.run("return new Promise((done) => setTimeout(done, 2500))")
+    assert page.run(polls) == before
+    page.one("#pause").click()
+    page.wait(lambda: page.text("#status") == "live")
+
+
+def test_the_page_needs_a_key_where_the_server_does(
+    engine: Engine, keys: Keys, key_file: Path, trees: dict[str, Any], browser: Browser
+) -> None:
+    def give(name: str) -> None:
+        browser.wait(lambda: browser.one("#key-form").is_displayed())
+        browser.one("#key").send_keys(keys[name], Key.ENTER)
+
+    with serving(engine, ServerSettings(model=MODEL, port=0), keys=KeyRing(key_file)) as live:
+        browser.open(f"{live.url}/ui")
+        browser.wait(lambda: browser.text("#status") == "needs a key")
+        assert browser.text("#summary") == ""
+        give("admin")
+        browser.wait(lambda: "role admin" in browser.text("#key-error"))
+        give("ann")
+        browser.wait(lambda: browser.text("#status") == "live")
+        assert not browser.one("#key-form").is_displayed()
+        send(browser, "hello")
+        assert live.state.tenants.get("ann").tally.num_requests == 1
+        assert browser.run("return [sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
+        browser.one("#forget").click()
+        browser.wait(lambda: browser.text("#status") == "needs a key")
+        assert browser.run("return sessionStorage.length") == 0
+    assert all("401" in each or "403" in each for each in browser.complaints())
