@@ -30,6 +30,7 @@ from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
 
 PREFILL_ONLY = SamplingParams(max_new_tokens=0)
+"""Computes a prompt and generates nothing."""
 
 
 class ContextHost(Protocol):
@@ -61,6 +62,9 @@ class Context:
     """Made by `Engine.context`, `Context.fork` or `Engine.restore`; not to be constructed otherwise.
 
     Usable in a `with` statement, which releases it.
+
+    Attributes:
+        note: a text of its user's, kept in snapshots and otherwise left alone; forks begin without one.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Context:
         last_logits: Tensor | None = None,
         carried: Carried | None = None,
         policy: ReusePolicy | None = None,
+        note: str | None = None,
     ) -> None:
         self._engine = engine
         self._sequence = sequence
@@ -85,6 +90,7 @@ class Context:
         self.tenant = tenant
         self.name = name
         self.policy = policy
+        self.note = note
         engine.add_context(self)
 
     def __repr__(self) -> str:
@@ -139,8 +145,7 @@ class Context:
             InvalidRequest: empty, too long, or unknown tokens; the context is unchanged.
             PoolExhausted: no pages; the context is unchanged.
         """
-        segments = self._engine.read_prompt(prompt, is_start=self.num_tokens == 0)
-        self._write(segments, PREFILL_ONLY).result()
+        self.submit(PREFILL_ONLY, prompt=prompt).result()
         return self
 
     def fork(self, *, name: str | None = None) -> Context:
@@ -178,23 +183,32 @@ class Context:
             InvalidRequest: sampling settings, or prompt and answer exceed the model's limit.
             PoolExhausted, NumericalError, RequestCancelled: nothing was kept.
         """
-        return self.submit(sampling, **settings).result()
+        return self.submit(sampling_params(sampling, settings)).result()
 
-    def submit(self, sampling: SamplingParams | None = None, **settings: object) -> RequestHandle:
-        """`generate` without waiting."""
-        return self._write((), sampling_params(sampling, settings))
+    def submit(
+        self, sampling: SamplingParams | None = None, *, prompt: Prompt | None = None, **settings: object
+    ) -> RequestHandle:
+        """`generate` without waiting.
+
+        Args:
+            prompt: to be put behind the context first, in the same request: kept with the answer, or neither is. With
+                `PREFILL_ONLY` this is `extend` without waiting.
+        """
+        params = sampling_params(sampling, settings)
+        segments = () if prompt is None else self._engine.read_prompt(prompt, is_start=self.num_tokens == 0)
+        return self._write(segments, params)
 
     def stream(self, sampling: SamplingParams | None = None, **settings: object) -> Iterator[Chunk]:
         """`generate`, chunk by chunk. Leaving the loop early cancels the request."""
-        return iter(self.submit(sampling, **settings))
+        return iter(self.submit(sampling_params(sampling, settings)))
 
     def astream(self, sampling: SamplingParams | None = None, **settings: object) -> AsyncIterator[Chunk]:
         """`stream` for asyncio."""
-        return aiter(self.submit(sampling, **settings))
+        return aiter(self.submit(sampling_params(sampling, settings)))
 
     async def agenerate(self, sampling: SamplingParams | None = None, **settings: object) -> Completion:
         """`generate` for asyncio."""
-        return await self.submit(sampling, **settings).aresult()
+        return await self.submit(sampling_params(sampling, settings)).aresult()
 
     def save(self, file: str | Path) -> Path:
         """Write a snapshot; `Engine.restore` reads it. The file appears whole or not at all.

@@ -216,12 +216,18 @@ class Engine:
             InvalidRequest: empty, too long, unknown tokens.
             PoolExhausted: no pages for it.
         """
-        context = Context(self, Sequence(self.pool), tenant=tenant, name=name, policy=policy)
+        context = self.empty_context(tenant=tenant, name=name, policy=policy)
         try:
             return context.extend(prompt)
         except BaseException:
             context.release()
             raise
+
+    def empty_context(
+        self, *, tenant: str = DEFAULT_TENANT, name: str | None = None, policy: ReusePolicy | None = None
+    ) -> Context:
+        """A context without a token, to be extended; see `context`."""
+        return Context(self, Sequence(self.pool), tenant=tenant, name=name, policy=policy)
 
     def submit(
         self,
@@ -374,8 +380,8 @@ class Engine:
             PoolExhausted: no pages for it.
         """
         with self.lock:
-            sequence, segments, name, logits = self._exchange.restore(Path(file), self.namespace(tenant))
-            return Context(self, sequence, tenant=tenant, name=name, segments=segments, last_logits=logits)
+            sequence, segments, name, logits, note = self._exchange.restore(Path(file), self.namespace(tenant))
+            return Context(self, sequence, tenant=tenant, name=name, segments=segments, last_logits=logits, note=note)
 
     def copy_to_hf_cache(self, context: Context) -> DynamicCache:
         """See `Context.to_hf_cache`."""

@@ -32,6 +32,7 @@ class Restored(NamedTuple):
     segments: tuple[Segment, ...]
     name: str | None
     last_logits: Tensor | None
+    note: str | None
 
 
 def layer_shapes(geometry: ModelGeometry) -> list[LayerShape]:
@@ -61,6 +62,7 @@ class KVExchange:
                 architecture=self._geometry.architecture,
                 dtype=str(self._geometry.dtype),
                 name=context.name,
+                note=context.note,
                 token_ids=context.tokens,
                 num_computed=context.sequence.num_computed,
                 path=tuple(SegmentRecord(num_tokens=len(s.token_ids), name=s.name) for s in context.segments),
@@ -91,7 +93,7 @@ class KVExchange:
         )
         sequence = self._write(header.token_ids, snapshot.keys, snapshot.values, header.fidelity)
         logits = None if snapshot.logits is None else snapshot.logits.clone().to(self._memory.pool.keys[0].device)
-        return Restored(sequence, segments, header.name, logits)
+        return Restored(sequence, segments, header.name, logits, header.note)
 
     def to_hf_cache(self, sequence: Sequence, config: PreTrainedConfig) -> DynamicCache:
         """The computed tokens of a sequence as a transformers cache."""

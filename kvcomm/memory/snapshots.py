@@ -38,7 +38,7 @@ class SegmentRecord(BaseModel):
 
 
 class SnapshotHeader(BaseModel):
-    """What a snapshot says of itself. `num_computed` leading tokens have KV in the file."""
+    """What a snapshot says of itself. `num_computed` leading tokens have KV in the file, `note` is its user's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -46,6 +46,7 @@ class SnapshotHeader(BaseModel):
     architecture: str
     dtype: str
     name: str | None
+    note: str | None = None
     token_ids: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...]
     num_computed: NonNegativeInt
     path: tuple[SegmentRecord, ...]

@@ -79,8 +79,7 @@ class Admission:
             self.num_in_flight -= 1
             tenant.num_requests -= 1
             tenant.held_tokens -= num_tokens
-            async with tenant.room:
-                tenant.room.notify_all()
+            await tenant.freed()
 
     def _overloaded(self) -> ApiError:
         message = f"{self._settings.max_requests} requests are in flight already; try again later"
@@ -99,6 +98,12 @@ class Admission:
             raise ApiError(400, "request_too_large", message, param="max_tokens")
         if tenant.has_room(num_tokens):
             return
+        if limit is not None and tenant.context_tokens + num_tokens > limit:
+            message = (
+                f"contexts of this tenant hold {tenant.context_tokens} of its {limit} tokens, this request may take "
+                f"{num_tokens} more; delete contexts, or let some expire"
+            )
+            raise ApiError(429, "quota_exceeded", message, retry_after_s=self._settings.retry_after_s)
         full = ApiError(
             429,
             "quota_exceeded",

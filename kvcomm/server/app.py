@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from kvcomm.engine.engine import Engine
 from kvcomm.server import admin, anchors, chat, completions, dashboard, errors, health, models, openapi, stats
 from kvcomm.server.access import Door
+from kvcomm.server.contexts import surface as contexts
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.limits import BodyLimit
 from kvcomm.server.logs import RequestLog
@@ -22,6 +23,7 @@ SURFACES = (
     models.router,
     chat.router,
     completions.router,
+    contexts.router,
     anchors.router,
     stats.router,
     dashboard.router,

@@ -14,6 +14,7 @@ from kvcomm.engine.detokenize import REPLACEMENT
 from kvcomm.engine.results import Choice, Chunk, Completion
 from kvcomm.engine.sampling import TokenLogprob as EngineLogprob
 from kvcomm.server.access import security
+from kvcomm.server.contexts.answering import begin_turn, put_messages
 from kvcomm.server.errors import documented
 from kvcomm.server.generation import Call, CallDep, Job, Piece
 from kvcomm.server.prompts import num_tokens
@@ -43,7 +44,7 @@ router = APIRouter(tags=["OpenAI"])
     "/v1/chat/completions",
     operation_id="createChatCompletion",
     response_model=ChatCompletion,
-    responses={**DOCUMENTED, **documented(400, 401, 403, 404, 408, 413, 429, 500, 503, 504)},
+    responses={**DOCUMENTED, **documented(400, 401, 403, 404, 408, 409, 413, 429, 500, 503, 504)},
     dependencies=[Depends(security)],
 )
 async def create_chat_completion(body: ChatRequest, call: CallDep) -> Response | ChatCompletion:
@@ -65,7 +66,11 @@ async def _answer(body: ChatRequest, call: Call) -> Response | ChatCompletion:
 async def _job(body: ChatRequest, call: Call) -> Job:
     state = call.state
     state.require_model(body.model)
-    prompt = await call.make(partial(state.prompts.chat, body))
+    turn = begin_turn(body, call)
+    if turn is None:
+        prompt = await call.make(partial(state.prompts.chat, body))
+    else:
+        prompt = await call.make(partial(put_messages, turn, body, state.prompts))
     sampling = sampling_of(
         body,
         state.settings,
@@ -74,7 +79,8 @@ async def _job(body: ChatRequest, call: Call) -> Job:
         wanted_tokens=body.wanted_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    return Job(prompt, sampling, policy_of(body, state.settings), body.cache_salt, ttl_of(body))
+    salt = body.cache_salt if turn is None else turn.salt
+    return Job(prompt, sampling, policy_of(body, state.settings), salt, ttl_of(body), turn)
 
 
 class _Answer:

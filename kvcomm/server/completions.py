@@ -15,6 +15,7 @@ from kvcomm.engine.results import Completion
 from kvcomm.engine.sampling import TokenLogprob
 from kvcomm.server.access import security
 from kvcomm.server.chat import reason
+from kvcomm.server.contexts.answering import begin_turn, put_text
 from kvcomm.server.errors import documented
 from kvcomm.server.generation import Call, CallDep, Job, Piece
 from kvcomm.server.prompts import num_tokens
@@ -31,7 +32,7 @@ router = APIRouter(tags=["OpenAI"])
     "/v1/completions",
     operation_id="createCompletion",
     response_model=TextCompletion,
-    responses={**DOCUMENTED, **documented(400, 401, 403, 404, 408, 413, 429, 500, 503, 504)},
+    responses={**DOCUMENTED, **documented(400, 401, 403, 404, 408, 409, 413, 429, 500, 503, 504)},
     dependencies=[Depends(security)],
 )
 async def create_completion(body: CompletionRequest, call: CallDep) -> Response | TextCompletion:
@@ -54,7 +55,11 @@ async def _answer(body: CompletionRequest, call: Call) -> Response | TextComplet
 
 async def _job(prompt: str | list[int], body: CompletionRequest, call: Call) -> Job:
     state = call.state
-    segments = await call.make(partial(state.prompts.completion, prompt))
+    turn = begin_turn(body, call)
+    if turn is None:
+        segments = await call.make(partial(state.prompts.completion, prompt))
+    else:
+        segments = await call.make(partial(put_text, turn, prompt, state.prompts))
     sampling = sampling_of(
         body,
         state.settings,
@@ -63,7 +68,8 @@ async def _job(prompt: str | list[int], body: CompletionRequest, call: Call) -> 
         wanted_tokens=body.max_tokens,
         logprobs=body.logprobs,
     )
-    return Job(segments, sampling, policy_of(body, state.settings), body.cache_salt, ttl_of(body))
+    salt = body.cache_salt if turn is None else turn.salt
+    return Job(segments, sampling, policy_of(body, state.settings), salt, ttl_of(body), turn)
 
 
 class _Answer:

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from kvcomm.errors import (
+    ContextReleased,
     EmptyPrompt,
     EngineClosed,
     InvalidRequest,
@@ -24,6 +25,7 @@ from kvcomm.errors import (
     PoolTooSmall,
     PromptTooLong,
     QuotaExceeded,
+    RequestCancelled,
 )
 from kvcomm.server.schemas.errors import ErrorDetail, ErrorResponse
 
@@ -44,6 +46,7 @@ TYPES = {
     404: "not_found_error",
     405: "invalid_request_error",
     408: "timeout_error",
+    409: "conflict_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
     500: "server_error",
@@ -55,6 +58,7 @@ MEANINGS = {
     401: "No API key, or one that is not known.",
     403: "The API key is of another kind.",
     404: "There is no such model or resource.",
+    409: "What the request is about is in another state than the request needs.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
     429: "A limit of the tenant is reached; `Retry-After` says when to come back.",
@@ -122,6 +126,8 @@ def translate(error: BaseException, *, retry_after_s: float = 1) -> ApiError:
     if isinstance(error, PoolExhausted):
         message = "there is no room for this request's KV right now; try again later"
         return ApiError(503, "pool_exhausted", message, retry_after_s=retry_after_s)
+    if isinstance(error, RequestCancelled | ContextReleased):
+        return ApiError(409, "context_deleted", "the context of this request was deleted meanwhile")
     if isinstance(error, EngineClosed):
         return ApiError(503, "engine_closed", "the server is stopping", retry_after_s=retry_after_s)
     return ApiError(500, "internal_error", "the request failed inside the server; its log says why")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -25,9 +25,10 @@ from kvcomm.engine.results import Chunk, Completion
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import EngineClosed, KVCommError
 from kvcomm.memory.segments import Segment
+from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError, translate
 from kvcomm.server.logs import RequestNotes, log_unexpected, notes_of
-from kvcomm.server.prompts import Maker, num_tokens
+from kvcomm.server.prompts import num_tokens
 from kvcomm.server.state import ServerState, state_of
 from kvcomm.server.tenants import Tenant
 from kvcomm.server.waiting import timed_out, while_connected
@@ -41,6 +42,7 @@ class Job:
 
     Attributes:
         ttl_s: how long the prompt should stay cached at least; None: as long as the engine says.
+        turn: where the prompt begins with a context.
     """
 
     prompt: tuple[Segment, ...]
@@ -48,11 +50,13 @@ class Job:
     policy: ReusePolicy
     salt: str | None = None
     ttl_s: float | None = None
+    turn: Turn | None = None
 
     @property
     def max_tokens(self) -> int:
-        """Tokens that its choices can grow to; the prompt counts once, it is shared."""
-        return num_tokens(self.prompt) + self.sampling.n * self.sampling.max_new_tokens
+        """Tokens that its choices can grow to; the prompt counts once, it is shared, and a context not at all."""
+        prompt = num_tokens(self.prompt) if self.turn is None else self.turn.num_new
+        return prompt + self.sampling.n * self.sampling.max_new_tokens
 
 
 class Piece(NamedTuple):
@@ -75,18 +79,27 @@ class Call:
     _jobs: list[tuple[Job, str, RequestHandle]] = field(default_factory=list)
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
 
+    def take_turn(self, turn: Turn) -> Turn:
+        """End a turn with this call."""
+        self._stack.callback(turn.end)
+        return turn
+
     async def guard(self, work: Coroutine[Any, Any, T]) -> T:
         """Do some work, unless the client disconnects or the time is up; the engine's errors become answers.
 
         Raises:
-            ApiError: whatever went wrong.
+            ApiError: whatever went wrong; everything has been given back then.
         """
         try:
             return await while_connected(self.request.receive, work, deadline_s=self.deadline_s)
+        except ApiError:
+            await self.close()
+            raise
         except KVCommError as error:
+            await self.close()
             raise self._translated(error) from error
 
-    async def make(self, maker: Maker) -> tuple[Segment, ...]:
+    async def make(self, maker: Callable[[], T]) -> T:
         """A prompt, tokenized in a worker thread."""
         return await anyio.to_thread.run_sync(maker)
 
@@ -102,7 +115,10 @@ class Call:
 
         def start() -> None:
             # Remembered here: if the caller is cancelled meanwhile, `close` still finds it.
-            handle = self.state.engine.submit(job.prompt, job.sampling, tenant=space, policy=job.policy)
+            if job.turn is not None:
+                handle = job.turn.start(job.sampling, job.policy)
+            else:
+                handle = self.state.engine.submit(job.prompt, job.sampling, tenant=space, policy=job.policy)
             self._jobs.append((job, space, handle))
 
         await anyio.to_thread.run_sync(start)
@@ -137,6 +153,8 @@ class Call:
         except Exception as error:  # a job ends with whatever the model raised
             raise self._translated(error) from error
         for job, space, _ in self._jobs:
+            if job.turn is not None:
+                job.turn.keep()
             if job.ttl_s is not None:
                 await anyio.to_thread.run_sync(self.state.prolong, space, job.prompt, job.ttl_s)
         for (job, _, _), completion in zip(self._jobs, completions, strict=True):
@@ -148,7 +166,7 @@ class Call:
         return completions
 
     async def close(self) -> None:
-        """Cancel what still runs, wait until it has ended, and give the places back."""
+        """Cancel what still runs, wait until it has ended, and give the places back. Idempotent."""
         for _, _, handle in self._jobs:
             handle.cancel()
         with anyio.CancelScope(shield=True):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -40,13 +40,29 @@ class PromptMaker:
             ApiError: 400 when the model has no chat template, or the template rejects the conversation.
             InvalidRequest: it cannot be tokenized.
         """
-        marks = _Marks(self._control_pattern)
-        messages = [_values(message) for message in request.messages]
-        tools = None
-        if request.tools and request.tool_choice != "none":
-            tools = [tool.model_dump(exclude_none=True) for tool in request.tools]
-        variables = {} if request.reasoning_effort is None else {"reasoning_effort": request.reasoning_effort}
-        text = self._render(marks.hide(messages), marks.hide(tools), variables)
+        marks = self.marks()
+        messages = [message_values(message) for message in request.messages]
+        text = self.render(marks.hide(messages), marks.hide(shown_tools(request)), template_variables(request))
+        return self.encode(text, marks)
+
+    def completion(self, prompt: str | list[int], *, is_start: bool = True) -> tuple[Segment, ...]:
+        """The prompt of a plain completion; `is_start`: nothing stands before it.
+
+        Raises:
+            InvalidRequest: no tokens, or ids that the model does not know.
+        """
+        return self._engine.read_prompt(prompt, is_start=is_start)
+
+    def marks(self, stem: str | None = None, hidden: Sequence[str] = ()) -> Marks:
+        """Stand-ins for control tokens of this model, new ones or those made before."""
+        return Marks(self._control_pattern, stem, hidden)
+
+    def encode(self, text: str, marks: Marks) -> tuple[Segment, ...]:
+        """The tokens of rendered text, control tokens that a client spelled out as ordinary text.
+
+        Raises:
+            InvalidRequest: it has none, or cannot be tokenized.
+        """
         ids: list[int] = []
         for piece, control in marks.split(text):
             ids += self._engine.segment(piece).token_ids
@@ -54,21 +70,18 @@ class PromptMaker:
                 ids += self._renderer.encode_input("messages", control)
         return self._engine.read_prompt([Segment(tuple(ids))], is_start=True)
 
-    def completion(self, prompt: str | list[int]) -> tuple[Segment, ...]:
-        """The prompt of a plain completion.
-
-        Raises:
-            InvalidRequest: no tokens, or ids that the model does not know.
-        """
-        return self._engine.read_prompt(prompt, is_start=True)
-
     @cached_property
     def _control_pattern(self) -> re.Pattern[str] | None:
         added = self._engine.tokenizer.added_tokens_decoder.values()
         contents = sorted((token.content for token in added if token.special), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, contents))) if contents else None
 
-    def _render(self, messages: Any, tools: Any, variables: Mapping[str, Any]) -> str:
+    def render(self, messages: Any, tools: Any, variables: Mapping[str, Any], *, speaks: bool = True) -> str:
+        """A conversation as the chat template writes it; `speaks` puts the beginning of an answer behind it.
+
+        Raises:
+            ApiError: 400 when the model has no chat template, or the template rejects the conversation.
+        """
         from jinja2 import TemplateError
 
         tokenizer = self._engine.tokenizer
@@ -77,7 +90,7 @@ class PromptMaker:
             raise ApiError(400, "no_chat_template", message)
         try:
             text = tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=True, **variables
+                messages, tools=tools, tokenize=False, add_generation_prompt=speaks, **variables
             )
         except TemplateError as error:
             message = f"the model's chat template rejects these messages: {error}"
@@ -85,13 +98,18 @@ class PromptMaker:
         return cast("str", text)
 
 
-class _Marks:
-    """Stand-ins for control tokens that a client spelled out, while the template is rendered."""
+class Marks:
+    """Stand-ins for control tokens that a client spelled out, while the template is rendered.
 
-    def __init__(self, pattern: re.Pattern[str] | None) -> None:
+    Attributes:
+        stem: of letters and digits: templates leave it alone, nobody guesses it.
+        hidden: what stands for what, by number.
+    """
+
+    def __init__(self, pattern: re.Pattern[str] | None, stem: str | None, hidden: Sequence[str]) -> None:
         self._pattern = pattern
-        self._stem = f"MARK{secrets.token_hex(12)}N"  # letters and digits: templates leave it alone, nobody guesses it
-        self._hidden: list[str] = []
+        self.stem = stem or f"MARK{secrets.token_hex(12)}N"
+        self.hidden = list(hidden)
 
     def hide(self, value: Any) -> Any:
         """The JSON value with every control token in its texts replaced."""
@@ -107,16 +125,32 @@ class _Marks:
 
     def split(self, text: str) -> list[tuple[str, str | None]]:
         """Pieces of rendered text, each with the control token spelled out behind it."""
-        pieces = re.split(self._stem + r"(\d+)X", text)
-        controls = [self._hidden[int(number)] for number in pieces[1::2]]
+        pieces = re.split(self.stem + r"(\d+)X", text)
+        controls = [self.hidden[int(number)] for number in pieces[1::2]]
         return list(zip(pieces[::2], [*controls, None], strict=True))
 
+    def stand_in(self, text: str) -> str:
+        """What stands for a text."""
+        self.hidden.append(text)
+        return f"{self.stem}{len(self.hidden) - 1}X"
+
     def _mark(self, found: re.Match[str]) -> str:
-        self._hidden.append(found[0])
-        return f"{self._stem}{len(self._hidden) - 1}X"
+        return self.stand_in(found[0])
 
 
-def _values(message: Any) -> dict[str, Any]:
+def shown_tools(request: ChatRequest) -> list[dict[str, Any]] | None:
+    """The tools that the chat template is to show."""
+    if not request.tools or request.tool_choice == "none":
+        return None
+    return [tool.model_dump(exclude_none=True) for tool in request.tools]
+
+
+def template_variables(request: ChatRequest) -> dict[str, Any]:
+    """What else the chat template may look at."""
+    return {} if request.reasoning_effort is None else {"reasoning_effort": request.reasoning_effort}
+
+
+def message_values(message: Any) -> dict[str, Any]:
     """A message as chat templates expect it."""
     values: dict[str, Any] = {"role": ROLES.get(message.role, message.role), "content": text_of(message.content)}
     if getattr(message, "name", None) is not None:
@@ -149,7 +183,3 @@ def text_of(content: str | list[TextPart] | None) -> str:
 def num_tokens(prompt: tuple[Segment, ...]) -> int:
     """Tokens of a prompt."""
     return sum(len(segment.token_ids) for segment in prompt)
-
-
-Maker = Callable[[], tuple[Segment, ...]]
-"""Makes a prompt, in a worker thread."""

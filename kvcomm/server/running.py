@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import FrameType
 
 import uvicorn
@@ -15,13 +15,23 @@ from kvcomm.server.protocol import limited_protocol
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.state import ServerState
 
+TICKS_PER_S = 10
+
 
 class DrainingServer(uvicorn.Server):
     """On SIGTERM or SIGINT: not ready, no new requests; those in flight end by themselves, for a while at most."""
 
-    def __init__(self, config: uvicorn.Config, drain: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], None], tick: Callable[[], Awaitable[None]]) -> None:
+        """`tick` is called about once a second."""
         super().__init__(config)
         self._drain = drain
+        self._tick = tick
+
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn's own bookkeeping, ten times a second."""
+        if counter % TICKS_PER_S == 0:
+            await self._tick()
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; a second SIGINT ends at once. `run` then returns: the process ends by itself, not by it."""
@@ -54,7 +64,7 @@ def make_server(app: FastAPI) -> DrainingServer:
         timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=settings.drain_timeout_s,
     )
-    return DrainingServer(config, state.admission.drain)
+    return DrainingServer(config, state.admission.drain, state.contexts.sweep)
 
 
 def bind(settings: ServerSettings) -> socket.socket:

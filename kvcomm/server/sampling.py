@@ -59,8 +59,11 @@ def sampling_of(
 
 def policy_of(request: GenerationRequest, settings: ServerSettings) -> ReusePolicy:
     """How far reuse may depart from exact results: as the request says, else as the server does."""
-    if request.reuse is not None:
-        return request.reuse.policy()
+    return default_policy(settings) if request.reuse is None else request.reuse.policy()
+
+
+def default_policy(settings: ServerSettings) -> ReusePolicy:
+    """How far reuse may depart from exact results where a request does not say."""
     return ReusePolicy(max_divergence=settings.max_divergence, confidence=settings.confidence)
 
 

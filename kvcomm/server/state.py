@@ -14,6 +14,7 @@ from kvcomm.engine.engine import Engine
 from kvcomm.memory.segments import Segment
 from kvcomm.server.access import tenant_name
 from kvcomm.server.admission import Admission
+from kvcomm.server.contexts.registry import Contexts
 from kvcomm.server.errors import ApiError
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.metrics import Metrics
@@ -41,6 +42,7 @@ class ServerState:
     started_s: float = field(init=False)
     admission: Admission = field(init=False)
     tenants: Tenants = field(init=False)
+    contexts: Contexts = field(init=False)
     prompts: PromptMaker = field(init=False)
     metrics: Metrics = field(init=False)
 
@@ -48,6 +50,7 @@ class ServerState:
         self.started_s = self.clock()
         self.admission = Admission(self.settings)
         self.tenants = Tenants(self.engine, self.settings, self.keys, self.clock)
+        self.contexts = Contexts(self.engine, self.settings, self.clock)
         self.prompts = PromptMaker(self.engine)
         self.metrics = Metrics(self.engine, self.admission)
 

@@ -55,6 +55,7 @@ class Tenant:
     Attributes:
         limits: in force; followed from the key file.
         held_tokens: tokens that its requests in flight may grow to.
+        context_tokens: token slots that its contexts hold, shared ones once; followed by its `ContextRegistry`.
         salts: namespaces it has opened, least recently used first.
         tally: what its requests came to.
     """
@@ -64,6 +65,7 @@ class Tenant:
     bucket: TokenBucket | None = None
     num_requests: int = 0
     held_tokens: int = 0
+    context_tokens: int = 0
     salts: OrderedDict[str, None] = field(default_factory=OrderedDict)
     tally: Tally = field(default_factory=Tally)
     room: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -86,9 +88,14 @@ class Tenant:
             raise ApiError(429, "rate_limit_exceeded", message, retry_after_s=wait_s)
 
     def has_room(self, num_tokens: int) -> bool:
-        """Whether a request that may grow to so many tokens fits beside those in flight."""
+        """Whether a request that may grow to so many tokens fits beside those in flight and the contexts."""
         limit = self.limits.held_tokens
-        return limit is None or self.held_tokens + num_tokens <= limit
+        return limit is None or self.context_tokens + self.held_tokens + num_tokens <= limit
+
+    async def freed(self) -> None:
+        """Let those look again who wait for room."""
+        async with self.room:
+            self.room.notify_all()
 
 
 class Tenants:

@@ -59,6 +59,7 @@ def make_client(engine: Engine) -> Iterator[MakeClient]:
     yield make
     for app in apps:
         state = app.state.kvcomm
+        state.contexts.close()
         assert (state.admission.num_open, state.admission.num_in_flight) == (0, 0)
         for name in state.tenants.names:
             tenant = state.tenants.get(name)

@@ -56,7 +56,6 @@ def test_documented_fields_are_accepted(client: TestClient, fields: dict[str, An
         ("modalities", ["text", "audio"]),
         ("web_search_options", {}),
         ("moderation", {}),
-        ("store", True),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(client: TestClient, field: str, value: Any) -> None:

@@ -8,7 +8,15 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
-from kvcomm.server.schemas.common import IGNORED, WHOLE, GenerationRequest, ResponseModel, only
+from kvcomm.server.schemas.common import (
+    IGNORED,
+    ON_CONTEXT,
+    ONE_STORED,
+    WHOLE,
+    GenerationRequest,
+    ResponseModel,
+    only,
+)
 from kvcomm.server.schemas.messages import Message, Tool
 from kvcomm.server.schemas.usage import Usage
 
@@ -22,6 +30,10 @@ NEEDS_LOGPROBS: JsonDict = {
     "if": {"properties": {"top_logprobs": {"type": "integer"}}, "required": ["top_logprobs"]},
     "then": {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
 }
+NEEDS_MESSAGES: JsonDict = {
+    "if": {"properties": {"context_id": {"type": "string"}}, "required": ["context_id"]},
+    "else": {"properties": {"messages": {"minItems": 1}}},
+}
 
 
 def require_stream(request: GenerationRequest) -> None:
@@ -33,9 +45,11 @@ def require_stream(request: GenerationRequest) -> None:
 class ChatRequest(GenerationRequest):
     """A conversation to be continued."""
 
-    model_config = ConfigDict(json_schema_extra={"allOf": [NEEDS_STREAM, NEEDS_LOGPROBS]})
+    model_config = ConfigDict(
+        json_schema_extra={"allOf": [NEEDS_STREAM, NEEDS_LOGPROBS, NEEDS_MESSAGES, ON_CONTEXT, ONE_STORED]}
+    )
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(description="At least one; with context_id what is new, or none.")]
     max_completion_tokens: (
         Annotated[int, Field(ge=1, description="An upper bound; wins over max_tokens, its older name."), WHOLE] | None
     ) = None
@@ -65,7 +79,6 @@ class ChatRequest(GenerationRequest):
     include_plan: Annotated[
         bool, Field(description="Let the usage say for every span of the prompt where its KV came from.")
     ] = False
-    store: only(None, False, why="is not supported: answers are not kept") = None  # type: ignore[valid-type]
     modalities: only(  # type: ignore[valid-type]
         None, ["text"], why="can only be ['text']: this model writes text"
     ) = None
@@ -80,6 +93,10 @@ class ChatRequest(GenerationRequest):
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
         require_stream(self)
+        if not self.messages and self.context_id is None:
+            raise PydanticCustomError(
+                "needs", "{param} should have at least 1 item without context_id", {"param": "messages"}
+            )
         if self.top_logprobs is not None and not self.logprobs:
             raise PydanticCustomError(
                 "needs", "{param} is only allowed when logprobs is true", {"param": "top_logprobs"}

@@ -20,6 +20,7 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
+from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from kvcomm.engine.policy import ReusePolicy
@@ -175,6 +176,19 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+CONTEXT_ID = r"^ctx_[0-9a-f]{24}$"
+
+ON_CONTEXT: JsonDict = {
+    "if": {"properties": {"context_id": {"type": "string"}}, "required": ["context_id"]},
+    "then": {"properties": {"cache_salt": {"type": "null"}}},
+    "else": {"properties": {"store": {"enum": [None, False]}}},
+}
+ONE_STORED: JsonDict = {
+    "if": {"properties": {"store": {"const": True}}, "required": ["store"]},
+    "then": {"properties": {"n": {"enum": [None, 1]}}},
+}
+
+
 NO_PENALTY = "can only be 0; repetition_penalty is there instead"
 
 
@@ -217,6 +231,29 @@ class GenerationRequest(Body):
     prompt_cache_options: PromptCacheOptions | None = None
     prompt_cache_retention: Annotated[Literal["in_memory", "24h"] | None, Field(description=IGNORED)] = None
     reuse: Reuse | None = None
+    context_id: (
+        Annotated[str, Field(pattern=CONTEXT_ID, description="Answer behind this context; see /v1/contexts.")] | None
+    ) = None
+    store: Annotated[
+        bool | None,
+        Field(
+            description="Let the context keep the prompt and the whole answer; else it stays as it is. Only with "
+            "context_id, and n of 1."
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _check_context(self) -> GenerationRequest:
+        if self.context_id is None:
+            if self.store:
+                raise PydanticCustomError("needs", "{param} is only allowed with context_id", {"param": "store"})
+        elif self.cache_salt is not None:
+            raise PydanticCustomError(
+                "needs", "{param} is not allowed with context_id: the context has its own", {"param": "cache_salt"}
+            )
+        if self.store and self.n not in (None, 1):
+            raise PydanticCustomError("needs", "{param} is only 1 when store is true", {"param": "n"})
+        return self
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -5,9 +5,20 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic.config import JsonDict
+from pydantic_core import PydanticCustomError
 
 from kvcomm.server.schemas.chat import NEEDS_STREAM, FinishReason, require_stream
-from kvcomm.server.schemas.common import TOKEN_ID, WHOLE, GenerationRequest, NonEmpty, ResponseModel, only
+from kvcomm.server.schemas.common import (
+    ON_CONTEXT,
+    ONE_STORED,
+    TOKEN_ID,
+    WHOLE,
+    GenerationRequest,
+    NonEmpty,
+    ResponseModel,
+    only,
+)
 from kvcomm.server.schemas.usage import Usage
 
 TokenId = Annotated[int, Field(ge=0, json_schema_extra={"format": TOKEN_ID}), WHOLE]
@@ -31,10 +42,18 @@ Prompts = Annotated[
 ]
 
 
+ONE_STORED_PROMPT: JsonDict = {
+    "if": {"properties": {"store": {"const": True}}, "required": ["store"]},
+    "then": {
+        "properties": {"prompt": {"not": {"type": "array", "items": {"type": ["array", "string"]}, "minItems": 2}}}
+    },
+}
+
+
 class CompletionRequest(GenerationRequest):
     """Prompts to be continued; control tokens spelled out in a text are control tokens."""
 
-    model_config = ConfigDict(json_schema_extra={"allOf": [NEEDS_STREAM]})
+    model_config = ConfigDict(json_schema_extra={"allOf": [NEEDS_STREAM, ON_CONTEXT, ONE_STORED, ONE_STORED_PROMPT]})
 
     prompt: Prompts
     logprobs: Annotated[int, Field(ge=0, le=5), WHOLE] | None = None
@@ -47,6 +66,8 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _check(self) -> CompletionRequest:
         require_stream(self)
+        if self.store and len(self.prompts) > 1:
+            raise PydanticCustomError("needs", "{param} is only one when store is true", {"param": "prompt"})
         return self
 
     @property

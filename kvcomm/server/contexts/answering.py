@@ -1,0 +1,36 @@
+"""Answers behind a context: what `context_id` and `store` mean to the two endpoints that generate."""
+
+from __future__ import annotations
+
+from kvcomm.memory.segments import Segment
+from kvcomm.server.contexts.conversation import Continued, continue_conversation
+from kvcomm.server.contexts.turns import Turn
+from kvcomm.server.generation import Call
+from kvcomm.server.prompts import PromptMaker, shown_tools, template_variables
+from kvcomm.server.schemas.chat import ChatRequest
+from kvcomm.server.schemas.common import GenerationRequest
+
+
+def begin_turn(body: GenerationRequest, call: Call) -> Turn | None:
+    """A turn on the request's context, which ends with the call; None: it names none.
+
+    Raises:
+        ApiError: 404 for an unknown context, 409 for a busy one.
+    """
+    if body.context_id is None:
+        return None
+    node = call.state.contexts.of(call.tenant).find(body.context_id)
+    return call.take_turn(node.begin_turn(keeps=bool(body.store)))
+
+
+def put_messages(turn: Turn, body: ChatRequest, maker: PromptMaker) -> tuple[Segment, ...]:
+    """Put a request's messages behind its context; returns all that the answer stands behind. For a worker thread."""
+    tools, variables = shown_tools(body), template_variables(body)
+    turn.put(continue_conversation(maker, turn.before, body.messages, tools=tools, variables=variables, speaks=True))
+    return turn.path
+
+
+def put_text(turn: Turn, prompt: str | list[int], maker: PromptMaker) -> tuple[Segment, ...]:
+    """Put a text or token ids behind a context, which ends its conversation; returns as `put_messages`."""
+    turn.put(Continued(maker.completion(prompt, is_start=False), None))
+    return turn.path

@@ -1,0 +1,101 @@
+"""Conversations in contexts: how messages continue what a context already holds.
+
+The chat template is rendered over all messages of the conversation, old and new, and what it writes must begin with
+the text that the context holds. Only what follows is new; it is tokenized on its own. Answers that the context keeps
+are the ids that were decoded, never rendered again: a stand-in holds their place in the template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kvcomm.errors import SnapshotCorrupt
+from kvcomm.memory.segments import Segment
+from kvcomm.server.errors import ApiError
+from kvcomm.server.prompts import PromptMaker, message_values
+
+
+class Conversation(BaseModel):
+    """The messages of a context, and the text that stands for them.
+
+    Attributes:
+        messages, tools, variables: what the chat template has seen; control tokens and answers are stand-ins.
+        rendered: what it wrote, to the context's end.
+        stem, hidden: of the stand-ins; see `Marks`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    messages: list[dict[str, Any]] = []
+    tools: list[dict[str, Any]] | None = None
+    variables: dict[str, Any] = {}
+    rendered: str = ""
+    stem: str | None = None
+    hidden: list[str] = []
+
+    @classmethod
+    def from_note(cls, note: str | None) -> Conversation | None:
+        """What a snapshot's note says; None: it says nothing.
+
+        Raises:
+            SnapshotCorrupt: it says something else.
+        """
+        try:
+            return None if note is None else cls.model_validate_json(note)
+        except ValidationError as error:
+            raise SnapshotCorrupt(f"the snapshot's note is no conversation: {error.errors()[0]['msg']}") from error
+
+
+class Continued(NamedTuple):
+    """What is new to a context, and its conversation with that; None: it holds text that no template wrote."""
+
+    prompt: tuple[Segment, ...]
+    conversation: Conversation | None
+
+
+def continue_conversation(
+    maker: PromptMaker,
+    before: Conversation | None,
+    messages: Sequence[Any],
+    *,
+    tools: list[dict[str, Any]] | None,
+    variables: dict[str, Any] | None = None,
+    speaks: bool,
+) -> Continued:
+    """Messages behind a context.
+
+    Args:
+        before: what the context holds; None: no conversation, so the messages are one of their own behind it.
+        tools: None: those that were there.
+        speaks: an answer will follow, and be the conversation's last message.
+
+    Raises:
+        ApiError: 400 when the template writes what the context holds differently once there is more.
+        InvalidRequest: nothing is new.
+    """
+    before = before or Conversation()
+    marks = maker.marks(before.stem, before.hidden)
+    shown = before.tools if tools is None else marks.hide(tools)
+    given = {**before.variables, **(variables or {})}
+    whole = [*before.messages, *marks.hide([message_values(message) for message in messages])]
+    text = maker.render(whole, shown, given, speaks=speaks)
+    if not text.startswith(before.rendered):
+        raise ApiError(
+            400,
+            "context_not_continued",
+            "with these messages, tools and settings the model's chat template writes the context's own messages "
+            "differently; leave tools and settings as they were, or send all messages without context_id",
+            param="messages",
+        )
+    prompt = maker.encode(text[len(before.rendered) :], marks)
+    if speaks:
+        answer = marks.stand_in("")
+        whole.append({"role": "assistant", "content": answer})
+        text += answer
+    after = Conversation(
+        messages=whole, tools=shown, variables=given, rendered=text, stem=marks.stem, hidden=list(marks.hidden)
+    )
+    return Continued(prompt, after)

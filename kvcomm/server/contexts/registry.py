@@ -1,0 +1,237 @@
+"""The contexts of tenants: who has which, for how long, and how many bytes each branch takes.
+
+A registry belongs to one tenant, so that another's id is as unknown as one that never was. Contexts form a forest; a
+context that goes leaves its children to its own parent. Always holds: a parent stands before its children; every
+context here is alive; `Tenant.context_tokens` is what all of them hold. Nothing here recurses, so a branch may be as
+deep as it likes. Used from the event loop's thread only.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvcomm.engine.context import Context
+from kvcomm.engine.engine import Engine
+from kvcomm.server.contexts.conversation import Conversation
+from kvcomm.server.contexts.turns import Turn
+from kvcomm.server.errors import ApiError
+from kvcomm.server.settings import ServerSettings
+from kvcomm.server.tenants import Tenant
+
+
+def new_id() -> str:
+    """An id that nobody guesses."""
+    return f"ctx_{secrets.token_hex(12)}"
+
+
+@dataclass(eq=False)
+class Node:
+    """A context of a tenant.
+
+    Attributes:
+        num_inherited: tokens it has from its parent.
+        ttl_s: seconds it lives after its last use, unless it is pinned.
+        turn: the request that writes it now.
+    """
+
+    context: Context
+    ttl_s: float
+    used_s: float
+    name: str | None = None
+    salt: str | None = None
+    conversation: Conversation | None = None
+    parent: Node | None = None
+    num_inherited: int = 0
+    is_pinned: bool = False
+    turn: Turn | None = None
+    id: str = field(default_factory=new_id)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def begin_turn(self, *, keeps: bool) -> Turn:
+        """A request on this context.
+
+        Raises:
+            ApiError: 409 while another one writes it.
+        """
+        if self.turn is not None:
+            message = (
+                f"context {self.id} is being extended by another request; wait for it, or fork the context and go on "
+                "with the fork"
+            )
+            raise ApiError(409, "context_busy", message, retry_after_s=1)
+        turn = Turn(self.context.fork(), self, keeps=keeps)
+        if keeps:
+            self.turn = turn
+        return turn
+
+    def take(self, turn: Turn) -> None:
+        """Put what a turn made in this context's place."""
+        replaced, self.context = self.context, turn.work
+        self.conversation, self.turn = turn.conversation, None
+        replaced.release()
+
+    def fork(self) -> tuple[Context, Conversation | None]:
+        """A context with all that is known at this moment, and its conversation."""
+        if self.turn is None:
+            return self.context.fork(), self.conversation
+        context = self.turn.work.fork()
+        has_new = context.num_tokens > self.turn.num_kept
+        return context, self.turn.conversation if has_new else self.conversation
+
+    def release(self) -> None:
+        """Give all pages back; a request that writes it is cancelled and waited for. For a worker thread."""
+        if self.turn is not None:
+            self.turn.work.release()
+        self.context.release()
+
+
+class ContextRegistry:
+    """The contexts of one tenant."""
+
+    def __init__(self, engine: Engine, settings: ServerSettings, tenant: Tenant, clock: Callable[[], float]) -> None:
+        self._engine = engine
+        self._settings = settings
+        self.tenant = tenant
+        self._clock = clock
+        self._nodes: dict[str, Node] = {}  # parents before children
+
+    @property
+    def nodes(self) -> list[Node]:
+        """All of them, parents before children."""
+        return list(self._nodes.values())
+
+    def find(self, context_id: str) -> Node:
+        """A context, which counts as use.
+
+        Raises:
+            ApiError: 404.
+        """
+        self.sweep()
+        node = self._nodes.get(context_id)
+        if node is None:
+            message = f"there is no context {context_id!r}; it may have expired or been deleted"
+            raise ApiError(404, "context_not_found", message, param="context_id")
+        node.used_s = self._clock()
+        return node
+
+    def require_place(self) -> None:
+        """Raises ApiError 429 when the tenant has as many contexts as it may."""
+        self.sweep()
+        limit = self._settings.max_contexts
+        if len(self._nodes) >= limit:
+            message = f"this tenant has {len(self._nodes)} of at most {limit} contexts; delete some, or let some expire"
+            raise ApiError(429, "quota_exceeded", message, retry_after_s=self._settings.retry_after_s)
+
+    def make(
+        self,
+        context: Context,
+        *,
+        name: str | None,
+        ttl_s: float | None,
+        is_pinned: bool,
+        salt: str | None,
+        conversation: Conversation | None,
+        parent: Node | None = None,
+    ) -> Node:
+        """Take in a context, which is the registry's from now on."""
+        node = Node(
+            context,
+            ttl_s=self._settings.context_ttl_s if ttl_s is None else ttl_s,
+            used_s=self._clock(),
+            name=name,
+            salt=salt,
+            conversation=conversation,
+            parent=parent,
+            num_inherited=context.num_tokens if parent is not None else 0,
+            is_pinned=is_pinned,
+        )
+        self._nodes[node.id] = node
+        self.count()
+        return node
+
+    def branch(self, node: Node) -> list[Node]:
+        """A context and all that came from it, parents before children."""
+        inside = {node}
+        for each in self._nodes.values():
+            if each.parent in inside:
+                inside.add(each)
+        return [each for each in self._nodes.values() if each in inside]
+
+    def remove(self, gone: Iterable[Node]) -> None:
+        """Forget contexts; the caller releases them. Their children are their parents' from now on."""
+        left = {node: node.parent for node in gone}
+        for node in left:
+            del self._nodes[node.id]
+        for node in self._nodes.values():
+            while node.parent in left:
+                node.num_inherited = min(node.num_inherited, node.parent.num_inherited)
+                node.parent = left[node.parent]
+        self.count()
+
+    def sweep(self) -> bool:
+        """Let go of what has expired, if anything; what is in use has not."""
+        now_s = self._clock()
+        gone = [node for node in self._nodes.values() if self.left_s(node, now_s) == 0]
+        if gone:
+            self.remove(gone)
+            for node in gone:
+                node.release()
+        return bool(gone)
+
+    def left_s(self, node: Node, now_s: float | None = None) -> float | None:
+        """Seconds until a context expires; None: it does not now."""
+        if node.is_pinned or node.turn is not None:
+            return None
+        return max(0.0, node.used_s + node.ttl_s - (self._clock() if now_s is None else now_s))
+
+    def num_bytes(self) -> dict[Node, int]:
+        """Bytes of each context's branch: of pages that none before it holds. The sum is what all of them hold."""
+        pool = self._engine.pool
+        is_seen = np.zeros(pool.num_pages, dtype=bool)
+        sizes = {}
+        with self._engine.lock:
+            for node in self._nodes.values():
+                pages = node.context.sequence.pages
+                sizes[node] = int((~is_seen[pages]).sum()) * pool.page_bytes
+                is_seen[pages] = True
+        return sizes
+
+    def count(self) -> None:
+        """Tell the tenant what its contexts hold."""
+        num_pages = sum(self.num_bytes().values()) // self._engine.pool.page_bytes
+        self.tenant.context_tokens = num_pages * self._engine.pool.page_size
+
+
+class Contexts:
+    """The contexts of all tenants."""
+
+    def __init__(self, engine: Engine, settings: ServerSettings, clock: Callable[[], float]) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._clock = clock
+        self._registries: dict[str, ContextRegistry] = {}
+
+    def of(self, tenant: Tenant) -> ContextRegistry:
+        """A tenant's own."""
+        if tenant.name not in self._registries:
+            self._registries[tenant.name] = ContextRegistry(self._engine, self._settings, tenant, self._clock)
+        return self._registries[tenant.name]
+
+    async def sweep(self) -> None:
+        """Let go of what has expired."""
+        for registry in self._registries.values():
+            if registry.sweep():
+                await registry.tenant.freed()
+
+    def close(self) -> None:
+        """Release every context; what runs on them is cancelled and waited for."""
+        for registry in self._registries.values():
+            nodes = registry.nodes
+            registry.remove(nodes)
+            for node in nodes:
+                node.release()

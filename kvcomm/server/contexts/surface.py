@@ -1,0 +1,167 @@
+"""`/v1/contexts`: prefill, fork, extend, look, change, delete."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated
+
+import anyio.to_thread
+from fastapi import APIRouter, Depends, Path, Query
+
+from kvcomm.engine.context import PREFILL_ONLY
+from kvcomm.engine.results import Completion
+from kvcomm.server.access import security
+from kvcomm.server.contexts.conversation import Continued, continue_conversation
+from kvcomm.server.contexts.registry import ContextRegistry, Node
+from kvcomm.server.contexts.turns import Turn
+from kvcomm.server.contexts.views import branch_of, extended, view, views
+from kvcomm.server.errors import documented
+from kvcomm.server.generation import Call, CallDep, Job
+from kvcomm.server.prompts import PromptMaker
+from kvcomm.server.sampling import default_policy
+from kvcomm.server.schemas.common import CONTEXT_ID, seconds
+from kvcomm.server.schemas.contexts import (
+    Context,
+    ContextBranch,
+    ContextChange,
+    ContextList,
+    ContextRequest,
+    DeletedContexts,
+    ExtendedContext,
+    ForkRequest,
+    Prompt,
+)
+from kvcomm.server.state import StateDep, TenantDep
+
+router = APIRouter(prefix="/v1/contexts", tags=["contexts"], dependencies=[Depends(security)])
+
+Id = Annotated[str, Path(pattern=CONTEXT_ID)]
+
+
+def _registry(state: StateDep, tenant: TenantDep) -> ContextRegistry:
+    return state.contexts.of(tenant)
+
+
+RegistryDep = Annotated[ContextRegistry, Depends(_registry)]
+COMPUTING = documented(400, 401, 403, 404, 408, 409, 413, 429, 500, 503, 504)
+LOOKING = documented(400, 401, 403, 404, 429, 500)
+
+
+@router.post("", operation_id="createContext", status_code=201, responses=COMPUTING)
+async def create_context(body: ContextRequest, call: CallDep) -> ExtendedContext:
+    """Compute a prompt and keep it."""
+    return await call.guard(_create(body, call))
+
+
+@router.get("", operation_id="listContexts", responses=LOOKING)
+async def list_contexts(registry: RegistryDep) -> ContextList:
+    """Every context of the caller: a forest, given by parents, with the bytes of each branch."""
+    registry.sweep()
+    return ContextList(data=views(registry))
+
+
+@router.get("/{context_id}", operation_id="getContext", responses=LOOKING)
+async def get_context(context_id: Id, registry: RegistryDep) -> ContextBranch:
+    """A context, with the path to it and all that came from it. Counts as use."""
+    return branch_of(registry, registry.find(context_id))
+
+
+@router.post("/{context_id}/extend", operation_id="extendContext", responses=COMPUTING)
+async def extend_context(context_id: Id, body: Prompt, call: CallDep) -> ExtendedContext:
+    """Compute more behind a context; its forks stay as they are."""
+    return await call.guard(_extend(context_id, body, call))
+
+
+@router.post("/{context_id}/fork", operation_id="forkContext", status_code=201, responses=COMPUTING)
+async def fork_context(context_id: Id, body: ForkRequest, registry: RegistryDep) -> Context:
+    """A second context with all that is known at this moment, also while the first is busy. Copies no KV."""
+    registry.require_place()
+    node = registry.find(context_id)
+    context, conversation = node.fork()
+    child = registry.make(
+        context,
+        name=body.name,
+        ttl_s=node.ttl_s if body.ttl is None else seconds(body.ttl),
+        is_pinned=body.pinned,
+        salt=node.salt,
+        conversation=conversation,
+        parent=node,
+    )
+    return view(registry, child)
+
+
+@router.patch("/{context_id}", operation_id="changeContext", responses=COMPUTING)
+async def change_context(context_id: Id, body: ContextChange, registry: RegistryDep) -> Context:
+    """Change its name, its ttl or whether it is pinned."""
+    node = registry.find(context_id)
+    if "name" in body.model_fields_set:
+        node.name = body.name
+    if body.ttl is not None:
+        node.ttl_s = seconds(body.ttl)
+    if body.pinned is not None:
+        node.is_pinned = body.pinned
+    return view(registry, node)
+
+
+@router.delete("/{context_id}", operation_id="deleteContext", responses=LOOKING)
+async def delete_context(
+    context_id: Id,
+    registry: RegistryDep,
+    tenant: TenantDep,
+    descendants: Annotated[bool, Query(description="Delete what came from it, too; else that lives on.")] = False,
+) -> DeletedContexts:
+    """Give its KV back. A request that extends it is cancelled."""
+    node = registry.find(context_id)
+    gone = registry.branch(node) if descendants else [node]
+    registry.remove(gone)
+    await anyio.to_thread.run_sync(_release, gone)
+    await tenant.freed()
+    return DeletedContexts(deleted=[each.id for each in gone])
+
+
+def _release(nodes: list[Node]) -> None:
+    for node in nodes:
+        node.release()
+
+
+async def _create(body: ContextRequest, call: Call) -> ExtendedContext:
+    registry = call.state.contexts.of(call.tenant)
+    registry.require_place()
+    space = call.state.tenants.open_namespace(call.tenant, body.cache_salt)
+    turn = call.take_turn(Turn(call.state.engine.empty_context(tenant=space)))
+    completion = await _prefill(turn, body, call, salt=body.cache_salt)
+    node = registry.make(
+        turn.hand_over(),
+        name=body.name,
+        ttl_s=None if body.ttl is None else seconds(body.ttl),
+        is_pinned=body.pinned,
+        salt=body.cache_salt,
+        conversation=turn.conversation,
+    )
+    return extended(registry, node, completion)
+
+
+async def _extend(context_id: str, body: Prompt, call: Call) -> ExtendedContext:
+    registry = call.state.contexts.of(call.tenant)
+    node = registry.find(context_id)
+    turn = call.take_turn(node.begin_turn(keeps=True))
+    completion = await _prefill(turn, body, call, salt=node.salt)
+    registry.count()
+    return extended(registry, node, completion)
+
+
+async def _prefill(turn: Turn, body: Prompt, call: Call, *, salt: str | None) -> Completion:
+    """Compute a turn's prompt; returns the engine's completion, without an answer."""
+    turn.put(await call.make(partial(_read, call.state.prompts, turn, body)))
+    job = Job(turn.path, PREFILL_ONLY, default_policy(call.state.settings), salt, turn=turn)
+    await call.submit(job)
+    return (await call.results())[0]
+
+
+def _read(maker: PromptMaker, turn: Turn, body: Prompt) -> Continued:
+    if body.messages is None:
+        text = body.token_ids if body.text is None else body.text
+        assert text is not None, "validated: one of the three is there"
+        return Continued(maker.completion(text, is_start=turn.num_kept == 0), None)
+    tools = None if body.tools is None else [tool.model_dump(exclude_none=True) for tool in body.tools]
+    return continue_conversation(maker, turn.before, body.messages, tools=tools, speaks=False)

@@ -1,0 +1,96 @@
+"""Turns: requests on a context.
+
+A turn works on a fork. If its context is to keep what comes of it, the fork takes the context's place once the request
+has succeeded: nobody ever sees a context half-way, and a request that fails or whose client is gone has never been.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvcomm.engine.context import Context
+from kvcomm.engine.handle import RequestHandle
+from kvcomm.engine.policy import ReusePolicy
+from kvcomm.engine.sampling import SamplingParams
+from kvcomm.memory.fidelity import Fidelity
+from kvcomm.memory.segments import Segment
+from kvcomm.server.contexts.conversation import Continued, Conversation
+from kvcomm.server.errors import ApiError
+
+if TYPE_CHECKING:
+    from kvcomm.server.contexts.registry import Node
+
+
+class Turn:
+    """One request on a context; made by `Node.turn`, or on an empty context that will become one.
+
+    Attributes:
+        work: what the request writes; the turn's to release unless it was kept.
+        num_kept: tokens that were there before.
+        prompt: what is new.
+        conversation: of the context with this turn.
+    """
+
+    def __init__(self, work: Context, node: Node | None = None, *, keeps: bool = False) -> None:
+        self.work = work
+        self.num_kept = work.num_tokens
+        self.prompt: tuple[Segment, ...] = ()
+        self.conversation: Conversation | None = None
+        self.keeps = keeps
+        self._node = node
+        self._is_kept = False
+
+    @property
+    def before(self) -> Conversation | None:
+        """The conversation that the turn continues."""
+        return None if self._node is None else self._node.conversation
+
+    @property
+    def salt(self) -> str | None:
+        """Of the context's namespace."""
+        return None if self._node is None else self._node.salt
+
+    @property
+    def path(self) -> tuple[Segment, ...]:
+        """All that the answer will stand behind."""
+        return (*self.work.segments, *self.prompt)
+
+    @property
+    def num_new(self) -> int:
+        """Tokens that are new."""
+        return sum(len(segment.token_ids) for segment in self.prompt)
+
+    def put(self, new: Continued) -> None:
+        """Say what is new."""
+        self.prompt, self.conversation = new
+
+    def start(self, sampling: SamplingParams, policy: ReusePolicy) -> RequestHandle:
+        """Submit the request.
+
+        Raises:
+            ApiError: 409 for an exact answer on KV that is not.
+            KVCommError: the engine refuses it.
+        """
+        if policy.is_exact and self.work.fidelity is Fidelity.APPROXIMATE:
+            message = "this context holds approximate KV; allow that in `reuse`, or make the context anew"
+            raise ApiError(409, "context_approximate", message, param="context_id")
+        self.work.policy = policy
+        return self.work.submit(sampling, prompt=self.prompt)
+
+    def keep(self) -> None:
+        """The request has succeeded: what came of it takes the context's place, if it is to."""
+        if self.keeps and self._node is not None and self._node.turn is self:
+            self._node.take(self)
+            self._is_kept = True
+
+    def hand_over(self) -> Context:
+        """Give what came of it to somebody else to release."""
+        self._is_kept = True
+        return self.work
+
+    def end(self) -> None:
+        """Give back what was not kept, once the request has ended. Idempotent."""
+        if self._node is not None and self._node.turn is self:
+            self._node.turn = None
+        if not self._is_kept:
+            self.work.release()

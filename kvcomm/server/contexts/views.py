@@ -1,0 +1,56 @@
+"""Contexts as clients see them."""
+
+from __future__ import annotations
+
+from kvcomm.engine.results import Completion
+from kvcomm.server.contexts.registry import ContextRegistry, Node
+from kvcomm.server.schemas.contexts import Context, ContextBranch, ExtendedContext
+from kvcomm.server.usage import usage_of
+
+
+def views(registry: ContextRegistry) -> list[Context]:
+    """All contexts of a registry, parents before children."""
+    return [_view(registry, node, num_bytes) for node, num_bytes in registry.num_bytes().items()]
+
+
+def view(registry: ContextRegistry, node: Node) -> Context:
+    """One of them."""
+    return _view(registry, node, registry.num_bytes()[node])
+
+
+def extended(registry: ContextRegistry, node: Node, completion: Completion) -> ExtendedContext:
+    """One of them, and what computing it took."""
+    return ExtendedContext(**view(registry, node).model_dump(), usage=usage_of([completion.usage]))
+
+
+def branch_of(registry: ContextRegistry, node: Node) -> ContextBranch:
+    """One of them in its tree."""
+    sizes = registry.num_bytes()
+    branch = registry.branch(node)
+    ancestors, at = [], node.parent
+    while at is not None:
+        ancestors.append(at.id)
+        at = at.parent
+    return ContextBranch(
+        **_view(registry, node, sizes[node]).model_dump(),
+        ancestors=ancestors[::-1],
+        descendants=[_view(registry, each, sizes[each]) for each in branch[1:]],
+        branch_bytes=sum(sizes[each] for each in branch),
+    )
+
+
+def _view(registry: ContextRegistry, node: Node, num_bytes: int) -> Context:
+    context = node.context
+    return Context(
+        id=node.id,
+        name=node.name,
+        parent=None if node.parent is None else node.parent.id,
+        tokens=context.num_tokens,
+        own_tokens=context.num_tokens - node.num_inherited,
+        bytes=num_bytes,
+        fidelity=context.fidelity.value,
+        busy=node.turn is not None,
+        pinned=node.is_pinned,
+        expires_in_s=registry.left_s(node),
+        created=node.created,
+    )

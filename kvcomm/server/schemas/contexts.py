@@ -1,0 +1,134 @@
+"""`/v1/contexts`: prompts that stay, to be forked, extended and answered behind."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
+from pydantic_core import PydanticCustomError
+
+from kvcomm.server.schemas.common import Body, NonEmpty, ResponseModel, Ttl
+from kvcomm.server.schemas.completions import Ids
+from kvcomm.server.schemas.messages import Message, Tool
+from kvcomm.server.schemas.usage import Usage
+
+DisplayName = Annotated[str, Field(min_length=1, max_length=128, description="For people; need not be unique.")]
+Lifetime = Annotated[
+    Ttl | None, Field(description="How long the context lives after its last use, such as 30m; 1h unless said.")
+]
+Pinned = Annotated[bool, Field(description="Keep it until it is deleted, whatever its ttl.")]
+Salt = Annotated[str, Field(min_length=1, max_length=128, description="As in requests: shares no cache with others.")]
+
+SOURCES = ("text", "token_ids", "messages")
+
+
+def _given(name: str) -> JsonDict:
+    return {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
+
+
+ONE_SOURCE: JsonDict = {
+    "oneOf": [_given(name) for name in SOURCES],
+    "if": _given("tools"),
+    "then": _given("messages"),
+}
+
+
+class Prompt(Body):
+    """What goes into a context: exactly one of a text, token ids or messages."""
+
+    model_config = ConfigDict(json_schema_extra=ONE_SOURCE)
+
+    text: Annotated[NonEmpty, Field(description="As it is; control tokens spelled out are control tokens.")] | None = (
+        None
+    )
+    token_ids: Ids | None = None
+    messages: (
+        Annotated[
+            list[Message],
+            Field(min_length=1, description="Written by the chat template; more messages continue the conversation."),
+        ]
+        | None
+    ) = None
+    tools: Annotated[list[Tool] | None, Field(description="Shown by the chat template; only with messages.")] = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Prompt:
+        given = [name for name in SOURCES if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise PydanticCustomError(
+                "source", "give exactly one of text, token_ids and messages, not {count} of them", {"count": len(given)}
+            )
+        if self.tools is not None and self.messages is None:
+            raise PydanticCustomError("needs", "{param} is only allowed with messages", {"param": "tools"})
+        return self
+
+
+class ContextRequest(Prompt):
+    """A context to be computed."""
+
+    name: DisplayName | None = None
+    ttl: Lifetime = None
+    pinned: Pinned = False
+    cache_salt: Salt | None = None
+
+
+class ForkRequest(Body):
+    """A second context with the same past; what is left out is as with the first, but the name."""
+
+    name: DisplayName | None = None
+    ttl: Lifetime = None
+    pinned: Pinned = False
+
+
+class ContextChange(Body):
+    """What is to change; what is left out stays."""
+
+    name: Annotated[DisplayName | None, Field(description="null takes the name away.")] = None
+    ttl: Lifetime = None
+    pinned: bool | None = None
+
+
+class Context(ResponseModel):
+    """A context now."""
+
+    id: str
+    object: Literal["context"] = "context"
+    name: str | None
+    parent: Annotated[str | None, Field(description="What it was forked from, or the nearest of those that is left.")]
+    tokens: int
+    own_tokens: Annotated[int, Field(description="Behind what it has from its parent.")]
+    bytes: Annotated[int, Field(description="Of KV that no context before it in the list holds.")]
+    fidelity: Literal["exact", "approximate"]
+    busy: Annotated[bool, Field(description="A request is extending it; it can be forked, and not be extended.")]
+    pinned: bool
+    expires_in_s: Annotated[float | None, Field(description="Unless it is used; null while pinned or busy.")]
+    created: int
+
+
+class ExtendedContext(Context):
+    """A context that was computed just now, and where its tokens came from."""
+
+    usage: Usage
+
+
+class ContextBranch(Context):
+    """A context, what it came from and what came from it."""
+
+    ancestors: Annotated[list[str], Field(description="Ids, from the root to its parent.")]
+    descendants: Annotated[list[Context], Field(description="Parents before children.")]
+    branch_bytes: Annotated[int, Field(description="Of its own and of its descendants' KV.")]
+
+
+class ContextList(ResponseModel):
+    """All contexts of the caller, parents before children; the sum of their bytes is what they hold together."""
+
+    object: Literal["list"] = "list"
+    data: list[Context]
+
+
+class DeletedContexts(ResponseModel):
+    """What is no more."""
+
+    object: Literal["context.deleted"] = "context.deleted"
+    deleted: list[str]
