@@ -26,6 +26,7 @@ the way out. Our own broken invariants stay `AssertionError`.
     |  +- CacheFolderError                full disk, read-only, foreign or truncated cache folder
     +- KeyFileError                       a file of API keys cannot be read, written or understood
     +- MissingExtra                       an optional part of the installation is not there
+    +- ServerError                        a running server cannot be reached, or refuses
     +- SnapshotError                      a snapshot file cannot be written or used
        +- SnapshotCorrupt                 truncated, bit-flipped or not a snapshot at all
        +- SnapshotForeign                 another model, dtype, rope, tokenizer or tenant
@@ -136,6 +137,10 @@ class KeyFileError(KVCommError):
 
 class MissingExtra(KVCommError):
     """An optional part of the installation is needed and not there; names the extra to install."""
+
+
+class ServerError(KVCommError):
+    """A running server cannot be reached, or refuses what is asked; carries its own words where it has some."""
 
 
 class SnapshotError(KVCommError):

@@ -16,6 +16,7 @@ import typer
 from kvcomm import __version__
 from kvcomm.cli import anchors, bench, context, doctor, model, segment, serve, snapshot
 from kvcomm.cli import run as run_cli
+from kvcomm.cli import top as top_cli
 from kvcomm.cli import tune as tune_cli
 from kvcomm.cli.output import emit_error
 from kvcomm.errors import InvalidRequest, KVCommError
@@ -39,6 +40,7 @@ app.add_typer(anchors.app, name="anchors")
 app.add_typer(model.app, name="model")
 app.add_typer(bench.app, name="bench")
 app.add_typer(serve.app, name="serve")
+app.command("top", epilog=top_cli.EPILOG)(top_cli.top)
 app.command("doctor")(doctor.doctor)
 app.command("tune", epilog=tune_cli.EPILOG)(tune_cli.tune)
 

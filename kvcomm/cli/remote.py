@@ -1,0 +1,80 @@
+"""Asking a running server: what `--server URL` stands for in several commands.
+
+The key is sent to the server that was named and to no other: redirects are not followed.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from http.client import HTTPException
+from typing import IO, Annotated, Any
+from urllib.parse import urlsplit
+
+import typer
+
+from kvcomm.cli.text import printable
+from kvcomm.errors import InvalidRequest, ServerError
+
+TIMEOUT_S = 10.0
+KEY_VARIABLE = "KVCOMM_API_KEY"
+SERVER_VARIABLE = "KVCOMM_SERVER"
+
+ServerFlag = Annotated[
+    str,
+    typer.Option("--server", envvar=SERVER_VARIABLE, metavar="URL", help="A server started by `kvcomm serve`."),
+]
+KeyFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--key",
+        envvar=KEY_VARIABLE,
+        metavar="KEY",
+        help="A tenant's API key, where the server has keys.",
+        show_default=False,
+    ),
+]
+
+
+def get_json(url: str, key: str | None = None) -> Any:
+    """The JSON value that a server has at a URL.
+
+    Raises:
+        InvalidRequest: the URL is none of http or https.
+        ServerError: no answer, a refusal, or an answer that is no JSON.
+    """
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise InvalidRequest(f"{url!r} is no address of a server; they begin with http:// or https://")
+    headers = {"accept": "application/json"}
+    if key is not None:
+        headers["authorization"] = f"Bearer {key}"
+    try:
+        with _opener().open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S) as answer:
+            return json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            raise ServerError(f"{url} answered {error.code}: {_words(error)}") from error
+    except (OSError, HTTPException) as error:
+        raise ServerError(f"{url} does not answer: {getattr(error, 'reason', None) or error}") from error
+    except ValueError as error:
+        raise ServerError(f"{url} answered something that is no JSON; is it a kvcomm server?") from error
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Lets a redirect be an error."""
+
+    def redirect_request(self, *arguments: Any) -> None:
+        return None
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(_NoRedirect)
+
+
+def _words(answer: IO[bytes]) -> str:
+    """The server's own words, if it has some in the usual shape."""
+    try:
+        return printable(str(json.loads(answer.read())["error"]["message"]))
+    except (ValueError, KeyError, TypeError):
+        return "no further words"
