@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from eval.trace_file import IdArray, Request
+from kvcomm.server.load.trace_file import IdArray, Request
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -32,7 +32,7 @@ def trie_paths(requests: Sequence[Request]) -> tuple[list[IdArray], int]:
     numbers: dict[tuple[int, int, int], int] = {}
     latest: dict[int, tuple[IdArray, IdArray]] = {}  # per session: blocks and nodes of its last request
     paths = []
-    for session, _, blocks in requests:
+    for session, _, blocks, _ in requests:
         known_blocks, nodes = latest.get(session, (blocks[:0], blocks[:0]))
         shared = _num_equal(known_blocks, blocks)
         path = np.empty_like(blocks)

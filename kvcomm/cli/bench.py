@@ -10,16 +10,19 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from kvcomm import __version__
 from kvcomm.cli.bench_reuse import reuse_command
+from kvcomm.cli.bench_serve import EPILOG as SERVE_EPILOG
+from kvcomm.cli.bench_serve import serve_command
 from kvcomm.cli.options import DEFAULT_MODEL, ModelFlag, load_engine
-from kvcomm.cli.output import JsonFlag, emit, table
+from kvcomm.cli.output import JsonFlag, emit, figure_table
 from kvcomm.errors import InvalidRequest
+from kvcomm.figures import Figure
 
 if TYPE_CHECKING:
     from kvcomm.engine.benchmark import Samples, TakeTokens
@@ -32,20 +35,12 @@ app = typer.Typer(
 )
 
 app.command("reuse", epilog="Example: kvcomm bench reuse --runs 5 --save anchors/")(reuse_command)
+app.command("serve", epilog=SERVE_EPILOG)(serve_command)
 
 DEFAULT_STREAMS = "1,2,4,8"
 
 RepeatsFlag = Annotated[int, typer.Option("--repeats", min=1, metavar="N", help="Measurements of each figure.")]
 ContextFlag = Annotated[int, typer.Option("--context-tokens", min=1, metavar="N", help="Tokens of a context.")]
-
-
-class Figure(NamedTuple):
-    """One line of a result; `spread` holds the quartiles of what was measured repeatedly."""
-
-    id: str
-    value: float
-    unit: str
-    spread: tuple[float, float] | None = None
 
 
 @app.command("prefix", epilog="Example: kvcomm bench prefix --prefix-tokens 2048")
@@ -189,13 +184,5 @@ def _figure(name: str, samples: Samples, unit: str) -> Figure:
 
 
 def _print(title: str, figures: Sequence[Figure], config: dict[str, Any], *, as_json: bool) -> None:
-    rows = [
-        (figure.id, _number(figure.value), figure.unit, " .. ".join(map(_number, figure.spread or ())))
-        for figure in figures
-    ]
-    view = table(("figure", "median", "unit", "quartiles"), rows, title=title, numeric={"median"})
+    view = figure_table(title, figures)
     emit({"figures": [figure._asdict() for figure in figures], "config": config}, view, as_json=as_json)
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"

@@ -17,6 +17,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from kvcomm.figures import Figure
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
 PIPE_WIDTH = 200
@@ -62,6 +64,19 @@ def table(
     for row in rows:
         view.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
     return view
+
+
+def figure_table(title: str, figures: Iterable[Figure]) -> Table:
+    """Figures of a benchmark for people."""
+    rows = [
+        (figure.id, _number(figure.value), figure.unit, " .. ".join(map(_number, figure.spread or ())))
+        for figure in figures
+    ]
+    return table(("figure", "median", "unit", "quartiles"), rows, title=title, numeric={"median"})
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
 
 
 def format_bytes(num_bytes: int) -> str:

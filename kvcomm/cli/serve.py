@@ -144,6 +144,7 @@ def _serve(settings: ServerSettings, *, as_json: bool) -> None:
             settings.model, dtype=settings.dtype, device=settings.device, config=settings.engine, progress=True
         ) as engine:
             server = make_server(make_app(engine, settings, keys=keys))
+            listener.listen()  # whoever reads the address can connect at once
             _print(settings, address_of(listener), as_json=as_json)
             server.run(sockets=[listener])
     finally:

@@ -29,11 +29,12 @@ IdArray = npt.NDArray[np.int32]
 
 
 class Request(NamedTuple):
-    """One prompt: ids of its prefix blocks, comparable within its session."""
+    """One prompt: ids of its prefix blocks, comparable within its session. `num_output`: tokens of its answer."""
 
     session: int
     at_s: float
     blocks: IdArray
+    num_output: int | None = None  # where the trace says
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,9 @@ def _parsed(file: Path, raw: bytes) -> Iterator[dict[str, Any]]:
 
 def _requests(lines: list[dict[str, Any]]) -> tuple[list[Request], int, str]:
     if "hash_ids" in lines[0]:
-        requests = [Request(0, line["timestamp"] / 1000, _ids(line["hash_ids"])) for line in lines]
+        requests = [
+            Request(0, line["timestamp"] / 1000, _ids(line["hash_ids"]), line.get("output_length")) for line in lines
+        ]
         return requests, MOONCAKE_BLOCK_SIZE, "mooncake"
     sizes = {int(line["block_size"]) for line in lines}
     if len(sizes) != 1:
@@ -119,7 +122,7 @@ def _of_session(session: int, start_s: float, entries: list[dict[str, Any]]) -> 
             yield from _of_session(session, at_s, entry["requests"])
         else:
             runs = [np.arange(first, first + count, dtype=np.int32) for first, count in entry["hash_runs"]]
-            yield Request(session, at_s, np.concatenate(runs) if runs else _ids([]))
+            yield Request(session, at_s, np.concatenate(runs) if runs else _ids([]), entry.get("out"))
 
 
 def _ids(values: list[int]) -> IdArray:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.trace_file import TraceError, block_tokens, read_trace
+from kvcomm.server.load.trace_file import TraceError, block_tokens, read_trace
 
 MOONCAKE = [
     {"timestamp": 0, "input_length": 1000, "output_length": 5, "hash_ids": [0, 1]},
