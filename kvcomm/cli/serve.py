@@ -76,6 +76,9 @@ def serve(
     default_max_tokens: Annotated[
         int | None, typer.Option("--default-max-tokens", metavar="N", help="Where the client does not say.")
     ] = None,
+    snapshots: Annotated[
+        Path | None, typer.Option("--snapshots", metavar="DIR", help="Where clients may save contexts.")
+    ] = None,
     log_level: Annotated[str | None, typer.Option("--log-level", help="debug, info, warning or error.")] = None,
     log_prompts: Annotated[
         bool | None, typer.Option("--log-prompts/--no-log-prompts", help="Write prompts and answers into the log.")
@@ -103,6 +106,7 @@ def serve(
         "max_requests": max_requests,
         "request_timeout_s": request_timeout,
         "default_max_tokens": default_max_tokens,
+        "snapshots": snapshots,
         "log_level": log_level,
         "log_prompts": log_prompts,
     }

@@ -11,7 +11,9 @@ from fastapi import FastAPI
 from kvcomm.engine.engine import Engine
 from kvcomm.server import admin, anchors, chat, completions, dashboard, errors, health, models, openapi, stats
 from kvcomm.server.access import Door
+from kvcomm.server.contexts import snapshot_surface as snapshots
 from kvcomm.server.contexts import surface as contexts
+from kvcomm.server.contexts.snapshots import make_folder
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.limits import BodyLimit
 from kvcomm.server.logs import RequestLog
@@ -24,6 +26,7 @@ SURFACES = (
     chat.router,
     completions.router,
     contexts.router,
+    snapshots.router,
     anchors.router,
     stats.router,
     dashboard.router,
@@ -39,10 +42,13 @@ def make_app(engine: Engine, settings: ServerSettings | None = None, *, keys: Ke
 
     Raises:
         KeyFileError: the settings name a key file that cannot be read.
+        InvalidRequest: the folder for snapshots cannot be made.
     """
     settings = settings or ServerSettings()
     if keys is None and settings.keys is not None:
         keys = KeyRing(settings.keys)
+    if settings.snapshots is not None:
+        make_folder(settings.snapshots)
     state = ServerState(engine, settings, keys)
     app = FastAPI(docs_url=None, redoc_url=None)  # their pages load scripts from elsewhere
     app.state.kvcomm = state

@@ -108,8 +108,12 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorResponse, "description": MEANINGS[status]} for status in statuses}
 
 
-def translate(error: BaseException, *, retry_after_s: float = 1) -> ApiError:
-    """What a client is told about an error of the engine; nothing about one that nobody expected: log that."""
+def translate(error: BaseException, *, retry_after_s: float = 1, context_tokens: int = 0) -> ApiError:
+    """What a client is told about an error of the engine; nothing about one that nobody expected: log that.
+
+    Args:
+        context_tokens: what the client's own contexts hold.
+    """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, PromptTooLong):
@@ -124,7 +128,8 @@ def translate(error: BaseException, *, retry_after_s: float = 1) -> ApiError:
         message = "this tenant's quota is used up by its own contexts and requests; release some, or wait"
         return ApiError(429, "quota_exceeded", message, retry_after_s=retry_after_s)
     if isinstance(error, PoolExhausted):
-        message = "there is no room for this request's KV right now; try again later"
+        own = f"this tenant's contexts hold {context_tokens} tokens: delete some, or " if context_tokens else ""
+        message = f"there is no room for this request's KV right now; {own}try again later"
         return ApiError(503, "pool_exhausted", message, retry_after_s=retry_after_s)
     if isinstance(error, RequestCancelled | ContextReleased):
         return ApiError(409, "context_deleted", "the context of this request was deleted meanwhile")

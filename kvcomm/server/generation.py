@@ -185,7 +185,11 @@ class Call:
     def _translated(self, error: BaseException) -> ApiError:
         if isinstance(error, EngineClosed):
             self.state.is_engine_closed = True
-        answer = translate(error, retry_after_s=self.state.settings.retry_after_s)
+        answer = translate(
+            error,
+            retry_after_s=self.state.settings.retry_after_s,
+            context_tokens=self.tenant.context_tokens,
+        )
         if answer.status_code == HTTPStatus.INTERNAL_SERVER_ERROR:
             log_unexpected(error, self.notes)
         return answer

@@ -100,6 +100,8 @@ class ServerSettings(BaseModel):
         max_salts: namespaces per tenant that `cache_salt` may open; the least recently used one is dropped.
         max_contexts: that one tenant may have at once; over it, 429.
         context_ttl_s: how long a context lives after its last use where the client does not say.
+        snapshots: the folder of contexts that clients save; None: they cannot.
+        max_snapshots: that one tenant may have; over it, 429.
         limits: of tenants whose key brings none of its own.
         max_divergence, confidence: the bound in force where a request does not say; 0 is exact reuse only.
         log_level: of the structured log.
@@ -132,6 +134,8 @@ class ServerSettings(BaseModel):
     max_salts: Positive = 256
     max_contexts: Positive = 1024
     context_ttl_s: Seconds = 3600.0
+    snapshots: Path | None = None
+    max_snapshots: Positive = 64
     limits: Limits = Limits()
     max_divergence: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95

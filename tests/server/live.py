@@ -82,6 +82,7 @@ def serving(engine: Engine, settings: ServerSettings, *, keys: KeyRing | None = 
         server.should_exit = True
         thread.join(PATIENCE_S)
         assert not thread.is_alive(), "the server did not end"
+        app.state.kvcomm.contexts.close()
         logger.removeHandler(handler)
         logger.setLevel(level)
 

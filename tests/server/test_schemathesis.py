@@ -38,6 +38,10 @@ OPERATIONS = (
     "DELETE /v1/contexts/{context_id}",
     "POST /v1/contexts/{context_id}/extend",
     "POST /v1/contexts/{context_id}/fork",
+    "POST /v1/contexts/{context_id}/snapshot",
+    "GET /v1/snapshots",
+    "DELETE /v1/snapshots/{name}",
+    "POST /v1/snapshots/{name}/restore",
     "GET /v1/anchors",
     "PUT /admin/tenants/{tenant}/anchors",
     "GET /metrics",
@@ -64,7 +68,11 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     tiny = tiny_model()
     tiny.model.config.max_position_embeddings = 4096  # no schema can say how many tokens a text has
     with Engine(tiny.model, tiny.tokenizer, config=EngineConfig(page_size=4, pool_tokens=16_384)) as engine:
-        app = make_app(engine, ServerSettings(model=MODEL, max_answer_tokens=4), keys=KeyRing(file))
+        app = make_app(
+            engine,
+            ServerSettings(model=MODEL, max_answer_tokens=4, snapshots=file.parent / "snapshots"),
+            keys=KeyRing(file),
+        )
         yield Api(schemathesis.openapi.from_asgi("/openapi.json", app), keys)
         app.state.kvcomm.contexts.close()
         require_nothing_left(engine)

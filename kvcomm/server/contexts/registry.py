@@ -20,6 +20,7 @@ from kvcomm.engine.engine import Engine
 from kvcomm.server.contexts.conversation import Conversation
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError
+from kvcomm.server.schemas.contexts import Terms
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.tenants import Tenant
 
@@ -35,19 +36,19 @@ class Node:
 
     Attributes:
         num_inherited: tokens it has from its parent.
-        ttl_s: seconds it lives after its last use, unless it is pinned.
+        ttl_s, used_s: seconds it lives after its last use, unless it is pinned, and when that was.
         turn: the request that writes it now.
     """
 
     context: Context
-    ttl_s: float
-    used_s: float
     name: str | None = None
     salt: str | None = None
     conversation: Conversation | None = None
     parent: Node | None = None
     num_inherited: int = 0
     is_pinned: bool = False
+    ttl_s: float = 0.0
+    used_s: float = 0.0
     turn: Turn | None = None
     id: str = field(default_factory=new_id)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -127,32 +128,20 @@ class ContextRegistry:
             message = f"this tenant has {len(self._nodes)} of at most {limit} contexts; delete some, or let some expire"
             raise ApiError(429, "quota_exceeded", message, retry_after_s=self._settings.retry_after_s)
 
-    def make(
-        self,
-        context: Context,
-        *,
-        name: str | None,
-        ttl_s: float | None,
-        is_pinned: bool,
-        salt: str | None,
-        conversation: Conversation | None,
-        parent: Node | None = None,
+    def adopt(
+        self, context: Context, terms: Terms, *, salt: str | None = None, conversation: Conversation | None = None
     ) -> Node:
-        """Take in a context, which is the registry's from now on."""
-        node = Node(
-            context,
-            ttl_s=self._settings.context_ttl_s if ttl_s is None else ttl_s,
-            used_s=self._clock(),
-            name=name,
-            salt=salt,
-            conversation=conversation,
-            parent=parent,
-            num_inherited=context.num_tokens if parent is not None else 0,
-            is_pinned=is_pinned,
-        )
-        self._nodes[node.id] = node
+        """Take in a context without a parent; it is the registry's from now on."""
+        node = self._add(Node(context, salt=salt, conversation=conversation), terms, self._settings.context_ttl_s)
         self.count()
         return node
+
+    def fork(self, parent: Node, terms: Terms) -> Node:
+        """A second context with all that is known of a first at this moment; it holds nothing of its own yet."""
+        context, conversation = parent.fork()
+        child = Node(context, salt=parent.salt, conversation=conversation, parent=parent)
+        child.num_inherited = min(context.num_tokens, parent.context.num_tokens)
+        return self._add(child, terms, parent.ttl_s)
 
     def branch(self, node: Node) -> list[Node]:
         """A context and all that came from it, parents before children."""
@@ -205,6 +194,13 @@ class ContextRegistry:
         """Tell the tenant what its contexts hold."""
         num_pages = sum(self.num_bytes().values()) // self._engine.pool.page_bytes
         self.tenant.context_tokens = num_pages * self._engine.pool.page_size
+
+    def _add(self, node: Node, terms: Terms, ttl_s: float) -> Node:
+        node.name, node.is_pinned = terms.name or node.context.name, terms.pinned
+        node.ttl_s = ttl_s if terms.ttl_s is None else terms.ttl_s
+        node.used_s = self._clock()
+        self._nodes[node.id] = node
+        return node
 
 
 class Contexts:

@@ -77,16 +77,7 @@ async def fork_context(context_id: Id, body: ForkRequest, registry: RegistryDep)
     """A second context with all that is known at this moment, also while the first is busy. Copies no KV."""
     registry.require_place()
     node = registry.find(context_id)
-    context, conversation = node.fork()
-    child = registry.make(
-        context,
-        name=body.name,
-        ttl_s=node.ttl_s if body.ttl is None else seconds(body.ttl),
-        is_pinned=body.pinned,
-        salt=node.salt,
-        conversation=conversation,
-        parent=node,
-    )
+    child = registry.fork(node, body)
     return view(registry, child)
 
 
@@ -130,14 +121,7 @@ async def _create(body: ContextRequest, call: Call) -> ExtendedContext:
     space = call.state.tenants.open_namespace(call.tenant, body.cache_salt)
     turn = call.take_turn(Turn(call.state.engine.empty_context(tenant=space)))
     completion = await _prefill(turn, body, call, salt=body.cache_salt)
-    node = registry.make(
-        turn.hand_over(),
-        name=body.name,
-        ttl_s=None if body.ttl is None else seconds(body.ttl),
-        is_pinned=body.pinned,
-        salt=body.cache_salt,
-        conversation=turn.conversation,
-    )
+    node = registry.adopt(turn.hand_over(), body, salt=body.cache_salt, conversation=turn.conversation)
     return extended(registry, node, completion)
 
 

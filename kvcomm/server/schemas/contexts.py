@@ -8,7 +8,8 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
-from kvcomm.server.schemas.common import Body, NonEmpty, ResponseModel, Ttl
+from kvcomm.server.keys import NAME_PATTERN
+from kvcomm.server.schemas.common import Body, NonEmpty, ResponseModel, Ttl, seconds
 from kvcomm.server.schemas.completions import Ids
 from kvcomm.server.schemas.messages import Message, Tool
 from kvcomm.server.schemas.usage import Usage
@@ -17,7 +18,6 @@ DisplayName = Annotated[str, Field(min_length=1, max_length=128, description="Fo
 Lifetime = Annotated[
     Ttl | None, Field(description="How long the context lives after its last use, such as 30m; 1h unless said.")
 ]
-Pinned = Annotated[bool, Field(description="Keep it until it is deleted, whatever its ttl.")]
 Salt = Annotated[str, Field(min_length=1, max_length=128, description="As in requests: shares no cache with others.")]
 
 SOURCES = ("text", "token_ids", "messages")
@@ -64,21 +64,27 @@ class Prompt(Body):
         return self
 
 
-class ContextRequest(Prompt):
-    """A context to be computed."""
+class Terms(Body):
+    """How a new context is called and how long it stays."""
 
     name: DisplayName | None = None
     ttl: Lifetime = None
-    pinned: Pinned = False
+    pinned: Annotated[bool, Field(description="Keep it until it is deleted, whatever its ttl.")] = False
+
+    @property
+    def ttl_s(self) -> float | None:
+        """Its ttl in seconds, if one was said."""
+        return None if self.ttl is None else seconds(self.ttl)
+
+
+class ContextRequest(Prompt, Terms):
+    """A context to be computed."""
+
     cache_salt: Salt | None = None
 
 
-class ForkRequest(Body):
-    """A second context with the same past; what is left out is as with the first, but the name."""
-
-    name: DisplayName | None = None
-    ttl: Lifetime = None
-    pinned: Pinned = False
+class ForkRequest(Terms):
+    """A second context with the same past; without a ttl it has that of the first."""
 
 
 class ContextChange(Body):
@@ -125,6 +131,48 @@ class ContextList(ResponseModel):
 
     object: Literal["list"] = "list"
     data: list[Context]
+
+
+SnapshotName = Annotated[str, Field(pattern=NAME_PATTERN)]
+
+
+class SnapshotRequest(Body):
+    """A file to be written."""
+
+    name: SnapshotName
+    replace: Annotated[bool, Field(description="Put it in place of one that has this name.")] = False
+
+
+class RestoreRequest(Terms):
+    """A context to be made from a file; without a name it has the one it was saved with."""
+
+    cache_salt: Annotated[Salt | None, Field(description="That of the context that was saved.")] = None
+
+
+class Snapshot(ResponseModel):
+    """A file with the state of a context."""
+
+    object: Literal["snapshot"] = "snapshot"
+    name: str
+    bytes: int
+    tokens: int | None = None
+    fidelity: Literal["exact", "approximate"] | None = None
+    created: Annotated[str | None, Field(description="ISO 8601, UTC.")] = None
+    refusal: Annotated[str | None, Field(description="Why it cannot be used, where it cannot.")] = None
+
+
+class SnapshotList(ResponseModel):
+    """The caller's snapshots, by name."""
+
+    object: Literal["list"] = "list"
+    data: list[Snapshot]
+
+
+class DeletedSnapshot(ResponseModel):
+    """What is no more."""
+
+    object: Literal["snapshot.deleted"] = "snapshot.deleted"
+    name: str
 
 
 class DeletedContexts(ResponseModel):

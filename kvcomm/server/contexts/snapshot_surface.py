@@ -1,0 +1,88 @@
+"""`/v1/contexts/{id}/snapshot` and `/v1/snapshots`: contexts that outlive the server."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated
+
+import anyio.to_thread
+from fastapi import APIRouter, Depends, Path
+
+from kvcomm.server.access import security
+from kvcomm.server.contexts.snapshots import SnapshotFolder
+from kvcomm.server.contexts.surface import COMPUTING, LOOKING, Id, RegistryDep
+from kvcomm.server.contexts.turns import Turn
+from kvcomm.server.contexts.views import view
+from kvcomm.server.errors import ApiError
+from kvcomm.server.generation import Call, CallDep
+from kvcomm.server.schemas.contexts import (
+    Context,
+    DeletedSnapshot,
+    RestoreRequest,
+    Snapshot,
+    SnapshotList,
+    SnapshotName,
+    SnapshotRequest,
+)
+from kvcomm.server.state import StateDep, TenantDep
+
+router = APIRouter(prefix="/v1", tags=["contexts"], dependencies=[Depends(security)])
+
+Name = Annotated[SnapshotName, Path()]
+
+
+def _folder(state: StateDep, tenant: TenantDep) -> SnapshotFolder:
+    root = state.settings.snapshots
+    if root is None:
+        message = "this server keeps no snapshots; its operator gives a folder with `kvcomm serve --snapshots DIR`"
+        raise ApiError(404, "no_snapshots", message)
+    return SnapshotFolder(root, tenant.name, max_snapshots=state.settings.max_snapshots)
+
+
+FolderDep = Annotated[SnapshotFolder, Depends(_folder)]
+
+
+@router.post("/contexts/{context_id}/snapshot", operation_id="saveContext", status_code=201, responses=COMPUTING)
+async def save_context(context_id: Id, body: SnapshotRequest, registry: RegistryDep, folder: FolderDep) -> Snapshot:
+    """Write a context to a file, as it was before what is extending it now."""
+    node = registry.find(context_id)
+    with node.context.fork(name=node.name) as copy:
+        copy.note = None if node.conversation is None else node.conversation.model_dump_json()
+        return await anyio.to_thread.run_sync(partial(folder.save, copy, body.name, replace=body.replace))
+
+
+@router.get("/snapshots", operation_id="listSnapshots", responses=LOOKING)
+async def list_snapshots(folder: FolderDep) -> SnapshotList:
+    """Every snapshot of the caller."""
+    return SnapshotList(data=await anyio.to_thread.run_sync(folder.snapshots))
+
+
+@router.post("/snapshots/{name}/restore", operation_id="restoreContext", status_code=201, responses=COMPUTING)
+async def restore_context(name: Name, body: RestoreRequest, call: CallDep, folder: FolderDep) -> Context:
+    """A context from a snapshot; it has no parent."""
+    return await call.guard(_restore(name, body, call, folder))
+
+
+@router.delete("/snapshots/{name}", operation_id="deleteSnapshot", responses=LOOKING)
+async def delete_snapshot(name: Name, folder: FolderDep) -> DeletedSnapshot:
+    """Delete a snapshot; contexts made from it stay."""
+    await anyio.to_thread.run_sync(folder.remove, name)
+    return DeletedSnapshot(name=name)
+
+
+async def _restore(name: str, body: RestoreRequest, call: Call, folder: SnapshotFolder) -> Context:
+    state, registry = call.state, call.state.contexts.of(call.tenant)
+    registry.require_place()
+    num_tokens = await anyio.to_thread.run_sync(folder.num_tokens, name)
+    space = state.tenants.open_namespace(call.tenant, body.cache_salt)
+
+    def read() -> Turn:
+        context, conversation = folder.restore(state.engine, name, space=space)
+        turn = call.take_turn(Turn(context))  # here: if the caller is cancelled meanwhile, `close` still finds it
+        turn.conversation = conversation
+        return turn
+
+    async with state.admission.place(call.tenant, num_tokens):
+        turn = await anyio.to_thread.run_sync(read)
+    node = registry.adopt(turn.hand_over(), body, salt=body.cache_salt, conversation=turn.conversation)
+    return view(registry, node)
