@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from fastapi import APIRouter
 from selenium.webdriver.common.keys import Keys as Key
 
+from kvcomm.align.groups import Audit, GroupKey
 from kvcomm.engine.engine import Engine
 from kvcomm.server import app as app_module
 from kvcomm.server.keys import KeyRing
@@ -125,6 +127,67 @@ def test_a_request_and_its_plan(page: Browser, live: Live) -> None:
     assert page.all("#ttft .histogram li")
 
 
+def test_moved_text_in_a_plan(page: Browser) -> None:
+    """What an answer says about moved text, given to the page as a server would."""
+    answer = {
+        "choices": [{"message": {"content": XSS}}],
+        "usage": {
+            "prompt_tokens": 100,
+            "cached_prefix_tokens": 20,
+            "aligned_tokens": 50,
+            "computed_tokens": 30,
+            "bound": {"max_divergence": 0.02, "confidence": 0.95},
+            "timings": {"ttft_s": 0.25},
+            "plan": [
+                {"start": 0, "end": 20, "source": "exact", "reason": None},
+                {"start": 20, "end": 70, "source": "aligned", "reason": None},
+                {"start": 70, "end": 100, "source": "computed", "reason": "out_of_distribution"},
+            ],
+        },
+    }
+    page.run("document.getElementById('trial-result').replaceChildren(...showTrial(arguments[0]))", answer)
+    spans = page.all("#trial-result .span")
+    assert [span.text for span in spans] == ["exact 20", "aligned 50", "out of distribution 30"]
+    widths = [span.size["width"] for span in spans]
+    assert [width / sum(widths) for width in widths] == pytest.approx([0.2, 0.5, 0.3], abs=0.02)
+    assert "bound 0.02 nats at 95 %" in page.text("#trial-result")
+    assert page.text("#trial-result .answer") == XSS
+    assert page.run("return document.title") == "kvcomm"
+
+
+def test_audits_against_their_bounds(page: Browser, engine: Engine) -> None:
+    assert "has been audited yet" in page.text("#audits")
+    bounds = ((0.02, 0.05), (0.05, 0.05))
+    group = engine.reuse.groups.group(engine.namespace(), GroupKey((), "rotate", (0.0,)), (0.0,))
+    for divergence, bound in ((0.0, bounds[0]), (0.03, bounds[0]), (0.03, bounds[1]), (float("nan"), bounds[1])):
+        audit = Audit(time.monotonic(), divergence, float("inf"), bound)
+        with engine.lock:
+            group.audits.append(audit)
+            group.breaker(bound).observe(audit.is_violation)
+    send(page, "hello")  # a tenant that never asked for anything has no groups
+    page.wait(lambda: page.all("#audits svg.audits .kept"))
+    marks = page.run(
+        "return [...document.querySelectorAll('#audits svg.audits .kept, #audits svg.audits .broken')]"
+        ".map((mark) => [mark.getAttribute('class'), mark.getBoundingClientRect().y])"
+    )
+    assert [kind for kind, _ in marks] == ["kept", "broken", "kept", "broken"]
+    limits = [each.location["y"] for each in page.all("#audits svg.audits .limit")]
+    for (kind, height), limit in zip(marks, limits, strict=True):
+        assert (height < limit) == (kind == "broken")
+    rows = [row.text.split()[1:] for row in page.all("#bounds tbody tr")]
+    assert rows == [["0.02", "95", "%", "2", "1", "holds"], ["0.05", "95", "%", "2", "1", "holds"]]
+
+
+def test_what_was_dropped_and_why(page: Browser, engine: Engine) -> None:
+    page.one("#trial-system").clear()
+    send(page, XSS)
+    with engine.lock:
+        engine.tree.reset()
+    page.wait(lambda: "reset" in page.text("#evictions"))
+    assert "user\n<img" in page.text("#evictions")
+    assert page.all("main img") == []
+
+
 def test_what_the_server_refuses_is_said(page: Browser) -> None:
     send(page, "hello")
     page.run("document.getElementById('trial-user').value = 'x'.repeat(100000)")
@@ -162,7 +225,7 @@ def test_trees(page: Browser, trees: dict[str, Any]) -> None:
     bars = {each: page.one(f"#tree [data-id=id-{each}] > .node .bar").size["width"] for each in "AB"}
     assert bars["B"] / bars["A"] == pytest.approx(0.25, abs=0.05)
     blocks = [each.size["width"] for each in page.all("#tree .cell")]
-    assert blocks[1] / blocks[0] == pytest.approx(10 / 80 * 2, abs=0.03)
+    assert blocks[1] / blocks[0] == pytest.approx(10 / 80, abs=0.03)
 
 
 def test_a_tree_by_keyboard(page: Browser, trees: dict[str, Any]) -> None:
@@ -226,6 +289,19 @@ def test_text_stands_out(page: Browser, scheme: str) -> None:
         text = page.run("return getComputedStyle(document.querySelector(arguments[0])).color", selector)
         dark, light = sorted((luminance(text), luminance(card)))
         assert (light + 0.05) / (dark + 0.05) >= 4.5, (selector, text, card)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_words_inside_marks_stand_out(page: Browser, scheme: str) -> None:
+    page.prefer(scheme)
+    paint = (
+        "const mark = document.body.appendChild(document.createElement('b'));"
+        "mark.style.color = `var(--${arguments[0]})`;"
+        "const colour = getComputedStyle(mark).color; mark.remove(); return colour"
+    )
+    words = luminance(page.run(paint, "on-kind"))
+    for kind in ("exact", "aligned", "computed"):
+        assert (words + 0.05) / (luminance(page.run(paint, kind)) + 0.05) >= 4.5, kind
 
 
 def test_kinds_differ_by_pattern_too(page: Browser) -> None:

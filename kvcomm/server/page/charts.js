@@ -77,7 +77,7 @@ function showHistogram(ttft) {
 function showRecent(recent) {
   if (!recent.length) return [empty("No request has ended yet.")];
   const list = make("ul", { class: "recent" });
-  for (const each of recent.slice(0, 8)) {
+  for (const each of recent.slice(0, 5)) {
     const words = `${count(total(each.tokens))} tokens, first after ${seconds(each.ttft_s)}, ${seconds(each.ago_s)} ago`;
     list.append(make("li", {}, sourceBar(each.tokens), make("span", { class: "note" }, words)));
   }

@@ -1,12 +1,20 @@
 // A tree that is walked with the arrow keys and keeps its place while its data change.
 // Nodes: {id, label, tokens, bytes, fidelity, notes, children}.
 
+const MAX_OPEN = 150;
+
 class TreeView {
   constructor(place, name) {
     this.place = place;
     this.name = name;
-    this.closed = new Set();
+    this.turned = new Set(); // nodes that somebody opened or closed
+    this.nodes = [];
     this.focused = null;
+  }
+
+  /** Big trees begin with their tops open. */
+  isOpen(node, level) {
+    return this.turned.has(node.id) !== (this.size <= MAX_OPEN || level === 1);
   }
 
   show(nodes) {
@@ -16,7 +24,8 @@ class TreeView {
       return;
     }
     this.nodes = nodes;
-    this.largest = Math.max(1, ...flat(nodes).map((node) => node.bytes));
+    this.size = flat(nodes).length;
+    this.largest = flat(nodes).reduce((most, node) => Math.max(most, node.bytes), 1);
     const list = make("ul", { role: "tree", "aria-label": this.name });
     nodes.forEach((node, index) => list.append(this.item(node, 1, index + 1, nodes.length)));
     list.addEventListener("keydown", (event) => this.press(event));
@@ -28,7 +37,7 @@ class TreeView {
   }
 
   item(node, level, position, size) {
-    const isOpen = !this.closed.has(node.id);
+    const isOpen = this.isOpen(node, level);
     const item = make("li", {
       role: "treeitem",
       tabindex: -1,
@@ -40,8 +49,8 @@ class TreeView {
     });
     const bar = sized(make("span", { class: `bar ${node.fidelity}` }), "--share", node.bytes / this.largest);
     const mark = make("span", { class: "twist", "aria-hidden": "true" }, node.children.length ? (isOpen ? "▾" : "▸") : "·");
-    const size_ = `${count(node.tokens)} tokens, ${bytes(node.bytes)}`;
-    const words = [node.fidelity, size_, ...node.notes].join(" · ");
+    const held = `${count(node.tokens)} tokens, ${bytes(node.bytes)}`;
+    const words = [node.fidelity, held, ...node.notes].join(" · ");
     const row = make("div", { class: "node" }, mark,
       make("span", { class: "label" }, node.label),
       make("span", { class: "track", "aria-hidden": "true" }, bar),
@@ -71,7 +80,7 @@ class TreeView {
   toggle(item) {
     if (!item.hasAttribute("aria-expanded")) return;
     const id = item.dataset.id;
-    if (!this.closed.delete(id)) this.closed.add(id);
+    if (!this.turned.delete(id)) this.turned.add(id);
     this.focused = id;
     this.show(this.nodes);
     this.current.focus();
@@ -104,20 +113,19 @@ function flat(nodes) {
 
 const MAX_ROWS = 6;
 
-/** All nodes at a glance: a block as wide as what it and what hangs below it hold. */
+/** All nodes at a glance: a block as wide as what it and what hangs below it hold; below, what is its own is left free. */
 function icicle(nodes) {
-  const map = make("div", { class: "icicle", "aria-hidden": "true" });
-  for (const node of nodes) map.append(cell(node, 1));
-  return map;
+  return make("div", { class: "icicle", "aria-hidden": "true" }, ...nodes.map((node) => cell(node, 1)));
 }
 
 function cell(node, row) {
   const title = `${node.label}: ${bytes(node.bytes)}, ${node.fidelity}`;
-  const box = make("div", { class: "cell" }, make("div", { class: `block ${node.fidelity}`, title }, make("span", { class: "inside" }, node.label)));
-  const below = make("div", { class: "below" });
-  if (row < MAX_ROWS) for (const child of node.children) below.append(cell(child, row + 1));
-  box.append(below);
-  return sized(box, "--weight", flat([node]).reduce((sum, each) => sum + each.bytes, 0) || 1);
+  const block = make("div", { class: `block ${node.fidelity}`, title }, make("span", { class: "inside" }, node.label));
+  const children = row < MAX_ROWS ? node.children.map((child) => cell(child, row + 1)) : [];
+  const own = sized(make("div", { class: "own" }), "--weight", node.bytes);
+  const held = flat([node]).reduce((sum, each) => sum + each.bytes, 0);
+  const below = make("div", { class: "below" }, ...children, own);
+  return sized(make("div", { class: "cell" }, block, below), "--weight", held || 1);
 }
 
 /** What hangs in the cache, as nodes of a view; the root itself, which is no text, is left out. */

@@ -30,7 +30,7 @@ function showTrial(answer) {
   const tokens = { exact: usage.cached_prefix_tokens, aligned: usage.aligned_tokens, computed: usage.computed_tokens };
   const columns = [{ name: "tokens", number: true }, { name: "count", number: true }, { name: "source" }, { name: "why" }];
   const rows = plan.slice(0, MAX_LISTED).map((span) => [
-    `${span.start}–${span.end}`, count(span.tokens), make("span", {}, swatch(span.source), span.source),
+    `${span.start}–${span.end}`, count(span.tokens), make("span", { class: "kind" }, swatch(span.source), span.source),
     span.reason === null ? MEANING[span.source] : `${plain(span.reason)}: ${REASONS[span.reason] ?? ""}`,
   ]);
   const bound = usage.bound === null ? "exact" : `bound ${usage.bound.max_divergence} nats at ${+(100 * usage.bound.confidence).toFixed(2)} %`;
