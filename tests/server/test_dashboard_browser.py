@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from fastapi import APIRouter
 from selenium.webdriver.common.keys import Keys as Key
@@ -57,35 +58,35 @@ def node(name: str, size: int, *children: dict[str, Any], **fields: Any) -> dict
     return values | fields
 
 
-def context(name: str, parent: str | None, **fields: Any) -> dict[str, Any]:
-    """A context."""
-    values = {
-        "object": "context", "id": name, "name": name.upper(), "parent": parent, "tokens": 20, "own_tokens": 5,
-        "bytes": 5000, "fidelity": "exact", "busy": False, "pinned": False, "expires_in_s": 60.0, "created": 1,
-    }  # fmt: skip
-    return values | fields
+@pytest.fixture
+def contexts(live: Live) -> Iterator[list[str]]:
+    """Ids of a context, of a fork of it, and of another one; they are deleted at the end."""
+    url, made = f"{live.url}/v1/contexts", list[str]()
+
+    def make(path: str, **body: Any) -> None:
+        made.append(httpx2.post(f"{url}{path}", json=body).json()["id"])
+
+    make("", text="The quick brown fox jumps over the lazy dog", name="top", pinned=True)
+    make(f"/{made[0]}/fork", name="left", ttl="90s")
+    make("", text=XSS)
+    yield made
+    for each in made:
+        httpx2.delete(f"{url}/{each}").raise_for_status()
 
 
 @pytest.fixture
 def trees(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What `/v1/cache/tree` and `/v1/contexts` answer in this test."""
+    """What `/v1/cache/tree` answers in this test."""
     top = node("A", 40, node("B", 10, fidelity="approximate", pinned=True), node(XSS, 30))
-    answers: dict[str, Any] = {
-        "tree": {"object": "cache.tree", "bytes": 80_000, "tokens": 80, "root": node("", 0, top)},
-        "contexts": {
-            "object": "list",
-            "data": [context("a", None), context("b", "a", busy=True), context("c", "gone")],
-        },
-    }
+    answer: dict[str, Any] = {"object": "cache.tree", "bytes": 80_000, "tokens": 80, "root": node("", 0, top)}
     router = APIRouter()
-    router.add_api_route("/v1/cache/tree", lambda: answers["tree"])
-    router.add_api_route("/v1/contexts", lambda: answers["contexts"])
+    router.add_api_route("/v1/cache/tree", lambda: answer)
     monkeypatch.setattr(app_module, "SURFACES", (router, *app_module.SURFACES))
-    return answers
+    return answer
 
 
 @pytest.fixture
-def page(trees: dict[str, Any], live: Live, browser: Browser) -> Browser:
+def page(trees: dict[str, Any], live: Live, contexts: list[str], browser: Browser) -> Browser:
     """The dashboard of the server, once it shows something."""
     browser.open(f"{live.url}/ui")
     browser.wait(lambda: browser.text("#status") == "live" and browser.all("#contexts [role=treeitem]"))
@@ -116,14 +117,15 @@ def test_a_request_and_its_plan(page: Browser, live: Live) -> None:
         spans = page.all("#trial-result .span")
         assert [str(span.get_attribute("class")).split()[-1] for span in spans] == kinds
         assert len(page.all("#trial-result tbody tr")) == len(kinds)
-    usage = live.state.tenants.get().tally.recent[-1].usage
+    tally = live.state.tenants.get().tally
+    usage = tally.recent[-1].usage
     label = str(page.one("#trial-result .strip").get_attribute("aria-label"))
     assert label == f"Plan: {usage.exact_tokens} exact, 0 aligned, {usage.computed_tokens} computed"
     widths = [span.size["width"] for span in spans]
     assert widths[0] / sum(widths) == pytest.approx(usage.exact_tokens / usage.prompt_tokens, abs=0.02)
     assert "last token" in page.text("#trial-result tbody")
-    page.wait(lambda: page.text("#summary div dd").startswith("2"))  # and the counters follow
-    assert f"exact {100 * usage.exact_tokens / (2 * usage.prompt_tokens):.1f} %" in page.text("#sources .legend")
+    page.wait(lambda: page.text("#summary div dd").startswith(str(tally.num_requests)))  # and the counters follow
+    assert f"exact {100 * tally.tokens['exact'] / tally.tokens.total():.1f} %" in page.text("#sources .legend")
     assert page.all("#ttft .histogram li")
 
 
@@ -218,14 +220,27 @@ def test_the_policy_stops_what_would_be_inserted(page: Browser) -> None:
 
 def test_trees(page: Browser, trees: dict[str, Any]) -> None:
     assert tree_labels(page, "#tree") == [("1", "A"), ("2", "B"), ("2", XSS)]
-    assert tree_labels(page, "#contexts") == [("1", "A"), ("2", "B"), ("1", "C")]
     notes = page.text("#tree [data-id=id-B] .note")
     assert notes == "approximate · 10 tokens, 10.0 kB · prefix · pinned · used 5 s ago"
-    assert "busy" in page.text("#contexts [data-id=b] .note")
     bars = {each: page.one(f"#tree [data-id=id-{each}] > .node .bar").size["width"] for each in "AB"}
     assert bars["B"] / bars["A"] == pytest.approx(0.25, abs=0.05)
     blocks = [each.size["width"] for each in page.all("#tree .cell")]
     assert blocks[1] / blocks[0] == pytest.approx(10 / 80, abs=0.03)
+
+
+def test_contexts(page: Browser, contexts: list[str], live: Live) -> None:
+    top = httpx2.get(f"{live.url}/v1/contexts/{contexts[0]}").json()
+    assert tree_labels(page, "#contexts") == [("1", "top"), ("2", "left"), ("1", contexts[2])]
+    notes = [page.text(f"#contexts [data-id='{each}'] .note") for each in contexts]
+    assert notes[0].startswith(f"exact · {top['tokens']} tokens, ")
+    assert notes[0].endswith(" · pinned")
+    assert " · 0 of its own · expires in " in notes[1]
+
+
+def test_a_context_without_its_parent_stands_by_itself(page: Browser) -> None:
+    own = {"tokens": 9, "own_tokens": 9, "busy": True, "pinned": False, "expires_in_s": None, "name": None}
+    nodes = page.run("return contextNodes(arguments[0])", [{"id": "b", "parent": "gone", **own}])
+    assert [(each["label"], each["notes"], each["children"]) for each in nodes] == [("b", ["busy"], [])]
 
 
 def test_a_tree_by_keyboard(page: Browser, trees: dict[str, Any]) -> None:
@@ -240,7 +255,7 @@ def test_a_tree_by_keyboard(page: Browser, trees: dict[str, Any]) -> None:
     assert focused() == "id-A"
     page.press(Key.ARROW_LEFT)
     assert tree_labels(page, "#tree") == [("1", "A")]
-    trees["tree"]["root"]["children"][0]["tokens"] = 41
+    trees["root"]["children"][0]["tokens"] = 41
     send(page, "something new")  # the trees are read again, and what was closed stays closed
     page.wait(lambda: "41 tokens" in page.text("#tree"))
     assert tree_labels(page, "#tree") == [("1", "A")]
@@ -257,7 +272,7 @@ def test_everything_is_reached_by_keyboard(page: Browser) -> None:
     for _ in range(20):
         page.press(Key.TAB)
         reached.append(page.run("return document.activeElement.id || document.activeElement.dataset.id || ''"))
-    wanted = ["pause", "trial-system", "trial-user", "trial-mode", "trial-tokens", "trial-send", "id-A", "a"]
+    wanted = ["pause", "trial-system", "trial-user", "trial-mode", "trial-tokens", "trial-send", "id-A"]
     assert [each for each in reached if each in wanted][: len(wanted)] == wanted
 
 
