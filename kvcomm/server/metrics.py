@@ -17,11 +17,10 @@ from kvcomm.engine.engine import Engine
 from kvcomm.engine.plan import Reason
 from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.results import Completion
+from kvcomm.server.tally import SECONDS
 
 if TYPE_CHECKING:
     from kvcomm.server.admission import Admission
-
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 
 REFUSALS = frozenset(
     {

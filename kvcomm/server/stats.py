@@ -17,7 +17,6 @@ from kvcomm.engine.results import Usage
 from kvcomm.memory.tree import Drop
 from kvcomm.server.access import security
 from kvcomm.server.errors import documented
-from kvcomm.server.metrics import SECONDS
 from kvcomm.server.schemas.stats import (
     AuditRecord,
     CacheUse,
@@ -29,7 +28,7 @@ from kvcomm.server.schemas.stats import (
     WatchedBound,
 )
 from kvcomm.server.state import StateDep, TenantDep
-from kvcomm.server.tally import Finished, Tally
+from kvcomm.server.tally import SECONDS, Finished, Tally
 from kvcomm.server.tenants import Tenant
 
 MAX_SHOWN = 40

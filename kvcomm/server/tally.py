@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvcomm.engine.results import Usage
-from kvcomm.server.metrics import SECONDS
 
 MAX_RECENT = 60
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
+"""Upper bounds of the buckets of every histogram of times."""
 
 
 class Finished(NamedTuple):
