@@ -19,8 +19,9 @@ def begin_turn(body: GenerationRequest, call: Call) -> Turn | None:
     """
     if body.context_id is None:
         return None
-    node = call.state.contexts.of(call.tenant).find(body.context_id)
-    return call.take_turn(node.begin_turn(keeps=bool(body.store)))
+    registry = call.state.contexts.of(call.tenant)
+    turn = registry.begin_turn(registry.find(body.context_id), keeps=bool(body.store))
+    return call.take_turn(turn)
 
 
 def put_messages(turn: Turn, body: ChatRequest, maker: PromptMaker) -> tuple[Segment, ...]:

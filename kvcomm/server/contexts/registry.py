@@ -53,23 +53,6 @@ class Node:
     id: str = field(default_factory=new_id)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def begin_turn(self, *, keeps: bool) -> Turn:
-        """A request on this context.
-
-        Raises:
-            ApiError: 409 while another one writes it.
-        """
-        if self.turn is not None:
-            message = (
-                f"context {self.id} is being extended by another request; wait for it, or fork the context and go on "
-                "with the fork"
-            )
-            raise ApiError(409, "context_busy", message, retry_after_s=1)
-        turn = Turn(self.context.fork(), self, keeps=keeps)
-        if keeps:
-            self.turn = turn
-        return turn
-
     def take(self, turn: Turn) -> None:
         """Put what a turn made in this context's place."""
         replaced, self.context = self.context, turn.work
@@ -86,8 +69,9 @@ class Node:
 
     def release(self) -> None:
         """Give all pages back; a request that writes it is cancelled and waited for. For a worker thread."""
-        if self.turn is not None:
-            self.turn.work.release()
+        turn = self.turn  # the loop may end it meanwhile
+        if turn is not None:
+            turn.work.release()
         self.context.release()
 
 
@@ -137,11 +121,31 @@ class ContextRegistry:
         return node
 
     def fork(self, parent: Node, terms: Terms) -> Node:
-        """A second context with all that is known of a first at this moment; it holds nothing of its own yet."""
+        """A second context with all that is known of a first at this moment."""
         context, conversation = parent.fork()
         child = Node(context, salt=parent.salt, conversation=conversation, parent=parent)
         child.num_inherited = min(context.num_tokens, parent.context.num_tokens)
-        return self._add(child, terms, parent.ttl_s)
+        self._add(child, terms, parent.ttl_s)
+        if parent.turn is not None:
+            self.count()
+        return child
+
+    def begin_turn(self, node: Node, *, keeps: bool) -> Turn:
+        """A request on a context.
+
+        Raises:
+            ApiError: 409 while another one writes it.
+        """
+        if node.turn is not None:
+            message = (
+                f"context {node.id} is being extended by another request; wait for it, or fork the context and go on "
+                "with the fork"
+            )
+            raise ApiError(409, "context_busy", message, retry_after_s=self._settings.retry_after_s)
+        turn = Turn(node.context.fork(), node, on_kept=self.count if keeps else None)
+        if keeps:
+            node.turn = turn
+        return turn
 
     def branch(self, node: Node) -> list[Node]:
         """A context and all that came from it, parents before children."""

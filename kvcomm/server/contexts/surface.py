@@ -128,9 +128,9 @@ async def _create(body: ContextRequest, call: Call) -> ExtendedContext:
 async def _extend(context_id: str, body: Prompt, call: Call) -> ExtendedContext:
     registry = call.state.contexts.of(call.tenant)
     node = registry.find(context_id)
-    turn = call.take_turn(node.begin_turn(keeps=True))
+    turn = call.take_turn(registry.begin_turn(node, keeps=True))
     completion = await _prefill(turn, body, call, salt=node.salt)
-    registry.count()
+    registry.find(context_id)  # it may have been deleted meanwhile
     return extended(registry, node, completion)
 
 

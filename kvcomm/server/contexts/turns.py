@@ -6,6 +6,7 @@ has succeeded: nobody ever sees a context half-way, and a request that fails or 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvcomm.engine.context import Context
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Turn:
-    """One request on a context; made by `Node.turn`, or on an empty context that will become one.
+    """One request on a context; made by `ContextRegistry.begin_turn`, or on an empty context that will become one.
 
     Attributes:
         work: what the request writes; the turn's to release unless it was kept.
@@ -31,12 +32,13 @@ class Turn:
         conversation: of the context with this turn.
     """
 
-    def __init__(self, work: Context, node: Node | None = None, *, keeps: bool = False) -> None:
+    def __init__(self, work: Context, node: Node | None = None, *, on_kept: Callable[[], None] | None = None) -> None:
+        """`on_kept` is called when the node has taken what came of it; None: it will not take it."""
         self.work = work
         self.num_kept = work.num_tokens
         self.prompt: tuple[Segment, ...] = ()
         self.conversation: Conversation | None = None
-        self.keeps = keeps
+        self._on_kept = on_kept
         self._node = node
         self._is_kept = False
 
@@ -79,9 +81,10 @@ class Turn:
 
     def keep(self) -> None:
         """The request has succeeded: what came of it takes the context's place, if it is to."""
-        if self.keeps and self._node is not None and self._node.turn is self:
+        if self._on_kept is not None and self._node is not None and self._node.turn is self:
             self._node.take(self)
             self._is_kept = True
+            self._on_kept()
 
     def hand_over(self) -> Context:
         """Give what came of it to somebody else to release."""
