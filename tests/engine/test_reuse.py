@@ -16,6 +16,7 @@ from kvcomm.align.calibration import Calibration, Pair
 from kvcomm.config import EngineConfig
 from kvcomm.engine.context import Context
 from kvcomm.engine.engine import Engine
+from kvcomm.engine.plan import SpanKind
 from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.replay import Case, Replay
 from kvcomm.engine.request import Request
@@ -372,14 +373,33 @@ def test_an_audit_trips_the_breaker_and_the_group_goes_exact(engine: Engine) -> 
         pairs = [Pair(zeros, pair.distance, pair.residuals) for pair in group.calibration.pairs] * 30
         group.calibration = Calibration(len(group.key.shares), pairs)
     reasons: set[str] = set()
+    predicted: list[float] = []
     for seed in range(200, 230):
         ask(engine, ROLE_A, seed, watched)
-        reasons |= ask(engine, ROLE_B, seed, watched).usage.reasons.keys()
+        usage = ask(engine, ROLE_B, seed, watched).usage
+        reasons |= usage.reasons.keys()
+        predicted += [] if usage.approximation is None else [usage.approximation.predicted]
         assert engine.wait_idle(30)
         if "breaker" in reasons:
             break
     assert "breaker" in reasons
     assert engine.reuse.learner.num_violations == engine.reuse.learner.num_audits > 3
+    audits = sorted(audit for group in engine.edge_groups() for audit in group.audits)
+    assert [audit.predicted for audit in audits] == predicted
+    assert {(audit.bound, audit.is_violation) for audit in audits} == {((1e-9, 0.5), True)}
+
+
+def test_the_spans_of_a_request_are_its_counts(engine: Engine) -> None:
+    earn(engine, LOOSE)
+    ask(engine, ROLE_A, 300, LOOSE)
+    usage = ask(engine, ROLE_B, 300, LOOSE).usage
+    ends = [0, *(span.end for span in usage.spans)]
+    assert [span.start for span in usage.spans] == ends[:-1]
+    assert ends[-1] == usage.prompt_tokens
+    tokens = {kind: sum(span.end - span.start for span in usage.spans if span.kind is kind) for kind in SpanKind}
+    counts = (usage.exact_tokens, usage.aligned_tokens, usage.computed_tokens)
+    assert (tokens[SpanKind.EXACT], tokens[SpanKind.ALIGNED], tokens[SpanKind.COMPUTE]) == counts
+    assert usage.aligned_tokens == 90
 
 
 def test_measuring_gives_the_same_as_recomputing_everything(engine: Engine) -> None:
