@@ -17,7 +17,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from kvcomm.agents.agent import Agent
 from kvcomm.agents.templates import Part, Slot, Static, slots_of
@@ -30,6 +30,14 @@ if TYPE_CHECKING:
     from kvcomm.engine.engine import Engine
 
 Message = dict[str, str]
+
+
+class TokenSpan(NamedTuple):
+    """A token and the characters [start, end) of the text that it stands for."""
+
+    token_id: int
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,26 @@ class PromptRenderer:
             )
         return ids
 
+    def encode_spans(self, text: str) -> list[TokenSpan]:
+        """Tokenize as `encode_input` does, with the place of every token; parts of one character all cover it.
+
+        Raises:
+            InvalidRequest: the tokenizer does not know places, or takes a control token spelled out for a real one.
+        """
+        if not self._tokenizer.is_fast:
+            raise InvalidRequest("this model's tokenizer does not say where its tokens lie: choose boundary separate")
+        with self._copy_lock:
+            encoded = self._private_tokenizer(
+                text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+            )
+        ids, places = cast("list[int]", encoded["input_ids"]), cast("list[tuple[int, int]]", encoded["offset_mapping"])
+        spelled = (content for token_id, content in self._control_tokens.items() if content in text and token_id in ids)
+        if leaked := next(spelled, None):
+            raise InvalidRequest(
+                f"the text contains the control token {leaked!r}; remove it, or choose boundary separate"
+            )
+        return [TokenSpan(token_id, *place) for token_id, place in zip(ids, places, strict=True)]
+
     def strip_end(self, token_ids: Sequence[int], stop_token_ids: Sequence[int] = ()) -> tuple[int, ...]:
         """An answer's ids without the end-of-turn and stop tokens behind it."""
         ends = self._end_ids | set(stop_token_ids)
@@ -120,7 +148,7 @@ class PromptRenderer:
         return copy.deepcopy(self._tokenizer)
 
     @cached_property
-    def _prefix_ids(self) -> tuple[int, ...]:
+    def start_ids(self) -> tuple[int, ...]:
         """What the tokenizer puts before any text by default: nothing, or a begin-of-sequence token."""
         bare = _encode(self._tokenizer, "a")
         full = _encode(self._tokenizer, "a", add_special_tokens=True)
@@ -128,7 +156,7 @@ class PromptRenderer:
         return full[: next(starts, 0)]
 
     def _with_prefix(self, parts: Sequence[Segment | Slot]) -> tuple[Segment | Slot, ...]:
-        prefix, first = self._prefix_ids, parts[0]
+        prefix, first = self.start_ids, parts[0]
         if not prefix:
             return tuple(parts)
         if isinstance(first, Slot):

@@ -17,6 +17,8 @@ from kvcomm.server.contexts.snapshots import make_folder
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.limits import BodyLimit
 from kvcomm.server.logs import RequestLog
+from kvcomm.server.segments import cache
+from kvcomm.server.segments import surface as segments
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.state import ServerState
 
@@ -27,6 +29,8 @@ SURFACES = (
     completions.router,
     contexts.router,
     snapshots.router,
+    segments.router,
+    cache.router,
     anchors.router,
     stats.router,
     dashboard.router,

@@ -17,8 +17,7 @@ from kvcomm.server.access import security
 from kvcomm.server.contexts.answering import begin_turn, put_messages
 from kvcomm.server.errors import documented
 from kvcomm.server.generation import Call, CallDep, Job, Piece
-from kvcomm.server.prompts import num_tokens
-from kvcomm.server.sampling import num_breakpoints, policy_of, sampling_of, ttl_of
+from kvcomm.server.sampling import num_breakpoints, policy_of, sampling_of
 from kvcomm.server.schemas.chat import (
     AnswerMessage,
     ChatChoice,
@@ -44,7 +43,7 @@ router = APIRouter(tags=["OpenAI"])
     "/v1/chat/completions",
     operation_id="createChatCompletion",
     response_model=ChatCompletion,
-    responses={**DOCUMENTED, **documented(400, 401, 403, 404, 408, 409, 413, 429, 500, 503, 504)},
+    responses={**DOCUMENTED, **documented(400, 401, 403, 404, 408, 409, 413, 422, 429, 500, 503, 504)},
     dependencies=[Depends(security)],
 )
 async def create_chat_completion(body: ChatRequest, call: CallDep) -> Response | ChatCompletion:
@@ -68,19 +67,19 @@ async def _job(body: ChatRequest, call: Call) -> Job:
     state.require_model(body.model)
     turn = begin_turn(body, call)
     if turn is None:
-        prompt = await call.make(partial(state.prompts.chat, body))
+        prompt = await call.make(partial(state.prompts.chat, body, call.tenant.name))
     else:
         prompt = await call.make(partial(put_messages, turn, body, state.prompts))
     sampling = sampling_of(
         body,
         state.settings,
-        num_prompt_tokens=num_tokens(prompt),
+        num_prompt_tokens=prompt.num_tokens,
         max_context=state.engine.max_context,
         wanted_tokens=body.wanted_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     salt = body.cache_salt if turn is None else turn.salt
-    return Job(prompt, sampling, policy_of(body, state.settings), salt, ttl_of(body), turn)
+    return Job(prompt, sampling, policy_of(body, state.settings), salt, turn)
 
 
 class _Answer:

@@ -18,8 +18,7 @@ from kvcomm.server.chat import reason
 from kvcomm.server.contexts.answering import begin_turn, put_text
 from kvcomm.server.errors import documented
 from kvcomm.server.generation import Call, CallDep, Job, Piece
-from kvcomm.server.prompts import num_tokens
-from kvcomm.server.sampling import policy_of, sampling_of, ttl_of
+from kvcomm.server.sampling import policy_of, sampling_of
 from kvcomm.server.schemas.completions import CompletionChoice, CompletionLogprobs, CompletionRequest, TextCompletion
 from kvcomm.server.schemas.usage import Usage
 from kvcomm.server.streaming import DOCUMENTED, EventStream
@@ -32,7 +31,7 @@ router = APIRouter(tags=["OpenAI"])
     "/v1/completions",
     operation_id="createCompletion",
     response_model=TextCompletion,
-    responses={**DOCUMENTED, **documented(400, 401, 403, 404, 408, 409, 413, 429, 500, 503, 504)},
+    responses={**DOCUMENTED, **documented(400, 401, 403, 404, 408, 409, 413, 422, 429, 500, 503, 504)},
     dependencies=[Depends(security)],
 )
 async def create_completion(body: CompletionRequest, call: CallDep) -> Response | TextCompletion:
@@ -57,19 +56,19 @@ async def _job(prompt: str | list[int], body: CompletionRequest, call: Call) -> 
     state = call.state
     turn = begin_turn(body, call)
     if turn is None:
-        segments = await call.make(partial(state.prompts.completion, prompt))
+        prepared = await call.make(partial(state.prompts.completion, prompt, body, call.tenant.name))
     else:
-        segments = await call.make(partial(put_text, turn, prompt, state.prompts))
+        prepared = await call.make(partial(put_text, turn, prompt, body, state.prompts))
     sampling = sampling_of(
         body,
         state.settings,
-        num_prompt_tokens=num_tokens(segments),
+        num_prompt_tokens=prepared.num_tokens,
         max_context=state.engine.max_context,
         wanted_tokens=body.max_tokens,
         logprobs=body.logprobs,
     )
     salt = body.cache_salt if turn is None else turn.salt
-    return Job(segments, sampling, policy_of(body, state.settings), salt, ttl_of(body), turn)
+    return Job(prepared, sampling, policy_of(body, state.settings), salt, turn)
 
 
 class _Answer:

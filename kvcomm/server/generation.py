@@ -24,11 +24,10 @@ from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.results import Chunk, Completion
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import EngineClosed, KVCommError
-from kvcomm.memory.segments import Segment
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError, translate
 from kvcomm.server.logs import RequestNotes, log_unexpected, notes_of
-from kvcomm.server.prompts import num_tokens
+from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.state import ServerState, state_of
 from kvcomm.server.tenants import Tenant
 from kvcomm.server.waiting import timed_out, while_connected
@@ -38,25 +37,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt and what to do with it.
+    """One prompt and what to do with it; `turn`: where it begins with a context."""
 
-    Attributes:
-        ttl_s: how long the prompt should stay cached at least; None: as long as the engine says.
-        turn: where the prompt begins with a context.
-    """
-
-    prompt: tuple[Segment, ...]
+    prompt: PreparedPrompt
     sampling: SamplingParams
     policy: ReusePolicy
     salt: str | None = None
-    ttl_s: float | None = None
     turn: Turn | None = None
 
     @property
     def max_tokens(self) -> int:
         """Tokens that its choices can grow to; the prompt counts once, it is shared, and a context not at all."""
-        prompt = num_tokens(self.prompt) if self.turn is None else self.turn.num_new
-        return prompt + self.sampling.n * self.sampling.max_new_tokens
+        num_prompt_tokens = self.prompt.num_tokens if self.turn is None else self.turn.num_new
+        return num_prompt_tokens + self.sampling.n * self.sampling.max_new_tokens
 
 
 class Piece(NamedTuple):
@@ -118,7 +111,7 @@ class Call:
             if job.turn is not None:
                 handle = job.turn.start(job.sampling, job.policy)
             else:
-                handle = self.state.engine.submit(job.prompt, job.sampling, tenant=space, policy=job.policy)
+                handle = self.state.engine.submit(job.prompt.segments, job.sampling, tenant=space, policy=job.policy)
             self._jobs.append((job, space, handle))
 
         await anyio.to_thread.run_sync(start)
@@ -155,8 +148,8 @@ class Call:
         for job, space, _ in self._jobs:
             if job.turn is not None:
                 job.turn.keep()
-            if job.ttl_s is not None:
-                await anyio.to_thread.run_sync(self.state.prolong, space, job.prompt, job.ttl_s)
+            if job.prompt.lifetimes:
+                await anyio.to_thread.run_sync(self.state.prolong, space, job.prompt)
         for (job, _, _), completion in zip(self._jobs, completions, strict=True):
             self.state.metrics.completed(completion, job.policy)
             self.tenant.tally.add(completion.usage)
@@ -178,8 +171,7 @@ class Call:
 
     def _note_texts(self, completions: Sequence[Completion]) -> None:
         decode = self.state.engine.decode
-        prompts = [[token for segment in job.prompt for token in segment.token_ids] for job, _, _ in self._jobs]
-        self.notes.fields["prompts"] = [decode(prompt) for prompt in prompts]
+        self.notes.fields["prompts"] = [decode(job.prompt.token_ids) for job, _, _ in self._jobs]
         self.notes.fields["answers"] = [[choice.text for choice in each.choices] for each in completions]
 
     def _translated(self, error: BaseException) -> ApiError:

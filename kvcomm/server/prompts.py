@@ -2,15 +2,14 @@
 
 A conversation is rendered by the model's chat template and tokenized as one text, so requests that begin alike share
 their KV exactly, whoever rendered them. Control tokens spelled out in messages or tools are ordinary text and cannot
-end a turn; the template's own ones are real. A plain completion's text is taken as it is. This is the place where
-requests that bring segments or a context put those in front.
+end a turn; the template's own ones are real. A plain completion's text is taken as it is. Segments stand in front of
+either.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
@@ -19,8 +18,16 @@ from kvcomm.agents.rendering import PromptRenderer
 from kvcomm.engine.engine import Engine
 from kvcomm.memory.segments import Segment
 from kvcomm.server.errors import ApiError
+from kvcomm.server.marks import Marks
+from kvcomm.server.sampling import ttl_of
+from kvcomm.server.schemas.cache import WarmRequest
 from kvcomm.server.schemas.chat import ChatRequest
+from kvcomm.server.schemas.completions import CompletionRequest
 from kvcomm.server.schemas.messages import AssistantMessage, TextPart, ToolCall, ToolMessage
+from kvcomm.server.schemas.segments import SegmentedRequest
+from kvcomm.server.segments.prepared import PreparedPrompt
+from kvcomm.server.segments.reading import SegmentReader, Tail
+from kvcomm.server.segments.registry import SegmentRegistries
 
 ROLES = {"developer": "system"}
 """Roles that chat templates know by an older name."""
@@ -29,29 +36,47 @@ ROLES = {"developer": "system"}
 class PromptMaker:
     """Renders and tokenizes for one engine. Safe to use from several threads."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, registries: SegmentRegistries) -> None:
         self._engine = engine
         self._renderer = PromptRenderer(engine)
+        self.segments = SegmentReader(engine, self._renderer, registries)
 
-    def chat(self, request: ChatRequest) -> tuple[Segment, ...]:
+    def chat(self, request: ChatRequest, tenant: str) -> PreparedPrompt:
         """The prompt of a conversation, up to where the assistant speaks.
 
+        Args:
+            tenant: whose named segments are meant.
+
         Raises:
-            ApiError: 400 when the model has no chat template, or the template rejects the conversation.
+            ApiError: 400 when the model has no chat template, or the template rejects the conversation; and what
+                `SegmentReader.prepare` raises.
             InvalidRequest: it cannot be tokenized.
         """
         marks = self.marks()
         messages = [message_values(message) for message in request.messages]
         text = self.render(marks.hide(messages), marks.hide(shown_tools(request)), template_variables(request))
-        return self.encode(text, marks)
+        return self._prepare(request, marks, text, tenant)
 
-    def completion(self, prompt: str | list[int], *, is_start: bool = True) -> tuple[Segment, ...]:
-        """The prompt of a plain completion; `is_start`: nothing stands before it.
+    def completion(self, prompt: str | list[int], request: CompletionRequest, tenant: str) -> PreparedPrompt:
+        """One of the prompts of a plain completion; raises and takes as `chat`."""
+        if not request.segments:
+            return PreparedPrompt(self._engine.read_prompt(prompt, is_start=True)).living(ttl_of(request))
+        if isinstance(prompt, str):
+            return self._prepare(request, Marks(), prompt, tenant)
+        tail = Tail(token_ids=tuple(prompt))
+        return self.segments.prepare(request.segments, request.boundary, tail, tenant).living(ttl_of(request))
+
+    def warm(self, request: WarmRequest, tenant: str) -> PreparedPrompt:
+        """Segments with nothing behind them; raises and takes as `chat`."""
+        return self.segments.prepare(request.segments, request.boundary, Tail(), tenant)
+
+    def text(self, text: str | list[int], *, is_start: bool) -> tuple[Segment, ...]:
+        """Text or token ids as they are, for a context; `is_start`: nothing stands before it.
 
         Raises:
             InvalidRequest: no tokens, or ids that the model does not know.
         """
-        return self._engine.read_prompt(prompt, is_start=is_start)
+        return self._engine.read_prompt(text, is_start=is_start)
 
     def marks(self, stem: str | None = None, hidden: Sequence[str] = ()) -> Marks:
         """Stand-ins for control tokens of this model, new ones or those made before."""
@@ -63,12 +88,29 @@ class PromptMaker:
         Raises:
             InvalidRequest: it has none, or cannot be tokenized.
         """
+        return self._engine.read_prompt([Segment(self._encode(marks, text))], is_start=True)
+
+    def _prepare(self, request: SegmentedRequest, marks: Marks, text: str, tenant: str) -> PreparedPrompt:
+        """The prompt of rendered text, behind the request's segments if it brings any."""
+        if not request.segments:
+            return PreparedPrompt(self.encode(text, marks)).living(ttl_of(request))
+        head = self._head(marks, text)
+        tail = Tail(head, self._encode(marks, text[len(head) :]))
+        return self.segments.prepare(request.segments, request.boundary, tail, tenant).living(ttl_of(request))
+
+    def _encode(self, marks: Marks, text: str) -> tuple[int, ...]:
         ids: list[int] = []
         for piece, control in marks.split(text):
             ids += self._engine.segment(piece).token_ids
             if control is not None:
                 ids += self._renderer.encode_input("messages", control)
-        return self._engine.read_prompt([Segment(tuple(ids))], is_start=True)
+        return tuple(ids)
+
+    def _head(self, marks: Marks, text: str) -> str:
+        """Text up to the first control token, real or spelled out: what may share a token with text before it."""
+        head = marks.split(text)[0][0]
+        control = self._control_pattern.search(head) if self._control_pattern is not None else None
+        return head if control is None else head[: control.start()]
 
     @cached_property
     def _control_pattern(self) -> re.Pattern[str] | None:
@@ -96,46 +138,6 @@ class PromptMaker:
             message = f"the model's chat template rejects these messages: {error}"
             raise ApiError(400, "template_error", message, param="messages") from error
         return cast("str", text)
-
-
-class Marks:
-    """Stand-ins for control tokens that a client spelled out, while the template is rendered.
-
-    Attributes:
-        stem: of letters and digits: templates leave it alone, nobody guesses it.
-        hidden: what stands for what, by number.
-    """
-
-    def __init__(self, pattern: re.Pattern[str] | None, stem: str | None, hidden: Sequence[str]) -> None:
-        self._pattern = pattern
-        self.stem = stem or f"MARK{secrets.token_hex(12)}N"
-        self.hidden = list(hidden)
-
-    def hide(self, value: Any) -> Any:
-        """The JSON value with every control token in its texts replaced."""
-        if self._pattern is None:
-            return value
-        if isinstance(value, str):
-            return self._pattern.sub(self._mark, value)
-        if isinstance(value, list):
-            return [self.hide(item) for item in value]
-        if isinstance(value, dict):
-            return {self.hide(name): self.hide(item) for name, item in value.items()}
-        return value
-
-    def split(self, text: str) -> list[tuple[str, str | None]]:
-        """Pieces of rendered text, each with the control token spelled out behind it."""
-        pieces = re.split(self.stem + r"(\d+)X", text)
-        controls = [self.hidden[int(number)] for number in pieces[1::2]]
-        return list(zip(pieces[::2], [*controls, None], strict=True))
-
-    def stand_in(self, text: str) -> str:
-        """What stands for a text."""
-        self.hidden.append(text)
-        return f"{self.stem}{len(self.hidden) - 1}X"
-
-    def _mark(self, found: re.Match[str]) -> str:
-        return self.stand_in(found[0])
 
 
 def shown_tools(request: ChatRequest) -> list[dict[str, Any]] | None:
@@ -178,8 +180,3 @@ def text_of(content: str | list[TextPart] | None) -> str:
     if content is None:
         return ""
     return content if isinstance(content, str) else "".join(part.text for part in content)
-
-
-def num_tokens(prompt: tuple[Segment, ...]) -> int:
-    """Tokens of a prompt."""
-    return sum(len(segment.token_ids) for segment in prompt)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.server.errors import ApiError
+from kvcomm.server.schemas.cache import WarmRequest
 from kvcomm.server.schemas.chat import ChatRequest
 from kvcomm.server.schemas.common import GenerationRequest, seconds
 from kvcomm.server.schemas.messages import TextPart
@@ -57,7 +58,7 @@ def sampling_of(
     )
 
 
-def policy_of(request: GenerationRequest, settings: ServerSettings) -> ReusePolicy:
+def policy_of(request: GenerationRequest | WarmRequest, settings: ServerSettings) -> ReusePolicy:
     """How far reuse may depart from exact results: as the request says, else as the server does."""
     return default_policy(settings) if request.reuse is None else request.reuse.policy()
 

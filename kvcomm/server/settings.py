@@ -102,6 +102,7 @@ class ServerSettings(BaseModel):
         context_ttl_s: how long a context lives after its last use where the client does not say.
         snapshots: the folder of contexts that clients save; None: they cannot.
         max_snapshots: that one tenant may have; over it, 429.
+        max_segment_bytes: of the texts of one tenant's named segments, all versions together; over it, 429.
         limits: of tenants whose key brings none of its own.
         max_divergence, confidence: the bound in force where a request does not say; 0 is exact reuse only.
         log_level: of the structured log.
@@ -136,6 +137,7 @@ class ServerSettings(BaseModel):
     context_ttl_s: Seconds = 3600.0
     snapshots: Path | None = None
     max_snapshots: Positive = 64
+    max_segment_bytes: Positive = 4 * 2**20
     limits: Limits = Limits()
     max_divergence: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95

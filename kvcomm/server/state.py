@@ -11,7 +11,6 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from kvcomm.engine.engine import Engine
-from kvcomm.memory.segments import Segment
 from kvcomm.server.access import tenant_name
 from kvcomm.server.admission import Admission
 from kvcomm.server.contexts.registry import Contexts
@@ -19,6 +18,8 @@ from kvcomm.server.errors import ApiError
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.metrics import Metrics
 from kvcomm.server.prompts import PromptMaker
+from kvcomm.server.segments.prepared import PreparedPrompt
+from kvcomm.server.segments.registry import SegmentRegistries
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.tenants import Tenant, Tenants
 
@@ -43,6 +44,7 @@ class ServerState:
     admission: Admission = field(init=False)
     tenants: Tenants = field(init=False)
     contexts: Contexts = field(init=False)
+    registries: SegmentRegistries = field(init=False)
     prompts: PromptMaker = field(init=False)
     metrics: Metrics = field(init=False)
 
@@ -51,7 +53,8 @@ class ServerState:
         self.admission = Admission(self.settings)
         self.tenants = Tenants(self.engine, self.settings, self.keys, self.clock)
         self.contexts = Contexts(self.engine, self.settings, self.clock)
-        self.prompts = PromptMaker(self.engine)
+        self.registries = SegmentRegistries(self.settings.max_segment_bytes)
+        self.prompts = PromptMaker(self.engine, self.registries)
         self.metrics = Metrics(self.engine, self.admission)
 
     @cached_property
@@ -69,14 +72,14 @@ class ServerState:
         """Whose request this is."""
         return self.tenants.get(tenant_name(request.scope))
 
-    def prolong(self, space: str, prompt: tuple[Segment, ...], ttl_s: float) -> None:
-        """Let what is cached of a prompt live for so long at least, unless its pages are needed."""
-        token_ids = [token for segment in prompt for token in segment.token_ids]
-        engine = self.engine
+    def prolong(self, space: str, prompt: PreparedPrompt) -> None:
+        """Let what is cached of a prompt live as long as its request says, unless its pages are needed."""
+        engine, token_ids = self.engine, prompt.token_ids
         with engine.lock:
             namespace = engine.namespace(space)
-            match = engine.tree.match(namespace, token_ids)
-            engine.tree.insert(namespace, token_ids[: match.num_tokens], match.pages, ttl_s=ttl_s)
+            for num_tokens, ttl_s in prompt.lifetimes:
+                match = engine.tree.match(namespace, token_ids[:num_tokens])
+                engine.tree.insert(namespace, token_ids[: match.num_tokens], match.pages, ttl_s=ttl_s)
 
 
 def state_of(request: Request) -> ServerState:

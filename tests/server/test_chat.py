@@ -10,6 +10,7 @@ from starlette.testclient import TestClient
 from kvcomm.engine.engine import Engine
 from kvcomm.server.prompts import PromptMaker
 from kvcomm.server.schemas.chat import ChatRequest
+from kvcomm.server.segments.registry import SegmentRegistries
 from tests.server.conftest import HELLO, MODEL, MakeClient, chat
 from tests.server.events import DONE, events_of
 
@@ -18,7 +19,7 @@ URL = "/v1/chat/completions"
 
 def prompt_of(engine: Engine, body: dict[str, Any]) -> list[int]:
     """Token ids of a request's prompt."""
-    (segment,) = PromptMaker(engine).chat(ChatRequest.model_validate(body))
+    (segment,) = PromptMaker(engine, SegmentRegistries(0)).chat(ChatRequest.model_validate(body), "ann").segments
     return list(segment.token_ids)
 
 

@@ -16,6 +16,7 @@ from kvcomm.engine.handle import RequestHandle
 from kvcomm.server.keys import KeyRing, add_key
 from kvcomm.server.prompts import PromptMaker
 from kvcomm.server.schemas.chat import ChatRequest
+from kvcomm.server.segments.registry import SegmentRegistries
 from kvcomm.server.settings import Limits, ServerSettings
 from tests.server.conftest import MODEL, chat
 from tests.server.live import PATIENCE_S, Live, read_all, serving, wait_for
@@ -285,7 +286,7 @@ def test_a_kept_connection_serves_again(live: Live) -> None:
 
 def test_a_full_tenant(engine: Engine, stalled: threading.Event, key_file: Any) -> None:
     """One tenant waits for its own room, one is told to come back; others are served meanwhile."""
-    (prompt,) = PromptMaker(engine).chat(ChatRequest.model_validate(chat()))
+    (prompt,) = PromptMaker(engine, SegmentRegistries(0)).chat(ChatRequest.model_validate(chat()), "ann").segments
     need = len(prompt.token_ids) + 6
     limits = Limits(held_tokens=2 * need - 1)
     ann = add_key(key_file, "ann", limits=limits.model_copy(update={"when_full": "queue"}))

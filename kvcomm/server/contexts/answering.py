@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from kvcomm.memory.segments import Segment
 from kvcomm.server.contexts.conversation import Continued, continue_conversation
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.generation import Call
 from kvcomm.server.prompts import PromptMaker, shown_tools, template_variables
+from kvcomm.server.sampling import ttl_of
 from kvcomm.server.schemas.chat import ChatRequest
 from kvcomm.server.schemas.common import GenerationRequest
+from kvcomm.server.schemas.completions import CompletionRequest
+from kvcomm.server.segments.prepared import PreparedPrompt
 
 
 def begin_turn(body: GenerationRequest, call: Call) -> Turn | None:
@@ -24,14 +26,14 @@ def begin_turn(body: GenerationRequest, call: Call) -> Turn | None:
     return call.take_turn(turn)
 
 
-def put_messages(turn: Turn, body: ChatRequest, maker: PromptMaker) -> tuple[Segment, ...]:
+def put_messages(turn: Turn, body: ChatRequest, maker: PromptMaker) -> PreparedPrompt:
     """Put a request's messages behind its context; returns all that the answer stands behind. For a worker thread."""
     tools, variables = shown_tools(body), template_variables(body)
     turn.put(continue_conversation(maker, turn.before, body.messages, tools=tools, variables=variables, speaks=True))
-    return turn.path
+    return PreparedPrompt(turn.path).living(ttl_of(body))
 
 
-def put_text(turn: Turn, prompt: str | list[int], maker: PromptMaker) -> tuple[Segment, ...]:
+def put_text(turn: Turn, prompt: str | list[int], body: CompletionRequest, maker: PromptMaker) -> PreparedPrompt:
     """Put a text or token ids behind a context, which ends its conversation; returns as `put_messages`."""
-    turn.put(Continued(maker.completion(prompt, is_start=False), None))
-    return turn.path
+    turn.put(Continued(maker.text(prompt, is_start=False), None))
+    return PreparedPrompt(turn.path).living(ttl_of(body))

@@ -31,6 +31,7 @@ from kvcomm.server.schemas.contexts import (
     ForkRequest,
     Prompt,
 )
+from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.state import StateDep, TenantDep
 
 router = APIRouter(prefix="/v1/contexts", tags=["contexts"], dependencies=[Depends(security)])
@@ -137,7 +138,7 @@ async def _extend(context_id: str, body: Prompt, call: Call) -> ExtendedContext:
 async def _prefill(turn: Turn, body: Prompt, call: Call, *, salt: str | None) -> Completion:
     """Compute a turn's prompt; returns the engine's completion, without an answer."""
     turn.put(await call.make(partial(_read, call.state.prompts, turn, body)))
-    job = Job(turn.path, PREFILL_ONLY, default_policy(call.state.settings), salt, turn=turn)
+    job = Job(PreparedPrompt(turn.path), PREFILL_ONLY, default_policy(call.state.settings), salt, turn=turn)
     await call.submit(job)
     return (await call.results())[0]
 
@@ -146,6 +147,6 @@ def _read(maker: PromptMaker, turn: Turn, body: Prompt) -> Continued:
     if body.messages is None:
         text = body.token_ids if body.text is None else body.text
         assert text is not None, "validated: one of the three is there"
-        return Continued(maker.completion(text, is_start=turn.num_kept == 0), None)
+        return Continued(maker.text(text, is_start=turn.num_kept == 0), None)
     tools = None if body.tools is None else [tool.model_dump(exclude_none=True) for tool in body.tools]
     return continue_conversation(maker, turn.before, body.messages, tools=tools, speaks=False)

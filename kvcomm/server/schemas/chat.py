@@ -18,6 +18,7 @@ from kvcomm.server.schemas.common import (
     only,
 )
 from kvcomm.server.schemas.messages import Message, Tool
+from kvcomm.server.schemas.segments import SegmentedRequest
 from kvcomm.server.schemas.usage import Usage
 
 FinishReason = Literal["stop", "length"]
@@ -42,7 +43,7 @@ def require_stream(request: GenerationRequest) -> None:
         raise PydanticCustomError("needs", "{param} is only allowed when stream is true", {"param": "stream_options"})
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(SegmentedRequest):
     """A conversation to be continued."""
 
     model_config = ConfigDict(

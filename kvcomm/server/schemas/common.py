@@ -180,7 +180,7 @@ CONTEXT_ID = r"^ctx_[0-9a-f]{24}$"
 
 ON_CONTEXT: JsonDict = {
     "if": {"properties": {"context_id": {"type": "string"}}, "required": ["context_id"]},
-    "then": {"properties": {"cache_salt": {"type": "null"}}},
+    "then": {"properties": {"cache_salt": {"type": "null"}, "segments": {"type": ["null", "array"], "maxItems": 0}}},
     "else": {"properties": {"store": {"enum": [None, False]}}},
 }
 ONE_STORED: JsonDict = {
@@ -189,6 +189,14 @@ ONE_STORED: JsonDict = {
 }
 
 
+Salt = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=128,
+        description="Requests with different salts share no cache, also within one tenant.",
+    ),
+]
 NO_PENALTY = "can only be 0; repetition_penalty is there instead"
 
 
@@ -214,17 +222,7 @@ class GenerationRequest(Body):
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
     ignore_eos: Annotated[bool, Field(description="Go on after the model's end tokens.")] | None = None
 
-    cache_salt: (
-        Annotated[
-            str,
-            Field(
-                min_length=1,
-                max_length=128,
-                description="Requests with different salts share no cache, also within one tenant.",
-            ),
-        ]
-        | None
-    ) = None
+    cache_salt: Salt | None = None
     prompt_cache_key: Annotated[
         str | None, Field(description="Accepted; there is one cache, which needs no routing. Not a salt.")
     ] = None

@@ -9,16 +9,8 @@ from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from kvcomm.server.schemas.chat import NEEDS_STREAM, FinishReason, require_stream
-from kvcomm.server.schemas.common import (
-    ON_CONTEXT,
-    ONE_STORED,
-    TOKEN_ID,
-    WHOLE,
-    GenerationRequest,
-    NonEmpty,
-    ResponseModel,
-    only,
-)
+from kvcomm.server.schemas.common import ON_CONTEXT, ONE_STORED, TOKEN_ID, WHOLE, NonEmpty, ResponseModel, only
+from kvcomm.server.schemas.segments import SegmentedRequest
 from kvcomm.server.schemas.usage import Usage
 
 TokenId = Annotated[int, Field(ge=0, json_schema_extra={"format": TOKEN_ID}), WHOLE]
@@ -50,7 +42,7 @@ ONE_STORED_PROMPT: JsonDict = {
 }
 
 
-class CompletionRequest(GenerationRequest):
+class CompletionRequest(SegmentedRequest):
     """Prompts to be continued; control tokens spelled out in a text are control tokens."""
 
     model_config = ConfigDict(json_schema_extra={"allOf": [NEEDS_STREAM, ON_CONTEXT, ONE_STORED, ONE_STORED_PROMPT]})

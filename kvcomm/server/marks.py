@@ -1,0 +1,54 @@
+"""Stand-ins for control tokens that a client spelled out, while a chat template is rendered.
+
+Templates leave them alone, and nobody can guess them; when the text is tokenized they are ordinary text again.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+
+class Marks:
+    """The stand-ins of one rendering, or of all renderings of one conversation.
+
+    Attributes:
+        stem: of letters and digits: templates leave it alone, nobody guesses it.
+        hidden: what stands for what, by number.
+    """
+
+    def __init__(
+        self, pattern: re.Pattern[str] | None = None, stem: str | None = None, hidden: Sequence[str] = ()
+    ) -> None:
+        """`pattern` finds control tokens; None: there are none. `stem` and `hidden` are those of marks made before."""
+        self._pattern = pattern
+        self.stem = stem or f"MARK{secrets.token_hex(12)}N"
+        self.hidden = list(hidden)
+
+    def hide(self, value: Any) -> Any:
+        """The JSON value with every control token in its texts replaced."""
+        if self._pattern is None:
+            return value
+        if isinstance(value, str):
+            return self._pattern.sub(self._mark, value)
+        if isinstance(value, list):
+            return [self.hide(item) for item in value]
+        if isinstance(value, dict):
+            return {self.hide(name): self.hide(item) for name, item in value.items()}
+        return value
+
+    def split(self, text: str) -> list[tuple[str, str | None]]:
+        """Pieces of rendered text, each with the control token spelled out behind it."""
+        pieces = re.split(self.stem + r"(\d+)X", text)
+        controls = [self.hidden[int(number)] for number in pieces[1::2]]
+        return list(zip(pieces[::2], [*controls, None], strict=True))
+
+    def stand_in(self, text: str) -> str:
+        """What stands for a text."""
+        self.hidden.append(text)
+        return f"{self.stem}{len(self.hidden) - 1}X"
+
+    def _mark(self, found: re.Match[str]) -> str:
+        return self.stand_in(found[0])

@@ -1,0 +1,1 @@
+"""Segments over HTTP: how requests bring them, how they are joined, where named ones are kept."""

@@ -1,0 +1,55 @@
+"""`/v1/cache/*`: segments made ready, what is cached, and what a request would find."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from fastapi import APIRouter, Depends
+
+from kvcomm.engine.sampling import SamplingParams
+from kvcomm.memory.segments import Segment
+from kvcomm.server.access import security
+from kvcomm.server.errors import documented
+from kvcomm.server.generation import Call, CallDep, Job
+from kvcomm.server.sampling import policy_of
+from kvcomm.server.schemas.cache import CachedSegment, Warmed, WarmRequest
+from kvcomm.server.segments.prepared import PlacedSegment, num_cached_of
+from kvcomm.server.tenants import namespace
+from kvcomm.server.usage import usage_of
+
+router = APIRouter(prefix="/v1/cache", dependencies=[Depends(security)])
+ERRORS = documented(400, 401, 403, 404, 408, 409, 413, 422, 429, 500, 503, 504)
+
+ONLY_PREFILL = SamplingParams(max_new_tokens=0)
+
+
+@router.post("/warm", operation_id="warmCache", tags=["kvcomm"], responses=ERRORS)
+async def warm_cache(body: WarmRequest, call: CallDep) -> Warmed:
+    """Compute segments now, so that requests which begin with them find them cached."""
+    return await call.guard(_warm(body, call))
+
+
+async def _warm(body: WarmRequest, call: Call) -> Warmed:
+    state, tenant = call.state, call.tenant.name
+    state.require_model(body.model)
+    prompt = await call.make(partial(state.prompts.warm, body, tenant))
+    await call.submit(Job(prompt, ONLY_PREFILL, policy_of(body, state.settings), body.cache_salt))
+    (completion,) = await call.results()
+    num_cached = state.engine.num_cached(prompt.segments, tenant=namespace(tenant, body.cache_salt))
+    segments = cached_segments(prompt.placed, num_cached)
+    return Warmed(
+        cached_segments=sum(each.cached_tokens == each.tokens for each in segments),
+        root_hash=state.prompts.segments.digest(Segment(tuple(prompt.token_ids)), tenant),
+        tokens=prompt.num_tokens,
+        segments=segments,
+        usage=usage_of([completion.usage]),
+    )
+
+
+def cached_segments(placed: Sequence[PlacedSegment], num_cached: int) -> list[CachedSegment]:
+    """The segments of a request of which the first `num_cached` tokens are cached."""
+    return [
+        CachedSegment(id=each.id, hash=each.digest, tokens=each.num_tokens, cached_tokens=cached)
+        for each, cached in zip(placed, num_cached_of(placed, num_cached), strict=True)
+    ]

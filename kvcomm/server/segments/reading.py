@@ -1,0 +1,115 @@
+"""From the segments of a request to the beginning of its prompt.
+
+The server tokenizes and hashes; what a client says about a hash is only ever compared. Control tokens spelled out in a
+segment are ordinary text. To the engine a segment is a slot, so that it can be moved behind other prefixes: a dynamic
+one is named by its id, a static one by its text too, since static text tells contexts apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from kvcomm.agents.rendering import PromptRenderer
+from kvcomm.engine.engine import Engine
+from kvcomm.memory.segments import Segment
+from kvcomm.server.errors import ApiError
+from kvcomm.server.schemas.common import seconds
+from kvcomm.server.schemas.segments import NamedSegment, SegmentInput
+from kvcomm.server.segments.joining import Joiner, Piece
+from kvcomm.server.segments.prepared import Lifetime, PlacedSegment, PreparedPrompt
+from kvcomm.server.segments.registry import SegmentRegistries
+
+
+class Tail(NamedTuple):
+    """What stands behind the segments: text that may be joined with them, then tokens that begin with a boundary."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+
+
+class _Read(NamedTuple):
+    """A segment of a request, tokenized alone."""
+
+    piece: Piece
+    id: str
+    digest: str
+    ttl_s: float | None
+
+
+class SegmentReader:
+    """Reads segments for one engine. Safe to use from several threads."""
+
+    def __init__(self, engine: Engine, renderer: PromptRenderer, registries: SegmentRegistries) -> None:
+        self._engine = engine
+        self._renderer = renderer
+        self._joiner = Joiner(renderer)
+        self._registries = registries
+
+    def encode(self, name: str, text: str) -> Segment:
+        """A text tokenized alone.
+
+        Raises:
+            ApiError: 400 when it has no tokens.
+            InvalidRequest: it cannot be tokenized.
+        """
+        segment = Segment(self._renderer.encode_input(name, text), name)
+        if not segment.token_ids:
+            raise ApiError(400, "empty_segment", f"the text of segment {name!r} has no tokens", param="content")
+        return segment
+
+    def digest(self, segment: Segment, tenant: str) -> str:
+        """What clients know as the segment's hash; the same under every salt."""
+        return segment.digest(self._engine.namespace(tenant))
+
+    def prepare(self, inputs: Sequence[SegmentInput], rule: str, tail: Tail, tenant: str) -> PreparedPrompt:
+        """Segments, and behind them the rest of a prompt.
+
+        Args:
+            rule: separate, strict or merge.
+
+        Raises:
+            ApiError: 404 for an unknown name, 409 for a wrong hash, 422 for a boundary that the rule refuses.
+            InvalidRequest: a text that cannot be tokenized.
+        """
+        read = [self._read(each, index, tenant) for index, each in enumerate(inputs)]
+        pieces = [each.piece for each in read]
+        if tail.text:
+            alone = Segment(self._renderer.encode_input("prompt", tail.text))
+            pieces.append(Piece("what follows the segments", tail.text, alone))
+        joined = self._joiner.join(pieces, rule)
+        first = Segment(self._renderer.start_ids)
+        rest = Segment(_without(tail.token_ids, first.token_ids))
+        segments = self._engine.read_prompt([first, *joined.segments, rest], is_start=True)
+        starts = [0, *joined.ends]
+        offset = len(first.token_ids)
+        placed = [
+            PlacedSegment(each.id, each.digest, offset + start, offset + end)
+            for each, start, end in zip(read, starts, joined.ends, strict=False)
+        ]
+        lifetimes = [
+            Lifetime(place.end, each.ttl_s) for each, place in zip(read, placed, strict=True) if each.ttl_s is not None
+        ]
+        return PreparedPrompt(segments, tuple(lifetimes), tuple(placed))
+
+    def _read(self, given: SegmentInput, index: int, tenant: str) -> _Read:
+        label = f"segments[{index}] ({given.id!r})"
+        if isinstance(given, NamedSegment):
+            kept = self._registries.of(tenant).get(given.name, given.version)
+            text, segment, kind, digest, ttl = kept.text, Segment(kept.token_ids), kept.kind, kept.digest, kept.ttl
+        else:
+            text, kind, ttl = given.content, given.kind, None
+            segment = self.encode(given.id, text)
+            digest = self.digest(segment, tenant)
+        if given.hash not in (None, digest):
+            message = f"the hash of {label} is {digest}, not {given.hash}: its text, the model or the tenant is another"
+            raise ApiError(409, "segment_hash_mismatch", message, param=f"segments[{index}].hash")
+        name = given.id if kind == "dynamic" else f"{given.id}@{digest[:16]}"
+        lasting = given.ttl or ttl
+        piece = Piece(label, text, Segment(segment.token_ids, name))
+        return _Read(piece, given.id, digest, None if lasting is None else seconds(lasting))
+
+
+def _without(token_ids: tuple[int, ...], start: tuple[int, ...]) -> tuple[int, ...]:
+    """Tokens without the start tokens that a chat template wrote: they stand before the segments already."""
+    return token_ids[len(start) :] if token_ids[: len(start)] == start else token_ids
