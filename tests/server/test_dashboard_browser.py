@@ -19,7 +19,7 @@ from kvcomm.server import app as app_module
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.settings import ServerSettings
 from tests.server.browser import Browser, browsing
-from tests.server.conftest import MODEL, Keys
+from tests.server.conftest import MODEL, Keys, chat
 from tests.server.live import Live, serving
 
 XSS = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
@@ -102,6 +102,11 @@ def send(page: Browser, message: str) -> None:
     page.one("#trial-tokens").clear()
     page.one("#trial-tokens").send_keys("4", Key.ENTER)
     page.wait(lambda: page.all("#trial-result .strip"))
+
+
+def send_elsewhere(live: Live) -> None:
+    """A request that does not come from the page."""
+    httpx2.post(f"{live.url}/v1/chat/completions", json=chat(max_tokens=1)).raise_for_status()
 
 
 def tree_labels(page: Browser, place: str) -> list[tuple[str, str]]:
@@ -264,6 +269,17 @@ def test_a_tree_by_keyboard(page: Browser, trees: dict[str, Any]) -> None:
     assert focused() == "id-B"
     page.press(Key.END, Key.HOME)
     assert focused() == "id-A"
+
+
+def test_what_is_read_keeps_still(page: Browser, live: Live, engine: Engine) -> None:
+    send(page, "hello")
+    with engine.lock:
+        engine.tree.reset()
+    page.wait(lambda: page.all("#evictions .scroll"))
+    page.run("document.querySelector('#evictions .scroll').focus()")
+    send_elsewhere(live)
+    page.wait(lambda: page.text("#summary div dd").startswith(str(live.state.tenants.get().tally.num_requests)))
+    assert page.run("return document.activeElement.className") == "scroll"
 
 
 def test_everything_is_reached_by_keyboard(page: Browser) -> None:

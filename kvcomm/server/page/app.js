@@ -2,7 +2,7 @@
 
 const KEY = "kvcomm.key";
 const STATS_MS = 2000;
-const TREES_MS = 10000;
+const TREES_MS = [5000, 30000]; // when something has happened, and anyway: unlike stats, they count towards the rate
 const MAX_WAIT_MS = 30000;
 
 /** No answer that could be shown; anything else that is thrown here is a mistake of this page. */
@@ -34,8 +34,17 @@ async function ask(path, body) {
 }
 
 function report(element, text) {
-  element.textContent = text ?? "";
+  if (element.textContent !== text) element.textContent = text ?? "";
   element.hidden = !text;
+}
+
+/** Show parts in a place of the page. What has the focus keeps still, what was scrolled stays where it was. */
+function put(id, parts) {
+  const place = byId(id);
+  if (place.contains(document.activeElement)) return;
+  const top = place.querySelector(".scroll")?.scrollTop ?? 0;
+  place.replaceChildren(...parts);
+  place.querySelector(".scroll")?.scrollTo(0, top);
 }
 
 class Dashboard {
@@ -91,16 +100,16 @@ class Dashboard {
     byId("forget").hidden = sessionStorage.getItem(KEY) === null;
     this.model = stats.model;
     byId("model").textContent = stats.model;
-    byId("summary").replaceChildren(...showSummary(stats));
-    byId("sources").replaceChildren(...showSources(stats.tokens));
-    byId("reasons").replaceChildren(...showReasons(stats.miss_reasons));
-    byId("ttft").replaceChildren(...showHistogram(stats.ttft));
-    byId("recent").replaceChildren(...showRecent(stats.recent));
-    byId("audits").replaceChildren(...showAudits(stats.audits));
-    byId("bounds").replaceChildren(...showBounds(stats.bounds));
-    byId("evictions").replaceChildren(...showEvictions(stats));
+    put("summary", showSummary(stats));
+    put("sources", showSources(stats.tokens));
+    put("reasons", showReasons(stats.miss_reasons));
+    put("ttft", showHistogram(stats.ttft));
+    put("recent", showRecent(stats.recent));
+    put("audits", showAudits(stats.audits));
+    put("bounds", showBounds(stats.bounds));
+    put("evictions", showEvictions(stats));
     const activity = [stats.requests, stats.cache.tokens].join();
-    if (activity !== this.activity || performance.now() - this.treesAt > TREES_MS) {
+    if (performance.now() - this.treesAt > TREES_MS[activity === this.activity ? 1 : 0]) {
       this.activity = activity;
       this.treesAt = performance.now();
       this.showTree("tree", "/v1/cache/tree", (answer) => answer.root.children.map(cacheNodes));
@@ -153,7 +162,8 @@ class Dashboard {
     report(byId("trial-error"), null);
     try {
       const answer = await ask("/v1/chat/completions", trialBody(this.model));
-      byId("trial-result").replaceChildren(...showTrial(answer));
+      put("trial-result", showTrial(answer));
+      this.treesAt = -Infinity;
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
       report(byId("trial-error"), error.message);
