@@ -41,6 +41,8 @@ class Marks:
 
     def split(self, text: str) -> list[tuple[str, str | None]]:
         """Pieces of rendered text, each with the control token spelled out behind it."""
+        if not self.hidden:  # nearly always; compiling the pattern takes half a millisecond
+            return [(text, None)]
         pieces = re.split(self.stem + r"(\d+)X", text)
         controls = [self.hidden[int(number)] for number in pieces[1::2]]
         return list(zip(pieces[::2], [*controls, None], strict=True))

@@ -65,10 +65,11 @@ def measure_overhead(
 
 
 class StockAnswer(NamedTuple):
-    """An answer without its end token, and the seconds that it took."""
+    """An answer without its end token, the tokens of its prompt, and the seconds that it took."""
 
     text: str
     num_tokens: int
+    num_prompt_tokens: int
     seconds: float
 
 
@@ -93,11 +94,12 @@ class StockLoop:
         output = self._model.generate(
             **inputs, max_new_tokens=max_tokens, do_sample=False, pad_token_id=self._tokenizer.eos_token_id
         )
-        new = output[0, inputs["input_ids"].shape[1] :]
+        num_prompt_tokens = inputs["input_ids"].shape[1]
+        new = output[0, num_prompt_tokens:]
         text = self._tokenizer.decode(new, skip_special_tokens=True)
         seconds = time.perf_counter() - start
         special = torch.tensor(self._tokenizer.all_special_ids, device=new.device)
-        return StockAnswer(text, int((~torch.isin(new, special)).sum()), seconds)
+        return StockAnswer(text, int((~torch.isin(new, special)).sum()), num_prompt_tokens, seconds)
 
 
 def _rendered(tokenizer: Any, chat: Chat) -> str:

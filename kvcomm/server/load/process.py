@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,11 +23,12 @@ class ServerProcess:
         pid: of the process.
     """
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(self, *flags: str, variables: Mapping[str, str] | None = None) -> None:
         """Start a server and wait until it listens.
 
         Args:
-            flags: of `kvcomm serve`, beside the port.
+            flags: of `kvcomm serve`; without `--port` it takes a free one.
+            variables: settings by their environment variables.
 
         Raises:
             ServerFailed: it has ended instead.
@@ -35,7 +36,7 @@ class ServerProcess:
         self._folder = tempfile.TemporaryDirectory()
         self._log = Path(self._folder.name) / "log"
         command = [sys.executable, "-m", "kvcomm.cli.app", "serve", "--json", *_with_port(flags)]
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **(variables or {})}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         try:

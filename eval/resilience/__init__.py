@@ -1,0 +1,1 @@
+"""What a server does when things go wrong: see `__main__`."""

@@ -1,0 +1,97 @@
+"""Whether a server loses or changes answers, or pages, when things go wrong; every server is a process of its own.
+
+    python -m eval.resilience [--model smollm2-135m] [--scenarios kill,full_pool] [--quick] [--json]
+
+- kill: SIGKILL under load, and a server in its place; whoever got no whole answer asks again.
+- disconnect: streams that their clients leave in the middle, some before the first token.
+- full_pool: many more tokens wanted than the pool has, and a prompt that it can never hold.
+- large_body: bodies of 10 MB, declared, chunked and broken off.
+- slow_loris: connections that send headers, or bodies, a byte at a time.
+
+In each of them clients go on asking. An answer is *wrong* if it differs from what transformers' own greedy `generate`
+says, *lost* if there is none after the retries that a client would make, a page *leaked* if it is not free once nothing
+is in flight and caches are cleared. What the server should refuse, or cut off, counts as lost when it does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from eval.figures import Figure, Report
+from eval.resilience.questions import Found, Question, make_questions
+from eval.resilience.scenarios import disconnect, full_pool, kill, large_body, slow_loris
+from eval.workload import note
+from kvcomm import KVCommError
+
+SCENARIOS = ("kill", "disconnect", "full_pool", "large_body", "slow_loris")
+QUICK_DISCONNECTS = 60
+
+Scenario = Callable[[str, Sequence[Question]], Found]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m eval.resilience", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m", help="a packaged name, folder or hub id [%(default)s]")
+    parser.add_argument("--scenarios", type=_names, default=SCENARIOS, metavar="NAME,NAME", help="[all]")
+    parser.add_argument("--disconnects", type=int, default=1000, metavar="N", help="streams left [%(default)s]")
+    parser.add_argument("--questions", type=int, default=12, metavar="N", help="different ones [%(default)s]")
+    parser.add_argument("--prefix-len", type=int, default=96, metavar="N", help="words they share [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, help="of questions and of when clients leave [%(default)s]")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_DISCONNECTS} streams left")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--out", type=Path, default=Path("out/resilience.json"), help="file of the run [%(default)s]")
+    options = parser.parse_args(arguments)
+    num_disconnects = QUICK_DISCONNECTS if options.quick else options.disconnects
+    known: dict[str, Scenario] = {
+        "kill": kill,
+        "disconnect": lambda model, questions: disconnect(model, questions, num_disconnects, options.seed),
+        "full_pool": full_pool,
+        "large_body": large_body,
+        "slow_loris": slow_loris,
+    }
+    try:
+        note("answers of transformers alone")
+        questions = make_questions(options.model, options.questions, options.prefix_len, options.seed)
+        found = {}
+        for name in options.scenarios:
+            note(name)
+            found[name] = known[name](options.model, questions)
+        report = Report("resilience", figures(found), {**vars(options), "out": None, "disconnects": num_disconnects})
+        report.emit(as_json=options.json)
+        report.save(options.out)
+    except (KVCommError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+def figures(found: dict[str, Found]) -> list[Figure]:
+    """Sums over all scenarios, then each one's own."""
+    goals = {"lost_answers": "0", "wrong_answers": "0", "leaked_pages": "0", "asked": ""}
+    units = {"leaked_pages": "pages"}
+    each = {name: found[name]._asdict() for name in found}
+    total = [
+        Figure(id, sum(values[id] for values in each.values()), units.get(id, "answers"), None, goal)
+        for id, goal in goals.items()
+    ]
+    own = [
+        Figure(f"{name}_{id}", values[id], units.get(id, "answers"), None, goal)
+        for name, values in each.items()
+        for id, goal in goals.items()
+    ]
+    return total + own
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := set(names) - set(SCENARIOS):
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is none of {', '.join(SCENARIOS)}")
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main())
