@@ -53,6 +53,10 @@ class CostModel(BaseModel):
         num_pairs = sum((end - start) * (start + end) / 2 for start, end in stretches)
         return self.pass_s + num_rows * self.row_s + num_pairs * self.pair_s
 
+    def plan_s(self, passes: Sequence[Sequence[tuple[int, int]]], num_moved: int) -> float:
+        """Predicted seconds of several passes and of moving tokens before them."""
+        return sum(self.compute_s(stretches) for stretches in passes) + num_moved * self.move_s
+
 
 class ReuseCost:
     """The cost model of one engine, measured on first use."""
@@ -86,8 +90,7 @@ class ReuseCost:
         """Whether moving and computing stretches, pass by pass, beats computing all behind the exact prefix."""
         if self.model is None:
             return False
-        reuse_s = sum(self.model.compute_s(stretches) for stretches in passes) + num_moved * self.model.move_s
-        return reuse_s <= MARGIN * self.model.compute_s([(num_exact, num_tokens)])
+        return self.model.plan_s(passes, num_moved) <= MARGIN * self.model.compute_s([(num_exact, num_tokens)])
 
 
 def cached_cost(file: Path, measure: Callable[[], CostModel]) -> CostModel:

@@ -25,6 +25,7 @@ from kvcomm.config import EngineConfig
 from kvcomm.engine.context import Context, sampling_params
 from kvcomm.engine.detokenize import Detokenizer
 from kvcomm.engine.exchange import KVExchange, layer_shapes
+from kvcomm.engine.explanation import Explanation
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.holdings import Holdings, num_distinct
 from kvcomm.engine.loop import EngineLoop
@@ -271,6 +272,27 @@ class Engine:
         """`submit` and wait for the result; raises what `submit` and `RequestHandle.result` raise."""
         return self.submit(prompt, sampling, tenant=tenant, policy=policy, variant=variant, **settings).result()
 
+    def explain(
+        self, prompt: Prompt, *, tenant: str = DEFAULT_TENANT, policy: ReusePolicy | None = None
+    ) -> Explanation:
+        """The plan of a request that is not made: what would come from the cache, what not, why, and what it takes.
+
+        Counts as no use of the cache. Where nothing happens in between, a request gets this plan.
+
+        Raises:
+            InvalidRequest: empty, too long, unknown tokens.
+            QuotaExceeded: the tenant could not make the request now.
+        """
+        segments = self.read_prompt(prompt, is_start=True)
+        sequence = Sequence(self.pool, _token_ids(segments))
+        request = self._request(sequence, segments, SamplingParams(max_new_tokens=0), tenant, policy)
+        request.is_trial = True
+        explained = self.scheduler.explain(request)
+        if explained.cold_s is None:
+            self.reuse.measure_when_idle()
+            self._loop.wake()
+        return explained
+
     def _request(
         self,
         sequence: Sequence,
@@ -437,14 +459,17 @@ class Engine:
         """Limit a tenant; None is no limit, and each call sets both.
 
         Args:
-            cached_tokens: of its cached prefixes; over it the tenant's own least recently used ones are dropped,
-                never those of others.
+            cached_tokens: of its cached prefixes, and of the renditions of its segments; over it the tenant's own
+                least recently used ones are dropped, never those of others.
             held_tokens: of its contexts and requests in flight at once; over it requests are refused (QuotaExceeded).
         """
         page_size = self.config.page_size
         with self.lock:
             namespace = self.namespace(tenant)
-            self.tree.set_quota(namespace, None if cached_tokens is None else cached_tokens // page_size)
+            num_pages = None if cached_tokens is None else cached_tokens // page_size
+            self.tree.set_quota(namespace, num_pages)
+            num_bytes = None if num_pages is None else num_pages * self.pool.page_bytes
+            self.memory.segments.set_budget(namespace, num_bytes)
             self._holdings.set_quota(namespace, None if held_tokens is None else held_tokens // page_size)
 
     def pin(self, prompt: Prompt, *, tenant: str = DEFAULT_TENANT) -> int:

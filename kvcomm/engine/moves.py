@@ -65,6 +65,7 @@ class MoveFinder:
         own: KVSequence,
         *,
         before_s: float = math.inf,
+        is_use: bool = True,
     ) -> list[Move]:
         """What could be moved behind the first `num_exact` tokens; retains the pages of the sources.
 
@@ -72,6 +73,7 @@ class MoveFinder:
 
         Args:
             before_s: only renditions made before this moment, on the monotonic clock.
+            is_use: count what is found as used now.
         """
         last = sum(len(segment.token_ids) for segment in segments) - 1
         moves = []
@@ -81,6 +83,8 @@ class MoveFinder:
             rendition = self._source(namespace, each, own, before_s)
             if rendition is None:
                 continue
+            if is_use:
+                self._memory.segments.touch(namespace, rendition)
             start, end = max(each.start, num_exact), min(each.start + rendition.num_tokens, last)
             if start < end:
                 moves.append(self._move(each, rendition, start, end))
@@ -131,7 +135,7 @@ class MoveFinder:
         ]
         if not known:
             return None
-        best = min(
+        return min(
             known,
             key=lambda rendition: (
                 rendition.fidelity is not Fidelity.EXACT,
@@ -139,8 +143,6 @@ class MoveFinder:
                 rendition.created_s,
             ),
         )
-        self._memory.segments.touch(namespace, best)
-        return best
 
     def _is_own(self, rendition: Rendition, each: Occurrence, own: KVSequence) -> bool:
         first = each.start // self._memory.pool.page_size

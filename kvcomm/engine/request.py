@@ -93,6 +93,7 @@ class Request:
         variant: reuse in exactly this way, whatever the policy says; None: as the policy allows.
         pending: `[start, end)` of prompt tokens still to be computed, ascending.
         approximation: how moved KV is reused; None: not at all.
+        is_trial: it is only planned, to explain it: what it finds does not count as used.
         has_retreated: an approximation was given up on the way, for text unlike what is known.
         published_s: when others could first move what this request computed, on the monotonic clock.
         last_logits: [vocab_size] behind the prompt, set when the whole prompt is computed.
@@ -115,6 +116,7 @@ class Request:
     plan: Plan = field(default_factory=Plan)
     pending: list[tuple[int, int]] = field(default_factory=list)
     approximation: Approximation | None = None
+    is_trial: bool = False
     has_retreated: bool = False
     published_s: float | None = None
     clock: Clock = field(default_factory=Clock)

@@ -27,6 +27,7 @@ from kvcomm.align.ops.contract import LayerStore
 from kvcomm.align.probes import Probes
 from kvcomm.engine.approximation import Approximation
 from kvcomm.engine.cost import ReuseCost
+from kvcomm.engine.explanation import Explanation
 from kvcomm.engine.forced import DeviationChooser, forced
 from kvcomm.engine.moves import MoveFinder, parts_of
 from kvcomm.engine.plan import Part, Plan, Reason, plan_of
@@ -90,6 +91,17 @@ class Reuse:
         # The first one: why not everything is moved that could be.
         reason = reasons[0] if reasons else Reason.IMMOVABLE if self.immovable else Reason.NO_SOURCE
         return plan_of(num_exact, parts_of(request.segments, num_exact, [], otherwise=otherwise, unmoved=reason))
+
+    def explain(self, request: Request) -> Explanation:
+        """What there is to say about the plan that a request has got."""
+        plan, approximation, cost = request.plan, request.approximation, self._cost.model
+        cold = (0, request.num_prompt_tokens)
+        cold_s = None if cost is None else cost.compute_s([cold])
+        if approximation is None:
+            return Explanation(plan, prefill_s=None if cost is None else cost.compute_s(plan.stretches), cold_s=cold_s)
+        passes = _passes(approximation.moves, approximation.share, request.num_prompt_tokens)
+        prefill_s = None if cost is None else cost.plan_s(passes, num_moved(approximation.moves))
+        return Explanation(plan, approximation.share, approximation.risk, prefill_s, cold_s)
 
     def may_reuse(self, request: Request) -> bool:
         """Whether the request's caller and prompt leave anything to decide."""
@@ -248,6 +260,7 @@ class Reuse:
             request.segments,
             request.sequence.num_computed,
             request.sequence,
+            is_use=not request.is_trial,
         )
 
     def _evidence(self, namespace: str, edge: Edge) -> int:
@@ -264,7 +277,7 @@ class Reuse:
         calibration = None if group is None else group.calibration
         if group is None or calibration is None or calibration.num_pairs < calibration.pairs_needed(policy.delta):
             return None, Reason.UNCALIBRATED
-        group.num_requests += 1
+        group.num_requests += not request.is_trial
         if group.breaker((policy.max_divergence, policy.delta)).tripped:
             return None, Reason.BREAKER
         rung = calibration.choose(policy.max_divergence, policy.delta)

@@ -25,7 +25,7 @@ from kvcomm.engine.learner import Learner
 from kvcomm.engine.replay import Replayer
 from kvcomm.engine.request import Request
 from kvcomm.engine.reuse import Reuse
-from kvcomm.engine.study import IdleWork
+from kvcomm.engine.study import IdleWork, Job, Steps
 from kvcomm.errors import AnchorFileForeign, InvalidRequest
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
@@ -104,6 +104,15 @@ class ReuseParts:
         estimation = _estimation_label(settings, sketcher.settings)
         num_heads = sum(geometry.layers[layer_id].num_heads for layer_id in looking_layers(len(layers)))
         return cls(ops, anchors, groups, cost, estimators, planner, replayer, learner, idle, num_heads, estimation)
+
+    def measure_when_idle(self) -> None:
+        """Find out what passes take on this machine, unless that is known; on the engine's thread."""
+
+        def steps() -> Steps:
+            self.planner.prepare()
+            yield
+
+        self.idle.add(Job(steps(), release=lambda: None, pages=lambda: ()))
 
     def file_namespace(self, namespace: str) -> str:
         """Whose files these are: the tenant's, and under other settings than the defaults only of engines with them."""

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from kvcomm.config import EngineConfig
+from kvcomm.engine.explanation import Explanation
 from kvcomm.engine.guesses import repeated
 from kvcomm.engine.learner import Learner
 from kvcomm.engine.plan import Reason, exact_plan
@@ -145,6 +146,16 @@ class Scheduler:
                 )
             self._waiting.append(request)
 
+    def explain(self, request: Request) -> Explanation:
+        """What would be planned for a trial request if it were admitted now; nothing is changed or kept."""
+        with self.lock:
+            try:
+                self._plan(request)
+                return self._reuse.explain(request)
+            finally:
+                self._reuse.drop(request)
+                request.sequence.release()
+
     def cancel(self, request: Request) -> None:
         """Mark a request; the next step settles it and returns its pages."""
         request.is_cancelled = True
@@ -255,6 +266,20 @@ class Scheduler:
     def _take_pages(self, request: Request) -> None:
         """Share what the tree has of the prompt and allocate the rest, or change nothing."""
         sequence = request.sequence
+        self._plan(request)
+        try:
+            self._make_writable(sequence, sequence.num_computed, request.max_tokens)
+        except PoolExhausted:
+            self._reuse.drop(request)
+            if request.is_lent:
+                sequence.trim()
+            else:
+                sequence.release()
+            raise
+
+    def _plan(self, request: Request) -> None:
+        """Share what the tree has of the prompt, and decide about the rest."""
+        sequence = request.sequence
         if request.ready_logits is None:
             # The last token is always computed: its logits are not in the cache.
             sequence.rewind(min(sequence.num_computed, sequence.num_tokens - 1))
@@ -266,19 +291,11 @@ class Scheduler:
         else:
             request.plan = exact_plan(sequence.num_computed, sequence.num_tokens, reason)
         request.pending = list(request.plan.stretches)
-        try:
-            self._make_writable(sequence, sequence.num_computed, request.max_tokens)
-        except PoolExhausted:
-            self._reuse.drop(request)
-            if request.is_lent:
-                sequence.trim()
-            else:
-                sequence.release()
-            raise
 
     def _share_from_tree(self, request: Request) -> Reason:
         sequence = request.sequence
-        match = self._tree.match(request.namespace, sequence.token_ids[:-1])
+        find = self._tree.look if request.is_trial else self._tree.match
+        match = find(request.namespace, sequence.token_ids[:-1])
         if match.num_tokens > sequence.num_computed:
             sequence.adopt(match.pages, match.num_tokens)
         if sequence.num_computed >= sequence.num_tokens - 1:

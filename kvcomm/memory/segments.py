@@ -15,6 +15,7 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -69,6 +70,18 @@ class Rendition:
     before: tuple[Segment, ...] = ()  # the named ones before it in that context
     risk: float = 0.0  # nats of divergence to be expected of it at most; 0 for exact KV
     identity: Identity = field(default_factory=Identity)
+
+
+class SegmentView(NamedTuple):
+    """A known segment and its renditions, the latest used last, as they were at `seen_s` on the store's clock."""
+
+    digest: str
+    segment: Segment
+    renditions: tuple[Rendition, ...]
+    pinned: bool
+    used_s: float
+    due_s: float  # infinite where nothing ends it
+    seen_s: float
 
 
 _Key = tuple[str, int, Fidelity]  # signature, start, fidelity
@@ -333,6 +346,20 @@ class SegmentStore:
         """Every known segment of `namespace` with its names, for views; counts as no use."""
         for record in self._view(namespace).records.values():
             yield record.segment, tuple(sorted(record.names))
+
+    def views(self, namespace: str) -> Iterator[SegmentView]:
+        """Every known segment of `namespace` as others may see it; counts as no use."""
+        now = self._clock()
+        for digest, record in self._view(namespace).records.items():
+            yield SegmentView(
+                digest,
+                record.segment,
+                tuple(record.renditions.values()),
+                record.num_pins > 0,
+                record.used_s,
+                record.due_s,
+                now,
+            )
 
     def pages_held(self) -> Iterable[PageIds]:
         """Every page reference of the store, for `PagePool.check_integrity`."""

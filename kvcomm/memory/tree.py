@@ -59,6 +59,7 @@ class NodeView(NamedTuple):
     locked: bool
     pinned: bool
     idle_s: float  # since the last use
+    expires_in_s: float  # unless it is used before; infinite: never
 
 
 class RadixTree:
@@ -92,14 +93,18 @@ class RadixTree:
         self._touch(node, matched)
         space.query_tokens += ids.size
         space.hit_tokens += matched
-        reason = None if matched == ids.size else _reason(node, matched, int(ids[matched]))
-        return Match(matched, node.path_pages(matched, self._pool.page_size), node, reason)
+        return self._found(node, matched, ids)
 
     def peek(self, namespace: str, tokens: npt.ArrayLike) -> int:
         """How many leading tokens are cached. Counts as no use: neither LRU nor TTL nor counters change."""
+        return self.look(namespace, tokens).num_tokens
+
+    def look(self, namespace: str, tokens: npt.ArrayLike) -> Match:
+        """What `match` would find. Counts as no use, as `peek`."""
         self.expire()
-        space = self._namespaces.get(namespace)
-        return 0 if space is None else descend(space.root, _as_tokens(tokens))[1]
+        ids, space = _as_tokens(tokens), self._namespaces.get(namespace) or Namespace(namespace)
+        node, matched = descend(space.root, ids)
+        return self._found(node, matched, ids)
 
     def insert(self, namespace: str, tokens: npt.ArrayLike, pages: PageIds, *, ttl_s: float | None = None) -> int:
         """Make `tokens` with their KV on `pages` matchable; returns how many tokens were new.
@@ -261,6 +266,7 @@ class RadixTree:
                 node.num_locks > 0,
                 node.num_pins > 0,
                 now - node.used.at_s,
+                math.inf if node.num_pins or node.num_locks else node.expires_at_s - now,
             )
 
     def check_integrity(self) -> None:
@@ -294,6 +300,10 @@ class RadixTree:
             assert node.ttl_s <= parent.ttl_s, f"{where} lives {node.ttl_s} s, its parent {parent.ttl_s} s"
         if node.is_evictable:
             self._reaper.check_waiting(node)
+
+    def _found(self, node: Node, matched: int, ids: TokenIds) -> Match:
+        reason = None if matched == ids.size else _reason(node, matched, int(ids[matched]))
+        return Match(matched, node.path_pages(matched, self._pool.page_size), node, reason)
 
     def _namespace(self, name: str) -> Namespace:
         if name not in self._namespaces:

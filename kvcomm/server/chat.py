@@ -150,7 +150,7 @@ class _Answer:
 
     def _usage(self, completion: Completion) -> Usage:
         usage = usage_of([completion.usage], cache_breakpoints=num_breakpoints(self._body))
-        return usage.model_copy(update={"plan": plan_of(completion.usage)}) if self._body.include_plan else usage
+        return usage.model_copy(update={"plan": plan_of(completion.usage.spans)}) if self._body.include_plan else usage
 
     def _logprobs(self, tokens: tuple[EngineLogprob, ...]) -> ChoiceLogprobs:
         return ChoiceLogprobs(content=[self._logprob(token) for token in tokens], refusal=None)

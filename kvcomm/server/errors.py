@@ -27,6 +27,7 @@ from kvcomm.errors import (
     QuotaExceeded,
     RequestCancelled,
 )
+from kvcomm.server.schemas.common import REQUEST_KINDS
 from kvcomm.server.schemas.errors import ErrorDetail, ErrorResponse
 
 RETRY_AFTER = "retry-after"
@@ -189,6 +190,8 @@ def invalid(errors: Sequence[Any], body: object) -> ApiError:
 def _param(path: Sequence[Any], body: object) -> str:
     """A path such as messages[0].content; branches of unions, which no client sent, are left out."""
     text, at = "", body
+    if path and path[0] in REQUEST_KINDS:
+        path = path[1:]
     for index, part in enumerate(path):
         if isinstance(at, list) and isinstance(part, int):
             text += f"[{part}]"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from kvcomm.engine.plan import Span, SpanKind
@@ -49,9 +49,9 @@ def usage_of(usages: Sequence[EngineUsage], *, cache_breakpoints: int = 0) -> Us
     )
 
 
-def plan_of(usage: EngineUsage) -> list[PlanSpan]:
-    """The plan of one engine request."""
-    return [_span(span) for span in usage.spans]
+def plan_of(spans: Iterable[Span]) -> list[PlanSpan]:
+    """The plan of one engine request, from its spans."""
+    return [_span(span) for span in spans]
 
 
 def _span(span: Span) -> PlanSpan:

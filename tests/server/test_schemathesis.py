@@ -48,6 +48,8 @@ OPERATIONS = (
     "DELETE /v1/segments/{name}",
     "GET /v1/segments/{name}/versions",
     "POST /v1/cache/warm",
+    "POST /v1/cache/explain",
+    "GET /v1/cache/tree",
     "GET /v1/anchors",
     "PUT /admin/tenants/{tenant}/anchors",
     "GET /metrics",

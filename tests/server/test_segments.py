@@ -9,10 +9,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from kvcomm.engine.engine import Engine
-from kvcomm.memory.segments import Segment
 from kvcomm.server.keys import KeyRing
 from tests.engine.conftest import greedy
-from tests.server.conftest import HELLO, MODEL, Keys, MakeClient, chat, completion
+from tests.server.conftest import HELLO, Keys, MakeClient, chat, completion
 from tests.server.test_fields import error_of
 
 CHAT = "/v1/chat/completions"
@@ -136,31 +135,6 @@ class TestBoundaries:
         ids = list(engine.segment("The quick brown fox jumps").token_ids)
         assert usage_of(answer)["prompt_tokens"] == len(ids)
         assert answer.json()["choices"][0]["text"] == answer_of(engine, ids)
-
-
-class TestWarm:
-    """`POST /v1/cache/warm`."""
-
-    def warm(self, client: TestClient, *ids: str, **fields: Any) -> dict[str, Any]:
-        response = client.post("/v1/cache/warm", json={"model": MODEL, "segments": given(*ids), **fields})
-        assert response.status_code == 200, response.text
-        return dict(response.json())
-
-    def test_what_is_warm_is_hit(self, client: TestClient, engine: Engine) -> None:
-        warmed = self.warm(client, "A", "B")
-        ids = tuple(token for each in "AB" for token in engine.segment(TEXTS[each]).token_ids)
-        assert (warmed["cached_segments"], warmed["tokens"]) == (2, len(ids))
-        assert warmed["root_hash"] == Segment(ids).digest(engine.namespace())
-        assert warmed["usage"]["completion_tokens"] == 0
-        hashes = [each["hash"] for each in warmed["segments"]]
-        segments = [{**part, "hash": digest} for part, digest in zip(given("A", "B"), hashes, strict=True)]
-        assert usage_of(client.post(CHAT, json=chat(segments=segments)))["cached_prefix_tokens"] == len(ids)
-
-    def test_salts_and_quotas_count(self, make_client: MakeClient, client: TestClient) -> None:
-        self.warm(client, "A", cache_salt="x")
-        assert usage_of(client.post(CHAT, json=chat(segments=given("A"))))["cached_prefix_tokens"] == 0
-        small = make_client(limits={"cached_tokens": 8})
-        assert self.warm(small, "C", "D", cache_salt="y")["cached_segments"] == 0
 
 
 class TestRegistry:

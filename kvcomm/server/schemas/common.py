@@ -31,6 +31,9 @@ MAX_DEPTH = 64
 MODEL_NAME, TOKEN_ID = "model-name", "token-id"
 """Formats of values of which only the running server knows which ones there are."""
 
+CHAT_KIND, COMPLETION_KIND = REQUEST_KINDS = ("<chat>", "<completion>")
+"""Branches of a body that may be the one request or the other; they stand in no client's path."""
+
 MAX_CHOICES = 16
 """Answers to one prompt."""
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
+import anyio.to_thread
 from fastapi import APIRouter, Depends
 
 from kvcomm.engine.sampling import SamplingParams
@@ -13,8 +13,11 @@ from kvcomm.server.access import security
 from kvcomm.server.errors import documented
 from kvcomm.server.generation import Call, CallDep, Job
 from kvcomm.server.sampling import policy_of
-from kvcomm.server.schemas.cache import CachedSegment, Warmed, WarmRequest
-from kvcomm.server.segments.prepared import PlacedSegment, num_cached_of
+from kvcomm.server.schemas.cache import CacheExplanation, CacheTree, Warmed, WarmRequest
+from kvcomm.server.schemas.explained import ExplainRequest
+from kvcomm.server.segments.explaining import explain
+from kvcomm.server.segments.views import cache_tree, cached_segments
+from kvcomm.server.state import StateDep, TenantDep
 from kvcomm.server.tenants import namespace
 from kvcomm.server.usage import usage_of
 
@@ -47,9 +50,14 @@ async def _warm(body: WarmRequest, call: Call) -> Warmed:
     )
 
 
-def cached_segments(placed: Sequence[PlacedSegment], num_cached: int) -> list[CachedSegment]:
-    """The segments of a request of which the first `num_cached` tokens are cached."""
-    return [
-        CachedSegment(id=each.id, hash=each.digest, tokens=each.num_tokens, cached_tokens=cached)
-        for each, cached in zip(placed, num_cached_of(placed, num_cached), strict=True)
-    ]
+@router.post("/explain", operation_id="explainCache", tags=["insight"], responses=ERRORS)
+async def explain_cache(body: ExplainRequest, call: CallDep) -> CacheExplanation:
+    """What a request would find in the cache, what not, why, and what it would take. It is not made."""
+    call.state.require_model(body.model)
+    return await call.guard(anyio.to_thread.run_sync(explain, body, call.state, call.tenant.name))
+
+
+@router.get("/tree", operation_id="cacheTree", tags=["insight"], responses=documented(401, 403, 429, 500))
+async def get_cache_tree(state: StateDep, tenant: TenantDep) -> CacheTree:
+    """Everything your own requests left in the cache: prefixes, segments and their renditions, by salt."""
+    return cache_tree(state.engine, tenant.name, list(tenant.salts))
