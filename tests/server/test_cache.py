@@ -92,6 +92,10 @@ class TestExplain:
             (chat(nonsense=3), "nonsense"),
         ):
             assert error_of(client.post(self.URL, json=body))["param"] == param
+        context = client.post("/v1/contexts", json={"text": "The dog"}).json()["id"]
+        error = error_of(client.post(self.URL, json=chat(context_id=context)))
+        assert (error["param"], error["code"]) == ("context_id", "unsupported_value")
+        client.delete(f"/v1/contexts/{context}")
         assert error_of(client.post(self.URL, json=[]))["code"] == "invalid_body"
         assert error_of(client.post(self.URL, json=chat(model="other")), 404)["code"] == "model_not_found"
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.memory.segments import Segment
 from kvcomm.server.access import security
-from kvcomm.server.errors import documented
+from kvcomm.server.errors import ApiError, documented
 from kvcomm.server.generation import Call, CallDep, Job
 from kvcomm.server.sampling import policy_of
 from kvcomm.server.schemas.cache import CacheExplanation, CacheTree, Warmed, WarmRequest
@@ -54,6 +54,10 @@ async def _warm(body: WarmRequest, call: Call) -> Warmed:
 async def explain_cache(body: ExplainRequest, call: CallDep) -> CacheExplanation:
     """What a request would find in the cache, what not, why, and what it would take. It is not made."""
     call.state.require_model(body.model)
+    if body.context_id is not None:
+        call.state.contexts.of(call.tenant).find(body.context_id)
+        message = "context_id cannot be explained: what a context holds is in place and not looked up"
+        raise ApiError(400, "unsupported_value", message, param="context_id")
     return await call.guard(anyio.to_thread.run_sync(explain, body, call.state, call.tenant.name))
 
 
