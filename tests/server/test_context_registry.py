@@ -102,7 +102,7 @@ class RegistryMachine(RuleBasedStateMachine):
             known.turn.keep()
             known.tokens += known.new
         known.turn.end()
-        known.turn = None
+        known.turn, known.used_s = None, self.now_s
 
     @precondition(lambda self: self.known)
     @rule(index=pick, descendants=st.booleans())

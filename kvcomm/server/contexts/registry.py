@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -142,7 +143,7 @@ class ContextRegistry:
                 "with the fork"
             )
             raise ApiError(409, "context_busy", message, retry_after_s=self._settings.retry_after_s)
-        turn = Turn(node.context.fork(), node, on_kept=self.count if keeps else None)
+        turn = Turn(node.context.fork(), node, on_end=partial(self._ended, node))
         if keeps:
             node.turn = turn
         return turn
@@ -198,6 +199,11 @@ class ContextRegistry:
         """Tell the tenant what its contexts hold."""
         num_pages = sum(self.num_bytes().values()) // self._engine.pool.page_bytes
         self.tenant.context_tokens = num_pages * self._engine.pool.page_size
+
+    def _ended(self, node: Node) -> None:
+        """A context is not busy any more, which was use to the end."""
+        node.used_s = self._clock()
+        self.count()
 
     def _add(self, node: Node, terms: Terms, ttl_s: float) -> Node:
         node.name, node.is_pinned = terms.name or node.context.name, terms.pinned

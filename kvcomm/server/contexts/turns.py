@@ -32,13 +32,13 @@ class Turn:
         conversation: of the context with this turn.
     """
 
-    def __init__(self, work: Context, node: Node | None = None, *, on_kept: Callable[[], None] | None = None) -> None:
-        """`on_kept` is called when the node has taken what came of it; None: it will not take it."""
+    def __init__(self, work: Context, node: Node | None = None, *, on_end: Callable[[], None] = lambda: None) -> None:
+        """`on_end` is called when the node is not busy with this turn any more, if it was."""
         self.work = work
         self.num_kept = work.num_tokens
         self.prompt: tuple[Segment, ...] = ()
         self.conversation: Conversation | None = None
-        self._on_kept = on_kept
+        self._on_end = on_end
         self._node = node
         self._is_kept = False
 
@@ -81,10 +81,10 @@ class Turn:
 
     def keep(self) -> None:
         """The request has succeeded: what came of it takes the context's place, if it is to."""
-        if self._on_kept is not None and self._node is not None and self._node.turn is self:
+        if self._node is not None and self._node.turn is self:
             self._node.take(self)
             self._is_kept = True
-            self._on_kept()
+            self._on_end()
 
     def hand_over(self) -> Context:
         """Give what came of it to somebody else to release."""
@@ -95,5 +95,6 @@ class Turn:
         """Give back what was not kept, once the request has ended. Idempotent."""
         if self._node is not None and self._node.turn is self:
             self._node.turn = None
+            self._on_end()
         if not self._is_kept:
             self.work.release()
