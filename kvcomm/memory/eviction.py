@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from kvcomm.memory.ages import PageAges
 from kvcomm.memory.events import CacheEvent, EventKind, EventLog
 from kvcomm.memory.node import NO_IDS, Drop, MissReason, Namespace, Node, preorder
 from kvcomm.memory.pool import PagePool
@@ -84,9 +85,10 @@ class LeafQueue:
 class Reaper:
     """Takes tokens out of the tree and gives their page references back to the pool."""
 
-    def __init__(self, pool: PagePool, log: EventLog, clock: Callable[[], float]) -> None:
+    def __init__(self, pool: PagePool, log: EventLog, ages: PageAges, clock: Callable[[], float]) -> None:
         self._pool = pool
         self._log = log
+        self._ages = ages
         self._clock = clock
         self._lru = LeafQueue(lambda node: node.used.tick)
         self._expiry = LeafQueue(lambda node: node.expires_at_s)
@@ -206,10 +208,12 @@ class Reaper:
 
     def _account(self, leaf: Node, start: int, num_pages: int, reason: MissReason | None) -> None:
         """Counters and event for tokens [start, end) of `leaf`, about to go with `num_pages` pages."""
-        namespace, num_tokens = leaf.namespace, leaf.end - start
+        namespace, num_tokens, now_s = leaf.namespace, leaf.end - start, self._clock()
         why = reason or RESET
         self.record(EventKind.REMOVED, leaf, start, why)
-        namespace.drops.append(Drop(self._clock(), start, num_tokens, leaf.head_from(start), why))
+        namespace.drops.append(Drop(now_s, start, num_tokens, leaf.head_from(start), why))
+        self._ages.lifetime.add(now_s - leaf.born_s, num_pages)
+        self._ages.idle.add(now_s - leaf.used.at_s, num_pages)
         namespace.num_tokens -= num_tokens
         namespace.num_pages -= num_pages
         if reason is not None:

@@ -83,6 +83,7 @@ class Node:
     """Tokens [start, end) of a path, and the pages that overlap them."""
 
     __slots__ = (
+        "born_s",
         "children",
         "namespace",
         "num_locks",
@@ -113,6 +114,7 @@ class Node:
         self.tokens = tokens
         self.start = start
         self.pages = pages
+        self.born_s = used.at_s
         self.used = used  # the last use of any of its tokens
         self.used_fully = used  # the last use of all of them: what a split leaves to the lower half
         self.ttl_s = ttl_s

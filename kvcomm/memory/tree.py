@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvcomm.memory.ages import PageAges
 from kvcomm.memory.events import CacheEvent, EventKind, EventLog
 from kvcomm.memory.eviction import Reaper
 from kvcomm.memory.node import NO_IDS, Drop, MissReason, Namespace, Node, TokenIds, Use, descend, preorder
@@ -67,6 +68,9 @@ class RadixTree:
 
     `ttl_s` is how long an unused path lives unless `insert` says otherwise; None is forever. `clock` gives
     seconds.
+
+    Attributes:
+        ages: how long pages lived and lay unused, of all namespaces together.
     """
 
     def __init__(
@@ -77,7 +81,8 @@ class RadixTree:
         self._ttl_s = math.inf if ttl_s is None else ttl_s
         self._namespaces: dict[str, Namespace] = {}
         self._log = EventLog()
-        self._reaper = Reaper(pool, self._log, clock)
+        self.ages = PageAges()
+        self._reaper = Reaper(pool, self._log, self.ages, clock)
         self._num_uses = 0
 
     def match(self, namespace: str, tokens: npt.ArrayLike) -> Match:
@@ -90,6 +95,7 @@ class RadixTree:
         self.expire()
         space = self._namespace(namespace)
         node, matched = descend(space.root, ids)
+        self._count_gaps(node, matched)
         self._touch(node, matched)
         space.query_tokens += ids.size
         space.hit_tokens += matched
@@ -310,6 +316,18 @@ class RadixTree:
             self._namespaces[name] = Namespace(name)
         return self._namespaces[name]
 
+    def _count_gaps(self, node: Node, matched: int) -> None:
+        """Count the pages of the path of `matched` tokens down to `node` as found, before they are used again.
+
+        A page in which one node ends and the next begins counts with the first.
+        """
+        now_s, page_size = self._clock(), self._pool.page_size
+        at: Node | None = node
+        while at is not None:
+            num_pages = -(-min(at.end, matched) // page_size) - -(-at.start // page_size)
+            self.ages.reuse_gap.add(now_s - at.used.at_s, num_pages)
+            at = at.parent
+
     def _touch(self, node: Node, matched: int) -> None:
         """Mark the path of `matched` tokens down to `node` as used now."""
         self._num_uses += 1
@@ -364,6 +382,7 @@ class RadixTree:
         if at % page_size:
             self._pool.retain(lower_pages[:1])
         upper = Node(node.namespace, parent, node.tokens[:size].copy(), node.start, upper_pages, node.used, node.ttl_s)
+        upper.born_s = node.born_s
         parent.children[int(node.tokens[0])] = upper
         upper.children[int(node.tokens[size])] = node
         node.parent, node.start, node.tokens, node.pages = upper, at, node.tokens[size:].copy(), lower_pages

@@ -7,16 +7,18 @@ them. What the engine counts itself is read when somebody asks; what ends with a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.plan import Reason
 from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.results import Completion
+from kvcomm.memory.ages import BOUNDS_S
 from kvcomm.server.tally import SECONDS
 
 if TYPE_CHECKING:
@@ -130,6 +132,19 @@ class _EngineCollector(Collector):
             value=engine.reuse.learner.num_violations,
         )
         yield self._evicted()
+        yield from self._ages()
+
+    def _ages(self) -> Iterator[Metric]:
+        ages = self._engine.tree.ages
+        histograms = {
+            "kv_page_lifetime_seconds": ("Cached pages dropped, by the time since they came.", ages.lifetime),
+            "kv_page_idle_before_drop_seconds": ("Cached pages dropped, by the time since their use.", ages.idle),
+            "kv_page_reuse_gap_seconds": ("Cached pages found, by the time since the use before.", ages.reuse_gap),
+        }
+        with self._engine.lock:
+            for name, (meaning, histogram) in histograms.items():
+                totals = zip((*map(str, BOUNDS_S), "+Inf"), accumulate(histogram.counts), strict=True)
+                yield HistogramMetricFamily(f"kvcomm:{name}", meaning, list(totals), histogram.sum_s)
 
     def _evicted(self) -> Metric:
         engine = self._engine

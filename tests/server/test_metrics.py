@@ -72,6 +72,23 @@ def test_the_pool(client: TestClient, engine: Engine) -> None:
     assert samples(client)["kvcomm:evicted_tokens_total", (("reason", "quota"),)] > 0
 
 
+def test_how_long_pages_live(client: TestClient, engine: Engine) -> None:
+    def pages(name: str) -> float:
+        found = samples(client)
+        count = found[f"kvcomm:kv_page_{name}_seconds_count", ()]
+        assert found[f"kvcomm:kv_page_{name}_seconds_bucket", (("le", "+Inf"),)] == count
+        return count
+
+    body = completion(prompt="x" * 100)
+    client.post("/v1/completions", json=body)
+    assert (pages("reuse_gap"), pages("lifetime")) == (0, 0)
+    usage = client.post("/v1/completions", json=body).json()["usage"]
+    assert pages("reuse_gap") == -(-usage["cached_prefix_tokens"] // engine.config.page_size)
+    num_cached = engine.memory_stats().num_cached
+    engine.clear_cache()
+    assert pages("lifetime") == pages("idle_before_drop") == num_cached
+
+
 def test_what_became_of_approximation(client: TestClient) -> None:
     metrics = client.app.state.kvcomm.metrics  # type: ignore[attr-defined]
     policy = ReusePolicy(max_divergence=0.02)
