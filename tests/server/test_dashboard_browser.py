@@ -134,6 +134,22 @@ def test_a_request_and_its_plan(page: Browser, live: Live) -> None:
     assert page.all("#ttft .histogram li")
 
 
+def test_segments_stand_before_the_messages(page: Browser, live: Live) -> None:
+    for text in ("an apple", "a fox", "a dog"):
+        page.one("#trial-add").click()
+        page.press(text)
+    page.one("[aria-label='Remove segment 2']").click()
+    assert [each.text for each in page.all("#trial-segments label span")] == ["Segment 1", "Segment 2"]
+    send(page, "how many?")
+    used = live.state.tenants.get().tally.recent[-1].usage.prompt_tokens
+    for item in page.all("#trial-segments button"):
+        item.click()
+    send(page, "how many?")
+    without = live.state.tenants.get().tally.recent[-1].usage.prompt_tokens
+    added = sum(len(live.state.engine.segment(text).token_ids) for text in ("an apple", "a dog"))
+    assert used == without + added
+
+
 def test_moved_text_in_a_plan(page: Browser) -> None:
     """What an answer says about moved text, given to the page as a server would."""
     answer = {
@@ -288,7 +304,7 @@ def test_everything_is_reached_by_keyboard(page: Browser) -> None:
     for _ in range(20):
         page.press(Key.TAB)
         reached.append(page.run("return document.activeElement.id || document.activeElement.dataset.id || ''"))
-    wanted = ["pause", "trial-system", "trial-user", "trial-mode", "trial-tokens", "trial-send", "id-A"]
+    wanted = ["pause", "trial-system", "trial-user", "trial-mode", "trial-tokens", "trial-add", "trial-send", "id-A"]
     assert [each for each in reached if each in wanted][: len(wanted)] == wanted
 
 

@@ -50,6 +50,7 @@ function put(id, parts) {
 class Dashboard {
   constructor() {
     this.trees = { tree: new TreeView(byId("tree"), "Cached segments"), contexts: new TreeView(byId("contexts"), "Contexts") };
+    this.segments = new SegmentFields(byId("trial-segments"));
     this.model = null;
     this.activity = null;
     this.treesAt = -Infinity;
@@ -59,6 +60,7 @@ class Dashboard {
     byId("key-form").addEventListener("submit", (event) => this.useKey(event));
     byId("forget").addEventListener("click", () => this.forgetKey());
     byId("pause").addEventListener("click", () => this.pause());
+    byId("trial-add").addEventListener("click", () => this.segments.add());
     byId("trial").addEventListener("submit", (event) => this.send(event));
     document.addEventListener("visibilitychange", () => this.poll());
   }
@@ -161,7 +163,7 @@ class Dashboard {
     button.disabled = true;
     report(byId("trial-error"), null);
     try {
-      const answer = await ask("/v1/chat/completions", trialBody(this.model));
+      const answer = await ask("/v1/chat/completions", trialBody(this.model, this.segments.values()));
       put("trial-result", showTrial(answer));
       this.treesAt = -Infinity;
     } catch (error) {

@@ -1,12 +1,47 @@
 // The "try it" panel: one real request, and the plan that its answer reports.
 
-function trialBody(model) {
+/** Texts that stand before the messages, each a segment of its own. */
+class SegmentFields {
+  constructor(place) {
+    this.place = place;
+  }
+
+  add() {
+    const text = make("textarea", { rows: 3 });
+    const remove = make("button", { type: "button" }, "Remove");
+    const label = make("label", {}, make("span"), text);
+    const item = make("li", {}, label, remove);
+    remove.addEventListener("click", () => {
+      item.remove();
+      this.number();
+    });
+    this.place.append(item);
+    this.number();
+    text.focus();
+  }
+
+  number() {
+    [...this.place.children].forEach((item, index) => {
+      item.querySelector("span").textContent = `Segment ${index + 1}`;
+      item.querySelector("button").setAttribute("aria-label", `Remove segment ${index + 1}`);
+    });
+  }
+
+  /** What is written, as a request has it. */
+  values() {
+    const texts = [...this.place.querySelectorAll("textarea")].map((field) => field.value).filter(Boolean);
+    return texts.map((content, index) => ({ id: `segment ${index + 1}`, content }));
+  }
+}
+
+function trialBody(model, segments) {
   const messages = [];
   const system = byId("trial-system").value.trim();
   if (system) messages.push({ role: "system", content: system });
   messages.push({ role: "user", content: byId("trial-user").value });
   return {
     model,
+    segments,
     messages,
     max_tokens: Number(byId("trial-tokens").value),
     temperature: 0,
