@@ -24,6 +24,15 @@ from kvcomm.cli.options import (
     sampling_settings,
 )
 from kvcomm.cli.output import JsonFlag, emit, format_bytes
+from kvcomm.cli.remote import KeyFlag, OptionalServerFlag
+from kvcomm.cli.remote_context import (
+    RemoteContexts,
+    emit_answer,
+    emit_context,
+    emit_contexts,
+    emit_tree,
+    texts_of,
+)
 from kvcomm.cli.text import counted, printable, usage_line, usage_values
 
 if TYPE_CHECKING:
@@ -62,12 +71,19 @@ def create_command(
     model: ModelFlag = DEFAULT_MODEL,
     folder: FolderFlag = None,
     force: ForceFlag = False,
+    server: OptionalServerFlag = None,
+    key: KeyFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Compute a prompt once and keep its KV.
 
     Stored segments come first, then --file, then --text.
     """
+    if server is not None:
+        remote = RemoteContexts(server, key)
+        made = remote.create(name, texts_of(text, file, segment), extend_from)
+        emit_context("created", made, as_json=as_json)
+        return
     from kvcomm.cli.sources import Sources
     from kvcomm.cli.store import Store
 
@@ -87,9 +103,18 @@ def create_command(
 
 @app.command("fork", epilog="Example: kvcomm context fork base left")
 def fork_command(
-    name: Name, new: NewName, folder: FolderFlag = None, force: ForceFlag = False, as_json: JsonFlag = False
+    name: Name,
+    new: NewName,
+    folder: FolderFlag = None,
+    force: ForceFlag = False,
+    server: OptionalServerFlag = None,
+    key: KeyFlag = None,
+    as_json: JsonFlag = False,
 ) -> None:
     """Give a context a second name from which it can go another way; no bytes are copied."""
+    if server is not None:
+        emit_context("forked", RemoteContexts(server, key).fork(name, new), as_json=as_json)
+        return
     from kvcomm.cli.store import Store
 
     store = Store(folder)
@@ -108,12 +133,21 @@ def extend_command(
     model: ModelFlag = DEFAULT_MODEL,
     folder: FolderFlag = None,
     force: ForceFlag = False,
+    server: OptionalServerFlag = None,
+    key: KeyFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Compute further text behind a context.
 
     Replaces the context, unless --save-as names another one; forks of it stay as they are.
     """
+    if server is not None:
+        emit_context(
+            "extended",
+            RemoteContexts(server, key).extend(name, texts_of(text, file, segment), save_as),
+            as_json=as_json,
+        )
+        return
     from kvcomm.cli.sources import Sources
     from kvcomm.cli.store import Store
 
@@ -139,12 +173,18 @@ def generate_command(
     model: ModelFlag = DEFAULT_MODEL,
     folder: FolderFlag = None,
     force: ForceFlag = False,
+    server: OptionalServerFlag = None,
+    key: KeyFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Answer behind a context.
 
     The stored context stays as it is; --save-as keeps another one that ends with the answer.
     """
+    if server is not None:
+        given = sampling_settings(max_new_tokens, temperature, seed)
+        emit_answer(RemoteContexts(server, key).generate(name, given, stop, save_as), as_json=as_json)
+        return
     from kvcomm.cli.store import Store
     from kvcomm.engine.sampling import SamplingParams
 
@@ -170,8 +210,16 @@ def generate_command(
 
 
 @app.command("ls")
-def list_command(folder: FolderFlag = None, as_json: JsonFlag = False) -> None:
+def list_command(
+    folder: FolderFlag = None,
+    server: OptionalServerFlag = None,
+    key: KeyFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
     """Show every context."""
+    if server is not None:
+        emit_contexts(RemoteContexts(server, key).all(), as_json=as_json)
+        return
     from kvcomm.cli.entries import entries_table, entry_values
     from kvcomm.cli.store import Store
 
@@ -188,9 +236,14 @@ def show_command(
         str | None, typer.Argument(metavar="NAME", help="Only this context, what it continues and what continues it.")
     ] = None,
     folder: FolderFlag = None,
+    server: OptionalServerFlag = None,
+    key: KeyFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Show the contexts as a tree: what they have in common stands there once."""
+    if server is not None:
+        emit_tree(RemoteContexts(server, key).relatives(name), as_json=as_json)
+        return
     from kvcomm.cli import context_tree
     from kvcomm.cli.entries import entries_table, entry_values
     from kvcomm.cli.store import Store
@@ -218,10 +271,16 @@ def show_command(
 def remove_command(
     names: Annotated[list[str], typer.Argument(metavar="NAME", help="The contexts to remove.")],
     folder: FolderFlag = None,
+    server: OptionalServerFlag = None,
+    key: KeyFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Remove contexts, whatever state their files are in; forks keep what they share."""
     from kvcomm.cli.entries import emit_removed
+
+    if server is not None:
+        emit_removed("name", RemoteContexts(server, key).remove(names), as_json=as_json)
+        return
     from kvcomm.cli.store import Store
 
     store = Store(folder)

@@ -25,6 +25,10 @@ ServerFlag = Annotated[
     str,
     typer.Option("--server", envvar=SERVER_VARIABLE, metavar="URL", help="A server started by `kvcomm serve`."),
 ]
+OptionalServerFlag = Annotated[
+    str | None,
+    typer.Option("--server", metavar="URL", help="A server started by `kvcomm serve`, not files.", show_default=False),
+]
 KeyFlag = Annotated[
     str | None,
     typer.Option(
@@ -38,7 +42,15 @@ KeyFlag = Annotated[
 
 
 def get_json(url: str, key: str | None = None) -> Any:
-    """The JSON value that a server has at a URL.
+    """The JSON value that a server has at a URL; raises what `ask_json` does."""
+    return ask_json("GET", url, key=key)
+
+
+def ask_json(method: str, url: str, body: Any = None, *, key: str | None = None, timeout_s: float = TIMEOUT_S) -> Any:
+    """What a server answers, as a JSON value.
+
+    Args:
+        body: sent as JSON; None: nothing is sent.
 
     Raises:
         InvalidRequest: the URL is none of http or https.
@@ -47,10 +59,14 @@ def get_json(url: str, key: str | None = None) -> Any:
     if urlsplit(url).scheme not in ("http", "https"):
         raise InvalidRequest(f"{url!r} is no address of a server; they begin with http:// or https://")
     headers = {"accept": "application/json"}
+    data = None
+    if body is not None:
+        data, headers["content-type"] = json.dumps(body).encode(), "application/json"
     if key is not None:
         headers["authorization"] = f"Bearer {key}"
     try:
-        with _opener().open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S) as answer:
+        request = urllib.request.Request(url, data, headers, method=method)
+        with _opener().open(request, timeout=timeout_s) as answer:
             return json.loads(answer.read())
     except urllib.error.HTTPError as error:
         with error:

@@ -34,6 +34,9 @@ def put_messages(turn: Turn, body: ChatRequest, maker: PromptMaker) -> PreparedP
 
 
 def put_text(turn: Turn, prompt: str | list[int], body: CompletionRequest, maker: PromptMaker) -> PreparedPrompt:
-    """Put a text or token ids behind a context, which ends its conversation; returns as `put_messages`."""
-    turn.put(Continued(maker.text(prompt, is_start=False), None))
+    """Put a text or token ids behind a context, which ends its conversation; returns as `put_messages`.
+
+    An empty text puts nothing there: the model goes on where the context ends.
+    """
+    turn.put(Continued(maker.text(prompt, is_start=False) if prompt else (), None))
     return PreparedPrompt(turn.path).living(ttl_of(body))

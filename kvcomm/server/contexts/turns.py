@@ -77,7 +77,7 @@ class Turn:
             message = "this context holds approximate KV; allow that in `reuse`, or make the context anew"
             raise ApiError(409, "context_approximate", message, param="context_id")
         self.work.policy = policy
-        return self.work.submit(sampling, prompt=self.prompt)
+        return self.work.submit(sampling, prompt=self.prompt or None)
 
     def keep(self) -> None:
         """The request has succeeded: what came of it takes the context's place, if it is to."""

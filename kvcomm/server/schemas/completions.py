@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
@@ -26,7 +26,7 @@ def _form(value: object) -> str:
 
 
 Prompts = Annotated[
-    Annotated[NonEmpty, Tag("text")]
+    Annotated[str, Field(description="May be empty with context_id."), Tag("text")]
     | Annotated[list[NonEmpty], Field(min_length=1, max_length=MAX_PROMPTS), Tag("texts")]
     | Annotated[Ids, Tag("ids")]
     | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS), Tag("batches")],
@@ -34,18 +34,23 @@ Prompts = Annotated[
 ]
 
 
+NEEDS_PROMPT: JsonDict = {
+    "if": {"properties": {"context_id": {"type": "string"}}, "required": ["context_id"]},
+    "else": {"properties": {"prompt": {"not": {"const": ""}}}},
+}
 ONE_STORED_PROMPT: JsonDict = {
     "if": {"properties": {"store": {"const": True}}, "required": ["store"]},
     "then": {
         "properties": {"prompt": {"not": {"type": "array", "items": {"type": ["array", "string"]}, "minItems": 2}}}
     },
 }
+RULES: list[JsonValue] = [NEEDS_STREAM, NEEDS_PROMPT, ON_CONTEXT, ONE_STORED, ONE_STORED_PROMPT]
 
 
 class CompletionRequest(SegmentedRequest):
     """Prompts to be continued; control tokens spelled out in a text are control tokens."""
 
-    model_config = ConfigDict(json_schema_extra={"allOf": [NEEDS_STREAM, ON_CONTEXT, ONE_STORED, ONE_STORED_PROMPT]})
+    model_config = ConfigDict(json_schema_extra={"allOf": RULES})
 
     prompt: Prompts
     logprobs: Annotated[int, Field(ge=0, le=5), WHOLE] | None = None
@@ -58,6 +63,8 @@ class CompletionRequest(SegmentedRequest):
     @model_validator(mode="after")
     def _check(self) -> CompletionRequest:
         require_stream(self)
+        if self.prompt == "" and self.context_id is None:
+            raise PydanticCustomError("needs", "{param} is only empty with context_id", {"param": "prompt"})
         if self.store and len(self.prompts) > 1:
             raise PydanticCustomError("needs", "{param} is only one when store is true", {"param": "prompt"})
         return self
