@@ -143,10 +143,6 @@ class ServerError(KVCommError):
     """A running server cannot be reached, or refuses what is asked; carries its own words where it has some."""
 
 
-class ServerFailed(KVCommError):
-    """A server that is measured did not start or did not answer; the message holds what it said."""
-
-
 class SnapshotError(KVCommError):
     """A snapshot could not be written or used."""
 

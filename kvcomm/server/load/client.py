@@ -14,7 +14,7 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnec
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from kvcomm.errors import InvalidRequest, ServerFailed
+from kvcomm.errors import InvalidRequest, ServerError
 
 Message = Mapping[str, str]
 
@@ -81,7 +81,7 @@ class Client:
 
         Raises:
             InvalidRequest: the URL is not that of a server.
-            ServerFailed: it does not tell what models it has.
+            ServerError: it does not tell what models it has.
         """
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
@@ -124,7 +124,7 @@ class Client:
         """The first model that the server offers.
 
         Raises:
-            ServerFailed: it does not say.
+            ServerError: it does not say.
         """
         connection = self._connection()
         try:
@@ -133,7 +133,7 @@ class Client:
             answer = response.read()
             return str(json.loads(answer)["data"][0]["id"])
         except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
-            raise ServerFailed(f"the server at {self._host} does not list its models: {error!r}") from error
+            raise ServerError(f"the server at {self._host} does not list its models: {error!r}") from error
         finally:
             connection.close()
 

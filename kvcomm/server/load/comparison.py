@@ -15,7 +15,7 @@ import torch
 
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.sampling import SamplingParams
-from kvcomm.errors import ServerFailed
+from kvcomm.errors import ServerError
 from kvcomm.memory.segments import Segment
 from kvcomm.model.loading import load_model
 from kvcomm.server.load.client import Client, Message
@@ -48,7 +48,7 @@ def measure_overhead(
     """One pair for each chat behind the first `NUM_WARM`, which fill both caches and do not count.
 
     Raises:
-        ServerFailed: the server did not answer one of them.
+        ServerError: the server did not answer one of them.
     """
     pairs = []
     for index, chat in enumerate(chats):
@@ -116,5 +116,5 @@ def _first_token_s(engine: Engine, prompt: tuple[Segment, ...]) -> float:
 def _through_server(client: Client, chat: Chat) -> tuple[float, float]:
     sample = client.send(chat, ONE_TOKEN.max_new_tokens)
     if sample.error is not None or not sample.events_s:
-        raise ServerFailed(f"the server did not answer: {sample.error or 'the stream held no token'}")
+        raise ServerError(f"the server did not answer: {sample.error or 'the stream held no token'}")
     return sample.events_s[0], float(sample.usage["timings"]["ttft_s"])

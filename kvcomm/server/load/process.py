@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from kvcomm.errors import ServerFailed
+from kvcomm.errors import ServerError
 
 
 class ServerProcess:
@@ -31,7 +31,7 @@ class ServerProcess:
             variables: settings by their environment variables.
 
         Raises:
-            ServerFailed: it has ended instead.
+            ServerError: it has ended instead.
         """
         self._folder = tempfile.TemporaryDirectory()
         self._log = Path(self._folder.name) / "log"
@@ -55,7 +55,7 @@ class ServerProcess:
             if line.startswith("}"):
                 return str(json.loads(printed)["address"])
         self._process.wait()
-        raise ServerFailed(f"the server ended with code {self._process.returncode}: {self.log()[-2000:].strip()}")
+        raise ServerError(f"the server ended with code {self._process.returncode}: {self.log()[-2000:].strip()}")
 
     def log(self) -> str:
         """What it has written to stderr so far."""

@@ -14,7 +14,7 @@ import pytest
 from openai import OpenAI
 
 from kvcomm.engine.engine import Engine
-from kvcomm.errors import InvalidRequest, ServerFailed
+from kvcomm.errors import InvalidRequest, ServerError
 from kvcomm.server.load.client import Client
 from kvcomm.server.load.comparison import measure_overhead
 from kvcomm.server.load.running import Load, run_load
@@ -151,7 +151,7 @@ def test_nobody_there() -> None:
     sample = Client(url, model="any").send(HELLO, 4)
     assert sample.error is not None
     assert sample.error.startswith("ConnectionRefusedError")
-    with pytest.raises(ServerFailed, match="does not list its models"):
+    with pytest.raises(ServerError, match="does not list its models"):
         Client(url)
 
 
