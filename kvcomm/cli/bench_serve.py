@@ -73,13 +73,16 @@ def serve_command(
     ] = 1,
     input_len: Annotated[int, typer.Option("--input-len", min=1, metavar="N", help="Words behind them.")] = 32,
     output_len: Annotated[int, typer.Option("--output-len", min=1, metavar="N", help="Tokens of an answer.")] = 64,
-    turns: Annotated[int, typer.Option("--turns", min=1, metavar="N", help="Of a conversation.")] = 4,
+    turns: Annotated[int, typer.Option("--turns", min=1, metavar="N", help="Of a conversation or session.")] = 4,
     branches: Annotated[int, typer.Option("--branches", min=1, metavar="N", help="Of a fan-out.")] = 8,
     block_len: Annotated[
         int, typer.Option("--block-len", min=1, metavar="N", help="Words of a trace's block; its own are too long.")
     ] = 16,
     max_input_len: Annotated[
-        int, typer.Option("--max-input-len", min=1, metavar="N", help="Words of a trace's prompt at most.")
+        int,
+        typer.Option(
+            "--max-input-len", min=1, metavar="N", help="Words of a trace's longest prompt; others in proportion."
+        ),
     ] = 1024,
     slowdown_factor: Annotated[
         float | None,

@@ -54,7 +54,7 @@ def url() -> Iterator[str]:
         ("multi-turn", None, 6),
         ("fan-out", None, 6),
         ("mooncake", MOONCAKE, 2),
-        ("agentic", AGENTIC, 4),
+        ("agentic", AGENTIC, 3),  # two of a session at most
     ],
 )
 def test_workloads(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, islice
 from typing import NamedTuple
 
 from kvcomm.errors import InvalidRequest
@@ -77,7 +77,7 @@ class Shape:
     Attributes:
         num_requests: at most; whole sessions.
         num_prefixes: different shared beginnings, in turn.
-        turns: of a conversation; branches: of a fan-out.
+        turns: of a conversation, or of an agentic session at most; branches: of a fan-out.
     """
 
     num_requests: int
@@ -119,29 +119,42 @@ def fan_out(shape: Shape) -> Iterator[Session]:
 def replayed(
     trace: Trace, shape: Shape, *, block_len: int, max_input_len: int, slowdown: float | None
 ) -> Iterator[Session]:
-    """A trace's first requests, with blocks of `block_len` words and the prompts cut at `max_input_len` words.
+    """The beginning of a trace, at a size that the model can take.
 
-    Requests of an agentic session follow one another; those of a mooncake trace know nothing of each other.
+    Blocks become `block_len` words, and of all prompts the same share of blocks is kept, evenly, so that the longest
+    has about `max_input_len` words: who shares how much with whom stays, in proportion. Requests of a mooncake trace
+    know nothing of each other; those of an agentic session follow one another, its first `shape.turns` ones.
 
     Args:
         slowdown: seconds of the run per second of the trace; None: as soon as a client is free.
     """
-    requests = trace.requests[: shape.num_requests]
-    start_s = requests[0].at_s
+    sessions = list(_first_sessions(trace, shape))
+    longest = max(request.blocks.size for session in sessions for request in session)
+    step = max(1, -(-longest * block_len // max_input_len))
+    start_s = min(request.at_s for session in sessions for request in session)
 
     def turn(request: Request) -> Turn:
-        blocks = request.blocks[: max(1, max_input_len // block_len)]
-        text = " ".join(_block(request.session, block, block_len) for block in blocks.tolist())
+        blocks = request.blocks[::step].tolist()
+        text = " ".join(_block(request.session, block, block_len) for block in blocks)
         wanted = shape.output_len if request.num_output is None else request.num_output
         at_s = 0.0 if slowdown is None else (request.at_s - start_s) * slowdown
         return Turn(text or WORDS[0], max(1, min(wanted, shape.output_len)), at_s)
 
+    for session in sessions:
+        yield Session(tuple((turn(request),) for request in session))
+
+
+def _first_sessions(trace: Trace, shape: Shape) -> Iterator[list[Request]]:
+    """Requests that follow one another, `shape.num_requests` in all."""
     if trace.format == "mooncake":
-        yield from (Session(((turn(request),),)) for request in requests)
+        yield from ([request] for request in trace.requests[: shape.num_requests])
         return
-    in_sessions = sorted(requests, key=lambda request: request.session)  # stable: in order of time
-    for _, of_session in groupby(in_sessions, key=lambda request: request.session):
-        yield Session(tuple((turn(request),) for request in of_session))
+    left = shape.num_requests
+    in_sessions = sorted(trace.requests, key=lambda request: request.session)  # stable: in order of time
+    for _, requests in groupby(in_sessions, key=lambda request: request.session):
+        if session := list(islice(requests, min(shape.turns, left))):
+            left -= len(session)
+            yield session
 
 
 def arriving(sessions: Iterable[Session], *, rate: float, seed: int) -> Iterator[Session]:

@@ -50,13 +50,29 @@ def trace(kind: str, requests: list[tuple[int, float, list[int], int | None]]) -
 
 
 def test_a_trace_keeps_its_shape() -> None:
-    lines = [(0, 3.0, [1, 2, 3], 2), (1, 4.0, [1, 2], 100), (0, 5.0, [1, 2, 9], None)]
+    lines = [
+        (0, 3.0, [1, 2, 3], 2),
+        (1, 4.0, [1, 2], 100),
+        (0, 5.0, [1, 2, 9], None),
+        (0, 6.0, [1], 2),
+        (0, 7.0, [1], 2),
+    ]
     first, second = replayed(trace("agentic", lines), SHAPE, block_len=4, max_input_len=8, slowdown=None)
-    assert texts(first)[0] == texts(first)[1]  # the third block is cut off
-    assert len(texts(first)[0].split()) == 8
+    one, other, short = (text.split() for text in texts(first))  # of a session so many turns at most
+    assert (len(one), len(other), len(short)) == (8, 8, 4)  # every second block
+    assert one[:4] == other[:4] == short
+    assert one[4:] != other[4:]
     assert texts(second)[0] != texts(first)[0]  # blocks are a session's own
-    assert [turn.max_tokens for session in (first, second) for (turn,) in session.stages] == [2, 7, 7]
+    assert [turn.max_tokens for session in (first, second) for (turn,) in session.stages] == [2, 7, 2, 7]
     assert {turn.at_s for session in (first, second) for (turn,) in session.stages} == {0.0}
+
+
+def test_as_many_requests_of_a_trace_as_wanted() -> None:
+    lines = [(session, float(at), [at], 1) for at in range(4) for session in range(4)]
+    shape = replace(SHAPE, num_requests=7)
+    for kind, expected in (("agentic", [3, 3, 1]), ("mooncake", [1] * 7)):
+        sessions = replayed(trace(kind, lines), shape, block_len=1, max_input_len=9, slowdown=None)
+        assert [session.num_requests for session in sessions] == expected
 
 
 def test_a_trace_keeps_its_times_and_requests_of_nobody_are_alone() -> None:
