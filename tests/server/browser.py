@@ -41,6 +41,10 @@ class Browser:
         """Go to a page. Ports differ from server to server, so nothing is known of earlier ones."""
         self.driver.get(url)
 
+    def leave(self) -> None:
+        """Go to an empty page, which asks no server for anything."""
+        self.driver.get("about:blank")
+
     def run(self, script: str, *arguments: Any) -> Any:
         """The value of a JavaScript function body."""
         return self.driver.execute_script(script, *arguments)

@@ -10,12 +10,10 @@ from typing import Any
 
 import httpx2
 import pytest
-from fastapi import APIRouter
 from selenium.webdriver.common.keys import Keys as Key
 
 from kvcomm.align.groups import Audit, GroupKey
 from kvcomm.engine.engine import Engine
-from kvcomm.server import app as app_module
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.settings import ServerSettings
 from tests.server.browser import Browser, browsing
@@ -75,22 +73,12 @@ def contexts(live: Live) -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def trees(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What `/v1/cache/tree` answers in this test."""
-    top = node("A", 40, node("B", 10, fidelity="approximate", pinned=True), node(XSS, 30))
-    answer: dict[str, Any] = {"object": "cache.tree", "bytes": 80_000, "tokens": 80, "root": node("", 0, top)}
-    router = APIRouter()
-    router.add_api_route("/v1/cache/tree", lambda: answer)
-    monkeypatch.setattr(app_module, "SURFACES", (router, *app_module.SURFACES))
-    return answer
-
-
-@pytest.fixture
-def page(trees: dict[str, Any], live: Live, contexts: list[str], browser: Browser) -> Browser:
+def page(live: Live, contexts: list[str], browser: Browser) -> Iterator[Browser]:
     """The dashboard of the server, once it shows something."""
     browser.open(f"{live.url}/ui")
     browser.wait(lambda: browser.text("#status") == "live" and browser.all("#contexts [role=treeitem]"))
-    return browser
+    yield browser
+    browser.leave()
 
 
 def send(page: Browser, message: str) -> None:
@@ -224,7 +212,9 @@ def test_prompts_are_text_and_never_markup(page: Browser) -> None:
     send(page, XSS)
     assert page.run("return document.title") == "kvcomm"
     assert page.all("main img, main script, main iframe") == []
-    assert XSS in page.text("#tree")
+    page.wait(lambda: "<img" in page.text("#tree"))
+    assert page.run("return document.title") == "kvcomm"
+    assert page.all("main img, main script, main iframe") == []
 
 
 def test_the_policy_stops_what_would_be_inserted(page: Browser) -> None:
@@ -239,14 +229,49 @@ def test_the_policy_stops_what_would_be_inserted(page: Browser) -> None:
     assert "connect-src" in complaints
 
 
-def test_trees(page: Browser, trees: dict[str, Any]) -> None:
-    assert tree_labels(page, "#tree") == [("1", "A"), ("2", "B"), ("2", XSS)]
-    notes = page.text("#tree [data-id=id-B] .note")
-    assert notes == "approximate · 10 tokens, 10.0 kB · prefix · pinned · used 5 s ago"
-    bars = {each: page.one(f"#tree [data-id=id-{each}] > .node .bar").size["width"] for each in "AB"}
+def test_the_cache(page: Browser, live: Live) -> None:
+    """Real nodes, in the order and with the words that the server gives them."""
+
+    def expected(node: dict[str, Any], level: int) -> list[tuple[str, str]]:
+        return [
+            each
+            for child in node["children"]
+            for each in [(str(level), child["label"] or child["id"]), *expected(child, level + 1)]
+        ]
+
+    send(page, "how many apples are left?")
+    send(page, "how many apples are there?")
+    root = httpx2.get(f"{live.url}/v1/cache/tree").json()["root"]
+    assert any(child["children"] for child in root["children"])
+    page.wait(lambda: tree_labels(page, "#tree") == expected(root, 1))
+
+
+FOREST = (
+    node("A", 40, node("B", 10, pinned=True), node("C", 30, kind="rendition", fidelity="approximate")),
+    node("D", 20, node("E", 20, kind="rendition"), kind="segment", label=XSS),
+)
+
+
+@pytest.fixture
+def forest(page: Browser) -> Browser:
+    """A page that shows two trees of known sizes in place of an answer."""
+    page.run("window.view = new TreeView(document.getElementById('trial-result'), 'known')")
+    page.run("view.show(arguments[0].map(cacheNodes), 'and 7 more')", FOREST)
+    return page
+
+
+def test_sizes_and_words_of_a_tree(forest: Browser) -> None:
+    place = "#trial-result"
+    labels = [("1", "A"), ("2", "B"), ("2", "C"), ("1", XSS), ("2", "E")]
+    assert tree_labels(forest, place) == labels
+    assert forest.text(f"{place} [data-id=id-C] .note") == "approximate · 30 tokens, 30.0 kB · rendition · used 5 s ago"
+    assert " · prefix · pinned · used 5 s ago" in forest.text(f"{place} [data-id=id-B] .note")
+    assert forest.text(f"{place} > .empty") == "and 7 more"
+    bars = {each: forest.one(f"{place} [data-id=id-{each}] > .node .bar").size["width"] for each in "AB"}
     assert bars["B"] / bars["A"] == pytest.approx(0.25, abs=0.05)
-    blocks = [each.size["width"] for each in page.all("#tree .cell")]
-    assert blocks[1] / blocks[0] == pytest.approx(10 / 80, abs=0.03)
+    whole = forest.one(f"{place} .icicle").size["width"]
+    shares = [each.size["width"] / whole for each in forest.all(f"{place} .cell")]
+    assert shares == pytest.approx([0.8, 0.1, 0.3, 0.2, 0.2], abs=0.02)  # a segment is as big as its renditions
 
 
 def test_contexts(page: Browser, contexts: list[str], live: Live) -> None:
@@ -264,27 +289,35 @@ def test_a_context_without_its_parent_stands_by_itself(page: Browser) -> None:
     assert [(each["label"], each["notes"], each["children"]) for each in nodes] == [("b", ["busy"], [])]
 
 
-def test_a_tree_by_keyboard(page: Browser, trees: dict[str, Any]) -> None:
+def test_a_tree_by_keyboard(forest: Browser) -> None:
     def focused() -> str:
-        return str(page.run("return document.activeElement.dataset.id"))
+        return str(forest.run("return document.activeElement.dataset.id"))
 
-    page.run("document.querySelector('#tree [role=treeitem]').focus()")
-    assert len(page.all("#tree [tabindex='0']")) == 1
-    page.press(Key.ARROW_DOWN, Key.ARROW_DOWN)
-    assert focused() == f"id-{XSS}"
-    page.press(Key.ARROW_LEFT)
+    place = "#trial-result"
+    assert len(forest.all(f"{place} [tabindex='0']")) == 1
+    forest.run("document.querySelector('#trial-result [role=treeitem]').focus()")
+    forest.press(Key.ARROW_DOWN, Key.ARROW_DOWN)
+    assert focused() == "id-C"
+    forest.press(Key.ARROW_LEFT)
     assert focused() == "id-A"
-    page.press(Key.ARROW_LEFT)
-    assert tree_labels(page, "#tree") == [("1", "A")]
-    trees["root"]["children"][0]["tokens"] = 41
-    send(page, "something new")  # the trees are read again, and what was closed stays closed
-    page.wait(lambda: "41 tokens" in page.text("#tree"))
-    assert tree_labels(page, "#tree") == [("1", "A")]
-    page.run("document.querySelector('#tree [role=treeitem]').focus()")
-    page.press(Key.ARROW_RIGHT, Key.ARROW_RIGHT)
+    forest.press(Key.ARROW_LEFT)
+    closed = [("1", "A"), ("1", XSS), ("2", "E")]
+    assert tree_labels(forest, place) == closed
+    forest.run("view.show(arguments[0].map(cacheNodes))", FOREST)  # as the next poll does
+    assert tree_labels(forest, place) == closed
+    assert focused() == "id-A"
+    forest.press(Key.ARROW_RIGHT, Key.ARROW_RIGHT)
     assert focused() == "id-B"
-    page.press(Key.END, Key.HOME)
+    forest.press(Key.END, Key.HOME)
     assert focused() == "id-A"
+
+
+def test_big_trees_begin_closed(forest: Browser) -> None:
+    many = [node(f"N{number}", 1, node(f"M{number}", 1)) for number in range(100)]
+    forest.run("view.show(arguments[0].map(cacheNodes))", many)
+    assert len(tree_labels(forest, "#trial-result")) == 100
+    forest.one("#trial-result [data-id=id-N5] .node").click()
+    assert tree_labels(forest, "#trial-result")[5:8] == [("1", "N5"), ("2", "M5"), ("1", "N6")]
 
 
 def test_what_is_read_keeps_still(page: Browser, live: Live, engine: Engine) -> None:
@@ -303,8 +336,18 @@ def test_everything_is_reached_by_keyboard(page: Browser) -> None:
     page.run("document.activeElement.blur()")
     for _ in range(20):
         page.press(Key.TAB)
-        reached.append(page.run("return document.activeElement.id || document.activeElement.dataset.id || ''"))
-    wanted = ["pause", "trial-system", "trial-user", "trial-mode", "trial-tokens", "trial-add", "trial-send", "id-A"]
+        reached.append(page.run("return document.activeElement.closest('[id]')?.id"))
+    wanted = [
+        "pause",
+        "trial-system",
+        "trial-user",
+        "trial-mode",
+        "trial-tokens",
+        "trial-add",
+        "trial-send",
+        "tree",
+        "contexts",
+    ]
     assert [each for each in reached if each in wanted][: len(wanted)] == wanted
 
 
@@ -370,7 +413,7 @@ def test_pausing_stops_the_polls(page: Browser, live: Live) -> None:
 
 
 def test_the_page_needs_a_key_where_the_server_does(
-    engine: Engine, keys: Keys, key_file: Path, trees: dict[str, Any], browser: Browser
+    engine: Engine, keys: Keys, key_file: Path, browser: Browser
 ) -> None:
     def give(name: str) -> None:
         browser.wait(lambda: browser.one("#key-form").is_displayed())
@@ -391,4 +434,5 @@ def test_the_page_needs_a_key_where_the_server_does(
         browser.one("#forget").click()
         browser.wait(lambda: browser.text("#status") == "needs a key")
         assert browser.run("return sessionStorage.length") == 0
+        browser.leave()
     assert all("401" in each or "403" in each for each in browser.complaints())

@@ -114,14 +114,17 @@ class Dashboard {
     if (performance.now() - this.treesAt > TREES_MS[activity === this.activity ? 1 : 0]) {
       this.activity = activity;
       this.treesAt = performance.now();
-      this.showTree("tree", "/v1/cache/tree", (answer) => answer.root.children.map(cacheNodes));
-      this.showTree("contexts", "/v1/contexts", (answer) => contextNodes(answer.data));
+      this.showTree("tree", "/v1/cache/tree", (answer) => [
+        answer.root.children.map(cacheNodes),
+        answer.left_out ? `and ${count(answer.left_out)} more` : null,
+      ]);
+      this.showTree("contexts", "/v1/contexts", (answer) => [contextNodes(answer.data)]);
     }
   }
 
-  async showTree(id, path, nodes) {
+  async showTree(id, path, parts) {
     try {
-      this.trees[id].show(nodes(await ask(path)));
+      this.trees[id].show(...parts(await ask(path)));
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
       byId(id).replaceChildren(empty(error.message));

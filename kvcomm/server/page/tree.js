@@ -1,5 +1,5 @@
 // A tree that is walked with the arrow keys and keeps its place while its data change.
-// Nodes: {id, label, tokens, bytes, fidelity, notes, children}.
+// Nodes: {id, label, tokens, bytes, own, fidelity, notes, children}; `own` are bytes that no child counts again.
 
 const MAX_OPEN = 150;
 
@@ -12,32 +12,34 @@ class TreeView {
     this.focused = null;
   }
 
-  /** Big trees begin with their tops open. */
-  isOpen(node, level) {
-    return this.turned.has(node.id) !== (this.size <= MAX_OPEN || level === 1);
+  /** Big trees begin closed. */
+  isOpen(node) {
+    return this.turned.has(node.id) !== (this.size <= MAX_OPEN);
   }
 
-  show(nodes) {
+  /** Draw anew; `after` is said below. */
+  show(nodes, after = null) {
     const hadFocus = this.place.contains(document.activeElement);
     if (!nodes.length) {
       this.place.replaceChildren(empty("Nothing is kept yet."));
       return;
     }
     this.nodes = nodes;
+    this.after = after;
     this.size = flat(nodes).length;
     this.largest = flat(nodes).reduce((most, node) => Math.max(most, node.bytes), 1);
     const list = make("ul", { role: "tree", "aria-label": this.name });
     nodes.forEach((node, index) => list.append(this.item(node, 1, index + 1, nodes.length)));
     list.addEventListener("keydown", (event) => this.press(event));
     list.addEventListener("focusin", (event) => this.move(event.target.closest("[role=treeitem]")));
-    this.place.replaceChildren(icicle(nodes), list);
+    this.place.replaceChildren(icicle(nodes), list, ...(after ? [empty(after)] : []));
     const items = this.visible();
     this.move(items.find((item) => item.dataset.id === this.focused) ?? items[0]);
     if (hadFocus) this.current.focus({ preventScroll: true });
   }
 
   item(node, level, position, size) {
-    const isOpen = this.isOpen(node, level);
+    const isOpen = this.isOpen(node);
     const item = make("li", {
       role: "treeitem",
       tabindex: -1,
@@ -82,7 +84,7 @@ class TreeView {
     const id = item.dataset.id;
     if (!this.turned.delete(id)) this.turned.add(id);
     this.focused = id;
-    this.show(this.nodes);
+    this.show(this.nodes, this.after);
     this.current.focus();
   }
 
@@ -122,19 +124,22 @@ function cell(node, row) {
   const title = `${node.label}: ${bytes(node.bytes)}, ${node.fidelity}`;
   const block = make("div", { class: `block ${node.fidelity}`, title }, make("span", { class: "inside" }, node.label));
   const children = row < MAX_ROWS ? node.children.map((child) => cell(child, row + 1)) : [];
-  const own = sized(make("div", { class: "own" }), "--weight", node.bytes);
-  const held = flat([node]).reduce((sum, each) => sum + each.bytes, 0);
+  const own = sized(make("div", { class: "own" }), "--weight", node.own);
+  const held = flat([node]).reduce((sum, each) => sum + each.own, 0);
   const below = make("div", { class: "below" }, ...children, own);
   return sized(make("div", { class: "cell" }, block, below), "--weight", held || 1);
 }
 
+const SUMS = ["segment", "salt"]; // kinds whose size is that of their children
+
 /** What hangs in the cache, as nodes of a view; the root itself, which is no text, is left out. */
 function cacheNodes(node) {
   const notes = [node.kind];
+  const own = SUMS.includes(node.kind) ? 0 : node.bytes;
   if (node.pinned) notes.push("pinned");
   if (node.last_used_s !== null) notes.push(`used ${seconds(node.last_used_s)} ago`);
   if (node.expires_in_s !== null) notes.push(`expires in ${seconds(node.expires_in_s)}`);
-  return { ...node, label: node.label ?? node.id.slice(0, 12), notes, children: node.children.map(cacheNodes) };
+  return { ...node, label: node.label ?? node.id, own, notes, children: node.children.map(cacheNodes) };
 }
 
 /** A list of contexts as a forest by their parents. */
@@ -146,7 +151,7 @@ function contextNodes(contexts) {
     if (each.busy) notes.push("busy");
     if (each.pinned) notes.push("pinned");
     if (each.expires_in_s !== null) notes.push(`expires in ${seconds(each.expires_in_s)}`);
-    nodes.set(each.id, { ...each, label: each.name ?? each.id, notes, children: [] });
+    nodes.set(each.id, { ...each, label: each.name ?? each.id, own: each.bytes, notes, children: [] });
   }
   const tops = [];
   for (const each of contexts) (nodes.get(each.parent)?.children ?? tops).push(nodes.get(each.id));
