@@ -10,6 +10,7 @@ import typer
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from kvcomm.cli import remote_segments
 from kvcomm.cli.options import (
     DEFAULT_MODEL,
     FileFlag,
@@ -21,10 +22,13 @@ from kvcomm.cli.options import (
     read_text,
 )
 from kvcomm.cli.output import JsonFlag, emit, table
+from kvcomm.cli.remote import KeyFlag, OptionalServerFlag
 from kvcomm.cli.text import age_of, counted, printable
 from kvcomm.errors import EmptyPrompt, InvalidRequest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from kvcomm.cli.store import SegmentEntry, StoredSegment
 
 app = typer.Typer(
@@ -44,17 +48,24 @@ def add_command(
     model: ModelFlag = DEFAULT_MODEL,
     folder: FolderFlag = None,
     force: ForceFlag = False,
+    server: OptionalServerFlag = None,
+    key: KeyFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Tokenize a text (--text or --file) with the model's tokenizer and keep it."""
+    """Tokenize a text (--text or --file) with the model's tokenizer and keep it.
+
+    A server (--server) uses its own model, and makes the text the name's next version.
+    """
     from kvcomm.cli.store import Store, StoredSegment
 
-    store = Store(folder)
-    store.require_new_segment(name, force=force)
     if (text is None) == (file is None):
         raise InvalidRequest("give either --text or --file")
-    content = text if file is None else read_text(file)
-    assert content is not None
+    if server is not None:
+        remote_segments.add(server, key, name, _content(text, file), as_json=as_json)
+        return
+    store = Store(folder)
+    store.require_new_segment(name, force=force)
+    content = _content(text, file)
     with load_engine(model) as engine:
         segment, namespace = engine.segment(content), engine.namespace()
     if not segment.token_ids:
@@ -73,10 +84,15 @@ def add_command(
 
 
 @app.command("ls")
-def list_command(folder: FolderFlag = None, as_json: JsonFlag = False) -> None:
+def list_command(
+    folder: FolderFlag = None, server: OptionalServerFlag = None, key: KeyFlag = None, as_json: JsonFlag = False
+) -> None:
     """Show every segment."""
     from kvcomm.cli.store import Store
 
+    if server is not None:
+        remote_segments.show_all(server, key, as_json=as_json)
+        return
     store = Store(folder)
     entries = store.segments()
     value = {"folder": str(store.folder), "segments": [_values(entry) for entry in entries]}
@@ -84,10 +100,19 @@ def list_command(folder: FolderFlag = None, as_json: JsonFlag = False) -> None:
 
 
 @app.command("show", epilog="Example: kvcomm segment show tools")
-def show_command(name: Name, folder: FolderFlag = None, as_json: JsonFlag = False) -> None:
+def show_command(
+    name: Name,
+    folder: FolderFlag = None,
+    server: OptionalServerFlag = None,
+    key: KeyFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
     """Show a segment and its text."""
     from kvcomm.cli.store import Store
 
+    if server is not None:
+        remote_segments.show(server, key, name, as_json=as_json)
+        return
     stored = Store(folder).segment(name)
     value = {"name": name, **_facts(stored), "text": stored.text, "token_ids": list(stored.token_ids)}
     rows = [(key.replace("_", " "), printable(str(fact))) for key, fact in _facts(stored).items()]
@@ -100,16 +125,28 @@ def show_command(name: Name, folder: FolderFlag = None, as_json: JsonFlag = Fals
 def remove_command(
     names: Annotated[list[str], typer.Argument(metavar="NAME", help="The segments to remove.")],
     folder: FolderFlag = None,
+    server: OptionalServerFlag = None,
+    key: KeyFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Remove segments, whatever state their files are in; contexts made with them stay."""
     from kvcomm.cli.entries import emit_removed
     from kvcomm.cli.store import Store
 
+    if server is not None:
+        remote_segments.remove(server, key, names, as_json=as_json)
+        return
     store = Store(folder)
     for name in names:
         store.require_segment(name)  # all names are known before the first is removed
     emit_removed("name", [(name, store.remove_segment(name)) for name in names], as_json=as_json)
+
+
+def _content(text: str | None, file: Path | None) -> str:
+    if file is not None:
+        return read_text(file)
+    assert text is not None
+    return text
 
 
 def _facts(stored: StoredSegment) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from kvcomm.engine.engine import Engine
 from kvcomm.server.app import make_app
 from kvcomm.server.keys import KeyRing, Role, add_key
 from kvcomm.server.settings import ServerSettings
+from tests.engine.conftest import ROWS_ONLY
 from tests.server.conftest import MODEL, require_nothing_left
 from tests.tiny import tiny_model
 
@@ -76,6 +77,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     tiny = tiny_model()
     tiny.model.config.max_position_embeddings = 4096  # no schema can say how many tokens a text has
     with Engine(tiny.model, tiny.tokenizer, config=EngineConfig(page_size=4, pool_tokens=16_384)) as engine:
+        engine.reuse.cost.model = ROWS_ONLY  # measuring imports in a thread, while hypothesis looks at what is there
         app = make_app(
             engine,
             ServerSettings(model=MODEL, max_answer_tokens=4, snapshots=file.parent / "snapshots"),

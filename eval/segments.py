@@ -1,0 +1,181 @@
+"""The table of the segment proposal: three agents that share some of their segments, over HTTP, and a second turn.
+
+    python -m eval.segments --agents FOLDER [--model smollm2-135m] [--json]
+
+FOLDER holds `prompts/*`, `bfcl_tool_schemas.json` and `github_mcp_tools.json`: system prompts and tool schemas as they
+are in use. Agent 1 brings segments A+B+D, agent 2 A+C+E, agent 3 A+B+E, each before messages of its own; then agent 1
+goes on. What a server says it took from the cache is held against the segments' tokens, counted apart, and every answer
+against that of the same request under a salt of its own, for which nothing is cached.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from eval.figures import Figure, Report
+from eval.workload import make_parser, parse, run, settings
+from kvcomm import Engine
+from kvcomm.engine.benchmark import TakeTokens
+
+AGENTS = ("ABD", "ACE", "ABE")
+QUESTIONS = (
+    "Which of your tools would you use first, and why?",
+    "What must you never do?",
+    "List the arguments of your first tool.",
+)
+SECOND = "And then?"
+MAX_CHARS = 2400
+"""Of one segment: all three agents and their conversations fit a model with a window of 8,192 tokens."""
+
+
+class Answer(NamedTuple):
+    """What came back."""
+
+    text: str
+    usage: Mapping[str, Any]
+
+    @property
+    def cached(self) -> int:
+        """Tokens that the server took from the cache."""
+        return int(self.usage["cached_prefix_tokens"])
+
+
+class Client:
+    """Asks one server for short greedy answers behind segments."""
+
+    def __init__(self, port: int, model: str, max_tokens: int) -> None:
+        self._port = port
+        self._fixed = {"model": model, "max_tokens": max_tokens, "temperature": 0}
+
+    def ask(
+        self, segments: Sequence[Mapping[str, str]], messages: Sequence[Mapping[str, str]], **fields: Any
+    ) -> Answer:
+        """The answer to a conversation; raises OSError when there is none."""
+        body = json.dumps({**self._fixed, "segments": segments, "messages": messages, **fields})
+        connection = HTTPConnection("127.0.0.1", self._port)
+        try:
+            connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+            response = connection.getresponse()
+            answer = json.loads(response.read())
+        finally:
+            connection.close()
+        if response.status != 200:
+            raise OSError(f"the server answered {response.status}: {answer['error']['message']}")
+        return Answer(answer["choices"][0]["message"]["content"], answer["usage"])
+
+
+class Table:
+    """Asks for every row of the table, once cached and once cold."""
+
+    def __init__(self, client: Client, texts: Mapping[str, str]) -> None:
+        self._client = client
+        self._texts = texts
+        self.num_rows = self.num_wrong = 0
+
+    def row(self, agent: str, messages: Sequence[Mapping[str, str]]) -> Answer:
+        """An agent's answer; counted as wrong when it is not what a cold cache gives."""
+        segments = [{"id": each, "content": self._texts[each]} for each in agent]
+        answer = self._client.ask(segments, messages)
+        self.num_rows += 1
+        cold = self._client.ask(segments, messages, cache_salt=f"row {self.num_rows}")
+        self.num_wrong += (answer.text, cold.cached) != (cold.text, 0)
+        return answer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print; returns the exit code."""
+    parser = make_parser("segments", "What three agents with shared segments and a second turn find cached.")
+    parser.add_argument("--agents", type=Path, required=True, metavar="FOLDER", help="prompts and tool schemas")
+    parser.add_argument("--max-chars", type=int, default=MAX_CHARS, metavar="N", help="of one segment [%(default)s]")
+    parser.add_argument("--max-tokens", type=int, default=24, metavar="N", help="of an answer [%(default)s]")
+    return run(parse(parser, arguments, repeats=1, quick_repeats=1), measure)
+
+
+def measure(engine: Engine, take: TakeTokens, options: Namespace) -> Report:
+    """All figures of an engine."""
+    texts = segment_texts(options.agents, options.max_chars)
+    sizes = {name: len(engine.segment(text).token_ids) for name, text in texts.items()}
+    with serving(engine) as (port, model):
+        table = Table(Client(port, model, options.max_tokens), texts)
+        first, second, third = (table.row(agent, [_user(ask)]) for agent, ask in zip(AGENTS, QUESTIONS, strict=True))
+        history = [_user(QUESTIONS[0]), {"role": "assistant", "content": first.text}]
+        again = table.row(AGENTS[0], [*history, _user(SECOND)])
+        other = table.row(AGENTS[0], [_user(SECOND)])
+    wanted = [sizes["A"], sizes["A"] + sizes["B"], sum(sizes[name] for name in AGENTS[0])]
+    said = {"agent_2": second.cached, "agent_3": third.cached, "new_conversation": _of_segments(other, wanted[2])}
+    num_wrong = table.num_wrong + sum(found != goal for found, goal in zip(said.values(), wanted, strict=True))
+    turn = first.usage["prompt_tokens"]
+    num_wrong += again.cached < turn
+    figures = [
+        Figure("agent_1_cached_prefix_tokens", first.cached, "tokens", None, "= 0"),
+        *(
+            Figure(f"{name}_cached_prefix_tokens", found, "tokens", None, f"= {goal}")
+            for (name, found), goal in zip(said.items(), wanted, strict=True)
+        ),
+        Figure("second_turn_cached_segment_tokens", _of_segments(again, wanted[2]), "tokens", None, f"= {wanted[2]}"),
+        Figure("second_turn_cached_prefix_tokens", again.cached, "tokens", None, f">= {turn}"),
+        Figure("segment_hits_wrong", num_wrong, "requests", None, "= 0"),
+    ]
+    return Report("segments", figures, settings(engine, options, agents=options.agents.name, segment_tokens=sizes))
+
+
+def segment_texts(folder: Path, max_chars: int) -> dict[str, str]:
+    """A: a system prompt; B and C: tool schemas; D and E: what an agent is told to do. No two begin alike.
+
+    Raises:
+        OSError: a file is missing.
+    """
+    prompts = folder / "prompts"
+    bfcl = json.loads((folder / "bfcl_tool_schemas.json").read_text(encoding="utf-8"))
+    github = json.loads((folder / "github_mcp_tools.json").read_text(encoding="utf-8"))
+    texts = {
+        "A": (prompts / "openhands_codeact_system_prompt.j2").read_text(encoding="utf-8"),
+        "B": f"Tools:\n{json.dumps(bfcl['gorilla_file_system'], indent=1)}",
+        "C": f"GitHub tools:\n{json.dumps(github, indent=1)}",
+        "D": (prompts / "taubench_retail_policy.md").read_text(encoding="utf-8"),
+        "E": (prompts / "openhands_swe_task.j2").read_text(encoding="utf-8"),
+    }
+    return {name: f"{text[:max_chars]}\n" for name, text in texts.items()}
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _of_segments(answer: Answer, num_tokens: int) -> int:
+    """Cached tokens that belong to the segments; a conversation behind them may be cached as well."""
+    return min(answer.cached, num_tokens)
+
+
+@contextmanager
+def serving(engine: Engine) -> Iterator[tuple[int, str]]:
+    """A server on a free port of this machine, and what it calls the model."""
+    from kvcomm.server.app import make_app
+    from kvcomm.server.running import bind, make_server
+    from kvcomm.server.settings import ServerSettings
+
+    server_settings = ServerSettings(port=0, log_level="error")
+    listener = bind(server_settings)
+    server = make_server(make_app(engine, server_settings))
+    thread = threading.Thread(target=lambda: server.run(sockets=[listener]), name="server")
+    thread.start()
+    try:
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        yield listener.getsockname()[1], server_settings.name
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
