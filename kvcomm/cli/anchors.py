@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
 
 import typer
 from rich.text import Text
 
 from kvcomm.cli.output import JsonFlag, emit, format_bytes, table
+from kvcomm.cli.remote import DEFAULT_SERVER, KeyFlag, ServerFlag, ask
 from kvcomm.cli.text import age_of, counted, printable
 from kvcomm.errors import InvalidRequest
 
@@ -25,6 +29,7 @@ app = typer.Typer(
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder of anchors.")]
 EdgePrefix = Annotated[str, typer.Argument(metavar="EDGE", help="The first digits of an edge; `ls` shows them.")]
 BOUNDS = ((0.02, 0.05), (0.05, 0.05))
+TRANSFER_TIMEOUT_S = 300.0
 
 
 @app.command("ls", epilog="Example: kvcomm anchors ls anchors/")
@@ -140,6 +145,49 @@ def import_command(
         raise InvalidRequest(f"{folder} exists; import into a new folder")
     num_banks = import_archive(file, folder)
     emit({"dir": str(folder), "num_banks": num_banks}, f"imported {counted(num_banks, 'bank')}", as_json=as_json)
+
+
+@app.command("fetch", epilog="Example: kvcomm anchors fetch --server http://localhost:8000 anchors/")
+def fetch_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for them.")],
+    server: ServerFlag = DEFAULT_SERVER,
+    key: KeyFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Get what a running server has learned for you into a new folder, for `ls`, `show` and `export`."""
+    from kvcomm.align.archive import import_archive
+
+    if folder.exists():
+        raise InvalidRequest(f"{folder} exists; fetch into a new folder")
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "archive"
+        file.write_bytes(ask("GET", f"{server.rstrip('/')}/v1/anchors", key=key, timeout_s=TRANSFER_TIMEOUT_S))
+        num_banks = import_archive(file, folder)
+    emit({"dir": str(folder), "num_banks": num_banks}, f"fetched {counted(num_banks, 'bank')}", as_json=as_json)
+
+
+@app.command("send", epilog="Example: kvcomm anchors send anchors/ --server http://localhost:8000 --tenant ann")
+def send_command(
+    folder: Folder,
+    server: ServerFlag = DEFAULT_SERVER,
+    key: KeyFlag = None,
+    tenant: Annotated[str, typer.Option("--tenant", metavar="NAME", help="Whose they are to be.")] = "default",
+    as_json: JsonFlag = False,
+) -> None:
+    """Put a folder of anchors in place on a running server; needs an operator's key where the server has keys.
+
+    They have to come from a tenant of the same name and the same model.
+    """
+    from kvcomm.align.archive import export_archive
+    from kvcomm.cli.anchor_folder import AnchorFolder
+
+    url = f"{server.rstrip('/')}/admin/tenants/{quote(tenant, safe='')}/anchors"
+    headers = {"content-type": "application/octet-stream"}
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "archive"
+        export_archive(AnchorFolder(folder).folder, file)
+        taken = json.loads(ask("PUT", url, file.read_bytes(), headers, key=key, timeout_s=TRANSFER_TIMEOUT_S))
+    emit(taken, f"{server} has taken {counted(taken['num_banks'], 'bank')}", as_json=as_json)
 
 
 def _values(entry: BankEntry, found: AnchorFolder) -> dict[str, Any]:

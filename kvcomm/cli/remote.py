@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from http.client import HTTPException
 from typing import IO, Annotated, Any
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ from kvcomm.cli.text import printable
 from kvcomm.errors import InvalidRequest, ServerError
 
 TIMEOUT_S = 10.0
+DEFAULT_SERVER = "http://localhost:8000"
 KEY_VARIABLE = "KVCOMM_API_KEY"
 SERVER_VARIABLE = "KVCOMM_SERVER"
 
@@ -53,28 +55,47 @@ def ask_json(method: str, url: str, body: Any = None, *, key: str | None = None,
         body: sent as JSON; None: nothing is sent.
 
     Raises:
-        InvalidRequest: the URL is none of http or https.
-        ServerError: no answer, a refusal, or an answer that is no JSON.
+        ServerError: also for an answer that is no JSON; see `ask`.
     """
-    if urlsplit(url).scheme not in ("http", "https"):
-        raise InvalidRequest(f"{url!r} is no address of a server; they begin with http:// or https://")
     headers = {"accept": "application/json"}
     data = None
     if body is not None:
         data, headers["content-type"] = json.dumps(body).encode(), "application/json"
-    if key is not None:
-        headers["authorization"] = f"Bearer {key}"
+    answer = ask(method, url, data, headers, key=key, timeout_s=timeout_s)
     try:
-        request = urllib.request.Request(url, data, headers, method=method)
+        return json.loads(answer)
+    except ValueError as error:
+        raise ServerError(f"{url} answered something that is no JSON; is it a kvcomm server?") from error
+
+
+def ask(
+    method: str,
+    url: str,
+    data: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+    *,
+    key: str | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> bytes:
+    """What a server answers.
+
+    Raises:
+        InvalidRequest: the URL is none of http or https.
+        ServerError: no answer, or a refusal.
+    """
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise InvalidRequest(f"{url!r} is no address of a server; they begin with http:// or https://")
+    sent = dict(headers or {}) | ({} if key is None else {"authorization": f"Bearer {key}"})
+    try:
+        request = urllib.request.Request(url, data, sent, method=method)
         with _opener().open(request, timeout=timeout_s) as answer:
-            return json.loads(answer.read())
+            content: bytes = answer.read()
+            return content
     except urllib.error.HTTPError as error:
         with error:
             raise ServerError(f"{url} answered {error.code}: {_words(error)}") from error
     except (OSError, HTTPException) as error:
         raise ServerError(f"{url} does not answer: {getattr(error, 'reason', None) or error}") from error
-    except ValueError as error:
-        raise ServerError(f"{url} answered something that is no JSON; is it a kvcomm server?") from error
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvcomm.cli.output import JsonFlag, emit
-from kvcomm.cli.remote import KeyFlag, ServerFlag, get_json
+from kvcomm.cli.remote import DEFAULT_SERVER, KeyFlag, ServerFlag, get_json
 from kvcomm.errors import ServerError
 
 if TYPE_CHECKING:
     from kvcomm.server.schemas.stats import Stats
 
 EPILOG = "Examples: kvcomm top; kvcomm top --server http://localhost:8000 --interval 1; kvcomm top --once --json"
-DEFAULT_SERVER = "http://localhost:8000"
 
 
 def top(

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from kvcomm.align.archive import import_archive
 from kvcomm.cli.anchor_folder import AnchorFolder
+from kvcomm.cli.app import run
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.memory.segments import Segment
 from kvcomm.server.keys import KeyRing, Role, add_key
+from kvcomm.server.settings import ServerSettings
 from tests.engine.conftest import some_tokens
-from tests.server.conftest import MakeClient
+from tests.server.conftest import MODEL, MakeClient
+from tests.server.live import serving
 
 LEARNING = ReusePolicy(max_divergence=50.0, confidence=0.5, audit=0.0)
 URL = "/admin/tenants/ann/anchors"
@@ -66,6 +70,24 @@ def test_archives_have_a_limit_of_their_own(archive: bytes, make_client: MakeCli
     for limit, status in ((len(archive), 200), (len(archive) - 1, 413)):
         with make_client(keys=_ring(tmp_path), max_body_bytes=1000, max_archive_bytes=limit) as client:
             assert client.put(URL, content=archive, headers=_auth(tmp_path, "operator")).status_code == status
+
+
+def test_the_command_line_fetches_and_sends(
+    archive: bytes, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ring, folder = _ring(tmp_path), tmp_path / "fetched"
+    keys = {name: (tmp_path / name / "key").read_text() for name in ("ann", "operator")}
+    with serving(engine, ServerSettings(model=MODEL, port=0), keys=ring) as live:
+        at = ["--server", live.url, "--json"]
+        assert run(["anchors", "fetch", str(folder), "--key", keys["ann"], *at]) == 0
+        assert json.loads(capsys.readouterr().out)["num_banks"] == len(_banks(archive, tmp_path / "ann"))
+        assert run(["anchors", "fetch", str(folder), "--key", keys["ann"], *at]) == 2
+        assert "exists" in capsys.readouterr().err
+        send = ["anchors", "send", str(folder), "--tenant", "ann", *at]
+        assert run([*send, "--key", keys["operator"]]) == 0
+        assert json.loads(capsys.readouterr().out)["num_banks"] == len(_banks(archive, tmp_path / "ann"))
+        assert run([*send, "--key", keys["ann"]]) == 1
+        assert "answered 403" in capsys.readouterr().err
 
 
 def _ring(folder: Path) -> KeyRing:
