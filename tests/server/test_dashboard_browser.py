@@ -318,6 +318,19 @@ def test_big_trees_begin_closed(forest: Browser) -> None:
     assert len(tree_labels(forest, "#trial-result")) == 100
     forest.one("#trial-result [data-id=id-N5] .node").click()
     assert tree_labels(forest, "#trial-result")[5:8] == [("1", "N5"), ("2", "M5"), ("1", "N6")]
+    forest.run("document.querySelector('#trial-result [role=tree]').scrollTop = 900")
+    forest.run("view.show(arguments[0].map(cacheNodes))", many)
+    assert forest.run("return document.querySelector('#trial-result [role=tree]').scrollTop") == 900
+
+
+def test_deep_trees_keep_their_words_on_a_phone(forest: Browser) -> None:
+    deepest = node("leaf", 1)
+    for level in range(47):
+        deepest = node(f"level {level}", 1, deepest)
+    forest.run("view.show(arguments[0].map(cacheNodes))", [deepest])
+    forest.resize(360, 800, is_phone=True)
+    assert forest.one("#trial-result [data-id=id-leaf] .label").size["width"] > 40
+    assert forest.run("return document.documentElement.scrollWidth") <= 360
 
 
 def test_what_is_read_keeps_still(page: Browser, live: Live, engine: Engine) -> None:

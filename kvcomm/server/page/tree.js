@@ -32,7 +32,9 @@ class TreeView {
     nodes.forEach((node, index) => list.append(this.item(node, 1, index + 1, nodes.length)));
     list.addEventListener("keydown", (event) => this.press(event));
     list.addEventListener("focusin", (event) => this.move(event.target.closest("[role=treeitem]")));
+    const top = this.place.querySelector("[role=tree]")?.scrollTop ?? 0;
     this.place.replaceChildren(icicle(nodes), list, ...(after ? [empty(after)] : []));
+    list.scrollTo(0, top);
     const items = this.visible();
     this.move(items.find((item) => item.dataset.id === this.focused) ?? items[0]);
     if (hadFocus) this.current.focus({ preventScroll: true });
