@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Both are read when torch and transformers are imported, so they come before any of those.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -16,6 +17,10 @@ import pytest
 if TYPE_CHECKING:
     from kvcomm.model.loading import LoadedModel
     from tests.tiny import TinyModel
+
+# Shells start background jobs with Ctrl-C ignored, and processes whose Ctrl-C is tested would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Deadlines measure the machine, not the code. CI repeats the same examples every time.
 hypothesis.settings.register_profile("local", deadline=None)
