@@ -68,6 +68,6 @@ def _take(engine: Engine, tenant: str, archive: bytes) -> AnchorsTaken:
             num_banks = import_archive(file, folder)
             profile = engine.load_anchors(folder, tenant=tenant)
         except AnchorFileError as error:
-            message = str(error).replace(str(file), "the archive").replace(str(folder), "the archive")
-            raise ApiError(400, "bad_anchors", message) from error
+            # Messages name files; where this server unpacks them is nobody's business.
+            raise ApiError(400, "bad_anchors", str(error).replace(f"{name}/", "")) from error
     return AnchorsTaken(num_banks=num_banks, num_groups=len(profile.groups))

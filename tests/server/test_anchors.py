@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -59,8 +61,11 @@ def test_the_operator_puts_it_back(archive: bytes, engine: Engine, make_client: 
 def test_what_is_no_archive_or_anothers_is_refused_without_a_path(
     archive: bytes, make_client: MakeClient, tmp_path: Path
 ) -> None:
+    with tarfile.open(fileobj=io.BytesIO(archive)) as whole:
+        content = whole.next().offset_data + 3000  # within the first bank
+    altered = archive[:content] + bytes([archive[content] ^ 1]) + archive[content + 1 :]
     with make_client(keys=_ring(tmp_path)) as client:
-        for body, url in ((archive[:2000], URL), (b"", URL), (archive, URL.replace("ann", "bob"))):
+        for body, url in ((archive[:2000], URL), (b"", URL), (altered, URL), (archive, URL.replace("ann", "bob"))):
             answer = client.put(url, content=body, headers=_auth(tmp_path, "operator"))
             assert (answer.status_code, answer.json()["error"]["code"]) == (400, "bad_anchors")
             assert "/tmp" not in answer.json()["error"]["message"]
