@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
-import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from eval.figures import Figure, Report
+from eval.served import served
 from eval.workload import make_parser, parse, run, settings
 from kvcomm import Engine
 from kvcomm.engine.benchmark import TakeTokens
@@ -104,7 +102,7 @@ def measure(engine: Engine, take: TakeTokens, options: Namespace) -> Report:
     """All figures of an engine."""
     texts = segment_texts(options.agents, options.max_chars)
     sizes = {name: len(engine.segment(text).token_ids) for name, text in texts.items()}
-    with serving(engine) as (port, model):
+    with served(engine) as (port, model):
         table = Table(Client(port, model, options.max_tokens), texts)
         first, second, third = (table.row(agent, [_user(ask)]) for agent, ask in zip(AGENTS, QUESTIONS, strict=True))
         history = [_user(QUESTIONS[0]), {"role": "assistant", "content": first.text}]
@@ -154,27 +152,6 @@ def _user(text: str) -> dict[str, str]:
 def _of_segments(answer: Answer, num_tokens: int) -> int:
     """Cached tokens that belong to the segments; a conversation behind them may be cached as well."""
     return min(answer.cached, num_tokens)
-
-
-@contextmanager
-def serving(engine: Engine) -> Iterator[tuple[int, str]]:
-    """A server on a free port of this machine, and what it calls the model."""
-    from kvcomm.server.app import make_app
-    from kvcomm.server.running import bind, make_server
-    from kvcomm.server.settings import ServerSettings
-
-    server_settings = ServerSettings(port=0, log_level="error")
-    listener = bind(server_settings)
-    server = make_server(make_app(engine, server_settings))
-    thread = threading.Thread(target=lambda: server.run(sockets=[listener]), name="server")
-    thread.start()
-    try:
-        while not server.started and thread.is_alive():
-            time.sleep(0.01)
-        yield listener.getsockname()[1], server_settings.name
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import json
 import random
 import sys
 import tempfile
-import threading
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from pathlib import Path
 from scipy.stats import mannwhitneyu
 
 from eval.figures import Figure, Report
+from eval.served import served
 from eval.workload import add_sizes, make_parser, note, parse, run, settings
 from kvcomm import Engine
 from kvcomm.engine.benchmark import Samples, TakeTokens
@@ -103,28 +103,14 @@ def _named(*kinds: Sequence[float]) -> Iterator[tuple[str, Sequence[float]]]:
 @contextmanager
 def serving(engine: Engine, folder: Path) -> Iterator[tuple[Client, Client]]:
     """A server with keys on a free port of this machine, and its two tenants."""
-    from kvcomm.server.app import make_app
     from kvcomm.server.keys import add_key
-    from kvcomm.server.running import bind, make_server
-    from kvcomm.server.settings import ServerSettings
 
     file = folder / "keys.json"
     keys = [add_key(file, name) for name in (ATTACKER, VICTIM)]
-    server_settings = ServerSettings(port=0, keys=file, log_level="error")
-    listener = bind(server_settings)
-    server = make_server(make_app(engine, server_settings))
-    thread = threading.Thread(target=lambda: server.run(sockets=[listener]), name="server")
-    thread.start()
-    try:
-        while not server.started and thread.is_alive():
-            time.sleep(0.01)
-        port = listener.getsockname()[1]
-        attacker, victim = (Client(port, key, server_settings.name) for key in keys)
+    with served(engine, keys=file) as (port, model):
+        attacker, victim = (Client(port, key, model) for key in keys)
         with closing(attacker), closing(victim):
             yield attacker, victim
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 if __name__ == "__main__":
