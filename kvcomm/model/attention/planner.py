@@ -25,6 +25,9 @@ MIN_SHARED_TOKENS = 64
 MAX_TAIL_ROWS = 64
 """Runs of at most this many rows, alone behind their prefix, are attended in one piece."""
 
+MAX_CLUSTER_TOKENS = 512
+"""Positions from the first to the last row of a cluster: what its rows do not see of them is computed for nothing."""
+
 
 class PassPlanner:
     """Plans the pieces of one pass for a given window width."""
@@ -55,9 +58,42 @@ class PassPlanner:
             return [piece for index in range(len(self._runs)) for piece in self._windowed(index, window)]
         pieces: list[Piece] = []
         remainders: dict[int, int] = {}
-        self._plan_shared(list(range(len(self._runs))), 0, 0, pieces, remainders)
+        alone: list[int] = []
+        for members in self._clusters():
+            if len(members) > 1:
+                self._plan_cluster(members, pieces)
+            else:
+                alone += members
+        self._plan_shared(alone, 0, 0, pieces, remainders)
         self._plan_remainders(remainders, pieces)
         return pieces
+
+    def _clusters(self) -> list[list[int]]:
+        """Runs of one sequence close behind each other, in the order of the pass; every other run alone."""
+        clusters: list[list[int]] = []
+        for index, run in enumerate(self._runs):
+            if clusters and self._is_close(self._runs[clusters[-1][0]], self._runs[index - 1], run):
+                clusters[-1].append(index)
+            else:
+                clusters.append([index])
+        return clusters
+
+    def _is_close(self, first: RunTable, before: RunTable, run: RunTable) -> bool:
+        if before.end > run.start or run.end - first.start > MAX_CLUSTER_TOKENS:
+            return False
+        last = (before.end - 1) // self._page_size
+        return bool(run.pages[last] == before.pages[last])  # which is being written, so that no other sequence has it
+
+    def _plan_cluster(self, members: list[int], pieces: list[Piece]) -> None:
+        """Two pieces instead of two for each of many short runs: what all of them see, and the rest with a mask."""
+        first, last = self._runs[members[0]], self._runs[members[-1]]
+        rows = slice(self._rows[members[0]].start, self._rows[members[-1]].stop)
+        if first.start:
+            self._add_full(last, 0, first.start, rows, False, pieces)
+        at = np.concatenate([np.arange(self._runs[index].start, self._runs[index].end) for index in members])
+        visible = np.arange(first.start, last.end) <= at[:, None]
+        slots = self._index(self._slots(last, first.start, last.end))
+        pieces.append(MaskedPiece(slots, rows, tensor_of(visible, self._device), merge=first.start > 0))
 
     def _plan_shared(
         self, members: list[int], from_page: int, at_page: int, pieces: list[Piece], remainders: dict[int, int]

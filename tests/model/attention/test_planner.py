@@ -140,12 +140,14 @@ def counted(case: Pass, pieces: Sequence[Piece]) -> Counts:
     view=st.sampled_from([1, 8, 256]),
     padded=st.sampled_from([0, 16, 128]),
     tail=st.sampled_from([1, 8, 64]),
+    cluster=st.sampled_from([0, 24, 512]),
 )
-def test_every_row_sees_its_slots_once(case: Pass, view: int, padded: int, tail: int) -> None:
+def test_every_row_sees_its_slots_once(case: Pass, view: int, padded: int, tail: int, cluster: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slots_module, "MIN_VIEW_TOKENS", view)
         patch.setattr(single_rows, "MAX_PADDED_TOKENS", padded)
         patch.setattr(planner, "MAX_TAIL_ROWS", tail)
+        patch.setattr(planner, "MAX_CLUSTER_TOKENS", cluster)
         pieces = case.planner().pieces(None)
     assert np.array_equal(counted(case, pieces), case.expected(None))
 
@@ -301,11 +303,30 @@ def test_a_stretch_too_short_for_all_is_shared_by_those_who_share_more() -> None
 
 def test_a_page_that_is_written_in_this_pass_is_not_past() -> None:
     """Two runs of one sequence share its pages, but the earlier run only those wholly before its start."""
-    pages = np.arange(8, dtype=np.int32)
-    runs = [RunTable(pages, 70, 80), RunTable(pages, 120, 128)]
+    pages = np.arange(48, dtype=np.int32)
+    runs = [RunTable(pages, 70, 80), RunTable(pages, 720, 728)]
     pieces = PassPlanner(runs, 16, CPU).pieces(None)
     assert pieces[0] == FullPiece(slice(0, 64), slice(0, 18), merge=False)
     case = Pass(tuple(runs), 16)
+    assert np.array_equal(counted(case, pieces), case.expected(None))
+
+
+def test_runs_close_behind_each_other_are_one_cluster() -> None:
+    """Bug: each of the hundreds of short runs of a rung was attended for itself, which took three times as long."""
+    pages = np.arange(100, dtype=np.int32)
+    runs = [RunTable(pages, start, start + 3) for start in range(500, 1400, 8)]
+    pieces = PassPlanner(runs, 16, CPU).pieces(None)
+    assert [type(piece) for piece in pieces] == [FullPiece, MaskedPiece] * 2
+    case = Pass(tuple(runs), 16)
+    assert np.array_equal(counted(case, pieces), case.expected(None))
+
+
+def test_runs_of_two_sequences_are_no_cluster() -> None:
+    """They share what is before both, but what one writes the other does not see."""
+    runs = [RunTable(table(*range(8), 20), 130, 134), RunTable(table(*range(8), 21), 138, 142)]
+    case = Pass(tuple(runs), 16)
+    pieces = PassPlanner(runs, 16, CPU).pieces(None)
+    assert not any(isinstance(piece, MaskedPiece) for piece in pieces)
     assert np.array_equal(counted(case, pieces), case.expected(None))
 
 
