@@ -1,6 +1,6 @@
 """What is compiled for the CPU, as operations on tensors.
 
-`align` and `rotate` go straight from slots to slots where those are float32 and contiguous.
+`align` and `rotate` go straight from slots to slots where the pool is float32.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _move(
                 weighted = nothing if table is None else group
                 codes, scales = _arrays(table, stored)
                 with Staging(stored, source, target) as rows:
-                    span = (rows.source.flatten(1).numpy(), rows.out.flatten(1).numpy(), codes, scales, *weighted)
+                    span = (rows.source, rows.from_rows, rows.out, rows.to_rows, codes, scales, *weighted)
                     if rope is None:
                         fused.add_offsets(*span)
                     else:

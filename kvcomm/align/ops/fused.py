@@ -67,25 +67,37 @@ def _add_weighted(row: Floats, codes: Codes, scales: Floats, indices: Indices, w
 
 
 @_compiled
-def add_offsets(source: Floats, out: Floats, codes: Codes, scales: Floats, indices: Indices, weights: Floats) -> None:
+def add_offsets(
+    source: Floats,
+    from_rows: Longs,
+    out: Floats,
+    to_rows: Longs,
+    codes: Codes,
+    scales: Floats,
+    indices: Indices,
+    weights: Floats,
+) -> None:
     """out = source + the weighted offsets.
 
     Args:
-        source, out: [num_tokens, channels]; `out` is overwritten.
+        source, out: [num_rows, channels], which may be one; only `to_rows` of `out` are written.
+        from_rows, to_rows: [num_tokens], where each token is read and written; none is in both.
         codes, scales: [num_anchors, channels] and [num_anchors].
         indices, weights: [num_tokens, k], k a multiple of BATCH.
     """
-    num_channels = source.shape[1]
-    for token in numba.prange(source.shape[0]):
-        for channel in range(num_channels):
-            out[token, channel] = source[token, channel]
-        _add_weighted(out[token], codes, scales, indices[token], weights[token])
+    for token in numba.prange(len(from_rows)):
+        old, new = source[from_rows[token]], out[to_rows[token]]
+        for channel in range(len(new)):
+            new[channel] = old[channel]
+        _add_weighted(new, codes, scales, indices[token], weights[token])
 
 
 @_compiled
 def turn_and_add(
     source: Floats,
+    from_rows: Longs,
     out: Floats,
+    to_rows: Longs,
     codes: Codes,
     scales: Floats,
     indices: Indices,
@@ -98,48 +110,49 @@ def turn_and_add(
     """out = R(move) source + R(place) the weighted offsets, head by head.
 
     Args:
-        source, out, codes, scales, indices, weights: as in `add_offsets`; k may be 0.
+        source, from_rows, out, to_rows, codes, scales, indices, weights: as in `add_offsets`; k may be 0.
         move: [2, rotary_dim / 2], cos and sin from the source's positions to the target's.
         place: [num_tokens, 2, rotary_dim / 2], cos and sin from position 0 to each token's own; of no token if k is 0.
         dim: channels of a head; those behind rotary_dim are not rotated.
         interleaved: pairs are neighbors instead of halves of the rotated channels.
     """
     num_channels, half, k = source.shape[1], move.shape[1], indices.shape[1]
-    for token in numba.prange(source.shape[0]):
+    for token in numba.prange(len(from_rows)):
+        old, new = source[from_rows[token]], out[to_rows[token]]
         # The sums lie in the target's row until they are turned: nothing is allocated here.
         for channel in range(num_channels):
-            out[token, channel] = 0
-        _add_weighted(out[token], codes, scales, indices[token], weights[token])
+            new[channel] = 0
+        _add_weighted(new, codes, scales, indices[token], weights[token])
         for start in range(0, num_channels, dim):
             # One loop per case, so that each has a stride the compiler knows and no branch inside.
             if k and interleaved:
                 for pair in range(half):
                     one, two = start + 2 * pair, start + 2 * pair + 1
-                    x, y, dx, dy = source[token, one], source[token, two], out[token, one], out[token, two]
+                    x, y, dx, dy = old[one], old[two], new[one], new[two]
                     cos, sin = place[token, 0, pair], place[token, 1, pair]
-                    out[token, one] = x * move[0, pair] - y * move[1, pair] + dx * cos - dy * sin
-                    out[token, two] = y * move[0, pair] + x * move[1, pair] + dy * cos + dx * sin
+                    new[one] = x * move[0, pair] - y * move[1, pair] + dx * cos - dy * sin
+                    new[two] = y * move[0, pair] + x * move[1, pair] + dy * cos + dx * sin
             elif k:
                 for pair in range(half):
                     one, two = start + pair, start + half + pair
-                    x, y, dx, dy = source[token, one], source[token, two], out[token, one], out[token, two]
+                    x, y, dx, dy = old[one], old[two], new[one], new[two]
                     cos, sin = place[token, 0, pair], place[token, 1, pair]
-                    out[token, one] = x * move[0, pair] - y * move[1, pair] + dx * cos - dy * sin
-                    out[token, two] = y * move[0, pair] + x * move[1, pair] + dy * cos + dx * sin
+                    new[one] = x * move[0, pair] - y * move[1, pair] + dx * cos - dy * sin
+                    new[two] = y * move[0, pair] + x * move[1, pair] + dy * cos + dx * sin
             elif interleaved:
                 for pair in range(half):
                     one, two = start + 2 * pair, start + 2 * pair + 1
-                    x, y = source[token, one], source[token, two]
-                    out[token, one] = x * move[0, pair] - y * move[1, pair]
-                    out[token, two] = y * move[0, pair] + x * move[1, pair]
+                    x, y = old[one], old[two]
+                    new[one] = x * move[0, pair] - y * move[1, pair]
+                    new[two] = y * move[0, pair] + x * move[1, pair]
             else:
                 for pair in range(half):
                     one, two = start + pair, start + half + pair
-                    x, y = source[token, one], source[token, two]
-                    out[token, one] = x * move[0, pair] - y * move[1, pair]
-                    out[token, two] = y * move[0, pair] + x * move[1, pair]
+                    x, y = old[one], old[two]
+                    new[one] = x * move[0, pair] - y * move[1, pair]
+                    new[two] = y * move[0, pair] + x * move[1, pair]
             for channel in range(start + 2 * half, start + dim):
-                out[token, channel] += source[token, channel]
+                new[channel] += old[channel]
 
 
 @_compiled
