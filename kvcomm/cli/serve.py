@@ -83,6 +83,9 @@ def serve(
     log_prompts: Annotated[
         bool | None, typer.Option("--log-prompts/--no-log-prompts", help="Write prompts and answers into the log.")
     ] = None,
+    traces: Annotated[
+        str | None, typer.Option("--traces", metavar="URL", help="Collector of OpenTelemetry traces (OTLP over HTTP).")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Print the effective settings and end.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -109,6 +112,7 @@ def serve(
         "snapshots": snapshots,
         "log_level": log_level,
         "log_prompts": log_prompts,
+        "traces": traces,
     }
     environment = {name: text for name, text in os.environ.items() if name != "KVCOMM_SERVE_CONFIG"}
     settings = load_settings(flags, environment, config)
@@ -134,9 +138,11 @@ def _serve(settings: ServerSettings, *, as_json: bool) -> None:
     from kvcomm.server.keys import KeyRing
     from kvcomm.server.logs import logging_config
     from kvcomm.server.running import address_of, bind
+    from kvcomm.server.traces import exporting_provider, shut_down
 
     # Mistakes are found before a model is loaded for them.
     keys = KeyRing(settings.keys) if settings.keys is not None else None
+    traces = exporting_provider(settings.traces) if settings.traces is not None else None
     listener = bind(settings)
     dictConfig(logging_config(settings.log_level))
     try:
@@ -147,12 +153,14 @@ def _serve(settings: ServerSettings, *, as_json: bool) -> None:
         with Engine.load(
             settings.model, dtype=settings.dtype, device=settings.device, config=settings.engine, progress=True
         ) as engine:
-            server = make_server(make_app(engine, settings, keys=keys))
+            server = make_server(make_app(engine, settings, keys=keys, traces=traces))
             listener.listen()  # whoever reads the address can connect at once
             _print(settings, address_of(listener), as_json=as_json)
             server.run(sockets=[listener])
     finally:
         listener.close()
+        if traces is not None:
+            shut_down(traces)
 
 
 def _print(settings: ServerSettings, address: str | None, *, as_json: bool) -> None:

@@ -1,10 +1,12 @@
 """The application: surfaces, and what every request passes on its way to them.
 
-From the outside in: the log (ids, counts, last resort for errors), the door (keys, rate, admission), the body's
-limits, then FastAPI. A surface is a router; adding one is one line in `SURFACES`.
+From the outside in: traces, if anybody collects them, the log (ids, counts, last resort for errors), the door (keys,
+rate, admission), the body's limits, then FastAPI. A surface is a router; adding one is one line in `SURFACES`.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
@@ -21,6 +23,10 @@ from kvcomm.server.segments import cache
 from kvcomm.server.segments import surface as segments
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.state import ServerState
+from kvcomm.server.traces import RequestTraces
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
 
 SURFACES = (
     health.router,
@@ -38,11 +44,18 @@ SURFACES = (
 )
 
 
-def make_app(engine: Engine, settings: ServerSettings | None = None, *, keys: KeyRing | None = None) -> FastAPI:
+def make_app(
+    engine: Engine,
+    settings: ServerSettings | None = None,
+    *,
+    keys: KeyRing | None = None,
+    traces: TracerProvider | None = None,
+) -> FastAPI:
     """An app over an engine, which stays the caller's to close.
 
     Args:
         keys: by default those of the file in the settings; none there: no keys, one tenant.
+        traces: where spans of requests go, and the caller's to shut down; None: there are none.
 
     Raises:
         KeyFileError: the settings name a key file that cannot be read.
@@ -63,4 +76,6 @@ def make_app(engine: Engine, settings: ServerSettings | None = None, *, keys: Ke
     app.add_middleware(BodyLimit, max_bytes=settings.max_bytes_of, timeout_s=settings.body_timeout_s)
     app.add_middleware(Door, keys=keys, tenant=state.tenants.get, admission=state.admission)
     app.add_middleware(RequestLog, observe=state.metrics.answered)
+    if traces is not None:
+        app.add_middleware(RequestTraces, provider=traces)
     return app

@@ -26,7 +26,7 @@ from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import EngineClosed, KVCommError
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError, translate
-from kvcomm.server.logs import RequestNotes, log_unexpected, notes_of
+from kvcomm.server.logs import Answered, RequestNotes, log_unexpected, notes_of
 from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.state import ServerState, state_of
 from kvcomm.server.tenants import Tenant
@@ -52,6 +52,15 @@ class Job:
         return num_prompt_tokens + self.sampling.n * self.sampling.max_new_tokens
 
 
+class _Running(NamedTuple):
+    """A job in the engine; `submitted_ns` since the epoch."""
+
+    job: Job
+    space: str
+    handle: RequestHandle
+    submitted_ns: int
+
+
 class Piece(NamedTuple):
     """A chunk, and which of a call's jobs it belongs to."""
 
@@ -69,7 +78,7 @@ class Call:
     notes: RequestNotes
     deadline_s: float
     created: int = field(default_factory=lambda: int(time.time()))
-    _jobs: list[tuple[Job, str, RequestHandle]] = field(default_factory=list)
+    _running: list[_Running] = field(default_factory=list)
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
 
     def take_turn(self, turn: Turn) -> Turn:
@@ -107,12 +116,13 @@ class Call:
         space = self.state.tenants.open_namespace(self.tenant, job.salt)
 
         def start() -> None:
+            submitted_ns = time.time_ns()
             # Remembered here: if the caller is cancelled meanwhile, `close` still finds it.
             if job.turn is not None:
                 handle = job.turn.start(job.sampling, job.policy)
             else:
                 handle = self.state.engine.submit(job.prompt.segments, job.sampling, tenant=space, policy=job.policy)
-            self._jobs.append((job, space, handle))
+            self._running.append(_Running(job, space, handle, submitted_ns))
 
         await anyio.to_thread.run_sync(start)
 
@@ -122,7 +132,7 @@ class Call:
         Raises:
             ApiError: what ended a job; 504 when the time is up.
         """
-        async with aclosing(_merged([handle for _, _, handle in self._jobs])) as pieces:
+        async with aclosing(_merged([each.handle for each in self._running])) as pieces:
             while True:
                 try:
                     async with asyncio.timeout_at(self.deadline_s):
@@ -142,36 +152,36 @@ class Call:
             ApiError: what ended a job instead.
         """
         try:
-            completions = [await handle.aresult() for _, _, handle in self._jobs]
+            completions = [await each.handle.aresult() for each in self._running]
         except Exception as error:  # a job ends with whatever the model raised
             raise self._translated(error) from error
-        for job, space, _ in self._jobs:
+        for job, space, _, _ in self._running:
             if job.turn is not None:
                 job.turn.keep()
             if job.prompt.lifetimes:
                 await anyio.to_thread.run_sync(self.state.prolong, space, job.prompt)
-        for (job, _, _), completion in zip(self._jobs, completions, strict=True):
-            self.state.metrics.completed(completion, job.policy)
+        for each, completion in zip(self._running, completions, strict=True):
+            self.state.metrics.completed(completion, each.job.policy)
             self.tenant.tally.add(completion.usage)
-        self.notes.counted([completion.usage for completion in completions])
+            self.notes.answered.append(Answered(each.submitted_ns, completion.usage))
         if self.state.settings.log_prompts:
             self._note_texts(completions)
         return completions
 
     async def close(self) -> None:
         """Cancel what still runs, wait until it has ended, and give the places back. Idempotent."""
-        for _, _, handle in self._jobs:
-            handle.cancel()
+        for each in self._running:
+            each.handle.cancel()
         with anyio.CancelScope(shield=True):
-            for _, _, handle in self._jobs:
+            for each in self._running:
                 with suppress(Exception):  # how it ended has been told, or nobody is left to be told
-                    await handle.aresult()
+                    await each.handle.aresult()
             self.state.tenants.keep_quota(self.tenant)
             await self._stack.aclose()
 
     def _note_texts(self, completions: Sequence[Completion]) -> None:
         decode = self.state.engine.decode
-        self.notes.fields["prompts"] = [decode(job.prompt.token_ids) for job, _, _ in self._jobs]
+        self.notes.fields["prompts"] = [decode(each.job.prompt.token_ids) for each in self._running]
         self.notes.fields["answers"] = [[choice.text for choice in each.choices] for each in completions]
 
     def _translated(self, error: BaseException) -> ApiError:

@@ -12,10 +12,10 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -29,28 +29,42 @@ REQUEST_ID = "x-request-id"
 PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
+class Answered(NamedTuple):
+    """An engine request that came to its end; `submitted_ns` since the epoch."""
+
+    submitted_ns: int
+    usage: Usage
+
+
 @dataclass(eq=False)
 class RequestNotes:
-    """What the log will say about a request.
+    """What the log, and a trace, will say about a request.
 
     Attributes:
         request_id: unique unless the client repeats its own.
         fields: more for the log line; JSON values.
         route: path template of the operation, for metrics; "other" for what is none.
+        answered: its engine requests.
     """
 
     request_id: str
     tenant: str | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     route: str = "other"
+    answered: list[Answered] = field(default_factory=list)
 
-    def counted(self, usages: Sequence[Usage]) -> None:
-        """Put the tokens of a request's engine requests into the log."""
-        self.fields["prompt_tokens"] = sum(usage.prompt_tokens for usage in usages)
-        self.fields["cached_tokens"] = sum(usage.exact_tokens for usage in usages)
-        self.fields["aligned_tokens"] = sum(usage.aligned_tokens for usage in usages)
-        self.fields["completion_tokens"] = sum(usage.generated_tokens for usage in usages)
-        self.fields["ttft_s"] = max(usage.ttft_s for usage in usages)
+    def tokens(self) -> dict[str, Any]:
+        """The tokens of its engine requests, for the log line; nothing where none was answered."""
+        if not self.answered:
+            return {}
+        usages = [usage for _, usage in self.answered]
+        return {
+            "prompt_tokens": sum(usage.prompt_tokens for usage in usages),
+            "cached_tokens": sum(usage.exact_tokens for usage in usages),
+            "aligned_tokens": sum(usage.aligned_tokens for usage in usages),
+            "completion_tokens": sum(usage.generated_tokens for usage in usages),
+            "ttft_s": max(usage.ttft_s for usage in usages),
+        }
 
 
 def notes_of(scope: Scope) -> RequestNotes:
@@ -113,6 +127,7 @@ class RequestLog:
             "path": scope["path"],
             "status": status,
             "duration_s": round(duration_s, 6),
+            **notes.tokens(),
             **notes.fields,
         }
         logger.info("request", extra={"fields": fields})
@@ -145,6 +160,7 @@ def logging_config(level: str) -> dict[str, Any]:
         "handlers": {"stderr": handler},
         "loggers": {
             "kvcomm": shown,
+            "opentelemetry": {**shown, "level": "WARNING"},
             "uvicorn": {**shown, "level": "WARNING" if level == "info" else level.upper()},
             "uvicorn.access": {"handlers": [], "level": "CRITICAL", "propagate": False},
         },

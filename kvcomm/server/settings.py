@@ -107,6 +107,7 @@ class ServerSettings(BaseModel):
         max_divergence, confidence: the bound in force where a request does not say; 0 is exact reuse only.
         log_level: of the structured log.
         log_prompts: write prompts and answers into the log.
+        traces: URL of a collector of OpenTelemetry traces (OTLP over HTTP); None: no traces.
         engine: pool, pages, batch; see `EngineConfig`.
     """
 
@@ -143,6 +144,7 @@ class ServerSettings(BaseModel):
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_prompts: bool = False
+    traces: Annotated[str, Field(pattern=r"^https?://[^\s@]+$")] | None = None
     engine: Engine = Field(default_factory=EngineConfig)
 
     @property

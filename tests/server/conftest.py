@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
+from opentelemetry.trace import TracerProvider
 from starlette.testclient import TestClient
 
 from kvcomm.config import EngineConfig
@@ -52,8 +53,8 @@ def make_client(engine: Engine) -> Iterator[MakeClient]:
     """Makes clients of apps over the engine, from settings; at the end every place is free again."""
     apps: list[FastAPI] = []
 
-    def make(*, keys: KeyRing | None = None, **settings: Any) -> TestClient:
-        apps.append(make_app(engine, ServerSettings(model=MODEL, **settings), keys=keys))
+    def make(*, keys: KeyRing | None = None, traces: TracerProvider | None = None, **settings: Any) -> TestClient:
+        apps.append(make_app(engine, ServerSettings(model=MODEL, **settings), keys=keys, traces=traces))
         return TestClient(apps[-1], base_url="http://localhost")
 
     yield make
