@@ -83,6 +83,8 @@ def figures(found: dict[str, Found]) -> list[Figure]:
         for name, values in each.items()
         for id, goal in goals.items()
     ]
+    if "disconnect" in found:
+        own.append(Figure("disconnect_left_in_stream", found["disconnect"].left_in_stream, "streams"))
     return total + own
 
 

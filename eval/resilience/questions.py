@@ -37,12 +37,13 @@ class Question(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What came of a scenario, summed over its answers."""
+    """What came of a scenario, summed over its answers; `left_in_stream` streams were left between begin and end."""
 
     lost_answers: int
     wrong_answers: int
     leaked_pages: int
     asked: int
+    left_in_stream: int = 0
 
 
 def make_questions(model: str, num_questions: int, prefix_len: int, seed: int) -> list[Question]:
@@ -114,13 +115,14 @@ class Asking:
             over.set()
             thread.join()
 
-    def found(self, *, refusals_missed: int = 0) -> Found:
+    def found(self, *, refusals_missed: int = 0, left_in_stream: int = 0) -> Found:
         """What came of it all, once nothing is asked any more; clears the server's cache.
 
         Args:
             refusals_missed: answers that the server should have refused and did not.
         """
-        return Found(self._lost + refusals_missed, self._wrong, leaked_pages(self.url), self._asked)
+        lost = self._lost + refusals_missed
+        return Found(lost, self._wrong, leaked_pages(self.url), self._asked, left_in_stream)
 
 
 def leaked_pages(url: str) -> int:

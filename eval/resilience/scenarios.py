@@ -27,6 +27,8 @@ from kvcomm.server.load.process import ServerProcess
 CHAT = "/v1/chat/completions"
 HEAD = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 
+JSON = {"content-type": "application/json"}
+
 KILL_REPEATS = 3
 KILL_AFTER = 4
 LEAVERS = 16
@@ -63,14 +65,16 @@ def kill(model: str, questions: Sequence[Question]) -> Found:
 
 
 def disconnect(model: str, questions: Sequence[Question], num_streams: int, seed: int) -> Found:
-    """Clients that leave in the middle of their streams."""
+    """Clients that leave in the middle of their streams; a tenth more leave before the first event."""
     draw = random.Random(seed)
+    num_events = [draw.randint(1, MAX_EVENTS) for _ in range(num_streams)] + [0] * (num_streams // 10)
+    draw.shuffle(num_events)
     with ServerProcess("--model", model) as server:
         asking = Asking(server.url, model)
-        leaving = [(questions[index % len(questions)], draw.randint(0, MAX_EVENTS)) for index in range(num_streams)]
+        leaving = [(questions[index % len(questions)], number) for index, number in enumerate(num_events)]
         with asking.meanwhile(questions), ThreadPoolExecutor(LEAVERS) as threads:
-            list(threads.map(lambda each: _leave(asking, *each), leaving))
-        return asking.found()
+            in_stream = list(threads.map(lambda each: _leave(asking, *each), leaving))
+        return asking.found(left_in_stream=in_stream.count(True))
 
 
 def full_pool(model: str, questions: Sequence[Question]) -> Found:
@@ -118,17 +122,20 @@ def slow_loris(model: str, questions: Sequence[Question]) -> Found:
         return asking.found(refusals_missed=cut_off.count(False))
 
 
-def _leave(asking: Asking, question: Question, num_events: int) -> None:
-    """Ask, read so many events, and go without a word."""
+def _leave(asking: Asking, question: Question, num_events: int) -> bool:
+    """Ask, read so many events, and go without a word; whether the stream had begun and not ended."""
+    last = b""
     with closing(connect(asking.url)) as connection:
         try:
-            connection.request("POST", CHAT, asking.body(question, max_tokens=LEAVER_TOKENS))
+            connection.request("POST", CHAT, asking.body(question, max_tokens=LEAVER_TOKENS), JSON)
             if num_events:
                 with connection.getresponse() as response:
-                    for _ in range(2 * num_events):  # an empty line behind each event
-                        response.readline()
+                    for _ in range(num_events):
+                        last = response.readline()
+                        response.readline()  # an empty line behind each event
         except (OSError, HTTPException):
-            return  # refused or cut off: it is left all the same
+            return False  # refused or cut off: it is left all the same
+    return last.startswith(b"data: {")
 
 
 def _is_typed(answer: tuple[int, bytes]) -> bool:
