@@ -55,6 +55,7 @@ async def clear_cache(tenant: Annotated[str, Path(pattern=NAME_PATTERN)], state:
     """Drop a tenant's cached prefixes; what is in use stays until it is not."""
     if tenant not in state.tenants.names:
         raise ApiError(404, "tenant_not_found", f"no tenant {tenant!r} has asked for anything", param="tenant")
+    state.prompts.texts.forget(tenant)
     return Cleared(cleared_tokens=state.tenants.clear(state.tenants.get(tenant)))
 
 

@@ -25,9 +25,11 @@ from kvcomm.server.schemas.chat import ChatRequest
 from kvcomm.server.schemas.completions import CompletionRequest
 from kvcomm.server.schemas.messages import AssistantMessage, TextPart, ToolCall, ToolMessage
 from kvcomm.server.schemas.segments import SegmentedRequest
+from kvcomm.server.sections import Sections
 from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.segments.reading import SegmentReader, Tail
 from kvcomm.server.segments.registry import SegmentRegistries
+from kvcomm.server.token_cache import Space, TokenCache
 
 ROLES = {"developer": "system"}
 """Roles that chat templates know by an older name."""
@@ -39,6 +41,8 @@ class PromptMaker:
     def __init__(self, engine: Engine, registries: SegmentRegistries) -> None:
         self._engine = engine
         self._renderer = PromptRenderer(engine)
+        self._sections = Sections(engine.tokenizer)
+        self.texts = TokenCache()
         self.segments = SegmentReader(engine, self._renderer, registries)
 
     def chat(self, request: ChatRequest, tenant: str) -> PreparedPrompt:
@@ -93,7 +97,8 @@ class PromptMaker:
     def _prepare(self, request: SegmentedRequest, marks: Marks, text: str, tenant: str) -> PreparedPrompt:
         """The prompt of rendered text, behind the request's segments if it brings any."""
         if not request.segments:
-            return PreparedPrompt(self.encode(text, marks)).living(ttl_of(request))
+            ids = self._encode_again(marks, text, (tenant, request.cache_salt))
+            return PreparedPrompt(self._engine.read_prompt([Segment(ids)], is_start=True)).living(ttl_of(request))
         head = self._head(marks, text)
         tail = Tail(head, self._encode(marks, text[len(head) :]))
         return self.segments.prepare(request.segments, request.boundary, tail, tenant).living(ttl_of(request))
@@ -101,10 +106,22 @@ class PromptMaker:
     def _encode(self, marks: Marks, text: str) -> tuple[int, ...]:
         ids: list[int] = []
         for piece, control in marks.split(text):
-            ids += self._engine.segment(piece).token_ids
+            ids += self._tokens(piece)
             if control is not None:
                 ids += self._renderer.encode_input("messages", control)
         return tuple(ids)
+
+    def _encode_again(self, marks: Marks, text: str, space: Space) -> tuple[int, ...]:
+        """As `_encode`, from what is known of messages that this namespace has sent before."""
+        if marks.hidden:
+            return self._encode(marks, text)
+        ids: list[int] = []
+        for part in self._sections.of(text):
+            ids += (part,) if isinstance(part, int) else self.texts.tokens(space, part, self._tokens)
+        return tuple(ids)
+
+    def _tokens(self, text: str) -> tuple[int, ...]:
+        return self._engine.segment(text).token_ids
 
     def _head(self, marks: Marks, text: str) -> str:
         """Text up to the first control token, real or spelled out: what may share a token with text before it."""
