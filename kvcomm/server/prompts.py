@@ -41,7 +41,7 @@ class PromptMaker:
     def __init__(self, engine: Engine, registries: SegmentRegistries) -> None:
         self._engine = engine
         self._renderer = PromptRenderer(engine)
-        self._sections = Sections(engine.tokenizer)
+        self._sections = Sections(engine.tokenizer, self._control_pattern)
         self.texts = TokenCache()
         self.segments = SegmentReader(engine, self._renderer, registries)
 

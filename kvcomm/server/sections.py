@@ -7,7 +7,7 @@ Some put a space before the first piece only, or take spaces beside a control to
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,30 +18,30 @@ PROBES = (" a1 b\n", "\n 2 c", "d  ", "E")
 class Sections:
     """Cuts the texts of one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, controls: re.Pattern[str] | None) -> None:
+        """`controls` finds the tokenizer's control tokens; None: it has none."""
         self._tokenizer = tokenizer
-        tokens = [(token_id, token) for token_id, token in tokenizer.added_tokens_decoder.items() if token.special]
-        self._ids = {token.content: token_id for token_id, token in tokens}
-        is_plain = not any(token.lstrip or token.rstrip or token.single_word for _, token in tokens)
-        longest_first = sorted(self._ids, key=len, reverse=True)
-        self._pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
-        if not (is_plain and self._pattern is not None and self._is_cut_alike(longest_first)):
-            self._pattern = None
+        tokens = {token.content: (id, token) for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._ids = {content: id for content, (id, _) in tokens.items()}
+        is_plain = not any(token.lstrip or token.rstrip or token.single_word for _, token in tokens.values())
+        self._controls = controls if is_plain else None
+        if not self._is_cut_alike():
+            self._controls = None
 
     def of(self, text: str) -> Iterator[int | str]:
         """Ids of control tokens and the texts between them, in order; the whole text where nothing may be cut."""
-        if self._pattern is None:
-            yield text
-            return
-        for index, part in enumerate(self._pattern.split(text)):
-            if index % 2:
-                yield self._ids[part]
-            elif part:
-                yield part
+        end = 0
+        for found in self._controls.finditer(text) if self._controls is not None else ():
+            if found.start() > end:
+                yield text[end : found.start()]
+            yield self._ids[found[0]]
+            end = found.end()
+        if end < len(text):
+            yield text[end:]
 
-    def _is_cut_alike(self, controls: Sequence[str]) -> bool:
+    def _is_cut_alike(self) -> bool:
         """Whether tokenizing piece by piece gives what tokenizing all at once does, for every control token."""
-        for control in controls:
+        for control in self._ids:
             text = PROBES[0] + "".join(control + probe for probe in PROBES) + control
             cut: list[int] = []
             for part in self.of(text):

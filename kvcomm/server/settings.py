@@ -107,7 +107,8 @@ class ServerSettings(BaseModel):
         max_divergence, confidence: the bound in force where a request does not say; 0 is exact reuse only.
         log_level: of the structured log.
         log_prompts: write prompts and answers into the log.
-        traces: URL of a collector of OpenTelemetry traces (OTLP over HTTP); None: no traces.
+        traces: URL of a collector of OpenTelemetry traces (OTLP over HTTP), for `kvcomm serve`; None: no traces.
+            `make_app` takes a provider of them instead.
         engine: pool, pages, batch; see `EngineConfig`.
     """
 

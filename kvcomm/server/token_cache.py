@@ -42,8 +42,9 @@ class TokenCache:
                 self._known.move_to_end(key)
                 return known
         made = make(text)
-        with self._lock:
-            self._keep(key, made)
+        if 0 < len(made) <= self._max_tokens:  # what has no tokens would never be dropped
+            with self._lock:
+                self._keep(key, made)
         return made
 
     def forget(self, tenant: str) -> None:

@@ -66,6 +66,7 @@ def test_the_effective_settings(
         (["--config", "/nowhere/server.toml"], 2, "/nowhere/server.toml cannot be read"),
         (["--port", "70000"], 2, "setting 'port' in the command line"),
         (["--host", "192.0.2.1", "--keys"], 2, "cannot listen on 192.0.2.1:8000"),
+        (["--traces", "collector:4318"], 2, "setting 'traces' in the command line"),
         (["--log-level", "loud"], 2, "setting 'log_level' in the command line"),
     ],
 )

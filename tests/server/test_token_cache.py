@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +15,7 @@ from kvcomm.server.sections import Sections
 from kvcomm.server.token_cache import MIN_CHARACTERS, TokenCache
 from tests.server.conftest import chat
 
+CONTROLS = re.compile(r"<\|im_start\|>|<\|im_end\|>")
 LONG = "x" * MIN_CHARACTERS
 ANN, BOB, SALTED = ("ann", None), ("bob", None), ("ann", "salt")
 
@@ -51,6 +53,16 @@ def test_the_least_recently_used_go_first() -> None:
     assert made == [texts[index] for index in (0, 1, 2, 3, 1)]
 
 
+def test_texts_without_tokens_and_texts_that_do_not_fit_drop_no_others() -> None:
+    cache, (made, make) = TokenCache(MIN_CHARACTERS), counting()
+    cache.tokens(ANN, LONG, make)
+    cache.tokens(ANN, LONG + "y", make)
+    for _ in range(2):
+        assert cache.tokens(ANN, "z" * MIN_CHARACTERS, lambda text: make(text)[:0]) == ()
+    cache.tokens(ANN, LONG, make)
+    assert len(made) == 4
+
+
 def test_a_tenant_is_forgotten_under_all_salts() -> None:
     cache, (made, make) = TokenCache(), counting()
     for space in (ANN, BOB, SALTED):
@@ -65,7 +77,7 @@ def test_a_tenant_is_forgotten_under_all_salts() -> None:
     "text", ["", "<|im_start|>user\nhow many? 12 <|im_end|>\n<|im_start|>", " a<|im_end|> b", "plain"]
 )
 def test_cut_texts_have_the_tokens_of_the_whole(engine: Engine, text: str) -> None:
-    parts = list(Sections(engine.tokenizer).of(text))
+    parts = list(Sections(engine.tokenizer, CONTROLS).of(text))
     ids: list[int] = []
     for part in parts:
         ids += (part,) if isinstance(part, int) else engine.segment(part).token_ids
@@ -85,7 +97,7 @@ def test_a_tokenizer_that_looks_at_what_stands_before_is_left_alone() -> None:
         tokenizer.eos_token_id,
         *tokenizer.encode("b", add_special_tokens=False),
     ]
-    assert list(Sections(tokenizer).of(text)) == [text]
+    assert list(Sections(tokenizer, re.compile("</s>")).of(text)) == [text]
 
 
 def test_the_same_prompt_again_has_the_same_tokens(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -15,6 +16,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
+from kvcomm.errors import MissingExtra
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.traces import exporting_provider, shut_down
 from tests.server.conftest import HELLO, Keys, MakeClient, chat, completion
@@ -177,3 +179,9 @@ def test_a_collector_that_is_not_there_holds_nobody_up(make_client: MakeClient) 
     ended.start()
     ended.join(5)
     assert not ended.is_alive()
+
+
+def test_without_opentelemetry_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    with pytest.raises(MissingExtra, match=r"kvcomm\[traces\]"):
+        exporting_provider("http://127.0.0.1:9")
