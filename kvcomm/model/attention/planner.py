@@ -2,13 +2,16 @@
 
 What always holds: for every row, the slots of its pieces are disjoint and together are exactly what the row may see.
 Pages shared by several sequences become one piece for all of them, recursively, so nested forks are served at every
-depth; slots that lie next to each other in the pool are read in place; what single rows (decode) see alone is planned
-for all of them together (`single_rows`).
+depth; short runs of one sequence close behind each other (recomputed tokens) are attended together, with a mask; slots
+that lie next to each other in the pool are read in place; what single rows (decode) see alone is planned for all of
+them together (`single_rows`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +32,40 @@ MAX_CLUSTER_TOKENS = 512
 """Positions from the first to the last row of a cluster: what its rows do not see of them is computed for nothing."""
 
 
+@dataclass(frozen=True)
+class _Cluster:
+    """Runs of one sequence close behind each other, in the order of the pass; mostly a single one.
+
+    What all its rows see ends where its first run begins.
+    """
+
+    runs: list[RunTable]
+    rows: slice
+
+    @property
+    def pages(self) -> npt.NDArray[np.int32]:
+        return self.runs[-1].pages
+
+    @property
+    def start(self) -> int:
+        return self.runs[0].start
+
+    @property
+    def end(self) -> int:
+        return self.runs[-1].end
+
+    def row_positions(self) -> npt.NDArray[np.int64]:
+        return np.concatenate([np.arange(run.start, run.end) for run in self.runs])
+
+    def admits(self, run: RunTable, page_size: int) -> bool:
+        """Whether `run`, the next of the pass, belongs to the same sequence and is close enough to join."""
+        before = self.runs[-1]
+        if before.end > run.start or run.end - self.start > MAX_CLUSTER_TOKENS:
+            return False
+        last = (before.end - 1) // page_size
+        return bool(run.pages[last] == before.pages[last])  # which is being written, so that no other sequence has it
+
+
 class PassPlanner:
     """Plans the pieces of one pass for a given window width."""
 
@@ -44,7 +81,7 @@ class PassPlanner:
 
     def write_slots(self) -> Index:
         """The slots of all new tokens of the pass, in order."""
-        return self._index(np.concatenate([self._slots(run, run.start, run.end) for run in self._runs]))
+        return self._index(np.concatenate([self._slots(run.pages, run.start, run.end) for run in self._runs]))
 
     def effective_window(self, sliding_window: int | None) -> int | None:
         """None when the window is wide enough to hide nothing in this pass."""
@@ -58,47 +95,25 @@ class PassPlanner:
             return [piece for index in range(len(self._runs)) for piece in self._windowed(index, window)]
         pieces: list[Piece] = []
         remainders: dict[int, int] = {}
-        alone: list[int] = []
-        for members in self._clusters():
-            if len(members) > 1:
-                self._plan_cluster(members, pieces)
-            else:
-                alone += members
-        self._plan_shared(alone, 0, 0, pieces, remainders)
+        self._plan_shared(list(range(len(self._clusters))), 0, 0, pieces, remainders)
         self._plan_remainders(remainders, pieces)
         return pieces
 
-    def _clusters(self) -> list[list[int]]:
-        """Runs of one sequence close behind each other, in the order of the pass; every other run alone."""
-        clusters: list[list[int]] = []
-        for index, run in enumerate(self._runs):
-            if clusters and self._is_close(self._runs[clusters[-1][0]], self._runs[index - 1], run):
-                clusters[-1].append(index)
+    @cached_property
+    def _clusters(self) -> list[_Cluster]:
+        clusters: list[_Cluster] = []
+        for run, rows in zip(self._runs, self._rows, strict=True):
+            if clusters and clusters[-1].admits(run, self._page_size):
+                before = clusters.pop()
+                clusters.append(_Cluster([*before.runs, run], slice(before.rows.start, rows.stop)))
             else:
-                clusters.append([index])
+                clusters.append(_Cluster([run], rows))
         return clusters
-
-    def _is_close(self, first: RunTable, before: RunTable, run: RunTable) -> bool:
-        if before.end > run.start or run.end - first.start > MAX_CLUSTER_TOKENS:
-            return False
-        last = (before.end - 1) // self._page_size
-        return bool(run.pages[last] == before.pages[last])  # which is being written, so that no other sequence has it
-
-    def _plan_cluster(self, members: list[int], pieces: list[Piece]) -> None:
-        """Two pieces instead of two for each of many short runs: what all of them see, and the rest with a mask."""
-        first, last = self._runs[members[0]], self._runs[members[-1]]
-        rows = slice(self._rows[members[0]].start, self._rows[members[-1]].stop)
-        if first.start:
-            self._add_full(last, 0, first.start, rows, False, pieces)
-        at = np.concatenate([np.arange(self._runs[index].start, self._runs[index].end) for index in members])
-        visible = np.arange(first.start, last.end) <= at[:, None]
-        slots = self._index(self._slots(last, first.start, last.end))
-        pieces.append(MaskedPiece(slots, rows, tensor_of(visible, self._device), merge=first.start > 0))
 
     def _plan_shared(
         self, members: list[int], from_page: int, at_page: int, pieces: list[Piece], remainders: dict[int, int]
     ) -> None:
-        """Plan pages that several members share; note for each run the first page that is left to it alone.
+        """Plan pages that several clusters share; note for each the first page that is left to it alone.
 
         The members share their pages up to `at_page`, of which those before `from_page` are in pieces already: a
         shared stretch that is too short for them all may become long enough for some that share more.
@@ -111,56 +126,73 @@ class PassPlanner:
             if (to_page - from_page) * self._page_size < MIN_SHARED_TOKENS:
                 self._plan_shared(group, from_page, to_page, pieces, remainders)
                 continue
-            rows = self._index(np.concatenate([np.arange(self._rows[i].start, self._rows[i].stop) for i in group]))
+            slices = [self._clusters[index].rows for index in group]
+            rows = self._index(np.concatenate([np.arange(each.start, each.stop) for each in slices]))
             start, end = from_page * self._page_size, to_page * self._page_size
-            self._add_full(self._runs[group[0]], start, end, rows, from_page > 0, pieces)
+            self._add_full(self._clusters[group[0]].pages, start, end, rows, from_page > 0, pieces)
             self._plan_shared(group, to_page, to_page, pieces, remainders)
 
     def _group_by_page(self, members: list[int], page_index: int) -> Iterable[list[int]]:
         """Members that hold the same page at `page_index` wholly before their start; every other one for itself."""
         groups: dict[tuple[bool, int], list[int]] = {}
         for index in members:
-            run = self._runs[index]
-            is_past = (page_index + 1) * self._page_size <= run.start
-            key = (True, int(run.pages[page_index])) if is_past else (False, index)
+            cluster = self._clusters[index]
+            is_past = (page_index + 1) * self._page_size <= cluster.start
+            key = (True, int(cluster.pages[page_index])) if is_past else (False, index)
             groups.setdefault(key, []).append(index)
         return groups.values()
 
     def _num_common_pages(self, group: list[int], from_page: int) -> int:
-        to_page = min(self._runs[index].start // self._page_size for index in group)
-        first = self._runs[group[0]].pages[from_page:to_page]
+        to_page = min(self._clusters[index].start // self._page_size for index in group)
+        first = self._clusters[group[0]].pages[from_page:to_page]
         common = len(first)
         for index in group[1:]:
-            differs = self._runs[index].pages[from_page : from_page + common] != first[:common]
+            differs = self._clusters[index].pages[from_page : from_page + common] != first[:common]
             common = int(differs.argmax()) if differs.any() else common
         return common
 
     def _plan_remainders(self, remainders: dict[int, int], pieces: list[Piece]) -> None:
-        """Plan what each run sees alone, from the page noted for it up to its own end."""
+        """Plan what each cluster sees alone, from the page noted for it up to its own end."""
         single_rows: list[SingleRow] = []
         for index, page_index in sorted(remainders.items()):
-            run, rows, start = self._runs[index], self._rows[index], page_index * self._page_size
-            num_rows = run.end - run.start
+            cluster, start = self._clusters[index], page_index * self._page_size
+            num_rows = cluster.rows.stop - cluster.rows.start
             if num_rows == 1:
-                single_rows.append(SingleRow(rows.start, self._slots(run, start, run.end), page_index > 0))
-            elif page_index == 0 and run.start > 0 and num_rows <= MAX_TAIL_ROWS:
-                pieces.append(TailPiece(self._tail_parts(run), rows, self._scratch))
+                single_rows.append(
+                    SingleRow(cluster.rows.start, self._slots(cluster.pages, start, cluster.end), start > 0)
+                )
+            elif len(cluster.runs) == 1 and start == 0 and cluster.start > 0 and num_rows <= MAX_TAIL_ROWS:
+                pieces.append(TailPiece(self._tail_parts(cluster), cluster.rows, self._scratch))
+            elif len(cluster.runs) == 1:
+                if start < cluster.start:
+                    self._add_full(cluster.pages, start, cluster.start, cluster.rows, start > 0, pieces)
+                diagonal = self._index(self._slots(cluster.pages, cluster.start, cluster.end))
+                pieces.append(CausalPiece(diagonal, cluster.rows, merge=cluster.start > 0))
             else:
-                if start < run.start:
-                    self._add_full(run, start, run.start, rows, page_index > 0, pieces)
-                diagonal = self._index(self._slots(run, run.start, run.end))
-                pieces.append(CausalPiece(diagonal, rows, merge=run.start > 0))
+                self._plan_with_gaps(cluster, start, pieces)
         pieces.extend(plan_single_rows(single_rows, self._device))
 
-    def _tail_parts(self, run: RunTable) -> tuple[Index, ...]:
-        whole = self._index(self._slots(run, 0, run.end))
+    def _plan_with_gaps(self, cluster: _Cluster, start: int, pieces: list[Piece]) -> None:
+        """What all rows see in one piece, the stretch they lie in with a mask; a short piece before it joins it."""
+        masked_from = start
+        if cluster.start - start >= MIN_SHARED_TOKENS:
+            self._add_full(cluster.pages, start, cluster.start, cluster.rows, start > 0, pieces)
+            masked_from = cluster.start
+        visible = np.arange(masked_from, cluster.end) <= cluster.row_positions()[:, None]
+        slots = self._index(self._slots(cluster.pages, masked_from, cluster.end))
+        pieces.append(MaskedPiece(slots, cluster.rows, tensor_of(visible, self._device), merge=masked_from > 0))
+
+    def _tail_parts(self, cluster: _Cluster) -> tuple[Index, ...]:
+        whole = self._index(self._slots(cluster.pages, 0, cluster.end))
         if isinstance(whole, slice):
             return (whole,)
-        own = self._index(self._slots(run, run.start, run.end))
-        return (*views_and_gather(self._slots(run, 0, run.start), self._device), own)
+        own = self._index(self._slots(cluster.pages, cluster.start, cluster.end))
+        return (*views_and_gather(self._slots(cluster.pages, 0, cluster.start), self._device), own)
 
-    def _add_full(self, run: RunTable, start: int, end: int, rows: Index, merge: bool, pieces: list[Piece]) -> None:
-        for slots in views_and_gather(self._slots(run, start, end), self._device):
+    def _add_full(
+        self, pages: npt.NDArray[np.int32], start: int, end: int, rows: Index, merge: bool, pieces: list[Piece]
+    ) -> None:
+        for slots in views_and_gather(self._slots(pages, start, end), self._device):
             pieces.append(FullPiece(slots, rows, merge))
             merge = True
 
@@ -170,7 +202,7 @@ class PassPlanner:
         for start in range(run.start, run.end, window):
             end = min(start + window, run.end)
             first = max(0, start - window + 1)
-            slots = self._index(self._slots(run, first, end))
+            slots = self._index(self._slots(run.pages, first, end))
             block = slice(rows.start + start - run.start, rows.start + end - run.start)
             if end - start == 1:
                 yield FullPiece(slots, block, merge=False)
@@ -179,10 +211,9 @@ class PassPlanner:
             visible = (key_at <= query_at) & (key_at > query_at - window)
             yield MaskedPiece(slots, block, tensor_of(visible, self._device))
 
-    def _slots(self, run: RunTable, start: int, end: int) -> SlotArray:
+    def _slots(self, pages: npt.NDArray[np.int32], start: int, end: int) -> SlotArray:
         positions = np.arange(start, end, dtype=np.int64)
-        pages = run.pages[positions // self._page_size].astype(np.int64)
-        return pages * self._page_size + positions % self._page_size
+        return pages[positions // self._page_size].astype(np.int64) * self._page_size + positions % self._page_size
 
     def _index(self, values: npt.NDArray[np.integer]) -> Index:
         return index_of(values, self._device)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvcomm.model.attention import planner, single_rows
@@ -169,6 +169,17 @@ def test_every_row_sees_its_window_once(case: Pass, window: int) -> None:
 
 
 @given(case=passes())
+@example(
+    case=Pass(  # two runs of one sequence, close behind each other, and a third of it elsewhere in the pass
+        (
+            RunTable(np.arange(1, 69, dtype=np.int32), 66, 67),
+            RunTable(np.arange(100, 101, dtype=np.int32), 0, 1),
+            RunTable(np.arange(1, 69, dtype=np.int32), 64, 65),
+            RunTable(np.arange(1, 69, dtype=np.int32), 65, 66),
+        ),
+        page_size=1,
+    )
+)
 def test_shared_slots_are_read_once_but_for_a_short_rest(case: Pass) -> None:
     """Of what a run shares with any other run, fewer than MIN_SHARED_TOKENS slots are read for it alone."""
     run_of_row = np.repeat(np.arange(len(case.runs)), [run.end - run.start for run in case.runs])
@@ -316,7 +327,8 @@ def test_runs_close_behind_each_other_are_one_cluster() -> None:
     pages = np.arange(100, dtype=np.int32)
     runs = [RunTable(pages, start, start + 3) for start in range(500, 1400, 8)]
     pieces = PassPlanner(runs, 16, CPU).pieces(None)
-    assert [type(piece) for piece in pieces] == [FullPiece, MaskedPiece] * 2
+    # What both clusters see, what only the later one sees wholly, and the stretches they lie in.
+    assert [type(piece) for piece in pieces] == [FullPiece, MaskedPiece, FullPiece, MaskedPiece]
     case = Pass(tuple(runs), 16)
     assert np.array_equal(counted(case, pieces), case.expected(None))
 
