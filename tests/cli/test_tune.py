@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kvcomm.agents.tuning import read_profile, tuner
-from kvcomm.agents.tuning.plan import Costs, make_plan
+from kvcomm.agents.tuning.plan import Costs, least_sizes, make_plan
 from kvcomm.agents.tuning.rows import Sizes
 from kvcomm.cli.app import run
 from kvcomm.cli.tune import seconds
@@ -153,7 +153,7 @@ def test_a_dry_run_stops_and_too_little_of_anything_is_an_error(
     capsys: pytest.CaptureFixture[str], arguments: list[str], tmp_path: Path
 ) -> None:
     plan = call(capsys, *arguments, *LOOSE, "--budget", "10m", "--dry-run")
-    assert [step["rows"] for step in plan["steps"]] == [18, 6, 4, 4, 4, 4]
+    assert [step["rows"] for step in plan["steps"]] == [16, 2, 6, 4, 4, 4, 4]
     assert 0 < plan["total_s"] <= 600
     assert not (tmp_path / "p" / "tiny.toml").exists()
     few = call(capsys, *arguments, "--budget", "10m", "--out", str(tmp_path / "q.toml"), code=2)
@@ -182,9 +182,26 @@ def test_times() -> None:
 
 def test_a_larger_budget_buys_larger_parts() -> None:
     costs = Costs(answer=2.0, learn=0.5, publish=0.5, replay=0.1)
-    small, large = make_plan(costs, 1000, 400, 0.05), make_plan(costs, 1000, 2000, 0.05)
+    small, large = make_plan(costs, 1000, 400, 0.05, 1), make_plan(costs, 1000, 2000, 0.05, 1)
     assert small.sizes.calibration >= 19
     assert all(low <= high for low, high in zip(small.sizes, large.sizes, strict=True))
     assert small.total_s <= 400
     with pytest.raises(InvalidRequest, match="a budget of 100 s is too small"):
-        make_plan(costs, 1000, 100, 0.05)
+        make_plan(costs, 1000, 100, 0.05, 1)
+
+
+def test_many_readers_need_fewer_rows_to_be_judged() -> None:
+    """Requests are judged, and every row makes one for each reader; each reader has to be calibrated all the same."""
+    assert least_sizes(0.05, 1) == Sizes(4, 4, 19, 19)
+    assert least_sizes(0.05, 4) == Sizes(4, 4, 19, 10)
+
+
+def test_what_the_sample_took_is_part_of_the_budget_and_its_answers_are_not_made_again() -> None:
+    before = Costs(answer=2.0, learn=0.5, publish=0.5, replay=0.1)
+    sampled = before._replace(sample=40.0, num_answered=16)
+    one, other = (make_plan(costs, least_sizes(0.05, 4).total, 400, 0.05, 4) for costs in (before, sampled))
+    assert (one.sizes, other.num_answered) == (other.sizes, 16)
+    assert other.answer_s == one.answer_s - 16 * 2.0
+    assert sum(rows for name, rows, _ in other.steps() if name in ("costs of a row", "exact runs")) == other.sizes.total
+    spent, saved = 40.0, 32.0
+    assert other.total_s - other.search_s == pytest.approx(one.total_s - one.search_s + spent - saved)

@@ -9,12 +9,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from kvcomm.agents.agent import Agent
+from kvcomm.agents.graph import AgentGraph
 from kvcomm.agents.team import Team
 from kvcomm.agents.tuning.rows import Row
 from kvcomm.agents.tuning.state import append_line, read_lines
 from kvcomm.agents.warming import BATCH, Note, run_all
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.policy import ReusePolicy
+from kvcomm.engine.request import NUM_CONTINUATION
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.segments import Segment
@@ -63,9 +66,13 @@ def team_digest(team: Team) -> str:
 
 
 def exact_runs(engine: Engine, team: Team, rows: Sequence[Row], file: Path, note: Note) -> list[TeamRun]:
-    """The team's exact run on every row, from the file where it is there."""
+    """The team's exact run on every row, from the file where it is there.
+
+    Answers that nobody reads end after the tokens by which divergence is measured.
+    """
     known = {str(entry["row"]): _run(entry["agents"]) for entry in read_lines(file)}
     missing = [row for row in rows if row.digest not in known]
+    team = _shortened(team)
     group = team.group(engine, policy=ReusePolicy.exact())
     for first in range(0, len(missing), BATCH):
         batch = missing[first : first + BATCH]
@@ -82,6 +89,16 @@ def exact_runs(engine: Engine, team: Team, rows: Sequence[Row], file: Path, note
 def readers(run: TeamRun) -> TeamRun:
     """Every agent but the first one, who has nobody to take text from, that has answered."""
     return {name: reading for name, reading in list(run.items())[1:] if reading.answer}
+
+
+def _shortened(team: Team) -> Team:
+    unread = AgentGraph(team.agents).final
+    return replace(team, agents=tuple(_shorter(each) if each.name in unread else each for each in team.agents))
+
+
+def _shorter(agent: Agent) -> Agent:
+    sampling = agent.sampling or SamplingParams()
+    return replace(agent, sampling=replace(sampling, max_new_tokens=min(sampling.max_new_tokens, NUM_CONTINUATION)))
 
 
 def _json(run: TeamRun) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""What one row costs: timed on a few rows, which are the first anchors of the run and so are not answered twice."""
+"""What one row costs: timed on the first rows of the run. Their answers are kept, so they are not answered twice."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvcomm.agents.team import Team
 from kvcomm.agents.tuning.answers import exact_runs, readers
-from kvcomm.agents.tuning.plan import Costs
+from kvcomm.agents.tuning.plan import SAMPLE, Costs
 from kvcomm.agents.tuning.replays import Replays, learn, publish_run
 from kvcomm.agents.tuning.rows import Row
 from kvcomm.agents.warming import Note
@@ -16,26 +16,32 @@ from kvcomm.engine.engine import Engine
 from kvcomm.engine.variant import Variant
 
 FEW = [Variant("rotate", 0.0), Variant("rotate", 0.3)]
-MANY = [*FEW, Variant("rotate", 0.15), Variant("rotate", 0.5), Variant("rotate", 0.7), Variant("rotate", 0.85)]
+MANY = [*FEW, Variant("rotate", 0.15), Variant("rotate", 0.5)]
 
 
 def measure_costs(engine: Engine, team: Team, sample: Sequence[Row], file: Path, note: Note) -> Costs:
-    """Answer, teach and replay a sample; answers stay in the file, what was taught is forgotten with the engine."""
+    """Answer a sample, all of it at once as the run will, then teach and replay the first rows of it.
+
+    Answers stay in the file, what was taught is forgotten with the engine.
+    """
     file.unlink(missing_ok=True)  # of an interrupted sample: what is read instead of answered costs nothing
-    count = len(sample)
     begun = time.perf_counter()
-    data = Replays(sample, exact_runs(engine, team, sample, file, note))
+    runs = exact_runs(engine, team, sample, file, note)
     answered = time.perf_counter()
+    data = Replays(sample[:SAMPLE], runs[:SAMPLE])
+    count = len(data.rows)
     learn(engine, data, note)
     learned = time.perf_counter()
     few = _replay_s(engine, data, FEW)
     many = _replay_s(engine, data, MANY)
     replay = max(0.0, many - few) / (len(MANY) - len(FEW)) / count
     return Costs(
-        answer=(answered - begun) / count,
+        answer=(answered - begun) / len(sample),
         learn=(learned - answered) / count,
         publish=max(0.0, few / count - len(FEW) * replay),
         replay=replay,
+        sample=time.perf_counter() - begun,
+        num_answered=len(sample),
     )
 
 

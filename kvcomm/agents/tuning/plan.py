@@ -5,6 +5,7 @@ Calibration and verification come first: with fewer pairs than the confidence ne
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from kvcomm.agents.tuning.rows import Sizes
@@ -12,12 +13,12 @@ from kvcomm.align.calibration import Calibration
 from kvcomm.errors import InvalidRequest
 
 SAMPLE = 4
-"""Rows by which costs are measured; they are the first anchors."""
+"""Rows that are taught and replayed to measure costs; they are the first anchors."""
 MIN_ANCHORS, MIN_TUNING = SAMPLE, 4
 MOST = Sizes(anchors=24, tuning=24, calibration=160, verification=160)
 NUM_RUNGS = 4
 """Rungs of a ladder that planning assumes."""
-NUM_BASE = 21
+NUM_BASE = 18
 """Variants that are always measured on the tuning rows, the contest's among them."""
 MARGIN = 0.9
 """Share of the budget that is planned with."""
@@ -31,12 +32,16 @@ class Costs(NamedTuple):
         learn: of publishing a run and teaching from it.
         publish: of publishing a run and computing the exact sides of its readers.
         replay: of one variant for all readers.
+        sample: seconds that it took to find all this out.
+        num_answered: rows that were answered meanwhile; their answers are kept.
     """
 
     answer: float
     learn: float
     publish: float
     replay: float
+    sample: float = 0.0
+    num_answered: int = 0
 
     def measured(self, num_rows: int, num_variants: int) -> float:
         """Seconds of replaying rows."""
@@ -47,6 +52,8 @@ class Plan(NamedTuple):
     """What will be done, and what it is predicted to take, seconds."""
 
     sizes: Sizes
+    num_answered: int
+    sample_s: float
     answer_s: float
     learn_s: float
     base_s: float
@@ -57,12 +64,13 @@ class Plan(NamedTuple):
     @property
     def total_s(self) -> float:
         """All of it; the search may take less."""
-        return sum(self[1:])
+        return sum(self[2:])
 
     def steps(self) -> list[tuple[str, int, float]]:
         """Name, rows and seconds of every step."""
         return [
-            ("exact runs", self.sizes.total, self.answer_s),
+            ("costs of a row", self.num_answered, self.sample_s),
+            ("exact runs", self.sizes.total - self.num_answered, self.answer_s),
             ("fill banks", self.sizes.anchors, self.learn_s),
             ("contest, estimators, selectors and ladder", self.sizes.tuning, self.base_s),
             ("search of k, alpha and sketch layers, at most", self.sizes.tuning, self.search_s),
@@ -71,23 +79,31 @@ class Plan(NamedTuple):
         ]
 
 
-def least_sizes(delta: float) -> Sizes:
-    """Rows below which nothing can be accepted, or judged, at this delta."""
+def least_sizes(delta: float, num_readers: int) -> Sizes:
+    """Rows below which nothing can be accepted, or judged, at this delta.
+
+    Every reader is calibrated by pairs of its own. They are judged together, by requests: twice as many as a single one
+    needs, because not every request is accepted.
+    """
     needed = Calibration.pairs_needed(delta)
-    return Sizes(MIN_ANCHORS, MIN_TUNING, needed, needed)
+    return Sizes(MIN_ANCHORS, MIN_TUNING, needed, min(needed, math.ceil(2 * needed / num_readers)))
 
 
-def make_plan(costs: Costs, num_rows: int, budget_s: float, delta: float) -> Plan:
+def make_plan(costs: Costs, num_rows: int, budget_s: float, delta: float, num_readers: int) -> Plan:
     """The largest parts that the budget and the rows allow.
+
+    Args:
+        num_readers: agents that read text which can be moved.
 
     Raises:
         InvalidRequest: too few rows, or too small a budget, for the confidence asked for; with the numbers.
     """
-    least = least_sizes(delta)
+    least = least_sizes(delta, num_readers)
     if num_rows < least.total:
         raise InvalidRequest(
-            f"{num_rows} rows are too few: confidence {1 - delta:g} needs {least.calibration} to calibrate, as many to "
-            f"verify, {least.anchors} for anchors and {least.tuning} to tune, together {least.total}"
+            f"{num_rows} rows are too few: confidence {1 - delta:g} needs {least.calibration} to calibrate, "
+            f"{least.verification} to verify, {least.anchors} for anchors and {least.tuning} to tune, "
+            f"together {least.total}"
         )
     smallest = _priced(costs, least)
     if smallest.total_s > budget_s:
@@ -109,7 +125,9 @@ def make_plan(costs: Costs, num_rows: int, budget_s: float, delta: float) -> Pla
 def _priced(costs: Costs, sizes: Sizes) -> Plan:
     return Plan(
         sizes,
-        answer_s=sizes.total * costs.answer,
+        num_answered=min(sizes.total, costs.num_answered),
+        sample_s=costs.sample,
+        answer_s=max(0, sizes.total - costs.num_answered) * costs.answer,
         learn_s=sizes.anchors * costs.learn,
         base_s=costs.measured(sizes.tuning, NUM_BASE + 2 * NUM_RUNGS),
         calibrate_s=costs.measured(sizes.calibration, 1 + NUM_RUNGS),

@@ -16,7 +16,7 @@ from kvcomm.engine.variant import Variant
 
 SHARES = (0.0, 0.05, 0.15, 0.3, 0.5, 0.7, 0.85)
 TOKEN = tuple(Variant("token", share) for share in SHARES)
-ROTATE = tuple(Variant("rotate", share) for share in SHARES)
+ROTATE = tuple(Variant("rotate", share) for share in (0.0, 0.15, 0.3, 0.5))
 SELECTORS = tuple(Variant("token", 0.3, selector) for selector in ("influence", "head", "deviation"))
 BASE = (*TOKEN, *ROTATE, *SELECTORS)
 PROBED = (TOKEN[0], TOKEN[3])

@@ -51,7 +51,7 @@ from kvcomm.agents.tuning.replays import (
 )
 from kvcomm.agents.tuning.rows import RULE, Row, Split, split_rows
 from kvcomm.agents.tuning.state import claim
-from kvcomm.agents.warming import Note
+from kvcomm.agents.warming import BATCH, Note
 from kvcomm.align.bank import BankSnapshot
 from kvcomm.align.groups import EdgeGroup
 from kvcomm.align.profile_file import GROUPS_FILE
@@ -125,7 +125,7 @@ def plan_tuning(task: Task) -> Plan:
     with task.make_engine(EngineConfig()) as engine:
         claim(task.folder, _identity(task, engine))
         if not file.exists():
-            sample = list(task.rows[:SAMPLE])
+            sample = list(task.rows[:BATCH])
             if len(sample) < SAMPLE:
                 raise InvalidRequest(
                     f"{len(task.rows)} rows are too few: the sample that costs are measured by has {SAMPLE}"
@@ -133,7 +133,7 @@ def plan_tuning(task: Task) -> Plan:
             costs = measure_costs(engine, greedy(task.team), sample, task.folder / "answers.jsonl", task.note)
             file.write_text(json.dumps(costs._asdict()) + "\n")
     costs = Costs(**json.loads(file.read_text()))
-    return make_plan(costs, len(task.rows), task.budget_s, task.policy.delta)
+    return make_plan(costs, len(task.rows), task.budget_s, task.policy.delta, len(task.team.agents) - 1)
 
 
 def tune(task: Task, plan: Plan) -> TuningProfile:
@@ -153,7 +153,7 @@ def tune(task: Task, plan: Plan) -> TuningProfile:
         wanted = [row for part in split for row in part]
         runs = exact_runs(engine, team, wanted, task.folder / "answers.jsonl", task.note)
     data = _by_part(split, runs)
-    deadline = started + task.budget_s - 1.1 * (plan.calibrate_s + plan.verify_s)
+    deadline = started + task.budget_s - plan.sample_s - 1.1 * (plan.calibrate_s + plan.verify_s)
     chosen = _search(task, config, num_groups, data, plan, deadline)
     ladder = search.best_ladder(chosen.measured, search.BASE, task.bound)
     policy = ReusePolicy(
