@@ -164,6 +164,20 @@ def test_a_dry_run_stops_and_too_little_of_anything_is_an_error(
     assert "either --out, to tune, or --check" in call(capsys, "--data", arguments[3], code=2)
 
 
+@pytest.mark.usefixtures("small")
+def test_costs_cut_short_are_measured_again_and_damaged_ones_are_named(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], tmp_path: Path
+) -> None:
+    """Bug: what an interrupted write had left of them ended in a traceback."""
+    asked = (*arguments, *LOOSE, "--budget", "10m", "--dry-run")
+    call(capsys, *asked)
+    file = tmp_path / "p" / "tiny" / "costs.json"
+    file.write_text(file.read_text()[:10])
+    assert call(capsys, *asked)["total_s"] > 0
+    file.write_text("no costs\n")
+    assert f"{file} is damaged" in call(capsys, *asked, code=2)
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(
     capsys: pytest.CaptureFixture[str], arguments: list[str], tmp_path: Path
 ) -> None:

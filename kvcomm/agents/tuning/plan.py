@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from kvcomm.agents.tuning import search
 from kvcomm.agents.tuning.rows import Sizes
 from kvcomm.align.calibration import Calibration
 from kvcomm.errors import InvalidRequest
@@ -18,8 +19,8 @@ MIN_ANCHORS, MIN_TUNING = SAMPLE, 4
 MOST = Sizes(anchors=24, tuning=24, calibration=160, verification=160)
 NUM_RUNGS = 4
 """Rungs of a ladder that planning assumes."""
-NUM_BASE = 18
-"""Variants that are always measured on the tuning rows, the contest's among them."""
+NUM_CONTEST = 4
+"""Variants of a contest that planning assumes."""
 MARGIN = 0.9
 """Share of the budget that is planned with."""
 
@@ -129,7 +130,7 @@ def _priced(costs: Costs, sizes: Sizes) -> Plan:
         sample_s=costs.sample,
         answer_s=max(0, sizes.total - costs.num_answered) * costs.answer,
         learn_s=sizes.anchors * costs.learn,
-        base_s=costs.measured(sizes.tuning, NUM_BASE + 2 * NUM_RUNGS),
+        base_s=costs.measured(sizes.tuning, len(search.BASE) + NUM_CONTEST + 2 * NUM_RUNGS),
         calibrate_s=costs.measured(sizes.calibration, 1 + NUM_RUNGS),
         verify_s=costs.measured(sizes.verification, NUM_RUNGS),
         search_s=0.0,

@@ -16,7 +16,9 @@ from kvcomm.engine.variant import Variant
 
 SHARES = (0.0, 0.05, 0.15, 0.3, 0.5, 0.7, 0.85)
 TOKEN = tuple(Variant("token", share) for share in SHARES)
-ROTATE = tuple(Variant("rotate", share) for share in (0.0, 0.15, 0.3, 0.5))
+ROTATE_SHARES = (0.0, 0.15, 0.3, 0.5)
+"""Fewer: rotation is an alternative where corrections do not help, and every share costs replays of all tuning rows."""
+ROTATE = tuple(Variant("rotate", share) for share in ROTATE_SHARES)
 SELECTORS = tuple(Variant("token", 0.3, selector) for selector in ("influence", "head", "deviation"))
 BASE = (*TOKEN, *ROTATE, *SELECTORS)
 PROBED = (TOKEN[0], TOKEN[3])
@@ -142,7 +144,9 @@ def _cheapest(prompts: Sequence[Rungs], places: Sequence[int], bound: tuple[floa
 
 
 def _mean_of(measured: Measured, variants: Sequence[Variant], estimator: str) -> float:
-    return score(measured, [index for index, each in enumerate(variants) if each.estimator == estimator])
+    """Over the shares at which both estimators are measured."""
+    wanted = [Variant(estimator, share) for share in ROTATE_SHARES]
+    return score(measured, [index for index, each in enumerate(variants) if each in wanted])
 
 
 def _point(prompts: Sequence[Rungs], index: int, label: str) -> Point:

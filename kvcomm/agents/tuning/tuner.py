@@ -7,7 +7,6 @@ was. The search stops when its time is over; calibration and verification are ne
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import shutil
 import time
@@ -50,7 +49,7 @@ from kvcomm.agents.tuning.replays import (
     measure,
 )
 from kvcomm.agents.tuning.rows import RULE, Row, Split, split_rows
-from kvcomm.agents.tuning.state import claim
+from kvcomm.agents.tuning.state import append_line, claim, read_lines
 from kvcomm.agents.warming import BATCH, Note
 from kvcomm.align.bank import BankSnapshot
 from kvcomm.align.groups import EdgeGroup
@@ -73,7 +72,7 @@ class Task:
     Attributes:
         model, team_name, data_name: as they were given, for people.
         rows: every row there is, in order of the split.
-        budget_s: wall-clock seconds of one run.
+        budget_s: wall-clock seconds of a run and of the sample behind its plan, even if that was taken before.
         out: the profile's file.
     """
 
@@ -124,15 +123,15 @@ def plan_tuning(task: Task) -> Plan:
     file = task.folder / "costs.json"
     with task.make_engine(EngineConfig()) as engine:
         claim(task.folder, _identity(task, engine))
-        if not file.exists():
+        if not read_lines(file):
             sample = list(task.rows[:BATCH])
             if len(sample) < SAMPLE:
                 raise InvalidRequest(
                     f"{len(task.rows)} rows are too few: the sample that costs are measured by has {SAMPLE}"
                 )
             costs = measure_costs(engine, greedy(task.team), sample, task.folder / "answers.jsonl", task.note)
-            file.write_text(json.dumps(costs._asdict()) + "\n")
-    costs = Costs(**json.loads(file.read_text()))
+            append_line(file, costs._asdict())
+    costs = Costs(**read_lines(file)[-1])
     return make_plan(costs, len(task.rows), task.budget_s, task.policy.delta, len(task.team.agents) - 1)
 
 

@@ -46,6 +46,12 @@ def test_rotation_alone_is_chosen_where_it_computes_less() -> None:
     assert search.best_ladder(measured, search.BASE, (0.02, 0.05)).estimator == "rotate"
 
 
+def test_of_two_that_compute_alike_the_one_nearer_at_the_same_shares_is_chosen() -> None:
+    """Bug: the corrected one was also averaged over larger shares, at which rotation is not measured."""
+    measured = {"a": [prompt({0: 0.019, 0.7: 0.0}, rotate=0.018)] * 4}
+    assert search.best_ladder(measured, search.BASE, (0.02, 0.05)).estimator == "rotate"
+
+
 def test_the_front_is_what_nothing_beats_in_both() -> None:
     points = [search.Point(name, *at, 1.0) for name, at in {"a": (0.5, 0.1), "b": (0.0, 0.4), "c": (0.6, 0.2)}.items()]
     points.append(search.Point("d", 0.5, 0.3, 1.0))
