@@ -21,6 +21,9 @@ IntArray = npt.NDArray[np.int32]
 class RunTable(NamedTuple):
     """Where one run of a pass reads and writes.
 
+    A page that is written belongs to one sequence. Runs in any order are computed rightly; those of one sequence are
+    read together where they follow each other by position.
+
     Attributes:
         pages: [>= ceil(end / page_size)] int32, page ids of positions 0..end-1 in order.
         start: first position computed in this pass.

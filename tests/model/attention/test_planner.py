@@ -69,28 +69,37 @@ class Pass:
 
 
 @st.composite
-def passes(draw: st.DrawFn) -> Pass:
-    """Sequences that fork from each other at page boundaries, each with one to three runs, in random order."""
+def passes(draw: st.DrawFn, *, are_served: bool = False) -> Pass:
+    """Sequences that fork from each other at page boundaries, each with one to three runs, in random order.
+
+    Those of a pass that serves requests keep the runs of a sequence together, and write no page that another holds.
+    """
     page_size = draw(st.sampled_from([1, 4, 16]))
     ids = list(range(400 if page_size == 1 else 200))
     if draw(st.booleans()):
         draw(st.randoms(use_true_random=False)).shuffle(ids)
-    tables: list[list[int]] = []
-    runs: list[RunTable] = []
+    sharable: list[list[int]] = []
+    sequences: list[list[RunTable]] = []
     for _ in range(draw(st.integers(1, 5))):
-        parent = draw(st.sampled_from(tables)) if tables and draw(st.booleans()) else []
+        parent = draw(st.sampled_from(sharable)) if sharable and draw(st.booleans()) else []
         shared = parent[: draw(st.integers(0, len(parent)))]
         end = draw(st.integers(1, MAX_TOKENS // 2)) + len(shared) * page_size
         num_own = -(-end // page_size) - len(shared)
         table = [*shared, *ids[:num_own]]
         ids = ids[num_own:] + ids[:num_own]  # a table never meets the same page twice: the list is long enough
-        tables.append(table)
-        cuts = sorted(draw(st.sets(st.integers(0, end), min_size=2, max_size=6)))
-        for start, stop in zip(cuts[0::2], cuts[1::2], strict=False):
-            is_decode = draw(st.booleans())
-            pages = np.array(table, dtype=np.int32)
-            runs.append(RunTable(pages, stop - 1 if is_decode else start, stop))
-    return Pass(tuple(draw(st.permutations(runs))), page_size)
+        first_written = len(shared) * page_size if are_served else 0
+        cuts = sorted(
+            draw(st.sets(st.integers(first_written, end), min_size=2, max_size=min(6, end - first_written + 1)))
+        )
+        runs = [
+            RunTable(np.array(table, dtype=np.int32), stop - 1 if draw(st.booleans()) else start, stop)
+            for start, stop in zip(cuts[0::2], cuts[1::2], strict=False)
+        ]
+        sequences.append(runs)
+        sharable.append(table[: runs[0].start // page_size] if are_served else table)
+    if are_served:
+        return Pass(tuple(run for runs in draw(st.permutations(sequences)) for run in runs), page_size)
+    return Pass(tuple(draw(st.permutations([run for runs in sequences for run in runs]))), page_size)
 
 
 def members(index: Index) -> npt.NDArray[np.int64]:
@@ -168,7 +177,7 @@ def test_every_row_sees_its_window_once(case: Pass, window: int) -> None:
     assert np.array_equal(counted(case, planned.pieces(effective)), case.expected(window))
 
 
-@given(case=passes())
+@given(case=passes(are_served=True))
 @example(
     case=Pass(  # two runs of one sequence, close behind each other, and a third of it elsewhere in the pass
         (
