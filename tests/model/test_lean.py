@@ -12,7 +12,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from kvcomm.model import lean
-from kvcomm.model.lean import MAX_ROWS, MIN_ROWS, LeanLayers, lean_linear, lean_norm, transposed_linear
+from kvcomm.model.lean import MAX_ROWS, LeanLayers, few_rows_product, lean_linear, lean_norm
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -35,21 +35,17 @@ def norm(size: int = 24, make: Callable[[int], nn.Module] = LlamaRMSNorm) -> nn.
     return layer
 
 
-@pytest.fixture(autouse=True)
-def mkl(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Row counts of the products that were transposed."""
+    """Row counts of the products of layers that were compiled loops."""
     seen: list[int] = []
 
-    def counting(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        seen.append(rows.numel() // rows.shape[-1])
-        return transposed_linear(rows, weight, bias)
+    def counting(rows: Tensor, weight: Tensor) -> Tensor:
+        if weight.numel() > 1:  # else it is the trial that compiles the loop
+            seen.append(len(rows))
+        return few_rows_product(rows, weight)
 
-    monkeypatch.setattr(lean, "transposed_linear", counting)
+    monkeypatch.setattr(lean, "few_rows_product", counting)
     return seen
 
 
@@ -64,7 +60,7 @@ def test_the_product_is_as_near_to_the_exact_one_as_the_stock_product(num_rows: 
     assert float((out - exact).abs().max()) <= 2 * float((stock - exact).abs().max()) + 1e-5
 
 
-@pytest.mark.parametrize("shape", [(1, 9, 24), (3, 3, 24), (2, 2, 2, 24)])
+@pytest.mark.parametrize("shape", [(1, 9, 24), (3, 3, 24), (2, 2, 2, 24), (1, 0, 24)])
 def test_the_product_keeps_leading_sizes(shape: tuple[int, ...]) -> None:
     layer, rows = linear(), random(*shape)
     with torch.inference_mode():
@@ -73,27 +69,49 @@ def test_the_product_keeps_leading_sizes(shape: tuple[int, ...]) -> None:
     assert out.shape == (*shape[:-1], 40)
 
 
+@pytest.mark.parametrize("num_out", [1, 2, 3, 4, 5, 7, 41])
+@pytest.mark.parametrize("num_rows", [1, 2, 5])
+@pytest.mark.parametrize("num_in", [1, 33])
+def test_sizes_that_fill_no_tile_are_taken(num_rows: int, num_in: int, num_out: int) -> None:
+    rows, weight = random(num_rows, num_in), random(num_out, num_in, seed=1)
+    torch.testing.assert_close(few_rows_product(rows, weight), rows @ weight.t(), rtol=1e-5, atol=1e-5)
+
+
 def test_strided_rows_and_weights_are_taken() -> None:
-    rows, weight = random(24, 12).t()[::2], random(24, 40).t()
-    torch.testing.assert_close(transposed_linear(rows, weight), functional.linear(rows, weight), rtol=1e-5, atol=1e-5)
+    rows, weight = random(24, 12).t()[::2], random(24, 40, seed=1).t()
+    torch.testing.assert_close(few_rows_product(rows, weight), rows @ weight.t(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("num_rows", "is_transposed"),
-    [(1, False), (MIN_ROWS - 1, False), (MIN_ROWS, True), (MAX_ROWS, True), (MAX_ROWS + 1, False)],
-)
-def test_only_few_rows_are_transposed(calls: list[int], num_rows: int, is_transposed: bool) -> None:
+def test_what_is_not_a_number_stays_so() -> None:
+    rows, weight = random(3, 24), random(40, 24, seed=1)
+    rows[1, 5], weight[7, 3] = float("nan"), float("inf")
+    torch.testing.assert_close(few_rows_product(rows, weight), rows @ weight.t(), rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize(("num_rows", "is_compiled"), [(1, True), (MAX_ROWS, True), (MAX_ROWS + 1, False)])
+def test_only_few_rows_are_computed_by_the_loop(calls: list[int], num_rows: int, is_compiled: bool) -> None:
     layer = linear()
     with torch.inference_mode(), LeanLayers(layer).switched(num_rows):
         layer(random(num_rows, 24))
-    assert calls == [num_rows] * is_transposed
+    assert calls == [num_rows] * is_compiled
 
 
-def test_a_layer_that_sees_fewer_rows_than_the_pass_has_is_asked_by_its_own(calls: list[int]) -> None:
+def test_who_wants_gradients_gets_them_meanwhile(calls: list[int]) -> None:
+    """Another thread may train the model during a pass."""
     layer = linear()
-    with torch.inference_mode(), LeanLayers(layer).switched(32):
-        assert torch.equal(layer(random(1, 24)), functional.linear(random(1, 24), layer.weight, layer.bias))
+    with LeanLayers(layer).switched(8):
+        layer(random(8, 24)).sum().backward()
+    assert layer.weight.grad is not None
     assert calls == []
+
+
+def test_threads_are_as_many_as_before() -> None:
+    """Starting numba's threads sets torch's number, too."""
+    before = torch.get_num_threads()
+    layer = linear()
+    with torch.inference_mode(), LeanLayers(layer).switched(8):
+        layer(random(8, 24))
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize("shape", [(1, 24), (1, 1, 24), (1, 300, 24), (1, 7, 3, 24)])
@@ -206,11 +224,3 @@ def test_other_dtypes_are_left_alone(calls: list[int], dtype: torch.dtype) -> No
     model = nn.Sequential(norm(), linear()).to(dtype)
     with torch.inference_mode(), LeanLayers(model).switched(8):
         assert not any("forward" in vars(layer) for layer in model)
-
-
-def test_products_are_left_alone_without_mkl(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    layer = linear()
-    with torch.inference_mode(), LeanLayers(layer).switched(8):
-        layer(random(8, 24))
-    assert calls == []

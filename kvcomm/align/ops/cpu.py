@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,13 +15,11 @@ from torch import Tensor
 from kvcomm.align.offsets import OffsetRows, OffsetTable
 from kvcomm.align.ops.contract import LayerStore, Neighbors, Place
 from kvcomm.align.ops.staging import Staging
+from kvcomm.model.compiled import threads
 from kvcomm.model.rope import RopeGeometry
 
 NUM_SPARE = 4
 """Rows beyond k that are measured at once: mostly no other one can be nearer than these."""
-
-_one_at_a_time = threading.Lock()
-"""Where numba has no OpenMP its threads may serve one caller only."""
 
 
 def rotate(layers: Sequence[LayerStore], source: Place, target: Place) -> None:
@@ -44,7 +40,7 @@ def turned(keys: Tensor, positions: Tensor, rope: RopeGeometry) -> Tensor:
 
     keys = keys.contiguous()
     out = torch.empty_like(keys)
-    with _threads():
+    with threads():
         rows = keys.flatten(1).numpy(), out.flatten(1).numpy()
         fused.turn_rows(*rows, _cos_and_sin(positions, rope), keys.shape[2], rope.interleaved)
     return out
@@ -65,7 +61,7 @@ def nearest(rough: Tensor, squares: Tensor, queries: Tensor, rows: Tensor, count
     distances, found = torch.empty(len(queries), count), torch.empty(len(queries), count, dtype=torch.int64)
     if not count:
         return distances, found
-    with _threads():
+    with threads():
         measured = queries.contiguous().numpy(), rows.numpy()
         fused.nearest(rough.numpy(), squares.numpy(), *measured, distances.numpy(), found.numpy(), NUM_SPARE)
     return distances, found
@@ -84,20 +80,6 @@ def longest_matches(tokens: np.ndarray, text: np.ndarray, num_free: int, longest
     found = np.empty(len(tokens), dtype=np.int32)
     fused.longest_matches(tokens, text, num_free, longest, found)
     return found
-
-
-@contextmanager
-def _threads() -> Iterator[None]:
-    """As many of numba's threads as torch has, for this caller alone."""
-    import numba
-
-    num_threads = torch.get_num_threads()
-    with _one_at_a_time:
-        try:
-            numba.set_num_threads(min(num_threads, vars(numba.config)["NUMBA_NUM_THREADS"]))
-            yield
-        finally:
-            torch.set_num_threads(num_threads)  # numba's OpenMP layer sets torch's as well when it starts
 
 
 class _Weighted(NamedTuple):
@@ -134,7 +116,7 @@ def _move(
         pairs = zip(neighbors.indices, neighbors.weights, strict=True)
         groups = [_Weighted.of(indices, weights, fused.BATCH) for indices, weights in pairs]
     turns = _Turns(source, target)
-    with _threads():
+    with threads():
         for layer_id, layer in enumerate(layers):
             group = groups[0 if neighbors is None else neighbors.group_of_layer[layer_id]]
             for stored, rope, table in (

@@ -1,20 +1,16 @@
 """The loops of alignment on the CPU, compiled by numba: one pass over source and target, offsets from the cache.
 
-Importing this file needs numba and is what takes time, so only calls do it; compiled code is kept beside this file, or
-where NUMBA_CACHE_DIR says, and where nothing can be written it is compiled anew in every process. Rows are one token's
-channels of all heads, float32. NaN stays NaN: what the compiler may assume of numbers is said loop by loop.
+Importing this file needs numba, see `kvcomm.model.compiled`. Rows are one token's channels of all heads, float32. NaN
+stays NaN: what the compiler may assume of numbers is said loop by loop.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
-F = TypeVar("F", bound=Callable[..., object])
+from kvcomm.model.compiled import F, jit
 
 Floats = NDArray[np.float32]
 Codes = NDArray[np.int8]
@@ -25,28 +21,21 @@ BATCH = 4
 """Neighbors that one loop over the channels adds; their number is a multiple of it, filled up with weight 0."""
 
 
-def _jit(function: F, **options: Any) -> F:
-    try:
-        return cast(F, numba.njit(cache=True, **options)(function))
-    except RuntimeError:  # no folder for compiled code can be written
-        return cast(F, numba.njit(**options)(function))
-
-
 def _inlined(function: F) -> F:
-    return _jit(function, fastmath={"contract"}, inline="always")
+    return jit(function, fastmath={"contract"}, inline="always")
 
 
 def _inlined_sums(function: F) -> F:
-    return _jit(function, fastmath={"contract", "reassoc"}, inline="always")
+    return jit(function, fastmath={"contract", "reassoc"}, inline="always")
 
 
 def _compiled(function: F) -> F:
-    return _jit(function, parallel=True, fastmath={"contract"})
+    return jit(function, parallel=True, fastmath={"contract"})
 
 
 def _compiled_sums(function: F) -> F:
     """Sums over channels may be reordered: else they are one long chain of additions."""
-    return _jit(function, parallel=True, fastmath={"contract", "reassoc"})
+    return jit(function, parallel=True, fastmath={"contract", "reassoc"})
 
 
 @_inlined
@@ -251,7 +240,7 @@ def nearest(
                         _measure(queries[query], rows, row, k, distances[query], found[query])
 
 
-@_jit
+@jit
 def longest_matches(tokens: Indices, text: Indices, num_free: int, longest: int, found: Indices) -> None:
     """How long a text ending with each token stands elsewhere, in tokens.
 

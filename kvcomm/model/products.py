@@ -1,0 +1,57 @@
+"""The product of a linear layer with few rows, compiled: the weight is read from memory once, whatever the rows.
+
+That is what such a product costs. Importing this file needs numba, see `compiled`.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from kvcomm.model import compiled
+
+Floats = NDArray[np.float32]
+
+TILE = 4
+"""Outputs that are computed together, for two rows at a time: eight sums, and every number read serves several."""
+
+
+def _sums(rows: Floats, weight: Floats, out: Floats) -> None:
+    """out[i, j] = sum of rows[i] * weight[j]: [num_rows, num_in], [num_out, num_in] -> [num_rows, num_out]."""
+    num_rows, num_in = rows.shape
+    num_out = weight.shape[0]
+    zero = np.float32(0)
+    for tile in numba.prange((num_out + TILE - 1) // TILE):
+        # The last tile may lie over the one before: both write the same numbers there.
+        a = max(min(TILE * tile, num_out - TILE), 0)
+        b, c, d = min(a + 1, num_out - 1), min(a + 2, num_out - 1), min(a + 3, num_out - 1)
+        for i in range(0, num_rows - 1, 2):
+            a0, b0, c0, d0 = zero, zero, zero, zero
+            a1, b1, c1, d1 = zero, zero, zero, zero
+            for k in range(num_in):
+                x0, x1 = rows[i, k], rows[i + 1, k]
+                a0 += weight[a, k] * x0
+                b0 += weight[b, k] * x0
+                c0 += weight[c, k] * x0
+                d0 += weight[d, k] * x0
+                a1 += weight[a, k] * x1
+                b1 += weight[b, k] * x1
+                c1 += weight[c, k] * x1
+                d1 += weight[d, k] * x1
+            out[i, a], out[i, b], out[i, c], out[i, d] = a0, b0, c0, d0
+            out[i + 1, a], out[i + 1, b], out[i + 1, c], out[i + 1, d] = a1, b1, c1, d1
+        if num_rows % 2:
+            i = num_rows - 1
+            a0, b0, c0, d0 = zero, zero, zero, zero
+            for k in range(num_in):
+                x0 = rows[i, k]
+                a0 += weight[a, k] * x0
+                b0 += weight[b, k] * x0
+                c0 += weight[c, k] * x0
+                d0 += weight[d, k] * x0
+            out[i, a], out[i, b], out[i, c], out[i, d] = a0, b0, c0, d0
+
+
+# Sums may be reordered: else each is one long chain of additions.
+sums = compiled.jit(_sums, parallel=True, fastmath={"contract", "reassoc"})
