@@ -332,10 +332,11 @@ class Scheduler:
         answers = [(request, branch) for request in self._running for branch in request.active_branches]
         answers = [(request, branch) for request, branch in answers if request.is_prefilled]
         num_spare = self._config.draft_rows - len(answers)
-        for request, branch in answers:
+        for index, (request, branch) in enumerate(answers):
             sequence = branch.sequence
             if self._can_write(request, sequence, sequence.num_tokens, stuck):
-                guesses = self._guesses(request, branch, num_spare)
+                # The first guesses at an answer are right most often, so all answers have their share.
+                guesses = self._guesses(request, branch, math.ceil(num_spare / (len(answers) - index)))
                 num_spare -= len(guesses)
                 run = _run(sequence, sequence.num_computed, sequence.num_tokens, num_logits=1 + len(guesses))
                 run = run._replace(token_ids=np.concatenate([run.token_ids, guesses]))

@@ -95,8 +95,25 @@ def test_right_guesses_save_their_passes(
     monkeypatch.setattr("kvcomm.engine.scheduler.repeated", knowing)
     completion = engine.generate(prompt, GREEDY)
     assert list(completion.token_ids) == answer
-    assert passes == [len(prompt)] + [3] * 13  # the prompt gives the first of 40 tokens
-    assert completion.usage.guessed_tokens == 26
+    assert passes == [len(prompt), 8, 8, 8, 8, 7]  # the prompt gives the first of 40 tokens
+    assert completion.usage.guessed_tokens == 34
+
+
+def test_answers_have_equal_shares_of_the_guesses(
+    engine: Engine, shared_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[list[int]] = []
+    runner = engine.scheduler._runner
+    forward = runner.forward
+
+    def counted(runs: list[Run], *, watch: Watch | None = None) -> Tensor:
+        passes.append([len(run.token_ids) for run in runs])
+        return forward(runs, watch=watch)
+
+    monkeypatch.setattr(runner, "forward", counted)
+    monkeypatch.setattr("kvcomm.engine.scheduler.repeated", lambda token_ids, num: np.zeros(num, dtype=np.int32))
+    engine.generate(some_tokens(36), replace(GREEDY, n=3))
+    assert passes[1] == [3, 3, 2]
 
 
 def test_what_follows_a_wrong_guess_is_cached_as_it_was_drawn(engine: Engine, plain: Engine) -> None:
