@@ -69,12 +69,12 @@ def lean_linear(layer: nn.Linear) -> Forward:
 
     def forward(rows: Tensor) -> Tensor:
         weight = layer.weight
-        if not torch.is_inference_mode_enabled() or {rows.dtype, weight.dtype} != {torch.float32}:
+        if not torch.is_inference_mode_enabled() or not (rows.dtype == weight.dtype == torch.float32):
             return functional.linear(rows, weight, layer.bias)
         out = few_rows_product(rows.reshape(-1, rows.shape[-1]), weight.detach())
         if layer.bias is not None:
             out += layer.bias
-        return out.view(*rows.shape[:-1], len(weight))
+        return out.view(*rows.shape[:-1], weight.shape[0])
 
     return forward
 
@@ -83,7 +83,7 @@ def few_rows_product(rows: Tensor, weight: Tensor) -> Tensor:
     """`rows @ weight.T` of [num_rows, in] and [out, in], float32 on CPU -> [num_rows, out]."""
     from kvcomm.model.products import sums
 
-    out = rows.new_empty(len(rows), len(weight))
+    out = torch.empty(rows.shape[0], weight.shape[0], dtype=torch.float32)
     with compiled.one_caller:
         sums(rows.contiguous().numpy(), weight.contiguous().numpy(), out.numpy())
     return out
