@@ -89,10 +89,14 @@ def state_of(request: Request) -> ServerState:
     return state
 
 
-StateDep = Annotated[ServerState, Depends(state_of)]
+async def _state(request: Request) -> ServerState:
+    return state_of(request)
 
 
-def _tenant_of(request: Request, state: StateDep) -> Tenant:
+StateDep = Annotated[ServerState, Depends(_state)]
+
+
+async def _tenant_of(request: Request, state: StateDep) -> Tenant:  # no coroutine would go through a worker thread
     return state.tenant_of(request)
 
 
