@@ -11,7 +11,7 @@ Source of the merge: FlashAttention-2, arXiv 2307.08691v1, Sec. 2.3; shared pref
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,6 +21,10 @@ from torch import Tensor
 from kvcomm.model.attention.slots import Index
 
 _flash_on_cpu: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+MAX_GATHERED_TOKENS = 1024
+"""A short run's slots that are not all consecutive are gathered up to this number, and beyond read where they are."""
 
 
 class Piece(Protocol):
@@ -99,41 +103,57 @@ class CausalPiece:
 class TailPiece:
     """All that a few rows see, a short run behind its prefix: row i sees the first num_slots - num_rows + 1 + i slots.
 
-    For few rows two products with a softmax between them take half the time of flash attention, and slots that are not
-    all consecutive need not be gathered for them.
+    One call of flash attention, the heads of a group folded into its rows under a mask made once for all layers. Slots
+    that are not all consecutive are gathered for it, unless they are many: then two products for each part, with a
+    softmax between them, read them where they are.
     """
 
     parts: tuple[Index, ...]
     rows: slice
     scratch: Scratch = field(compare=False)
     merge: bool = False
+    masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, compare=False)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
         key_parts = [_heads_first(keys, part)[0] for part in self.parts]
         value_parts = [_heads_first(values, part)[0] for part in self.parts]
+        num_slots = sum(part.shape[1] for part in key_parts)
         rows = query[:, self.rows]
-        if query.device.type != "cpu" or query.dtype != torch.float32:
-            return self._attend_masked(rows, torch.cat(key_parts, 1), torch.cat(value_parts, 1), scale)
-        num_heads, num_rows, _ = rows.shape
-        num_kv_heads = keys.shape[1]
-        folded = rows.reshape(num_kv_heads, num_heads // num_kv_heads * num_rows, -1)
-        scores = self.scratch.take(query, *folded.shape[:2], sum(part.shape[1] for part in key_parts))
+        num_heads, num_rows, key_dim = rows.shape
+        group = num_heads // keys.shape[1]
+        folded = rows.reshape(keys.shape[1], group * num_rows, key_dim)
+        is_plain = query.device.type == "cpu" and query.dtype == torch.float32
+        if is_plain and len(self.parts) > 1 and num_slots > MAX_GATHERED_TOKENS:
+            return self._attend_parts(folded, key_parts, value_parts, scale).view(num_heads, num_rows, -1), None
+        key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in (key_parts, value_parts))
+        mask = self._mask(group, num_rows, num_slots, rows)
+        out, lse = attention_with_lse(folded[None], key[None], value[None], scale, bias=mask)
+        return out.reshape(num_heads, num_rows, -1), lse.reshape(num_heads, num_rows)
+
+    def _attend_parts(
+        self, folded: Tensor, key_parts: Sequence[Tensor], value_parts: Sequence[Tensor], scale: float
+    ) -> Tensor:
+        """[num_kv_heads, group * num_rows, value_dim] for folded [num_kv_heads, group * num_rows, key_dim]."""
+        scores = self.scratch.take(folded, *folded.shape[:2], sum(part.shape[1] for part in key_parts))
         score_parts = scores.split([part.shape[1] for part in key_parts], -1)
         for score, key in zip(score_parts, key_parts, strict=True):
             torch.baddbmm(score, folded, key.mT, beta=0, alpha=scale, out=score)
-        diagonal = scores.view(num_heads, num_rows, -1)[..., -num_rows:]
+        num_rows = self.rows.stop - self.rows.start
+        diagonal = scores.view(-1, num_rows, scores.shape[-1])[..., -num_rows:]
         diagonal += torch.full((num_rows, num_rows), float("-inf")).triu_(1)
         torch.softmax(scores, -1, out=scores)
-        out = score_parts[0] @ value_parts[0]
+        out: Tensor = score_parts[0] @ value_parts[0]
         for weights, value in zip(score_parts[1:], value_parts[1:], strict=True):
             out.baddbmm_(weights, value)
-        return out.view(num_heads, num_rows, -1), None
+        return out
 
-    def _attend_masked(self, rows: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        num_rows, num_slots = rows.shape[1], key.shape[1]
-        visible = torch.ones(num_rows, num_slots, dtype=torch.bool, device=rows.device).tril_(num_slots - num_rows)
-        out, lse = attention_with_lse(rows[None], key[None], value[None], scale, bias=_additive(visible, rows.dtype))
-        return out[0], lse[0]
+    def _mask(self, group: int, num_rows: int, num_slots: int, like: Tensor) -> Tensor:
+        """[group * num_rows, num_slots], added to the scores; the same for every layer with such groups."""
+        key = (group, like.dtype)
+        if key not in self.masks:
+            visible = torch.ones(num_rows, num_slots, dtype=torch.bool, device=like.device).tril_(num_slots - num_rows)
+            self.masks[key] = _additive(visible, like.dtype).repeat(group, 1)
+        return self.masks[key]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcomm.model.attention import make_backend
+from kvcomm.model.attention import make_backend, pieces
 from kvcomm.model.attention.contract import RunTable
 from kvcomm.model.attention.reference import paged_attention_reference
 from kvcomm.model.attention.torch_backend import TorchBackend
@@ -144,9 +144,13 @@ def test_streams_that_share_nothing(lengths: tuple[int, ...], heads: tuple[int, 
     Case([RunTable(own, length - 1, length) for own, length in zip(pages, lengths, strict=True)], heads=heads).check()
 
 
+@pytest.mark.parametrize("most_gathered", [0, 1024])
 @pytest.mark.parametrize("scattered", [False, True])
 @pytest.mark.parametrize("num_rows", [2, 3, 17, 63, 64, 65])
-def test_short_runs_behind_a_prefix(num_rows: int, scattered: bool) -> None:
+def test_short_runs_behind_a_prefix(
+    num_rows: int, scattered: bool, most_gathered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "MAX_GATHERED_TOKENS", most_gathered)
     first, second = tables(300, 80, scattered=scattered)
     Case([RunTable(first, 300 - num_rows, 300), RunTable(second, 80 - num_rows, 80)]).check()
 
