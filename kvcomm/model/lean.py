@@ -26,7 +26,7 @@ from torch.nn import functional
 from kvcomm.model import compiled
 
 MAX_ROWS = 63
-"""Rows up to which linear layers are computed by the compiled loop; MKL's product is no slower from about here on."""
+"""Rows up to which linear layers are computed by the compiled loop, which is ahead up to about 100."""
 
 Forward = Callable[[Tensor], Tensor]
 Forwards = dict[nn.Module, Forward]
