@@ -65,11 +65,16 @@ class LeanLayers:
 
 
 def lean_linear(layer: nn.Linear) -> Forward:
-    """`layer.forward`, as the compiled loop; for callers that may want gradients, so none of our passes, as it was."""
+    """`layer.forward`, as the compiled loop.
+
+    Callers from elsewhere that may want gradients, or bring more rows than the loop is good for, get the stock product.
+    """
 
     def forward(rows: Tensor) -> Tensor:
         weight = layer.weight
-        if not torch.is_inference_mode_enabled() or not (rows.dtype == weight.dtype == torch.float32):
+        is_few = rows.numel() <= MAX_ROWS * rows.shape[-1]
+        is_plain = rows.dtype == weight.dtype == torch.float32
+        if not (is_few and is_plain and torch.is_inference_mode_enabled()):
             return functional.linear(rows, weight, layer.bias)
         out = few_rows_product(rows.reshape(-1, rows.shape[-1]), weight.detach())
         if layer.bias is not None:

@@ -174,8 +174,9 @@ def test_costs_cut_short_are_measured_again_and_damaged_ones_are_named(
     file = tmp_path / "p" / "tiny" / "costs.json"
     file.write_text(file.read_text()[:10])
     assert call(capsys, *asked)["total_s"] > 0
-    file.write_text("no costs\n")
-    assert f"{file} is damaged" in call(capsys, *asked, code=2)
+    for damaged in ("no costs", '{"rows": 3}', "3"):
+        file.write_text(damaged + "\n")
+        assert f"{file} is damaged" in call(capsys, *asked, code=2)
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(

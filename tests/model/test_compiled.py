@@ -6,7 +6,7 @@ import numba
 import pytest
 import torch
 
-from kvcomm.model.compiled import jit, threads
+from kvcomm.model.compiled import jit, share_threads, threads
 
 
 def _double(x: int) -> int:
@@ -33,5 +33,18 @@ def test_loops_get_the_threads_torch_has() -> None:
         with threads():
             assert numba.get_num_threads() == 1
         assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_torch_keeps_its_threads_where_loops_share_its_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(numba, "set_num_threads", lambda number: torch.set_num_threads(number + 1))
+    try:
+        share_threads()
+        assert torch.get_num_threads() == before
+        with threads():
+            torch.set_num_threads(before + 1)
+        assert torch.get_num_threads() == before
     finally:
         torch.set_num_threads(before)

@@ -105,13 +105,12 @@ def test_who_wants_gradients_gets_them_meanwhile(calls: list[int]) -> None:
     assert calls == []
 
 
-def test_threads_are_as_many_as_before() -> None:
-    """Starting numba's threads sets torch's number, too."""
-    before = torch.get_num_threads()
-    layer = linear()
+def test_more_rows_from_elsewhere_get_the_stock_product(calls: list[int]) -> None:
+    """Another thread may prefill with the model during a pass of few rows."""
+    layer, rows = linear(), random(MAX_ROWS + 1, 24)
     with torch.inference_mode(), LeanLayers(layer).switched(8):
-        layer(random(8, 24))
-    assert torch.get_num_threads() == before
+        assert torch.equal(layer(rows), functional.linear(rows, layer.weight, layer.bias))
+    assert calls == []
 
 
 @pytest.mark.parametrize("shape", [(1, 24), (1, 1, 24), (1, 300, 24), (1, 7, 3, 24)])

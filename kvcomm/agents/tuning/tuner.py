@@ -131,7 +131,10 @@ def plan_tuning(task: Task) -> Plan:
                 )
             costs = measure_costs(engine, greedy(task.team), sample, task.folder / "answers.jsonl", task.note)
             append_line(file, costs._asdict())
-    costs = Costs(**read_lines(file)[-1])
+    try:
+        costs = Costs(**read_lines(file)[-1])
+    except TypeError as error:
+        raise InvalidRequest(f"{file} is damaged: {error}; remove {task.folder} to begin anew") from error
     return make_plan(costs, len(task.rows), task.budget_s, task.policy.delta, len(task.team.agents) - 1)
 
 

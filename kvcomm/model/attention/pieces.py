@@ -104,8 +104,8 @@ class TailPiece:
     """All that a few rows see, a short run behind its prefix: row i sees the first num_slots - num_rows + 1 + i slots.
 
     One call of flash attention, the heads of a group folded into its rows under a mask made once for all layers. Slots
-    that are not all consecutive are gathered for it, unless they are many: then two products for each part, with a
-    softmax between them, read them where they are.
+    that are not all consecutive are gathered for it. In float32 on CPU many of them are read where they are instead, by
+    two products for each part with a softmax between them.
     """
 
     parts: tuple[Index, ...]
