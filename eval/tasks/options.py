@@ -41,14 +41,14 @@ def make_parser(name: str, limit: int, num_samples: int) -> ArgumentParser:
     parser.add_argument("--agents", type=int, default=5, choices=AGENTS, help="with the referee [%(default)s]")
     parser.add_argument("--topology", default="full", choices=TOPOLOGIES, help="who reads whom [%(default)s]")
     parser.add_argument("--modes", default="dense,exact,kvcomm,paper", help=f"some of {','.join(MODES)} [%(default)s]")
-    parser.add_argument("--limit", type=_positive, default=limit, metavar="N", help="questions [%(default)s]")
+    parser.add_argument("--limit", type=positive, default=limit, metavar="N", help="questions [%(default)s]")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the choice of questions; 0: the first ones [%(default)s]"
     )
     parser.add_argument("--data", type=Path, metavar="PATH", help="file or folder of rows [the hub]")
     parser.add_argument("--train", type=Path, metavar="FILE", help="rows for anchors and calibration [beside --data]")
     parser.add_argument("--team", help="a packaged team or a .toml file [the task's]")
-    parser.add_argument("--max-new-tokens", type=_positive, metavar="N", help="of an answer at most [the team's]")
+    parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="of an answer at most [the team's]")
     parser.add_argument(
         "--samples",
         type=_count,
@@ -59,8 +59,8 @@ def make_parser(name: str, limit: int, num_samples: int) -> ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="of those [%(default)s]")
     parser.add_argument("--max-divergence", type=float, default=0.02, metavar="NATS", help="of kvcomm [%(default)s]")
     parser.add_argument("--confidence", type=float, default=0.95, metavar="P", help="of kvcomm [%(default)s]")
-    parser.add_argument("--anchors", type=_positive, default=16, metavar="N", help="questions that teach [%(default)s]")
-    parser.add_argument("--calibration", type=_positive, default=24, metavar="N", help="and calibrate [%(default)s]")
+    parser.add_argument("--anchors", type=positive, default=16, metavar="N", help="questions that teach [%(default)s]")
+    parser.add_argument("--calibration", type=positive, default=24, metavar="N", help="and calibrate [%(default)s]")
     parser.add_argument(
         "--divergence", type=_count, default=20, metavar="N", help="questions to replay for divergences [%(default)s]"
     )
@@ -86,7 +86,7 @@ def make_work(task: Task, options: Namespace, *, learns: bool) -> Work:
         team = limited(team, options.max_new_tokens)
     _require_greedy(team)
     every = task.arrange(load_rows(task.source, task.source.test, options.data))
-    rows = _chosen(every, options.limit, options.seed)
+    rows = chosen(every, options.limit, options.seed)
     if not rows:
         raise InvalidRequest(f"there are no questions in {options.data or task.source.hub[0]}")
     num_train = options.anchors + CONFIG.contest_prompts + options.calibration if learns else 0
@@ -124,8 +124,8 @@ def _train(task: Task, options: Namespace, every: Sequence[Row], asked: Sequence
     return task.arrange(load_rows(source, source.train, where))
 
 
-def _chosen(rows: Sequence[Row], limit: int, seed: int) -> list[Row]:
-    """The first rows, or for another seed than 0 a random choice."""
+def chosen(rows: Sequence[Row], limit: int, seed: int) -> list[Row]:
+    """The first rows, or for another seed than 0 a random choice of so many."""
     return list(rows[:limit]) if not seed else random.Random(seed).sample(list(rows), min(limit, len(rows)))
 
 
@@ -138,7 +138,8 @@ def _require_greedy(team: Team) -> None:
             )
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A number of things of which there must be one, as an option."""
     value = int(text)
     if value < 1:
         raise ValueError(f"{value} is not positive")

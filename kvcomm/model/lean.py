@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,7 +27,10 @@ from torch.nn import functional
 from kvcomm.model import compiled
 
 MAX_ROWS = 63
-"""Rows up to which linear layers are computed by the compiled loop, which is ahead up to about 100."""
+"""Rows up to which linear layers are computed by a compiled loop, which is ahead up to about 100."""
+
+FEWEST_ROWS = 12
+"""Rows up to which that loop takes one output after the other; above it tiles of outputs are ahead."""
 
 Forward = Callable[[Tensor], Tensor]
 Forwards = dict[nn.Module, Forward]
@@ -40,7 +44,8 @@ class LeanLayers:
         self._linears: Forwards = {layer: lean_linear(layer) for layer in own if type(layer) is nn.Linear}
         if self._linears:
             with compiled.threads():
-                few_rows_product(torch.zeros(1, 1), torch.zeros(1, 1))  # compiled now, not within a pass
+                for num_rows in (1, MAX_ROWS):  # compiled now, not within a pass
+                    few_rows_product(torch.zeros(num_rows, 1), torch.zeros(1, 1))
         self._norms: Forwards = {layer: norm for layer in own if (norm := lean_norm(layer)) is not None}
 
     @contextmanager
@@ -74,24 +79,28 @@ def lean_linear(layer: nn.Linear) -> Forward:
         weight = layer.weight
         is_few = rows.numel() <= MAX_ROWS * rows.shape[-1]
         is_plain = rows.dtype == weight.dtype == torch.float32
-        if not (is_few and is_plain and torch.is_inference_mode_enabled()):
+        if rows.requires_grad or not (is_few and is_plain and torch.is_inference_mode_enabled()):
             return functional.linear(rows, weight, layer.bias)
-        out = few_rows_product(rows.reshape(-1, rows.shape[-1]), weight.detach())
+        out = few_rows_product(rows, weight.detach())
         if layer.bias is not None:
             out += layer.bias
-        return out.view(*rows.shape[:-1], weight.shape[0])
+        return out
 
     return forward
 
 
 def few_rows_product(rows: Tensor, weight: Tensor) -> Tensor:
-    """`rows @ weight.T` of [num_rows, in] and [out, in], float32 on CPU -> [num_rows, out]."""
-    from kvcomm.model.products import sums
+    """`rows @ weight.T` of [..., in] and [out, in], float32 on CPU -> [..., out]."""
+    # Operands are prepared by numpy: calls of torch take several times as long, and a pass has hundreds of products.
+    from kvcomm.model.products import sums_by_outputs, sums_by_tiles
 
-    out = torch.empty(rows.shape[0], weight.shape[0], dtype=torch.float32)
+    num_out, num_in = weight.shape
+    flat = np.ascontiguousarray(rows.numpy()).reshape(-1, num_in)
+    out = np.empty((*rows.shape[:-1], num_out), np.float32)
+    sums = sums_by_outputs if len(flat) <= FEWEST_ROWS else sums_by_tiles
     with compiled.one_caller:
-        sums(rows.contiguous().numpy(), weight.contiguous().numpy(), out.numpy())
-    return out
+        sums(flat, np.ascontiguousarray(weight.numpy()), out.reshape(-1, num_out))
+    return torch.from_numpy(out)
 
 
 def lean_norm(layer: nn.Module) -> Forward | None:

@@ -14,11 +14,37 @@ from kvcomm.model import compiled
 Floats = NDArray[np.float32]
 
 TILE = 4
-"""Outputs that are computed together, for two rows at a time: eight sums, and every number read serves several."""
+"""Outputs that are computed together by `sums_by_tiles`."""
 
 
-def _sums(rows: Floats, weight: Floats, out: Floats) -> None:
-    """out[i, j] = sum of rows[i] * weight[j]: [num_rows, num_in], [num_out, num_in] -> [num_rows, num_out]."""
+def _sums_by_outputs(rows: Floats, weight: Floats, out: Floats) -> None:
+    """out[i, j] = sum of rows[i] * weight[j]: [num_rows, num_in], [num_out, num_in] -> [num_rows, num_out].
+
+    One output after the other, for four rows at a time: each thread reads its part of the weight from one end to the
+    other, as memory likes it. For as many rows as stay in the nearest cache.
+    """
+    num_rows, num_in = rows.shape
+    zero = np.float32(0)
+    for j in numba.prange(weight.shape[0]):
+        first = num_rows % 4
+        for i in range(first):
+            a = zero
+            for k in range(num_in):
+                a += weight[j, k] * rows[i, k]
+            out[i, j] = a
+        for i in range(first, num_rows, 4):
+            a, b, c, d = zero, zero, zero, zero
+            for k in range(num_in):
+                w = weight[j, k]
+                a += w * rows[i, k]
+                b += w * rows[i + 1, k]
+                c += w * rows[i + 2, k]
+                d += w * rows[i + 3, k]
+            out[i, j], out[i + 1, j], out[i + 2, j], out[i + 3, j] = a, b, c, d
+
+
+def _sums_by_tiles(rows: Floats, weight: Floats, out: Floats) -> None:
+    """The same, four outputs and two rows at a time: eight sums, and every number read serves several."""
     num_rows, num_in = rows.shape
     num_out = weight.shape[0]
     zero = np.float32(0)
@@ -54,4 +80,5 @@ def _sums(rows: Floats, weight: Floats, out: Floats) -> None:
 
 
 # Sums may be reordered: else each is one long chain of additions.
-sums = compiled.jit(_sums, parallel=True, fastmath={"contract", "reassoc"})
+sums_by_outputs = compiled.jit(_sums_by_outputs, parallel=True, fastmath={"contract", "reassoc"})
+sums_by_tiles = compiled.jit(_sums_by_tiles, parallel=True, fastmath={"contract", "reassoc"})
