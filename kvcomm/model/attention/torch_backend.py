@@ -2,7 +2,8 @@
 
 A pass is cut into pieces (`planner`), each piece is one call of torch's flash attention (`pieces`), and partial
 results of a row are merged by their log-sum-exp. A pass whose only piece is one causal block goes through the very
-kernel that stock SDPA uses, so a cold full prefill is bit-identical to the stock forward on CPU.
+kernel that stock SDPA uses, so a cold full prefill is bit-identical to the stock forward on CPU. There all short runs
+of a pass are one piece (`short_runs`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from kvcomm.model.attention.contract import AttentionStep, RunTable
 from kvcomm.model.attention.pieces import Piece, merge_into
 from kvcomm.model.attention.planner import PassPlanner
+from kvcomm.model.attention.short_runs import can_join, compile_loop, join_short_runs
 from kvcomm.model.attention.slots import Index
 
 
@@ -39,6 +41,9 @@ class TorchStep:
         self._planner = PassPlanner(runs, page_size, keys[0].device)
         self._write_slots = self._planner.write_slots()
         self._pieces: dict[int | None, list[Piece]] = {}
+        self._joins = all(map(can_join, (*keys, *values)))
+        if self._joins:
+            compile_loop()
 
     def __call__(
         self,
@@ -55,7 +60,8 @@ class TorchStep:
         _write(values, self._write_slots, value)
         window = self._planner.effective_window(sliding_window)
         if window not in self._pieces:
-            self._pieces[window] = self._planner.pieces(window)
+            pieces = self._planner.pieces(window)
+            self._pieces[window] = join_short_runs(pieces) if self._joins else pieces
         return _attend(self._pieces[window], query[0], keys, values, scale)
 
 
