@@ -22,7 +22,7 @@ from kvcomm.figures import Figure
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
 PIPE_WIDTH = 200
-"""Columns where stdout is not a terminal: wide enough that no table wraps."""
+"""Columns where stdout is not a terminal, unless a table needs more: there none wraps."""
 
 
 def emit(value: Any, *views: RenderableType, as_json: bool) -> None:
@@ -36,7 +36,7 @@ def emit(value: Any, *views: RenderableType, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(value, indent=2) + "\n")
         return
-    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else _pipe_width(views), highlight=False)
     for index, view in enumerate(views):
         if index:
             console.print()
@@ -73,6 +73,12 @@ def figure_table(title: str, figures: Iterable[Figure]) -> Table:
         for figure in figures
     ]
     return table(("figure", "median", "unit", "quartiles"), rows, title=title, numeric={"median"})
+
+
+def _pipe_width(views: Iterable[RenderableType]) -> int:
+    endless = Console(width=10**6)
+    tables = (view for view in views if isinstance(view, Table))
+    return max([PIPE_WIDTH, *(endless.measure(each).maximum for each in tables)])
 
 
 def _number(value: float) -> str:
