@@ -18,7 +18,9 @@ class Gsm8k:
 
     name = "gsm8k"
     team = "gsm8k"
-    source = Source(("openai/gsm8k", "main"), "gsm8k", Split("test", "test"), Split("train", "train"))
+    source = Source(
+        ("openai/gsm8k", "main"), "gsm8k", Split("test", "test"), Split("train", "train"), ("question", "answer")
+    )
     readings = ("last number", "a line 'Answer: NUMBER'")
     first_texts = ()
     tools: Mapping[str, str] = {"programmer": "The program prints"}

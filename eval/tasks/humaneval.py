@@ -36,6 +36,7 @@ class HumanEval:
         "humaneval",
         Split("test", "humaneval"),
         Split("test", "humaneval"),
+        ("prompt", "entry_point", "test"),
     )
     readings = ("tests pass", "tests pass, nothing but code")
     first_texts = ()

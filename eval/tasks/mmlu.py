@@ -22,7 +22,13 @@ class Mmlu:
 
     name = "mmlu"
     team = "mmlu"
-    source = Source(("cais/mmlu", "all"), "mmlu", Split("test", "test"), Split("test", "test"))
+    source = Source(
+        ("cais/mmlu", "all"),
+        "mmlu",
+        Split("test", "test"),
+        Split("test", "test"),
+        ("subject", "question", "choices", "answer"),
+    )
     shots = Split("dev", "dev")
     readings = ("most probable letter", "letter in the text")
     first_texts = LETTERS

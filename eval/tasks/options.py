@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.tasks.modes import MODES
-from eval.tasks.rows import beside, digest_of, load_rows
+from eval.tasks.rows import digest_of, load_rows, load_train_rows
 from eval.tasks.task import Row, Task
 from eval.tasks.topology import AGENTS, TOPOLOGIES, wire
 from eval.tasks.work import Work
@@ -118,10 +118,7 @@ def _train(task: Task, options: Namespace, every: Sequence[Row], asked: Sequence
     if options.train is None and source.train == source.test:
         left_out = {digest_of([row]) for row in asked}
         return [row for row in every if digest_of([row]) not in left_out]
-    where = options.train or beside(source.train, options.data)
-    if options.data is not None and where is None:
-        raise InvalidRequest(f"{options.data} has no {source.train.file}* beside it; give --train FILE")
-    return task.arrange(load_rows(source, source.train, where))
+    return task.arrange(load_train_rows(source, options.train, options.data))
 
 
 def chosen(rows: Sequence[Row], limit: int, seed: int) -> list[Row]:

@@ -27,7 +27,8 @@ def load_rows(source: Source, split: Split, data: Path | None) -> list[Row]:
         data: a file with these rows, or a folder; None: the hub.
 
     Raises:
-        InvalidRequest: no such file, not readable, or the hub is out of reach; says in one line what to do.
+        InvalidRequest: no such file, not readable, a row lacks a field, or the hub is out of reach; says in one line
+            what to do.
     """
     try:
         import datasets
@@ -46,7 +47,26 @@ def load_rows(source: Source, split: Split, data: Path | None) -> list[Row]:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         where = f"{source.hub[0]} on the hub" if file is None else str(file)
         raise InvalidRequest(f"{where} cannot be read: {_one_line(error)}; give --data FILE or FOLDER") from error
-    return [dict(row) for row in found]
+    rows = [dict(row) for row in found]
+    for number, row in enumerate(rows, start=1):
+        if missing := [name for name in source.fields if row.get(name) is None]:
+            raise InvalidRequest(
+                f"row {number} of {file or source.hub[0]} has no {', '.join(missing)}; rows of {source.folder} need "
+                f"{', '.join(source.fields)}"
+            )
+    return rows
+
+
+def load_train_rows(source: Source, train: Path | None, data: Path | None) -> list[Row]:
+    """The rows to learn from: those in `train`, else those beside the rows to ask.
+
+    Raises:
+        InvalidRequest: as `load_rows`, or there is no such file beside `data`.
+    """
+    where = train or beside(source.train, data)
+    if data is not None and where is None:
+        raise InvalidRequest(f"{data} has no {source.train.file}* beside it; give --train FILE")
+    return load_rows(source, source.train, where)
 
 
 def split_file(source: Source, split: Split, data: Path) -> Path:

@@ -38,12 +38,14 @@ class Source:
         hub: data set and configuration on the hub.
         folder: name of the task's folder in a folder of data.
         test, train: rows to ask, rows to learn from. The same: what is asked is left out of what is learned from.
+        fields: what every row has.
     """
 
     hub: tuple[str, str]
     folder: str
     test: Split
     train: Split
+    fields: tuple[str, ...]
 
 
 class Task(Protocol):

@@ -110,7 +110,7 @@ def join_short_runs(pieces: Sequence[Piece]) -> list[Piece]:
 
 @cache
 def compile_loop() -> None:
-    """Compile or load the loop, so that no pass has to wait for it."""
+    """Compile or load the loop: for the first pass of all, which measures a model, so that none that serves waits."""
     with torch.inference_mode(), compiled.threads():
         one = torch.zeros(1, 1, 1)
         ShortRunsPiece(slice(0, 1), np.array([[0, 1, 0, 1]]), np.zeros(1, np.int64)).attend(one, one, one, 1.0)

@@ -13,8 +13,15 @@ from kvcomm.model.attention.contract import RunTable
 from kvcomm.model.attention.pieces import Piece, TailPiece
 from kvcomm.model.attention.planner import PassPlanner
 from kvcomm.model.attention.reference import paged_attention_reference
-from kvcomm.model.attention.short_runs import MAX_ROWS, MAX_SLOTS, ShortRunsPiece, can_join, join_short_runs
-from kvcomm.model.attention.short_runs_loop import exp
+from kvcomm.model.attention.short_runs import (
+    MAX_ROWS,
+    MAX_SLOTS,
+    ShortRunsPiece,
+    can_join,
+    compile_loop,
+    join_short_runs,
+)
+from kvcomm.model.attention.short_runs_loop import attend, exp
 
 PAGE_SIZE = 16
 
@@ -123,6 +130,16 @@ def test_other_pieces_of_the_pass_stay() -> None:
 def _members(piece: Piece) -> np.ndarray:
     rows = piece.rows
     return np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.numpy()
+
+
+def test_no_pass_waits_for_the_compiler() -> None:
+    """Operands of another layout or type would be compiled for anew, which takes seconds."""
+    compile_loop()
+    for runs in ([run(4, 100, step=2)], [run(3, 90, page=1), run(2, 40, page=10)]):
+        (piece,) = joined(*runs)
+        query = random(1, 20, 6, 8)[0, : runs[0].end - runs[0].start + 2 * (len(runs) - 1)].transpose(0, 1)
+        piece.attend(query, random(400, 2, 8), random(400, 2, 8), 0.3)
+    assert len(attend.signatures) == 1
 
 
 def test_storages_that_cannot_be_read_in_place_do_not_join() -> None:
