@@ -1,6 +1,6 @@
 """What reuse does to a team's programs on HumanEval.
 
-    python -m eval.humaneval --data FOLDER [--limit N] [--modes dense,exact,kvcomm,paper] [--agents 2..5]
+    python -m eval.humaneval --data FOLDER [--limit N] [--modes dense,kvcomm,paper] [--agents 2..5]
 
 Programs are run in a sandbox (`eval.sandbox`). Their accuracy is pass@1 of the greedy answer; with --samples N further
 programs are drawn, and pass@k is estimated from those.

@@ -1,6 +1,6 @@
 """What reuse does to a team's answers on MMLU.
 
-    python -m eval.mmlu --data FOLDER [--limit N] [--modes dense,exact,kvcomm] [--agents 2..5] [--topology full]
+    python -m eval.mmlu --data FOLDER [--limit N] [--modes dense,kvcomm,paper] [--agents 2..5] [--topology full]
 
 The answer of the team is the most probable letter as the referee's first token; what its text says is given beside it.
 A letter flip is a question where that letter is not the dense run's, whether either is right or wrong.

@@ -1,10 +1,11 @@
-"""Letting a team answer questions exactly, agent by agent, with its tools: the dense run, and those to learn from."""
+"""Letting a team answer questions, agent by agent, with its tools: the dense run, and exact ones to learn from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
-from eval.tasks.modes import EXACT, Mode
+from eval.tasks.modes import DENSE, EXACT, Mode
 from eval.tasks.samples import Answer, Sample, usage_values
 from eval.tasks.task import Row
 from eval.tasks.topology import role_of
@@ -17,51 +18,82 @@ from kvcomm.engine.sampling import TokenLogprob
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.segments import Segment
 
-EXACTLY = Mode(EXACT, ReusePolicy.exact())
+DENSELY, EXACTLY = Mode(DENSE, ReusePolicy.exact()), Mode(EXACT, ReusePolicy.exact())
+
+Before = Callable[[str, Sequence[Segment]], None]
+"""Told an agent and its prompt before the agent answers."""
 
 
 class AnsweringTeam:
-    """A team on one engine. Several questions may be answered at the same time, from several threads."""
+    """A team on one engine. Several questions may be answered at the same time, from several threads.
 
-    def __init__(self, engine: Engine, work: Work) -> None:
+    Args:
+        mode: how its requests are served: one that moves nothing.
+    """
+
+    def __init__(self, engine: Engine, work: Work, mode: Mode = EXACTLY) -> None:
         self._engine = engine
         self._work = work
+        self._mode = mode
         self._renderer = PromptRenderer(engine)
         self._prompts = {agent.name: self._renderer.render(agent) for agent in work.team.agents}
 
-    def answer(self, index: int, row: Row) -> Sample:
+    @property
+    def roles(self) -> list[Segment]:
+        """What the agents' prompts begin with, of those that begin with text of their own."""
+        return [prompt.parts[0] for prompt in self._prompts.values() if isinstance(prompt.parts[0], Segment)]
+
+    def num_tokens_at_most(self, index: int, row: Row) -> int:
+        """Of all prompts and answers of a question; what tools make of answers comes on top.
+
+        Raises:
+            InvalidRequest: the row lacks a field; names the question.
+        """
+        with _naming(index):
+            values = self._inputs(row)
+        num_answered = 0
+        for agent in self._work.team.agents:
+            longest = self._work.sampling(agent.name).max_new_tokens
+            values[Slot(agent.name)] = (0,) * longest
+            num_answered += longest
+        prompts = [prompt.fill(values) for prompt in self._prompts.values()]
+        return num_answered + sum(len(segment.token_ids) for prompt in prompts for segment in prompt)
+
+    def answer(self, index: int, row: Row, before: Before = lambda agent, prompt: None) -> Sample:
         """Let every agent answer, in the team's order.
+
+        Where the engine has a cache, agents after it find what each was given and answered.
 
         Raises:
             InvalidRequest: a prompt is too long, or the row lacks a field; names the question.
         """
-        try:
-            answers = self._answers(row)
-        except (InvalidRequest, KeyError) as error:
-            raise InvalidRequest(
-                f"question {index}: {error}; have fewer agents or shorter answers (--agents, --max-new-tokens)"
-            ) from error
+        with _naming(index):
+            answers = self._answers(row, before)
         last = answers[self._work.referee]
-        extra = {"group": self._work.task.group(row), **drawn(self._engine, self._work, EXACTLY, last.segments, row)}
+        extra = {"group": self._work.task.group(row), **drawn(self._engine, self._work, self._mode, last.segments, row)}
         return Sample(index, answers, self._work.score(last.text, last.first, row), extra)
 
-    def _answers(self, row: Row) -> dict[str, Answer]:
+    def _inputs(self, row: Row) -> dict[Slot, Sequence[int]]:
         texts = {**self._work.team.inputs, **self._work.task.inputs(row)}
-        values: dict[Slot, Sequence[int]] = {
-            Slot(name): self._renderer.encode_input(name, text) for name, text in texts.items()
-        }
+        return {Slot(name): self._renderer.encode_input(name, text) for name, text in texts.items()}
+
+    def _answers(self, row: Row, before: Before) -> dict[str, Answer]:
+        values = self._inputs(row)
         answers: dict[str, Answer] = {}
         for agent in self._work.team.agents:
             sampling = self._work.sampling(agent.name)
             prompt = self._prompts[agent.name].fill(values)
-            completion = self._engine.generate(prompt, sampling, policy=EXACTLY.policy)
+            before(agent.name, prompt)
+            completion = self._engine.generate(
+                prompt, sampling, policy=self._mode.policy, reads_cache=self._mode.reads_cache
+            )
             token_ids = self._renderer.strip_end(completion.token_ids, sampling.stop_token_ids)
             result = self._result(agent.name, completion.text, row)
             parts = tuple((segment.token_ids, segment.name) for segment in prompt)
             usage, first = usage_values(completion.usage), first_texts(self._engine, self._work, completion)
             answers[agent.name] = Answer(token_ids, completion.text, usage, parts, result, first)
             values[Slot(agent.name)] = answers[agent.name].passed_on
-            if result and self._engine.config.cache:  # known first from where it was made, as answers are
+            if agent.name != self._work.referee and self._engine.config.cache:
                 publish_answer(self._engine, answers[agent.name])
         return answers
 
@@ -74,11 +106,24 @@ class AnsweringTeam:
         return self._renderer.encode_input(agent, text)
 
 
+@contextmanager
+def _naming(index: int) -> Iterator[None]:
+    """Errors in here name the question."""
+    try:
+        yield
+    except (InvalidRequest, KeyError) as error:
+        raise InvalidRequest(
+            f"question {index}: {error}; have fewer agents or shorter answers (--agents, --max-new-tokens)"
+        ) from error
+
+
 def drawn(engine: Engine, work: Work, mode: Mode, prompt: Sequence[Segment], row: Row) -> dict[str, int]:
     """How many further answers of the referee are drawn in a mode, and how many of them are right."""
     if not work.num_samples:
         return {}
-    completion = engine.generate(prompt, work.drawing(), policy=mode.policy, variant=mode.variant)
+    completion = engine.generate(
+        prompt, work.drawing(), policy=mode.policy, variant=mode.variant, reads_cache=mode.reads_cache
+    )
     right = sum(work.score(choice.text, {}, row).is_right for choice in completion.choices)
     return {"drawn": work.num_samples, "right": right}
 

@@ -32,6 +32,11 @@ class Mode(NamedTuple):
         return self.name in (STOCK, STOCK_PREFIX)
 
     @property
+    def reads_cache(self) -> bool:
+        """Whether its requests use anything that the engine knows."""
+        return self.name != DENSE
+
+    @property
     def moves(self) -> bool:
         """Whether text is moved between contexts."""
         return self.variant is not None or not self.policy.is_exact

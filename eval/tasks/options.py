@@ -18,7 +18,7 @@ from kvcomm.agents.team import Team, load_team
 from kvcomm.agents.warming import limited
 from kvcomm.errors import InvalidRequest
 
-CONFIG = EngineConfig(contest_prompts=4, pool_bytes=4 * 2**30, idle_after_s=0.0)
+CONFIG = EngineConfig(contest_prompts=4, pool_bytes=6 * 2**30, idle_after_s=0.0)
 """Of the engine that reuses. The pool holds the prompts of many questions; untouched pages cost no memory on a CPU."""
 COLD_CONFIG = EngineConfig(cache=False)
 """Of the dense runs."""
@@ -40,7 +40,7 @@ def make_parser(name: str, limit: int, num_samples: int) -> ArgumentParser:
     parser.add_argument("--model", default="smollm2-135m", help="a packaged name, folder or hub id [%(default)s]")
     parser.add_argument("--agents", type=int, default=5, choices=AGENTS, help="with the referee [%(default)s]")
     parser.add_argument("--topology", default="full", choices=TOPOLOGIES, help="who reads whom [%(default)s]")
-    parser.add_argument("--modes", default="dense,exact,kvcomm,paper", help=f"some of {','.join(MODES)} [%(default)s]")
+    parser.add_argument("--modes", default="dense,kvcomm,paper", help=f"some of {','.join(MODES)} [%(default)s]")
     parser.add_argument("--limit", type=positive, default=limit, metavar="N", help="questions [%(default)s]")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the choice of questions; 0: the first ones [%(default)s]"

@@ -1,7 +1,7 @@
 """The phases of a run, in order; each goes on where an earlier run has left it.
 
-Dense first: it fixes the prompts. Then what modes that move text need to learn, then every mode on the same prompts,
-then times, then divergences.
+First what modes that move text need to learn. Then every mode on the prompts that the dense run fixes, then times, then
+divergences.
 """
 
 from __future__ import annotations
@@ -11,21 +11,16 @@ from functools import cached_property
 
 from eval.baselines.stock import StockServer
 from eval.tasks.analysis import ModeResult, analyse
-from eval.tasks.answering import AnsweringTeam
-from eval.tasks.at_once import at_once
 from eval.tasks.modes import DENSE, STOCK_PREFIX, Mode
 from eval.tasks.progress import Phases
 from eval.tasks.replays import replay
 from eval.tasks.run_folder import RunFolder
-from eval.tasks.serving import Advance, Samples, serve_by_engine, serve_stock
+from eval.tasks.serving import Samples, serve_by_engine, serve_stock
 from eval.tasks.teaching import teach
 from eval.tasks.timing import Servers, time_modes
 from eval.tasks.work import Work
 from kvcomm import Engine
 from kvcomm.engine.engine import end_token_ids
-
-DENSE_WIDTH = 32
-"""Questions that are answered at the same time where nothing has to be kept of them."""
 
 
 class Run:
@@ -43,15 +38,13 @@ class Run:
 
     def compute(self, *, num_timed: int, num_replayed: int) -> None:
         """Everything that is missing."""
-        with self._phases.phase(DENSE, len(self._work.rows)) as advance:
-            self._answer_densely(advance)
-        timed, replayed = self._first(num_timed), self._first(num_replayed)
-        if self._moving and self._is_missing(timed, replayed):
+        if self._moving and self._is_missing(num_timed, num_replayed):
             with self._phases.phase("anchors and calibration", len(self._work.train)) as advance:
                 train = self._folder.samples("train")
                 held = teach(self._engine, self._work, self._moving, train, self._folder.anchors, advance)
                 self._folder.keep_bytes(self._folder.held_bytes() | held)
         self._serve()
+        timed, replayed = self._first(num_timed), self._first(num_replayed)
         with self._phases.phase("times", len(timed) * len(self._modes)) as advance:
             servers = Servers(self._cold, self._engine, self._stock)
             time_modes(servers, self._work, self._modes, timed, self._folder.times, advance)
@@ -95,24 +88,12 @@ class Run:
             if mode.is_stock
         }
 
-    def _answer_densely(self, advance: Advance) -> None:
-        file, team = self._folder.samples(DENSE), AnsweringTeam(self._cold, self._work)
-        done = file.by_index()
-        advance(len(done))
-        missing = [index for index in range(len(self._work.rows)) if index not in done]
-        for sample in at_once(
-            self._cold, lambda index: team.answer(index, self._work.rows[index]), missing, DENSE_WIDTH
-        ):
-            file.add([sample])
-            advance(1)
-
     def _serve(self) -> None:
-        by_engine = [mode for mode in self._modes[1:] if not mode.is_stock]
-        if by_engine:
-            title = ", ".join(mode.name for mode in by_engine)
-            with self._phases.phase(title, len(by_engine) * len(self.dense)) as advance:
-                files = {mode.name: self._folder.samples(mode.name) for mode in by_engine}
-                serve_by_engine(self._engine, self._work, by_engine, self.dense, files, advance)
+        by_engine = [mode for mode in self._modes if not mode.is_stock]
+        title = ", ".join(mode.name for mode in by_engine)
+        with self._phases.phase(title, len(by_engine) * len(self._work.rows)) as advance:
+            files = {mode.name: self._folder.samples(mode.name) for mode in by_engine}
+            serve_by_engine(self._engine, self._work, by_engine, files, advance)
         for name, server in self._stock.items():
             with self._phases.phase(name, len(self.dense)) as advance:
                 file = self._folder.samples(name)
@@ -121,14 +102,15 @@ class Run:
     def _first(self, count: int) -> Samples:
         return {index: self.dense[index] for index in list(self.dense)[:count]}
 
-    def _is_missing(self, timed: Samples, replayed: Samples) -> bool:
+    def _is_missing(self, num_timed: int, num_replayed: int) -> bool:
         """Whether anything is left for which text is moved."""
+        rows = range(len(self._work.rows))
         names = {mode.name for mode in self._moving}
         times = {(each.index, each.mode) for each in self._folder.times.read()}
         divergences = {(each.index, each.mode) for each in self._folder.divergences.read()}
         return any(
-            self._folder.samples(name).by_index().keys() < self.dense.keys()
-            or any((index, name) not in times for index in timed)
-            or any((index, name) not in divergences for index in replayed)
+            self._folder.samples(name).by_index().keys() < set(rows)
+            or any((index, name) not in times for index in rows[:num_timed])
+            or any((index, name) not in divergences for index in rows[:num_replayed])
             for name in names
         )

@@ -1,36 +1,36 @@
-"""Serving the dense run's prompts in other modes.
+"""Serving a team's requests in every mode that the engine serves, dense among them.
 
 In every mode each agent gets exactly the dense run's prompt: it reads what the agents before it answered there. So a
 flip is the doing of this request's reuse and of nothing before it. Of agents that others read only the first tokens are
 generated; the referee answers in full. Sources of moved text are exact: as its first reader and its producer leave it.
 
-Modes are served together, prompt by prompt, and only then is the prompt computed exactly for those that read it: once
-for all modes instead of once for each. They do not see one another: approximate KV enters no tree, and a source that is
-exact is preferred to one that is not. What one of them had to compute exactly the next one finds cached; it would have
-been computed, and that is what is written down.
+Modes are served together, prompt by prompt. They do not see one another: approximate KV enters no tree, and a source
+that is exact is preferred to one that is not. What one of them had to compute exactly the next one finds cached; it
+would have been computed, and that is what is written down. Dense comes last at every prompt: it reads nothing from the
+cache, answers in full, and leaves the exact KV that the next agents' prompts are moved from. So this is computed once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from eval.baselines.stock import StockServer
-from eval.tasks.answering import drawn, first_texts, probable_texts, publish_answer
+from eval.tasks.answering import DENSELY, AnsweringTeam, drawn, first_texts, probable_texts, publish_answer
 from eval.tasks.at_once import at_once
-from eval.tasks.modes import EXACT, KVCOMM, Mode
+from eval.tasks.modes import DENSE, EXACT, KVCOMM, Mode
 from eval.tasks.samples import Answer, Sample, SampleFile, usage_values
 from eval.tasks.work import NUM_LOGPROBS, Work
-from kvcomm import Engine, ReusePolicy, SamplingParams
+from kvcomm import Engine, ReusePolicy
 from kvcomm.engine.sampling import token_logprob
 from kvcomm.memory.segments import Segment
 
 WIDTH = 16
 """Questions that are served at the same time at most."""
-ORDER = {KVCOMM: 1, EXACT: 2}
+ORDER = {KVCOMM: 1, EXACT: 2, DENSE: 3}
 """Those that may compute a prompt exactly come last: what they leave in the cache is then in nobody's way."""
-POOL_SHARE = 0.3
+POOL_SHARE = 0.5
 """Of the engine's pool, what the exact prompts of those may take: sources must not be evicted before they are read."""
 
 Advance = Callable[[int], None]
@@ -38,19 +38,29 @@ Samples = Mapping[int, Sample]
 
 
 def serve_by_engine(
-    engine: Engine, work: Work, modes: Sequence[Mode], dense: Samples, files: Mapping[str, SampleFile], advance: Advance
+    engine: Engine, work: Work, modes: Sequence[Mode], files: Mapping[str, SampleFile], advance: Advance
 ) -> None:
-    """Serve modes other than dense; continues where their files end. Advances by one for a question in one mode."""
+    """Serve dense and other modes; continues where their files end. Advances by one for a question in one mode.
+
+    Raises:
+        InvalidRequest: a prompt is too long, or a row lacks a field; names the question.
+    """
     modes = sorted(modes, key=lambda mode: ORDER.get(mode.name, 0))
+    dense, team = files[DENSE].by_index(), AnsweringTeam(engine, work, DENSELY)
     done = {mode.name: files[mode.name].by_index().keys() for mode in modes}
     advance(sum(map(len, done.values())))
-    missing = {index: [mode for mode in modes if index not in done[mode.name]] for index in dense}
-    for batch in batches(engine, [dense[index] for index, wanted in missing.items() if wanted]):
+    missing = {index: [mode for mode in modes if index not in done[mode.name]] for index in range(len(work.rows))}
+    sizes = {
+        index: _num_tokens(dense[index]) if index in dense else team.num_tokens_at_most(index, work.rows[index])
+        for index, wanted in missing.items()
+        if wanted
+    }
+    for batch in batches(engine, sizes):
         engine.clear_cache()
-        read_roles(engine, batch[0])
+        read_roles(engine, team.roles)
 
-        def serve(truth: Sample) -> dict[str, Sample]:
-            return _serve_question(engine, work, missing[truth.index], truth)
+        def serve(index: int) -> dict[str, Sample]:
+            return _serve_question(team, Reading(engine, work, index, missing[index]), dense.get(index))
 
         for served in at_once(engine, serve, batch, WIDTH):
             for name, sample in served.items():
@@ -97,67 +107,100 @@ def stock_usage(whole: Answer, num_cached: int, num_generated: int) -> dict[str,
     return {**counts, "generated": num_generated, "reasons": {"new": computed}, "moved": None}
 
 
-def read_roles(engine: Engine, sample: Sample) -> None:
-    """Leave the agents' role prompts in the cache, as in a team at work: whole ones, with other text behind."""
-    for answer in sample.answers.values():
-        role = answer.segments[0]
+def read_roles(engine: Engine, roles: Iterable[Segment]) -> None:
+    """Leave the agents' role prompts in the cache, as in a team at work: whole ones, with other text behind.
+
+    Args:
+        roles: what prompts begin with; those with a name are none.
+    """
+    for role in roles:
         if role.name is None:
             behind = Segment(role.token_ids[-1:] * engine.config.page_size)  # only whole pages are kept
             engine.context((role, behind), policy=ReusePolicy.exact()).release()
 
 
-def batches(engine: Engine, samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """Consecutive groups of which all prompts find room in the pool at the same time; of one sample at least."""
+def batches(engine: Engine, sizes: Mapping[int, int]) -> Iterator[list[int]]:
+    """Consecutive groups of questions of which all prompts find room in the pool at the same time; of one at least.
+
+    Args:
+        sizes: tokens of every question, by its index.
+    """
     room = POOL_SHARE * engine.pool.num_pages * engine.pool.page_size
-    batch: list[Sample] = []
+    batch: list[int] = []
     taken = 0
-    for sample in samples:
-        size = sum(_num_tokens(answer) for answer in sample.answers.values())
+    for index, size in sizes.items():
         if batch and (len(batch) == WIDTH or taken + size > room):
             yield batch
             batch, taken = [], 0
-        batch.append(sample)
+        batch.append(index)
         taken += size
     if batch:
         yield batch
 
 
-def _num_tokens(answer: Answer) -> int:
-    return sum(len(token_ids) for token_ids, _ in answer.prompt) + len(answer.passed_on)
+def _num_tokens(sample: Sample) -> int:
+    answers = sample.answers.values()
+    return sum(len(answer.passed_on) + sum(len(ids) for ids, _ in answer.prompt) for answer in answers)
 
 
-def _serve_question(engine: Engine, work: Work, modes: Sequence[Mode], truth: Sample) -> dict[str, Sample]:
-    answers: dict[str, dict[str, Answer]] = {mode.name: {} for mode in modes}
-    served: dict[str, Sample] = {}
-    for name, whole in truth.answers.items():
+class Reading:
+    """One question in modes other than dense, prompt by prompt.
+
+    Args:
+        modes: in the order in which they are served; dense is passed over.
+    """
+
+    def __init__(self, engine: Engine, work: Work, index: int, modes: Sequence[Mode]) -> None:
+        self.engine = engine
+        self.work = work
+        self.index = index
+        self.row = work.rows[index]
+        self.modes = [mode for mode in modes if mode.name != DENSE]
+        self.samples: dict[str, Sample] = {}
+        self._answers: dict[str, dict[str, Answer]] = {mode.name: {} for mode in self.modes}
+
+    def serve(self, agent: str, prompt: Sequence[Segment]) -> None:
+        """One agent's prompt in every mode; with the referee's the samples are complete."""
         computed: Answer | None = None
-        for mode in modes:
-            answer = _serve(engine, work, mode, whole.segments, work.first_sampling(name))
+        for mode in self.modes:
+            answers = self._answers[mode.name]
+            answer = self._answer(mode, agent, prompt)
             if answer.usage["moved"] is None:
                 computed = computed or answer
                 answer = replace(answer, usage=_usage_of(mode, computed))
-            answers[mode.name][name] = answer
-            if name == work.referee:
-                served[mode.name] = _sample(engine, work, mode, truth, answers[mode.name])
-        if name != work.referee and any(mode.moves for mode in modes):
-            publish_answer(engine, whole)
-    return served
+            answers[agent] = answer
+            if agent == self.work.referee:
+                self.samples[mode.name] = self._sample(mode, answers, prompt)
+
+    def _answer(self, mode: Mode, agent: str, prompt: Sequence[Segment]) -> Answer:
+        sampling = self.work.first_sampling(agent)
+        served = self.engine.generate(prompt, sampling, policy=mode.policy, variant=mode.variant)
+        first = first_texts(self.engine, self.work, served)
+        return Answer(served.token_ids, served.text, usage_values(served.usage), first=first)
+
+    def _sample(self, mode: Mode, answers: Mapping[str, Answer], prompt: Sequence[Segment]) -> Sample:
+        """Judge the referee's answer and draw further ones, while what they are drawn from is there."""
+        last = answers[self.work.referee]
+        extra = {"group": self.work.task.group(self.row), **drawn(self.engine, self.work, mode, prompt, self.row)}
+        return Sample(self.index, answers, self.work.score(last.text, last.first, self.row), extra)
+
+
+def _serve_question(team: AnsweringTeam, reading: Reading, truth: Sample | None) -> dict[str, Sample]:
+    """The samples that are missing, dense first.
+
+    Args:
+        truth: the dense one, if it is known.
+    """
+    if truth is None:
+        return {DENSE: team.answer(reading.index, reading.row, reading.serve), **reading.samples}
+    for name, whole in truth.answers.items():
+        reading.serve(name, whole.segments)
+        if name != reading.work.referee and any(mode.moves for mode in reading.modes):
+            publish_answer(reading.engine, whole)
+    return reading.samples
 
 
 def _usage_of(mode: Mode, computed: Answer) -> dict[str, Any]:
     """Of a request that moved nothing, as if it had been the one that computed its prompt."""
     usage = dict(computed.usage)
     return usage if mode.moves else {**usage, "reasons": {"new": usage["computed"]}}
-
-
-def _serve(engine: Engine, work: Work, mode: Mode, prompt: Sequence[Segment], sampling: SamplingParams) -> Answer:
-    served = engine.generate(prompt, sampling, policy=mode.policy, variant=mode.variant)
-    return Answer(served.token_ids, served.text, usage_values(served.usage), first=first_texts(engine, work, served))
-
-
-def _sample(engine: Engine, work: Work, mode: Mode, truth: Sample, answers: Mapping[str, Answer]) -> Sample:
-    """Judge the referee's answer and draw further ones, while what they are drawn from is there."""
-    row, last = work.rows[truth.index], answers[work.referee]
-    prompt = truth.answers[work.referee].segments
-    extra = {"group": work.task.group(row), **drawn(engine, work, mode, prompt, row)}
-    return Sample(truth.index, answers, work.score(last.text, last.first, row), extra)

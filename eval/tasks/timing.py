@@ -80,7 +80,7 @@ def time_modes(
 def _time_team(servers: Servers, work: Work, mode: Mode, truth: Sample, limit: int | None = None) -> list[Timed]:
     servers.engine.clear_cache()
     if not mode.is_stock and mode.name != DENSE:
-        read_roles(servers.engine, truth)
+        read_roles(servers.engine, (answer.segments[0] for answer in truth.answers.values()))
     found = []
     for name, whole in truth.answers.items():
         num_tokens = max(1, len(whole.token_ids) if limit is None else min(limit, len(whole.token_ids)))

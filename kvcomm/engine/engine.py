@@ -238,6 +238,7 @@ class Engine:
         tenant: str = DEFAULT_TENANT,
         policy: ReusePolicy | None = None,
         variant: Variant | None = None,
+        reads_cache: bool = True,
         **settings: object,
     ) -> RequestHandle:
         """Start a request; wait for it, stream it or cancel it through the handle.
@@ -246,6 +247,7 @@ class Engine:
             policy: how far reuse may depart from the exact answer; None: the engine's. Only segments with a name are
                 ever moved.
             variant: for comparisons: reuse in exactly this way, with no bound, instead of as the policy allows.
+            reads_cache: False: compute the whole prompt, whatever is cached; what was computed is cached all the same.
 
         Raises:
             InvalidRequest: empty, too long, unknown tokens, bad sampling settings.
@@ -256,6 +258,7 @@ class Engine:
         sequence = Sequence(self.pool, _token_ids(segments))
         request = self._request(sequence, segments, sampling_params(sampling, settings), tenant, policy)
         request.variant = variant
+        request.reads_cache = reads_cache
         self._loop.submit(request)
         return request.handle
 
@@ -267,10 +270,14 @@ class Engine:
         tenant: str = DEFAULT_TENANT,
         policy: ReusePolicy | None = None,
         variant: Variant | None = None,
+        reads_cache: bool = True,
         **settings: object,
     ) -> Completion:
         """`submit` and wait for the result; raises what `submit` and `RequestHandle.result` raise."""
-        return self.submit(prompt, sampling, tenant=tenant, policy=policy, variant=variant, **settings).result()
+        handle = self.submit(
+            prompt, sampling, tenant=tenant, policy=policy, variant=variant, reads_cache=reads_cache, **settings
+        )
+        return handle.result()
 
     def explain(
         self, prompt: Prompt, *, tenant: str = DEFAULT_TENANT, policy: ReusePolicy | None = None

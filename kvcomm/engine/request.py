@@ -91,6 +91,7 @@ class Request:
         segments: what the sequence is made of; empty where nobody asked for moved segments.
         policy: how far reuse may depart from the exact answer.
         variant: reuse in exactly this way, whatever the policy says; None: as the policy allows.
+        reads_cache: whether anything known before may be used at all. What it computes is published either way.
         pending: `[start, end)` of prompt tokens still to be computed, ascending.
         approximation: how moved KV is reused; None: not at all.
         is_trial: it is only planned, to explain it: what it finds does not count as used.
@@ -113,6 +114,7 @@ class Request:
     segments: tuple[Segment, ...] = ()
     policy: ReusePolicy = field(default_factory=ReusePolicy.exact)
     variant: Variant | None = None
+    reads_cache: bool = True
     plan: Plan = field(default_factory=Plan)
     pending: list[tuple[int, int]] = field(default_factory=list)
     approximation: Approximation | None = None

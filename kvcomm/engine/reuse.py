@@ -106,7 +106,7 @@ class Reuse:
     def may_reuse(self, request: Request) -> bool:
         """Whether the request's caller and prompt leave anything to decide."""
         wants = request.variant is not None or not request.policy.is_exact
-        return wants and any(segment.name is not None for segment in request.segments)
+        return request.reads_cache and wants and any(segment.name is not None for segment in request.segments)
 
     def prepare(self) -> None:
         """Measure the machine, once; on the engine's thread, not under the lock."""

@@ -115,6 +115,17 @@ def test_cache_off_reuses_nothing(shared_model: TinyModel) -> None:
         assert engine.memory_stats().num_free == engine.pool.num_pages
 
 
+def test_a_request_that_does_not_read_the_cache_still_fills_it(engine: Engine) -> None:
+    first = engine.generate(some_tokens(40), NO_EOS)
+    again = engine.generate(some_tokens(40), NO_EOS, reads_cache=False)
+    assert (again.usage.exact_tokens, again.usage.reasons) == (0, {"cache_off": 40})
+    assert again.token_ids == first.token_ids
+    fresh = some_tokens(40, seed=1)
+    engine.generate(fresh, NO_EOS, reads_cache=False)
+    assert engine.generate(fresh, NO_EOS).usage.computed_tokens == 1
+    engine.check_integrity()
+
+
 def test_eviction_is_named_and_harmless(shared_model: TinyModel) -> None:
     config = EngineConfig(page_size=4, pool_tokens=128)
     with Engine(shared_model.model, shared_model.tokenizer, config=config) as engine:

@@ -120,6 +120,20 @@ def test_an_exact_policy_never_sees_any_of_it(engine: Engine) -> None:
     assert list(exact.token_ids) == greedy(engine.model, tokens, 8)
 
 
+def test_a_request_that_does_not_read_the_cache_moves_nothing_and_is_a_source(engine: Engine) -> None:
+    earn(engine, LOOSE)
+    answer = engine.generate(prompt(ROLE_A, 99), SAMPLING, policy=LOOSE, reads_cache=False)
+    again = engine.generate(prompt(ROLE_B, 99), SAMPLING, policy=LOOSE, reads_cache=False)
+    for usage in (answer.usage, again.usage):
+        assert (usage.exact_tokens, usage.aligned_tokens) == (0, 0)
+        assert usage.reasons == {"cache_off": usage.prompt_tokens}
+    tokens = [token for segment in prompt(ROLE_B, 99) for token in segment.token_ids]
+    assert list(again.token_ids) == greedy(engine.model, tokens, len(again.token_ids))
+    engine.clear_cache()
+    engine.generate(prompt(ROLE_A, 99), SAMPLING, policy=LOOSE, reads_cache=False)
+    assert ask(engine, ROLE_B, 99, LOOSE).usage.aligned_tokens == 90
+
+
 def test_what_a_rung_computes_behind_no_cached_prefix_is_not_called_exact(engine: Engine) -> None:
     policy = replace(LOOSE, rungs=(0.3,))
     earn(engine, policy)

@@ -198,8 +198,9 @@ class Interrupted:
 @pytest.mark.parametrize(
     ("module", "name", "nth"),
     [
-        (answering.AnsweringTeam, "_answers", 3),  # in the dense run
-        (answering.AnsweringTeam, "_answers", 4 + 10),  # of the questions to learn from
+        (answering.AnsweringTeam, "_answers", 3),  # of the questions to learn from
+        (answering.AnsweringTeam, "_answers", 4 + 10),
+        (answering.AnsweringTeam, "_answers", 18 + 3),  # in the dense run
         (teaching.Lesson, "calibrate", 3),
         (serving, "_serve_question", 3),
         (timing, "_time_team", 6),
