@@ -145,6 +145,18 @@ def test_the_number_of_contexts_is_bounded(engine: Engine) -> None:
             assert error_of(ask(live, "POST", path, body)) == (429, "quota_exceeded")
 
 
+def test_contexts_that_are_being_made_have_a_place(engine: Engine, stalled: threading.Event) -> None:
+    with serving(engine, settings(max_contexts=1)) as live, ThreadPoolExecutor() as pool:
+        creating = pool.submit(ask, live, "POST", URL, {"text": "a"})
+        wait_for(lambda: bool(engine.scheduler.requests()))
+        assert error_of(ask(live, "POST", URL, {"text": "b"})) == (429, "quota_exceeded")
+        stalled.set()
+        first = ok(creating.result())
+        ok(ask(live, "DELETE", f"{URL}/{first['id']}"))
+        assert error_of(ask(live, "POST", URL, {"token_ids": [-1]}))[0] in (400, 422)  # a failure keeps no place
+        assert ok(ask(live, "POST", URL, {"text": "c"}))
+
+
 def test_a_full_pool_says_what_the_contexts_hold(shared_model: TinyModel) -> None:
     config = EngineConfig(page_size=4, pool_tokens=128, max_batch_tokens=64, prefill_chunk=16)
     with Engine(shared_model.model, shared_model.tokenizer, config=config) as engine:

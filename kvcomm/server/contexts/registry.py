@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -85,6 +86,7 @@ class ContextRegistry:
         self.tenant = tenant
         self._clock = clock
         self._nodes: dict[str, Node] = {}  # parents before children
+        self._num_coming = 0
 
     @property
     def nodes(self) -> list[Node]:
@@ -105,13 +107,23 @@ class ContextRegistry:
         node.used_s = self._clock()
         return node
 
-    def require_place(self) -> None:
-        """Raises ApiError 429 when the tenant has as many contexts as it may."""
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Keep a place for a context while it is made, however long that takes.
+
+        Raises:
+            ApiError: 429 when the tenant has as many contexts as it may, those that are being made included.
+        """
         self.sweep()
-        limit = self._settings.max_contexts
-        if len(self._nodes) >= limit:
-            message = f"this tenant has {len(self._nodes)} of at most {limit} contexts; delete some, or let some expire"
+        limit, num_taken = self._settings.max_contexts, len(self._nodes) + self._num_coming
+        if num_taken >= limit:
+            message = f"this tenant has {num_taken} of at most {limit} contexts; delete some, or let some expire"
             raise ApiError(429, "quota_exceeded", message, retry_after_s=self._settings.retry_after_s)
+        self._num_coming += 1
+        try:
+            yield
+        finally:
+            self._num_coming -= 1
 
     def adopt(
         self, context: Context, terms: Terms, *, salt: str | None = None, conversation: Conversation | None = None

@@ -71,8 +71,15 @@ async def delete_snapshot(name: Name, folder: FolderDep) -> DeletedSnapshot:
 
 
 async def _restore(name: str, body: RestoreRequest, call: Call, folder: SnapshotFolder) -> Context:
-    state, registry = call.state, call.state.contexts.of(call.tenant)
-    registry.require_place()
+    registry = call.state.contexts.of(call.tenant)
+    with registry.place():
+        turn = await _read(name, body, call, folder)
+        node = registry.adopt(turn.hand_over(), body, salt=body.cache_salt, conversation=turn.conversation)
+    return view(registry, node)
+
+
+async def _read(name: str, body: RestoreRequest, call: Call, folder: SnapshotFolder) -> Turn:
+    state = call.state
     num_tokens = await anyio.to_thread.run_sync(folder.num_tokens, name)
     space = state.tenants.open_namespace(call.tenant, body.cache_salt)
 
@@ -83,6 +90,4 @@ async def _restore(name: str, body: RestoreRequest, call: Call, folder: Snapshot
         return turn
 
     async with state.admission.place(call.tenant, num_tokens):
-        turn = await anyio.to_thread.run_sync(read)
-    node = registry.adopt(turn.hand_over(), body, salt=body.cache_salt, conversation=turn.conversation)
-    return view(registry, node)
+        return await anyio.to_thread.run_sync(read)

@@ -76,9 +76,8 @@ async def extend_context(context_id: Id, body: Prompt, call: CallDep) -> Extende
 @router.post("/{context_id}/fork", operation_id="forkContext", status_code=201, responses=COMPUTING)
 async def fork_context(context_id: Id, body: ForkRequest, registry: RegistryDep) -> Context:
     """A second context with all that is known at this moment, also while the first is busy. Copies no KV."""
-    registry.require_place()
-    node = registry.find(context_id)
-    child = registry.fork(node, body)
+    with registry.place():
+        child = registry.fork(registry.find(context_id), body)
     return view(registry, child)
 
 
@@ -118,11 +117,11 @@ def _release(nodes: list[Node]) -> None:
 
 async def _create(body: ContextRequest, call: Call) -> ExtendedContext:
     registry = call.state.contexts.of(call.tenant)
-    registry.require_place()
-    space = call.state.tenants.open_namespace(call.tenant, body.cache_salt)
-    turn = call.take_turn(Turn(call.state.engine.empty_context(tenant=space)))
-    completion = await _prefill(turn, body, call, salt=body.cache_salt)
-    node = registry.adopt(turn.hand_over(), body, salt=body.cache_salt, conversation=turn.conversation)
+    with registry.place():
+        space = call.state.tenants.open_namespace(call.tenant, body.cache_salt)
+        turn = call.take_turn(Turn(call.state.engine.empty_context(tenant=space)))
+        completion = await _prefill(turn, body, call, salt=body.cache_salt)
+        node = registry.adopt(turn.hand_over(), body, salt=body.cache_salt, conversation=turn.conversation)
     return extended(registry, node, completion)
 
 
