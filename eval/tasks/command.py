@@ -73,12 +73,14 @@ def _evaluate(evaluation: Evaluation, options: Namespace) -> Report:
     work = make_work(task, options, learns=any(mode.moves for mode in modes))
     settings = settings_of(work, options)
     folder = RunFolder.open(options.out, settings)
-    with Engine.load(options.model, config=CONFIG) as engine, Phases() as phases:
-        with Engine(engine.model, engine.tokenizer, config=COLD_CONFIG) as cold:
-            run = Run(engine, cold, work, modes, folder, phases)
-            run.compute(num_timed=options.timed, num_replayed=options.divergence)
-        facts = facts_of(engine, work, modes, options)
-    minutes = folder.add_minutes((time.monotonic() - began_s) / 60)
+    try:
+        with Engine.load(options.model, config=CONFIG) as engine, Phases() as phases:
+            with Engine(engine.model, engine.tokenizer, config=COLD_CONFIG) as cold:
+                run = Run(engine, cold, work, modes, folder, phases)
+                run.compute(num_timed=options.timed, num_replayed=options.divergence)
+            facts = facts_of(engine, work, modes, options)
+    finally:
+        minutes = folder.add_minutes((time.monotonic() - began_s) / 60)
     results = run.results()
     figures = [
         *evaluation.figures(results),

@@ -75,7 +75,7 @@ class RunFolder:
         return _read(file) if file.exists() else {}
 
     def add_minutes(self, minutes: float) -> float:
-        """Add to what the run has taken so far, interruptions left out; returns the sum."""
+        """Add to what the run has taken so far, pauses between its parts left out; returns the sum."""
         file = self.folder / "minutes.json"
         total = minutes + (_read(file)["minutes"] if file.exists() else 0.0)
         file.write_text(json.dumps({"minutes": total}) + "\n")

@@ -66,6 +66,9 @@ class EngineLoop:
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
+        self._fail_all()
+
+    def _fail_all(self) -> None:
         self._idle.close()
         self._scheduler.close(EngineClosed("the engine is closed; create a new one"))
 
@@ -75,8 +78,10 @@ class EngineLoop:
                 if not self._has_work:
                     self._wake.notify_all()  # whoever waits for idleness
                 self._wake.wait_for(lambda: self._is_closing or self._has_work)
-                if self._is_closing:
-                    return
+                is_closing = self._is_closing
+            if is_closing:
+                self._fail_all()  # here, too: a second Ctrl-C may end whoever waits for this thread
+                return
             try:
                 if self._scheduler.has_work:
                     self._scheduler.step()

@@ -51,6 +51,32 @@ def test_the_next_agent_of_a_team_comes_before_idle_work() -> None:
     assert done == ["request", "request", "idle"]
 
 
+def test_requests_fail_even_if_whoever_closes_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C again, while the last step goes on: others still wait for their requests."""
+    done: list[str] = []
+    requests, go_on, has_failed = Work("request", done), threading.Event(), threading.Event()
+    step = requests.step
+
+    def long_step() -> None:
+        go_on.wait(20)
+        step()
+
+    monkeypatch.setattr(requests, "step", long_step)
+    monkeypatch.setattr(requests, "close", lambda error: has_failed.set())
+    loop = EngineLoop(cast(Any, requests), cast(Any, Work("idle", done)))
+    loop.submit(cast(Request, None))
+
+    def interrupted(self: threading.Thread, timeout: float | None = None) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loop.close()
+    go_on.set()
+    assert has_failed.wait(20)
+
+
 def test_idle_work_needs_no_request_to_begin() -> None:
     done: list[str] = []
     idle = Work("idle", done)

@@ -219,7 +219,10 @@ def test_an_interrupted_run_goes_on(
             patched.setattr(module, name, lambda self, *given: interrupted(self, *given))
         assert gsm8k.main(arguments) == 130
     kept = kept_lines(tmp_path / "out")
+    before = minutes_of(tmp_path / "out")
+    assert before > 0
     assert gsm8k.main(arguments) == 0
+    assert minutes_of(tmp_path / "out") > before
     after = kept_lines(tmp_path / "out")
     assert all(lines == after[file][: len(lines)] for file, lines in kept.items())
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -230,6 +233,11 @@ def test_an_interrupted_run_goes_on(
     assert report["modes"][1]["damage"]["same"] == 1.0  # exact still is
     records = [line for lines in after.values() for line in lines]
     assert len(records) == len(set(records))
+
+
+def minutes_of(folder: Path) -> float:
+    """What all parts of a run have taken."""
+    return float(json.loads((folder / "minutes.json").read_text())["minutes"])
 
 
 def kept_lines(folder: Path) -> dict[str, list[str]]:
