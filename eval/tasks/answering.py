@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from eval.tasks.modes import DENSE, EXACT, Mode
 from eval.tasks.samples import Answer, Sample, usage_values
@@ -20,8 +20,8 @@ from kvcomm.memory.segments import Segment
 
 DENSELY, EXACTLY = Mode(DENSE, ReusePolicy.exact()), Mode(EXACT, ReusePolicy.exact())
 
-Before = Callable[[str, Sequence[Segment]], None]
-"""Told an agent and its prompt before the agent answers."""
+Around = Callable[[str, Sequence[Segment]], AbstractContextManager[None]]
+"""Given an agent and its prompt: what an agent answers in."""
 
 
 class AnsweringTeam:
@@ -59,7 +59,7 @@ class AnsweringTeam:
         prompts = [prompt.fill(values) for prompt in self._prompts.values()]
         return num_answered + sum(len(segment.token_ids) for prompt in prompts for segment in prompt)
 
-    def answer(self, index: int, row: Row, before: Before = lambda agent, prompt: None) -> Sample:
+    def answer(self, index: int, row: Row, around: Around = lambda agent, prompt: nullcontext()) -> Sample:
         """Let every agent answer, in the team's order.
 
         Where the engine has a cache, agents after it find what each was given and answered.
@@ -68,7 +68,7 @@ class AnsweringTeam:
             InvalidRequest: a prompt is too long, or the row lacks a field; names the question.
         """
         with _naming(index):
-            answers = self._answers(row, before)
+            answers = self._answers(row, around)
         last = answers[self._work.referee]
         extra = {"group": self._work.task.group(row), **drawn(self._engine, self._work, self._mode, last.segments, row)}
         return Sample(index, answers, self._work.score(last.text, last.first, row), extra)
@@ -77,16 +77,16 @@ class AnsweringTeam:
         texts = {**self._work.team.inputs, **self._work.task.inputs(row)}
         return {Slot(name): self._renderer.encode_input(name, text) for name, text in texts.items()}
 
-    def _answers(self, row: Row, before: Before) -> dict[str, Answer]:
+    def _answers(self, row: Row, around: Around) -> dict[str, Answer]:
         values = self._inputs(row)
         answers: dict[str, Answer] = {}
         for agent in self._work.team.agents:
             sampling = self._work.sampling(agent.name)
             prompt = self._prompts[agent.name].fill(values)
-            before(agent.name, prompt)
-            completion = self._engine.generate(
-                prompt, sampling, policy=self._mode.policy, reads_cache=self._mode.reads_cache
-            )
+            with around(agent.name, prompt):
+                completion = self._engine.generate(
+                    prompt, sampling, policy=self._mode.policy, reads_cache=self._mode.reads_cache
+                )
             token_ids = self._renderer.strip_end(completion.token_ids, sampling.stop_token_ids)
             result = self._result(agent.name, completion.text, row)
             parts = tuple((segment.token_ids, segment.name) for segment in prompt)

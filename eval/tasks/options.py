@@ -18,9 +18,8 @@ from kvcomm.agents.team import Team, load_team
 from kvcomm.agents.warming import limited
 from kvcomm.errors import InvalidRequest
 
-CONFIG = EngineConfig(contest_prompts=4, pool_bytes=6 * 2**30, prefill_chunk=1024, idle_after_s=0.0)
-"""Of the engine that reuses. The pool holds the prompts of many questions; untouched pages cost no memory on a CPU.
-Nobody watches answers as they come, so prompts are computed in larger pieces beside them."""
+CONFIG = EngineConfig(contest_prompts=4, pool_bytes=6 * 2**30, idle_after_s=0.0)
+"""Of the engine that reuses. The pool holds the prompts of many questions; untouched pages cost no memory on a CPU."""
 COLD_CONFIG = EngineConfig(cache=False)
 """Of the dense runs."""
 

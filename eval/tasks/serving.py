@@ -8,13 +8,15 @@ Modes are served together, prompt by prompt. They do not see one another: approx
 that is exact is preferred to one that is not. What one of them had to compute exactly the next one finds cached; it
 would have been computed, and that is what is written down. Dense comes last at every prompt: it reads nothing from the
 cache, answers in full, and leaves the exact KV that the next agents' prompts are moved from. So this is computed once.
+A mode begins when the one before it has its first token: by then what that one reads is settled. All decode together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from eval.baselines.stock import StockServer
 from eval.tasks.answering import DENSELY, AnsweringTeam, drawn, first_texts, probable_texts, publish_answer
@@ -22,7 +24,9 @@ from eval.tasks.at_once import at_once
 from eval.tasks.modes import DENSE, EXACT, KVCOMM, Mode
 from eval.tasks.samples import Answer, Sample, SampleFile, usage_values
 from eval.tasks.work import NUM_LOGPROBS, Work
-from kvcomm import Engine, ReusePolicy
+from kvcomm import Completion, Engine, ReusePolicy
+from kvcomm.engine.handle import RequestHandle
+from kvcomm.engine.results import Chunk
 from kvcomm.engine.sampling import token_logprob
 from kvcomm.memory.segments import Segment
 
@@ -143,6 +147,26 @@ def _num_tokens(sample: Sample) -> int:
     return sum(len(answer.passed_on) + sum(len(ids) for ids, _ in answer.prompt) for answer in answers)
 
 
+class Begun(NamedTuple):
+    """One mode's request while it decodes.
+
+    Attributes:
+        chunks: what is yet to come; nobody listening to it would cancel the request.
+        extra: of the sample.
+    """
+
+    mode: Mode
+    handle: RequestHandle
+    chunks: Iterator[Chunk]
+    extra: Mapping[str, Any]
+
+    def result(self) -> Completion:
+        """Wait for the end."""
+        for _ in self.chunks:
+            pass
+        return self.handle.result()
+
+
 class Reading:
     """One question in modes other than dense, prompt by prompt.
 
@@ -159,30 +183,39 @@ class Reading:
         self.samples: dict[str, Sample] = {}
         self._answers: dict[str, dict[str, Answer]] = {mode.name: {} for mode in self.modes}
 
-    def serve(self, agent: str, prompt: Sequence[Segment]) -> None:
-        """One agent's prompt in every mode; with the referee's the samples are complete."""
+    @contextmanager
+    def serve(self, agent: str, prompt: Sequence[Segment]) -> Iterator[None]:
+        """One agent's prompt in every mode, begun on entering and ended on leaving.
+
+        In between the prompt may be computed exactly. With the referee's prompt the samples are complete.
+        """
+        begun = [self._begin(mode, agent, prompt) for mode in self.modes]
+        yield
         computed: Answer | None = None
-        for mode in self.modes:
-            answers = self._answers[mode.name]
-            answer = self._answer(mode, agent, prompt)
+        for each in begun:
+            mode, answer = each.mode, self._answer(each.result())
             if answer.usage["moved"] is None:
                 computed = computed or answer
                 answer = replace(answer, usage=_usage_of(mode, computed))
-            answers[agent] = answer
+            self._answers[mode.name][agent] = answer
             if agent == self.work.referee:
-                self.samples[mode.name] = self._sample(mode, answers, prompt)
+                score = self.work.score(answer.text, answer.first, self.row)
+                self.samples[mode.name] = Sample(self.index, self._answers[mode.name], score, each.extra)
 
-    def _answer(self, mode: Mode, agent: str, prompt: Sequence[Segment]) -> Answer:
+    def _begin(self, mode: Mode, agent: str, prompt: Sequence[Segment]) -> Begun:
+        """Wait for the first token; of the referee draw further answers while what they are drawn from is there."""
         sampling = self.work.first_sampling(agent)
-        served = self.engine.generate(prompt, sampling, policy=mode.policy, variant=mode.variant)
+        handle = self.engine.submit(prompt, sampling, policy=mode.policy, variant=mode.variant)
+        chunks = iter(handle)
+        next(chunks, None)
+        extra: dict[str, Any] = {"group": self.work.task.group(self.row)}
+        if agent == self.work.referee:
+            extra |= drawn(self.engine, self.work, mode, prompt, self.row)
+        return Begun(mode, handle, chunks, extra)
+
+    def _answer(self, served: Completion) -> Answer:
         first = first_texts(self.engine, self.work, served)
         return Answer(served.token_ids, served.text, usage_values(served.usage), first=first)
-
-    def _sample(self, mode: Mode, answers: Mapping[str, Answer], prompt: Sequence[Segment]) -> Sample:
-        """Judge the referee's answer and draw further ones, while what they are drawn from is there."""
-        last = answers[self.work.referee]
-        extra = {"group": self.work.task.group(self.row), **drawn(self.engine, self.work, mode, prompt, self.row)}
-        return Sample(self.index, answers, self.work.score(last.text, last.first, self.row), extra)
 
 
 def _serve_question(team: AnsweringTeam, reading: Reading, truth: Sample | None) -> dict[str, Sample]:
@@ -194,9 +227,9 @@ def _serve_question(team: AnsweringTeam, reading: Reading, truth: Sample | None)
     if truth is None:
         return {DENSE: team.answer(reading.index, reading.row, reading.serve), **reading.samples}
     for name, whole in truth.answers.items():
-        reading.serve(name, whole.segments)
-        if name != reading.work.referee and any(mode.moves for mode in reading.modes):
-            publish_answer(reading.engine, whole)
+        with reading.serve(name, whole.segments):
+            if name != reading.work.referee and any(mode.moves for mode in reading.modes):
+                publish_answer(reading.engine, whole)
     return reading.samples
 
 
