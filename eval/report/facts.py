@@ -40,7 +40,7 @@ def facts_of(engine: Engine, work: Work, modes: Sequence[Mode], options: Namespa
         },
         "modes": {mode.name: mode.describe() for mode in modes},
         "engine": asdict(engine.config),
-        "dense_engine": asdict(COLD_CONFIG),
+        "timed_dense_engine": asdict(COLD_CONFIG),
         "digests": {
             "rows": digest_of(work.rows),
             "train_rows": digest_of(work.train),

@@ -21,11 +21,11 @@ from kvcomm.memory.segments import Segment
 DENSELY, EXACTLY = Mode(DENSE, ReusePolicy.exact()), Mode(EXACT, ReusePolicy.exact())
 
 Around = Callable[[str, Sequence[Segment]], AbstractContextManager[None]]
-"""Given an agent and its prompt: what an agent answers in."""
+"""Given an agent and its prompt: entered before the agent answers, left when it has."""
 
 
 class AnsweringTeam:
-    """A team on one engine. Several questions may be answered at the same time, from several threads.
+    """A team on one engine with a cache. Several questions may be answered at the same time, from several threads.
 
     Args:
         mode: how its requests are served: one that moves nothing.
@@ -62,7 +62,7 @@ class AnsweringTeam:
     def answer(self, index: int, row: Row, around: Around = lambda agent, prompt: nullcontext()) -> Sample:
         """Let every agent answer, in the team's order.
 
-        Where the engine has a cache, agents after it find what each was given and answered.
+        Agents find in the cache what those before them were given and answered.
 
         Raises:
             InvalidRequest: a prompt is too long, or the row lacks a field; names the question.
@@ -93,7 +93,7 @@ class AnsweringTeam:
             usage, first = usage_values(completion.usage), first_texts(self._engine, self._work, completion)
             answers[agent.name] = Answer(token_ids, completion.text, usage, parts, result, first)
             values[Slot(agent.name)] = answers[agent.name].passed_on
-            if agent.name != self._work.referee and self._engine.config.cache:
+            if agent.name != self._work.referee:
                 publish_answer(self._engine, answers[agent.name])
         return answers
 

@@ -21,7 +21,7 @@ from kvcomm.errors import InvalidRequest
 CONFIG = EngineConfig(contest_prompts=4, pool_bytes=6 * 2**30, idle_after_s=0.0)
 """Of the engine that reuses. The pool holds the prompts of many questions; untouched pages cost no memory on a CPU."""
 COLD_CONFIG = EngineConfig(cache=False)
-"""Of the dense runs."""
+"""Of the engine on which dense requests are timed."""
 
 NOT_COMPARED = frozenset({"divergence", "timed"})
 """Settings that may change from one run in a folder to the next: they only add to what is there."""

@@ -261,8 +261,10 @@ class Scheduler:
 
     def _uses_tree(self, request: Request) -> bool:
         is_exact = request.sequence.fidelity is Fidelity.EXACT
-        may_read = self._config.cache and request.reads_cache
-        return may_read and is_exact and request.ready_logits is None
+        return self._may_read_cache(request) and is_exact and request.ready_logits is None
+
+    def _may_read_cache(self, request: Request) -> bool:
+        return self._config.cache and request.reads_cache
 
     def _take_pages(self, request: Request) -> None:
         """Share what the tree has of the prompt and allocate the rest, or change nothing."""
@@ -284,7 +286,7 @@ class Scheduler:
         if request.ready_logits is None:
             # The last token is always computed: its logits are not in the cache.
             sequence.rewind(min(sequence.num_computed, sequence.num_tokens - 1))
-        reason = Reason.NEW if self._config.cache and request.reads_cache else Reason.CACHE_OFF
+        reason = Reason.NEW if self._may_read_cache(request) else Reason.CACHE_OFF
         if self._uses_tree(request):
             reason = self._share_from_tree(request)
         if self._reuse.may_reuse(request) and request.ready_logits is None:

@@ -18,8 +18,10 @@ from eval.tasks import answering, replays, serving, teaching, timing
 from eval.tasks.gsm8k import Gsm8k, last_number
 from eval.tasks.options import make_parser, make_work
 from eval.tasks.samples import Sample, SampleFile
+from kvcomm import Engine, EngineConfig
 from kvcomm.align.calibration import Calibration
 from kvcomm.engine.cost import ReuseCost
+from kvcomm.errors import InvalidRequest
 
 TEAM = """
 name = "tiny"
@@ -176,6 +178,23 @@ def test_modes_served_together_are_as_if_alone(together: str, name: str, argumen
             assert {**answer.usage, "moved": None} == {**other.usage, "moved": None}
 
 
+def test_questions_served_at_the_same_time_have_room(arguments: list[str], tmp_path: Path) -> None:
+    """What a question takes is known before it is answered, and no more are begun than the pool has room for."""
+    assert gsm8k.main([*arguments, "--modes=rotate"]) == 0
+    options = make_parser("gsm8k", 4, 0).parse_args(arguments)
+    work = make_work(Gsm8k(), options, learns=False)
+    with Engine.load(options.model, config=EngineConfig(pool_tokens=1024)) as engine:
+        team = answering.AnsweringTeam(engine, work)
+        for index, sample in read(tmp_path, "dense").items():
+            answers = sample.answers.values()
+            taken = sum(len(each.token_ids) + sum(len(ids) for ids, _ in each.prompt) for each in answers)
+            assert taken <= team.num_tokens_at_most(index, work.rows[index]) <= taken + 5 * len(answers) * 20
+        with pytest.raises(InvalidRequest, match="question 7: 'question'"):
+            team.num_tokens_at_most(7, {"answer": "1"})
+        assert list(serving.batches(engine, {3: 400, 5: 112, 6: 1, 8: 9000, 9: 1})) == [[3, 5], [6], [8], [9]]
+        assert list(map(len, serving.batches(engine, dict.fromkeys(range(40), 1)))) == [16, 16, 8]
+
+
 def read(tmp_path: Path, name: str) -> dict[int, Sample]:
     return SampleFile(tmp_path / "out" / "samples" / f"{name}.jsonl").by_index()
 
@@ -200,7 +219,7 @@ class Interrupted:
     [
         (answering.AnsweringTeam, "_answers", 3),  # of the questions to learn from
         (answering.AnsweringTeam, "_answers", 4 + 10),
-        (answering.AnsweringTeam, "_answers", 18 + 3),  # in the dense run
+        (answering.AnsweringTeam, "_answers", NUM_TRAIN + 3),  # in the dense run
         (teaching.Lesson, "calibrate", 3),
         (serving, "_serve_question", 3),
         (timing, "_time_team", 6),

@@ -153,7 +153,8 @@ def test_contexts_that_are_being_made_have_a_place(engine: Engine, stalled: thre
         stalled.set()
         first = ok(creating.result())
         ok(ask(live, "DELETE", f"{URL}/{first['id']}"))
-        assert error_of(ask(live, "POST", URL, {"token_ids": [-1]}))[0] in (400, 422)  # a failure keeps no place
+        assert error_of(ask(live, "POST", URL, {"token_ids": [-1]}))[0] in (400, 422)
+        assert error_of(ask(live, "POST", URL, {"token_ids": [10**6]}))[0] == 400  # a failure keeps no place
         assert ok(ask(live, "POST", URL, {"text": "c"}))
 
 

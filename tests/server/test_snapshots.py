@@ -48,6 +48,16 @@ def test_a_conversation_comes_back_and_goes_on(saving: TestClient, engine: Engin
     assert answer["usage"]["computed_tokens"] == num_new + 1  # the last token of an answer is drawn, not computed
 
 
+def test_a_restored_context_needs_a_place(make_client: MakeClient, tmp_path: Path) -> None:
+    client = make_client(snapshots=tmp_path / "snapshots", max_contexts=1)
+    context = made(client, text="The quick brown fox")["id"]
+    assert save(client, context).status_code == 201
+    assert error_of(client.post("/v1/snapshots/one/restore", json={})) == (429, "quota_exceeded")
+    ok(client.delete(f"{URL}/{context}"))
+    assert error_of(client.post("/v1/snapshots/none/restore", json={}))[0] == 404  # a failure keeps no place
+    ok(client.post("/v1/snapshots/one/restore", json={}))
+
+
 def test_names_are_kept_apart_and_counted(saving: TestClient, folder: Path) -> None:
     context = made(saving, text="The quick brown fox")["id"]
     assert save(saving, context).status_code == 201
