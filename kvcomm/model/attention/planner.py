@@ -4,7 +4,8 @@ What always holds: for every row, the slots of its pieces are disjoint and toget
 Pages shared by several sequences become one piece for all of them, recursively, so nested forks are served at every
 depth; short runs of one sequence close behind each other (recomputed tokens) are attended together, with a mask; slots
 that lie next to each other in the pool are read in place; what single rows (decode) see alone is planned for all of
-them together (`single_rows`).
+them together (`single_rows`). Where short runs can be joined (`short_runs`), those that share little with others are
+planned whole.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from kvcomm.model.attention.contract import RunTable
 from kvcomm.model.attention.pieces import CausalPiece, FullPiece, MaskedPiece, Piece, Scratch, TailPiece
+from kvcomm.model.attention.short_runs import is_short
 from kvcomm.model.attention.single_rows import SingleRow, plan_single_rows
 from kvcomm.model.attention.slots import Index, SlotArray, index_of, tensor_of, views_and_gather
 
@@ -30,6 +32,9 @@ MAX_TAIL_ROWS = 64
 
 MAX_CLUSTER_TOKENS = 512
 """Positions from the first to the last row of a cluster: what its rows do not see of them is computed for nothing."""
+
+MIN_DISTINCT_SHARE = 0.5
+"""Short runs are attended each for itself if more than this share of the pages they read are different ones."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,16 @@ class _Cluster:
     def end(self) -> int:
         return self.runs[-1].end
 
+    @property
+    def is_short(self) -> bool:
+        """Whether it is one run behind a prefix, short enough to join others."""
+        is_one_behind = len(self.runs) == 1 and self.start > 0
+        return is_one_behind and is_short(self.end - self.start, self.end)
+
+    def pages_read(self, page_size: int) -> npt.NDArray[np.int32]:
+        """Of the last row, the one that is written included."""
+        return self.pages[: -(-self.end // page_size)]
+
     def row_positions(self) -> npt.NDArray[np.int64]:
         return np.concatenate([np.arange(run.start, run.end) for run in self.runs])
 
@@ -69,7 +84,13 @@ class _Cluster:
 class PassPlanner:
     """Plans the pieces of one pass for a given window width."""
 
-    def __init__(self, runs: Sequence[RunTable], page_size: int, device: torch.device) -> None:
+    def __init__(
+        self, runs: Sequence[RunTable], page_size: int, device: torch.device, *, joins_short_runs: bool = False
+    ) -> None:
+        """Args:
+        joins_short_runs: whether the pieces will go through `join_short_runs`.
+        """
+        self._joins_short_runs = joins_short_runs
         self._runs = list(runs)
         self._page_size = page_size
         self._device = device
@@ -95,9 +116,22 @@ class PassPlanner:
             return [piece for index in range(len(self._runs)) for piece in self._windowed(index, window)]
         pieces: list[Piece] = []
         remainders: dict[int, int] = {}
-        self._plan_shared(list(range(len(self._clusters))), 0, 0, pieces, remainders)
+        alone = self._short_runs_alone()
+        pieces.extend(self._tail(self._clusters[index]) for index in alone)
+        others = [index for index in range(len(self._clusters)) if index not in alone]
+        self._plan_shared(others, 0, 0, pieces, remainders)
         self._plan_remainders(remainders, pieces)
         return pieces
+
+    def _short_runs_alone(self) -> list[int]:
+        """Clusters that the loop of short runs takes whole: several, which together read few pages twice."""
+        if not self._joins_short_runs:
+            return []
+        short = [index for index, cluster in enumerate(self._clusters) if cluster.is_short]
+        if len(short) < 2:
+            return []
+        pages = np.concatenate([self._clusters[index].pages_read(self._page_size) for index in short])
+        return short if len(np.unique(pages)) > MIN_DISTINCT_SHARE * len(pages) else []
 
     @cached_property
     def _clusters(self) -> list[_Cluster]:
@@ -162,7 +196,7 @@ class PassPlanner:
                     SingleRow(cluster.rows.start, self._slots(cluster.pages, start, cluster.end), start > 0)
                 )
             elif len(cluster.runs) == 1 and start == 0 and cluster.start > 0 and num_rows <= MAX_TAIL_ROWS:
-                pieces.append(TailPiece(self._tail_parts(cluster), cluster.rows, self._scratch))
+                pieces.append(self._tail(cluster))
             elif len(cluster.runs) == 1:
                 if start < cluster.start:
                     self._add_full(cluster.pages, start, cluster.start, cluster.rows, start > 0, pieces)
@@ -181,6 +215,9 @@ class PassPlanner:
         visible = np.arange(masked_from, cluster.end) <= cluster.row_positions()[:, None]
         slots = self._index(self._slots(cluster.pages, masked_from, cluster.end))
         pieces.append(MaskedPiece(slots, cluster.rows, tensor_of(visible, self._device), merge=masked_from > 0))
+
+    def _tail(self, cluster: _Cluster) -> TailPiece:
+        return TailPiece(self._tail_parts(cluster), cluster.rows, self._scratch)
 
     def _tail_parts(self, cluster: _Cluster) -> tuple[Index, ...]:
         whole = self._index(self._slots(cluster.pages, 0, cluster.end))

@@ -27,6 +27,9 @@ MAX_ROWS = 8
 MAX_SLOTS = 1024
 """That the last row of such a run sees."""
 
+MAX_SLOTS_OF_ONE_ROW = 2048
+"""That a run of one row sees: reading them is all its work, so the loop is ahead for longer."""
+
 Floats = npt.NDArray[np.float32]
 
 
@@ -95,6 +98,11 @@ def can_join(storage: Tensor) -> bool:
     return storage.device.type == "cpu" and storage.dtype == torch.float32 and storage.is_contiguous()
 
 
+def is_short(num_rows: int, num_slots: int) -> bool:
+    """Whether a run of so many rows, the last of which sees so many slots, may join others."""
+    return num_rows <= MAX_ROWS and num_slots <= (MAX_SLOTS_OF_ONE_ROW if num_rows == 1 else MAX_SLOTS)
+
+
 def join_short_runs(pieces: Sequence[Piece]) -> list[Piece]:
     """The pieces of a pass over storages that `can_join`, with those of short runs as one where that pays.
 
@@ -117,8 +125,7 @@ def compile_loop() -> None:
 
 
 def _is_short(piece: TailPiece) -> bool:
-    num_rows = piece.rows.stop - piece.rows.start
-    return num_rows <= MAX_ROWS and sum(_length(part) for part in piece.parts) <= MAX_SLOTS
+    return is_short(piece.rows.stop - piece.rows.start, sum(_length(part) for part in piece.parts))
 
 
 def _joined(pieces: Sequence[TailPiece]) -> ShortRunsPiece:

@@ -38,10 +38,10 @@ class TorchStep:
         self, runs: Sequence[RunTable], keys: Sequence[Tensor], values: Sequence[Tensor], page_size: int
     ) -> None:
         self._keys, self._values = keys, values
-        self._planner = PassPlanner(runs, page_size, keys[0].device)
+        self._joins = all(map(can_join, (*keys, *values)))
+        self._planner = PassPlanner(runs, page_size, keys[0].device, joins_short_runs=self._joins)
         self._write_slots = self._planner.write_slots()
         self._pieces: dict[int | None, list[Piece]] = {}
-        self._joins = all(map(can_join, (*keys, *values)))
         if self._joins:
             compile_loop()
 

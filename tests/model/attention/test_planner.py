@@ -13,7 +13,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kvcomm.model.attention import planner, single_rows
+from kvcomm.model.attention import planner, short_runs, single_rows
 from kvcomm.model.attention import slots as slots_module
 from kvcomm.model.attention.contract import RunTable
 from kvcomm.model.attention.pieces import (
@@ -49,8 +49,8 @@ class Pass:
     def num_slots(self) -> int:
         return (max(int(run.pages.max()) for run in self.runs) + 1) * self.page_size
 
-    def planner(self) -> PassPlanner:
-        return PassPlanner(self.runs, self.page_size, CPU)
+    def planner(self, *, joins_short_runs: bool = False) -> PassPlanner:
+        return PassPlanner(self.runs, self.page_size, CPU, joins_short_runs=joins_short_runs)
 
     def slot(self, run: RunTable, position: int) -> int:
         return int(run.pages[position // self.page_size]) * self.page_size + position % self.page_size
@@ -166,6 +166,15 @@ def test_every_row_sees_its_slots_once_when_short_stretches_are_shared(case: Pas
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planner, "MIN_SHARED_TOKENS", min_shared)
         pieces = case.planner().pieces(None)
+    assert np.array_equal(counted(case, pieces), case.expected(None))
+
+
+@given(case=passes(), rows=st.sampled_from([1, 8, 200]), share=st.sampled_from([0.0, 0.5, 0.9]))
+def test_every_row_sees_its_slots_once_when_short_runs_join(case: Pass, rows: int, share: float) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(short_runs, "MAX_ROWS", rows)
+        patch.setattr(planner, "MIN_DISTINCT_SHARE", share)
+        pieces = case.planner(joins_short_runs=True).pieces(None)
     assert np.array_equal(counted(case, pieces), case.expected(None))
 
 
@@ -356,6 +365,34 @@ def test_short_scattered_pages_are_gathered_and_long_stretches_are_views() -> No
     pieces = PassPlanner([RunTable(pages, 639, 640)], 16, CPU).pieces(None)
     kinds = [("view" if isinstance(p.slots, slice) else "gather", len(members(p.slots))) for p in pieces]
     assert kinds == [("view", 320), ("view", 256), ("gather", 64)]
+
+
+def test_short_runs_that_join_are_planned_whole_beside_a_prompt() -> None:
+    """Each was cut into stretches in place and a padded rest, merged afterwards."""
+    runs = [
+        RunTable(np.arange(40, dtype=np.int32), 400, 600),
+        *(decode(np.arange(50 * stream, 50 * stream + 40, dtype=np.int32), 500 + 7 * stream) for stream in range(1, 4)),
+    ]
+    pieces = PassPlanner(runs, 16, CPU, joins_short_runs=True).pieces(None)
+    assert [type(piece) for piece in pieces] == [TailPiece, TailPiece, TailPiece, FullPiece, CausalPiece]
+    kinds = [type(piece) for piece in PassPlanner(runs, 16, CPU).pieces(None)]
+    assert TailPiece not in kinds
+    assert StridedPiece in kinds
+
+
+@pytest.mark.parametrize(("num_shared", "is_whole"), [(23, True), (24, False)])
+def test_forks_of_one_context_do_not_read_it_each_for_itself(num_shared: int, is_whole: bool) -> None:
+    """Three runs that read 31 pages each are planned whole as long as more than half of the 93 are different ones."""
+    own = 31 - num_shared
+    runs = [decode(np.array([*range(num_shared), *range(at, at + own)]), 490) for at in (100, 200, 300)]
+    pieces = PassPlanner(runs, 16, CPU, joins_short_runs=True).pieces(None)
+    assert [isinstance(piece, TailPiece) for piece in pieces] == ([True] * 3 if is_whole else [False] * len(pieces))
+
+
+def test_a_single_short_run_has_nothing_to_join() -> None:
+    runs = [decode(np.arange(3, 13, dtype=np.int32), 150), RunTable(np.arange(20, 30, dtype=np.int32), 0, 100)]
+    pieces = PassPlanner(runs, 16, CPU, joins_short_runs=True).pieces(None)
+    assert not any(isinstance(piece, TailPiece) for piece in pieces)
 
 
 def test_write_slots_follow_the_runs() -> None:

@@ -22,6 +22,7 @@ from kvcomm.model.attention.short_runs import (
     join_short_runs,
 )
 from kvcomm.model.attention.short_runs_loop import attend, exp
+from kvcomm.model.attention.torch_backend import TorchBackend
 
 PAGE_SIZE = 16
 
@@ -76,6 +77,35 @@ def test_the_loop_is_the_reference(
     torch.testing.assert_close(out.transpose(0, 1)[None], expected, rtol=0, atol=5e-6)
 
 
+@given(cut=st.lists(st.tuples(st.integers(1, MAX_ROWS), st.integers(1, 300)), min_size=2, max_size=6), data=st.data())
+def test_decode_beside_a_prompt_is_the_reference(cut: list[tuple[int, int]], data: st.DataObject) -> None:
+    """As the back end plans it: rows of decode join, those of the prompt stay what they were."""
+    ids = iter(data.draw(st.permutations(range(160))))
+    sizes = [(100, data.draw(st.integers(0, 200))), *cut]
+    order = data.draw(st.permutations(sizes))
+    runs = []
+    for num_rows, num_before in order:
+        end = num_before + num_rows
+        runs.append(
+            RunTable(np.array([next(ids) for _ in range(-(-end // PAGE_SIZE))], dtype=np.int32), num_before, end)
+        )
+    query = random(6, sum(num_rows for num_rows, _ in sizes), 8)
+    keys, values = random(160 * PAGE_SIZE, 3, 8, seed=1), random(160 * PAGE_SIZE, 3, 8, seed=2)
+    step = TorchBackend().prepare(runs, [keys.clone()], [values.clone()], PAGE_SIZE)
+    # What the pass writes is what is there already: only reading is looked at.
+    new = [_written(stored, runs) for stored in (keys, values)]
+    out = step(0, query[None], *new, scale=0.3, sliding_window=None)
+    expected, _ = paged_attention_reference(query[None], keys, values, runs, PAGE_SIZE, 0.3, None)
+    torch.testing.assert_close(out, expected, rtol=0, atol=5e-6)
+
+
+def _written(stored: Tensor, runs: list[RunTable]) -> Tensor:
+    """[1, num_heads, num_rows, dim]: what lies in the slots of the runs' rows."""
+    positions = [(each, position) for each in runs for position in range(each.start, each.end)]
+    slots = [int(each.pages[at // PAGE_SIZE]) * PAGE_SIZE + at % PAGE_SIZE for each, at in positions]
+    return stored[slots].transpose(0, 1)[None]
+
+
 def test_large_scores_do_not_overflow() -> None:
     runs = [run(3, 90, page=1), run(2, 40, page=10)]
     (piece,) = joined(*runs)
@@ -112,6 +142,19 @@ def test_runs_that_would_cost_more_stay_alone() -> None:
     assert [type(piece) for piece in pieces] == [ShortRunsPiece, TailPiece, TailPiece]
     assert isinstance(pieces[0].rows, Tensor)
     assert pieces[0].rows.tolist() == [9, 10, 13, 14, 15]
+
+
+def test_a_run_of_one_row_may_see_more() -> None:
+    planned = PassPlanner(
+        [run(1, 2048, page=1), run(1, 1500, page=200), run(1, 2049, page=300), run(2, 1025, page=500)],
+        PAGE_SIZE,
+        torch.device("cpu"),
+        joins_short_runs=True,
+    )
+    first, *others = join_short_runs(planned.pieces(None))
+    assert isinstance(first, ShortRunsPiece)
+    assert _members(first).tolist() == [0, 1]
+    assert not any(isinstance(piece, ShortRunsPiece) for piece in others)
 
 
 def test_one_run_alone_joins_where_its_slots_are_scattered() -> None:
