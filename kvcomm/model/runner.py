@@ -88,7 +88,9 @@ class ModelRunner:
         token_ids = np.concatenate([run.token_ids for run in runs]).astype(np.int64)
         positions = np.concatenate([np.arange(run.start, run.end) for run in runs])
         rows = self._to_device(_wanted_rows(runs))
-        with self._pass_lock, hook.switched(self._configs), self._layers.switched(len(token_ids)):
+        is_whole_prompt = len(runs) == 1 and runs[0].start == 0  # which is the stock forward's, to the last bit
+        layers = self._layers.switched(len(token_ids), up_to_rounding=not is_whole_prompt)
+        with self._pass_lock, hook.switched(self._configs), layers:
             output = self._model(
                 input_ids=self._to_device(token_ids)[None],
                 position_ids=self._to_device(positions)[None],

@@ -1,11 +1,10 @@
 """Pieces: stretches of key slots together with the query rows that attend to them.
 
 Each piece computes the attention of its rows over its own slots only and returns it with the log-sum-exp of the
-scores, so that the partial results of a row can be merged (`merge_into`). No piece knows positions or windows: what a
+scores, so that the partial results of a row can be merged (`merging`). No piece knows positions or windows: what a
 row may see was decided when the pieces were planned.
 
-Source of the merge: FlashAttention-2, arXiv 2307.08691v1, Sec. 2.3; shared prefixes as in Hydragen, arXiv
-2402.05099v2, Sec. 3.1.
+Source: shared prefixes as in Hydragen, arXiv 2402.05099v2, Sec. 3.1.
 """
 
 from __future__ import annotations
@@ -275,15 +274,6 @@ def _attention_by_matmul(
     lse = scores.logsumexp(-1)
     weights = (scores - lse[..., None]).exp().to(value.dtype)
     return weights @ value, lse
-
-
-def merge_into(out: Tensor, lse: Tensor, rows: Index, part: Tensor, part_lse: Tensor) -> None:
-    """Merge a partial result into rows of `out` [num_heads, num_tokens, value_dim] and `lse`; both are changed."""
-    old, old_lse = out[:, rows], lse[:, rows]
-    total = torch.logaddexp(old_lse, part_lse)
-    old_weight, part_weight = (old_lse - total).exp()[..., None], (part_lse - total).exp()[..., None]
-    out[:, rows] = (old * old_weight + part * part_weight).to(out.dtype)
-    lse[:, rows] = total
 
 
 def _heads_first(stored: Tensor, slots: Index) -> Tensor:

@@ -13,10 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvcomm.model import compiled
+from kvcomm.model.attention import merging, short_runs
 from kvcomm.model.attention.contract import AttentionStep, RunTable
-from kvcomm.model.attention.pieces import Piece, merge_into
+from kvcomm.model.attention.merging import Merge, merge_by_loop, merge_into
+from kvcomm.model.attention.pieces import Piece
 from kvcomm.model.attention.planner import PassPlanner
-from kvcomm.model.attention.short_runs import can_join, compile_loop, join_short_runs
+from kvcomm.model.attention.short_runs import can_join, join_short_runs
 from kvcomm.model.attention.slots import Index
 
 
@@ -42,8 +45,11 @@ class TorchStep:
         self._planner = PassPlanner(runs, page_size, keys[0].device, joins_short_runs=self._joins)
         self._write_slots = self._planner.write_slots()
         self._pieces: dict[int | None, list[Piece]] = {}
+        self._merge: Merge = merge_by_loop if self._joins else merge_into
         if self._joins:
-            compile_loop()
+            short_runs.compile_loop()
+            merging.compile_loop()
+            compiled.share_threads()
 
     def __call__(
         self,
@@ -62,7 +68,7 @@ class TorchStep:
         if window not in self._pieces:
             pieces = self._planner.pieces(window)
             self._pieces[window] = join_short_runs(pieces) if self._joins else pieces
-        return _attend(self._pieces[window], query[0], keys, values, scale)
+        return _attend(self._pieces[window], query[0], keys, values, scale, self._merge)
 
 
 def _write(storage: Tensor, slots: Index, new: Tensor) -> None:
@@ -73,7 +79,7 @@ def _write(storage: Tensor, slots: Index, new: Tensor) -> None:
         storage.index_copy_(0, slots, new[0].transpose(0, 1))
 
 
-def _attend(pieces: Sequence[Piece], query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def _attend(pieces: Sequence[Piece], query: Tensor, keys: Tensor, values: Tensor, scale: float, merge: Merge) -> Tensor:
     if len(pieces) == 1 and pieces[0].rows == slice(0, query.shape[1]):
         out, _ = pieces[0].attend(query, keys, values, scale)
         return out.transpose(0, 1)[None]
@@ -85,7 +91,7 @@ def _attend(pieces: Sequence[Piece], query: Tensor, keys: Tensor, values: Tensor
         part, part_lse = piece.attend(query, keys, values, scale)
         if piece.merge:
             assert part_lse is not None
-            merge_into(out, lse, piece.rows, part, part_lse)
+            merge(out, lse, piece.rows, part, part_lse)
         else:
             out[:, piece.rows] = part
             if part_lse is not None:
