@@ -1,14 +1,17 @@
 """Finding what can be moved into a prompt, and publishing what a request has computed for others to move.
 
 A segment with a name is a slot: its text can be moved. One without is template text, which is always computed. Every
-context that reads or writes a text leaves a rendition of it; the one to move is that of the edge about which most is
-known, and among equals the first reader's (or the producer's), so that edges stay the same from request to request.
+context that reads or writes a text leaves a rendition of it. The one to move is that of the edge which could be taken
+most often, so that edges stay the same from request to request: agents who agree write one text in several contexts,
+but what an agent has written himself is there when they do not agree, too. Among equals it is the edge about which most
+is known, then the first reader's (or the producer's).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from kvcomm.align.edges import Edge, signatures
@@ -20,6 +23,9 @@ from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.segments import Rendition, Segment
 from kvcomm.memory.sequences import Sequence as KVSequence
+
+MAX_COUNTED_EDGES = 10_000
+"""Edges of which it is kept how often they could be taken; beyond, those are forgotten that were seen longest ago."""
 
 
 class Occurrence(NamedTuple):
@@ -56,6 +62,7 @@ class MoveFinder:
         """
         self._memory = memory
         self._evidence = evidence
+        self._times_seen: OrderedDict[tuple[str, Edge], int] = OrderedDict()
 
     def find(
         self,
@@ -80,9 +87,12 @@ class MoveFinder:
         for each in occurrences(segments):
             if each.segment.name is None or each.end <= num_exact:
                 continue
-            rendition = self._source(namespace, each, own, before_s)
-            if rendition is None:
+            known = self._renditions(namespace, each, own, before_s)
+            if not known:
                 continue
+            if is_use:
+                self._count(namespace, dict.fromkeys(_edge(rendition, each) for rendition in known))
+            rendition = self._best(namespace, each, known)
             if is_use:
                 self._memory.segments.touch(namespace, rendition)
             start, end = max(each.start, num_exact), min(each.start + rendition.num_tokens, last)
@@ -127,22 +137,27 @@ class MoveFinder:
         for move in moves:
             self._memory.pool.release(move.source_pages)
 
-    def _source(self, namespace: str, each: Occurrence, own: KVSequence, before_s: float) -> Rendition | None:
-        known = [
+    def _renditions(self, namespace: str, each: Occurrence, own: KVSequence, before_s: float) -> list[Rendition]:
+        return [
             rendition
             for rendition in self._memory.segments.renditions_of(namespace, each.segment)
             if rendition.created_s < before_s and not self._is_own(rendition, each, own)
         ]
-        if not known:
-            return None
-        return min(
-            known,
-            key=lambda rendition: (
-                rendition.fidelity is not Fidelity.EXACT,
-                -self._evidence(namespace, _edge(rendition, each)),
-                rendition.created_s,
-            ),
-        )
+
+    def _best(self, namespace: str, each: Occurrence, known: Sequence[Rendition]) -> Rendition:
+        def rank(rendition: Rendition) -> tuple[bool, int, int, float]:
+            edge = _edge(rendition, each)
+            times_seen = self._times_seen.get((namespace, edge), 0)
+            is_approximate = rendition.fidelity is not Fidelity.EXACT
+            return is_approximate, -times_seen, -self._evidence(namespace, edge), rendition.created_s
+
+        return min(known, key=rank)
+
+    def _count(self, namespace: str, edges: Iterable[Edge]) -> None:
+        for edge in edges:
+            self._times_seen[namespace, edge] = self._times_seen.pop((namespace, edge), 0) + 1
+        while len(self._times_seen) > MAX_COUNTED_EDGES:
+            self._times_seen.popitem(last=False)
 
     def _is_own(self, rendition: Rendition, each: Occurrence, own: KVSequence) -> bool:
         first = each.start // self._memory.pool.page_size
