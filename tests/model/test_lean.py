@@ -137,6 +137,13 @@ def test_many_rows_by_onednn_are_as_near_to_the_exact_product_as_one_sum(num_row
     assert float((out[0] - exact).abs().max()) <= 1.1 * float((summed - exact).abs().max())
 
 
+def test_onednn_takes_strided_rows_and_weights() -> None:
+    rows, weight = random(2, 100, 96)[..., ::2], random(80, 96, seed=1)[::2, ::2]
+    for one, other in ((rows, weight), (rows.contiguous(), weight.t().contiguous().t())):
+        with torch.inference_mode():
+            torch.testing.assert_close(linear_by_onednn(one, other, None), one @ other.t(), rtol=1e-5, atol=1e-5)
+
+
 def test_many_rows_are_the_stock_product_unless_rounding_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, rows = linear(), random(MAX_ROWS + 1, 24)
     layers, seen = LeanLayers(layer), []
