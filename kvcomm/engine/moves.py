@@ -80,7 +80,7 @@ class MoveFinder:
 
         Args:
             before_s: only renditions made before this moment, on the monotonic clock.
-            is_use: count what is found as used now.
+            is_use: count what is found as used now, and the edges it could be taken from as seen.
         """
         last = sum(len(segment.token_ids) for segment in segments) - 1
         moves = []

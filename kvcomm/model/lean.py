@@ -5,9 +5,9 @@ do is to read the weight, and MKL's `x @ W.T` (what `nn.Linear` asks for) packs 
 reads it once (measured, all weights of smollm2-135m at 1, 4, 8, 16 and 32 rows: 67, 143, 89, 122 and 184 ms against 45,
 46, 47, 64 and 98; reading alone took 49). Equal up to rounding.
 
-Linear layers over more rows, where a pass need not be the stock forward to the last bit. oneDNN takes the widest
-vectors that the processor has, MKL only on its maker's own (measured on AMD Zen 4, the layers of smollm2-135m in turns
-at 64, 128, 256, 512 and 2,048 rows: 0.82, 0.86, 0.87, 0.90 and 0.92 of MKL's time). Equal up to rounding.
+Linear layers over more rows, where a pass need not be the stock forward to the last bit: oneDNN instead of MKL
+(measured on AMD Zen 4, the layers of smollm2-135m in turns at 64, 128, 256, 512 and 2,048 rows: 0.82, 0.86, 0.87, 0.90
+and 0.92 of MKL's time; other makers' processors have not been measured). Equal up to rounding.
 
 RMS norms. transformers makes a new tensor at each of five steps; on long prompts the system spends more time on handing
 out and taking back that memory than on the numbers (measured: 2,048 rows of 576, 6.5 ms against 1.0 ms). Three of the

@@ -1,4 +1,4 @@
-"""What the finder of moves knows about a text's surroundings, here and where it comes from."""
+"""Which of several sources is moved, and what is known about a text's surroundings, here and there."""
 
 from __future__ import annotations
 
@@ -47,10 +47,9 @@ class _Team:
             segments = (role, Segment(answer, "answer"))
             self.finder.publish("n", segments, _computed(self.memory, segments), start=0, risk=0.0)
         prompt = (TAIL, Segment(first, "first"), Segment(second, "second"), TAIL)
-        moves = self.finder.find("n", prompt, 0, _computed(self.memory, prompt), is_use=is_use)
-        self.finder.release(moves)
-        one, two = (move.edge.source for move in moves)
-        return one, two
+        one, two = self.finder.find("n", prompt, 0, _computed(self.memory, prompt), is_use=is_use)
+        self.finder.release([one, two])
+        return one.edge.source, two.edge.source
 
 
 def test_agents_who_agree_are_read_from_where_each_is_read_when_they_do_not() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvcomm.memory import segments, tree
-from kvcomm.model import runner
+from kvcomm.model import lean, runner
 from kvcomm.model.attention.contract import AttentionStep, RunTable
 from kvcomm.model.attention.torch_backend import TorchBackend
 from kvcomm.model.geometry import ModelGeometry
@@ -246,6 +246,31 @@ def test_a_model_that_returns_all_logits_is_cut_to_the_wanted_ones(monkeypatch: 
     paged = Paged(model)
     monkeypatch.setattr(model, "forward", all_logits)
     require_close(paged.runner.forward([Run(tokens[0], first, 0, 2), Run(tokens[1], second, 0)]), expected)
+
+
+@pytest.mark.parametrize(("start", "num_runs", "is_free"), [(0, 1, False), (8, 1, True), (0, 2, True)])
+def test_only_a_prompt_computed_whole_must_be_stock_to_the_last_bit(
+    start: int, num_runs: int, is_free: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where rounding may differ, products of many rows are oneDNN's, which is faster."""
+    seen: list[int] = []
+    onednn = lean.linear_by_onednn
+
+    def watched(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append(rows.shape[:-1].numel())
+        return onednn(rows, weight, bias)
+
+    monkeypatch.setattr(lean, "linear_by_onednn", watched)
+    model = tiny_model("llama")
+    paged = Paged(model)
+    token_ids, pages = some_tokens(100), tables(*[100] * num_runs)
+    if start:
+        paged.forward(part(token_ids, pages[0], 0, start))
+    seen.clear()
+    every = paged.forward(*(part(token_ids, each, start, 100) for each in pages))
+    assert bool(seen) == is_free
+    for logits in every:
+        require_close(logits, stock(model, token_ids)[start:])
 
 
 def test_two_passes_over_the_same_runs_are_equal() -> None:

@@ -106,12 +106,11 @@ def is_short(num_rows: int, num_slots: int) -> bool:
 def join_short_runs(pieces: Sequence[Piece]) -> list[Piece]:
     """The pieces of a pass over storages that `can_join`, with those of short runs as one where that pays.
 
-    To be called by the thread that makes the pass: the loop gets as many threads there as torch has.
+    The loop runs on the threads that the caller has given it, see `compiled.share_threads`.
     """
     short = [piece for piece in pieces if isinstance(piece, TailPiece) and _is_short(piece)]
     if len(short) < 2 and not any(len(piece.parts) > 1 for piece in short):
         return list(pieces)
-    compiled.share_threads()
     others = [piece for piece in pieces if not any(piece is one for one in short)]
     return [_joined(short), *others]
 

@@ -2,8 +2,8 @@
 
 A pass is cut into pieces (`planner`), each piece is one call of torch's flash attention (`pieces`), and partial
 results of a row are merged by their log-sum-exp. A pass whose only piece is one causal block goes through the very
-kernel that stock SDPA uses, so a cold full prefill is bit-identical to the stock forward on CPU. There all short runs
-of a pass are one piece (`short_runs`).
+kernel that stock SDPA uses, so a cold full prefill is bit-identical to the stock forward on CPU. There, in float32, all
+short runs of a pass are one piece (`short_runs`), and one compiled loop merges (`merging`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ class TorchStep:
         if self._joins:
             short_runs.compile_loop()
             merging.compile_loop()
-            compiled.share_threads()
 
     def __call__(
         self,
@@ -66,9 +65,15 @@ class TorchStep:
         _write(values, self._write_slots, value)
         window = self._planner.effective_window(sliding_window)
         if window not in self._pieces:
-            pieces = self._planner.pieces(window)
-            self._pieces[window] = join_short_runs(pieces) if self._joins else pieces
+            self._pieces[window] = self._plan(window)
         return _attend(self._pieces[window], query[0], keys, values, scale, self._merge)
+
+    def _plan(self, window: int | None) -> list[Piece]:
+        pieces = self._planner.pieces(window)
+        if not self._joins:
+            return pieces
+        compiled.share_threads()  # of the thread that makes the pass
+        return join_short_runs(pieces)
 
 
 def _write(storage: Tensor, slots: Index, new: Tensor) -> None:
