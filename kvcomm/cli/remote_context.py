@@ -5,7 +5,7 @@ A context is called by its name or its id there; names need not be unique on a s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from kvcomm.cli.text import counted, printable
 from kvcomm.errors import InvalidRequest
 
 PREFILL_TIMEOUT_S = 600.0
+_OPENAI_NAMES = {"max_new_tokens": "max_tokens"}
 
 
 class RemoteContexts:
@@ -64,7 +65,7 @@ class RemoteContexts:
         return context
 
     def generate(
-        self, name: str, sampling: dict[str, Any], stop: Sequence[str] | None, save_as: str | None
+        self, name: str, sampling: Mapping[str, Any], stop: Sequence[str] | None, save_as: str | None
     ) -> dict[str, Any]:
         """The server's answer behind a context; with `save_as` a fork of it keeps the answer."""
         context = self.find(name) if save_as is None else self.fork(name, save_as)
@@ -73,9 +74,8 @@ class RemoteContexts:
             "prompt": "",
             "context_id": context["id"],
             "store": save_as is not None,
-            "max_tokens": sampling.pop("max_new_tokens", None),
             "stop": list(stop) if stop else None,
-            **sampling,
+            **{_OPENAI_NAMES.get(name, name): value for name, value in sampling.items()},
         }
         return dict(self._ask("POST", "/v1/completions", body))
 

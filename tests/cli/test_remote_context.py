@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kvcomm.cli.app import run
+from kvcomm.cli.remote_context import RemoteContexts
 from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
 from kvcomm.server.settings import ServerSettings
@@ -58,6 +59,14 @@ def test_the_verbs(kvcomm: Any) -> None:
     assert [each["name"] for each in kvcomm("show", "more")["contexts"]] == ["base", "left", "more"]
     assert [each["name"] for each in kvcomm("rm", "base", "left")["removed"]] == ["base", "left"]
     assert {each["parent"] for each in kvcomm("ls")["contexts"]} == {None}
+
+
+def test_the_callers_settings_stay_as_they_are(live: Live, kvcomm: Any) -> None:
+    kvcomm("create", "base", "--text", "The quick brown fox")
+    sampling = {"max_new_tokens": 3, "temperature": 0.0}
+    answer = RemoteContexts(live.url, None).generate("base", sampling, None, None)
+    assert answer["usage"]["completion_tokens"] == 3
+    assert sampling == {"max_new_tokens": 3, "temperature": 0.0}
 
 
 def test_for_people(live: Live, kvcomm: Any, capsys: pytest.CaptureFixture[str]) -> None:
