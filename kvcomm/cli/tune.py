@@ -53,6 +53,7 @@ def tune(
     """Choose settings of approximate reuse for a team by measured divergence, calibrate and verify them.
 
     A run that was interrupted goes on where it was; its state is in the folder beside the profile.
+    A check keeps nothing and takes as many rows as the budget has room for.
     """
     from kvcomm.agents.team import load_team
     from kvcomm.agents.tuning import Task, check_profile, plan_tuning, read_profile
@@ -66,7 +67,7 @@ def tune(
         team = load_team(workload or read_profile(check).team.name)
         rows = read_rows(data, team)[:limit]
         with tempfile.TemporaryDirectory() as folder:
-            found = check_profile(_maker(model), check, team, rows, Path(folder), _note)
+            found = check_profile(_maker(model), check, team, rows, Path(folder), _note, budget_s=seconds(budget))
         _emit_check(found, check, model, data, as_json=as_json)
         return
     assert out is not None
@@ -168,6 +169,7 @@ def _emit_check(found: Check, file: Path, model: str, data: Path, *, as_json: bo
             "data": data.name,
             "rows": found.num_rows,
             "rows_left_out": found.num_known,
+            "rows_unread": found.num_unread,
         },
     }
     emit(value, _judged(judged), as_json=as_json)

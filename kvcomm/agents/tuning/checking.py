@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +30,9 @@ from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.variant import Variant
 from kvcomm.errors import AnchorFileCorrupt, InvalidRequest
 
+BATCH = 8
+"""Rows of a check that are answered at the same time; fewer keep a budget better, more are quicker."""
+
 
 class Applied(NamedTuple):
     """An engine under a profile, and the policy by which its requests are served."""
@@ -38,11 +43,17 @@ class Applied(NamedTuple):
 
 
 class Check(NamedTuple):
-    """What new rows say; `num_known` rows were left out because the profile has seen them."""
+    """What `num_rows` new rows say.
+
+    Attributes:
+        num_known: rows left out because the profile has seen them.
+        num_unread: rows left out because the time was over.
+    """
 
     found: VerificationTable
     num_rows: int
     num_known: int
+    num_unread: int
 
 
 def apply_profile(
@@ -71,11 +82,22 @@ def apply_profile(
     return Applied(engine, profile.policy(), profile)
 
 
-def check_profile(make_engine: EngineMaker, file: Path, team: Team, rows: list[Row], folder: Path, note: Note) -> Check:
+def check_profile(
+    make_engine: EngineMaker,
+    file: Path,
+    team: Team,
+    rows: list[Row],
+    folder: Path,
+    note: Note,
+    *,
+    budget_s: float = math.inf,
+) -> Check:
     """Run the team on rows that the profile has not seen, replay them, and judge what would be accepted.
 
     Args:
+        rows: in an order that tells nothing about them, as `read_rows` gives them: the first ones are used.
         folder: for exact runs and outcomes, from which an interrupted check goes on.
+        budget_s: no batch of rows is begun that would take longer than what is left of it; the first one always is.
 
     Raises:
         InvalidRequest: every row is known to the profile.
@@ -87,14 +109,35 @@ def check_profile(make_engine: EngineMaker, file: Path, team: Team, rows: list[R
         fresh = [row for row in rows if row.digest not in profile.data.used]
         if not fresh:
             raise InvalidRequest(f"all {len(rows)} rows were used to make {file}; give --data with others")
-        runs = exact_runs(engine, greedy(team), fresh, folder / "answers.jsonl", note)
         calibrations, strengths = _calibrations(engine, profile, file)
         # A change of the profile makes other outcomes: their label says whose they are.
         label = f"check {profile.validity.made}"
         variants = ladder_variants(applied.policy)
-        measured = measure(engine, Replays(fresh, runs), variants, strengths, folder / "outcomes.jsonl", label, note)
-        found = judge(measured, calibrations, applied.policy, num_requests=len(fresh) * (len(team.agents) - 1))
-    return Check(found, len(fresh), len(rows) - len(fresh))
+        measured: Measured = {}
+        num_read = 0
+        for batch in _batches_within(fresh, budget_s, note):
+            runs = exact_runs(engine, greedy(team), batch, folder / "answers.jsonl", note)
+            replays = Replays(batch, runs)
+            found = measure(engine, replays, variants, strengths, folder / "outcomes.jsonl", label, note)
+            for agent, prompts in found.items():
+                measured.setdefault(agent, []).extend(prompts)
+            num_read += len(batch)
+        judged = judge(measured, calibrations, applied.policy, num_requests=num_read * (len(team.agents) - 1))
+    return Check(judged, num_read, len(rows) - len(fresh), len(fresh) - num_read)
+
+
+def _batches_within(rows: Sequence[Row], budget_s: float, note: Note) -> Iterator[Sequence[Row]]:
+    """Rows by batches, as long as there is time for one that takes as long as the longest so far."""
+    deadline_s, longest_s = time.monotonic() + budget_s, 0.0
+    for first in range(0, len(rows), BATCH):
+        begun_s = time.monotonic()
+        if first and begun_s + longest_s > deadline_s:
+            note(f"the budget is used up: {first} of {len(rows)} rows are checked; --budget gives more")
+            return
+        batch = rows[first : first + BATCH]
+        note(f"rows {first + 1} to {first + len(batch)} of {len(rows)}")
+        yield batch
+        longest_s = max(longest_s, time.monotonic() - begun_s)
 
 
 def ladder_variants(policy: ReusePolicy) -> list[Variant]:
