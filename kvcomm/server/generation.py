@@ -30,7 +30,7 @@ from kvcomm.server.logs import Answered, RequestNotes, log_unexpected, notes_of
 from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.state import ServerState, state_of
 from kvcomm.server.tenants import Tenant
-from kvcomm.server.waiting import timed_out, while_connected
+from kvcomm.server.waiting import in_thread, timed_out, while_connected
 
 T = TypeVar("T")
 
@@ -117,14 +117,13 @@ class Call:
 
         def start() -> None:
             submitted_ns = time.time_ns()
-            # Remembered here: if the caller is cancelled meanwhile, `close` still finds it.
             if job.turn is not None:
                 handle = job.turn.start(job.sampling, job.policy)
             else:
                 handle = self.state.engine.submit(job.prompt.segments, job.sampling, tenant=space, policy=job.policy)
             self._running.append(_Running(job, space, handle, submitted_ns))
 
-        await anyio.to_thread.run_sync(start)
+        await in_thread(start)  # if the caller is cancelled meanwhile, `close` finds the handle
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Chunks of all jobs as they come.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+import anyio
+import anyio.to_thread
 from starlette.types import Receive
 
 from kvcomm.server.errors import CLIENT_GONE, ApiError
@@ -36,6 +38,25 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], *, dea
         gone.cancel()
         task.cancel()
         await asyncio.wait((task, gone))
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """Do in a worker thread what makes something; whoever is cancelled meanwhile leaves only once it is done.
+
+    A task that asyncio cancels leaves anyio's threads behind, and what they then make would belong to nobody.
+    """
+    thread = asyncio.ensure_future(anyio.to_thread.run_sync(work))
+    cancelled: asyncio.CancelledError | None = None
+    with anyio.CancelScope(shield=True):  # a scope of anyio's would cancel again and again
+        while not thread.done():
+            try:
+                await asyncio.wait((thread,))
+            except asyncio.CancelledError as error:
+                cancelled = error
+    if cancelled is not None:
+        thread.exception()  # nobody is left to be told
+        raise cancelled
+    return thread.result()
 
 
 def timed_out() -> ApiError:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -13,6 +16,8 @@ import pytest
 
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.handle import RequestHandle
+from kvcomm.server import waiting
+from kvcomm.server.contexts.snapshots import SnapshotFolder
 from kvcomm.server.keys import KeyRing, add_key
 from kvcomm.server.prompts import PromptMaker
 from kvcomm.server.schemas.chat import ChatRequest
@@ -103,6 +108,68 @@ def test_clients_that_go_away_at_any_moment(live: Live, engine: Engine) -> None:
     assert httpx2.post(live.url + CHAT, json=chat(), timeout=PATIENCE_S).status_code == 200
     assert {line["level"] for line in live.log} == {"info"}
     assert {line.get("stopped") for line in live.log} == {None, "client_gone"}
+
+
+class Late:
+    """A function of worker threads that does its work only after the client has gone.
+
+    Attributes:
+        num_in_flight: places that were taken then.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, live: Live) -> None:
+        self.num_in_flight, self._admission = 0, live.state.admission
+        self._work, self._disconnect = getattr(owner, name), waiting._disconnect
+        self._has_begun, self._has_gone, self._has_ended = threading.Event(), threading.Event(), threading.Event()
+        monkeypatch.setattr(owner, name, lambda *arguments, **settings: self._call(*arguments, **settings))
+        monkeypatch.setattr(waiting, "_disconnect", self._noticed)
+
+    def leave(self, connection: socket.socket) -> None:
+        """Close a client's connection while the work is being done; returns once it is."""
+        assert self._has_begun.wait(PATIENCE_S)
+        connection.close()
+        assert self._has_ended.wait(PATIENCE_S)
+
+    def _call(self, *arguments: Any, **settings: Any) -> Any:
+        self._has_begun.set()
+        assert self._has_gone.wait(PATIENCE_S)
+        time.sleep(0.05)  # the loop gets to cancel
+        self.num_in_flight = self._admission.num_in_flight
+        made = self._work(*arguments, **settings)
+        self._has_ended.set()
+        return made
+
+    async def _noticed(self, receive: Any) -> None:
+        await self._disconnect(receive)
+        self._has_gone.set()
+
+
+def test_a_client_that_goes_away_while_its_request_is_submitted(
+    live: Live, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: what a worker thread submitted after its caller had been cancelled ran to its end, and nobody knew of it."""
+    late = Late(monkeypatch, engine, "submit", live)
+    late.leave(live.post(encoded(LONG)))
+    assert late.num_in_flight == 1
+    wait_for(lambda: live.state.admission.num_in_flight == 0)
+    assert engine.scheduler.requests() == []
+    assert engine.memory_stats().num_in_requests == 0
+
+
+def test_a_client_that_goes_away_while_a_snapshot_is_read(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: its place was given to others while the snapshot was still being read."""
+    with serving(engine, settings(snapshots=tmp_path)) as live:
+        made = httpx2.post(f"{live.url}/v1/contexts", json={"text": "The quick brown fox jumps"}).json()
+        saved = httpx2.post(f"{live.url}/v1/contexts/{made['id']}/snapshot", json={"name": "kept"})
+        assert saved.status_code == 201
+        assert httpx2.delete(f"{live.url}/v1/contexts/{made['id']}").status_code == 200
+        late = Late(monkeypatch, SnapshotFolder, "restore", live)
+        late.leave(live.post(encoded({}), "/v1/snapshots/kept/restore"))
+        assert late.num_in_flight == 1
+        wait_for(lambda: live.state.admission.num_in_flight == 0)
+        wait_for(lambda: engine.memory_stats().num_in_contexts == 0)
 
 
 def test_a_full_server_refuses_at_once(live: Live, stalled: threading.Event) -> None:

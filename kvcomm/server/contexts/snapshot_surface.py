@@ -25,6 +25,7 @@ from kvcomm.server.schemas.contexts import (
     SnapshotRequest,
 )
 from kvcomm.server.state import StateDep, TenantDep
+from kvcomm.server.waiting import in_thread
 
 router = APIRouter(prefix="/v1", tags=["contexts"], dependencies=[Depends(security)])
 
@@ -85,9 +86,9 @@ async def _read(name: str, body: RestoreRequest, call: Call, folder: SnapshotFol
 
     def read() -> Turn:
         context, conversation = folder.restore(state.engine, name, space=space)
-        turn = call.take_turn(Turn(context))  # here: if the caller is cancelled meanwhile, `close` still finds it
+        turn = call.take_turn(Turn(context))
         turn.conversation = conversation
         return turn
 
     async with state.admission.place(call.tenant, num_tokens):
-        return await anyio.to_thread.run_sync(read)
+        return await in_thread(read)  # if the caller is cancelled meanwhile, `close` finds the turn
