@@ -20,6 +20,7 @@ from kvcomm.errors import InvalidRequest
 
 PREFILL_TIMEOUT_S = 600.0
 _OPENAI_NAMES = {"max_new_tokens": "max_tokens"}
+"""Settings of sampling that are called otherwise over HTTP."""
 
 
 class RemoteContexts:
@@ -75,7 +76,7 @@ class RemoteContexts:
             "context_id": context["id"],
             "store": save_as is not None,
             "stop": list(stop) if stop else None,
-            **{_OPENAI_NAMES.get(name, name): value for name, value in sampling.items()},
+            **{_OPENAI_NAMES.get(setting, setting): value for setting, value in sampling.items()},
         }
         return dict(self._ask("POST", "/v1/completions", body))
 

@@ -90,13 +90,13 @@ def test_a_profile_is_made_checked_and_refused(
     assert checked["config"]["rows"] == 5
     mixed = questions(tmp_path / "old.jsonl", 24, "a")
     assert call(capsys, "--check", str(file), "--data", str(mixed))["config"]["rows_left_out"] == 18
-    known = questions(tmp_path / "known.jsonl", 24, "a")
-    used = [line for line in known.read_text().splitlines() if digest(line) in profile.data.used]
-    known.write_text("\n".join(used))
     many = questions(tmp_path / "many.jsonl", 20, "c")
     cut = call(capsys, "--check", str(file), "--data", str(many), "--budget", "0.001s")["config"]
     assert (cut["rows"], cut["rows_unread"]) == (8, 12)
     assert call(capsys, "--check", str(file), "--data", str(many))["config"]["rows"] == 20
+    known = questions(tmp_path / "known.jsonl", 24, "a")
+    used = [line for line in known.read_text().splitlines() if digest(line) in profile.data.used]
+    known.write_text("\n".join(used))
     assert "all 18 rows were used" in call(capsys, "--check", str(file), "--data", str(known), code=2)
 
     assert run(["run", str(team), "--input", "question=why so?", "--profile", str(file), "--json"]) == 0
