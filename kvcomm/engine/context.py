@@ -28,6 +28,7 @@ from kvcomm.errors import ContextBusy, ContextReleased, InvalidRequest
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
+from kvcomm.values import told
 
 PREFILL_ONLY = SamplingParams(max_new_tokens=0)
 """Computes a prompt and generates nothing."""
@@ -313,8 +314,10 @@ def sampling_params(sampling: SamplingParams | None, settings: dict[str, object]
     """Either a ready object or its fields.
 
     Raises:
-        InvalidRequest: both are given, or a field is unknown.
+        InvalidRequest: both are given, a field is unknown, or `sampling` is something else.
     """
+    if not isinstance(sampling, SamplingParams | None):
+        raise InvalidRequest(f"sampling must be a SamplingParams, not {told(sampling)}; or give its fields by name")
     if sampling is not None and settings:
         raise InvalidRequest(f"give either a SamplingParams or its fields, not both ({sorted(settings)})")
     unknown = sorted(settings.keys() - SamplingParams.__dataclass_fields__.keys())

@@ -19,6 +19,7 @@ from typing import NamedTuple, Self
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvcomm import values
 from kvcomm.align.groups import EdgeGroup
 from kvcomm.align.profile_file import Profile
 from kvcomm.config import EngineConfig
@@ -91,7 +92,7 @@ class Engine:
             InvalidRequest: the attention back end asked for does not run here.
         """
         self.config = config or EngineConfig()
-        self.policy = policy or ReusePolicy.exact()
+        self.policy = _policy(policy) or ReusePolicy.exact()
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.geometry = ModelGeometry.from_model(model)
@@ -165,8 +166,12 @@ class Engine:
             return self._holdings.contexts
 
     def namespace(self, tenant: str = DEFAULT_TENANT) -> str:
-        """Digest under which a tenant's KV is cached; differs with model, dtype, rope, tokenizer and tenant."""
-        return tenant_namespace(self._identity, tenant)
+        """Digest under which a tenant's KV is cached; differs with model, dtype, rope, tokenizer and tenant.
+
+        Raises:
+            InvalidRequest: the tenant is no text.
+        """
+        return tenant_namespace(self._identity, values.text("the tenant", tenant))
 
     def segment(self, text: str, *, name: str | None = None) -> Segment:
         """A text tokenized on its own, to be used in prompts as often as you like."""
@@ -314,8 +319,6 @@ class Engine:
         assert num_tokens == sequence.num_tokens, f"segments of {num_tokens} tokens, {sequence.num_tokens} in sequence"
         self._reader.require_fits(sequence.num_tokens, sampling.max_new_tokens)
         namespace = self.namespace(tenant)
-        with self.lock:
-            self._holdings.require_quota(namespace, sequence, sequence.num_tokens + sampling.max_new_tokens)
         request_id = next(self._request_ids)
         handle = RequestHandle(request_id, cancel=lambda: self.scheduler.cancel(request))
         entropy = secrets.randbits(62)
@@ -336,9 +339,12 @@ class Engine:
             handle=handle,
             branches=branches,
             segments=segments,
-            policy=policy or self.policy,
+            policy=_policy(policy) or self.policy,
             is_lent=lent_by is not None,
         )
+        with self.lock:
+            num_wanted = request.num_pages(self.config.page_size)
+            self._holdings.require_quota(namespace, sequence.num_pages, num_wanted)
         return request
 
     def read_prompt(self, prompt: Prompt, *, is_start: bool) -> tuple[Segment, ...]:
@@ -469,8 +475,12 @@ class Engine:
             cached_tokens: of its cached prefixes, and of the renditions of its segments; over it the tenant's own
                 least recently used ones are dropped, never those of others.
             held_tokens: of its contexts and requests in flight at once; over it requests are refused (QuotaExceeded).
+
+        Raises:
+            InvalidRequest: a limit that is no whole number, or negative.
         """
         page_size = self.config.page_size
+        cached_tokens, held_tokens = _limit("cached_tokens", cached_tokens), _limit("held_tokens", held_tokens)
         with self.lock:
             namespace = self.namespace(tenant)
             num_pages = None if cached_tokens is None else cached_tokens // page_size
@@ -633,6 +643,21 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     ends = getattr(model.generation_config, "eos_token_id", None)
     listed = ends if isinstance(ends, list) else [ends]
     return frozenset(int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None)
+
+
+def _policy(policy: ReusePolicy | None) -> ReusePolicy | None:
+    if not isinstance(policy, ReusePolicy | None):
+        raise InvalidRequest(
+            f"policy must be a ReusePolicy, not {values.told(policy)}; exact reuse is ReusePolicy.exact()"
+        )
+    return policy
+
+
+def _limit(name: str, value: int | None) -> int | None:
+    limit = None if value is None else values.whole_number(name, value)
+    if limit is not None and limit < 0:
+        raise InvalidRequest(f"{name} must be None (no limit) or 0 or more, not {limit}")
+    return limit
 
 
 def _token_ids(segments: Iterable[Segment]) -> list[int]:

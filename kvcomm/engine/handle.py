@@ -6,10 +6,14 @@ The engine publishes chunks and, once, an outcome. Chunks are kept, so several r
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 
 from kvcomm.engine.results import Chunk, Completion
+
+logger = logging.getLogger("kvcomm.engine")
 
 
 class RequestHandle:
@@ -80,8 +84,8 @@ class RequestHandle:
         loop, news = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
-            # The loop may be gone when a late chunk arrives: then nobody is listening.
-            if not loop.is_closed():
+            # The loop may be closed at any moment, also between two lines of this: then nobody is listening.
+            with suppress(RuntimeError):
                 loop.call_soon_threadsafe(news.set)
 
         with self._changed:
@@ -122,7 +126,10 @@ class RequestHandle:
             self._changed.notify_all()
             wakers = list(self._wakers)
         for wake in wakers:
-            wake()
+            try:
+                wake()
+            except Exception:  # one reader that cannot be woken is no reason to leave the others waiting
+                logger.exception("a reader of request %d could not be woken", self.request_id)
 
     def _take_outcome(self) -> Completion:
         assert self._outcome is not None

@@ -68,13 +68,17 @@ class Holdings:
         if num_pages is not None:
             self._quota_pages[namespace] = num_pages
 
-    def require_quota(self, namespace: str, sequence: Sequence, max_tokens: int) -> None:
-        """Raises QuotaExceeded when a sequence cannot grow to `max_tokens` within its namespace's quota."""
+    def require_quota(self, namespace: str, num_held: int, num_wanted: int) -> None:
+        """Raises QuotaExceeded when a request for `num_wanted` pages does not fit its namespace's quota.
+
+        Args:
+            num_held: of these, pages that are held already, and so count anyway.
+        """
         quota = self._quota_pages.get(namespace)
         if quota is None:
             return
         held = num_distinct(pages for owner, pages in self._all_pages() if owner == namespace)
-        wanted = max(0, -(-max_tokens // self._pool.page_size) - sequence.num_pages)
+        wanted = max(0, num_wanted - num_held)
         if held + wanted > quota:
             raise QuotaExceeded(
                 f"this needs {wanted} more pages of {self._pool.page_size} tokens; the tenant's contexts and requests "

@@ -60,6 +60,8 @@ class Reason(StrEnum):
     """Moving would take longer than computing."""
     ESCALATED = "escalated"
     """Recomputed tokens were further from their estimates than calibration allows."""
+    NO_ROOM = "no_room"
+    """The pool cannot hold the prompt beside what was found of it."""
 
 
 class Span(NamedTuple):

@@ -6,12 +6,12 @@ is tokenized as one. Start tokens are added once, at the very beginning of a con
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
+from kvcomm import values
 from kvcomm.errors import EmptyPrompt, InvalidRequest, PromptTooLong, UnknownToken
 from kvcomm.memory.segments import Segment
 
@@ -28,8 +28,14 @@ class PromptReader:
         self._max_context = max_context
 
     def segment(self, text: str, *, name: str | None = None) -> Segment:
-        """Tokenize a text on its own, without special tokens at its ends."""
-        return Segment(tuple(self._tokenizer.encode(text, add_special_tokens=False)), name)
+        """Tokenize a text on its own, without special tokens at its ends.
+
+        Raises:
+            InvalidRequest: text or name is none.
+        """
+        checked = None if name is None else values.text("a segment's name", name)
+        ids = self._tokenizer.encode(values.text("a segment", text), add_special_tokens=False)
+        return Segment(tuple(ids), checked)
 
     def read(self, prompt: Prompt, *, is_start: bool) -> tuple[Segment, ...]:
         """The segments of a prompt.
@@ -42,11 +48,9 @@ class PromptReader:
             UnknownToken: an id outside the vocabulary.
             InvalidRequest: neither text, ids nor segments.
         """
-        segments = self._segments(prompt, is_start)
+        segments = [self._checked(segment) for segment in self._segments(prompt, is_start)]
         if not any(segment.token_ids for segment in segments):
-            raise EmptyPrompt(f"the prompt has no tokens: {prompt!r}")
-        for segment in segments:
-            self._require_known(segment)
+            raise EmptyPrompt(f"the prompt has no tokens: {values.shown(prompt)}")
         return tuple(segment for segment in segments if segment.token_ids)
 
     def require_fits(self, num_tokens: int, max_new_tokens: int) -> None:
@@ -59,21 +63,27 @@ class PromptReader:
 
     def _segments(self, prompt: Prompt, is_start: bool) -> Sequence[Segment]:
         if isinstance(prompt, str):
-            return [Segment(tuple(self._tokenizer.encode(prompt, add_special_tokens=is_start)))]
-        segments = [item for item in prompt if isinstance(item, Segment)]
-        ids = [item for item in prompt if not isinstance(item, Segment)]
-        if segments and ids:
+            ids = self._tokenizer.encode(values.text("the prompt", prompt), add_special_tokens=is_start)
+            return [Segment(tuple(ids))]
+        found = values.items("the prompt", prompt, "a text, a list of token ids or a list of segments")
+        segments = [item for item in found if isinstance(item, Segment)]
+        if segments and len(segments) < len(found):
             raise InvalidRequest("a prompt is a text, a list of token ids or a list of segments, not a mixture")
-        return segments or [Segment(tuple(_token_id(item) for item in ids))]
+        return segments or [Segment(found)]  # type: ignore[arg-type]  # checked as those of any segment
 
-    def _require_known(self, segment: Segment) -> None:
-        unknown = next((token for token in segment.token_ids if not 0 <= token < self._vocab_size), None)
+    def _checked(self, segment: Segment) -> Segment:
+        """The same segment with ids of Python's own, all of them known to the model."""
+        ids = tuple(_token_id(item) for item in values.items("a segment", segment.token_ids, "a tuple of token ids"))
+        unknown = next((token for token in ids if not 0 <= token < self._vocab_size), None)
         if unknown is not None:
-            raise UnknownToken(f"token id {unknown} is outside the vocabulary of {self._vocab_size}")
+            raise UnknownToken(f"token id {values.shown(unknown)} is outside the vocabulary of {self._vocab_size}")
+        return Segment(ids, None if segment.name is None else values.text("a segment's name", segment.name))
 
 
 def _token_id(item: object) -> int:
+    if type(item) is int:  # nearly always
+        return item
     try:
-        return operator.index(item)  # type: ignore[arg-type]  # the call itself is the check
-    except TypeError:
-        raise InvalidRequest(f"{item!r} is neither a token id nor a segment") from None
+        return values.whole_number("a token id", item)
+    except InvalidRequest:
+        raise InvalidRequest(f"{values.shown(item)} is neither a token id nor a segment") from None

@@ -147,6 +147,18 @@ class Request:
         """Tokens of the longest sequence this request can grow to."""
         return self.num_prompt_tokens + self.sampling.max_new_tokens
 
+    def num_own_pages(self, page_size: int) -> int:
+        """Pages that each choice but the first needs at most besides the whole ones of the prompt, which it shares."""
+        if self.sampling.max_new_tokens == 0:
+            return 0
+        return -(-self.max_tokens // page_size) - self.num_prompt_tokens // page_size
+
+    def num_pages(self, page_size: int) -> int:
+        """Distinct pages that this request and the context it forked, if any, refer to at most."""
+        own = -(-self.max_tokens // page_size) + self.num_own_pages(page_size) * (len(self.branches) - 1)
+        is_page_copied = not self.is_lent and self.sequence.num_computed % page_size > 0
+        return own + is_page_copied
+
     @property
     def active_branches(self) -> list[Branch]:
         """Choices that go on."""

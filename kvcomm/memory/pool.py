@@ -126,6 +126,13 @@ class PagePool:
         """Reference counts of `pages`, a copy; 0 means free."""
         return self._counts[pages]
 
+    def num_held_only_by(self, references: Sequence[PageIds]) -> int:
+        """How many pages would become free if all of these references (one per entry) were dropped."""
+        if not references:
+            return 0
+        dropped = np.bincount(np.concatenate(references), minlength=self.num_pages)
+        return int(np.count_nonzero((dropped > 0) & (dropped == self._counts)))
+
     def copy_page(self, page_id: int, num_tokens: int, *, after: int | None = None) -> int:
         """Copy the first `num_tokens` slots of a page, in every layer, to a newly allocated page.
 

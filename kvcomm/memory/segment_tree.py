@@ -39,18 +39,21 @@ class ChainCoverage(NamedTuple):
 
 class SegmentTreeView:
     """Chains of segments recorded when contexts are made; the oldest of `max_chains` per namespace is
-    forgotten."""
+    forgotten, and so are all chains of the namespace that recorded one longest ago, beyond `max_namespaces`."""
 
-    def __init__(self, tree: RadixTree, *, max_chains: int = 1024) -> None:
+    def __init__(self, tree: RadixTree, *, max_chains: int = 1024, max_namespaces: int = 64) -> None:
         self._tree = tree
         self._max_chains = max_chains
+        self._max_namespaces = max_namespaces
         self._chains: dict[str, dict[Digests, tuple[Segment, ...]]] = {}
 
     def record(self, namespace: str, chain: Sequence[Segment]) -> None:
         """Make `chain` known, or young again."""
         if not chain:
             return
-        chains = self._chains.setdefault(namespace, {})
+        chains = self._chains[namespace] = self._chains.pop(namespace, {})  # the latest namespace last
+        if len(self._chains) > self._max_namespaces:
+            del self._chains[next(iter(self._chains))]
         digests = tuple(segment.digest(namespace) for segment in chain)
         chains.pop(digests, None)
         chains[digests] = tuple(chain)

@@ -280,6 +280,8 @@ class SegmentStore:
         space = self._space(namespace)
         space.max_bytes = max_bytes
         self._make_room(space, 0)
+        if not space.records and max_bytes is None:
+            self._spaces.pop(namespace, None)
 
     def evict(self, num_pages: int) -> int:
         """Drop least recently used renditions until `num_pages` pages became free in the pool; returns how
@@ -299,6 +301,13 @@ class SegmentStore:
                 self._forget_if_unused(space, digest)
         return freed
 
+    def evictable_pages(self) -> Iterator[PageIds]:
+        """Every page reference that eviction could drop."""
+        for space in self._spaces.values():
+            for record in space.records.values():
+                if not record.num_pins:
+                    yield from (rendition.pages for rendition in record.renditions.values())
+
     def drop_oldest(self) -> bool:
         """Drop the least recently used rendition of an unpinned segment, even if it frees nothing; False if
         none.
@@ -317,7 +326,7 @@ class SegmentStore:
         now, freed = self._clock(), 0
         if now < self._next_due_s:
             return 0
-        for space in self._spaces.values():
+        for space in list(self._spaces.values()):
             for digest in [d for d, record in space.records.items() if record.due_s <= now]:
                 freed += self._forget(space, digest)
         self._next_due_s = min(
@@ -466,13 +475,19 @@ class SegmentStore:
         freed = sum(self._drop(space, digest, key) for key in list(record.renditions))
         for name in record.names:
             del space.names[name]
-        del space.records[digest]
+        self._forget_record(space, digest)
         return freed
 
     def _forget_if_unused(self, space: _Space, digest: str) -> None:
         record = space.records[digest]
         if not (record.names or record.num_pins or record.renditions):
-            del space.records[digest]
+            self._forget_record(space, digest)
+
+    def _forget_record(self, space: _Space, digest: str) -> None:
+        """Forget a segment, and its namespace with the last one unless that has a budget."""
+        del space.records[digest]
+        if not space.records and space.max_bytes is None:
+            self._spaces.pop(space.name, None)
 
     def _require_pages(self, segment: Segment, num_tokens: int, pages: PageIds, offset: int) -> None:
         page_size = self._pool.page_size

@@ -149,9 +149,9 @@ class _EngineCollector(Collector):
     def _evicted(self) -> Metric:
         engine = self._engine
         with engine.lock:
-            usages = [engine.tree.usage(name) for name in engine.tree.namespaces()]
+            usage = engine.tree.total_usage()
         family = CounterMetricFamily("kvcomm:evicted_tokens", "Cached tokens dropped, by reason.", labels=["reason"])
-        family.add_metric(["evicted"], sum(usage.evicted_tokens for usage in usages))
-        family.add_metric(["expired"], sum(usage.expired_tokens for usage in usages))
-        family.add_metric(["quota"], sum(usage.quota_tokens for usage in usages))
+        family.add_metric(["evicted"], usage.evicted_tokens)
+        family.add_metric(["expired"], usage.expired_tokens)
+        family.add_metric(["quota"], usage.quota_tokens)
         return family

@@ -11,9 +11,9 @@ import torch
 
 from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
+from kvcomm.engine.passes import finite_rows
 from kvcomm.engine.results import Chunk
 from kvcomm.engine.sampling import SamplingParams
-from kvcomm.engine.scheduler import finite_rows
 from kvcomm.errors import (
     EmptyPrompt,
     EngineClosed,
