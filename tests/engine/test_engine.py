@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -248,6 +249,22 @@ def test_result_times_out_and_goes_on(engine: Engine) -> None:
         ([5, -1], UnknownToken, "-1 is outside"),
         ([5, "x"], InvalidRequest, "'x' is neither a token id nor a segment"),
         ([5, Segment((1,))], InvalidRequest, "not a mixture"),
+        (None, InvalidRequest, "must be a text, a list of token ids or a list of segments, not None"),
+        (5, InvalidRequest, "not 5"),
+        (b"abc", InvalidRequest, "not b'abc'"),
+        ({5: 6}, InvalidRequest, "not {5: 6}"),
+        ({5, 6}, InvalidRequest, "not {5, 6}"),
+        (np.array([[5, 6]]), InvalidRequest, "must be a text, a list"),
+        (np.array([5.0]), InvalidRequest, "neither a token id nor a segment"),
+        ([True, 5], InvalidRequest, "True is neither a token id"),
+        ([5, None], InvalidRequest, "None is neither a token id"),
+        ([[5]], InvalidRequest, "neither a token id"),
+        ("half \ud83d of a pair", InvalidRequest, "lone surrogate"),
+        ([Segment(("a",))], InvalidRequest, "'a' is neither a token id"),  # type: ignore[arg-type]
+        ([Segment(5)], InvalidRequest, "must be a tuple of token ids, not 5"),  # type: ignore[arg-type]
+        ([Segment((5,), name=7)], InvalidRequest, "name must be text, not 7"),  # type: ignore[arg-type]
+        ([Segment((5,), name="\ud83d")], InvalidRequest, "lone surrogate"),
+        ([10**30], UnknownToken, "outside the vocabulary"),
         ([7] * 501, PromptTooLong, "501 prompt tokens and up to 12 new ones exceed the model's limit of 512"),
     ],
 )
@@ -255,6 +272,27 @@ def test_bad_prompts(engine: Engine, prompt: list[int], error: type[Exception], 
     with pytest.raises(error, match=message):
         engine.submit(prompt, NO_EOS)
     assert engine.generate([7] * 500, NO_EOS).usage.generated_tokens == 12
+
+
+def test_prompts_of_numpy_and_torch(engine: Engine, shared_model: TinyModel) -> None:
+    prompt = some_tokens(20)
+    expected = greedy(shared_model.model, prompt, 12)
+    for given in (np.array(prompt), torch.tensor(prompt), tuple(prompt), [Segment(np.array(prompt))]):  # type: ignore[arg-type]
+        assert list(engine.generate(given, NO_EOS).token_ids) == expected  # type: ignore[arg-type]
+
+
+def test_bad_settings_of_a_request(engine: Engine) -> None:
+    for settings, message in (
+        ({"tenant": None}, "the tenant must be text"),
+        ({"tenant": "\ud83d"}, "lone surrogate"),
+        ({"policy": "exact"}, "policy must be a ReusePolicy"),
+        ({"sampling": 5}, "sampling must be a SamplingParams"),
+    ):
+        with pytest.raises(InvalidRequest, match=message):
+            engine.generate(some_tokens(5), **settings)  # type: ignore[arg-type]
+    for limit in (-1, 2.5, "many", True):
+        with pytest.raises(InvalidRequest, match="held_tokens must be"):
+            engine.set_quota(held_tokens=limit)  # type: ignore[arg-type]
 
 
 def test_request_larger_than_the_pool(shared_model: TinyModel) -> None:
