@@ -38,7 +38,7 @@ def real_number(name: str, value: object) -> float:
     Raises:
         InvalidRequest: it is no number, or too large for a float; names it.
     """
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+    if type(value) is not bool and isinstance(value, numbers.Real):
         try:
             return float(value)
         except (OverflowError, ValueError, TypeError):
