@@ -230,7 +230,11 @@ class Learner:
         trial.served = request.approximation
         # What later readers left is no source for this one: text flows from its first reader to the others.
         before_s = math.inf if request.published_s is None else request.published_s
-        trial.moves = self._find(trial, request.plan.num_exact_prefix, before_s)
+        try:
+            trial.moves = self._find(trial, request.plan.num_exact_prefix, before_s)
+        except BaseException:
+            trial.sequence.release()
+            raise
         if trial.moves or trial.served is not None:  # an audit needs no sources; leaving some out would bias it
             self._queue(trial, make(trial), is_urgent=trial.served is not None)
         else:

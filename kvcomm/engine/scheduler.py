@@ -330,12 +330,16 @@ class Scheduler:
         budget = self._config.max_batch_tokens - sum(work.num_tokens for work in batch)
         if batch:
             budget = min(budget, self._config.prefill_chunk)
-        for request in self._running:
+        for request in list(self._running):
             if budget > 0 and not request.is_prefilled:
-                work = self._prefill_work(request, budget, stuck)
-                if work is not None:
-                    budget -= work.num_tokens
-                    batch.append(work)
+                with self._on_behalf_of(request):
+                    work = self._prefill_work(request, budget, stuck)
+                    if work is not None:
+                        budget -= work.num_tokens
+                        batch.append(work)
+        # Where one choice of a request has failed, the pages of its others are gone as well.
+        batch = [work for work in batch if not work.request.handle.done]
+        stuck = [request for request in stuck if not request.handle.done]
         if not batch and stuck:
             # Everybody waits for pages and nobody can return any: the youngest gives way.
             victim = stuck[-1]
@@ -348,14 +352,17 @@ class Scheduler:
         answers = [(request, branch) for request, branch in answers if request.is_prefilled]
         num_spare = self._config.draft_rows - len(answers)
         for index, (request, branch) in enumerate(answers):
-            sequence = branch.sequence
-            if self._can_write(request, sequence, sequence.num_tokens, stuck):
-                # The first guesses at an answer are right most often, so all answers have their share.
-                guesses = self._guesses(request, branch, math.ceil(num_spare / (len(answers) - index)))
-                num_spare -= len(guesses)
-                run = _run(sequence, sequence.num_computed, sequence.num_tokens, num_logits=1 + len(guesses))
-                run = run._replace(token_ids=np.concatenate([run.token_ids, guesses]))
-                batch.append(Work(request, branch, sequence, (run,)))
+            if request.handle.done:
+                continue  # another choice of it has failed just now
+            with self._on_behalf_of(request):
+                sequence = branch.sequence
+                if self._can_write(request, sequence, sequence.num_tokens, stuck):
+                    # The first guesses at an answer are right most often, so all answers have their share.
+                    guesses = self._guesses(request, branch, math.ceil(num_spare / (len(answers) - index)))
+                    num_spare -= len(guesses)
+                    run = _run(sequence, sequence.num_computed, sequence.num_tokens, num_logits=1 + len(guesses))
+                    run = run._replace(token_ids=np.concatenate([run.token_ids, guesses]))
+                    batch.append(Work(request, branch, sequence, (run,)))
         return batch
 
     def _guesses(self, request: Request, branch: Branch, num_rows: int) -> IntArray:

@@ -147,8 +147,12 @@ class PagePool:
         self._require_held(np.array([page_id], dtype=np.int32))
         copy = int(self.allocate(1, after=after)[0])
         source, target = page_id * self.page_size, copy * self.page_size
-        for slots in (*self.keys, *self.values):
-            slots[target : target + num_tokens].copy_(slots[source : source + num_tokens])
+        try:
+            for slots in (*self.keys, *self.values):
+                slots[target : target + num_tokens].copy_(slots[source : source + num_tokens])
+        except BaseException:
+            self.release(np.array([copy], dtype=np.int32))
+            raise
         self.bytes_copied += num_tokens * self._slot_bytes
         return copy
 
