@@ -9,6 +9,7 @@ import pytest
 from eval.tasks.at_once import at_once
 from eval.tasks.progress import Phases
 from kvcomm import Engine
+from tests.limits import PATIENCE_S
 from tests.tiny import TinyModel
 
 
@@ -56,7 +57,7 @@ def test_on_a_terminal_there_are_bars(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 def test_several_things_are_worked_on_at_once(tiny: TinyModel) -> None:
-    together = threading.Barrier(3, timeout=30)
+    together = threading.Barrier(3, timeout=PATIENCE_S)
 
     def work(item: int) -> int:
         together.wait()
