@@ -12,7 +12,7 @@ import pytest
 import kvcomm
 
 ROOT = Path(kvcomm.__file__).parent
-LAYERS = ["cli", "server", "agents", "engine", "align", "memory", "model", "config", "errors", "figures"]
+LAYERS = ["__main__", "cli", "server", "agents", "engine", "align", "memory", "model", "config", "errors", "figures"]
 """From top to bottom; a module imports from its own layer and from lower ones."""
 
 
