@@ -28,6 +28,7 @@ from kvcomm.errors import (
 from kvcomm.memory.segments import Segment
 from tests.engine.conftest import greedy, some_tokens, stock_logits
 from tests.limits import PATIENCE_S
+from tests.stalling import stalling
 from tests.tiny import TinyModel, tiny_model
 
 NO_EOS = SamplingParams(max_new_tokens=12, ignore_eos=True)
@@ -207,26 +208,27 @@ def test_async_streams_run_at_once(engine: Engine) -> None:
 
 
 def test_leaving_a_stream_cancels_and_returns_pages(engine: Engine) -> None:
-    handle = engine.submit(some_tokens(30), max_new_tokens=400, ignore_eos=True)
-    for _ in handle:
-        break
-    assert handle.wait(PATIENCE_S)
+    with stalling(engine, after=20):
+        handle = engine.submit(some_tokens(30), max_new_tokens=400, ignore_eos=True)
+        for _ in handle:
+            break
+        assert handle.wait(PATIENCE_S)
     with pytest.raises(RequestCancelled, match=f"request {handle.request_id}"):
         handle.result()
     assert engine.memory_stats().num_in_requests == 0
 
 
 def test_ctrl_c_while_waiting_cancels(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    handle = engine.submit(some_tokens(30), max_new_tokens=400, ignore_eos=True)
-
     def interrupt(*_: object, **__: object) -> bool:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
-        patched.setattr(handle._changed, "wait_for", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            handle.result()
-    assert handle.wait(PATIENCE_S)
+    with stalling(engine, after=20):
+        handle = engine.submit(some_tokens(30), max_new_tokens=400, ignore_eos=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(handle._changed, "wait_for", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                handle.result()
+        assert handle.wait(PATIENCE_S)
     assert engine.memory_stats().num_in_requests == 0
     assert engine.generate(some_tokens(10), NO_EOS).usage.generated_tokens == 12
 
@@ -318,9 +320,10 @@ def test_an_exception_in_the_model_reaches_its_callers_only(
 
 def test_close_fails_what_is_in_flight(shared_model: TinyModel) -> None:
     engine = Engine(shared_model.model, shared_model.tokenizer, config=EngineConfig(pool_tokens=1024))
-    handle = engine.submit(some_tokens(30), max_new_tokens=400, ignore_eos=True)
-    engine.close()
-    engine.close()
+    with stalling(engine, after=20):
+        handle = engine.submit(some_tokens(30), max_new_tokens=400, ignore_eos=True)
+        engine.close()
+        engine.close()
     with pytest.raises(EngineClosed, match="create a new one"):
         handle.result()
     with pytest.raises(EngineClosed, match="create a new one"):

@@ -66,7 +66,7 @@ def contexts(live: Live) -> Iterator[list[str]]:
         made.append(httpx2.post(f"{url}{path}", json=body, timeout=PATIENCE_S).json()["id"])
 
     make("", text="The quick brown fox jumps over the lazy dog", name="top", pinned=True)
-    make(f"/{made[0]}/fork", name="left", ttl="90s")
+    make(f"/{made[0]}/fork", name="left", ttl="20h")
     make("", text=XSS)
     yield made
     for each in made:

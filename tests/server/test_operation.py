@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import signal
 import socket
@@ -30,6 +29,7 @@ from kvcomm.server.settings import Limits, ServerSettings
 from tests.limits import PATIENCE_S, threads, wait_for
 from tests.server.conftest import MODEL, chat
 from tests.server.live import Live, read_all, serving
+from tests.stalling import stalling
 
 CHAT = "/v1/chat/completions"
 CANCELLING_S = 0.05
@@ -55,21 +55,17 @@ def live(engine: Engine) -> Iterator[Live]:
 
 
 @pytest.fixture
-def stalled(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """The engine stops before every step until the event is set, so that requests stay in flight."""
-    go_on = threading.Event()
-    stall_after(engine, monkeypatch, 0, go_on)
-    yield go_on
-    go_on.set()
+def stalled(engine: Engine) -> Iterator[threading.Event]:
+    """The engine makes no step until the event is set, so that requests stay in flight."""
+    with stalling(engine) as go_on:
+        yield go_on
 
 
 @pytest.fixture
-def stalled_in_the_middle(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+def stalled_in_the_middle(engine: Engine) -> Iterator[threading.Event]:
     """The same after the first tokens of the first answer."""
-    go_on = threading.Event()
-    stall_after(engine, monkeypatch, 8, go_on)
-    yield go_on
-    go_on.set()
+    with stalling(engine, after=8) as go_on:
+        yield go_on
 
 
 @contextmanager
@@ -80,19 +76,6 @@ def meanwhile(stalled: threading.Event) -> Iterator[ThreadPoolExecutor]:
             yield pool
         finally:
             stalled.set()
-
-
-def stall_after(engine: Engine, monkeypatch: pytest.MonkeyPatch, num_steps: int, go_on: threading.Event) -> None:
-    """Before every step but the first `num_steps`, wait for the event, or for somebody to give up its request."""
-    step, steps = engine.scheduler.step, itertools.count()
-
-    def stalling_step() -> None:
-        if next(steps) >= num_steps:
-            while not go_on.wait(0.005) and not any(request.is_cancelled for request in engine.scheduler.requests()):
-                pass
-        step()
-
-    monkeypatch.setattr(engine.scheduler, "step", stalling_step)
 
 
 @pytest.mark.parametrize("stream", [True, False])
