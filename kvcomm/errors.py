@@ -102,6 +102,9 @@ class AgentFailed(KVCommError):
         self.round = round
         self.__cause__ = cause
 
+    def __reduce__(self) -> tuple[type[AgentFailed], tuple[str, int, BaseException | None]]:
+        return type(self), (self.agent, self.round, self.__cause__)
+
 
 class EngineClosed(KVCommError):
     """The engine is closed; create a new one."""

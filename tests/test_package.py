@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import kvcomm
 
+APACHE_2_SHA256 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 ROOT = Path(kvcomm.__file__).parent
-LAYERS = ["cli", "server", "agents", "engine", "align", "memory", "model", "config", "errors", "figures"]
+LAYERS = [
+    "__main__",
+    "cli",
+    "server",
+    "agents",
+    "engine",
+    "align",
+    "memory",
+    "model",
+    "config",
+    "errors",
+    "figures",
+    "plain",
+]
 """From top to bottom; a module imports from its own layer and from lower ones."""
 
 
@@ -22,6 +38,17 @@ def test_every_exported_name_is_there() -> None:
     assert dir(kvcomm) == sorted(kvcomm.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         kvcomm.Nothing  # noqa: B018  # the access itself is tested
+
+
+def test_the_licence_and_what_the_metadata_say() -> None:
+    """The text is the one that the Apache foundation publishes; nothing in the metadata leads anywhere."""
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    assert (project["license"], project["license-files"]) == ("Apache-2.0", ["LICENSE"])
+    assert project["authors"] == [{"name": "the kvcomm authors"}]
+    assert hashlib.sha256((ROOT.parent / "LICENSE").read_bytes()).hexdigest() == APACHE_2_SHA256
+    assert "urls" not in project
+    assert project["classifiers"] == sorted(project["classifiers"])
+    assert not any(each.startswith("License ::") for each in project["classifiers"])  # the expression says it
 
 
 def test_importing_is_cheap() -> None:

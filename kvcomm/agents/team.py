@@ -69,6 +69,10 @@ class Team:
     rounds: int = 1
     inputs: Mapping[str, str] = field(default_factory=dict)
 
+    def __reduce__(self) -> tuple[type[Team], tuple[Any, ...]]:
+        # A read-only view of the inputs cannot be pickled or copied.
+        return type(self), (self.name, self.agents, self.description, self.rounds, dict(self.inputs))
+
     @property
     def required_inputs(self) -> tuple[str, ...]:
         """Inputs that every run has to be given."""

@@ -80,7 +80,7 @@ def limited(team: Team, max_new_tokens: int) -> Team:
     return replace(team, agents=tuple(replace(agent, sampling=sampling) for agent in team.agents))
 
 
-def examples(team: Team, file: Path | None = None) -> list[dict[str, str]]:
+def examples(team: Team, file: str | Path | None = None) -> list[dict[str, str]]:
     """Inputs of runs for a team with one input: lines of a file, else the word problems that come with kvcomm.
 
     A line is the text itself, or in a .jsonl file an object with the field "question".
@@ -91,7 +91,7 @@ def examples(team: Team, file: Path | None = None) -> list[dict[str, str]]:
     names = team.required_inputs
     if len(names) != 1:
         raise InvalidRequest(f"team {team.name!r} needs the inputs {', '.join(names)}; examples give one")
-    return [{names[0]: text} for text in _texts(file)]
+    return [{names[0]: text} for text in _texts(None if file is None else Path(file))]
 
 
 def _texts(file: Path | None) -> list[str]:

@@ -16,12 +16,13 @@ from kvcomm.align.profile_file import GROUPS_FILE, bank_files, read_groups
 from kvcomm.errors import AnchorFileCorrupt, AnchorFileError
 
 
-def export_archive(folder: Path, file: Path) -> int:
+def export_archive(folder: str | Path, file: str | Path) -> int:
     """Pack a folder of anchors into an archive; returns the number of banks.
 
     Raises:
         AnchorFileError: a file is refused, or the archive cannot be written.
     """
+    folder, file = Path(folder), Path(file)
     banks = bank_files(folder)
     for bank in banks:
         verify_bank(bank)
@@ -40,13 +41,14 @@ def export_archive(folder: Path, file: Path) -> int:
     return len(banks)
 
 
-def import_archive(file: Path, folder: Path) -> int:
+def import_archive(file: str | Path, folder: str | Path) -> int:
     """Unpack an archive into a folder that does not exist yet; returns the number of banks.
 
     Raises:
         AnchorFileError: it cannot be read, holds anything else than anchors, or anchors that are refused; then there
             is no folder.
     """
+    file, folder = Path(file), Path(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from kvcomm.align.bank import BankShape, BankSnapshot
 from kvcomm.align.bank_file import SUFFIX, load_bank, read_bank_header, require_namespace, save_bank
+from kvcomm.align.bound import Bound
 from kvcomm.align.breaker import Breaker
 from kvcomm.align.calibration import Calibration, Pair
 from kvcomm.align.edges import Edge
@@ -145,7 +146,7 @@ class GroupRecord(_Strict):
         for each in self.breakers:
             breaker = Breaker(each.delta)
             breaker.resume(each.log_ratios, each.num_observed, each.num_violations, tripped=each.tripped)
-            group.breakers[each.epsilon, each.delta] = breaker
+            group.breakers[Bound(each.epsilon, each.delta)] = breaker
         return group
 
 

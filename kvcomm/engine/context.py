@@ -28,6 +28,7 @@ from kvcomm.errors import ContextBusy, ContextReleased, InvalidRequest
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
+from kvcomm.plain import short
 from kvcomm.values import told
 
 PREFILL_ONLY = SamplingParams(max_new_tokens=0)
@@ -96,7 +97,8 @@ class Context:
 
     def __repr__(self) -> str:
         state = "released" if self._released else "busy" if self.busy else "ready"
-        return f"Context(name={self.name!r}, num_tokens={self._sequence.num_tokens}, {state})"
+        name = "" if self.name is None else f"{short(self.name)}, "
+        return f"Context({name}{self._sequence.num_tokens} tokens, {self.fidelity.value}, {state})"
 
     @property
     def tokens(self) -> tuple[int, ...]:

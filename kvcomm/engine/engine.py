@@ -52,6 +52,7 @@ from kvcomm.model.loading import load_model
 from kvcomm.model.namespace import model_identity, tenant_namespace
 from kvcomm.model.runner import ModelRunner
 from kvcomm.model.weights import weights_digest
+from kvcomm.plain import MAX_TEXT
 
 DEFAULT_TENANT = "default"
 
@@ -148,6 +149,17 @@ class Engine:
         """
         loaded = load_model(name, dtype=dtype, device=device, progress=progress)
         return cls(loaded.model, loaded.tokenizer, config=config, policy=policy, weights_id=loaded.weights_digest)
+
+    def __repr__(self) -> str:
+        # Without the lock: whoever looks at an engine waits for nobody, and the numbers are about those of now.
+        name = Path(str(self.model.config.name_or_path)).name or type(self.model).__name__
+        pages = f"{self.pool.num_pages} pages of {self.config.page_size}"
+        in_flight = self.scheduler.num_waiting + self.scheduler.num_running
+        held = f"{self._holdings.num_contexts} contexts, {in_flight} requests"
+        state = "closed" if self.scheduler.is_closed else "running"
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        where = f"{name[:MAX_TEXT]}, {dtype}, {self.model.device}"
+        return f"Engine({where}, {pages}, {held}, {state})"
 
     @property
     def lock(self) -> RLock:
@@ -396,8 +408,9 @@ class Engine:
         with self.lock:
             self._holdings.drop(context)
 
-    def save_snapshot(self, context: Context, file: Path) -> Path:
+    def save_snapshot(self, context: Context, file: str | Path) -> Path:
         """Write a context's state; see `Context.save`."""
+        file = Path(file)
         self._exchange.save(context, file, self.namespace(context.tenant))
         return file
 
@@ -573,16 +586,16 @@ class Engine:
         with self._lock:
             return list(self.reuse.groups.groups(self.namespace(tenant)))
 
-    def save_anchors(self, folder: Path, *, tenant: str = DEFAULT_TENANT) -> Profile:
+    def save_anchors(self, folder: str | Path, *, tenant: str = DEFAULT_TENANT) -> Profile:
         """Write what a tenant has learned about moving text: anchor banks, strengths, calibrations, breakers.
 
         Raises:
             AnchorFileError: a file cannot be written; what was there under that name is untouched.
         """
         with self._lock:
-            return self.reuse.save(folder, self.namespace(tenant))
+            return self.reuse.save(Path(folder), self.namespace(tenant))
 
-    def load_anchors(self, folder: Path, *, tenant: str = DEFAULT_TENANT) -> Profile:
+    def load_anchors(self, folder: str | Path, *, tenant: str = DEFAULT_TENANT) -> Profile:
         """Take over what `save_anchors` wrote for the same model and tenant, all of it or nothing.
 
         Groups whose banks are missing in the folder are left out and counted in the result.
@@ -592,7 +605,7 @@ class Engine:
             AnchorFileCorrupt, AnchorFileTooNew, AnchorFileError: damaged, newer, unreadable.
         """
         with self._lock:
-            return self.reuse.load(folder, self.namespace(tenant))
+            return self.reuse.load(Path(folder), self.namespace(tenant))
 
     def _read_case(self, prompt: Prompt, answer: Iterable[int]) -> tuple[tuple[Segment, ...], tuple[int, ...]]:
         segments, tokens = self.read_prompt(prompt, is_start=True), tuple(answer)

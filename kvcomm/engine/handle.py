@@ -27,6 +27,11 @@ class RequestHandle:
         self._outcome: Completion | BaseException | None = None
         self._wakers: list[Callable[[], None]] = []
 
+    def __repr__(self) -> str:
+        outcome, chunks = self._outcome, len(self._chunks)
+        state = f"in flight, {chunks} chunks so far" if outcome is None else f"ended by {type(outcome).__name__}"
+        return f"RequestHandle({self.request_id}, {outcome if isinstance(outcome, Completion) else state})"
+
     @property
     def done(self) -> bool:
         """Whether the request has ended, in whatever way."""

@@ -43,6 +43,11 @@ class Holdings:
         return tuple(self._contexts.values())
 
     @property
+    def num_contexts(self) -> int:
+        """How many there are about now; may be asked for without the lock."""
+        return len(self._contexts)
+
+    @property
     def sequences(self) -> list[Sequence]:
         """Sequences of contexts."""
         self._collect()

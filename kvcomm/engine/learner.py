@@ -20,6 +20,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import Pair
 from kvcomm.align.groups import Audit, EdgeGroup, GroupKey
 from kvcomm.align.ladder import top_tokens
@@ -461,7 +462,7 @@ class Learner:
     def _record_audit(self, trial: _Trial, divergence: float) -> None:
         assert trial.served is not None
         policy, group = trial.policy, trial.served.group
-        bound = (policy.max_divergence, policy.delta)
+        bound = Bound(policy.max_divergence, policy.delta)
         audit = Audit(time.monotonic(), divergence, trial.served.risk, bound)
         with self._lock:
             self.num_audits += 1

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from kvcomm.plain import Plain
+
 
 class SpanKind(StrEnum):
     """How the KV of a span comes about."""
@@ -74,7 +76,7 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Plain):
     """The spans of one prompt."""
 
     spans: tuple[Span, ...] = ()

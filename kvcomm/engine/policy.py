@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from kvcomm.align.bound import Bound
 from kvcomm.errors import InvalidRequest
 from kvcomm.values import items, real_number, truth_value
 
@@ -71,6 +72,11 @@ class ReusePolicy:
     def is_exact(self) -> bool:
         """Whether only exact reuse satisfies this policy."""
         return self.max_divergence == 0
+
+    @property
+    def bound(self) -> Bound | None:
+        """The bound in force; None where only exact reuse is allowed."""
+        return None if self.is_exact else Bound(self.max_divergence, self.delta)
 
     @property
     def delta(self) -> float:

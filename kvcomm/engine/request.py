@@ -200,7 +200,7 @@ class Request:
             ttft_s=(clock.first_token or now) - clock.submitted,
             total_s=now - clock.submitted,
             reasons=self.carried.plus(self.plan).reasons,
-            bound=None if self.policy.is_exact else (self.policy.max_divergence, self.policy.delta),
+            bound=self.policy.bound,
             approximation=None if self.approximation is None else self.approximation.report(),
             spans=self.plan.exact_up_to(self.sequence.approximate_from).spans,
         )

@@ -7,7 +7,7 @@ itself is done by transformers' logits processors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -128,12 +128,19 @@ class SamplingParams:
         return self.temperature == 0 and self.repetition_penalty == 1.0
 
 
-class TokenLogprob(NamedTuple):
-    """Natural log-probability of one generated token under the model, before any shaping."""
+class TopLogprob(NamedTuple):
+    """One of the most probable tokens of a position, and its natural log-probability."""
 
     token_id: int
     logprob: float
-    top: tuple[tuple[int, float], ...]
+
+
+class TokenLogprob(NamedTuple):
+    """Natural log-probability of one generated token under the model, before any shaping; and of the most probable."""
+
+    token_id: int
+    logprob: float
+    top: tuple[TopLogprob, ...]
 
 
 class Sampler:
@@ -174,8 +181,8 @@ def token_logprob(logits: Tensor, token_id: int, num_top: int) -> TokenLogprob:
     """Log-probability of a token and of the `num_top` most probable ones; logits [vocab_size]."""
     logprobs = logits.float().log_softmax(-1)
     values, ids = logprobs.topk(min(num_top, len(logprobs)))
-    top: Sequence[tuple[int, float]] = list(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprob(token_id, float(logprobs[token_id]), tuple(top))
+    top = tuple(map(TopLogprob, ids.tolist(), values.tolist()))
+    return TokenLogprob(token_id, float(logprobs[token_id]), top)
 
 
 def _processors(params: SamplingParams) -> LogitsProcessorList:

@@ -92,6 +92,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def is_closed(self) -> bool:
+        """Whether no more requests are taken."""
+        return self._closed is not None
+
+    @property
     def has_work(self) -> bool:
         """Whether a step would find anything to do."""
         return bool(self._waiting or self._running)

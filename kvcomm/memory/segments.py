@@ -21,16 +21,23 @@ import numpy as np
 
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.pool import PageIds, PagePool
+from kvcomm.plain import Plain
 
+MAX_SHOWN = 8
 _DOMAIN = b"kvcomm segment 1\0"
 
 
 @dataclass(frozen=True)
-class Segment:
+class Segment(Plain):
     """A unit of text with an identity: its token ids, tokenized on their own. The name is for people."""
 
     token_ids: tuple[int, ...]
     name: str | None = None
+
+    def __repr__(self) -> str:
+        first = ", ".join(map(str, self.token_ids[:MAX_SHOWN]))
+        more = ", ..." if len(self.token_ids) > MAX_SHOWN else ""
+        return f"Segment({self.name!r}, {len(self.token_ids)} tokens: {first}{more})"
 
     def digest(self, namespace: str) -> str:
         """Hex SHA-256 over a domain tag, the length-prefixed namespace and the ids as little-endian int32.

@@ -87,12 +87,13 @@ def write_snapshot(
     FORMAT.write(file, text, tensors)
 
 
-def read_header(file: Path) -> SnapshotHeader:
+def read_header(file: str | Path) -> SnapshotHeader:
     """The header alone, without looking at the tensors.
 
     Raises:
         SnapshotError: unreadable, not a snapshot, altered or too new; see the subclasses.
     """
+    file = Path(file)
     with FORMAT.opened(file) as opened:
         return _header(file, opened)
 

@@ -80,8 +80,9 @@ class KeyFile(BaseModel):
     keys: tuple[KeyRecord, ...] = ()
 
     @classmethod
-    def read(cls, file: Path) -> KeyFile:
+    def read(cls, file: str | Path) -> KeyFile:
         """Raises KeyFileError when there is none, it cannot be read, or it is not such a file."""
+        file = Path(file)
         try:
             return cls.model_validate_json(file.read_bytes())
         except OSError as error:
@@ -91,12 +92,13 @@ class KeyFile(BaseModel):
             place = ".".join(str(part) for part in first["loc"])
             raise KeyFileError(f"{file} is not a key file: {place + ': ' if place else ''}{first['msg']}") from error
 
-    def write(self, file: Path) -> None:
+    def write(self, file: str | Path) -> None:
         """Replace the file in one step.
 
         Raises:
             KeyFileError: it cannot be written; what was there is untouched.
         """
+        file = Path(file)
         text = json.dumps(self.model_dump(mode="json", exclude_none=True), indent=2) + "\n"
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -115,12 +117,13 @@ class KeyFile(BaseModel):
 
 
 @contextmanager
-def changing(file: Path) -> Iterator[KeyFile]:
+def changing(file: str | Path) -> Iterator[KeyFile]:
     """The key file, empty if there is none, kept from other processes that would change it too.
 
     Raises:
         KeyFileError: it cannot be read, or nothing can be written beside it.
     """
+    file = Path(file)
     lock = FileLock(f"{file}.lock")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +137,7 @@ def changing(file: Path) -> Iterator[KeyFile]:
 
 
 def add_key(
-    file: Path,
+    file: str | Path,
     name: str,
     *,
     role: Role = Role.TENANT,
@@ -172,7 +175,7 @@ def add_key(
     return key
 
 
-def remove_key(file: Path, name: str) -> KeyRecord:
+def remove_key(file: str | Path, name: str) -> KeyRecord:
     """Take a key out of the file; a running server stops accepting it within a second.
 
     Raises:
@@ -196,9 +199,9 @@ def digest(key: str) -> str:
 class KeyRing:
     """The keys of a file, as it is now."""
 
-    def __init__(self, file: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, file: str | Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises KeyFileError when the file cannot be read; later, the keys read last stay valid."""
-        self._file = file
+        self._file = file = Path(file)
         self._clock = clock
         self._lock = threading.Lock()
         self._stamp = _stamp(file)

@@ -178,7 +178,9 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def load_settings(flags: Mapping[str, Any], environment: Mapping[str, str], file: Path | None = None) -> ServerSettings:
+def load_settings(
+    flags: Mapping[str, Any], environment: Mapping[str, str], file: str | Path | None = None
+) -> ServerSettings:
     """Put settings together.
 
     Args:
@@ -190,7 +192,7 @@ def load_settings(flags: Mapping[str, Any], environment: Mapping[str, str], file
         InvalidRequest: an unknown key or a bad value, with the place it comes from; a file that cannot be read.
     """
     sources = {
-        str(file): _from_file(file) if file is not None else {},
+        str(file): _from_file(Path(file)) if file is not None else {},
         "the environment": _from_environment(environment),
         "the command line": {name: value for name, value in flags.items() if value is not None},
     }

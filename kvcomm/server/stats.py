@@ -105,11 +105,11 @@ def _eviction(engine: Engine, ago_s: float, drop: Drop) -> Eviction:
 
 
 def _bounds(group: EdgeGroup) -> Iterable[WatchedBound]:
-    for (epsilon, delta), breaker in group.breakers.items():
+    for bound, breaker in group.breakers.items():
         yield WatchedBound(
             group=group.key.digest,
-            max_divergence=epsilon,
-            confidence=1 - delta,
+            max_divergence=bound.max_divergence,
+            confidence=bound.confidence,
             num_audited=breaker.num_observed,
             num_violations=breaker.num_violations,
             tripped=breaker.tripped,
@@ -123,14 +123,13 @@ def _audits(groups: Iterable[EdgeGroup], now_s: float) -> list[AuditRecord]:
 
 
 def _audit(audit: Audit, group: EdgeGroup, now_s: float) -> AuditRecord:
-    epsilon, delta = audit.bound
     return AuditRecord(
         ago_s=now_s - audit.at_s,
         group=group.key.digest,
         divergence=_finite(audit.divergence),
         predicted=_finite(audit.predicted),
-        max_divergence=epsilon,
-        confidence=1 - delta,
+        max_divergence=audit.bound.max_divergence,
+        confidence=audit.bound.confidence,
         violated=audit.is_violation,
     )
 

@@ -15,8 +15,7 @@ import pytest
 
 from kvcomm.cli import app
 from kvcomm.server.keys import KeyRing
-
-PATIENCE_S = 60.0
+from tests.limits import PATIENCE_S, process
 
 
 @pytest.fixture(autouse=True)
@@ -140,29 +139,24 @@ def test_keys_that_cannot_be_made(
 
 def test_a_run(model_folder: Path, tmp_path: Path) -> None:
     """From the command line to SIGTERM, with the log on stderr and what is in force on stdout."""
-    command = [sys.executable, "-m", "kvcomm.cli.app", "serve", "--model", str(model_folder), "--port", "0", "--json"]
+    command = [sys.executable, "-m", "kvcomm", "serve", "--model", str(model_folder), "--port", "0", "--json"]
     environment = {**os.environ, "KVCOMM_SERVE_ENGINE__POOL_TOKENS": "4096"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdout is not None
-        try:
-            text = ""
-            while not text.endswith("\n}\n"):
-                line = process.stdout.readline()
-                assert line, process.communicate()
-                text += line
-            told = json.loads(text)
-            assert told["settings"]["engine"]["pool_tokens"] == 4096
-            name = told["settings"]["model"].rsplit("/", 1)[1]
-            body = {"model": name, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
-            url = told["address"] + "/v1/chat/completions"
-            with httpx2.Client(transport=httpx2.HTTPTransport(retries=10), timeout=PATIENCE_S) as client:
-                assert client.post(url, json=body).json()["usage"]["completion_tokens"] <= 4
-        finally:
-            process.send_signal(signal.SIGTERM)
-            _, log = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, log
+    with process(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as server:
+        text = ""
+        while not text.endswith("\n}\n"):
+            line = server.stdout.readline()
+            assert line, server.communicate()
+            text += line
+        told = json.loads(text)
+        assert told["settings"]["engine"]["pool_tokens"] == 4096
+        name = told["settings"]["model"].rsplit("/", 1)[1]
+        body = {"model": name, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+        url = told["address"] + "/v1/chat/completions"
+        answer = httpx2.post(url, json=body, timeout=PATIENCE_S)
+        assert answer.json()["usage"]["completion_tokens"] <= 4
+        server.send_signal(signal.SIGTERM)
+        _, log = server.communicate(timeout=PATIENCE_S)
+    assert server.returncode == 0, log
     lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     (request,) = [line for line in lines if line["message"] == "request"]
     assert request["status"] == 200

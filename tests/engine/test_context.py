@@ -29,6 +29,7 @@ from kvcomm.errors import (
 from kvcomm.memory.sequences import Sequence
 from kvcomm.memory.snapshots import read_snapshot, write_snapshot
 from tests.engine.conftest import greedy, some_tokens
+from tests.stalling import stalling
 from tests.tiny import TinyModel, tiny_model
 
 MORE = {"max_new_tokens": 400, "ignore_eos": True}
@@ -83,13 +84,14 @@ def test_forks_nest_and_survive_their_parents(engine: Engine, shared_model: Tiny
 def test_a_busy_context_can_be_forked_but_not_written(engine: Engine, shared_model: TinyModel) -> None:
     head = some_tokens(21)
     context = engine.context(head)
-    stream = context.stream(**MORE)
-    seen = [next(stream).token_ids[0] for _ in range(5)]
-    child = context.fork()
-    with pytest.raises(ContextBusy, match="fork the context"):
-        context.extend(some_tokens(3))
-    with pytest.raises(ContextBusy, match="in flight"):
-        context.save("nowhere")
+    with stalling(engine, after=20):
+        stream = context.stream(**MORE)
+        seen = [next(stream).token_ids[0] for _ in range(5)]
+        child = context.fork()
+        with pytest.raises(ContextBusy, match="fork the context"):
+            context.extend(some_tokens(3))
+        with pytest.raises(ContextBusy, match="in flight"):
+            context.save("nowhere")
     expected = greedy(shared_model.model, head, child.num_tokens - len(head) + 4)
     assert child.num_tokens >= len(head) + 5
     assert list(child.tokens[len(head) :]) == expected[: child.num_tokens - len(head)]
@@ -102,10 +104,11 @@ def test_a_busy_context_can_be_forked_but_not_written(engine: Engine, shared_mod
 def test_cancelled_generation_rolls_back(engine: Engine, shared_model: TinyModel) -> None:
     head = some_tokens(21)
     context = engine.context(head)
-    handle = context.submit(**MORE)
-    next(iter(handle))
-    with pytest.raises(RequestCancelled):
-        handle.result()
+    with stalling(engine, after=20):
+        handle = context.submit(**MORE)
+        next(iter(handle))
+        with pytest.raises(RequestCancelled):
+            handle.result()
     assert context.tokens == tuple(head)
     assert list(context.generate(max_new_tokens=4, ignore_eos=True).token_ids) == greedy(shared_model.model, head, 4)
 

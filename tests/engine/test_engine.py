@@ -28,6 +28,8 @@ from kvcomm.errors import (
 )
 from kvcomm.memory.segments import Segment
 from tests.engine.conftest import greedy, some_tokens, stock_logits
+from tests.limits import PATIENCE_S
+from tests.stalling import stalling
 from tests.tiny import TinyModel, tiny_model
 
 NO_EOS = SamplingParams(max_new_tokens=12, ignore_eos=True)
@@ -161,7 +163,7 @@ def test_more_requests_than_pages_queue_and_finish(shared_model: TinyModel) -> N
         prompts = [some_tokens(50, seed=i) for i in range(6)]
         handles = [engine.submit(prompt, NO_EOS) for prompt in prompts]
         for prompt, handle in zip(prompts, handles, strict=True):
-            assert list(handle.result(60).token_ids) == greedy(shared_model.model, prompt, 12)
+            assert list(handle.result(PATIENCE_S).token_ids) == greedy(shared_model.model, prompt, 12)
         engine.check_integrity()
 
 
@@ -207,26 +209,27 @@ def test_async_streams_run_at_once(engine: Engine) -> None:
 
 
 def test_leaving_a_stream_cancels_and_returns_pages(engine: Engine) -> None:
-    handle = engine.submit(some_tokens(30), max_new_tokens=400, ignore_eos=True)
-    for _ in handle:
-        break
-    assert handle.wait(30)
+    with stalling(engine, after=20):
+        handle = engine.submit(some_tokens(30), max_new_tokens=400, ignore_eos=True)
+        for _ in handle:
+            break
+        assert handle.wait(PATIENCE_S)
     with pytest.raises(RequestCancelled, match=f"request {handle.request_id}"):
         handle.result()
     assert engine.memory_stats().num_in_requests == 0
 
 
 def test_ctrl_c_while_waiting_cancels(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    handle = engine.submit(some_tokens(30), max_new_tokens=400, ignore_eos=True)
-
     def interrupt(*_: object, **__: object) -> bool:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
-        patched.setattr(handle._changed, "wait_for", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            handle.result()
-    assert handle.wait(30)
+    with stalling(engine, after=20):
+        handle = engine.submit(some_tokens(30), max_new_tokens=400, ignore_eos=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(handle._changed, "wait_for", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                handle.result()
+        assert handle.wait(PATIENCE_S)
     assert engine.memory_stats().num_in_requests == 0
     assert engine.generate(some_tokens(10), NO_EOS).usage.generated_tokens == 12
 
@@ -355,9 +358,10 @@ def test_an_exception_in_the_model_reaches_its_callers_only(
 
 def test_close_fails_what_is_in_flight(shared_model: TinyModel) -> None:
     engine = Engine(shared_model.model, shared_model.tokenizer, config=EngineConfig(pool_tokens=1024))
-    handle = engine.submit(some_tokens(30), max_new_tokens=400, ignore_eos=True)
-    engine.close()
-    engine.close()
+    with stalling(engine, after=20):
+        handle = engine.submit(some_tokens(30), max_new_tokens=400, ignore_eos=True)
+        engine.close()
+        engine.close()
     with pytest.raises(EngineClosed, match="create a new one"):
         handle.result()
     with pytest.raises(EngineClosed, match="create a new one"):
@@ -377,7 +381,7 @@ def test_an_internal_error_wakes_every_waiter(
     monkeypatch.setattr(engine.scheduler, "_admit", broken)
     handle = engine.submit(some_tokens(5))
     with pytest.raises(EngineClosed, match="page 3 counted twice"):
-        handle.result(30)
+        handle.result(PATIENCE_S)
     engine.close()
     assert hook is not threading.excepthook
 

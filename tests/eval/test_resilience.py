@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from eval.resilience.questions import Asking, Question, leaked_pages
 from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
 from kvcomm.server.settings import ServerSettings
+from tests.limits import threads
 from tests.server.live import Live, serving
 from tests.tiny import save_tiny_model, tiny_model
 
@@ -78,10 +78,8 @@ def test_leaked_pages_are_seen(live: Live, engine: Engine) -> None:
 def test_a_client_asks_again_until_there_is_an_answer(live: Live) -> None:
     """Nobody listens at first; then somebody does."""
     asking = Asking("http://127.0.0.1:9", "tiny")
-    thread = threading.Thread(target=asking.ask, args=(Question(CHAT, "whatever", 50),))
-    thread.start()
-    asking.url = live.url
-    thread.join()
+    with threads(lambda: asking.ask(Question(CHAT, "whatever", 50))):
+        asking.url = live.url
     assert asking.found().lost_answers == 0
 
 

@@ -162,7 +162,7 @@ def state_folder(file: Path) -> Path:
     return file.with_suffix("")
 
 
-def read_profile(file: Path) -> TuningProfile:
+def read_profile(file: str | Path) -> TuningProfile:
     """Read a profile.
 
     Raises:
@@ -170,6 +170,7 @@ def read_profile(file: Path) -> TuningProfile:
         AnchorFileTooNew: of a later format.
         AnchorFileCorrupt: not TOML, or not what the format says; names the field.
     """
+    file = Path(file)
     try:
         table = tomllib.loads(file.read_bytes().decode())
     except OSError as error:

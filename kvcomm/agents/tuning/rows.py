@@ -47,12 +47,13 @@ class Split(NamedTuple):
     verification: list[Row]
 
 
-def read_rows(file: Path, team: Team) -> list[Row]:
+def read_rows(file: str | Path, team: Team) -> list[Row]:
     """Rows of a .jsonl or .jsonl.gz file, each once, in order of their digests.
 
     Raises:
         InvalidRequest: the file cannot be read, or a line is no object with the team's inputs as texts; names the line.
     """
+    file = Path(file)
     try:
         opened = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         lines = opened.decode().split("\n")

@@ -52,6 +52,7 @@ from kvcomm.agents.tuning.rows import RULE, Row, Split, split_rows
 from kvcomm.agents.tuning.state import append_line, claim, read_lines
 from kvcomm.agents.warming import BATCH, Note
 from kvcomm.align.bank import BankSnapshot
+from kvcomm.align.bound import Bound
 from kvcomm.align.groups import EdgeGroup
 from kvcomm.align.profile_file import GROUPS_FILE
 from kvcomm.config import NUM_CONTESTED, EngineConfig
@@ -84,7 +85,7 @@ class Task:
     data_name: str
     policy: ReusePolicy
     budget_s: float
-    out: Path
+    out: str | Path
     note: Note = field(default=lambda text: None)
 
     def __post_init__(self) -> None:
@@ -96,12 +97,12 @@ class Task:
     @property
     def folder(self) -> Path:
         """Of banks and state."""
-        return state_folder(self.out)
+        return state_folder(Path(self.out))
 
     @property
-    def bound(self) -> tuple[float, float]:
-        """(epsilon, delta)."""
-        return self.policy.max_divergence, self.policy.delta
+    def bound(self) -> Bound:
+        """What is asked for."""
+        return Bound(self.policy.max_divergence, self.policy.delta)
 
 
 @dataclass
@@ -183,7 +184,7 @@ def tune(task: Task, plan: Plan) -> TuningProfile:
         banks=bank_digests(task.folder / BANKS),
         pareto=tuple(PointTable(**point._asdict()) for point in search.mark_front(chosen.points)),
     )
-    write_profile(profile, task.out)
+    write_profile(profile, Path(task.out))
     return profile
 
 

@@ -57,13 +57,14 @@ class TraceError(ValueError):
     """The file is no trace of a known format; names file and line."""
 
 
-def read_trace(file: Path, *, limit: int | None = None) -> Trace:
+def read_trace(file: str | Path, *, limit: int | None = None) -> Trace:
     """Read the first `limit` lines (all if None): requests of a mooncake trace, sessions of an agentic one.
 
     Raises:
         TraceError: no known format, or nothing in it.
         OSError: the file cannot be read.
     """
+    file = Path(file)
     raw = file.read_bytes()
     lines = list(islice(_parsed(file, raw), limit))
     if not lines:
