@@ -1,7 +1,8 @@
 """From what a user gives as a prompt to segments of token ids.
 
-Every segment is tokenized on its own, so the same text has the same ids behind any prefix; text given as one string
-is tokenized as one. Start tokens are added once, at the very beginning of a context, if the tokenizer adds any.
+Every segment is tokenized on its own, as a piece of a text, so the same text has the same ids behind any prefix, and
+behind none; a text given as one string is tokenized as one, at the start of a context as the tokenizer does it. Start
+tokens stand at the very beginning of a context, once, if the tokenizer adds any; ids are taken as they are.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ import operator
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from transformers import PreTrainedTokenizerBase
-
+from kvcomm.engine.encoding import TextEncoder
 from kvcomm.errors import EmptyPrompt, InvalidRequest, PromptTooLong, UnknownToken
 from kvcomm.memory.segments import Segment
 
@@ -22,20 +22,20 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[Segment]
 class PromptReader:
     """Tokenizes and checks prompts for one model."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, max_context: int) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, encoder: TextEncoder, *, vocab_size: int, max_context: int) -> None:
+        self._encoder = encoder
         self._vocab_size = vocab_size
         self._max_context = max_context
 
     def segment(self, text: str, *, name: str | None = None) -> Segment:
-        """Tokenize a text on its own, without special tokens at its ends."""
-        return Segment(tuple(self._tokenizer.encode(text, add_special_tokens=False)), name)
+        """Tokenize a text on its own, as a piece of a prompt; see `TextEncoder.piece`."""
+        return Segment(self._encoder.piece(text), name)
 
     def read(self, prompt: Prompt, *, is_start: bool) -> tuple[Segment, ...]:
         """The segments of a prompt.
 
         Args:
-            is_start: nothing stands before it, so the tokenizer's start tokens (if any) belong to it.
+            is_start: nothing stands before it, so the tokenizer's start tokens (if any) belong to a text or segments.
 
         Raises:
             EmptyPrompt: not a single token.
@@ -59,12 +59,17 @@ class PromptReader:
 
     def _segments(self, prompt: Prompt, is_start: bool) -> Sequence[Segment]:
         if isinstance(prompt, str):
-            return [Segment(tuple(self._tokenizer.encode(prompt, add_special_tokens=is_start)))]
+            return [Segment(self._encoder.start(prompt) if is_start else self._encoder.piece(prompt))]
         segments = [item for item in prompt if isinstance(item, Segment)]
         ids = [item for item in prompt if not isinstance(item, Segment)]
         if segments and ids:
             raise InvalidRequest("a prompt is a text, a list of token ids or a list of segments, not a mixture")
-        return segments or [Segment(tuple(_token_id(item) for item in ids))]
+        if not segments:
+            return [Segment(tuple(_token_id(item) for item in ids))]
+        first = next((segment.token_ids for segment in segments if segment.token_ids), ())
+        if not is_start or not first or self._encoder.has_start(first):
+            return segments
+        return [Segment(self._encoder.start_ids), *segments]
 
     def _require_known(self, segment: Segment) -> None:
         unknown = next((token for token in segment.token_ids if not 0 <= token < self._vocab_size), None)
