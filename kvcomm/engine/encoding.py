@@ -121,13 +121,9 @@ class TextEncoder:
     @cached_property
     def _middle(self) -> PreTrainedTokenizerBase | None:
         """A tokenizer that puts nothing before a text: the model's own, or a copy of it; None: there is none."""
-        if self._joins(self._tokenizer):
-            return self._tokenizer
-        unprefixed = _without_prefix(self._tokenizer) if self._tokenizer.is_fast else None
-        if unprefixed is not None and self._joins(unprefixed):
-            return unprefixed
+        unprefixed = _without_prefix(self._tokenizer) if self._tokenizer.is_fast else self._tokenizer
         # Texts that always have spaces between them cannot be joined in any way.
-        return None if self._anchor is not None else self._tokenizer
+        return unprefixed if self._joins(unprefixed) or self._anchor is None else None
 
     @cached_property
     def _literal(self) -> PreTrainedTokenizerBase | None:
@@ -225,20 +221,19 @@ def _is_ordinary(content: str, template: str) -> bool:
     return letters.replace(" ", "").isalnum() and content not in template
 
 
-def _without_prefix(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
-    """A copy of a fast tokenizer that puts nothing before a text; None where its parts cannot be looked at."""
+def _without_prefix(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A fast tokenizer, or a copy of it, that puts nothing before a text as far as its parts can be looked at."""
     try:
-        whole = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+        whole = json.loads(tokenizer.backend_tokenizer.to_str())
     except Exception:  # parts written in Python cannot be described, which is said with a bare Exception
-        return None
-    parts = {
-        "normalizer": _unprefixed(whole["normalizer"]),
-        "pre_tokenizer": _unprefixed(whole["pre_tokenizer"]),
-    }
+        return tokenizer
+    parts = {name: _unprefixed(whole[name]) for name in ("normalizer", "pre_tokenizer")}
+    if all(whole[name] == part for name, part in parts.items()):
+        return tokenizer
     model = {"type": "BPE", "vocab": {}, "merges": []}
     stub = Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], "model": model, **parts}))
     unprefixed = copy.deepcopy(tokenizer)
-    backend = unprefixed.backend_tokenizer  # type: ignore[attr-defined]
+    backend = unprefixed.backend_tokenizer
     backend.normalizer, backend.pre_tokenizer = stub.normalizer, stub.pre_tokenizer
     return unprefixed
 
