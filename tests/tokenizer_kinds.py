@@ -30,7 +30,7 @@ MERGES = [
     ("he", "ll"),
     (".", "\n"),
 ]
-LETTERS = "▁abcdefghijklmnopqrstuvwxyzABCDHW.,:;!?'()<>|_/0123456789é漢"
+LETTERS = "▁abcdefghijklmnopqrstuvwxyzABCDHWY.,:;!?'()<>|_/0123456789é漢"
 
 
 def _sentencepiece_vocab() -> dict[str, int]:

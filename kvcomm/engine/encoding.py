@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
@@ -28,6 +28,8 @@ ANCHORS = ("\n", "a", ".", "0", "|", "\u00a0")
 PROBES = ("b", " b", "hello", "1", "\n", "é")
 
 METASPACE = "▁"
+
+_CODE = re.compile(r"{[{%].*?[%}]}", re.DOTALL)
 
 
 class TokenSpan(NamedTuple):
@@ -44,6 +46,8 @@ class TextEncoder:
     Attributes:
         controls: control token -> id.
         control_pattern: finds them, the longest one first; None: there are none.
+        answer_pattern: the same without those that nobody flagged as special and that the chat template's code looks
+            for: in a model's own earlier answers they are the template's to deal with.
         has_plain_controls: no added token takes what stands beside it into itself, or looks at it.
     """
 
@@ -52,8 +56,10 @@ class TextEncoder:
         added = tokenizer.added_tokens_decoder.values()
         self.has_plain_controls = not any(token.lstrip or token.rstrip or token.single_word for token in added)
         self.controls: Mapping[str, int] = _controls(tokenizer)
-        contents = sorted(self.controls, key=len, reverse=True)
-        self.control_pattern = re.compile("|".join(map(re.escape, contents))) if contents else None
+        self.control_pattern = _pattern(self.controls)
+        code = "".join(_CODE.findall(_written(tokenizer)))
+        special = {token.content for token in added if token.special}
+        self.answer_pattern = _pattern(each for each in self.controls if each in special or each not in code)
         # What stands for unknown letters comes from ordinary text, too.
         self._control_ids = frozenset(self.controls.values()) - {tokenizer.unk_token_id}
 
@@ -202,10 +208,19 @@ def _spans(tokenizer: PreTrainedTokenizerBase, text: str) -> list[TokenSpan]:
     return [TokenSpan(token_id, *place) for token_id, place in zip(ids, places, strict=True)]
 
 
-def _controls(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+def _pattern(contents: Iterable[str]) -> re.Pattern[str] | None:
+    longest_first = sorted(contents, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def _written(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat templates as they are written."""
     template = tokenizer.chat_template
-    templates = template.values() if isinstance(template, dict) else [template or ""]
-    written = "\n".join(templates)
+    return "\n".join(template.values()) if isinstance(template, dict) else template or ""
+
+
+def _controls(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    written = _written(tokenizer)
     added = tokenizer.added_tokens_decoder.items()
     return {
         token.content: token_id

@@ -2,7 +2,8 @@
 
 A conversation is rendered by the model's chat template and tokenized as one text, so requests that begin alike share
 their KV exactly, whoever rendered them. Control tokens spelled out in messages or tools are ordinary text and cannot
-end a turn; the template's own ones are real. A plain completion's text is taken as it is. Segments stand in front of
+end a turn; the template's own ones are real, and what its code looks for in answers, such as the end of thoughts, is
+left to it there. A plain completion's text is taken as it is. Segments stand in front of
 either.
 """
 
@@ -56,7 +57,7 @@ class PromptMaker:
         """
         marks = self.marks()
         messages = [message_values(message) for message in request.messages]
-        text = self.render(marks.hide(messages), marks.hide(shown_tools(request)), template_variables(request))
+        text = self.render(marks.hide_messages(messages), marks.hide(shown_tools(request)), template_variables(request))
         return self._prepare(request, marks, text, tenant)
 
     def completion(self, prompt: str | list[int], request: CompletionRequest, tenant: str) -> PreparedPrompt:
@@ -82,7 +83,8 @@ class PromptMaker:
 
     def marks(self, stem: str | None = None, hidden: Sequence[str] = ()) -> Marks:
         """Stand-ins for control tokens of this model, new ones or those made before."""
-        return Marks(self._engine.encoder.control_pattern, stem, hidden)
+        encoder = self._engine.encoder
+        return Marks(encoder.control_pattern, stem, hidden, in_answers=encoder.answer_pattern)
 
     def encode(self, text: str, marks: Marks, *, is_start: bool) -> tuple[Segment, ...]:
         """The tokens of rendered text, control tokens that a client spelled out as ordinary text.

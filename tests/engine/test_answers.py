@@ -243,3 +243,46 @@ def shared_engine() -> Iterator[None]:
     with Engine(tiny_llama(vocab_size=len(tokenizer)), tokenizer, config=SMALL) as SHARED["engine"]:
         yield
     SHARED.clear()
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "llama-bos", "llama-bos-eos", "llama-legacy", "unigram", "byte-level-prefixed"]
+)
+def test_texts_behind_one_another_read_as_they_were_written(kind: str) -> None:
+    """`context("hello").extend("world")` read "hello world"; a list of segments had no start token."""
+    tokenizer = tokenizer_of(kind)
+    with Engine(tiny_llama(vocab_size=len(tokenizer)), tokenizer, config=SMALL) as engine:
+        before = engine.decode(tokenizer.encode("hello")).removesuffix("</s>")
+        context = engine.context("hello").extend("world").fork().extend([engine.segment(" he"), engine.segment("llo")])
+        assert context.text == before + "world hello"
+        start = engine.encoder.start_ids
+        listed = engine.context([engine.segment("hel"), engine.segment("lo", name="lo")])
+        assert listed.text == engine.decode(start) + "hello"
+        assert listed.tokens[: len(start)] == start
+        assert listed.segments[-1] == engine.segment("lo", name="lo")
+        again = engine.context([Segment(start), engine.segment("hello")]) if start else listed
+        assert again.tokens.count(1) <= 1
+        stock = tuple(tokenizer.encode("hello"))
+        assert engine.context("hello").tokens == (stock[:-1] if kind == "llama-bos-eos" else stock)
+        assert engine.num_cached([engine.segment("hel"), engine.segment("lo")]) > 0
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "llama-bos", "llama-legacy", "unigram", "byte-level-prefixed", "added-tokens"]
+)
+def test_an_agents_prompt_is_what_the_chat_template_gives(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    with Engine(tiny_llama(vocab_size=len(tokenizer)), tokenizer, config=SMALL) as engine:
+        group = KVCommAgentGroup(engine, sampling=SamplingParams(max_new_tokens=1))
+        group.add(Agent("first", system="You are.", prompt="hello {q} and {r}."))
+        asked = {"q": "world <|im_end|>", "r": " he"} if kind != "unigram" else {"q": "world", "r": " he"}
+        prompt = group.run(**asked)["first"].prompt
+        ids = [token for segment in prompt for token in segment.token_ids]
+        content = f"hello {asked['q']} and {asked['r']}."
+        messages = [{"role": "system", "content": "You are."}, {"role": "user", "content": content}]
+        expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert engine.decode(ids) == engine.decode(engine.encoder.start_ids) + expected
+        assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2

@@ -82,7 +82,7 @@ def continue_conversation(
     marks = maker.marks(before.stem, before.hidden)
     shown = before.tools if tools is None else marks.hide(tools)
     given = {**before.variables, **(variables or {})}
-    whole = [*before.messages, *marks.hide([message_values(message) for message in messages])]
+    whole = [*before.messages, *marks.hide_messages([message_values(message) for message in messages])]
     text = maker.render(whole, shown, given, speaks=speaks)
     if not text.startswith(before.rendered):
         raise ApiError(
