@@ -29,6 +29,9 @@ PROBES = ("b", " b", "hello", "1", "\n", "é")
 
 METASPACE = "▁"
 
+NUM_LOOKED_AT = 4
+"""Tokens at the start of a prompt that tell whether it begins with a space."""
+
 _CODE = re.compile(r"{[{%].*?[%}]}", re.DOTALL)
 
 
@@ -116,6 +119,29 @@ class TextEncoder:
     def has_start(self, ids: tuple[int, ...]) -> bool:
         """Whether ids begin with the tokenizer's start tokens, or it has none."""
         return ids[: len(self.start_ids)] == self.start_ids
+
+    def before(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """What has to stand before a prompt's first piece: start tokens, if it does not begin with them.
+
+        Where there are none and decoding takes a space from the start of a text, a piece that begins with a space gets
+        one more, as it would from tokenizers that put a space there themselves.
+        """
+        if not self.has_start(ids):
+            return self.start_ids
+        if self.start_ids or not self._space or ids == self._space:
+            return ()
+        beginning = ids[:NUM_LOOKED_AT]
+        behind = self._decode((*self._known, *beginning)).removeprefix(self._decode(self._known))
+        return self._space if self._decode(beginning) != behind == self._decode((*self._space, *beginning)) else ()
+
+    @cached_property
+    def _space(self) -> tuple[int, ...]:
+        """A space as a piece, where decoding takes one from the start of a text; else nothing."""
+        return self.piece(" ") if self._decode(self.piece(" b")) == "b" else ()
+
+    @cached_property
+    def _known(self) -> tuple[int, ...]:
+        return _encode(self._tokenizer, "b")
 
     @cached_property
     def start_ids(self) -> tuple[int, ...]:

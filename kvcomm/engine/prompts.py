@@ -67,9 +67,8 @@ class PromptReader:
         if not segments:
             return [Segment(tuple(_token_id(item) for item in ids))]
         first = next((segment.token_ids for segment in segments if segment.token_ids), ())
-        if not is_start or not first or self._encoder.has_start(first):
-            return segments
-        return [Segment(self._encoder.start_ids), *segments]
+        before = self._encoder.before(first) if is_start and first else ()
+        return [Segment(before), *segments] if before else segments
 
     def _require_known(self, segment: Segment) -> None:
         unknown = next((token for token in segment.token_ids if not 0 <= token < self._vocab_size), None)

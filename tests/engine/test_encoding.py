@@ -5,12 +5,13 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kvcomm.engine.encoding import TextEncoder
+from kvcomm.engine.prompts import PromptReader
 from kvcomm.errors import InvalidRequest
 from tests.tiny import tiny_tokenizer
 from tests.tokenizer_kinds import KINDS, llama, tokenizer_of, with_tools
@@ -40,6 +41,22 @@ def test_pieces_behind_a_text_read_as_they_were_written(kind: str, first: str, o
     start = encoder.start(first)
     ids = (*start, *(token for text in others for token in encoder.piece(text)))
     assert decoded(tokenizer, ids) == decoded(tokenizer, start) + "".join(others)
+
+
+@pytest.mark.parametrize("kind", JOINABLE)
+@settings(deadline=None, max_examples=100)
+@given(texts=st.lists(PIECE, min_size=1, max_size=4))
+def test_a_prompt_of_pieces_reads_as_they_were_written(kind: str, texts: list[str]) -> None:
+    """Also where the first one begins with a space, which decoding takes from the start of a text."""
+    assume(texts[0] != " ")  # a space alone at the start is the space that is put there
+    tokenizer, encoder = tokenizer_of(kind), ENCODERS[kind]
+    reader = PromptReader(encoder, vocab_size=len(tokenizer), max_context=1000)
+    segments = reader.read([reader.segment(text) for text in texts], is_start=True)
+    ids = tuple(token for segment in segments for token in segment.token_ids)
+    assert decoded(tokenizer, ids) == decoded(tokenizer, encoder.start_ids) + "".join(texts)
+    again = reader.read(segments, is_start=True)
+    assert again == segments
+    assert all(reader.segment(text) in segments for text in texts)
 
 
 @pytest.mark.parametrize("kind", KINDS)
