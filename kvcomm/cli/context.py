@@ -93,7 +93,7 @@ def create_command(
     parent = store.usable_context(extend_from) if extend_from else None
     with load_engine(model) as engine:
         began_s = time.monotonic()
-        segments = sources.read(engine, is_start=parent is None)
+        segments = sources.read(engine)
         with _restore(engine, parent) if parent else engine.context(segments) as context:
             if parent:
                 context.extend(segments)
@@ -157,7 +157,7 @@ def extend_command(
     sources = Sources(store, segment, file, text)
     with load_engine(model) as engine, _restore(engine, entry) as context:
         began_s = time.monotonic()
-        context.extend(sources.read(engine, is_start=False))
+        context.extend(sources.read(engine))
         value = _save(context, save_as or name, target, elapsed_s=time.monotonic() - began_s)
     emit(value, Text(_saved_line("extended", value)), as_json=as_json)
 

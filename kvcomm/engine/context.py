@@ -55,7 +55,7 @@ class ContextHost(Protocol):
 
     def save_snapshot(self, context: Context, file: Path) -> Path: ...
 
-    def copy_to_hf_cache(self, context: Context) -> DynamicCache: ...
+    def copy_to_hf_cache(self, context: Context, *, whole: bool) -> DynamicCache: ...
 
     def repair(self, context: Context) -> Future[bool]: ...
 
@@ -223,14 +223,19 @@ class Context:
         self._require_idle()
         return self._engine.save_snapshot(self, Path(file))
 
-    def to_hf_cache(self) -> DynamicCache:
-        """A copy of the KV as a transformers cache that stock `generate` continues.
+    def to_hf_cache(self, *, whole: bool = False) -> DynamicCache:
+        """A copy of the KV as a transformers cache: `generate(ids, past_key_values=cache)` goes on from it.
+
+        Args:
+            whole: with the KV of the last token, if that is computed. Stock `generate` needs a token to compute: given
+                a cache as long as its prompt, it computes the prompt a second time behind itself, and says nothing.
+                Right for calls of the model with further tokens.
 
         Raises:
             ContextReleased, ContextBusy: there is no state to copy.
         """
         self._require_idle()
-        return self._engine.copy_to_hf_cache(self)
+        return self._engine.copy_to_hf_cache(self, whole=whole)
 
     def repair(self) -> Future[bool]:
         """Replace approximate KV by what computing it exactly gives, in idle time; tokens stay as they are.

@@ -25,6 +25,7 @@ from kvcomm.align.profile_file import Profile
 from kvcomm.config import EngineConfig
 from kvcomm.engine.context import Context, sampling_params
 from kvcomm.engine.detokenize import Detokenizer
+from kvcomm.engine.encoding import TextEncoder
 from kvcomm.engine.exchange import KVExchange, layer_shapes
 from kvcomm.engine.explanation import Explanation
 from kvcomm.engine.handle import RequestHandle
@@ -38,6 +39,7 @@ from kvcomm.engine.results import Completion
 from kvcomm.engine.reuse_parts import ReuseParts
 from kvcomm.engine.sampling import Sampler, SamplingParams
 from kvcomm.engine.scheduler import Scheduler
+from kvcomm.engine.token_texts import TokenTexts
 from kvcomm.engine.variant import Variant
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.fidelity import Fidelity
@@ -121,8 +123,10 @@ class Engine:
             self._lock,
             end_token_ids=ends,
         )
+        self.encoder = TextEncoder(tokenizer)
+        self._texts = TokenTexts(tokenizer)
         self._reader = PromptReader(
-            tokenizer, vocab_size=self.geometry.vocab_size, max_context=self.geometry.max_context
+            self.encoder, vocab_size=self.geometry.vocab_size, max_context=self.geometry.max_context
         )
         self._exchange = KVExchange(self.memory, self.geometry, self.lock)
         self._holdings = Holdings(self.pool, self.scheduler.requests)
@@ -186,7 +190,11 @@ class Engine:
         return tenant_namespace(self._identity, values.text("the tenant", tenant))
 
     def segment(self, text: str, *, name: str | None = None) -> Segment:
-        """A text tokenized on its own, to be used in prompts as often as you like."""
+        """A text tokenized on its own, as a piece of a prompt, to be used in prompts as often as you like.
+
+        Its ids are the same wherever it stands: a space that the tokenizer puts before texts is left out. Control
+        tokens in it are real.
+        """
         return self._reader.segment(text, name=name)
 
     def keep_segment(self, segment: Segment, *, tenant: str = DEFAULT_TENANT, ttl_s: float | None = None) -> str:
@@ -212,9 +220,15 @@ class Engine:
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Text of token ids, special tokens included."""
-        text = self.tokenizer.decode(list(token_ids))
-        assert isinstance(text, str)
-        return text
+        return self._texts.decode(list(token_ids), skip_special_tokens=False)
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token behind others, with the space that the start of a text may lose."""
+        return self._texts.behind([token_id])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The same in UTF-8; also of a token that is a part of a character only."""
+        return self._texts.bytes_of(token_id)
 
     def context(
         self,
@@ -339,7 +353,7 @@ class Engine:
                 index,
                 sequence,
                 Sampler(sampling, index, entropy=entropy),
-                Detokenizer(self.tokenizer, sampling.stop),
+                Detokenizer(self.tokenizer, sampling.stop, texts=self._texts, encode=self.encoder.plain),
             )
             for index in range(sampling.n)
         ]
@@ -431,9 +445,9 @@ class Engine:
             sequence, segments, name, logits, note = self._exchange.restore(Path(file), self.namespace(tenant))
             return Context(self, sequence, tenant=tenant, name=name, segments=segments, last_logits=logits, note=note)
 
-    def copy_to_hf_cache(self, context: Context) -> DynamicCache:
+    def copy_to_hf_cache(self, context: Context, *, whole: bool) -> DynamicCache:
         """See `Context.to_hf_cache`."""
-        return self._exchange.to_hf_cache(context.sequence, self.model.config)
+        return self._exchange.to_hf_cache(context.sequence, self.model.config, whole=whole)
 
     def context_from_hf_cache(
         self, cache: DynamicCache, prompt: Prompt, *, tenant: str = DEFAULT_TENANT, name: str | None = None

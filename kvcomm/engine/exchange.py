@@ -55,7 +55,7 @@ class KVExchange:
             SnapshotError: the file cannot be written.
         """
         with self._lock:
-            keys, values = self._read(context.sequence)
+            keys, values = self._read(context.sequence, context.sequence.num_computed)
             logits = context.ready_logits
             header = SnapshotHeader(
                 namespace=namespace,
@@ -95,10 +95,11 @@ class KVExchange:
         logits = None if snapshot.logits is None else snapshot.logits.clone().to(self._memory.pool.keys[0].device)
         return Restored(sequence, segments, header.name, logits, header.note)
 
-    def to_hf_cache(self, sequence: Sequence, config: PreTrainedConfig) -> DynamicCache:
-        """The computed tokens of a sequence as a transformers cache."""
+    def to_hf_cache(self, sequence: Sequence, config: PreTrainedConfig, *, whole: bool) -> DynamicCache:
+        """The computed tokens of a sequence as a transformers cache, unless `whole` without the sequence's last one."""
         with self._lock:
-            keys, values = self._read(sequence)
+            num_tokens = sequence.num_computed if whole else min(sequence.num_computed, sequence.num_tokens - 1)
+            keys, values = self._read(sequence, max(0, num_tokens))
         return hf_cache.to_cache(keys, values, config)
 
     def from_hf_cache(self, cache: DynamicCache, token_ids: AnySequence[int]) -> Sequence:
@@ -114,10 +115,10 @@ class KVExchange:
         keys, values = hf_cache.from_cache(cache, self._geometry, num_computed)
         return self._write(token_ids, keys, values, Fidelity.APPROXIMATE)
 
-    def _read(self, sequence: Sequence) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values of the computed tokens, per layer [num_computed, num_kv_heads, dim]."""
+    def _read(self, sequence: Sequence, num_tokens: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of the first tokens, all computed, per layer [num_tokens, num_kv_heads, dim]."""
         pool = self._memory.pool
-        slots = pool.slots(sequence.pages, sequence.num_computed)
+        slots = pool.slots(sequence.pages, num_tokens)
         keys = [layer[slots].clone() for layer in pool.keys]
         values = [layer[slots].clone() for layer in pool.values]
         return keys, values

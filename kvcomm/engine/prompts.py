@@ -1,7 +1,8 @@
 """From what a user gives as a prompt to segments of token ids.
 
-Every segment is tokenized on its own, so the same text has the same ids behind any prefix; text given as one string
-is tokenized as one. Start tokens are added once, at the very beginning of a context, if the tokenizer adds any.
+Every segment is tokenized on its own, as a piece of a text, so the same text has the same ids behind any prefix, and
+behind none; a text given as one string is tokenized as one, at the start of a context as the tokenizer does it. Start
+tokens stand at the very beginning of a context, once, if the tokenizer adds any; ids are taken as they are.
 """
 
 from __future__ import annotations
@@ -9,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from transformers import PreTrainedTokenizerBase
-
 from kvcomm import values
+from kvcomm.engine.encoding import TextEncoder
 from kvcomm.errors import EmptyPrompt, InvalidRequest, PromptTooLong, UnknownToken
 from kvcomm.memory.segments import Segment
 
@@ -22,33 +22,32 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[Segment]
 class PromptReader:
     """Tokenizes and checks prompts for one model."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, max_context: int) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, encoder: TextEncoder, *, vocab_size: int, max_context: int) -> None:
+        self._encoder = encoder
         self._vocab_size = vocab_size
         self._max_context = max_context
 
     def segment(self, text: str, *, name: str | None = None) -> Segment:
-        """Tokenize a text on its own, without special tokens at its ends.
+        """Tokenize a text on its own, as a piece of a prompt; see `TextEncoder.piece`.
 
         Raises:
             InvalidRequest: text or name is none.
         """
         checked = None if name is None else values.text("a segment's name", name)
-        ids = self._tokenizer.encode(values.text("a segment", text), add_special_tokens=False)
-        return Segment(tuple(ids), checked)
+        return Segment(self._encoder.piece(values.text("a segment", text)), checked)
 
     def read(self, prompt: Prompt, *, is_start: bool) -> tuple[Segment, ...]:
         """The segments of a prompt.
 
         Args:
-            is_start: nothing stands before it, so the tokenizer's start tokens (if any) belong to it.
+            is_start: nothing stands before it, so the tokenizer's start tokens (if any) belong to a text or segments.
 
         Raises:
             EmptyPrompt: not a single token.
             UnknownToken: an id outside the vocabulary.
             InvalidRequest: neither text, ids nor segments.
         """
-        segments = [self._checked(segment) for segment in self._segments(prompt, is_start)]
+        segments = self._segments(prompt, is_start)
         if not any(segment.token_ids for segment in segments):
             raise EmptyPrompt(f"the prompt has no tokens: {values.shown(prompt)}")
         return tuple(segment for segment in segments if segment.token_ids)
@@ -63,13 +62,18 @@ class PromptReader:
 
     def _segments(self, prompt: Prompt, is_start: bool) -> Sequence[Segment]:
         if isinstance(prompt, str):
-            ids = self._tokenizer.encode(values.text("the prompt", prompt), add_special_tokens=is_start)
-            return [Segment(tuple(ids))]
+            text = values.text("the prompt", prompt)
+            return [self._checked(Segment(self._encoder.start(text) if is_start else self._encoder.piece(text)))]
         found = values.items("the prompt", prompt, "a text, a list of token ids or a list of segments")
         segments = [item for item in found if isinstance(item, Segment)]
         if segments and len(segments) < len(found):
             raise InvalidRequest("a prompt is a text, a list of token ids or a list of segments, not a mixture")
-        return segments or [Segment(found)]  # type: ignore[arg-type]  # checked as those of any segment
+        if not segments:
+            return [self._checked(Segment(found))]  # type: ignore[arg-type]  # which is what is checked
+        segments = [self._checked(segment) for segment in segments]
+        first = next((segment.token_ids for segment in segments if segment.token_ids), ())
+        before = self._encoder.before(first) if is_start and first else ()
+        return [Segment(before), *segments] if before else segments
 
     def _checked(self, segment: Segment) -> Segment:
         """The same segment with ids of Python's own, all of them known to the model."""

@@ -15,7 +15,14 @@ MAX_REASONS = 3
 
 
 class Chunk(NamedTuple):
-    """A piece of one choice as it is generated; `finish_reason` is set on the last one."""
+    """A piece of one choice as it is generated; `finish_reason` is set on the last one.
+
+    The texts of a choice's chunks joined are its text, their token ids its token ids. Either may lag behind what has
+    been drawn: text while it may still become another character or a stop string, ids while a stop string may cut them.
+
+    Attributes:
+        logprobs: of the drawn tokens among `token_ids`, if they were asked for and there are any.
+    """
 
     choice: int
     text: str
@@ -101,8 +108,13 @@ class Usage(Plain):
 class Choice(Plain):
     """One answer.
 
-    `finish_reason` is "stop" (end token, stop token or stop string) or "length". `token_ids` holds what belongs to
-    `text`: no end token, nothing of a stop string.
+    `finish_reason` is "stop" (end token, stop token or stop string) or "length". `text` is the tokenizer's text of
+    `token_ids`, without special tokens: no end token, nothing of a stop string. Where a stop string begins inside a
+    token, the token's text before it is tokenized anew: these last ids were not drawn, and may be more than one. What
+    reads the answer (the context behind it, other agents, moved segments) reads these ids.
+
+    Attributes:
+        logprobs: of the tokens drawn, `logprobs[i]` of `token_ids[i]`; those tokenized anew have none.
     """
 
     index: int

@@ -482,7 +482,7 @@ class Scheduler:
         token_id = branch.sampler.sample(logits, branch.sequence.token_ids)
         is_end = not sampling.ignore_eos and token_id in self._end_token_ids
         if is_end or token_id in sampling.stop_token_ids:
-            self._finish_branch(request, branch, "stop", ())
+            self._finish_branch(request, branch, "stop")
             return
         branch.token_ids.append(token_id)
         branch.sequence.append([token_id])
@@ -490,17 +490,17 @@ class Scheduler:
             branch.logprobs.append(token_logprob(logits, token_id, sampling.logprobs))
         text = branch.detokenizer.push(token_id)
         if branch.detokenizer.stopped is not None:
-            self._finish_branch(request, branch, "stop", (token_id,), text)
+            self._finish_branch(request, branch, "stop", text)
         elif len(branch.token_ids) == sampling.max_new_tokens:
-            self._finish_branch(request, branch, "length", (token_id,), text)
+            self._finish_branch(request, branch, "length", text)
         else:
-            request.publish(branch, text, (token_id,))
+            request.publish(branch, text)
 
-    def _finish_branch(
-        self, request: Request, branch: Branch, finish_reason: str, token_ids: tuple[int, ...], text: str = ""
-    ) -> None:
-        branch.finish_reason = finish_reason
-        request.publish(branch, text + branch.detokenizer.finish(), token_ids)
+    def _finish_branch(self, request: Request, branch: Branch, finish_reason: str, text: str = "") -> None:
+        text += branch.detokenizer.finish()
+        # The end of the text may hold a stop string that could have become something else until now.
+        branch.finish_reason = finish_reason if branch.detokenizer.stopped is None else "stop"
+        request.publish(branch, text)
         if branch.sequence is not request.sequence:
             self._remember(request, branch.sequence, whole=True)
             branch.sequence.release()
@@ -511,11 +511,12 @@ class Scheduler:
         self._leave(request)
         sequence = request.sequence
         completion = request.completion()
-        self._publish(request)
         self._learn_from(request)
-        self._reuse.release(request)
         self._remember(request, sequence, whole=not request.is_lent)
-        self._return_pages(request, request.num_prompt_tokens + request.branches[0].detokenizer.num_kept_tokens)
+        self._keep_answer(request)
+        self._publish(request)
+        self._reuse.release(request)
+        self._return_pages(request, sequence.num_tokens)
         if request.on_success is not None:
             request.on_success()
         request.handle.settle(completion)
@@ -525,6 +526,13 @@ class Scheduler:
             self._learner.after(request)
         except Exception:  # the answer is there, whether or not anything can be learned from it
             logger.exception("nothing is learned from request %d", request.request_id)
+
+    def _keep_answer(self, request: Request) -> None:
+        """Let the sequence end as the first answer does; what a stop string left of a token is still to be computed."""
+        branch, sequence = request.branches[0], request.sequence
+        kept = branch.detokenizer.num_kept_tokens
+        sequence.truncate(request.num_prompt_tokens + kept)
+        sequence.append(branch.detokenizer.answer_ids[kept:])
 
     def _fail(self, request: Request, error: BaseException) -> None:
         """Settle with an error: own pages are returned, a lent sequence is rolled back."""
@@ -555,8 +563,8 @@ class Scheduler:
         """Let other contexts move what this one has computed so far: prompt, and behind it the first answer."""
         if not self._config.cache:
             return
-        kept = tuple(request.branches[0].token_ids[: request.branches[0].detokenizer.num_kept_tokens])
-        answer = (Segment(kept, ANSWER),) if kept and not request.active_branches else ()
+        kept = () if request.active_branches else request.branches[0].detokenizer.answer_ids
+        answer = (Segment(kept, ANSWER),) if kept else ()
         segments = (*request.segments, *answer)
         if any(segment.name is not None for segment in segments):
             self._reuse.publish(request, segments)

@@ -10,7 +10,6 @@ from functools import partial
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
-from kvcomm.engine.detokenize import REPLACEMENT
 from kvcomm.engine.results import Choice, Chunk, Completion
 from kvcomm.engine.sampling import TokenLogprob as EngineLogprob
 from kvcomm.server.access import security
@@ -161,9 +160,8 @@ class _Answer:
         return TokenLogprob(token=drawn.token, logprob=drawn.logprob, bytes=drawn.bytes, top_logprobs=top)
 
     def _top(self, token_id: int, logprob: float) -> TopLogprob:
-        text = self._state.engine.decode([token_id])
-        # A token that is a part of a character has bytes that its text does not tell.
-        return TopLogprob(token=text, logprob=logprob, bytes=None if REPLACEMENT in text else list(text.encode()))
+        engine = self._state.engine
+        return TopLogprob(token=engine.token_text(token_id), logprob=logprob, bytes=list(engine.token_bytes(token_id)))
 
 
 def _piece(

@@ -137,11 +137,11 @@ class _Answer:
         return completion.model_copy(update={"usage": usage}) if has_usage else completion
 
     def _logprobs(self, tokens: Sequence[TokenLogprob], offset: int) -> CompletionLogprobs:
-        decode = self._call.state.engine.decode
-        texts = [decode([token.token_id]) for token in tokens]
+        text_of = self._call.state.engine.token_text
+        texts = [text_of(token.token_id) for token in tokens]
         top = None
         if self._body.logprobs:
-            top = [{decode([token_id]): logprob for token_id, logprob in token.top} for token in tokens]
+            top = [{text_of(token_id): logprob for token_id, logprob in token.top} for token in tokens]
         return CompletionLogprobs(
             tokens=texts,
             token_logprobs=[token.logprob for token in tokens],

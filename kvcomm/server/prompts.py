@@ -2,16 +2,15 @@
 
 A conversation is rendered by the model's chat template and tokenized as one text, so requests that begin alike share
 their KV exactly, whoever rendered them. Control tokens spelled out in messages or tools are ordinary text and cannot
-end a turn; the template's own ones are real. A plain completion's text is taken as it is. Segments stand in front of
+end a turn; the template's own ones are real, and what its code looks for in answers, such as the end of thoughts, is
+left to it there. A plain completion's text is taken as it is. Segments stand in front of
 either.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, cast
 
 from kvcomm.agents.rendering import PromptRenderer
@@ -41,7 +40,7 @@ class PromptMaker:
     def __init__(self, engine: Engine, registries: SegmentRegistries) -> None:
         self._engine = engine
         self._renderer = PromptRenderer(engine)
-        self._sections = Sections(engine.tokenizer, self._control_pattern)
+        self._sections = Sections(engine.encoder)
         self.texts = TokenCache()
         self.segments = SegmentReader(engine, self._renderer, registries)
 
@@ -58,7 +57,7 @@ class PromptMaker:
         """
         marks = self.marks()
         messages = [message_values(message) for message in request.messages]
-        text = self.render(marks.hide(messages), marks.hide(shown_tools(request)), template_variables(request))
+        text = self.render(marks.hide_messages(messages), marks.hide(shown_tools(request)), template_variables(request))
         return self._prepare(request, marks, text, tenant)
 
     def completion(self, prompt: str | list[int], request: CompletionRequest, tenant: str) -> PreparedPrompt:
@@ -84,15 +83,19 @@ class PromptMaker:
 
     def marks(self, stem: str | None = None, hidden: Sequence[str] = ()) -> Marks:
         """Stand-ins for control tokens of this model, new ones or those made before."""
-        return Marks(self._control_pattern, stem, hidden)
+        encoder = self._engine.encoder
+        return Marks(encoder.control_pattern, stem, hidden, in_answers=encoder.answer_pattern)
 
-    def encode(self, text: str, marks: Marks) -> tuple[Segment, ...]:
+    def encode(self, text: str, marks: Marks, *, is_start: bool) -> tuple[Segment, ...]:
         """The tokens of rendered text, control tokens that a client spelled out as ordinary text.
+
+        Args:
+            is_start: nothing stands before it.
 
         Raises:
             InvalidRequest: it has none, or cannot be tokenized.
         """
-        return self._engine.read_prompt([Segment(self._encode(marks, text))], is_start=True)
+        return self._engine.read_prompt([Segment(self._encode(marks, text))], is_start=is_start)
 
     def _prepare(self, request: SegmentedRequest, marks: Marks, text: str, tenant: str) -> PreparedPrompt:
         """The prompt of rendered text, behind the request's segments if it brings any."""
@@ -126,14 +129,9 @@ class PromptMaker:
     def _head(self, marks: Marks, text: str) -> str:
         """Text up to the first control token, real or spelled out: what may share a token with text before it."""
         head = marks.split(text)[0][0]
-        control = self._control_pattern.search(head) if self._control_pattern is not None else None
+        pattern = self._engine.encoder.control_pattern
+        control = None if pattern is None else pattern.search(head)
         return head if control is None else head[: control.start()]
-
-    @cached_property
-    def _control_pattern(self) -> re.Pattern[str] | None:
-        added = self._engine.tokenizer.added_tokens_decoder.values()
-        contents = sorted((token.content for token in added if token.special), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, contents))) if contents else None
 
     def render(self, messages: Any, tools: Any, variables: Mapping[str, Any], *, speaks: bool = True) -> str:
         """A conversation as the chat template writes it; `speaks` puts the beginning of an answer behind it.

@@ -180,7 +180,6 @@ def test_the_answer_begins_as_the_stock_forward_does_on_the_same_kv(engine: Engi
     context = engine.context(prompt(ROLE_B, 99), policy=policy)
     assert context.fidelity is Fidelity.APPROXIMATE
     cache = context.to_hf_cache()
-    cache.crop(-1)
     last = torch.tensor([[context.tokens[-1]]])
     with torch.inference_mode():
         stock = engine.model(last, past_key_values=cache, use_cache=True).logits[0, -1]

@@ -123,7 +123,10 @@ def test_logprobs(client: TestClient) -> None:
         best, second = token["top_logprobs"]
         assert token["token"] == best["token"]  # greedy
         assert token["logprob"] == best["logprob"] > second["logprob"]
-        assert token["bytes"] in (None, list(token["token"].encode()))
+        assert bytes(token["bytes"]).decode(errors="replace") == token["token"]
+    # Parts of characters have their own bytes, so that clients can put them together again.
+    whole = b"".join(bytes(token["bytes"]) for token in tokens)
+    assert whole.decode(errors="replace") == choice["message"]["content"]
 
 
 def test_answers_end_at_the_models_limit(client: TestClient, engine: Engine) -> None:

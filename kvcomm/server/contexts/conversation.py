@@ -64,6 +64,7 @@ def continue_conversation(
     tools: list[dict[str, Any]] | None,
     variables: dict[str, Any] | None = None,
     speaks: bool,
+    is_start: bool,
 ) -> Continued:
     """Messages behind a context.
 
@@ -71,6 +72,7 @@ def continue_conversation(
         before: what the context holds; None: no conversation, so the messages are one of their own behind it.
         tools: None: those that were there.
         speaks: an answer will follow, and be the conversation's last message.
+        is_start: the context is empty.
 
     Raises:
         ApiError: 400 when the template writes what the context holds differently once there is more.
@@ -80,7 +82,7 @@ def continue_conversation(
     marks = maker.marks(before.stem, before.hidden)
     shown = before.tools if tools is None else marks.hide(tools)
     given = {**before.variables, **(variables or {})}
-    whole = [*before.messages, *marks.hide([message_values(message) for message in messages])]
+    whole = [*before.messages, *marks.hide_messages([message_values(message) for message in messages])]
     text = maker.render(whole, shown, given, speaks=speaks)
     if not text.startswith(before.rendered):
         raise ApiError(
@@ -90,7 +92,7 @@ def continue_conversation(
             "differently; leave tools and settings as they were, or send all messages without context_id",
             param="messages",
         )
-    prompt = maker.encode(text[len(before.rendered) :], marks)
+    prompt = maker.encode(text[len(before.rendered) :], marks, is_start=is_start)
     if speaks:
         answer = marks.stand_in("")
         whole.append({"role": "assistant", "content": answer})

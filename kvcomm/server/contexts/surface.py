@@ -148,4 +148,5 @@ def _read(maker: PromptMaker, turn: Turn, body: Prompt) -> Continued:
         assert text is not None, "validated: one of the three is there"
         return Continued(maker.text(text, is_start=turn.num_kept == 0), None)
     tools = None if body.tools is None else [tool.model_dump(exclude_none=True) for tool in body.tools]
-    return continue_conversation(maker, turn.before, body.messages, tools=tools, speaks=False)
+    is_start = turn.num_kept == 0
+    return continue_conversation(maker, turn.before, body.messages, tools=tools, speaks=False, is_start=is_start)
