@@ -12,6 +12,7 @@ them the tokens that the rest of the text has when it is tokenized: who reads th
 from __future__ import annotations
 
 import codecs
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -23,8 +24,8 @@ from kvcomm.engine.token_texts import REPLACEMENT, TokenTexts
 NUM_CONTEXT = 8
 """Tokens before a token that its text can depend on; runs of byte tokens count as one."""
 
-NUM_CLEANED = 8
-"""Letters at the end of a text in which cleaning up may still remove a space: " n't" is the longest, twice over."""
+_UNCLEANED = re.compile(r".*[^ .?!,'ntmsver]", re.DOTALL)
+"""Text up to its last letter that cleaning up never looks at, so that what follows changes nothing before it."""
 
 NUM_RECENT = 256
 """Letters kept of what was given out, to compare the ends of tokens with."""
@@ -195,8 +196,10 @@ class _Window:
         self._texts = texts
         self._token_ids: list[int] = []
         self._is_byte: list[bool] = []
-        self._num_settled = 0  # letters of the window's text
-        self._before = ""  # the window's text one token ago
+        self._num_settled = 0  # letters of the window's raw text
+        self._before = ""  # the window's raw text one token ago
+        self._raw_tail = ""
+        self._unclean = ""  # raw, and not settled only as far as cleaning up is concerned
         self._run = _Run(keep_run)
         self.tail = ""
         self.is_in_run = False
@@ -215,7 +218,7 @@ class _Window:
             self._run.push(byte)
             return ""
         self.is_in_run = False
-        now = self._texts.decode(self._token_ids)
+        now = self._texts.decode_raw(self._token_ids)
         settled = self._settle(now, max(self._num_settled, self._num_stable(now)))
         self._before = now
         if len(self._token_ids) > 2 * NUM_CONTEXT:
@@ -224,9 +227,9 @@ class _Window:
 
     def flush(self) -> str:
         """No more tokens: all text that was not settled."""
-        now = self._texts.decode(self._token_ids) if self._token_ids else ""
+        now = self._texts.decode_raw(self._token_ids) if self._token_ids else ""
         self.is_in_run = False
-        return self._settle(now, len(now))
+        return self._settle(now, len(now), is_last=True)
 
     def readable_tail(self, held: str, stop: Sequence[str]) -> str:
         """What the answer would show behind the settled text if it ended now, where a stop string may be in it."""
@@ -237,11 +240,18 @@ class _Window:
         # A run of bytes is decoded as a whole, so it only is where its last letter completes a stop string.
         if not self._run.may_end(held + self.tail, stop):
             return ""
-        return self._texts.decode(self._token_ids)[self._num_settled :]
+        raw = self._texts.decode_raw(self._token_ids)[self._num_settled :]
+        return self._texts.clean_up(self._unclean + raw)
 
-    def _settle(self, now: str, end: int) -> str:
-        settled, self.tail = now[self._num_settled : end], now[end:]
+    def _settle(self, now: str, end: int, *, is_last: bool = False) -> str:
+        settled, self._raw_tail = now[self._num_settled : end], now[end:]
         self._num_settled = end
+        if self._texts.cleans_up:
+            raw = self._unclean + settled
+            untouched = _UNCLEANED.match(raw)
+            end = len(raw) if is_last else 0 if untouched is None else untouched.end()
+            settled, self._unclean = self._texts.clean_up(raw[:end]), raw[end:]
+        self.tail = self._texts.clean_up(self._unclean + self._raw_tail)
         return settled
 
     def _num_stable(self, now: str) -> int:
@@ -252,9 +262,6 @@ class _Window:
         for _ in range(self._texts.num_unfinished):
             if now[:stable].endswith(REPLACEMENT):
                 stable -= 1
-        if self._texts.cleans_up:
-            space = now.find(" ", max(0, len(now) - NUM_CLEANED))
-            stable = stable if space < 0 else min(stable, space)
         return stable
 
     def _shift(self, now: str) -> None:
@@ -262,11 +269,11 @@ class _Window:
         start = len(self._token_ids) - NUM_CONTEXT
         while start and self._is_byte[start] and self._is_byte[start - 1]:
             start -= 1
-        shorter = self._texts.decode(self._token_ids[start:]) if start else ""
-        end = now[-len(self.tail) - 1 :]
+        shorter = self._texts.decode_raw(self._token_ids[start:]) if start else ""
+        end = now[-len(self._raw_tail) - 1 :]
         if len(shorter) > len(end) and shorter.endswith(end):
             del self._token_ids[:start], self._is_byte[:start]
-            self._num_settled = len(shorter) - len(self.tail)
+            self._num_settled = len(shorter) - len(self._raw_tail)
             self._before = shorter
 
 

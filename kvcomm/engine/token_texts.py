@@ -51,13 +51,23 @@ class TokenTexts:
         self.num_rewritten = sum(len(pattern) - 1 for pattern in patterns if pattern)
         # Several marks may become one character where a decoder writes a mark for each byte.
         self.num_unfinished = 3 if self.lags else int(self._has_byte_level)
-        self.cleans_up = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        self.cleans_up = _cleans_up(tokenizer)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The tokenizer's own text of ids. Raises what the tokenizer raises for ids that it does not know."""
         text = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         assert isinstance(text, str)
         return text
+
+    def decode_raw(self, token_ids: Sequence[int]) -> str:
+        """The same without special tokens and before it is cleaned up."""
+        text = self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def clean_up(self, raw: str) -> str:
+        """What `decode` makes of raw text."""
+        return self._tokenizer.clean_up_tokenization(raw) if self.cleans_up else raw
 
     def is_silent(self, token_id: int) -> bool:
         """Whether `decode` leaves the token out: it is special, or nothing at all to a tokenizer that allows that."""
@@ -102,6 +112,13 @@ def _silent_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     if not tokenizer.is_fast:
         return frozenset(tokenizer.all_special_ids)
     return frozenset(token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
+
+
+def _cleans_up(tokenizer: PreTrainedTokenizerBase) -> bool:
+    if not tokenizer.clean_up_tokenization_spaces:
+        return False
+    is_forced = tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
+    return not tokenizer.is_fast or is_forced or type(tokenizer.backend_tokenizer.model).__name__ != "BPE"
 
 
 def _decoder_steps(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]] | None:

@@ -140,16 +140,25 @@ def test_a_long_answer_is_decoded_in_linear_time(kind: str) -> None:
     tokenizer = tokenizer_of(kind)
     ids = [random.Random(5).randrange(len(tokenizer)) for _ in range(3000)]
     detokenizer = Detokenizer(tokenizer, ("never there",))
-    decode, counted = detokenizer._texts.decode, []
+    decode, counted = detokenizer._texts.decode_raw, []
 
     def counting(token_ids: list[int]) -> str:
         counted.append(len(token_ids))
         return decode(token_ids)
 
-    detokenizer._texts.decode = counting  # type: ignore[method-assign]
+    detokenizer._texts.decode_raw = counting  # type: ignore[method-assign]
     text = "".join(detokenizer.push(token) for token in ids) + detokenizer.finish()
     assert text == tokenizer.decode(ids, skip_special_tokens=True)
     assert sum(counted) < 40 * len(ids)
+
+
+def test_cleaning_up_depends_on_all_that_is_before() -> None:
+    """Every second quote loses its spaces, wherever the run of quotes began."""
+    tokenizer = tokenizer_of("wordpiece-cleaned")
+    quote, word = tokenizer.convert_tokens_to_ids(["'", "do"])
+    for num in range(1, 40):
+        for ids in ([quote] * num, [word, *[quote] * num, word]):
+            assert "".join(stream("wordpiece-cleaned", ids)[0]) == tokenizer.decode(ids)
 
 
 def test_a_run_of_bytes_ends_at_its_stop_string() -> None:
