@@ -30,7 +30,7 @@ from kvcomm.server.logs import Answered, RequestNotes, log_unexpected, notes_of
 from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.state import ServerState, state_of
 from kvcomm.server.tenants import Tenant
-from kvcomm.server.waiting import in_thread, timed_out, while_connected
+from kvcomm.server.waiting import timed_out, while_connected
 
 T = TypeVar("T")
 
@@ -101,9 +101,10 @@ class Call:
             await self.close()
             raise self._translated(error) from error
 
-    async def make(self, maker: Callable[[], T]) -> T:
-        """A prompt, tokenized in a worker thread."""
-        return await anyio.to_thread.run_sync(maker)
+    async def make(self, maker: Callable[[], T], *, more_bytes: int = 0) -> T:
+        """A prompt, rendered and tokenized by a worker; `more_bytes`: of text that the body only refers to."""
+        num_bytes = len(await self.request.body()) + more_bytes
+        return await self.state.workers.run(self.tenant.name, num_bytes, maker)
 
     async def submit(self, job: Job) -> None:
         """Start a job once there is a place for it.
@@ -123,7 +124,7 @@ class Call:
                 handle = self.state.engine.submit(job.prompt.segments, job.sampling, tenant=space, policy=job.policy)
             self._running.append(_Running(job, space, handle, submitted_ns))
 
-        await in_thread(start)  # if the caller is cancelled meanwhile, `close` finds the handle
+        await self.state.workers.start(start)  # if the caller is cancelled meanwhile, `close` finds the handle
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Chunks of all jobs as they come.

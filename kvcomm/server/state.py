@@ -22,6 +22,7 @@ from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.segments.registry import SegmentRegistries
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.tenants import Tenant, Tenants
+from kvcomm.server.workers import Workers
 
 
 @dataclass(eq=False)
@@ -47,6 +48,7 @@ class ServerState:
     registries: SegmentRegistries = field(init=False)
     prompts: PromptMaker = field(init=False)
     metrics: Metrics = field(init=False)
+    workers: Workers = field(default_factory=Workers)
 
     def __post_init__(self) -> None:
         self.started_s = self.clock()

@@ -1,0 +1,114 @@
+"""Worker threads for what requests need beside the engine: reading bodies, rendering, tokenizing.
+
+None of it runs on the event loop, and little at a time runs at all: threads share one interpreter. Long work has
+threads of its own, so that short work never waits behind it, and tenants take turns for both: whoever sends much waits
+for itself. Used from the event loop's thread only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+from anyio import CapacityLimiter
+
+from kvcomm.server.waiting import in_thread
+
+T = TypeVar("T")
+
+LONG_BYTES = 16_384
+"""Of a body: reading it and what it asks for may take longer than ten milliseconds."""
+
+NUM_SHORT, NUM_LONG = 4, 2
+"""Threads; no more, or the event loop would have to wait for its turn among them."""
+
+NUM_STARTING = 64
+"""Threads that hand requests to the engine: they wait for its lock and compute nothing."""
+
+
+class FairGate:
+    """Lets in `limit` at a time; those who wait get in by turns of their tenants, whoever came first.
+
+    Always holds: somebody waits only while `limit` are inside; a tenant stands in the queue only while it waits.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._num_inside = 0
+        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+
+    @property
+    def num_inside(self) -> int:
+        """How many are inside."""
+        return self._num_inside
+
+    @property
+    def num_waiting(self) -> int:
+        """How many wait."""
+        return sum(map(len, self._waiting.values()))
+
+    @asynccontextmanager
+    async def turn(self, tenant: str) -> AsyncIterator[None]:
+        """Wait to be let in; out again at the end."""
+        await self._enter(tenant)
+        try:
+            yield
+        finally:
+            self._leave()
+
+    async def _enter(self, tenant: str) -> None:
+        if self._num_inside < self._limit:
+            self._num_inside += 1
+            return
+        let_in = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(tenant, deque()).append(let_in)
+        try:
+            await let_in
+        except asyncio.CancelledError:
+            if let_in.cancelled():
+                self._forget(tenant, let_in)
+            else:  # it was let in at the same moment
+                self._leave()
+            raise
+
+    def _leave(self) -> None:
+        self._num_inside -= 1
+        while self._waiting and self._num_inside < self._limit:
+            tenant, queue = next(iter(self._waiting.items()))
+            let_in = queue.popleft()
+            self._waiting.move_to_end(tenant)
+            if not queue:
+                del self._waiting[tenant]
+            if not let_in.done():  # else its task has been cancelled and is about to notice
+                self._num_inside += 1
+                let_in.set_result(None)
+
+    def _forget(self, tenant: str, let_in: asyncio.Future[None]) -> None:
+        queue = self._waiting.get(tenant)
+        if queue is not None and let_in in queue:
+            queue.remove(let_in)
+            if not queue:
+                del self._waiting[tenant]
+
+
+class Workers:
+    """The threads of one server."""
+
+    def __init__(self) -> None:
+        self.short = FairGate(NUM_SHORT)
+        self.long = FairGate(NUM_LONG)
+        self._threads = CapacityLimiter(NUM_SHORT + NUM_LONG)
+        self._starting = CapacityLimiter(NUM_STARTING)
+
+    async def run(self, tenant: str, num_bytes: int, work: Callable[[], T]) -> T:
+        """The result of work on a body of that size, once it is the tenant's turn."""
+        gate = self.long if num_bytes >= LONG_BYTES else self.short
+        async with gate.turn(tenant):
+            return await in_thread(work, self._threads)
+
+    async def start(self, work: Callable[[], T]) -> T:
+        """The result of work that only waits for the engine."""
+        return await in_thread(work, self._starting)
