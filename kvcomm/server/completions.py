@@ -42,6 +42,7 @@ async def create_completion(body: CompletionRequest, call: CallDep) -> Response 
 
 async def _answer(body: CompletionRequest, call: Call) -> Response | TextCompletion:
     call.state.require_model(body.model)
+    call.state.admission.require_places(call.tenant, len(body.prompts))
     for prompt in body.prompts:
         await call.submit(await _job(prompt, body, call))
     answer = _Answer(body, call)

@@ -151,6 +151,7 @@ def install(app: FastAPI) -> None:
 async def _on_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if isinstance(error, ApiError):
+        request.state.notes.refusal = error.code
         return error.response()
     if error.status_code == 404:
         return ApiError(404, "unknown_url", f"there is nothing at {request.method} {request.url.path}").response()

@@ -211,6 +211,11 @@ class KeyRing:
         self._reload()
         return self._records
 
+    @property
+    def num_tenants(self) -> int:
+        """Tenants that have a key."""
+        return len({record.tenant for record in self.records if record.tenant is not None})
+
     def find(self, presented: str) -> KeyRecord | None:
         """Whose key this is; takes as long for a wrong key as for any right one."""
         wanted = digest(presented).encode()

@@ -41,6 +41,10 @@ REFUSALS = frozenset(
 """Reasons for computing text that could have been moved."""
 
 
+LIMITING = frozenset({408, 413, 429, 503})
+"""Statuses that tell of a limit."""
+
+
 class Metrics:
     """The metrics of one app. Safe to use from several threads."""
 
@@ -56,6 +60,7 @@ class Metrics:
             "anchor_decisions", "Requests that allowed approximation, by what came of it.", "decision", "reason"
         )
         self._requests = self._counter("http_requests", "Requests answered.", "method", "route", "status")
+        self._refused = self._counter("refused_requests", "Requests over a limit or share, by reason.", "reason")
         self._queue = self._histogram("request_queue_time_seconds", "From submission to admission by the engine.")
         self._ttft = self._histogram("time_to_first_token_seconds", "From submission to the first token.")
         self._per_token = self._histogram("time_per_output_token_seconds", "Between tokens, mean of a request.")
@@ -83,8 +88,10 @@ class Metrics:
         if not policy.is_exact:
             self._decided(completion)
 
-    def answered(self, method: str, route: str, status: int, duration_s: float) -> None:
+    def answered(self, method: str, route: str, status: int, duration_s: float, refusal: str | None = None) -> None:
         """Count a response of whatever kind; the method only where it belongs to an operation: clients invent some."""
+        if refusal is not None and status in LIMITING:
+            self._refused.labels(refusal).inc()
         self._requests.labels(method if route != "other" else "other", route, str(status)).inc()
         self._http.labels(route).observe(duration_s)
 

@@ -52,12 +52,15 @@ class ServerState:
 
     def __post_init__(self) -> None:
         self.started_s = self.clock()
-        self.admission = Admission(self.settings)
+        self.admission = Admission(self.settings, self._num_tenants)
         self.tenants = Tenants(self.engine, self.settings, self.keys, self.clock)
         self.contexts = Contexts(self.engine, self.settings, self.clock)
         self.registries = SegmentRegistries(self.settings.max_segment_bytes)
         self.prompts = PromptMaker(self.engine, self.registries)
         self.metrics = Metrics(self.engine, self.admission)
+
+    def _num_tenants(self) -> int:
+        return 1 if self.keys is None else self.keys.num_tenants
 
     @cached_property
     def fingerprint(self) -> str:

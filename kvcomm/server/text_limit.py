@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
@@ -28,8 +29,10 @@ COMPOSED = 4
 KEEPING = frozenset({"ByteLevel", "Metaspace", "Digits", "Punctuation", "Split", "UnicodeScripts"})
 """Ways to cut a text before it is tokenized that keep all of it, unless they are told to remove something."""
 
-BYTE_LETTERS = frozenset(ByteLevel.alphabet())
-BYTE_PIECES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+BYTES = frozenset(range(256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}
+"""Those that UTF-8 has."""
+
+BYTE_PIECES = frozenset(f"<0x{byte:02X}>" for byte in BYTES)
 
 
 class TextLimit:
@@ -85,7 +88,7 @@ def longest_token_bytes(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     is_byte_level = any(step["type"] == "ByteLevel" for step in (*normalizers, *cutters))
     vocabulary = tokenizer.get_vocab()
-    if not ((is_byte_level and vocabulary.keys() >= BYTE_LETTERS) or _spells_unknown(backend.model, vocabulary)):
+    if not ((is_byte_level and vocabulary.keys() >= _byte_letters()) or _spells_unknown(backend.model, vocabulary)):
         return None
     added = [token.content for token in tokenizer.added_tokens_decoder.values()]
     if any(token.lstrip or token.rstrip for token in tokenizer.added_tokens_decoder.values()):
@@ -93,6 +96,15 @@ def longest_token_bytes(tokenizer: PreTrainedTokenizerBase) -> int | None:
     longest = max((len(token.encode()) for token in added), default=1)
     # Byte-level tokens have one letter for each byte; others may be as many bytes as they look.
     return factor * max(longest, *(len(token) if is_byte_level else len(token.encode()) for token in vocabulary))
+
+
+@cache
+def _byte_letters() -> frozenset[str]:
+    """What byte-level tokenizers write for the bytes that UTF-8 has."""
+    two = "".join(map(chr, range(0x800)))  # every byte below 0x80, every continuation, and what begins two bytes
+    more = "".join(chr(0x800 * step) for step in range(1, 0x220) if not 0xD800 <= 0x800 * step < 0xE000)
+    cut = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(two + more)
+    return frozenset("".join(piece for piece, _ in cut))
 
 
 def _steps(component: Any, name: str) -> list[dict[str, Any]] | None:
