@@ -79,6 +79,7 @@ class Call:
     deadline_s: float
     created: int = field(default_factory=lambda: int(time.time()))
     _running: list[_Running] = field(default_factory=list)
+    _leaving: list[asyncio.Task[None]] = field(default_factory=list)
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
 
     def take_turn(self, turn: Turn) -> Turn:
@@ -124,7 +125,15 @@ class Call:
                 handle = self.state.engine.submit(job.prompt.segments, job.sampling, tenant=space, policy=job.policy)
             self._running.append(_Running(job, space, handle, submitted_ns))
 
-        await self.state.workers.start(start)  # if the caller is cancelled meanwhile, `close` finds the handle
+        await self.state.workers.engine.enter(self.tenant.name)
+        num_before = len(self._running)
+        try:
+            await self.state.workers.start(start)  # if the caller is cancelled meanwhile, `close` finds the handle
+        finally:
+            if len(self._running) > num_before:
+                self._leaving.append(asyncio.ensure_future(self._leave_after(self._running[-1].handle)))
+            else:
+                self.state.workers.engine.leave()
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Chunks of all jobs as they come.
@@ -176,8 +185,15 @@ class Call:
             for each in self._running:
                 with suppress(Exception):  # how it ended has been told, or nobody is left to be told
                     await each.handle.aresult()
+            await asyncio.gather(*self._leaving)
             self.state.tenants.keep_quota(self.tenant)
             await self._stack.aclose()
+
+    async def _leave_after(self, handle: RequestHandle) -> None:
+        """Let the next request into the engine once one has ended."""
+        with suppress(Exception):  # whoever asked for it is told
+            await handle.aresult()
+        self.state.workers.engine.leave()
 
     def _note_texts(self, completions: Sequence[Completion]) -> None:
         decode = self.state.engine.decode

@@ -23,6 +23,7 @@ from kvcomm.server.tally import SECONDS
 
 if TYPE_CHECKING:
     from kvcomm.server.admission import Admission
+    from kvcomm.server.workers import FairGate
 
 REFUSALS = frozenset(
     {
@@ -48,9 +49,10 @@ LIMITING = frozenset({408, 413, 429, 503})
 class Metrics:
     """The metrics of one app. Safe to use from several threads."""
 
-    def __init__(self, engine: Engine, admission: Admission) -> None:
+    def __init__(self, engine: Engine, admission: Admission, turns: FairGate) -> None:
+        """`turns`: those for the engine."""
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(engine, admission))
+        self.registry.register(_EngineCollector(engine, admission, turns))
         self._queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self._hits = self._counter("prefix_cache_hits", "Prompt tokens found there.")
         self._by_source = self._counter("prompt_tokens_by_source", "Prompt tokens: exact, aligned, computed.", "source")
@@ -116,9 +118,10 @@ class Metrics:
 class _EngineCollector(Collector):
     """What the engine and the admission know themselves."""
 
-    def __init__(self, engine: Engine, admission: Admission) -> None:
+    def __init__(self, engine: Engine, admission: Admission, turns: FairGate) -> None:
         self._engine = engine
         self._admission = admission
+        self._turns = turns
 
     def collect(self) -> Iterator[Metric]:
         """The present values."""
@@ -128,7 +131,7 @@ class _EngineCollector(Collector):
             "kv_cache_usage_ratio": ("Pages in use.", 1 - stats.num_free / stats.num_pages),
             "kv_cache_cached_pages": ("Pages that cached prefixes refer to.", stats.num_cached),
             "requests_running": ("Engine requests that are computed.", engine.scheduler.num_running),
-            "requests_waiting": ("Engine requests that wait to be computed.", engine.scheduler.num_waiting),
+            "requests_waiting": ("Engine requests that wait to be computed.", self._num_waiting),
             "requests_in_flight": ("Engine requests that hold a place.", self._admission.num_in_flight),
         }
         for name, (meaning, value) in gauges.items():
@@ -140,6 +143,10 @@ class _EngineCollector(Collector):
         )
         yield self._evicted()
         yield from self._ages()
+
+    @property
+    def _num_waiting(self) -> int:
+        return self._engine.scheduler.num_waiting + self._turns.num_waiting
 
     def _ages(self) -> Iterator[Metric]:
         ages = self._engine.tree.ages

@@ -48,7 +48,7 @@ class ServerState:
     registries: SegmentRegistries = field(init=False)
     prompts: PromptMaker = field(init=False)
     metrics: Metrics = field(init=False)
-    workers: Workers = field(default_factory=Workers)
+    workers: Workers = field(init=False)
 
     def __post_init__(self) -> None:
         self.started_s = self.clock()
@@ -57,7 +57,8 @@ class ServerState:
         self.contexts = Contexts(self.engine, self.settings, self.clock)
         self.registries = SegmentRegistries(self.settings.max_segment_bytes)
         self.prompts = PromptMaker(self.engine, self.registries)
-        self.metrics = Metrics(self.engine, self.admission)
+        self.workers = Workers(self.engine.config.max_running)
+        self.metrics = Metrics(self.engine, self.admission, self.workers.engine)
 
     def _num_tenants(self) -> int:
         return 1 if self.keys is None else self.keys.num_tenants

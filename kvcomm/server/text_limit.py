@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase
 
 from kvcomm.errors import PromptTooLong
@@ -26,13 +24,12 @@ SURELY = 2
 COMPOSED = 4
 """Unicode composition makes one character of so many at most, and of no more than so many times its bytes."""
 
+COMPOSING = frozenset({"NFC", "NFKC"})
+
 KEEPING = frozenset({"ByteLevel", "Metaspace", "Digits", "Punctuation", "Split", "UnicodeScripts"})
 """Ways to cut a text before it is tokenized that keep all of it, unless they are told to remove something."""
 
-BYTES = frozenset(range(256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}
-"""Those that UTF-8 has."""
-
-BYTE_PIECES = frozenset(f"<0x{byte:02X}>" for byte in BYTES)
+BYTE_PIECES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
 class TextLimit:
@@ -41,15 +38,16 @@ class TextLimit:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_context: int) -> None:
         self._tokenizer = tokenizer
         self._max_context = max_context
-        longest = longest_token_bytes(tokenizer)
-        self.max_bytes = None if longest is None else longest * max_context
+        measure = TokenMeasure.of(tokenizer)
+        self.max_bytes = None if measure is None else measure.longest_bytes * max_context
+        self._dropped = b"" if measure is None else measure.dropped
         self._num_probed = CHARACTERS_PER_TOKEN * max_context
 
     def require(self, text: str) -> None:
         """Raises PromptTooLong for a text that surely has more tokens than the model takes."""
         if len(text) <= self._num_probed and (self.max_bytes is None or len(text) * 4 <= self.max_bytes):
             return
-        num_bytes = len(text.encode("utf-8", "surrogatepass"))
+        num_bytes = len(text.encode("utf-8", "surrogatepass").translate(None, self._dropped))
         if self.max_bytes is not None and num_bytes > self.max_bytes:
             raise PromptTooLong(
                 f"a text of {num_bytes} bytes has more tokens than the model's limit of {self._max_context}: those "
@@ -65,46 +63,56 @@ class TextLimit:
                 )
 
 
-def longest_token_bytes(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Bytes of text that one token stands for at most; None where that cannot be said.
+class TokenMeasure(NamedTuple):
+    """How much text a token can stand for.
 
-    It can where every character of a text comes to stand in a token: nothing is taken out before tokenizing, and what
-    the vocabulary does not know becomes a token for each byte or character.
+    Attributes:
+        longest_bytes: of text, at most.
+        dropped: bytes that come to stand in no token, and count for nothing.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    normalizers = _steps(backend.normalizer, "normalizers")
-    cutters = _steps(backend.pre_tokenizer, "pretokenizers")
-    if normalizers is None or cutters is None:
-        return None
-    factor = 1
-    for step in normalizers:
-        if step["type"] in ("NFC", "NFKC"):
-            factor = COMPOSED
-        elif step["type"] not in ("NFD", "NFKD", "Prepend", "ByteLevel") and not _is_longer(step):
+
+    longest_bytes: int
+    dropped: bytes
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> TokenMeasure | None:
+        """That of a tokenizer; None where it cannot be said.
+
+        It can where nothing is taken out of a text before it is tokenized, and what the vocabulary does not know
+        becomes tokens for bytes.
+        """
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
             return None
-    if any(step["type"] not in KEEPING or step.get("behavior") == "Removed" for step in cutters):
-        return None
-    is_byte_level = any(step["type"] == "ByteLevel" for step in (*normalizers, *cutters))
-    vocabulary = tokenizer.get_vocab()
-    if not ((is_byte_level and vocabulary.keys() >= _byte_letters()) or _spells_unknown(backend.model, vocabulary)):
-        return None
-    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
-    if any(token.lstrip or token.rstrip for token in tokenizer.added_tokens_decoder.values()):
-        return None  # such a token takes any number of spaces into it
-    longest = max((len(token.encode()) for token in added), default=1)
-    # Byte-level tokens have one letter for each byte; others may be as many bytes as they look.
-    return factor * max(longest, *(len(token) if is_byte_level else len(token.encode()) for token in vocabulary))
+        normalizers = _steps(backend.normalizer, "normalizers")
+        cutters = _steps(backend.pre_tokenizer, "pretokenizers")
+        if normalizers is None or cutters is None or not all(map(_keeps_all, normalizers)):
+            return None
+        if any(step["type"] not in KEEPING or step.get("behavior") == "Removed" for step in cutters):
+            return None
+        added = tokenizer.added_tokens_decoder.values()
+        if any(token.lstrip or token.rstrip for token in added):
+            return None  # such a token takes any number of spaces into it
+        vocabulary = tokenizer.get_vocab()
+        is_byte_level = any(step["type"] == "ByteLevel" for step in (*normalizers, *cutters))
+        if is_byte_level:
+            dropped = bytes(byte for byte, letter in _byte_letters().items() if letter not in vocabulary)
+        elif getattr(backend.model, "byte_fallback", False) and vocabulary.keys() >= BYTE_PIECES:
+            dropped = b""
+        else:
+            return None
+        longest = max((len(token.content.encode()) for token in added), default=1)
+        # Byte-level tokens have one letter for each byte; others may be as many bytes as they look.
+        longest = max(longest, *(len(token) if is_byte_level else len(token.encode()) for token in vocabulary))
+        is_composed = any(step["type"] in COMPOSING for step in normalizers)
+        return cls(longest * (COMPOSED if is_composed else 1), dropped)
 
 
-@cache
-def _byte_letters() -> frozenset[str]:
-    """What byte-level tokenizers write for the bytes that UTF-8 has."""
-    two = "".join(map(chr, range(0x800)))  # every byte below 0x80, every continuation, and what begins two bytes
-    more = "".join(chr(0x800 * step) for step in range(1, 0x220) if not 0xD800 <= 0x800 * step < 0xE000)
-    cut = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(two + more)
-    return frozenset("".join(piece for piece, _ in cut))
+def _byte_letters() -> dict[int, str]:
+    """How byte-level tokenizers write bytes: those that print as themselves, the others as the letters from U+0100."""
+    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printing)
+    return {byte: chr(byte) for byte in printing} | {byte: chr(256 + at) for at, byte in enumerate(others)}
 
 
 def _steps(component: Any, name: str) -> list[dict[str, Any]] | None:
@@ -118,12 +126,9 @@ def _steps(component: Any, name: str) -> list[dict[str, Any]] | None:
     return list(state[name]) if state["type"] == "Sequence" else [state]
 
 
-def _is_longer(step: dict[str, Any]) -> bool:
-    """Whether it replaces a fixed text by one of at least as many bytes."""
-    pattern = step.get("pattern", {}).get("String") if step["type"] == "Replace" else None
-    return pattern is not None and len(step["content"].encode()) >= len(pattern.encode())
-
-
-def _spells_unknown(model: Any, vocabulary: Mapping[str, int]) -> bool:
-    """Whether what its vocabulary does not know becomes a token for each byte."""
-    return bool(getattr(model, "byte_fallback", False)) and vocabulary.keys() >= BYTE_PIECES
+def _keeps_all(step: Mapping[str, Any]) -> bool:
+    """Whether a normalizer takes nothing out of a text, but for what composition makes one of."""
+    if step["type"] == "Replace":
+        replaced = step.get("pattern", {}).get("String")
+        return replaced is not None and len(step["content"].encode()) >= len(replaced.encode())
+    return step["type"] in COMPOSING or step["type"] in ("NFD", "NFKD", "Prepend", "ByteLevel")

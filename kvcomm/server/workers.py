@@ -1,8 +1,8 @@
-"""Worker threads for what requests need beside the engine: reading bodies, rendering, tokenizing.
+"""Turns: what tenants share one after the other, and the worker threads for what requests need beside the engine.
 
-None of it runs on the event loop, and little at a time runs at all: threads share one interpreter. Long work has
-threads of its own, so that short work never waits behind it, and tenants take turns for both: whoever sends much waits
-for itself. Used from the event loop's thread only.
+Reading bodies, rendering and tokenizing never run on the event loop, and little of it runs at a time: threads share one
+interpreter. Long work has threads of its own, so that short work never waits behind it. Tenants take turns for those,
+and for the engine: whoever sends much waits for itself. Used from the event loop's thread only.
 """
 
 from __future__ import annotations
@@ -53,13 +53,14 @@ class FairGate:
     @asynccontextmanager
     async def turn(self, tenant: str) -> AsyncIterator[None]:
         """Wait to be let in; out again at the end."""
-        await self._enter(tenant)
+        await self.enter(tenant)
         try:
             yield
         finally:
-            self._leave()
+            self.leave()
 
-    async def _enter(self, tenant: str) -> None:
+    async def enter(self, tenant: str) -> None:
+        """Wait to be let in; whoever was says `leave` once."""
         if self._num_inside < self._limit:
             self._num_inside += 1
             return
@@ -71,10 +72,11 @@ class FairGate:
             if let_in.cancelled():
                 self._forget(tenant, let_in)
             else:  # it was let in at the same moment
-                self._leave()
+                self.leave()
             raise
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """Out again: the next one's turn."""
         self._num_inside -= 1
         while self._waiting and self._num_inside < self._limit:
             tenant, queue = next(iter(self._waiting.items()))
@@ -95,11 +97,18 @@ class FairGate:
 
 
 class Workers:
-    """The threads of one server."""
+    """The threads of one server, and its way into the engine.
 
-    def __init__(self) -> None:
+    Attributes:
+        short, long: turns for work by its size.
+        engine: turns for requests that the engine computes; those that wait outside are not in its queue.
+    """
+
+    def __init__(self, max_running: int) -> None:
+        """`max_running`: requests that the engine computes at the same time."""
         self.short = FairGate(NUM_SHORT)
         self.long = FairGate(NUM_LONG)
+        self.engine = FairGate(max_running)
         self._threads = CapacityLimiter(NUM_SHORT + NUM_LONG)
         self._starting = CapacityLimiter(NUM_STARTING)
 
