@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import accumulate
 from typing import Any, NamedTuple, NoReturn
 
 WINDOW = 65_536
-"""Bytes that are looked at in one go; other threads may run in between."""
+"""Bytes that are looked at in one go, two at least; other threads may run in between."""
 
 MAX_NAME = 64
 """Letters of a member's name in a message."""
@@ -25,9 +26,10 @@ STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 INSIDE = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 NOT_OF_NUMBERS = re.compile(rb"[^0-9.eE+-]+")
 NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-OPENING = b"[{"
+OPENING, CLOSING = (b"[", b"{"), (b"]", b"}")
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-MARKS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}:]', re.DOTALL)
+MARKS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}:,]|[0-9.eE+-]++', re.DOTALL)
+OUTERMOST = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}:]', re.DOTALL)
 
 
 class JsonCaps(NamedTuple):
@@ -37,7 +39,7 @@ class JsonCaps(NamedTuple):
         depth: levels of nesting.
         containers: arrays and objects.
         members: of all objects together.
-        values: items and members of everything, containers included.
+        values: items and members of everything; an empty container counts as if it had one.
         digits: of one number, with its sign, point and exponent.
     """
 
@@ -86,30 +88,67 @@ def read_json(text: bytes, caps: JsonCaps) -> Any:
     return value
 
 
+class _Counts(NamedTuple):
+    """What a beginning of a text holds; `depth` is where it ends."""
+
+    depth: int = 0
+    containers: int = 0
+    members: int = 0
+    values: int = 0
+
+
 def _require_measure(text: bytes, caps: JsonCaps) -> None:
     """Raises JsonRefused where a text exceeds a cap; what is no JSON may pass."""
-    num_containers = num_members = num_values = depth = at = 0
+    counts, at = _Counts(), 0
     while at < len(text):
         end = OUTSIDE.match(text, at, min(at + WINDOW, len(text))).end()  # type: ignore[union-attr]  # it may be empty
         plain = STRING.sub(b"", text[at:end])
         brackets = plain.translate(None, NOT_BRACKETS)
         num_opened = brackets.count(b"[") + brackets.count(b"{")
-        num_containers += num_opened
-        num_members += plain.count(b":")
-        num_values += plain.count(b",") + num_opened
-        if num_containers > caps.containers:
-            _refuse(f"more than {caps.containers} arrays and objects", text, end)
-        if num_members > caps.members:
-            _refuse(f"more than {caps.members} members of objects", text, end)
-        if num_values > caps.values:
-            _refuse(f"more than {caps.values} values", text, end)
-        for bracket in brackets:
-            depth += 1 if bracket in OPENING else -1
-            if depth > caps.depth:
-                _refuse(f"more than {caps.depth} levels: it is nested too deep", text, end)
-        if len(plain) > caps.digits and max(map(len, NOT_OF_NUMBERS.split(plain))) > caps.digits:
-            _refuse(f"a number of more than {caps.digits} digits", text, end)
-        at = _after_string(text, end)
+        after = _Counts(
+            2 * num_opened - len(brackets) + counts.depth,
+            counts.containers + num_opened,
+            counts.members + plain.count(b":"),
+            counts.values + plain.count(b",") + num_opened,
+        )
+        has_long_number = len(plain) > caps.digits and max(map(len, NOT_OF_NUMBERS.split(plain))) > caps.digits
+        is_deep = counts.depth + num_opened > caps.depth and _deepest(counts.depth, brackets) > caps.depth
+        if has_long_number or is_deep or _excess(after, caps) is not None:
+            _require_marks(text, at, end, counts, caps)
+        counts, at = after, _after_string(text, end)
+
+
+def _deepest(depth: int, brackets: bytes) -> int:
+    """The deepest level that brackets lead to."""
+    return max(accumulate((1 if bracket in b"[{" else -1 for bracket in brackets), initial=depth))
+
+
+def _excess(counts: _Counts, caps: JsonCaps) -> str | None:
+    """The cap that is exceeded, in words."""
+    if counts.depth > caps.depth:
+        return f"more than {caps.depth} levels: it is nested too deep"
+    if counts.containers > caps.containers:
+        return f"more than {caps.containers} arrays and objects"
+    if counts.members > caps.members:
+        return f"more than {caps.members} members of objects"
+    return f"more than {caps.values} values" if counts.values > caps.values else None
+
+
+def _require_marks(text: bytes, at: int, end: int, counts: _Counts, caps: JsonCaps) -> None:
+    """The same for one window, mark by mark; raises JsonRefused at the place where a cap is exceeded."""
+    for found in MARKS.finditer(text, at, end):
+        mark = found[0]
+        opened = mark in OPENING
+        counts = _Counts(
+            counts.depth + opened - (mark in CLOSING),
+            counts.containers + opened,
+            counts.members + (mark == b":"),
+            counts.values + (mark == b",") + opened,
+        )
+        is_long = len(mark) > caps.digits and mark[:1] != b'"'
+        what = f"a number of more than {caps.digits} digits" if is_long else _excess(counts, caps)
+        if what is not None:
+            raise JsonRefused(f"it has {what}", param=_member_at(text, found.end()))
 
 
 def _after_string(text: bytes, at: int) -> int:
@@ -127,22 +166,15 @@ def _after_string(text: bytes, at: int) -> int:
     return len(text)
 
 
-def _refuse(what: str, text: bytes, end: int) -> NoReturn:
-    raise JsonRefused(f"it has {what}", param=_member_at(text[:end]))
-
-
-def _member_at(text: bytes) -> str | None:
-    """The member of the outermost object that a beginning of a text ends in."""
+def _member_at(text: bytes, end: int) -> str | None:
+    """The member of the outermost object in which a place of a text lies."""
     depth, last, name = 0, b"", None
-    for found in MARKS.finditer(text):
+    for found in OUTERMOST.finditer(text, 0, end):
         mark = found[0]
-        if mark in (b"[", b"{"):
-            depth += 1
-        elif mark in (b"]", b"}"):
-            depth -= 1
-        elif depth == 1 and mark == b":":
+        depth += (mark in OPENING) - (mark in CLOSING)
+        if depth == 1 and mark == b":":
             name = last
-        elif depth == 1:
+        elif depth == 1 and mark.startswith(b'"'):
             last = mark
     if name is None or len(name) > MAX_NAME or b"\\" in name:
         return None
