@@ -49,14 +49,13 @@ class Admission:
         """Whether one more request would be refused."""
         return max(self.num_open, self.num_in_flight) >= self._settings.max_requests
 
-    @property
-    def num_kept(self) -> int:
-        """Places that are kept for tenants who hold few."""
-        most = self._settings.max_requests
-        if self._num_tenants() < 2:
+    def kept_of(self, num_places: int) -> int:
+        """How many of so many places are kept for tenants who hold few, in proportion to those of requests."""
+        most, kept = self._settings.max_requests, self._settings.kept_requests
+        if self._num_tenants() < 2 or kept == 0:
             return 0
-        kept = self._settings.kept_requests
-        return min(most - 1, max(1, most // KEPT_SHARE) if kept is None else kept)
+        wanted = num_places // KEPT_SHARE if kept is None else kept * num_places // most
+        return min(num_places - 1, max(1, wanted))
 
     @contextmanager
     def letting_in(self, tenant: Tenant, *, computes: bool) -> Iterator[None]:
@@ -129,7 +128,10 @@ class Admission:
     def _require_share(self, num_held: int, num_free: int, num_wanted: int) -> None:
         if num_wanted > num_free:
             raise self._overloaded()
-        if num_wanted > num_free - self.num_kept and num_held + num_wanted > num_free:
+        num_left = num_free - num_wanted
+        if (
+            num_left < self.kept_of(self._settings.max_requests) and num_held + num_wanted > num_left + 1
+        ):  # the last one counts as its own, not free
             message = (
                 f"this tenant has {num_held} requests in flight, and the places that are left are kept for others; "
                 "wait for one of them"

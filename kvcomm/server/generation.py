@@ -133,7 +133,7 @@ class Call:
             if len(self._running) > num_before:
                 self._leaving.append(asyncio.ensure_future(self._leave_after(self._running[-1].handle)))
             else:
-                self.state.workers.engine.leave()
+                self.state.workers.engine.leave(self.tenant.name)
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Chunks of all jobs as they come.
@@ -193,7 +193,7 @@ class Call:
         """Let the next request into the engine once one has ended."""
         with suppress(Exception):  # whoever asked for it is told
             await handle.aresult()
-        self.state.workers.engine.leave()
+        self.state.workers.engine.leave(self.tenant.name)
 
     def _note_texts(self, completions: Sequence[Completion]) -> None:
         decode = self.state.engine.decode

@@ -57,7 +57,8 @@ class ServerState:
         self.contexts = Contexts(self.engine, self.settings, self.clock)
         self.registries = SegmentRegistries(self.settings.max_segment_bytes)
         self.prompts = PromptMaker(self.engine, self.registries)
-        self.workers = Workers(self.engine.config.max_running)
+        max_running = self.engine.config.max_running
+        self.workers = Workers(max_running, lambda: self.admission.kept_of(max_running))
         self.metrics = Metrics(self.engine, self.admission, self.workers.engine)
 
     def _num_tenants(self) -> int:

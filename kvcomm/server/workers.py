@@ -8,7 +8,7 @@ and for the engine: whoever sends much waits for itself. Used from the event loo
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -32,18 +32,22 @@ NUM_STARTING = 64
 class FairGate:
     """Lets in `limit` at a time; those who wait get in by turns of their tenants, whoever came first.
 
-    Always holds: somebody waits only while `limit` are inside; a tenant stands in the queue only while it waits.
+    Into the last few places a tenant gets only as long as it holds no more than it leaves free: so one tenant's long
+    stays do not keep a second one waiting. Always holds: whoever waits may not enter now; a tenant stands in the queue
+    only while it waits.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, num_kept: Callable[[], int] = lambda: 0) -> None:
+        """`num_kept`: the last few places, now."""
         self._limit = limit
-        self._num_inside = 0
+        self._num_kept = num_kept
+        self._inside: Counter[str] = Counter()
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
     @property
     def num_inside(self) -> int:
         """How many are inside."""
-        return self._num_inside
+        return self._inside.total()
 
     @property
     def num_waiting(self) -> int:
@@ -57,12 +61,12 @@ class FairGate:
         try:
             yield
         finally:
-            self.leave()
+            self.leave(tenant)
 
     async def enter(self, tenant: str) -> None:
         """Wait to be let in; whoever was says `leave` once."""
-        if self._num_inside < self._limit:
-            self._num_inside += 1
+        if tenant not in self._waiting and self._may_enter(tenant):
+            self._inside[tenant] += 1
             return
         let_in = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(tenant, deque()).append(let_in)
@@ -72,21 +76,27 @@ class FairGate:
             if let_in.cancelled():
                 self._forget(tenant, let_in)
             else:  # it was let in at the same moment
-                self.leave()
+                self.leave(tenant)
             raise
 
-    def leave(self) -> None:
+    def leave(self, tenant: str) -> None:
         """Out again: the next one's turn."""
-        self._num_inside -= 1
-        while self._waiting and self._num_inside < self._limit:
-            tenant, queue = next(iter(self._waiting.items()))
+        self._inside[tenant] -= 1
+        if not self._inside[tenant]:
+            del self._inside[tenant]
+        while (following := next(filter(self._may_enter, self._waiting), None)) is not None:
+            queue = self._waiting[following]
             let_in = queue.popleft()
-            self._waiting.move_to_end(tenant)
+            self._waiting.move_to_end(following)
             if not queue:
-                del self._waiting[tenant]
+                del self._waiting[following]
             if not let_in.done():  # else its task has been cancelled and is about to notice
-                self._num_inside += 1
+                self._inside[following] += 1
                 let_in.set_result(None)
+
+    def _may_enter(self, tenant: str) -> bool:
+        num_free = self._limit - self.num_inside
+        return num_free > self._num_kept() or self._inside[tenant] < num_free
 
     def _forget(self, tenant: str, let_in: asyncio.Future[None]) -> None:
         queue = self._waiting.get(tenant)
@@ -104,11 +114,11 @@ class Workers:
         engine: turns for requests that the engine computes; those that wait outside are not in its queue.
     """
 
-    def __init__(self, max_running: int) -> None:
-        """`max_running`: requests that the engine computes at the same time."""
+    def __init__(self, max_running: int, num_kept: Callable[[], int] = lambda: 0) -> None:
+        """`max_running`: requests that the engine computes at the same time; `num_kept` of them for other tenants."""
         self.short = FairGate(NUM_SHORT)
         self.long = FairGate(NUM_LONG)
-        self.engine = FairGate(max_running)
+        self.engine = FairGate(max_running, num_kept)
         self._threads = CapacityLimiter(NUM_SHORT + NUM_LONG)
         self._starting = CapacityLimiter(NUM_STARTING)
 
