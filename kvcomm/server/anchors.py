@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated
 
+import anyio
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Request
 from fastapi import Path as PathParam
@@ -57,17 +58,19 @@ async def import_anchors(
     tenant: Annotated[str, PathParam(pattern=NAME_PATTERN)], request: Request, state: StateDep
 ) -> AnchorsTaken:
     """Put an archive's banks and calibrations in place of what a tenant has of the same edges, all of it or nothing."""
-    return await anyio.to_thread.run_sync(_take, state.engine, tenant, await request.body())
-
-
-def _take(engine: Engine, tenant: str, archive: bytes) -> AnchorsTaken:
     with tempfile.TemporaryDirectory() as name:
-        file, folder = Path(name) / "archive", Path(name) / "anchors"
-        file.write_bytes(archive)
-        try:
-            num_banks = import_archive(file, folder)
-            profile = engine.load_anchors(folder, tenant=tenant)
-        except AnchorFileError as error:
-            # Messages name files; where this server unpacks them is nobody's business.
-            raise ApiError(400, "bad_anchors", str(error).replace(f"{name}/", "")) from error
+        folder = Path(name)
+        async with await anyio.open_file(folder / "archive", "wb") as file:  # it may be as large as the memory
+            async for piece in request.stream():
+                await file.write(piece)
+        return await anyio.to_thread.run_sync(_take, state.engine, tenant, folder)
+
+
+def _take(engine: Engine, tenant: str, folder: Path) -> AnchorsTaken:
+    try:
+        num_banks = import_archive(folder / "archive", folder / "anchors")
+        profile = engine.load_anchors(folder / "anchors", tenant=tenant)
+    except AnchorFileError as error:
+        # Messages name files; where this server unpacks them is nobody's business.
+        raise ApiError(400, "bad_anchors", str(error).replace(f"{folder}/", "")) from error
     return AnchorsTaken(num_banks=num_banks, num_groups=len(profile.groups))
