@@ -7,6 +7,7 @@ and decides what is approximated, so it needs the operator's key.
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,7 @@ from kvcomm.server.errors import ApiError, documented
 from kvcomm.server.keys import NAME_PATTERN
 from kvcomm.server.schemas.admin import AnchorsTaken
 from kvcomm.server.state import StateDep, TenantDep
+from kvcomm.server.workers import LONG_BYTES
 
 router = APIRouter(dependencies=[Depends(security)])
 
@@ -38,13 +40,18 @@ BINARY = {"schema": {"type": "string", "format": "binary"}}
     response_class=Response,
     responses={200: {"content": {TAR: BINARY}}, **documented(401, 403, 429, 500)},
 )
-def export_anchors(state: StateDep, tenant: TenantDep) -> Response:
+async def export_anchors(state: StateDep, tenant: TenantDep) -> Response:
     """Every bank and calibration of the caller, a tar archive that `kvcomm anchors` reads."""
+    archive = await state.workers.run(tenant.name, LONG_BYTES, partial(_archive, state.engine, tenant.name))
+    return Response(archive, media_type=TAR)
+
+
+def _archive(engine: Engine, tenant: str) -> bytes:
     with tempfile.TemporaryDirectory() as name:
         folder, file = Path(name) / "anchors", Path(name) / "anchors.tar"
-        state.engine.save_anchors(folder, tenant=tenant.name)
+        engine.save_anchors(folder, tenant=tenant)
         export_archive(folder, file)
-        return Response(file.read_bytes(), media_type=TAR)
+        return file.read_bytes()
 
 
 @router.put(

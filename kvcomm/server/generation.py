@@ -12,11 +12,11 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import anyio
-import anyio.to_thread
 from fastapi import Depends, Request
 
 from kvcomm.engine.handle import RequestHandle
@@ -168,13 +168,13 @@ class Call:
             if job.turn is not None:
                 job.turn.keep()
             if job.prompt.lifetimes:
-                await anyio.to_thread.run_sync(self.state.prolong, space, job.prompt)
+                await self.state.workers.start(partial(self.state.prolong, space, job.prompt))
         for each, completion in zip(self._running, completions, strict=True):
             self.state.metrics.completed(completion, each.job.policy)
             self.tenant.tally.add(completion.usage)
             self.notes.answered.append(Answered(each.submitted_ns, completion.usage))
         if self.state.settings.log_prompts:
-            self._note_texts(completions)
+            await self.state.workers.start(partial(self._note_texts, completions))
         return completions
 
     async def close(self) -> None:
