@@ -25,6 +25,9 @@ from kvcomm.server.load.process import ServerProcess
 NUM_HALF_SENT = 256
 NUM_PROMPTS = 128
 NUM_LARGE = 2
+MANY_IN_FLIGHT = 32
+"""Of those prompts, before others ask; how many a server computes at a time is its own matter."""
+
 PROMPT_TOKENS = 400
 """Of each answer to those: long enough that they all are in flight while others ask."""
 
@@ -95,7 +98,7 @@ def _many_prompts(url: str, key: str, admin: str, model: str) -> Iterator[None]:
         for _ in range(NUM_LARGE):
             connection = stack.enter_context(closing(connect(url)))
             connection.request("POST", "/v1/completions", body, _headers(key))
-        wait_until(lambda: _num_in_flight(url, admin) >= NUM_PROMPTS, "requests of many prompts to begin")
+        wait_until(lambda: _num_in_flight(url, admin) >= MANY_IN_FLIGHT, "requests of many prompts to begin")
         yield
 
 

@@ -12,7 +12,7 @@ import asyncio
 from typing import Any
 
 import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 
 class Connections:
@@ -91,7 +91,8 @@ def limited_protocol(header_timeout_s: float, max_connections: int) -> type[H11P
 
         @property
         def _is_in_request(self) -> bool:
-            return self.cycle is not None and not self.cycle.response_complete
+            cycle: RequestResponseCycle | None = self.cycle  # none before the first request, whatever uvicorn says
+            return cycle is not None and not cycle.response_complete
 
         def _watch(self) -> None:
             """Start, keep or end the timer, by whether the server waits."""
