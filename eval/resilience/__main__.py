@@ -7,10 +7,13 @@
 - full_pool: many more tokens wanted than the pool has, and a prompt that it can never hold.
 - large_body: bodies of 10 MB, declared, chunked and broken off.
 - slow_loris: connections that send headers, or bodies, a byte at a time.
+- bodies: bodies of 4 MB that cost as much as bodies can; how long `/health` takes meanwhile, and how much memory goes.
+- crowd: a tenant that holds 256 half-sent requests, then sends 2 times 128 prompts, and another one that asks.
 
-In each of them clients go on asking. An answer is *wrong* if it differs from what transformers' own greedy `generate`
-says, *lost* if there is none after the retries that a client would make, a page *leaked* if it is not free once nothing
-is in flight and caches are cleared. What the server should refuse, or cut off, counts as lost when it does not.
+In each of them but the last two clients go on asking. An answer is *wrong* if it differs from what transformers' own
+greedy `generate` says, *lost* if there is none after the retries that a client would make, a page *leaked* if it is not
+free once nothing is in flight and caches are cleared. What the server should refuse, or cut off, counts as lost when it
+does not.
 """
 
 from __future__ import annotations
@@ -21,15 +24,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from eval.figures import Figure, Report
+from eval.resilience.bodies import bodies
+from eval.resilience.crowd import crowd
 from eval.resilience.questions import Found, Question, make_questions
 from eval.resilience.scenarios import disconnect, full_pool, kill, large_body, slow_loris
 from eval.workload import note
 from kvcomm import KVCommError
 
-SCENARIOS = ("kill", "disconnect", "full_pool", "large_body", "slow_loris")
+SCENARIOS = ("kill", "disconnect", "full_pool", "large_body", "slow_loris", "bodies", "crowd")
 QUICK_DISCONNECTS = 60
 
 Scenario = Callable[[str, Sequence[Question]], Found]
+Measure = Callable[[str, Sequence[Question]], list[Figure]]
+
+MEASURES: dict[str, Measure] = {"bodies": bodies, "crowd": crowd}
+"""Scenarios that are not about answers, with figures of their own."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,11 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         note("answers of transformers alone")
         questions = make_questions(options.model, options.questions, options.prefix_len, options.seed)
-        found = {}
+        found, measured = {}, []
         for name in options.scenarios:
             note(name)
-            found[name] = known[name](options.model, questions)
-        report = Report("resilience", figures(found), {**vars(options), "out": None, "disconnects": num_disconnects})
+            if name in MEASURES:
+                measured += MEASURES[name](options.model, questions)
+            else:
+                found[name] = known[name](options.model, questions)
+        report = Report(
+            "resilience", figures(found) + measured, {**vars(options), "out": None, "disconnects": num_disconnects}
+        )
         report.emit(as_json=options.json)
         report.save(options.out)
     except (KVCommError, OSError) as error:

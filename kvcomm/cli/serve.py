@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Mapping
@@ -70,6 +71,24 @@ def serve(
     max_requests: Annotated[
         int | None, typer.Option("--max-requests", metavar="N", help="In flight at once; over it, 503.")
     ] = None,
+    kept_requests: Annotated[
+        int | None,
+        typer.Option(
+            "--kept-requests",
+            metavar="N",
+            help="Of those, kept for tenants that hold few; a tenant over its share gets 429. One in eight by default, "
+            "where there are keys of more than one tenant.",
+        ),
+    ] = None,
+    max_connections: Annotated[
+        int | None,
+        typer.Option(
+            "--max-connections", metavar="N", help="Open at once; over it, those that have long sent nothing go."
+        ),
+    ] = None,
+    body_timeout: Annotated[
+        float | None, typer.Option("--body-timeout", metavar="SECONDS", help="For a whole body to come; then 408.")
+    ] = None,
     request_timeout: Annotated[
         float | None, typer.Option("--request-timeout", metavar="SECONDS", help="For a whole answer; then 504.")
     ] = None,
@@ -107,6 +126,9 @@ def serve(
         "device": device,
         "engine": None if pool_tokens is None else {"pool_tokens": pool_tokens},
         "max_requests": max_requests,
+        "kept_requests": kept_requests,
+        "max_connections": max_connections,
+        "body_timeout_s": body_timeout,
         "request_timeout_s": request_timeout,
         "default_max_tokens": default_max_tokens,
         "snapshots": snapshots,
@@ -154,6 +176,8 @@ def _serve(settings: ServerSettings, *, as_json: bool) -> None:
             settings.model, dtype=settings.dtype, device=settings.device, config=settings.engine, progress=True
         ) as engine:
             server = make_server(make_app(engine, settings, keys=keys, traces=traces))
+            gc.collect()
+            gc.freeze()  # what stays as long as the server is never looked through again: half a second for everybody
             listener.listen()  # whoever reads the address can connect at once
             _print(settings, address_of(listener), as_json=as_json)
             server.run(sockets=[listener])

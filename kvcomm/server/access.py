@@ -8,6 +8,7 @@ this machine are let in, or any web page could use a name that points here (DNS 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -31,6 +32,11 @@ UNMETERED = frozenset({"/v1/stats"})
 """Paths of tenants that count towards no rate: a dashboard left open must not use up what requests need."""
 BEARER = "bearer "
 WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+
+COMPUTING = re.compile(
+    r"/v1/(chat/completions|completions|contexts|contexts/[^/]+/extend|snapshots/[^/]+/restore|cache/warm)"
+)
+"""Paths whose POST asks for engine requests; a fork or a new name does not."""
 
 security = HTTPBearer(auto_error=False, description="An API key made by `kvcomm serve keys add`.")
 """Documents the scheme on operations that need a key; the check itself is made at the door."""
@@ -74,8 +80,11 @@ class Door:
             try:
                 self._identify_caller(scope)
                 if scope["method"] in WITH_BODY and Role.TENANT in roles_for(scope["path"]):
-                    stack.enter_context(self._admission.letting_in())
+                    computes = scope["method"] == "POST" and COMPUTING.fullmatch(scope["path"]) is not None
+                    tenant = self._tenant(tenant_name(scope))
+                    stack.enter_context(self._admission.letting_in(tenant, computes=computes))
             except ApiError as error:
+                notes_of(scope).refusal = error.code
                 await error.response()(scope, receive, send)
                 return
             await self._app(scope, receive, send)

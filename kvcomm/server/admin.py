@@ -39,7 +39,7 @@ async def server_status(state: StateDep) -> ServerStatus:
         is_draining=state.admission.is_draining,
         requests_in_flight=state.admission.num_in_flight,
         requests_running=state.engine.scheduler.num_running,
-        requests_waiting=state.engine.scheduler.num_waiting,
+        requests_waiting=state.engine.scheduler.num_waiting + state.workers.engine.num_waiting,
         num_pages=stats.num_pages,
         num_free_pages=stats.num_free,
         num_cached_pages=stats.num_cached,

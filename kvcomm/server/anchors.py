@@ -7,9 +7,11 @@ and decides what is approximated, so it needs the operator's key.
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import anyio
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Request
 from fastapi import Path as PathParam
@@ -23,6 +25,7 @@ from kvcomm.server.errors import ApiError, documented
 from kvcomm.server.keys import NAME_PATTERN
 from kvcomm.server.schemas.admin import AnchorsTaken
 from kvcomm.server.state import StateDep, TenantDep
+from kvcomm.server.workers import LONG_BYTES
 
 router = APIRouter(dependencies=[Depends(security)])
 
@@ -37,13 +40,18 @@ BINARY = {"schema": {"type": "string", "format": "binary"}}
     response_class=Response,
     responses={200: {"content": {TAR: BINARY}}, **documented(401, 403, 429, 500)},
 )
-def export_anchors(state: StateDep, tenant: TenantDep) -> Response:
+async def export_anchors(state: StateDep, tenant: TenantDep) -> Response:
     """Every bank and calibration of the caller, a tar archive that `kvcomm anchors` reads."""
+    archive = await state.workers.run(tenant.name, LONG_BYTES, partial(_archive, state.engine, tenant.name))
+    return Response(archive, media_type=TAR)
+
+
+def _archive(engine: Engine, tenant: str) -> bytes:
     with tempfile.TemporaryDirectory() as name:
         folder, file = Path(name) / "anchors", Path(name) / "anchors.tar"
-        state.engine.save_anchors(folder, tenant=tenant.name)
+        engine.save_anchors(folder, tenant=tenant)
         export_archive(folder, file)
-        return Response(file.read_bytes(), media_type=TAR)
+        return file.read_bytes()
 
 
 @router.put(
@@ -57,17 +65,19 @@ async def import_anchors(
     tenant: Annotated[str, PathParam(pattern=NAME_PATTERN)], request: Request, state: StateDep
 ) -> AnchorsTaken:
     """Put an archive's banks and calibrations in place of what a tenant has of the same edges, all of it or nothing."""
-    return await anyio.to_thread.run_sync(_take, state.engine, tenant, await request.body())
-
-
-def _take(engine: Engine, tenant: str, archive: bytes) -> AnchorsTaken:
     with tempfile.TemporaryDirectory() as name:
-        file, folder = Path(name) / "archive", Path(name) / "anchors"
-        file.write_bytes(archive)
-        try:
-            num_banks = import_archive(file, folder)
-            profile = engine.load_anchors(folder, tenant=tenant)
-        except AnchorFileError as error:
-            # Messages name files; where this server unpacks them is nobody's business.
-            raise ApiError(400, "bad_anchors", str(error).replace(f"{name}/", "")) from error
+        folder = Path(name)
+        async with await anyio.open_file(folder / "archive", "wb") as file:  # it may be as large as the memory
+            async for piece in request.stream():
+                await file.write(piece)
+        return await anyio.to_thread.run_sync(_take, state.engine, tenant, folder)
+
+
+def _take(engine: Engine, tenant: str, folder: Path) -> AnchorsTaken:
+    try:
+        num_banks = import_archive(folder / "archive", folder / "anchors")
+        profile = engine.load_anchors(folder / "anchors", tenant=tenant)
+    except AnchorFileError as error:
+        # Messages name files; where this server unpacks them is nobody's business.
+        raise ApiError(400, "bad_anchors", str(error).replace(f"{folder}/", "")) from error
     return AnchorsTaken(num_banks=num_banks, num_groups=len(profile.groups))

@@ -73,7 +73,9 @@ def make_app(
         app.include_router(surface)
     errors.install(app)
     openapi.install(app, model=settings.name, vocab_size=engine.geometry.vocab_size)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_bytes_of, timeout_s=settings.body_timeout_s)
+    app.add_middleware(
+        BodyLimit, max_bytes=settings.max_bytes_of, timeout_s=settings.body_timeout_s, pause_s=settings.body_pause_s
+    )
     app.add_middleware(Door, keys=keys, tenant=state.tenants.get, admission=state.admission)
     app.add_middleware(RequestLog, observe=state.metrics.answered)
     if traces is not None:

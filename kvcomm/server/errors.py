@@ -39,6 +39,7 @@ BODY_KINDS = frozenset({"missing", "model_type", "model_attributes_type"})
 """Errors about a body that is none, or no object."""
 
 MAX_SHOWN = 60  # characters of a bad value in a message
+MAX_MESSAGE, MAX_PARAM = 1000, 200  # characters of an error
 
 TYPES = {
     400: "invalid_request_error",
@@ -90,9 +91,9 @@ class ApiError(HTTPException):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         extra = {} if retry_after_s is None else {RETRY_AFTER: str(max(1, math.ceil(retry_after_s)))}
-        super().__init__(status, message, {**(headers or {}), **extra})
+        super().__init__(status, _shortened(message, MAX_MESSAGE), {**(headers or {}), **extra})
         self.code = code
-        self.param = param
+        self.param = None if param is None else _shortened(param, MAX_PARAM)
 
     @property
     def body(self) -> dict[str, Any]:
@@ -150,6 +151,7 @@ def install(app: FastAPI) -> None:
 async def _on_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if isinstance(error, ApiError):
+        request.state.notes.refusal = error.code
         return error.response()
     if error.status_code == 404:
         return ApiError(404, "unknown_url", f"there is nothing at {request.method} {request.url.path}").response()
@@ -181,8 +183,7 @@ def invalid(errors: Sequence[Any], body: object) -> ApiError:
         return ApiError(400, "unsupported_value", f"{param} {first['msg']}", param=param)
     if not param:
         return ApiError(400, "invalid_value", first["msg"], param=first.get("ctx", {}).get("param"))
-    shown = repr(first["input"])
-    if len(shown) <= MAX_SHOWN and not isinstance(first["input"], dict | list):
+    if (shown := _shown(first["input"])) is not None:
         message += f", not {shown}"
     return ApiError(400, "invalid_value", f"{param}: {message}", param=param)
 
@@ -200,6 +201,19 @@ def _param(path: Sequence[Any], body: object) -> str:
             text += f".{part}" if text else str(part)
             at = at.get(part)
     return text
+
+
+def _shown(value: object) -> str | None:
+    """A bad value for a message; None: it says more than a message should."""
+    if isinstance(value, str | bytes) and len(value) > MAX_SHOWN:
+        return None
+    shown = repr(value) if value is None or isinstance(value, str | bytes | int | float) else None
+    return shown if shown is not None and len(shown) <= MAX_SHOWN else None
+
+
+def _shortened(text: str, most: int) -> str:
+    """What clients sent comes back in messages, and not at any length."""
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _lower(message: str) -> str:

@@ -207,12 +207,23 @@ class KeyRing:
         self._stamp = _stamp(file)
         self._records = KeyFile.read(file).keys
         self._checked_s = clock()
+        self._counted: tuple[KeyRecord, ...] | None = None
+        self._num_tenants = 0
 
     @property
     def records(self) -> tuple[KeyRecord, ...]:
         """Every key."""
         self._reload()
         return self._records
+
+    @property
+    def num_tenants(self) -> int:
+        """Tenants that have a key."""
+        records = self.records
+        if records is not self._counted:
+            self._counted = records
+            self._num_tenants = len({record.tenant for record in records if record.tenant is not None})
+        return self._num_tenants
 
     def find(self, presented: str) -> KeyRecord | None:
         """Whose key this is; takes as long for a wrong key as for any right one."""

@@ -35,6 +35,7 @@ class Marks:
         self._in_answers = in_answers
         self.stem = stem or f"MARK{secrets.token_hex(12)}N"
         self.hidden = list(hidden)
+        self._marks: dict[str, str] = {}
 
     def hide(self, value: Any) -> Any:
         """The JSON value with every control token in its texts replaced."""
@@ -73,4 +74,6 @@ class Marks:
         return f"{self.stem}{len(self.hidden) - 1}X"
 
     def _mark(self, found: re.Match[str]) -> str:
-        return self.stand_in(found[0])
+        if found[0] not in self._marks:  # one for each control token: a text may spell out very many
+            self._marks[found[0]] = self.stand_in(found[0])
+        return self._marks[found[0]]

@@ -9,7 +9,6 @@ either.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -17,6 +16,7 @@ from kvcomm.agents.rendering import PromptRenderer
 from kvcomm.engine.engine import Engine
 from kvcomm.memory.segments import Segment
 from kvcomm.server.errors import ApiError
+from kvcomm.server.json_text import JsonCaps, JsonRefused, read_json
 from kvcomm.server.marks import Marks
 from kvcomm.server.sampling import ttl_of
 from kvcomm.server.schemas.cache import WarmRequest
@@ -28,6 +28,7 @@ from kvcomm.server.sections import Sections
 from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.segments.reading import SegmentReader, Tail
 from kvcomm.server.segments.registry import SegmentRegistries
+from kvcomm.server.text_limit import TextLimit
 from kvcomm.server.token_cache import Space, TokenCache
 
 ROLES = {"developer": "system"}
@@ -42,7 +43,8 @@ class PromptMaker:
         self._renderer = PromptRenderer(engine)
         self._sections = Sections(engine.encoder)
         self.texts = TokenCache()
-        self.segments = SegmentReader(engine, self._renderer, registries)
+        self._limit = TextLimit(engine.tokenizer, engine.max_context)
+        self.segments = SegmentReader(engine, self._renderer, registries, self._limit)
 
     def chat(self, request: ChatRequest, tenant: str) -> PreparedPrompt:
         """The prompt of a conversation, up to where the assistant speaks.
@@ -62,6 +64,8 @@ class PromptMaker:
 
     def completion(self, prompt: str | list[int], request: CompletionRequest, tenant: str) -> PreparedPrompt:
         """One of the prompts of a plain completion; raises and takes as `chat`."""
+        if isinstance(prompt, str):
+            self._limit.require(prompt)
         if not request.segments:
             return PreparedPrompt(self._engine.read_prompt(prompt, is_start=True)).living(ttl_of(request))
         if isinstance(prompt, str):
@@ -77,8 +81,10 @@ class PromptMaker:
         """Text or token ids as they are, for a context; `is_start`: nothing stands before it.
 
         Raises:
-            InvalidRequest: no tokens, or ids that the model does not know.
+            InvalidRequest: no tokens, too many, or ids that the model does not know.
         """
+        if isinstance(text, str):
+            self._limit.require(text)
         return self._engine.read_prompt(text, is_start=is_start)
 
     def marks(self, stem: str | None = None, hidden: Sequence[str] = ()) -> Marks:
@@ -93,12 +99,14 @@ class PromptMaker:
             is_start: nothing stands before it.
 
         Raises:
-            InvalidRequest: it has none, or cannot be tokenized.
+            InvalidRequest: it has none, too many, or cannot be tokenized.
         """
+        self._limit.require(text)
         return self._engine.read_prompt([Segment(self._encode(marks, text))], is_start=is_start)
 
     def _prepare(self, request: SegmentedRequest, marks: Marks, text: str, tenant: str) -> PreparedPrompt:
         """The prompt of rendered text, behind the request's segments if it brings any."""
+        self._limit.require(text)
         if not request.segments:
             ids = self._encode_again(marks, text, (tenant, request.cache_salt))
             return PreparedPrompt(self._engine.read_prompt([Segment(ids)], is_start=True)).living(ttl_of(request))
@@ -183,8 +191,8 @@ def _call_values(call: ToolCall) -> dict[str, Any]:
     """A tool call; templates write its arguments as JSON themselves, so they get the object."""
     arguments: Any = call.function.arguments
     try:
-        parsed = json.loads(arguments)
-    except ValueError:
+        parsed = read_json(arguments.encode(), JsonCaps())
+    except JsonRefused:  # the model wrote it, so it may be anything
         parsed = None
     values = parsed if isinstance(parsed, dict) else arguments
     return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": values}}

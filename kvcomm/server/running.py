@@ -55,7 +55,7 @@ def make_server(app: FastAPI) -> DrainingServer:
         app,
         host=settings.host,
         port=settings.port,
-        http=limited_protocol(settings.header_timeout_s),
+        http=limited_protocol(settings.header_timeout_s, settings.max_connections),
         ws="none",
         lifespan="off",
         access_log=False,

@@ -86,9 +86,14 @@ class ServerSettings(BaseModel):
         host, port: where to listen; port 0 takes a free one.
         keys: the file written by `kvcomm serve keys`; None: no keys, which only loopback addresses allow.
         max_requests: engine requests in flight at once, waiting ones included; over it, 503.
+        kept_requests: how many of those are kept for tenants that hold few, so that no tenant takes them all; over its
+            share, 429. None: one in eight, where there are keys of more than one tenant.
+        max_connections: open at once; over it, those go that have waited longest without sending a whole header, and
+            where there are none, the new ones.
         max_body_bytes: of a request; over it, 413.
         max_archive_bytes: of an archive of anchors that the operator sends; over it, 413.
-        header_timeout_s, body_timeout_s: to receive the headers, then the body of a request.
+        header_timeout_s, body_timeout_s: to receive the headers, then the body of a request; then 408.
+        body_pause_s: without a byte of a body that is not complete; then 408.
         keep_alive_s: how long an idle connection is kept.
         request_timeout_s: for a request from its body to the end of its answer; then 504.
         queue_timeout_s: for a tenant's request to wait for room under the tenant's own quota; then 429.
@@ -122,10 +127,13 @@ class ServerSettings(BaseModel):
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
     keys: Path | None = None
     max_requests: Positive = 256
+    kept_requests: Annotated[int, Field(ge=0)] | None = None
+    max_connections: Positive = 768
     max_body_bytes: Positive = 4 * 2**20
     max_archive_bytes: Positive = 2**30
     header_timeout_s: Seconds = 10.0
     body_timeout_s: Seconds = 30.0
+    body_pause_s: Seconds = 10.0
     keep_alive_s: Positive = 30
     request_timeout_s: Seconds = 600.0
     queue_timeout_s: Seconds = 60.0

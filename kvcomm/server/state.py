@@ -22,6 +22,7 @@ from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.segments.registry import SegmentRegistries
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.tenants import Tenant, Tenants
+from kvcomm.server.workers import Workers
 
 
 @dataclass(eq=False)
@@ -47,15 +48,21 @@ class ServerState:
     registries: SegmentRegistries = field(init=False)
     prompts: PromptMaker = field(init=False)
     metrics: Metrics = field(init=False)
+    workers: Workers = field(init=False)
 
     def __post_init__(self) -> None:
         self.started_s = self.clock()
-        self.admission = Admission(self.settings)
+        self.admission = Admission(self.settings, self._num_tenants)
         self.tenants = Tenants(self.engine, self.settings, self.keys, self.clock)
         self.contexts = Contexts(self.engine, self.settings, self.clock)
         self.registries = SegmentRegistries(self.settings.max_segment_bytes)
         self.prompts = PromptMaker(self.engine, self.registries)
-        self.metrics = Metrics(self.engine, self.admission)
+        max_running = self.engine.config.max_running
+        self.workers = Workers(max_running, lambda: self.admission.kept_of(max_running))
+        self.metrics = Metrics(self.engine, self.admission, self.workers.engine)
+
+    def _num_tenants(self) -> int:
+        return 1 if self.keys is None else self.keys.num_tenants
 
     @cached_property
     def fingerprint(self) -> str:

@@ -50,10 +50,12 @@ class TokenBucket:
 class Tenant:
     """One tenant while the server runs.
 
-    Law: `num_requests` and `held_tokens` are the sums over its engine requests in flight; both return to 0.
+    Law: `num_requests` and `held_tokens` are the sums over its engine requests in flight, `num_open` and
+    `num_computing` those over its HTTP requests with a body; all return to 0.
 
     Attributes:
         limits: in force; followed from the key file.
+        num_open, num_computing: HTTP requests let in and not answered in full; those of them that ask the engine.
         held_tokens: tokens that its requests in flight may grow to.
         context_tokens: token slots that its contexts hold, shared ones once; followed by its `ContextRegistry`.
         salts: namespaces it has opened, least recently used first.
@@ -64,6 +66,8 @@ class Tenant:
     limits: Limits
     bucket: TokenBucket | None = None
     num_requests: int = 0
+    num_open: int = 0
+    num_computing: int = 0
     held_tokens: int = 0
     context_tokens: int = 0
     salts: OrderedDict[str, None] = field(default_factory=OrderedDict)

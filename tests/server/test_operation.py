@@ -9,7 +9,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -324,6 +324,101 @@ def test_a_slow_body(live: Live) -> None:
     assert answer.startswith(b"HTTP/1.1 408")
     assert b"body_timeout" in answer
     connection.close()
+
+
+def test_a_body_that_pauses(engine: Engine) -> None:
+    """Long before it has to be complete."""
+    with serving(engine, settings(body_pause_s=0.3)) as live, live.connect() as connection:
+        connection.sendall(b"POST " + CHAT.encode() + b" HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{")
+        answer = read_all(connection)
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b"nothing came of the body for 0.3 s" in answer
+        wait_for(lambda: live.state.admission.num_open == 0)
+        metrics = httpx2.get(live.url + "/metrics").text
+        assert 'kvcomm:refused_requests_total{reason="body_timeout"} 1.0' in metrics
+        assert [line["refusal"] for line in live.log if line.get("status") == 408] == ["body_timeout"]
+
+
+def test_half_sent_requests_of_one_tenant_shut_no_other_out(engine: Engine, key_file: Any) -> None:
+    """Bug: as many sockets as requests may be in flight, all of one tenant, were a 503 for everybody else."""
+    ann, bob = add_key(key_file, "ann"), add_key(key_file, "bob", limits=Limits(max_requests=1))
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\nauthorization: Bearer {}\r\n\r\n"
+    with serving(engine, settings(max_requests=16), keys=KeyRing(key_file)) as live, ExitStack() as stack:
+        tenants = {name: live.state.tenants.get(name) for name in ("ann", "bob")}
+        held = [stack.enter_context(live.connect()) for _ in range(20)]
+        for connection in held:
+            connection.sendall(head.format(ann).encode())
+        wait_for(lambda: tenants["ann"].num_open == 14)
+        refused = [connection.recv(12) for connection in held[14:]]
+        assert refused == [b"HTTP/1.1 429"] * 6
+        for _ in range(2):
+            answer = httpx2.post(
+                live.url + CHAT, json=chat(), headers={"authorization": f"Bearer {bob}"}, timeout=PATIENCE_S
+            )
+            assert answer.status_code == 200
+        second = [stack.enter_context(live.connect()) for _ in range(2)]
+        second[0].sendall(head.format(bob).encode())
+        wait_for(lambda: tenants["bob"].num_open == 1)
+        second[1].sendall(head.format(bob).encode())
+        assert second[1].recv(12) == b"HTTP/1.1 429"  # its own limit, before its body
+    wait_for(lambda: live.state.admission.num_open == 0)
+
+
+def test_many_prompts_of_one_tenant_shut_no_other_out(engine: Engine, key_file: Any, stalled: threading.Event) -> None:
+    ann, bob = add_key(key_file, "ann"), add_key(key_file, "bob")
+    with serving(engine, settings(max_requests=16), keys=KeyRing(key_file)) as live:
+
+        def ask(key: str, num_prompts: int) -> httpx2.Response:
+            body = {"model": MODEL, "prompt": ["The quick brown fox"] * num_prompts, "max_tokens": 2}
+            headers = {"authorization": f"Bearer {key}"}
+            return httpx2.post(live.url + "/v1/completions", json=body, headers=headers, timeout=PATIENCE_S)
+
+        answers: list[httpx2.Response] = []
+        threads = [threading.Thread(target=lambda: answers.append(ask(ann, 12)))]
+        threads[0].start()
+        wait_for(lambda: live.state.admission.num_in_flight == 12)
+        refused = ask(ann, 4)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "fair_share")
+        never = ask(ann, 17)
+        assert (never.status_code, never.json()["error"]["code"]) == (400, "too_many_prompts")
+        threads.append(threading.Thread(target=lambda: answers.append(ask(bob, 2))))
+        threads[1].start()
+        wait_for(lambda: live.state.admission.num_in_flight == 14)
+        stalled.set()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        assert [answer.status_code for answer in answers] == [200, 200]
+        wait_for(lambda: live.state.workers.engine.num_inside == 0)
+
+
+def test_one_tenants_queue_is_not_before_anothers_request(
+    engine: Engine, key_file: Any, stalled: threading.Event
+) -> None:
+    """More prompts of one tenant than are computed at once: another tenant's request goes past those that wait."""
+    keys = {name: add_key(key_file, name) for name in ("ann", "bob")}
+    with serving(engine, settings(), keys=KeyRing(key_file)) as live:
+        gate = live.state.workers.engine
+        most = engine.config.max_running - engine.config.max_running // 8
+        many = {"model": MODEL, "prompt": ["a"] * 100, "max_tokens": 2}
+        answers: dict[str, httpx2.Response] = {}
+
+        def ask(name: str, path: str, body: dict[str, Any]) -> None:
+            headers = {"authorization": f"Bearer {keys[name]}"}
+            answers[name] = httpx2.post(live.url + path, json=body, headers=headers, timeout=PATIENCE_S)
+
+        threads = [threading.Thread(target=ask, args=("ann", "/v1/completions", many))]
+        threads[0].start()
+        wait_for(lambda: gate.num_waiting == 1)
+        assert gate.num_inside == most
+        threads.append(threading.Thread(target=ask, args=("bob", CHAT, chat())))
+        threads[1].start()
+        wait_for(lambda: gate.num_inside == most + 1)
+        stalled.set()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        assert {name: answer.status_code for name, answer in answers.items()} == {"ann": 200, "bob": 200}
+        assert len(answers["ann"].json()["choices"]) == 100
+        wait_for(lambda: gate.num_inside == 0)
 
 
 HEALTH = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"

@@ -9,6 +9,7 @@ import anyio.to_thread
 from fastapi import APIRouter, Depends, Path
 
 from kvcomm.server.access import security
+from kvcomm.server.bodies import BodyRoute
 from kvcomm.server.contexts.snapshots import SnapshotFolder
 from kvcomm.server.contexts.surface import COMPUTING, LOOKING, Id, RegistryDep
 from kvcomm.server.contexts.turns import Turn
@@ -27,7 +28,7 @@ from kvcomm.server.schemas.contexts import (
 from kvcomm.server.state import StateDep, TenantDep
 from kvcomm.server.waiting import in_thread
 
-router = APIRouter(prefix="/v1", tags=["contexts"], dependencies=[Depends(security)])
+router = APIRouter(prefix="/v1", tags=["contexts"], dependencies=[Depends(security)], route_class=BodyRoute)
 
 Name = Annotated[SnapshotName, Path()]
 

@@ -48,6 +48,11 @@ class Turn:
         return None if self._node is None else self._node.conversation
 
     @property
+    def num_rendered(self) -> int:
+        """Characters of that conversation, which is rendered again."""
+        return 0 if self.before is None else len(self.before.rendered)
+
+    @property
     def salt(self) -> str | None:
         """Of the context's namespace."""
         return None if self._node is None else self._node.salt

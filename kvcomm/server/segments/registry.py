@@ -7,13 +7,18 @@ names and versions, because texts are kept whether or not their KV is cached. Lo
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from kvcomm.server.errors import ApiError
-from kvcomm.server.schemas.segments import Kind
+from kvcomm.server.schemas.segments import Kind, NamedSegment, SegmentInput
 
 MAX_VERSIONS = 16
 """Of one name; the oldest goes first."""
+
+MAX_NAMES = 1024
+"""Of one tenant: each costs memory, and a place in the list, however short its text."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class NamedText:
     ttl: str | None
     created: int
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Of its text."""
         return len(self.text.encode())
@@ -53,10 +58,13 @@ class SegmentRegistry:
         """Keep a text as the next version of its name, whatever version it says; the latest one if it is the same.
 
         Raises:
-            ApiError: 429 when the tenant's texts would exceed their limit.
+            ApiError: 429 when the tenant's texts would exceed their limit, or there are too many names.
         """
         with self._lock:
             versions = self._names.get(text.name, ())
+            if not versions and len(self._names) >= MAX_NAMES:
+                message = f"there may be {MAX_NAMES} named segments; delete some"
+                raise ApiError(429, "too_many_segments", message, param="name")
             last = versions[-1] if versions else None
             if last is not None and (last.text, last.kind, last.ttl) == (text.text, text.kind, text.ttl):
                 return last
@@ -95,6 +103,11 @@ class SegmentRegistry:
             raise ApiError(404, "segment_not_found", message, param="name")
         return versions
 
+    def num_bytes(self, name: str) -> int:
+        """Of the longest version of a name; 0 for an unknown one."""
+        with self._lock:
+            return max((each.num_bytes for each in self._names.get(name, ())), default=0)
+
     def remove(self, name: str) -> int:
         """Forget a name; returns how many versions it had. Raises ApiError 404 for an unknown name."""
         num_versions = len(self.versions(name))
@@ -116,6 +129,11 @@ class SegmentRegistries:
         """`max_bytes`: of texts, per tenant."""
         self._max_bytes = max_bytes
         self._registries: dict[str, SegmentRegistry] = {}
+
+    def num_bytes(self, tenant: str, inputs: Iterable[SegmentInput]) -> int:
+        """Of the texts that a request's segments name."""
+        named = (each for each in inputs if isinstance(each, NamedSegment))
+        return sum(self.of(tenant).num_bytes(each.name) for each in named)
 
     def of(self, tenant: str) -> SegmentRegistry:
         """The registry of the tenant with that name."""

@@ -6,12 +6,12 @@ import time
 from functools import partial
 from typing import Annotated
 
-import anyio.to_thread
 from fastapi import APIRouter, Depends, Query
 from fastapi import Path as PathParam
 
 from kvcomm.errors import KVCommError
 from kvcomm.server.access import security
+from kvcomm.server.bodies import BodyRoute
 from kvcomm.server.errors import documented, translate
 from kvcomm.server.schemas.segments import (
     SEGMENT_NAME,
@@ -24,7 +24,7 @@ from kvcomm.server.schemas.segments import (
 from kvcomm.server.segments.registry import NamedText
 from kvcomm.server.state import ServerState, StateDep, TenantDep
 
-router = APIRouter(prefix="/v1/segments", tags=["kvcomm"], dependencies=[Depends(security)])
+router = APIRouter(prefix="/v1/segments", tags=["kvcomm"], dependencies=[Depends(security)], route_class=BodyRoute)
 
 Name = Annotated[str, PathParam(pattern=SEGMENT_NAME)]
 Version = Annotated[int | None, Query(ge=1, le=2**31, description="By default the latest.")]
@@ -37,8 +37,8 @@ Version = Annotated[int | None, Query(ge=1, le=2**31, description="By default th
 )
 async def put_segment(name: Name, body: SegmentPut, state: StateDep, tenant: TenantDep) -> SegmentRecord:
     """Let a name stand for a text from now on: its next version, or the latest again if nothing differs."""
-    text = await anyio.to_thread.run_sync(partial(_text, name, body, state, tenant.name))
-    return _record(state.registries.of(tenant.name).put(text))
+    work = partial(_put, name, body, state, tenant.name)
+    return _record(await state.workers.run(tenant.name, len(body.content), work))
 
 
 @router.get("", operation_id="listSegments", responses=documented(401, 403, 429, 500))
@@ -66,14 +66,15 @@ async def delete_segment(name: Name, state: StateDep, tenant: TenantDep) -> Segm
     return SegmentDeleted(name=name, versions=state.registries.of(tenant.name).remove(name))
 
 
-def _text(name: str, body: SegmentPut, state: ServerState, tenant: str) -> NamedText:
+def _put(name: str, body: SegmentPut, state: ServerState, tenant: str) -> NamedText:
     reader = state.prompts.segments
     try:
         segment = reader.encode(name, body.content)
     except KVCommError as error:
         raise translate(error) from error
     digest, created = reader.digest(segment, tenant), int(time.time())
-    return NamedText(name, 1, body.content, segment.token_ids, digest, body.kind, body.ttl, created)
+    text = NamedText(name, 1, body.content, segment.token_ids, digest, body.kind, body.ttl, created)
+    return state.registries.of(tenant).put(text)
 
 
 def _record(text: NamedText) -> SegmentRecord:
