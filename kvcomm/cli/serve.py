@@ -60,6 +60,14 @@ def serve(
     keys: Annotated[
         Path | None, typer.Option("--keys", metavar="FILE", help="API keys made by `kvcomm serve keys add`.")
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option("--allowed-host", metavar="HOST", help="Another name clients call it by; may be repeated."),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option("--cors-origin", metavar="ORIGIN", help="Web pages that may use it; may be repeated."),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option("--config", envvar="KVCOMM_SERVE_CONFIG", metavar="FILE", help="TOML with any setting."),
@@ -102,6 +110,8 @@ def serve(
         "served_name": served_name,
         "host": host,
         "port": port,
+        "allowed_hosts": allowed_host or None,
+        "cors_origins": cors_origin or None,
         "keys": keys,
         "dtype": dtype,
         "device": device,
@@ -117,6 +127,7 @@ def serve(
     environment = {name: text for name, text in os.environ.items() if name != "KVCOMM_SERVE_CONFIG"}
     settings = load_settings(flags, environment, config)
     settings.require_safe_address(has_keys=settings.keys is not None)
+    settings.require_safe_origins(has_keys=settings.keys is not None)
     if check:
         _print(settings, None, as_json=as_json)
     else:

@@ -13,11 +13,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+)
 
 from kvcomm.config import EngineConfig
 from kvcomm.errors import InvalidRequest
 from kvcomm.model.registry import SMOLLM2_135M
+from kvcomm.server.hosts import ANY_ORIGIN, parse_authority, parse_origin
 
 ENV_PREFIX = "KVCOMM_SERVE_"
 ENV_NESTED = "__"
@@ -76,6 +86,29 @@ Engine = Annotated[
 ]
 
 
+def _listed(value: object) -> object:
+    """What an environment variable spells: items with commas between them."""
+    return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+
+
+def _host(text: str) -> str:
+    authority = parse_authority(text)
+    if authority is None:
+        raise ValueError("must be a host such as host.docker.internal, with or without a port, and no URL")
+    return str(authority)
+
+
+def _origin(text: str) -> str:
+    origin = parse_origin(text)
+    if text != ANY_ORIGIN and origin is None:
+        raise ValueError("must be an origin such as https://app.example, without a path, or *")
+    return text if origin is None else str(origin)
+
+
+Hosts = Annotated[tuple[Annotated[str, AfterValidator(_host)], ...], BeforeValidator(_listed)]
+Origins = Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], BeforeValidator(_listed)]
+
+
 class ServerSettings(BaseModel):
     """How a server is set up; every field is a flag, an environment variable and a key of the file.
 
@@ -84,6 +117,10 @@ class ServerSettings(BaseModel):
         served_name: what clients call the model; by default the last part of `model`.
         dtype, device: as for `Engine.load`; None: its defaults.
         host, port: where to listen; port 0 takes a free one.
+        allowed_hosts: names besides this machine's own by which clients may call it, with a port or for all of them.
+            Without keys every other one is refused; with keys all are allowed, unless some are named here.
+        cors_origins: of web pages that may use it from a browser; "*" is all of them, which needs keys. Without keys
+            they may use what is for tenants, not what is for the operator.
         keys: the file written by `kvcomm serve keys`; None: no keys, which only loopback addresses allow.
         max_requests: engine requests in flight at once, waiting ones included; over it, 503.
         max_body_bytes: of a request; over it, 413.
@@ -120,6 +157,8 @@ class ServerSettings(BaseModel):
     device: str | None = None
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    allowed_hosts: Hosts = ()
+    cors_origins: Origins = ()
     keys: Path | None = None
     max_requests: Positive = 256
     max_body_bytes: Positive = 4 * 2**20
@@ -165,6 +204,14 @@ class ServerSettings(BaseModel):
                 "`kvcomm serve keys add NAME --keys FILE` and give --keys FILE, or listen on 127.0.0.1"
             )
 
+    def require_safe_origins(self, *, has_keys: bool) -> None:
+        """Raises InvalidRequest when any web page could use the server without a key."""
+        if not has_keys and ANY_ORIGIN in self.cors_origins:
+            raise InvalidRequest(
+                "refusing --cors-origin '*' without keys, where any web page could use the server: name the origins, "
+                "or make a key with `kvcomm serve keys add NAME --keys FILE` and give --keys FILE"
+            )
+
     def printable(self) -> dict[str, Any]:
         """The effective settings as JSON values."""
         return self.model_dump(mode="json")
@@ -175,7 +222,7 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host.lower() == "localhost"
 
 
 def load_settings(flags: Mapping[str, Any], environment: Mapping[str, str], file: Path | None = None) -> ServerSettings:
