@@ -19,6 +19,7 @@ from kvcomm.server.callers import Callers, cors_of
 from kvcomm.server.contexts import snapshot_surface as snapshots
 from kvcomm.server.contexts import surface as contexts
 from kvcomm.server.contexts.snapshots import make_folder
+from kvcomm.server.draining import DrainedBodies
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.limits import BodyLimit
 from kvcomm.server.logs import RequestLog
@@ -87,4 +88,5 @@ def make_app(
     app.add_middleware(RequestLog, observe=state.metrics.answered)
     if traces is not None:
         app.add_middleware(RequestTraces, provider=traces)
+    app.add_middleware(DrainedBodies)
     return app
