@@ -13,7 +13,19 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from kvcomm.engine.engine import Engine
-from kvcomm.server import admin, anchors, chat, completions, dashboard, errors, health, models, openapi, stats
+from kvcomm.server import (
+    admin,
+    admin_tenants,
+    anchors,
+    chat,
+    completions,
+    dashboard,
+    errors,
+    health,
+    models,
+    openapi,
+    stats,
+)
 from kvcomm.server.access import Door
 from kvcomm.server.callers import Callers, cors_of
 from kvcomm.server.contexts import snapshot_surface as snapshots
@@ -45,6 +57,7 @@ SURFACES = (
     stats.router,
     dashboard.router,
     admin.router,
+    admin_tenants.router,
 )
 
 

@@ -42,8 +42,8 @@ def limited_protocol(header_timeout_s: float) -> type[H11Protocol]:
         def _watch(self) -> None:
             """Start, keep or end the timer, by what is awaited: headers, or the end of a body that comes too late."""
             theirs = self.conn.their_state
-            is_answered = self.cycle is not None and self.cycle.response_complete
-            awaited = theirs if theirs is h11.IDLE or (theirs is h11.SEND_BODY and is_answered) else None
+            is_ignored = theirs is h11.SEND_BODY and self.cycle.response_complete
+            awaited = theirs if theirs is h11.IDLE or is_ignored else None
             if awaited is not self._awaited or self.transport.is_closing():
                 self._stop()
             self._awaited = awaited

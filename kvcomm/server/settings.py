@@ -122,6 +122,8 @@ class ServerSettings(BaseModel):
         cors_origins: of web pages that may use it from a browser; "*" is all of them, which needs keys. Without keys
             they may use what is for tenants, not what is for the operator.
         keys: the file written by `kvcomm serve keys`; None: no keys, which only loopback addresses allow.
+        remove_revoked: what a tenant has, all but its snapshots, goes when its last key does, and its requests are
+            cancelled; else it stays until the operator removes it.
         max_requests: engine requests in flight at once, waiting ones included; over it, 503.
         max_body_bytes: of a request; over it, 413.
         max_archive_bytes: of an archive of anchors that the operator sends; over it, 413.
@@ -136,9 +138,12 @@ class ServerSettings(BaseModel):
         default_temperature: where the client does not say; OpenAI documents 1.
         max_salts: namespaces per tenant that `cache_salt` may open; the least recently used one is dropped.
         max_contexts: that one tenant may have at once; over it, 429.
+        max_conversation_bytes: of messages, tools and the text made of them that one context may keep; over it, 400.
+        max_kept_bytes: the same for all contexts of one tenant, what forks share once; over it, 429.
         context_ttl_s: how long a context lives after its last use where the client does not say.
         snapshots: the folder of contexts that clients save; None: they cannot.
         max_snapshots: that one tenant may have; over it, 429.
+        max_segments: names of segments that one tenant may have; over it, 429.
         max_segment_bytes: of the texts of one tenant's named segments, all versions together; over it, 429.
         limits: of tenants whose key brings none of its own.
         max_divergence, confidence: the bound in force where a request does not say; 0 is exact reuse only.
@@ -160,6 +165,7 @@ class ServerSettings(BaseModel):
     allowed_hosts: Hosts = ()
     cors_origins: Origins = ()
     keys: Path | None = None
+    remove_revoked: bool = False
     max_requests: Positive = 256
     max_body_bytes: Positive = 4 * 2**20
     max_archive_bytes: Positive = 2**30
@@ -175,9 +181,12 @@ class ServerSettings(BaseModel):
     default_temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     max_salts: Positive = 256
     max_contexts: Positive = 1024
+    max_conversation_bytes: Positive = 2**20
+    max_kept_bytes: Positive = 64 * 2**20
     context_ttl_s: Seconds = 3600.0
     snapshots: Path | None = None
     max_snapshots: Positive = 64
+    max_segments: Positive = 1024
     max_segment_bytes: Positive = 4 * 2**20
     limits: Limits = Limits()
     max_divergence: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
