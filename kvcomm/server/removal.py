@@ -119,5 +119,5 @@ async def _cancel(tenant: Tenant) -> int:
 
 def _with_snapshots(state: ServerState) -> list[str]:
     root = state.settings.snapshots
-    names = [] if root is None else [each.name for each in root.iterdir() if each.is_dir()]
+    names = [] if root is None else [each.name for each in root.iterdir() if each.is_dir() and any(each.iterdir())]
     return [name for name in names if re.fullmatch(NAME_PATTERN, name)]
