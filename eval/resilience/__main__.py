@@ -7,6 +7,7 @@
 - full_pool: many more tokens wanted than the pool has, and a prompt that it can never hold.
 - large_body: bodies of 10 MB, declared, chunked and broken off.
 - slow_loris: connections that send headers, or bodies, a byte at a time.
+- hoarding: a tenant keeps all it can beside few tokens, pins contexts, and loses its key.
 
 In each of them clients go on asking. An answer is *wrong* if it differs from what transformers' own greedy `generate`
 says, *lost* if there is none after the retries that a client would make, a page *leaked* if it is not free once nothing
@@ -21,12 +22,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from eval.figures import Figure, Report
+from eval.resilience.hoarding import hoarding
 from eval.resilience.questions import Found, Question, make_questions
 from eval.resilience.scenarios import disconnect, full_pool, kill, large_body, slow_loris
 from eval.workload import note
 from kvcomm import KVCommError
 
-SCENARIOS = ("kill", "disconnect", "full_pool", "large_body", "slow_loris")
+SCENARIOS = ("kill", "disconnect", "full_pool", "large_body", "slow_loris", "hoarding")
 QUICK_DISCONNECTS = 60
 
 Scenario = Callable[[str, Sequence[Question]], Found]
@@ -52,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "full_pool": full_pool,
         "large_body": large_body,
         "slow_loris": slow_loris,
+        "hoarding": hoarding,
     }
     try:
         note("answers of transformers alone")
