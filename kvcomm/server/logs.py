@@ -26,6 +26,9 @@ from kvcomm.server.errors import CLIENT_GONE, translate
 logger = logging.getLogger("kvcomm.server")
 
 REQUEST_ID = "x-request-id"
+MAX_PATH = 512
+"""Letters of a path in a log line; every real one has fewer."""
+
 PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -124,7 +127,7 @@ class RequestLog:
             "request_id": notes.request_id,
             "tenant": notes.tenant,
             "method": scope["method"],
-            "path": scope["path"],
+            "path": scope["path"][:MAX_PATH],
             "status": status,
             "duration_s": round(duration_s, 6),
             **notes.tokens(),

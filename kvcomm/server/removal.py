@@ -65,7 +65,7 @@ async def remove_tenant(state: ServerState, name: str, *, snapshots: bool = Fals
     state.prompts.texts.forget(name)
     num_requests = 0 if tenant is None else await _cancel(tenant)
     await release(nodes)
-    cleared = 0 if tenant is None else await anyio.to_thread.run_sync(state.tenants.clear, tenant)
+    cleared = 0 if tenant is None else await anyio.to_thread.run_sync(state.tenants.forget, tenant)
     return RemovedTenant(
         name=name,
         cancelled_requests=num_requests,

@@ -175,7 +175,7 @@ class Tenants:
             self._engine.set_quota(cached_tokens=tenant.limits.cached_tokens, tenant=space)
         while len(tenant.salts) > self._settings.max_salts:
             oldest, _ = tenant.salts.popitem(last=False)
-            self._engine.clear_cache(tenant=oldest)
+            self._engine.forget(oldest)
         return space
 
     def num_cached(self, tenant: Tenant) -> int:
@@ -190,6 +190,13 @@ class Tenants:
             self._engine.clear_cache(tenant=space)
         return before - self.num_cached(tenant)
 
+    def forget(self, tenant: Tenant) -> int:
+        """Drop whatever the engine knows of it, under all salts; returns how many cached tokens went."""
+        before = self.num_cached(tenant)
+        for space in list(tenant.salts):
+            self._engine.forget(space)
+        return before - self.num_cached(tenant)
+
     def keep_quota(self, tenant: Tenant) -> None:
         """Drop the tenant's least recently used namespaces while all of them together exceed its quota."""
         limit = tenant.limits.cached_tokens
@@ -201,7 +208,7 @@ class Tenants:
             for space in list(sizes)[:-1]:
                 if total <= limit:
                     return
-                self._engine.clear_cache(tenant=space)
+                self._engine.forget(space)
                 del tenant.salts[space]
                 total -= sizes[space]
 
