@@ -22,6 +22,7 @@ from kvcomm.server.marks import Marks
 from kvcomm.server.sampling import ttl_of
 from kvcomm.server.schemas.cache import WarmRequest
 from kvcomm.server.schemas.chat import ChatRequest
+from kvcomm.server.schemas.common import is_shallow
 from kvcomm.server.schemas.completions import CompletionRequest
 from kvcomm.server.schemas.messages import AssistantMessage, TextPart, ToolCall, ToolMessage
 from kvcomm.server.schemas.segments import SegmentedRequest
@@ -182,13 +183,13 @@ def message_values(message: Any) -> dict[str, Any]:
 
 
 def _call_values(call: ToolCall) -> dict[str, Any]:
-    """A tool call; templates write its arguments as JSON themselves, so they get the object."""
+    """A tool call; templates write its arguments as JSON themselves, so they get the object, unless it is too deep."""
     arguments: Any = call.function.arguments
     try:
         parsed = json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         parsed = None
-    values = parsed if isinstance(parsed, dict) else arguments
+    values = parsed if isinstance(parsed, dict) and is_shallow(parsed) else arguments
     return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": values}}
 
 

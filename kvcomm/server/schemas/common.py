@@ -66,6 +66,16 @@ class Body(RequestModel):
         raise PydanticCustomError("too_deep", "the body is nested more than {depth} levels deep", {"depth": MAX_DEPTH})
 
 
+def is_shallow(value: object) -> bool:
+    """Whether a JSON value is nested no deeper than a body may be."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [part for item in level for part in _parts(item)]
+        if not level:
+            return True
+    return False
+
+
 def _parts(value: object) -> list[object]:
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]

@@ -48,7 +48,7 @@ class NamedText:
 class SegmentRegistry:
     """Versions by name, the latest last."""
 
-    def __init__(self, max_bytes: int, max_names: int) -> None:
+    def __init__(self, max_bytes: int, max_names: int = 1024) -> None:
         self._max_bytes = max_bytes
         self._max_names = max_names
         self._names: dict[str, tuple[NamedText, ...]] = {}
@@ -128,7 +128,7 @@ class SegmentRegistry:
 class SegmentRegistries:
     """The registry of every tenant that has used one."""
 
-    def __init__(self, max_bytes: int, max_names: int) -> None:
+    def __init__(self, max_bytes: int, max_names: int = 1024) -> None:
         """`max_bytes`: of texts, and `max_names`, both per tenant."""
         self._max_bytes = max_bytes
         self._max_names = max_names
