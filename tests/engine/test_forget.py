@@ -22,7 +22,8 @@ def test_what_is_known_of_a_tenant_goes() -> None:
         held = engine.context(PROMPT, tenant="ann")
         bobs, num_bobs = engine.segment_tree(tenant="bob"), engine.num_cached(PROMPT, tenant="bob")
         assert num_bobs >= 48
-        answer = held.generate(GREEDY).text
+        with held.fork() as fork:
+            answer = fork.generate(GREEDY).text
         engine.forget("ann")
         engine.check_integrity()
         assert engine.num_cached(PROMPT, tenant="ann") == 0

@@ -108,7 +108,7 @@ class Stats(ResponseModel):
     ttft: TtftHistogram
     recent: Annotated[list[FinishedRequest], Field(description="The latest ones, newest first.")]
     cache: CacheUse
-    kept: Kept
+    kept: Annotated[Kept | None, Field(description="Null from servers that do not say.")] = None
     evictions: Annotated[list[Eviction], Field(description="The latest ones, newest first.")]
     bounds: list[WatchedBound]
     audits: Annotated[list[AuditRecord], Field(description="The latest ones, newest first.")]
