@@ -7,9 +7,12 @@ import hashlib
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import kvcomm
 
@@ -80,3 +83,33 @@ def test_imports_go_downwards() -> None:
 @pytest.mark.parametrize("forbidden", ["pickle", "marshal", "shelve", "dill"])
 def test_nothing_unpickles(forbidden: str) -> None:
     assert [str(file) for file in ROOT.rglob("*.py") if forbidden in _imports(file)] == []
+
+
+BY_HAND = {"flashinfer"}
+"""Used where somebody installed it; there is no wheel of it that an extra could name for every machine."""
+
+
+def test_what_is_imported_is_declared() -> None:
+    """What only comes along with something else is gone with that one's next version."""
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    wanted = [
+        *project["dependencies"],
+        *(each for extra in project["optional-dependencies"].values() for each in extra),
+    ]
+    declared = {canonicalize_name(Requirement(each).name) for each in wanted}
+    modules = {name.split(".")[0] for file in ROOT.rglob("*.py") for name in _imports(file)}
+    known = packages_distributions()
+    foreign = modules - sys.stdlib_module_names - {"kvcomm"} - BY_HAND
+    undeclared = {
+        name for name in foreign if not declared & {canonicalize_name(each) for each in known.get(name, [name])}
+    }
+    assert undeclared == set()
+
+
+def test_floors_of_the_server() -> None:
+    """Older starlettes read whole forms into memory and trust Host headers that are none."""
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    server = {each.name: each.specifier for each in map(Requirement, project["optional-dependencies"]["server"])}
+    assert "1.0.1" in server["starlette"]
+    assert "1.0.0" not in server["starlette"]
+    assert "h11" in server

@@ -9,6 +9,7 @@
 - slow_loris: connections that send headers, or bodies, a byte at a time.
 - bodies: bodies of 4 MB that cost as much as bodies can; how long `/health` takes meanwhile, and how much memory goes.
 - crowd: a tenant that holds 256 half-sent requests, then sends 2 times 128 prompts, and another one that asks.
+- hoarding: a tenant keeps all it can beside few tokens, pins contexts, and loses its key.
 
 In each of them but the last two clients go on asking. An answer is *wrong* if it differs from what transformers' own
 greedy `generate` says, *lost* if there is none after the retries that a client would make, a page *leaked* if it is not
@@ -26,12 +27,13 @@ from pathlib import Path
 from eval.figures import Figure, Report
 from eval.resilience.bodies import bodies
 from eval.resilience.crowd import crowd
+from eval.resilience.hoarding import hoarding
 from eval.resilience.questions import Found, Question, make_questions
 from eval.resilience.scenarios import disconnect, full_pool, kill, large_body, slow_loris
 from eval.workload import note
 from kvcomm import KVCommError
 
-SCENARIOS = ("kill", "disconnect", "full_pool", "large_body", "slow_loris", "bodies", "crowd")
+SCENARIOS = ("kill", "disconnect", "full_pool", "large_body", "slow_loris", "bodies", "crowd", "hoarding")
 QUICK_DISCONNECTS = 60
 
 Scenario = Callable[[str, Sequence[Question]], Found]
@@ -61,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "full_pool": full_pool,
         "large_body": large_body,
         "slow_loris": slow_loris,
+        "hoarding": hoarding,
     }
     try:
         note("answers of transformers alone")

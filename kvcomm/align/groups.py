@@ -204,6 +204,11 @@ class GroupBook:
         """Take a group in, in place of the one with the same key."""
         self._groups.setdefault(namespace, {})[group.key] = group
 
+    def forget(self, namespace: str) -> None:
+        """Forget every group of a tenant."""
+        self._groups.pop(namespace, None)
+        self._fits.pop(namespace, None)
+
     def groups(self, namespace: str) -> Iterator[EdgeGroup]:
         """Every group of a tenant."""
         yield from self._groups.get(namespace, {}).values()

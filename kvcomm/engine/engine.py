@@ -539,6 +539,19 @@ class Engine:
         with self.lock:
             self.memory.reset(None if tenant is None else self.namespace(tenant))
 
+    def forget(self, tenant: str) -> None:
+        """Drop all that is known of a tenant: cache, quotas, chains of segments, anchors and calibrations.
+
+        What its contexts and requests hold stays theirs; they may leave something new.
+        """
+        with self.lock:
+            namespace = self.namespace(tenant)
+            self.set_quota(tenant=tenant)
+            self.memory.reset(namespace)
+            self.memory.segments.forget(namespace)
+            self.memory.segment_tree.forget(namespace)
+            self.reuse.forget(namespace)
+
     def learn(
         self, prompt: Prompt, *, estimators: Iterable[str] = ("token",), tenant: str = DEFAULT_TENANT
     ) -> Future[int]:

@@ -149,6 +149,11 @@ class ReuseParts:
             self.groups.put(namespace, group)
         return profile
 
+    def forget(self, namespace: str) -> None:
+        """Forget what was learned about moving a tenant's text."""
+        self.anchors.forget(namespace)
+        self.groups.forget(namespace)
+
     def pages_held(self, requests: Iterable[Request]) -> Iterator[PageIds]:
         """Every page reference that moves, idle work and replays hold, for integrity checks."""
         yield from self.planner.pages_held(requests)

@@ -282,6 +282,11 @@ class SegmentStore:
                 for digest in list(space.records):
                     self._forget(space, digest)
 
+    def forget(self, namespace: str) -> None:
+        """The same, and its budget."""
+        self.reset(namespace)
+        self._spaces.pop(namespace, None)
+
     def set_budget(self, namespace: str, max_bytes: int | None) -> None:
         """Limit the KV bytes that renditions of `namespace` refer to; its least recently used go first."""
         space = self._space(namespace)

@@ -23,7 +23,7 @@ from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.results import Chunk, Completion
 from kvcomm.engine.sampling import SamplingParams
-from kvcomm.errors import EngineClosed, KVCommError
+from kvcomm.errors import ContextReleased, EngineClosed, KVCommError, RequestCancelled
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError, translate
 from kvcomm.server.logs import Answered, RequestNotes, log_unexpected, notes_of
@@ -115,6 +115,7 @@ class Call:
             KVCommError: the engine refuses it.
         """
         await self._stack.enter_async_context(self.state.admission.place(self.tenant, job.max_tokens))
+        self.tenant.require_there()
         space = self.state.tenants.open_namespace(self.tenant, job.salt)
 
         def start() -> None:
@@ -124,6 +125,7 @@ class Call:
             else:
                 handle = self.state.engine.submit(job.prompt.segments, job.sampling, tenant=space, policy=job.policy)
             self._running.append(_Running(job, space, handle, submitted_ns))
+            self.tenant.running.add(handle)
 
         await self.state.workers.engine.enter(self.tenant.name)
         num_before = len(self._running)
@@ -134,6 +136,7 @@ class Call:
                 self._leaving.append(asyncio.ensure_future(self._leave_after(self._running[-1].handle)))
             else:
                 self.state.workers.engine.leave(self.tenant.name)
+        self.tenant.require_there()
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Chunks of all jobs as they come.
@@ -185,6 +188,7 @@ class Call:
             for each in self._running:
                 with suppress(Exception):  # how it ended has been told, or nobody is left to be told
                     await each.handle.aresult()
+                self.tenant.running.discard(each.handle)
             await asyncio.gather(*self._leaving)
             self.state.tenants.keep_quota(self.tenant)
             await self._stack.aclose()
@@ -203,6 +207,8 @@ class Call:
     def _translated(self, error: BaseException) -> ApiError:
         if isinstance(error, EngineClosed):
             self.state.is_engine_closed = True
+        if self.tenant.is_gone and isinstance(error, RequestCancelled | ContextReleased):
+            return self.tenant.removed()
         answer = translate(
             error,
             retry_after_s=self.state.settings.retry_after_s,

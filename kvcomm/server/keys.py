@@ -238,6 +238,10 @@ class KeyRing:
         """What the first of the tenant's keys that has limits says."""
         return next((each.limits for each in self.records if each.tenant == tenant and each.limits), None)
 
+    def has_tenant(self, tenant: str) -> bool:
+        """Whether some key is that tenant's."""
+        return any(each.tenant == tenant for each in self.records)
+
     def _reload(self) -> None:
         now = self._clock()
         if now - self._checked_s < CHECK_INTERVAL_S:

@@ -26,7 +26,9 @@ from kvcomm.server.errors import CLIENT_GONE, translate
 logger = logging.getLogger("kvcomm.server")
 
 REQUEST_ID = "x-request-id"
-MAX_PATH = 512  # characters of a path in the log
+MAX_PATH = 512
+"""Letters of a path in a log line; every real one has fewer."""
+
 PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 

@@ -188,7 +188,7 @@ def message_values(message: Any) -> dict[str, Any]:
 
 
 def _call_values(call: ToolCall) -> dict[str, Any]:
-    """A tool call; templates write its arguments as JSON themselves, so they get the object."""
+    """A tool call; templates write its arguments as JSON themselves, so they get the object, unless it is too deep."""
     arguments: Any = call.function.arguments
     try:
         parsed = read_json(arguments.encode(), JsonCaps())

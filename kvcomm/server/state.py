@@ -55,7 +55,7 @@ class ServerState:
         self.admission = Admission(self.settings, self._num_tenants)
         self.tenants = Tenants(self.engine, self.settings, self.keys, self.clock)
         self.contexts = Contexts(self.engine, self.settings, self.clock)
-        self.registries = SegmentRegistries(self.settings.max_segment_bytes)
+        self.registries = SegmentRegistries(self.settings.max_segment_bytes, self.settings.max_segments)
         self.prompts = PromptMaker(self.engine, self.registries)
         max_running = self.engine.config.max_running
         self.workers = Workers(max_running, lambda: self.admission.kept_of(max_running))
@@ -76,8 +76,15 @@ class ServerState:
             raise ApiError(404, "model_not_found", message, param="model")
 
     def tenant_of(self, request: Request) -> Tenant:
-        """Whose request this is."""
-        return self.tenants.get(tenant_name(request.scope))
+        """Whose request this is.
+
+        Raises:
+            ApiError: 401 when its last key was removed while the request's body was read.
+        """
+        name = tenant_name(request.scope)
+        if self.tenants.is_revoked(name):
+            raise ApiError(401, "invalid_api_key", "this API key is not known any more")
+        return self.tenants.get(name)
 
     def prolong(self, space: str, prompt: PreparedPrompt) -> None:
         """Let what is cached of a prompt live as long as its request says, unless its pages are needed."""

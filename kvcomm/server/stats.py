@@ -22,12 +22,13 @@ from kvcomm.server.schemas.stats import (
     CacheUse,
     Eviction,
     FinishedRequest,
+    Kept,
     Stats,
     TokensBySource,
     TtftHistogram,
     WatchedBound,
 )
-from kvcomm.server.state import StateDep, TenantDep
+from kvcomm.server.state import ServerState, StateDep, TenantDep
 from kvcomm.server.tally import SECONDS, Finished, Tally
 from kvcomm.server.tenants import Tenant
 
@@ -54,6 +55,7 @@ async def stats(tenant: TenantDep, state: StateDep) -> Stats:
             ttft=TtftHistogram(bounds_s=list(SECONDS), counts=tally.ttft_counts, sum_s=tally.ttft_sum_s),
             recent=_recent(tally),
             cache=_cache(engine, tenant),
+            kept=_kept(state, tenant),
             evictions=_evictions(engine, tenant),
             bounds=[bound for group in groups for bound in _bounds(group)],
             audits=_audits(groups, now_s),
@@ -90,6 +92,21 @@ def _cache(engine: Engine, tenant: Tenant) -> CacheUse:
         evicted_tokens=sum(usage.evicted_tokens for usage in usages),
         expired_tokens=sum(usage.expired_tokens for usage in usages),
         over_quota_tokens=sum(usage.quota_tokens for usage in usages),
+    )
+
+
+def _kept(state: ServerState, tenant: Tenant) -> Kept:
+    contexts, segments = state.contexts.find(tenant.name), state.registries.find(tenant.name)
+    return Kept(
+        contexts=0 if contexts is None else len(contexts.nodes),
+        max_contexts=state.settings.max_contexts,
+        context_tokens=tenant.context_tokens,
+        conversation_bytes=0 if contexts is None else contexts.conversations.num_bytes,
+        max_kept_bytes=state.settings.max_kept_bytes,
+        segments=0 if segments is None else len(segments.latest),
+        max_segments=state.settings.max_segments,
+        segment_bytes=0 if segments is None else segments.num_bytes,
+        max_segment_bytes=state.settings.max_segment_bytes,
     )
 
 

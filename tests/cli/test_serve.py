@@ -57,6 +57,14 @@ def test_the_effective_settings(
     assert "engine.page_size" in capsys.readouterr().out
 
 
+def test_hosts_and_origins_may_be_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--allowed-host", "Host.Docker.Internal", "--allowed-host", "10.0.0.7:80", "--cors-origin", "http://a:80"]
+    assert app.run(["serve", "--check", "--json", *given]) == 0
+    settings = printed(capsys)["settings"]
+    assert settings["allowed_hosts"] == ["host.docker.internal", "10.0.0.7:80"]
+    assert settings["cors_origins"] == ["http://a"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -67,6 +75,9 @@ def test_the_effective_settings(
         (["--host", "192.0.2.1", "--keys"], 2, "cannot listen on 192.0.2.1:8000"),
         (["--traces", "collector:4318"], 2, "setting 'traces' in the command line"),
         (["--log-level", "loud"], 2, "setting 'log_level' in the command line"),
+        (["--allowed-host", "http://x"], 2, "setting 'allowed_hosts.0' in the command line"),
+        (["--cors-origin", "x.example"], 2, "setting 'cors_origins.0' in the command line"),
+        (["--cors-origin", "*"], 2, "refusing --cors-origin '*' without keys"),
     ],
 )
 def test_refusals_come_first(

@@ -19,6 +19,7 @@ import pytest
 from rich.console import Console
 
 from kvcomm.cli import app
+from kvcomm.cli.output import format_bytes
 from kvcomm.cli.top_view import quantile, view
 from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
@@ -134,6 +135,24 @@ def test_a_terminal_is_drawn_until_interrupted(live: Live) -> None:
         os.close(ours)
     assert b"3 requests" in seen
     assert b"\x1b[?1049l" in seen  # back from the alternate screen
+
+
+def test_what_is_kept_is_drawn() -> None:
+    kept = {
+        "contexts": 3,
+        "max_contexts": 1024,
+        "context_tokens": 77,
+        "conversation_bytes": 2048,
+        "max_kept_bytes": 64 * 2**20,
+        "segments": 1,
+        "max_segments": 1024,
+        "segment_bytes": 10,
+        "max_segment_bytes": 100,
+    }
+    text = drawn(some_stats(kept=kept))
+    assert "3 of 1024, 77 tokens" in text
+    assert f"{format_bytes(2048)} of {format_bytes(64 * 2**20)}" in text
+    assert "their texts" not in drawn(some_stats())
 
 
 def some_stats(**fields: Any) -> Stats:

@@ -55,6 +55,16 @@ def test_answers_and_pages_survive(tmp_path: Path, capsys: pytest.CaptureFixture
     assert json.loads(out.read_text())["figures"] == printed["figures"]
 
 
+@pytest.mark.slow
+def test_a_hoarder_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, out = save_tiny_model(tmp_path / "model"), tmp_path / "run.json"
+    command = ["--questions=2", "--prefix-len=16", "--scenarios=hoarding", "--json", f"--out={out}"]
+    assert main([f"--model={model}", *command]) == 0
+    values = {figure["id"]: figure["value"] for figure in json.loads(capsys.readouterr().out)["figures"]}
+    assert (values["lost_answers"], values["wrong_answers"], values["leaked_pages"]) == (0, 0, 0)
+    assert values["hoarding_asked"] >= 2
+
+
 def test_wrong_answers_are_seen(live: Live) -> None:
     asking = Asking(live.url, "tiny")
     asking.ask(Question(CHAT, "not what the model says", 50))

@@ -201,6 +201,19 @@ def test_salts_are_bounded(make_client: MakeClient, engine: Engine) -> None:
     assert usage_of(client.post(CHAT, json=chat(cache_salt="a")))["cached_prefix_tokens"] == 0
 
 
+def test_a_salt_that_is_dropped_leaves_nothing(make_client: MakeClient, engine: Engine) -> None:
+    """Clients make them up as they like; chains of segments, quotas and renditions of each stayed for good."""
+    client = make_client(max_salts=2, limits=Limits(cached_tokens=1000))
+    for index in range(6):
+        salt, segment = f"salt {index}", {"id": "d", "content": "a document of some length", "kind": "dynamic"}
+        assert client.post(CHAT, json=chat(cache_salt=salt, segments=[segment])).status_code == 200
+        made = client.post("/v1/contexts", json={"text": "a text of a context", "cache_salt": salt})
+        assert client.delete(f"/v1/contexts/{made.json()['id']}").status_code == 200
+    memory = engine.memory
+    assert len(memory.segment_tree._chains) == len(memory.segments._spaces) == 2
+    assert not engine.reuse.groups._groups.keys() - memory.segments._spaces.keys()
+
+
 def test_limits_follow_the_key_file(key_file: Path, make_client: MakeClient) -> None:
     now = [0.0]
     add_key(key_file, "ann", limits=Limits(max_requests=1))

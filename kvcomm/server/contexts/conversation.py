@@ -2,11 +2,13 @@
 
 The chat template is rendered over all messages of the conversation, old and new, and what it writes must begin with
 the text that the context holds. Only what follows is new; it is tokenized on its own. Answers that the context keeps
-are the ids that were decoded, never rendered again: a stand-in holds their place in the template.
+are the ids that were decoded, never rendered again: a stand-in holds their place in the template. What is kept between
+requests is a conversation's JSON text and nothing else, so that what it takes in memory is what quotas count.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -36,24 +38,50 @@ class Conversation(BaseModel):
     stem: str | None = None
     hidden: list[str] = []
 
+
+class KeptConversation:
+    """A conversation between requests. Never changes, so that forks share it."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, conversation: Conversation) -> None:
+        # Not pydantic's JSON: arguments of tool calls may hold NaN and lone surrogates, and come back as they were.
+        text = json.dumps(conversation.model_dump(), ensure_ascii=False, separators=(",", ":"))
+        self._text = text.encode("utf-8", "surrogatepass")
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes."""
+        return len(self._text)
+
+    def read(self) -> Conversation:
+        """The conversation; takes time like its length."""
+        return Conversation.model_validate(json.loads(self._text.decode("utf-8", "surrogatepass")))
+
+    def note(self) -> str:
+        """For a snapshot: ASCII."""
+        return json.dumps(json.loads(self._text.decode("utf-8", "surrogatepass")))
+
     @classmethod
-    def from_note(cls, note: str | None) -> Conversation | None:
+    def from_note(cls, note: str | None) -> KeptConversation | None:
         """What a snapshot's note says; None: it says nothing.
 
         Raises:
             SnapshotCorrupt: it says something else.
         """
         try:
-            return None if note is None else cls.model_validate_json(note)
+            return None if note is None else cls(Conversation.model_validate(json.loads(note)))
         except ValidationError as error:
             raise SnapshotCorrupt(f"the snapshot's note is no conversation: {error.errors()[0]['msg']}") from error
+        except (ValueError, RecursionError) as error:
+            raise SnapshotCorrupt(f"the snapshot's note is no conversation: {error}") from error
 
 
 class Continued(NamedTuple):
     """What is new to a context, and its conversation with that; None: it holds text that no template wrote."""
 
     prompt: tuple[Segment, ...]
-    conversation: Conversation | None
+    conversation: KeptConversation | None
 
 
 def continue_conversation(
@@ -100,4 +128,4 @@ def continue_conversation(
     after = Conversation(
         messages=whole, tools=shown, variables=given, rendered=text, stem=marks.stem, hidden=list(marks.hidden)
     )
-    return Continued(prompt, after)
+    return Continued(prompt, KeptConversation(after))

@@ -15,7 +15,7 @@ from kvcomm.engine.context import Context
 from kvcomm.engine.engine import Engine
 from kvcomm.errors import InvalidRequest, SnapshotCorrupt, SnapshotError, SnapshotForeign, SnapshotTooNew
 from kvcomm.memory.snapshots import SUFFIX, read_header
-from kvcomm.server.contexts.conversation import Conversation
+from kvcomm.server.contexts.conversation import KeptConversation
 from kvcomm.server.errors import ApiError
 from kvcomm.server.schemas.contexts import Snapshot
 
@@ -71,7 +71,7 @@ class SnapshotFolder:
         with _told(name, file):
             return len(read_header(file).token_ids)
 
-    def restore(self, engine: Engine, name: str, *, space: str) -> tuple[Context, Conversation | None]:
+    def restore(self, engine: Engine, name: str, *, space: str) -> tuple[Context, KeptConversation | None]:
         """A context from a snapshot, and its conversation.
 
         Raises:
@@ -82,7 +82,7 @@ class SnapshotFolder:
         with _told(name, file):
             context = engine.restore(file, tenant=space)
             try:
-                return context, Conversation.from_note(context.note)
+                return context, KeptConversation.from_note(context.note)
             except SnapshotCorrupt:
                 context.release()
                 raise

@@ -120,7 +120,7 @@ async def _create(body: ContextRequest, call: Call) -> ExtendedContext:
     registry = call.state.contexts.of(call.tenant)
     with registry.place():
         space = call.state.tenants.open_namespace(call.tenant, body.cache_salt)
-        turn = call.take_turn(Turn(call.state.engine.empty_context(tenant=space)))
+        turn = call.take_turn(registry.new_turn(call.state.engine.empty_context(tenant=space)))
         completion = await _prefill(turn, body, call, salt=body.cache_salt)
         node = registry.adopt(turn.hand_over(), body, salt=body.cache_salt, conversation=turn.conversation)
     return extended(registry, node, completion)

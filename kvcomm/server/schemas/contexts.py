@@ -113,6 +113,9 @@ class Context(ResponseModel):
     tokens: int
     own_tokens: Annotated[int, Field(description="Behind what it has from its parent.")]
     bytes: Annotated[int, Field(description="Of KV that no context before it in the list holds.")]
+    conversation_bytes: Annotated[
+        int, Field(description="Messages and tools it keeps beside its KV; counted once for forks that share them.")
+    ]
     fidelity: Literal["exact", "approximate"]
     busy: Annotated[bool, Field(description="A request is extending it; it can be forked, and not be extended.")]
     pinned: bool

@@ -101,7 +101,13 @@ class SegmentReader:
         label = f"segments[{index}] ({given.id!r})"
         if isinstance(given, NamedSegment):
             kept = self._registries.of(tenant).get(given.name, given.version)
-            text, segment, kind, digest, ttl = kept.text, Segment(kept.token_ids), kept.kind, kept.digest, kept.ttl
+            text, segment, kind, digest, ttl = (
+                kept.text,
+                Segment(tuple(kept.token_ids)),
+                kept.kind,
+                kept.digest,
+                kept.ttl,
+            )
         else:
             text, kind, ttl = given.content, given.kind, None
             segment = self.encode(given.id, text)
