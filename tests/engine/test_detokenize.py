@@ -81,7 +81,7 @@ def some_ids(kind: str) -> st.SearchStrategy[list[int]]:
 
 
 @every_kind
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_any_ids_stream_as_they_decode(kind: str, data: st.DataObject) -> None:
     ids = data.draw(some_ids(kind))
@@ -91,7 +91,7 @@ def test_any_ids_stream_as_they_decode(kind: str, data: st.DataObject) -> None:
 
 
 @every_kind
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(text=ANY_TEXT)
 def test_any_text_streams_as_it_decodes(kind: str, text: str) -> None:
     ids = tokenizer_of(kind).encode(text)
@@ -99,7 +99,7 @@ def test_any_text_streams_as_it_decodes(kind: str, text: str) -> None:
 
 
 @every_kind
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_stop_strings_are_found_in_the_text_that_decoding_gives(kind: str, data: st.DataObject) -> None:
     tokenizer = tokenizer_of(kind)

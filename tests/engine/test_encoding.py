@@ -34,7 +34,7 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
 
 
 @pytest.mark.parametrize("kind", JOINABLE)
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(first=PIECE, others=st.lists(PIECE, max_size=4))
 def test_pieces_behind_a_text_read_as_they_were_written(kind: str, first: str, others: list[str]) -> None:
     tokenizer, encoder = tokenizer_of(kind), ENCODERS[kind]
@@ -44,7 +44,7 @@ def test_pieces_behind_a_text_read_as_they_were_written(kind: str, first: str, o
 
 
 @pytest.mark.parametrize("kind", JOINABLE)
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(texts=st.lists(PIECE, min_size=1, max_size=4))
 def test_a_prompt_of_pieces_reads_as_they_were_written(kind: str, texts: list[str]) -> None:
     """Also where the first one begins with a space, which decoding takes from the start of a text."""
@@ -91,7 +91,7 @@ def test_start_tokens_stand_once_and_end_tokens_not_at_all() -> None:
 
 
 @pytest.mark.parametrize("kind", [*JOINABLE, "added-tokens"])
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_no_text_of_a_user_becomes_a_control_token(kind: str, data: st.DataObject) -> None:
     tokenizer, encoder = tokenizer_of(kind), ENCODERS[kind]
