@@ -8,7 +8,6 @@ it stands. Settings hold no secrets: keys live in a file of their own, as hashes
 from __future__ import annotations
 
 import ipaddress
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidat
 
 from kvcomm.config import EngineConfig
 from kvcomm.errors import InvalidRequest
+from kvcomm.files.reading import BadContent, parse_toml, read_toml
 from kvcomm.model.registry import SMOLLM2_135M
 
 ENV_PREFIX = "KVCOMM_SERVE_"
@@ -55,7 +55,10 @@ def _engine_config(value: object) -> EngineConfig:
         return value
     if not isinstance(value, Mapping):
         raise ValueError(f"must be a table of engine settings, not {value!r}")
-    return EngineConfig.from_mapping({name: _number(item) for name, item in value.items()})
+    try:
+        return EngineConfig.from_mapping({name: _number(item) for name, item in value.items()})
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _number(value: object) -> object:
@@ -63,8 +66,8 @@ def _number(value: object) -> object:
     if not isinstance(value, str):
         return value
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = parse_toml(f"value = {value}".encode(errors="surrogateescape"))["value"]
+    except BadContent:
         return value
     return parsed if isinstance(parsed, int | float | bool | list) else value
 
@@ -203,10 +206,10 @@ def load_settings(flags: Mapping[str, Any], environment: Mapping[str, str], file
 
 def _from_file(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_bytes().decode())
+        return read_toml(file)
     except OSError as error:
         raise InvalidRequest(f"{file} cannot be read: {error.strerror or error}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except BadContent as error:
         raise InvalidRequest(f"{file} is not TOML: {error}") from error
 
 

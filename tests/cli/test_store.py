@@ -186,7 +186,7 @@ def test_a_failing_copy_leaves_what_was_there(filled: Store, monkeypatch: pytest
 
     target = tmp_path / "target"
     target.write_text("old")
-    monkeypatch.setattr(shutil, "copyfile", full)
+    monkeypatch.setattr(shutil, "copyfileobj", full)
     with pytest.raises(CacheFolderError, match=r"cannot write .*target: No space left"):
         place(filled.context("good").file, target, link=False)
     assert target.read_text() == "old"
