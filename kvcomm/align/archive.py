@@ -63,18 +63,27 @@ def import_archive(file: Path, folder: Path) -> int:
             with open_regular(file) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
                 for member in archive:
                     _unpack(file, archive, member, unpacked)
-            banks = bank_files(unpacked)
-            for bank in banks:
-                verify_bank(bank)
-            if not (unpacked / GROUPS_FILE).exists():
-                raise AnchorFileCorrupt(f"{file} is not a whole archive of anchors: {GROUPS_FILE} is missing")
-            read_groups(unpacked)
+            banks = _verified(file, unpacked)
             unpacked.rename(folder)
     except (tarfile.TarError, ValueError, EOFError) as error:
         raise AnchorFileCorrupt(f"{file} is not a whole archive of anchors: {error}") from error
     except OSError as error:
         raise AnchorFileError(f"{file} cannot be imported: {error.strerror or error}") from error
     return len(banks)
+
+
+def _verified(file: Path, unpacked: Path) -> list[Path]:
+    """The banks that came out of an archive, all of them whole."""
+    if not (unpacked / GROUPS_FILE).exists():
+        raise AnchorFileCorrupt(f"{file} is not a whole archive of anchors: {GROUPS_FILE} is missing")
+    try:
+        banks = bank_files(unpacked)
+        for bank in banks:
+            verify_bank(bank)
+        read_groups(unpacked)
+    except AnchorFileError as error:  # says where it was unpacked, which is no place that anybody knows
+        raise type(error)(f"{file} holds {str(error).replace(f'{unpacked}/', '')}") from error
+    return banks
 
 
 def _unpack(file: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:

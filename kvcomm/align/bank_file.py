@@ -134,9 +134,9 @@ def _read(file: Path, namespace: str, shape: BankShape) -> BankSnapshot:
             raise AnchorFileCorrupt(f"{file} does not hold the tensors its header announces")
         # Copies: a bank outlives the file it came from.
         tensors = {name: opened.get_tensor(name).clone() for name in names}
+    snapshot = _snapshot(file, header, tensors)
     if tensors_digest(tensors.values()) != header.payload_blake3:
         raise AnchorFileCorrupt(f"{file} was altered: its tensors do not have the digest in the header")
-    snapshot = _snapshot(file, header, tensors)
     try:
         shape.require(snapshot.sketches, snapshot.offsets)
     except InvalidRequest as error:

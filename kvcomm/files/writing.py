@@ -1,9 +1,10 @@
 """Writing files that others may be reading or writing, in this process and in others.
 
-A file appears whole or not at all: it is written under a hidden name beside its place, `.NAME.*.part`, and put there
-in one step. Whoever wants a new name gets it or is told that it is taken; of several at once one gets it. Hidden files
-that a killed process left are swept: a writer holds a lock on its own as long as it lives, and the lock dies with it.
-What has to be looked at and changed in one, such as how many files a folder holds, is done under the folder's lock.
+A file appears whole or not at all: it is written in a hidden folder beside its place and put there in one step. Whoever
+wants a new name gets it or is told that it is taken; of several at once one gets it. Beside each hidden folder lies a
+mark, `.NAME.*.part`, on which its writer holds a lock as long as it lives; what killed processes left has none, and is
+swept. What has to be looked at and changed in one, such as how many files a folder holds, is done under the folder's
+lock.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 PART = ".part"
-HIDDEN = re.compile(r"\.(?P<name>.+)\.[A-Za-z0-9_]{8}" + re.escape(PART), re.DOTALL)
+HIDDEN = re.compile(r"\.(?P<name>.+)\.[A-Za-z0-9_]+" + re.escape(PART), re.DOTALL)
 LOCK_FILE = ".lock"
 
 
@@ -27,7 +29,7 @@ class NameTaken(FileExistsError):
 
 @contextmanager
 def replacing(file: Path, *, is_new: bool = False) -> Iterator[Path]:
-    """A hidden file beside `file`, empty and private, to be written in the block and put in its place at its end.
+    """A hidden file, empty and private, to be written in the block and put in `file`'s place at its end.
 
     Where the block fails, nothing has changed. The folder is made if there is none.
 
@@ -39,24 +41,31 @@ def replacing(file: Path, *, is_new: bool = False) -> Iterator[Path]:
         OSError: it cannot be written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with reserved(file) as temporary:
-        yield temporary
-        _sync(temporary)
-        publish(temporary, file, is_new=is_new)
+    with reserved(file) as mark:
+        folder = _folder_of(mark)  # a folder: some libraries write beside the file that they are given
+        folder.mkdir(mode=0o700)
+        try:
+            hidden = folder / file.name
+            hidden.touch(mode=0o600)
+            yield hidden
+            _sync(hidden)
+            publish(hidden, file, is_new=is_new)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def reserved(file: Path) -> Iterator[Path]:
-    """An empty hidden file beside `file` that says who makes it, and is gone at the end of the block.
+    """A mark beside `file` that says who makes it; it is gone at the end of the block.
 
     Raises:
         OSError: there is no such folder, or it cannot be written.
     """
-    descriptor, temporary = _hidden(file)
+    descriptor, mark = _marked(file)
     try:
-        yield temporary
+        yield mark
     finally:
-        temporary.unlink(missing_ok=True)
+        mark.unlink(missing_ok=True)
         os.close(descriptor)
 
 
@@ -70,7 +79,7 @@ def unfinished(folder: Path) -> set[str]:
         return {match["name"] for entry in entries if (match := HIDDEN.fullmatch(entry.name))}
 
 
-def publish(temporary: Path, file: Path, *, is_new: bool = False) -> None:
+def publish(hidden: Path, file: Path, *, is_new: bool = False) -> None:
     """Give a whole file its name, in one step; it may keep its former name besides.
 
     Where a disk knows no hard links a new name is claimed with an empty file first, which is then replaced: there, and
@@ -81,25 +90,25 @@ def publish(temporary: Path, file: Path, *, is_new: bool = False) -> None:
         OSError: it cannot be done.
     """
     if not is_new:
-        temporary.replace(file)
+        hidden.replace(file)
         return
     try:
-        os.link(temporary, file)
+        os.link(hidden, file)
     except FileExistsError as error:
         raise NameTaken(error.errno, error.strerror, str(file)) from error
     except OSError:
         _claim(file)
         try:
-            temporary.replace(file)
+            hidden.replace(file)
         except BaseException:
             file.unlink(missing_ok=True)
             raise
 
 
 def sweep(folder: Path, name: str = "") -> int:
-    """Remove the hidden files that killed writers left in a folder; returns how many.
+    """Remove what killed writers left in a folder; returns how many files they were writing.
 
-    Those of living writers stay, and so does what cannot be removed.
+    What living writers write stays, and so does what cannot be removed.
 
     Args:
         name: of the file that they were to become; empty: of any.
@@ -117,6 +126,7 @@ def sweep(folder: Path, name: str = "") -> int:
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(_folder_of(Path(entry.path)), ignore_errors=True)
             os.unlink(entry.path)
             num_removed += 1
         except OSError:  # its writer lives, or it is gone
@@ -168,8 +178,8 @@ def _locked_file(file: Path, *, shared: bool) -> int | None:
     return descriptor
 
 
-def _hidden(file: Path) -> tuple[int, Path]:
-    """A new hidden file, and a descriptor whose lock says that its writer lives."""
+def _marked(file: Path) -> tuple[int, Path]:
+    """A new mark, and a descriptor whose lock says that its writer lives."""
     while True:
         descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=PART)
         try:
@@ -182,6 +192,10 @@ def _hidden(file: Path) -> tuple[int, Path]:
         if os.fstat(descriptor).st_nlink:  # else it was swept before the lock was on it
             return descriptor, Path(name)
         os.close(descriptor)
+
+
+def _folder_of(mark: Path) -> Path:
+    return mark.with_suffix(".d")
 
 
 def _claim(file: Path) -> None:

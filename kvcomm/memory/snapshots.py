@@ -145,12 +145,16 @@ def _read(
         values = [opened.get_tensor(f"values.{layer}") for layer in range(len(shapes))]
         logits = opened.get_tensor("logits") if has_logits else None
     _require_shapes(file, header, keys, values, shapes, dtype)
+    if logits is not None and (tuple(logits.shape) != (vocab_size,) or logits.dtype not in (dtype, torch.float32)):
+        raise SnapshotCorrupt(
+            f"{file}: logits are {tuple(logits.shape)} {logits.dtype}, not ({vocab_size},) {dtype} or torch.float32"
+        )
     if payload_digest(keys, values, logits) != header.payload_blake3:
         raise SnapshotCorrupt(f"{file} was altered: its tensors do not have the digest in the header")
     if max(header.token_ids, default=0) >= vocab_size:
         raise SnapshotCorrupt(f"{file} holds token {max(header.token_ids)}; the model knows {vocab_size} tokens")
-    if logits is not None:
-        _require_logits(file, logits, dtype, vocab_size)
+    if logits is not None and not logits.isfinite().all():
+        raise SnapshotCorrupt(f"{file}: logits are not finite")
     return Snapshot(header, keys, values, logits)
 
 
@@ -190,12 +194,3 @@ def _require_shapes(
                 raise SnapshotCorrupt(
                     f"{file}: {kind} of layer {layer} are {tuple(tensor.shape)} {tensor.dtype}, not {wanted} {dtype}"
                 )
-
-
-def _require_logits(file: Path, logits: Tensor, dtype: torch.dtype, vocab_size: int) -> None:
-    if tuple(logits.shape) != (vocab_size,) or logits.dtype not in (dtype, torch.float32):
-        raise SnapshotCorrupt(
-            f"{file}: logits are {tuple(logits.shape)} {logits.dtype}, not ({vocab_size},) {dtype} or torch.float32"
-        )
-    if not logits.isfinite().all():
-        raise SnapshotCorrupt(f"{file}: logits are not finite")

@@ -158,7 +158,8 @@ def test_what_killed_writers_leave_is_swept_and_nothing_else(tmp_path: Path) -> 
         assert sweep(tmp_path, "other") == 0
         assert sweep(tmp_path) == 1
         gone = before - {file.name for file in tmp_path.iterdir()}
-        assert [name.startswith(".killed.") for name in gone] == [True]
+        assert gone
+        assert all(name.startswith(".killed.") for name in gone)
         assert unfinished(tmp_path) == {"living", "folder"}
     finally:
         for writer in writers:
