@@ -18,6 +18,7 @@ is asked for a group.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -194,7 +195,7 @@ def _check_table(table: Table, known: Mapping[str, Any], file: str, where: str, 
             listed = ", ".join(known) or "none"
             raise InvalidRequest(f"{file}, {where}: unknown key {key!r}; known here: {listed}")
         if not _is_a(value, known[key]):
-            raise InvalidRequest(f"{file}, {where}: {key} must be {_named(known[key])}, got {value!r}")
+            raise InvalidRequest(f"{file}, {where}: {key} must be {_named(known[key])}, got {reprlib.repr(value)}")
     for key in required:
         if not table.get(key):
             raise InvalidRequest(f"{file}, {where}: {key!r} is missing or empty")

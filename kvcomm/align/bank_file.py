@@ -19,6 +19,7 @@ from kvcomm.align.bank import BankShape, BankSnapshot
 from kvcomm.align.edges import Edge
 from kvcomm.align.offsets import OffsetRows, OffsetTable
 from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign, AnchorFileTooNew, InvalidRequest
+from kvcomm.files.reading import first_fault
 from kvcomm.memory.sealed_file import SealedFormat, tensors_digest
 
 FORMAT = SealedFormat("anchor bank", "kvcomm_anchors", 2, AnchorFileError, AnchorFileCorrupt, AnchorFileTooNew)
@@ -149,7 +150,7 @@ def _header(file: Path, opened: safe_open) -> BankHeader:
     try:
         return BankHeader.model_validate_json(text)
     except ValidationError as error:
-        raise AnchorFileCorrupt(f"{file} has a header that does not fit the format: {error}") from error
+        raise AnchorFileCorrupt(f"{file} has a header that does not fit the format: {first_fault(error)}") from error
 
 
 def _tensors(snapshot: BankSnapshot) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from kvcomm.align.calibration import Calibration, Pair
 from kvcomm.align.edges import Edge
 from kvcomm.align.groups import Contest, EdgeGroup, GroupKey
 from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileTooNew, InvalidRequest
+from kvcomm.files.reading import MAX_SHOWN, first_fault
 from kvcomm.files.writing import locked, sweep
 from kvcomm.memory.sealed_file import SealedFormat
 
@@ -273,8 +274,10 @@ def read_groups(folder: Path) -> GroupsHeader:
             header = GroupsHeader.model_validate_json(text)
             for record in header.groups:
                 record.group()
-        except (ValidationError, InvalidRequest, ValueError) as error:
-            raise AnchorFileCorrupt(f"{file} does not fit the format: {error}") from error
+        except ValidationError as error:
+            raise AnchorFileCorrupt(f"{file} does not fit the format: {first_fault(error)}") from error
+        except (InvalidRequest, ValueError) as error:
+            raise AnchorFileCorrupt(f"{file} does not fit the format: {str(error)[:MAX_SHOWN]}") from error
         return header
 
     return FORMAT.settled(file, read)

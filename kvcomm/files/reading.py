@@ -20,7 +20,7 @@ from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic_core import from_json
+from pydantic_core import ValidationError, from_json
 
 CONFIG_BYTES = 16 * 2**20
 """Of a file of settings, keys, a team or a profile."""
@@ -35,6 +35,8 @@ MAX_DEPTH = 64
 """Tables and arrays inside each other in a TOML file."""
 
 BLOCK_BYTES = 2**20
+MAX_SHOWN = 300
+"""Characters of what is wrong in a message."""
 
 OPEN_DESCRIPTORS = Path("/proc/self/fd")
 
@@ -162,6 +164,13 @@ def parse_json(content: bytes | str) -> Any:
         return from_json(content)
     except ValueError as error:
         raise BadContent(f"not JSON: {error}") from error
+
+
+def first_fault(error: ValidationError) -> str:
+    """What a model of pydantic's says first about a value, in one short line: where, and what."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place}: {first['msg']}"[:MAX_SHOWN] if place else first["msg"][:MAX_SHOWN]
 
 
 def read_toml(file: Path) -> dict[str, Any]:

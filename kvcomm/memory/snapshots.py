@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from kvcomm.errors import SnapshotCorrupt, SnapshotError, SnapshotExists, SnapshotForeign, SnapshotTooNew
+from kvcomm.files.reading import first_fault
 from kvcomm.files.writing import NameTaken
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.sealed_file import SealedFormat, tensors_digest
@@ -172,7 +173,7 @@ def _header(file: Path, opened: safe_open) -> SnapshotHeader:
     try:
         header = SnapshotHeader.model_validate_json(text)
     except ValidationError as error:
-        raise SnapshotCorrupt(f"{file} has a header that does not fit the format: {error}") from error
+        raise SnapshotCorrupt(f"{file} has a header that does not fit the format: {first_fault(error)}") from error
     num_tokens = len(header.token_ids)
     if header.num_computed > num_tokens or sum(step.num_tokens for step in header.path) != num_tokens:
         raise SnapshotCorrupt(f"{file} has a header that contradicts itself about its {num_tokens} tokens")

@@ -26,7 +26,7 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvcomm.errors import InvalidRequest, KeyFileError
-from kvcomm.files.reading import CONFIG_BYTES, read_bytes
+from kvcomm.files.reading import CONFIG_BYTES, first_fault, read_bytes
 from kvcomm.files.writing import replacing, sweep
 from kvcomm.server.settings import Limits
 
@@ -87,9 +87,7 @@ class KeyFile(BaseModel):
         except OSError as error:
             raise KeyFileError(f"key file {file} cannot be read: {error.strerror or error}") from error
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise KeyFileError(f"{file} is not a key file: {place + ': ' if place else ''}{first['msg']}") from error
+            raise KeyFileError(f"{file} is not a key file: {first_fault(error)}") from error
 
     def write(self, file: Path) -> None:
         """Replace the file in one step.

@@ -8,6 +8,7 @@ it stands. Settings hold no secrets: keys live in a file of their own, as hashes
 from __future__ import annotations
 
 import ipaddress
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -244,4 +245,6 @@ def _validated(values: Mapping[str, Any], source: str) -> ServerSettings:
         if first["type"] == "extra_forbidden":
             known = ", ".join(sorted(ServerSettings.model_fields))
             raise InvalidRequest(f"unknown setting {name!r} in {source}; known: {known}") from error
-        raise InvalidRequest(f"setting {name!r} in {source}: {first['msg']}, not {first['input']!r}") from error
+        raise InvalidRequest(
+            f"setting {name!r} in {source}: {first['msg']}, not {reprlib.repr(first['input'])}"
+        ) from error

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from kvcomm.config import EngineConfig
 from kvcomm.engine.policy import ReusePolicy
 from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign, AnchorFileTooNew, InvalidRequest
-from kvcomm.files.reading import BadContent, open_regular, read_toml
+from kvcomm.files.reading import MAX_SHOWN, BadContent, first_fault, open_regular, read_toml
 from kvcomm.files.writing import replacing
 
 FORMAT = 1
@@ -184,8 +184,10 @@ def read_profile(file: Path) -> TuningProfile:
         profile = TuningProfile.model_validate_json(json.dumps(table, default=str))
         profile.policy()
         profile.config()
-    except (ValidationError, TypeError, ValueError, ArithmeticError) as error:
-        raise AnchorFileCorrupt(f"{file} does not fit the format of profiles: {error}") from error
+    except ValidationError as error:
+        raise AnchorFileCorrupt(f"{file} does not fit the format of profiles: {first_fault(error)}") from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise AnchorFileCorrupt(f"{file} does not fit the format of profiles: {str(error)[:MAX_SHOWN]}") from error
     return profile
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from kvcomm.errors import InvalidRequest
-from kvcomm.files.reading import CONFIG_BYTES, read_bytes
+from kvcomm.files.reading import CONFIG_BYTES, first_fault, read_bytes
 from kvcomm.files.writing import NameTaken, locked, replacing
 
 RUN_FILE = "run.json"
@@ -65,7 +65,7 @@ def read_kept(file: Path, kind: type[AnyKept]) -> list[AnyKept]:
         try:
             kept.append(kind.model_validate_json(line))
         except ValidationError as error:
-            raise damaged(file, f"line {number}: {_why(error)}") from error
+            raise damaged(file, f"line {number}: {first_fault(error)}") from error
     return kept
 
 
@@ -94,15 +94,9 @@ def claim(folder: Path, identity: Mapping[str, str]) -> None:
     except OSError as error:
         raise InvalidRequest(f"{file} cannot be read: {error.strerror or error}") from error
     except ValidationError as error:
-        raise damaged(file, _why(error)) from error
+        raise damaged(file, first_fault(error)) from error
     differing = sorted(name for name, value in identity.items() if found.get(name) != value)
     if differing:
         raise InvalidRequest(
             f"{folder} is of a run with another {', '.join(differing)}; give another --out, or remove the folder"
         )
-
-
-def _why(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
-    return f"{place}: {first['msg']}" if place else str(first["msg"])
