@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from eval.data_files import rows_of
 from eval.figures import Figure
 from eval.workload import note
 from kvcomm import Engine, ReusePolicy
@@ -51,9 +51,8 @@ def shift_figures(engine: Engine, team: str, texts: Sequence[str]) -> list[Figur
 
 
 def _texts(file: Path) -> list[str]:
-    lines = (gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()).decode()
-    rows = [json.loads(line) for line in lines.splitlines() if line.strip()]
-    found = [next((row[field] for field in FIELDS if field in row), None) for row in rows]
-    if None in found:
-        raise ValueError(f"{file}: line {found.index(None) + 1} has none of the fields {', '.join(FIELDS)}")
-    return [str(text)[:MAX_CHARACTERS] for text in found]
+    def text(row: dict[str, Any]) -> str:
+        name = next((field for field in FIELDS if field in row), FIELDS[0])
+        return str(row[name])[:MAX_CHARACTERS]
+
+    return rows_of(file, text, f"an object with one of the fields {', '.join(FIELDS)}")
