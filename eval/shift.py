@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from eval.data_files import rows_of
 from eval.figures import Figure
@@ -14,6 +13,7 @@ from kvcomm import Engine, ReusePolicy
 from kvcomm.agents.team import load_team
 from kvcomm.agents.warming import run_all
 from kvcomm.engine.plan import Reason
+from kvcomm.errors import InvalidRequest
 
 MAX_CHARACTERS = 1200
 """Of each text; documents are longer."""
@@ -51,8 +51,7 @@ def shift_figures(engine: Engine, team: str, texts: Sequence[str]) -> list[Figur
 
 
 def _texts(file: Path) -> list[str]:
-    def text(row: dict[str, Any]) -> str:
-        name = next((field for field in FIELDS if field in row), FIELDS[0])
-        return str(row[name])[:MAX_CHARACTERS]
-
-    return rows_of(file, text, f"an object with one of the fields {', '.join(FIELDS)}")
+    found = rows_of(file, lambda row: next((row[field] for field in FIELDS if field in row), None), "an object")
+    if None in found:
+        raise InvalidRequest(f"{file}: line {found.index(None) + 1} has none of the fields {', '.join(FIELDS)}")
+    return [str(text)[:MAX_CHARACTERS] for text in found]

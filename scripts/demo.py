@@ -185,7 +185,7 @@ def read_questions(file: Path, num_questions: int) -> list[Question]:
     except OSError as error:
         raise InvalidRequest(f"--data {file} cannot be read: {error}") from error
     except BadContent as error:
-        raise InvalidRequest(f"--data {file}, {error}") from error
+        raise InvalidRequest(f"--data {file} cannot be read: {error}") from error
     if not questions:
         raise InvalidRequest(f"--data {file} is empty")
     return questions
