@@ -167,8 +167,12 @@ def parse_json(content: bytes | str) -> Any:
 
 
 def first_fault(error: ValidationError) -> str:
-    """What a model of pydantic's says first about a value, in one short line: where, and what."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    """What a model of pydantic's says about a value, in one short line: where, and what.
+
+    That of a field that nobody knows, as others are missing where a name was misspelled; else the first.
+    """
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
     place = ".".join(str(part) for part in first["loc"])
     return f"{place}: {first['msg']}"[:MAX_SHOWN] if place else first["msg"][:MAX_SHOWN]
 

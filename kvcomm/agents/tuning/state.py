@@ -33,19 +33,16 @@ def append_line(file: Path, value: Mapping[str, Any]) -> None:
     """Add one object; what was interrupted in the middle of a line is cut off first.
 
     Raises:
-        InvalidRequest: it cannot be written.
+        OSError: it cannot be written.
     """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with locked(file.parent), file.open("ab+") as out:
-            end = out.seek(0, 2)
-            if end:
-                out.seek(0)
-                whole = out.read().rfind(b"\n") + 1
-                out.truncate(whole)
-            out.write(json.dumps(value).encode() + b"\n")
-    except OSError as error:
-        raise InvalidRequest(f"{file} cannot be written: {error.strerror or error}") from error
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with locked(file.parent), file.open("ab+") as out:
+        end = out.seek(0, 2)
+        if end:
+            out.seek(0)
+            whole = out.read().rfind(b"\n") + 1
+            out.truncate(whole)
+        out.write(json.dumps(value).encode() + b"\n")
 
 
 def read_kept(file: Path, kind: type[AnyKept]) -> list[AnyKept]:
@@ -79,6 +76,7 @@ def claim(folder: Path, identity: Mapping[str, str]) -> None:
 
     Raises:
         InvalidRequest: it belongs to another, also to one that began at the same moment; names what differs.
+        OSError: it cannot be written.
     """
     file = folder / RUN_FILE
     try:
@@ -87,8 +85,6 @@ def claim(folder: Path, identity: Mapping[str, str]) -> None:
         return
     except NameTaken:
         pass
-    except OSError as error:
-        raise InvalidRequest(f"{file} cannot be written: {error.strerror or error}") from error
     try:
         found = IDENTITY.validate_json(read_bytes(file, max_bytes=CONFIG_BYTES))
     except OSError as error:
