@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -145,6 +146,13 @@ class EdgeGroup:
     def breaker(self, bound: Bound) -> Breaker:
         """The watch over one bound."""
         return self.breakers.setdefault(bound, Breaker(bound.delta))
+
+    def copy(self) -> EdgeGroup:
+        """What is known of the group now, without its audits and counts; follows nothing."""
+        made = EdgeGroup(self.key, self.strengths, self.num_contested)
+        made.contest, made.calibration = deepcopy(self.contest), self.calibration.copy()
+        made.head_weights, made.breakers = self.head_weights, deepcopy(self.breakers)
+        return made
 
     def restart(self) -> None:
         """Forget strength, pairs and breakers, as after a change of the anchors."""

@@ -126,9 +126,7 @@ def export_command(
     from kvcomm.align.archive import export_archive
     from kvcomm.cli.anchor_folder import AnchorFolder
 
-    if file.exists() and not force:
-        raise InvalidRequest(f"{file} exists; choose another file or give --force")
-    num_banks = export_archive(AnchorFolder(folder).folder, file)
+    num_banks = export_archive(AnchorFolder(folder).folder, file, is_new=not force)
     num_bytes = file.stat().st_size
     value = {"file": str(file), "num_banks": num_banks, "num_bytes": num_bytes}
     emit(value, f"exported {counted(num_banks, 'bank')} to {file}, {format_bytes(num_bytes)}", as_json=as_json)

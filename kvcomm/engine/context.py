@@ -53,7 +53,7 @@ class ContextHost(Protocol):
 
     def drop_context(self, context: Context) -> None: ...
 
-    def save_snapshot(self, context: Context, file: Path) -> Path: ...
+    def save_snapshot(self, context: Context, file: Path, *, replace: bool) -> Path: ...
 
     def copy_to_hf_cache(self, context: Context, *, whole: bool) -> DynamicCache: ...
 
@@ -213,15 +213,20 @@ class Context:
         """`generate` for asyncio."""
         return await self.submit(sampling_params(sampling, settings)).aresult()
 
-    def save(self, file: str | Path) -> Path:
+    def save(self, file: str | Path, *, replace: bool = True) -> Path:
         """Write a snapshot; `Engine.restore` reads it. The file appears whole or not at all.
+
+        Args:
+            replace: a file of that name that is there by the time this one is written; False: of several who save
+                under one name at once, one does.
 
         Raises:
             ContextReleased, ContextBusy: there is no state to save.
+            SnapshotExists: there is a file, and it is not to be replaced.
             SnapshotError: the file cannot be written.
         """
         self._require_idle()
-        return self._engine.save_snapshot(self, Path(file))
+        return self._engine.save_snapshot(self, Path(file), replace=replace)
 
     def to_hf_cache(self, *, whole: bool = False) -> DynamicCache:
         """A copy of the KV as a transformers cache: `generate(ids, past_key_values=cache)` goes on from it.

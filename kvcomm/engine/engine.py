@@ -128,10 +128,10 @@ class Engine:
         self._reader = PromptReader(
             self.encoder, vocab_size=self.geometry.vocab_size, max_context=self.geometry.max_context
         )
-        self._exchange = KVExchange(self.memory, self.geometry, self.lock)
         self._holdings = Holdings(self.pool, self.scheduler.requests)
         self._request_ids = itertools.count()
         self._loop = EngineLoop(self.scheduler, self.reuse.idle, self.config.idle_after_s)
+        self._exchange = KVExchange(self.memory, self.geometry, self._holdings, self.lock, self._loop.require_open)
         self._finalizer = weakref.finalize(self, EngineLoop.close, self._loop)
 
     @classmethod
@@ -422,10 +422,10 @@ class Engine:
         with self.lock:
             self._holdings.drop(context)
 
-    def save_snapshot(self, context: Context, file: str | Path) -> Path:
+    def save_snapshot(self, context: Context, file: str | Path, *, replace: bool) -> Path:
         """Write a context's state; see `Context.save`."""
         file = Path(file)
-        self._exchange.save(context, file, self.namespace(context.tenant))
+        self._exchange.save(context, file, self.namespace(context.tenant), is_new=not replace)
         return file
 
     def repair(self, context: Context) -> Future[bool]:
@@ -440,14 +440,27 @@ class Engine:
         Raises:
             SnapshotError: unreadable, altered, too new, or of another model or tenant; see the subclasses.
             PoolExhausted: no pages for it.
+            EngineClosed: the engine has been closed, before or meanwhile.
         """
-        with self.lock:
-            sequence, segments, name, logits, note = self._exchange.restore(Path(file), self.namespace(tenant))
-            return Context(self, sequence, tenant=tenant, name=name, segments=segments, last_logits=logits, note=note)
+        namespace = self.namespace(tenant)
+        loaded = self._exchange.load(Path(file), namespace)
+
+        def finish(sequence: Sequence) -> Context:
+            return Context(
+                self,
+                sequence,
+                tenant=tenant,
+                name=loaded.name,
+                segments=loaded.segments,
+                last_logits=loaded.last_logits,
+                note=loaded.note,
+            )
+
+        return self._exchange.place(namespace, loaded.token_ids, loaded.keys, loaded.values, loaded.fidelity, finish)
 
     def copy_to_hf_cache(self, context: Context, *, whole: bool) -> DynamicCache:
         """See `Context.to_hf_cache`."""
-        return self._exchange.to_hf_cache(context.sequence, self.model.config, whole=whole)
+        return self._exchange.to_hf_cache(context, self.model.config, whole=whole)
 
     def context_from_hf_cache(
         self, cache: DynamicCache, prompt: Prompt, *, tenant: str = DEFAULT_TENANT, name: str | None = None
@@ -460,11 +473,16 @@ class Engine:
         Raises:
             InvalidRequest: the cache does not fit the model or the tokens.
             PoolExhausted: no pages for it.
+            EngineClosed: the engine has been closed, before or meanwhile.
         """
         segments = self.read_prompt(prompt, is_start=True)
-        with self.lock:
-            sequence = self._exchange.from_hf_cache(cache, _token_ids(segments))
+        token_ids = _token_ids(segments)
+        keys, values = self._exchange.from_hf_cache(cache, token_ids)
+
+        def finish(sequence: Sequence) -> Context:
             return Context(self, sequence, tenant=tenant, name=name, segments=segments)
+
+        return self._exchange.place(self.namespace(tenant), token_ids, keys, values, Fidelity.APPROXIMATE, finish)
 
     def memory_stats(self) -> MemoryStats:
         """Where the pages are."""
@@ -619,8 +637,7 @@ class Engine:
         Raises:
             AnchorFileError: a file cannot be written; what was there under that name is untouched.
         """
-        with self._lock:
-            return self.reuse.save(Path(folder), self.namespace(tenant))
+        return self.reuse.save(Path(folder), self.namespace(tenant))
 
     def load_anchors(self, folder: str | Path, *, tenant: str = DEFAULT_TENANT) -> Profile:
         """Take over what `save_anchors` wrote for the same model and tenant, all of it or nothing.
@@ -631,8 +648,7 @@ class Engine:
             AnchorFileForeign: of another model or tenant, or of larger banks than this engine keeps.
             AnchorFileCorrupt, AnchorFileTooNew, AnchorFileError: damaged, newer, unreadable.
         """
-        with self._lock:
-            return self.reuse.load(Path(folder), self.namespace(tenant))
+        return self.reuse.load(Path(folder), self.namespace(tenant))
 
     def _read_case(self, prompt: Prompt, answer: Iterable[int]) -> tuple[tuple[Segment, ...], tuple[int, ...]]:
         segments, tokens = self.read_prompt(prompt, is_start=True), tuple(answer)

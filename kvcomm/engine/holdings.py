@@ -22,7 +22,7 @@ from kvcomm.memory.sequences import Sequence
 class _Held(NamedTuple):
     sequence: Sequence
     namespace: str
-    finalizer: weakref.finalize[[Sequence], Context]
+    finalizer: weakref.finalize[[Sequence], Context] | None = None
 
 
 class Holdings:
@@ -53,6 +53,14 @@ class Holdings:
         self._collect()
         return [held.sequence for held in self._held.values()]
 
+    def hold(self, sequence: Sequence, namespace: str) -> None:
+        """A sequence is being filled; it becomes a context's, or is let go."""
+        self._held[id(sequence)] = _Held(sequence, namespace)
+
+    def let_go(self, sequence: Sequence) -> None:
+        """A sequence that was being filled is given up."""
+        self._held.pop(id(sequence), None)
+
     def add(self, context: Context, namespace: str) -> None:
         """A context has been made."""
         self._collect()
@@ -64,7 +72,8 @@ class Holdings:
     def drop(self, context: Context) -> None:
         """A context has been released."""
         held = self._held.pop(id(context.sequence))
-        held.finalizer.detach()
+        if held.finalizer is not None:
+            held.finalizer.detach()
         self._contexts.pop(id(context.sequence), None)
 
     def set_quota(self, namespace: str, num_pages: int | None) -> None:

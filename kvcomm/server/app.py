@@ -30,7 +30,7 @@ from kvcomm.server.access import Door
 from kvcomm.server.callers import Callers, cors_of
 from kvcomm.server.contexts import snapshot_surface as snapshots
 from kvcomm.server.contexts import surface as contexts
-from kvcomm.server.contexts.snapshots import make_folder
+from kvcomm.server.contexts.snapshots import open_folder
 from kvcomm.server.draining import DrainedBodies
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.limits import BodyLimit
@@ -76,14 +76,14 @@ def make_app(
 
     Raises:
         KeyFileError: the settings name a key file that cannot be read.
-        InvalidRequest: the folder for snapshots cannot be made, or every web page could use it without a key.
+        InvalidRequest: the folder for snapshots cannot be made or read, or every web page could use it without a key.
     """
     settings = settings or ServerSettings()
     if keys is None and settings.keys is not None:
         keys = KeyRing(settings.keys)
     settings.require_safe_origins(has_keys=keys is not None)
     if settings.snapshots is not None:
-        make_folder(settings.snapshots)
+        open_folder(settings.snapshots)
     state = ServerState(engine, settings, keys)
     app = FastAPI(docs_url=None, redoc_url=None)  # their pages load scripts from elsewhere
     app.state.kvcomm = state

@@ -6,7 +6,10 @@ Messages that count the engine's pages or requests are replaced: those numbers b
 
 from __future__ import annotations
 
+import logging
 import math
+import os
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -29,6 +32,8 @@ from kvcomm.errors import (
 )
 from kvcomm.server.schemas.common import REQUEST_KINDS
 from kvcomm.server.schemas.errors import ErrorDetail, ErrorResponse
+
+logger = logging.getLogger("kvcomm.server")
 
 RETRY_AFTER = "retry-after"
 CLOSE = {"connection": "close"}
@@ -140,6 +145,25 @@ def translate(error: BaseException, *, retry_after_s: float = 1, context_tokens:
     if isinstance(error, EngineClosed):
         return ApiError(503, "engine_closed", "the server is stopping", retry_after_s=retry_after_s)
     return ApiError(500, "internal_error", "the request failed inside the server; its log says why")
+
+
+def failed_file(code: str, what: str, error: BaseException, *, retry_after_s: float = 1) -> ApiError:
+    """The answer where the disk fails: 503 with the system's own reason; where that was is for the operator's log.
+
+    Args:
+        error: of the system, or one of ours that it caused.
+    """
+    system = error if isinstance(error, OSError) else error.__cause__
+    told = str(error) or type(error).__name__
+    logger.error("%s: %s", what, told, extra={"fields": {"error": type(error).__name__, "code": code}})
+    reason = system.strerror if isinstance(system, OSError) and system.strerror else _system_words(told)
+    return ApiError(503, code, f"{what} cannot be read or written now: {reason}", retry_after_s=retry_after_s)
+
+
+def _system_words(told: str) -> str:
+    """What safetensors says of a failed write carries the system's number only."""
+    number = re.search(r"os error (\d+)", told)
+    return os.strerror(int(number[1])) if number else "the server's log says why"
 
 
 def install(app: FastAPI) -> None:

@@ -12,9 +12,7 @@ import hashlib
 import hmac
 import json
 import logging
-import os
 import secrets
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +26,8 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvcomm.errors import InvalidRequest, KeyFileError
+from kvcomm.files.reading import CONFIG_BYTES, first_fault, read_bytes
+from kvcomm.files.writing import replacing, sweep
 from kvcomm.server.settings import Limits
 
 logger = logging.getLogger("kvcomm.server")
@@ -84,13 +84,11 @@ class KeyFile(BaseModel):
         """Raises KeyFileError when there is none, it cannot be read, or it is not such a file."""
         file = Path(file)
         try:
-            return cls.model_validate_json(file.read_bytes())
+            return cls.model_validate_json(read_bytes(file, max_bytes=CONFIG_BYTES))
         except OSError as error:
             raise KeyFileError(f"key file {file} cannot be read: {error.strerror or error}") from error
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise KeyFileError(f"{file} is not a key file: {place + ': ' if place else ''}{first['msg']}") from error
+            raise KeyFileError(f"{file} is not a key file: {first_fault(error)}") from error
 
     def write(self, file: str | Path) -> None:
         """Replace the file in one step.
@@ -101,17 +99,8 @@ class KeyFile(BaseModel):
         file = Path(file)
         text = json.dumps(self.model_dump(mode="json", exclude_none=True), indent=2) + "\n"
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # mode 0600
-            try:
-                with os.fdopen(handle, "w") as stream:
-                    stream.write(text)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                os.replace(name, file)
-            except BaseException:
-                Path(name).unlink(missing_ok=True)
-                raise
+            with replacing(file) as temporary:  # mode 0600
+                temporary.write_text(text)
         except OSError as error:
             raise KeyFileError(f"key file {file} cannot be written: {error.strerror or error}") from error
 
@@ -128,12 +117,22 @@ def changing(file: str | Path) -> Iterator[KeyFile]:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except OSError as error:
-        raise KeyFileError(f"key file {file} cannot be written: {error.strerror or error}") from error
+    except (OSError, NotImplementedError) as error:  # the latter where a disk knows no locks
+        raise KeyFileError(f"key file {file} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     try:
-        yield KeyFile.read(file) if file.exists() else KeyFile()
+        sweep(file.parent, file.name)
+        yield _read_or_empty(file)
     finally:
         lock.release()
+
+
+def _read_or_empty(file: Path) -> KeyFile:
+    try:
+        return KeyFile.read(file)
+    except KeyFileError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return KeyFile()
+        raise
 
 
 def add_key(

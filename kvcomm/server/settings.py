@@ -8,7 +8,7 @@ it stands. Settings hold no secrets: keys live in a file of their own, as hashes
 from __future__ import annotations
 
 import ipaddress
-import tomllib
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +26,7 @@ from pydantic import (
 
 from kvcomm.config import EngineConfig
 from kvcomm.errors import InvalidRequest
+from kvcomm.files.reading import BadContent, parse_toml, read_toml
 from kvcomm.model.registry import SMOLLM2_135M
 from kvcomm.server.hosts import ANY_ORIGIN, parse_authority, parse_origin
 
@@ -65,7 +66,10 @@ def _engine_config(value: object) -> EngineConfig:
         return value
     if not isinstance(value, Mapping):
         raise ValueError(f"must be a table of engine settings, not {value!r}")
-    return EngineConfig.from_mapping({name: _number(item) for name, item in value.items()})
+    try:
+        return EngineConfig.from_mapping({name: _number(item) for name, item in value.items()})
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _number(value: object) -> object:
@@ -73,8 +77,8 @@ def _number(value: object) -> object:
     if not isinstance(value, str):
         return value
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = parse_toml(f"value = {value}".encode(errors="surrogateescape"))["value"]
+    except BadContent:
         return value
     return parsed if isinstance(parsed, int | float | bool | list) else value
 
@@ -269,10 +273,10 @@ def load_settings(
 
 def _from_file(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_bytes().decode())
+        return read_toml(file)
     except OSError as error:
         raise InvalidRequest(f"{file} cannot be read: {error.strerror or error}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except BadContent as error:
         raise InvalidRequest(f"{file} is not TOML: {error}") from error
 
 
@@ -307,4 +311,6 @@ def _validated(values: Mapping[str, Any], source: str) -> ServerSettings:
         if first["type"] == "extra_forbidden":
             known = ", ".join(sorted(ServerSettings.model_fields))
             raise InvalidRequest(f"unknown setting {name!r} in {source}; known: {known}") from error
-        raise InvalidRequest(f"setting {name!r} in {source}: {first['msg']}, not {first['input']!r}") from error
+        raise InvalidRequest(
+            f"setting {name!r} in {source}: {first['msg']}, not {reprlib.repr(first['input'])}"
+        ) from error

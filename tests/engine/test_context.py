@@ -186,7 +186,11 @@ def test_a_snapshot_with_tokens_the_model_does_not_know_is_refused(engine: Engin
     with engine.context(some_tokens(20)) as context:
         file = context.save(tmp_path / "a.safetensors")
     snapshot = read_snapshot(
-        file, namespace=engine.namespace(), shapes=layer_shapes(engine.geometry), dtype=torch.float32
+        file,
+        namespace=engine.namespace(),
+        shapes=layer_shapes(engine.geometry),
+        dtype=torch.float32,
+        vocab_size=engine.geometry.vocab_size,
     )
     alien = (*snapshot.header.token_ids[:-1], engine.geometry.vocab_size)
     header = snapshot.header.model_copy(update={"token_ids": alien})

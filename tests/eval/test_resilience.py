@@ -41,7 +41,7 @@ def test_answers_and_pages_survive(tmp_path: Path, capsys: pytest.CaptureFixture
         f"--model={model}",
         "--questions=2",
         "--prefix-len=16",
-        "--scenarios=kill,disconnect",
+        "--scenarios=kill,disconnect,racing_saves",
         "--disconnects=12",
         "--json",
         f"--out={out}",
@@ -51,6 +51,7 @@ def test_answers_and_pages_survive(tmp_path: Path, capsys: pytest.CaptureFixture
     values = {figure["id"]: figure["value"] for figure in printed["figures"]}
     assert (values["lost_answers"], values["wrong_answers"], values["leaked_pages"]) == (0, 0, 0)
     assert 0 < values["disconnect_left_in_stream"] <= 12
+    assert values["racing_winners"] == 1
     assert (values["kill_asked"], values["disconnect_asked"]) >= (6, 2)
     assert json.loads(out.read_text())["figures"] == printed["figures"]
 

@@ -21,7 +21,7 @@ from kvcomm.agents.tuning import search
 from kvcomm.agents.tuning.answers import TeamRun, exact_runs, greedy, team_digest
 from kvcomm.agents.tuning.checking import judge, ladder_variants
 from kvcomm.agents.tuning.costing import measure_costs
-from kvcomm.agents.tuning.plan import SAMPLE, Costs, Plan, make_plan
+from kvcomm.agents.tuning.plan import SAMPLE, Costs, KeptCosts, Plan, make_plan
 from kvcomm.agents.tuning.profile import (
     BANKS,
     AgentTable,
@@ -49,7 +49,7 @@ from kvcomm.agents.tuning.replays import (
     measure,
 )
 from kvcomm.agents.tuning.rows import RULE, Row, Split, split_rows
-from kvcomm.agents.tuning.state import append_line, claim, read_lines
+from kvcomm.agents.tuning.state import append_line, claim, damaged, read_kept
 from kvcomm.agents.warming import BATCH, Note
 from kvcomm.align.bank import BankSnapshot
 from kvcomm.align.bound import Bound
@@ -124,7 +124,7 @@ def plan_tuning(task: Task) -> Plan:
     file = task.folder / "costs.json"
     with task.make_engine(EngineConfig()) as engine:
         claim(task.folder, _identity(task, engine))
-        if not read_lines(file):
+        if not read_kept(file, KeptCosts):
             sample = list(task.rows[:BATCH])
             if len(sample) < SAMPLE:
                 raise InvalidRequest(
@@ -132,10 +132,10 @@ def plan_tuning(task: Task) -> Plan:
                 )
             costs = measure_costs(engine, greedy(task.team), sample, task.folder / "answers.jsonl", task.note)
             append_line(file, costs._asdict())
-    try:
-        costs = Costs(**read_lines(file)[-1])
-    except TypeError as error:
-        raise InvalidRequest(f"{file} is damaged: {error}; remove {task.folder} to begin anew") from error
+    kept = read_kept(file, KeptCosts)
+    if not kept:
+        raise damaged(file, "nothing is left in it")
+    costs = Costs(**kept[-1].model_dump())
     return make_plan(costs, len(task.rows), task.budget_s, task.policy.delta, len(task.team.agents) - 1)
 
 

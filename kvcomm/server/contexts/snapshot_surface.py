@@ -16,7 +16,7 @@ from kvcomm.server.contexts.snapshots import SnapshotFolder
 from kvcomm.server.contexts.surface import COMPUTING, LOOKING, Id, RegistryDep
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.contexts.views import view
-from kvcomm.server.errors import ApiError
+from kvcomm.server.errors import ApiError, documented
 from kvcomm.server.generation import Call, CallDep
 from kvcomm.server.schemas.contexts import (
     Context,
@@ -31,6 +31,8 @@ from kvcomm.server.state import ServerState, StateDep, TenantDep
 from kvcomm.server.waiting import in_thread
 
 router = APIRouter(prefix="/v1", tags=["contexts"], dependencies=[Depends(security)], route_class=BodyRoute)
+
+FILES = {**LOOKING, **documented(503)}
 
 Name = Annotated[SnapshotName, Path()]
 
@@ -57,10 +59,10 @@ async def save_context(context_id: Id, body: SnapshotRequest, registry: Registry
     node = registry.find(context_id)
     with node.context.fork(name=node.name) as copy:
         copy.note = None if node.conversation is None else node.conversation.note()
-        return await anyio.to_thread.run_sync(partial(folder.save, copy, body.name, replace=body.replace))
+        return await in_thread(partial(folder.save, copy, body.name, replace=body.replace))
 
 
-@router.get("/snapshots", operation_id="listSnapshots", responses=LOOKING)
+@router.get("/snapshots", operation_id="listSnapshots", responses=FILES)
 async def list_snapshots(folder: FolderDep) -> SnapshotList:
     """Every snapshot of the caller."""
     return SnapshotList(data=await anyio.to_thread.run_sync(folder.snapshots))
@@ -72,7 +74,7 @@ async def restore_context(name: Name, body: RestoreRequest, call: CallDep, folde
     return await call.guard(_restore(name, body, call, folder))
 
 
-@router.delete("/snapshots/{name}", operation_id="deleteSnapshot", responses=LOOKING)
+@router.delete("/snapshots/{name}", operation_id="deleteSnapshot", responses=FILES)
 async def delete_snapshot(name: Name, folder: FolderDep) -> DeletedSnapshot:
     """Delete a snapshot; contexts made from it stay."""
     await anyio.to_thread.run_sync(folder.remove, name)

@@ -101,8 +101,7 @@ class SegmentRegistry:
         with self._lock:
             versions = self._names.get(name)
         if versions is None:
-            message = f"there is no segment {name!r}; GET /v1/segments lists those there are"
-            raise ApiError(404, "segment_not_found", message, param="name")
+            raise _unknown(name)
         return versions
 
     def num_bytes_of(self, name: str) -> int:
@@ -112,10 +111,12 @@ class SegmentRegistry:
 
     def remove(self, name: str) -> int:
         """Forget a name; returns how many versions it had. Raises ApiError 404 for an unknown name."""
-        num_versions = len(self.versions(name))
         with self._lock:
-            self._num_bytes -= sum(each.num_bytes for each in self._names.pop(name, ()))
-        return num_versions
+            removed = self._names.pop(name, None)
+            if removed is None:
+                raise _unknown(name)
+            self._num_bytes -= sum(each.num_bytes for each in removed)
+        return len(removed)
 
     @property
     def num_bytes(self) -> int:
@@ -128,6 +129,11 @@ class SegmentRegistry:
         """The latest version of every name, by name."""
         with self._lock:
             return [versions[-1] for _, versions in sorted(self._names.items())]
+
+
+def _unknown(name: str) -> ApiError:
+    message = f"there is no segment {name!r}; GET /v1/segments lists those there are"
+    return ApiError(404, "segment_not_found", message, param="name")
 
 
 class SegmentRegistries:
