@@ -145,7 +145,7 @@ class EdgeGroup:
 
     def breaker(self, bound: Bound) -> Breaker:
         """The watch over one bound."""
-        return self.breakers.setdefault(bound, Breaker(bound.delta))
+        return self.breakers.setdefault(Bound(*bound), Breaker(Bound(*bound).delta))
 
     def copy(self) -> EdgeGroup:
         """What is known of the group now, without its audits and counts; follows nothing."""
