@@ -7,8 +7,8 @@ A step is: drop what was cancelled, admit, write moved KV, build the batch, forw
 state changes and released during the forward pass, so contexts can be forked and requests submitted meanwhile. Only
 this class and idle work call the runner and write pages, and only from one thread. A request is admitted when the pages
 for its longest possible answer are there (evicting cached prefixes if need be), so a running request is not thrown out
-again; a full pool queues. What is decoded does not depend on the batch: samplers belong to choices, and a failing row
-fails its own request only.
+again; a full pool queues. A pass is for one identity of weights: requests with several adapters take turns. What is
+decoded does not depend on the batch: samplers belong to choices, and a failing row fails its own request only.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from kvcomm.config import EngineConfig
+from kvcomm.engine.adapters import Adapters, Turns
 from kvcomm.engine.explanation import Explanation
 from kvcomm.engine.guesses import repeated
 from kvcomm.engine.learner import Learner
@@ -34,7 +35,16 @@ from kvcomm.engine.request import ANSWER, Branch, Request
 from kvcomm.engine.reuse import Reuse
 from kvcomm.engine.sampling import token_logprob
 from kvcomm.engine.study import IdleWork
-from kvcomm.errors import EngineClosed, NumericalError, PoolExhausted, PoolTooSmall, RequestCancelled
+from kvcomm.errors import (
+    EngineClosed,
+    NumericalError,
+    PoolExhausted,
+    PoolTooSmall,
+    RequestCancelled,
+    UnknownAdapter,
+    UnsupportedModel,
+    WeightsChanged,
+)
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.segments import Segment
@@ -91,6 +101,7 @@ class Scheduler:
         idle: IdleWork,
         lock: threading.RLock,
         *,
+        adapters: Adapters,
         end_token_ids: frozenset[int],
     ) -> None:
         self.lock = lock
@@ -102,6 +113,9 @@ class Scheduler:
         self._pool = memory.pool
         self._tree = memory.tree
         self._runner = runner
+        self._adapters = adapters
+        self._turns = Turns()
+        self._has_looked = False  # closely at the weights, since the last pass
         self._end_token_ids = end_token_ids
         self._waiting: list[Request] = []
         self._running: list[Request] = []
@@ -169,6 +183,7 @@ class Scheduler:
 
     def step(self) -> None:
         """Compute one batch and commit it."""
+        self._has_looked = False
         self._prepare_reuse()
         with self.lock:
             self._drop_cancelled()
@@ -179,8 +194,10 @@ class Scheduler:
             batch = self._build_batch()
         if not batch:
             return
+        self._has_looked = False
         try:
-            logits = self._runner.forward([run for work in batch for run in work.runs], watch=self._watch(batch))
+            with self._runner.serving(batch[0].request.weights):
+                logits = self._runner.forward([run for work in batch for run in work.runs], watch=self._watch(batch))
         except Exception as error:
             # Whatever the model raises belongs to the callers of this batch; the engine itself goes on.
             with self.lock:
@@ -201,7 +218,8 @@ class Scheduler:
             if request.approximation is None or request.approximation.is_assembled:
                 continue
             try:
-                self._reuse.assemble(request)
+                with self._runner.serving(request.weights):
+                    self._reuse.assemble(request)
             except Exception as error:  # the caller can be served without
                 logger.exception("moving KV failed: %r; request %d is computed exactly", error, request.request_id)
                 request.approximation.distance = math.inf
@@ -229,7 +247,11 @@ class Scheduler:
             if self._is_prefix_in_flight(request) or self._reuse.waits_for_source(request, self._running):
                 continue
             try:
+                self._adapters.renew(request)
                 self._take_pages(request)
+            except (UnknownAdapter, UnsupportedModel, WeightsChanged) as error:
+                self._fail(request, error)
+                continue
             except PoolExhausted as error:
                 if not self._running:
                     self._fail(request, self._nothing_to_wait_for(request, error))
@@ -314,25 +336,34 @@ class Scheduler:
 
     def _build_batch(self) -> list[Work]:
         stuck: list[Request] = []
-        batch = self._decode_work(stuck)
+        for digest in self._turns.order(self._running):
+            batch = self._batch_of([each for each in self._running if each.weights.digest == digest], stuck)
+            if batch:
+                self._turns.taken(digest)
+                return batch
+        if stuck:
+            # Everybody waits for pages and nobody can return any: the youngest gives way.
+            victim = stuck[-1]
+            self._fail(victim, self._nothing_to_wait_for(victim, PoolExhausted("while decoding")))
+        return []
+
+    def _batch_of(self, running: AnySequence[Request], stuck: list[Request]) -> list[Work]:
+        """Work for one pass: of requests that have the same weights."""
+        batch = self._decode_work(running, stuck)
         budget = self._config.max_batch_tokens - sum(work.num_tokens for work in batch)
-        if batch:
+        if any(request.is_prefilled for request in self._running):
             budget = min(budget, self._config.prefill_chunk)
-        for request in self._running:
+        for request in running:
             if budget > 0 and not request.is_prefilled:
                 work = self._prefill_work(request, budget, stuck)
                 if work is not None:
                     budget -= work.num_tokens
                     batch.append(work)
-        if not batch and stuck:
-            # Everybody waits for pages and nobody can return any: the youngest gives way.
-            victim = stuck[-1]
-            self._fail(victim, self._nothing_to_wait_for(victim, PoolExhausted("while decoding")))
         return batch
 
-    def _decode_work(self, stuck: list[Request]) -> list[Work]:
+    def _decode_work(self, running: AnySequence[Request], stuck: list[Request]) -> list[Work]:
         batch: list[Work] = []
-        answers = [(request, branch) for request in self._running for branch in request.active_branches]
+        answers = [(request, branch) for request in running for branch in request.active_branches]
         answers = [(request, branch) for request, branch in answers if request.is_prefilled]
         num_spare = self._config.draft_rows - len(answers)
         for index, (request, branch) in enumerate(answers):
@@ -446,6 +477,8 @@ class Scheduler:
 
     def _begin_answers(self, request: Request, logits: Tensor) -> None:
         """The prompt is computed: fork the sequence for further choices and draw everybody's first token."""
+        if not self._is_of_its_weights(request):
+            return
         self._remember(request, request.sequence, whole=False)
         self._publish(request)
         request.last_logits = logits.clone()
@@ -484,6 +517,8 @@ class Scheduler:
         self, request: Request, branch: Branch, finish_reason: str, token_ids: tuple[int, ...], text: str = ""
     ) -> None:
         branch.finish_reason = finish_reason
+        if not self._is_of_its_weights(request):
+            return
         request.publish(branch, text + branch.detokenizer.finish(), token_ids)
         if branch.sequence is not request.sequence:
             self._remember(request, branch.sequence, whole=True)
@@ -520,6 +555,17 @@ class Scheduler:
         else:
             request.sequence.release()
         request.handle.settle(error)
+
+    def _is_of_its_weights(self, request: Request) -> bool:
+        """Before anything computed is offered to others: look closely; a request whose weights are gone fails."""
+        if not self._has_looked:
+            try:
+                self._adapters.live.require(request.weights, closely=True)
+            except (UnsupportedModel, WeightsChanged) as error:
+                self._fail(request, error)
+                return False
+            self._has_looked = True
+        return True
 
     def _leave(self, request: Request) -> None:
         for queue in (self._waiting, self._running):

@@ -14,6 +14,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from kvcomm.errors import UnsupportedModel
 
@@ -115,6 +116,12 @@ class AdapterLayer:
             is_plain = setting is None or isinstance(setting, bool | int | float | str)
             found[attribute] = setting if is_plain else type(setting).__name__
         return found
+
+    def choose(self, choice: Choice) -> None:
+        """Set what its user has chosen, as far as there are such adapters. Whether it is trained stays as it is."""
+        names = self.names
+        self.module._active_adapter = [name for name in choice.active if name in names]
+        self.module._disable_adapters = choice.is_disabled
 
     def settle(self) -> None:
         """Take merged adapters out of the weights if the layer is told to use none, as its next pass would."""
@@ -258,7 +265,7 @@ def has_adapters(module: nn.Module) -> bool:
     return hasattr(type(module), "adapter_layer_names")
 
 
-def without_wrapper(model: nn.Module) -> nn.Module:
+def without_wrapper(model: PreTrainedModel) -> PreTrainedModel:
     """The transformers model inside a `PeftModel`, which has the adapters in its layers; others as they are.
 
     Raises:
@@ -272,7 +279,7 @@ def without_wrapper(model: nn.Module) -> nn.Module:
             " layers, such as LoRA, can be used"
         )
     base: Any = model
-    inner: nn.Module = base.get_base_model()
+    inner: PreTrainedModel = base.get_base_model()
     return inner
 
 

@@ -158,6 +158,20 @@ class LiveWeights:
             self._plain_digest = None
 
     @contextmanager
+    def kept_choices(self) -> Iterator[None]:
+        """Let adapters be attached or taken away; the user's choice among the others stays. Hold the `pass_lock`."""
+        with self._lock:
+            self._look()
+            before = self._tree.choices()
+        try:
+            yield
+        finally:
+            with self._lock:
+                for layer in sort_tree(self._model).layers:
+                    layer.choose(before.get(layer.path, Choice()))
+                self._look()
+
+    @contextmanager
     def switched(self, weights: Weights | None) -> Iterator[Pass]:
         """For one pass: use their adapters, and evaluation mode. Hold the model's `pass_lock`.
 
@@ -325,9 +339,9 @@ class _Tree:
     def __init__(self, model: PreTrainedModel) -> None:
         tree = sort_tree(model)
         self.modules, self.layers = tree.modules, tree.layers
-        children = [module._modules for module in self.modules]
+        children: list[dict[str, Any]] = [module._modules for module in self.modules]
         holders = [module for module in self.modules if not _sets_itself(module)]
-        members = [each for module in holders for each in (module._parameters, module._buffers)]
+        members: list[dict[str, Any]] = [each for module in holders for each in (module._parameters, module._buffers)]
         # Most are empty, and whether they still are is asked much faster than what they hold.
         self._empty = [each for each in (*children, *members) if not each]
         self._parents, self._owners = [*filter(None, children)], [*filter(None, members)]
