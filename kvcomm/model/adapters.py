@@ -207,8 +207,9 @@ def sort_tree(model: nn.Module) -> Tree:
     """Walk a model, and tell its own modules and tensors from those of adapters."""
     tree, taken, seen = Tree([], [], [], []), set[str](), set[int]()
 
-    def visit(module: nn.Module, place: Place, names: Names) -> None:
-        """`names`: adapters of the layer that it is inside of, while it is open which of them it belongs to."""
+    def visit(module: nn.Module, place: Place, names: Names, former: Place) -> None:
+        """`names`: adapters of the layer that it is inside of, while it is open which of them it belongs to; `former`:
+        the place of the module instead of which that layer stands."""
         if id(module) in seen:
             return
         seen.add(id(module))
@@ -221,6 +222,7 @@ def sort_tree(model: nn.Module) -> Tree:
             taken.add(path)
             layer = AdapterLayer(path, module)
             tree.layers.append(layer)
+            former = former if place.layer is not None else place
             inside, names = Place("", path), layer.names
         computed = module._non_persistent_buffers_set
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -231,13 +233,18 @@ def sort_tree(model: nn.Module) -> Tree:
             if child is None:
                 continue
             if layer is not None and key in FORMER_MODULES:
-                visit(child, place, ())
+                visit(child, former, (), former)
             else:
                 below = _below(inside, key, names)
                 is_found = below.adapter != inside.adapter
-                visit(child, below if is_found else below._replace(name=f"{below.name}."), () if is_found else names)
+                visit(
+                    child,
+                    below if is_found else below._replace(name=f"{below.name}."),
+                    () if is_found else names,
+                    former,
+                )
 
-    visit(model, Place(""), ())
+    visit(model, Place(""), (), Place(""))
     return tree
 
 
@@ -252,11 +259,12 @@ def plain_name(model: nn.Module, key: str) -> str | None:
     module: nn.Module | None = model
     kept: list[str] = []
     for part in key.split("."):
+        child = None if module is None else module._modules.get(part)
         if module is None or not has_adapters(module):
             kept.append(part)
-        elif part not in FORMER_MODULES:
+        elif part not in FORMER_MODULES and (child is None or not has_adapters(child)):
             return None
-        module = None if module is None else module._modules.get(part)
+        module = child
     return ".".join(kept)
 
 

@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import json
 import secrets
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, compress
@@ -34,10 +33,11 @@ from weakref import WeakKeyDictionary
 import torch
 from blake3 import blake3
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
 from kvcomm.errors import UnknownAdapter, WeightsChanged
-from kvcomm.model.adapters import AdapterLayer, Choice, Loan, Names, Place, Setting, names_of, sort_tree
+from kvcomm.model.adapters import AdapterLayer, Choice, Loan, Names, Place, Setting, Tree, names_of, sort_tree
 from kvcomm.model.rope import LENGTH_DEPENDENT_ROPES
 from kvcomm.model.weights import plain_parts, tensor_digest, weights_digest
 
@@ -50,6 +50,7 @@ MAX_TRIES = 3
 # A check visits every module and tensor, so it must not run Python code for each.
 _is_training = attrgetter("training")
 _version_of = attrgetter("_version")
+_address_of = attrgetter("_cdata")
 _active_of = attrgetter("_active_adapter")
 _flag_of = attrgetter("_disable_adapters")
 _merged_of = attrgetter("merged_adapters")
@@ -89,7 +90,8 @@ class Mark(NamedTuple):
 
     dtype: torch.dtype
     shape: torch.Size
-    pointer: int
+    stride: tuple[int, ...]
+    address: int
     version: int
     sample: bytes
 
@@ -273,26 +275,26 @@ class LiveWeights:
             plain = weights_digest(self._model)
             forgotten = self._forgotten
             self._plain_digest = blake3(f"{plain} {forgotten}".encode()).hexdigest() if forgotten else plain
-        rows = []
-        for layer in self._tree.layers:
-            names = layer.computing(setting.of(layer.path))
-            if names:
-                rows.append([layer.path, [self._part(layer, name) for name in names]])
-        if not rows:
+        computing = {layer: layer.computing(setting.of(layer.path)) for layer in self._tree.layers}
+        computing = {layer: names for layer, names in computing.items() if names}
+        if not computing:
             return self._plain_digest
+        self._identify({(layer, name) for layer, names in computing.items() for name in names})
+        rows = [[layer.path, [self._parts[layer.path, name] for name in names]] for layer, names in computing.items()]
         return blake3(json.dumps([self._plain_digest, sorted(rows)]).encode()).hexdigest()
 
-    def _part(self, layer: AdapterLayer, name: str) -> str:
-        """Identity of what an adapter has in one layer; its name does not count."""
-        key = layer.path, name
-        if key not in self._parts:
+    def _identify(self, parts: Iterable[tuple[AdapterLayer, str]]) -> None:
+        """Find the identities of what adapters have in layers, where they are not known; their names do not count."""
+        unknown = [(layer, name) for layer, name in parts if (layer.path, name) not in self._parts]
+        tree = sort_tree(self._model) if unknown else None
+        for layer, name in unknown:
+            assert tree is not None
             tensors = [
-                [place, str(value.dtype), list(value.shape), tensor_digest(value)]
-                for place, value in self._tree.part(layer, name)
+                [at, str(value.dtype), list(value.shape), tensor_digest(value)]
+                for at, value in _parts_of(tree, layer)[name]
             ]
             described = json.dumps([layer.settings(name), sorted(tensors, key=str)], sort_keys=True)
-            self._parts[key] = blake3(described.encode()).hexdigest()
-        return self._parts[key]
+            self._parts[layer.path, name] = blake3(described.encode()).hexdigest()
 
     def _require_same_kind(self) -> None:
         if self._tree.kind != self._kind:
@@ -349,8 +351,6 @@ class _Tree:
         self._tensor_ids = [*map(id, held)]
         self._is_tensor = [each is not None for each in held]
         tensors = [*compress(held, self._is_tensor)]
-        self._has_died = False
-        self._watch_deaths(tensors)
         self._sampler = _Sampler(tensors)
         self._trace = self._sampler.trace(tensors)
         self._sample = self._sampler.sample(tensors)
@@ -361,23 +361,15 @@ class _Tree:
         self.merged = {layer.path: layer.merged for layer in self.layers if layer.merged}
         self.computed = _digest_of(tree.computed, {id(tensor) for tensor in tensors})
         self.plain_marks = {place.name: _mark(tensor) for place, tensor in tree.tensors if place.layer is None}
-        self._parts: dict[tuple[str, str], list[tuple[str, weakref.ref[Tensor]]]] = {}
-        for layer in self.layers:
-            for name in layer.names:
-                self._parts[layer.path, name] = []
-        for place, tensor in tree.tensors:
-            for key in self._parts if place.layer is not None else ():
-                if key[0] == place.layer and place.adapter in ("", key[1]):
-                    self._parts[key].append((place.name, weakref.ref(tensor)))
         self.part_marks = {
-            (layer.path, name): (layer.settings(name), [(at, _mark(tensor)) for at, tensor in self.part(layer, name)])
+            (layer.path, name): (layer.settings(name), [(at, _mark(tensor)) for at, tensor in found])
             for layer in self.layers
-            for name in layer.names
+            for name, found in _parts_of(tree, layer).items()
         }
 
     def is_current(self, closely: bool = False, *, but_choices: bool = False) -> bool:
         """Whether nothing has changed, as far as that is seen; `but_choices`: except which adapters are active."""
-        if self._has_died or any(self._empty) or _values(self._parents) != self._children:
+        if any(self._empty) or _values(self._parents) != self._children:
             return False
         held = _values(self._owners)
         if [*map(id, held)] != self._tensor_ids:
@@ -401,29 +393,6 @@ class _Tree:
         self._choices = self._raw_choices()
         return {layer.path: layer.choice for layer in self.layers}
 
-    def part(self, layer: AdapterLayer, name: str) -> Iterator[tuple[str, Tensor]]:
-        """Tensors of an adapter in one layer, each with its name there.
-
-        Raises:
-            WeightsChanged: they are being exchanged.
-        """
-        for at, reference in self._parts[layer.path, name]:
-            tensor = reference()
-            if tensor is None:
-                raise WeightsChanged(f"adapter {name!r} is being changed while requests come in")
-            yield from plain_parts(at, tensor)
-
-    def _watch_deaths(self, tensors: Sequence[Tensor]) -> None:
-        """Another tensor may get the id of one that is gone."""
-        own = weakref.ref(self)
-
-        def died(_: object) -> None:
-            tree = own()
-            if tree is not None:
-                tree._has_died = True
-
-        self._deaths = [weakref.ref(tensor, died) for tensor in tensors]
-
     def _raw_choices(self) -> list[object]:
         # Copies: lists are changed in place, too. What a loan wrote differs from what was there.
         active = [each if isinstance(each, str) else [*each] for each in map(_active_of, self._adapters)]
@@ -432,6 +401,20 @@ class _Tree:
     def _raw_sums(self) -> list[object]:
         merged = [*map(list, map(_merged_of, self._adapters))]
         return [*merged, *[[*scaling.values()] for scaling in map(_scaling_of, self._scaled)]]
+
+
+def _parts_of(tree: Tree, layer: AdapterLayer) -> dict[str, list[tuple[str, Tensor]]]:
+    """What each adapter of a layer is made of: tensors and their names there."""
+    own = [(place, tensor) for place, tensor in tree.tensors if place.layer == layer.path]
+    return {
+        name: [
+            part
+            for place, tensor in own
+            if place.adapter in ("", name)  # some kinds share tensors
+            for part in plain_parts(place.name, tensor)
+        ]
+        for name in layer.names
+    }
 
 
 def _values(members: Sequence[dict[str, Any]]) -> list[Any]:
@@ -444,6 +427,9 @@ class _Sampler:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._is_plain = not any(hasattr(tensor, "__tensor_flatten__") for tensor in tensors)
         parts = self._parts(tensors)
+        # References that keep addresses, but no memory, from being given to others. Not on the tensors themselves:
+        # torch does not swap those that have any.
+        self._storages = [StorageWeakRef(part.untyped_storage()) for part in parts]
         self._has_version = [not part.is_inference() for part in parts]
         self._strides = [_stride(part) for part in parts]
         groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
@@ -455,13 +441,14 @@ class _Sampler:
     def trace(self, tensors: Sequence[Tensor]) -> list[int]:
         """Where tensors are and how often torch has written them."""
         parts = self._parts(tensors)
-        return [*map(_version_of, compress(parts, self._has_version)), *map(Tensor.data_ptr, parts)]
+        storages = map(_address_of, map(Tensor.untyped_storage, parts))
+        return [*map(_version_of, compress(parts, self._has_version)), *storages]
 
     @torch.no_grad()
-    def sample(self, tensors: Sequence[Tensor]) -> list[bytes]:
-        """The bytes of some numbers of every tensor."""
+    def sample(self, tensors: Sequence[Tensor]) -> list[object]:
+        """Which part of its storage every tensor is, and the bytes of some numbers of it."""
         parts = self._parts(tensors)
-        found = []
+        found: list[object] = [*map(Tensor.stride, parts), *map(Tensor.storage_offset, parts)]
         for indices in self._groups:
             views = [parts[index].as_strided(*_size_and_stride(self._strides[index])) for index in indices]
             found.append(_bytes(torch.cat(views)))
@@ -497,7 +484,8 @@ def _mark(tensor: Tensor) -> list[Mark]:
         num, stride = _stride(part)
         sample = b"" if part.is_meta or not num else _bytes(part.as_strided((num,), (stride,)).clone())
         version = 0 if part.is_inference() else part._version
-        marks.append(Mark(part.dtype, part.shape, part.data_ptr(), version, sample))
+        address = part.untyped_storage()._cdata
+        marks.append(Mark(part.dtype, part.shape, part.stride(), address, version, sample))
     return marks
 
 
@@ -512,6 +500,6 @@ def _digest_of(computed: Sequence[tuple[Place, Tensor]], watched: set[int]) -> s
     rows = [
         [place.name, str(tensor.dtype), list(tensor.shape), tensor_digest(tensor)]
         for place, tensor in computed
-        if id(tensor) in watched and not tensor.is_meta
+        if place.layer is None and id(tensor) in watched and not tensor.is_meta
     ]
     return blake3(json.dumps(sorted(rows, key=str)).encode()).hexdigest()
