@@ -8,6 +8,7 @@ name. Adapters are switched for the time of a pass, by the engine's thread alone
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from kvcomm.errors import InvalidRequest, MissingExtra, ModelLoadError, UnknownA
 from kvcomm.model.attention import hook
 from kvcomm.model.live import LiveWeights, Weights
 from kvcomm.model.namespace import tenant_namespace
+from kvcomm.model.progress import quiet_transformers
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 """What adapters may be called here: PEFT makes the name an attribute, clients put it behind a colon."""
@@ -109,7 +111,9 @@ class Adapters:
         require_peft()
         with hook.pass_lock(self._model), self.live.kept_choices():
             try:
-                self._attach(name, folder)
+                with quiet_transformers(bars=False), warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # that there is more than one adapter, and the like
+                    self._attach(name, folder)
             except ModelLoadError:
                 raise
             except Exception as error:  # PEFT raises whatever it meets, from KeyError to RuntimeError
@@ -131,12 +135,15 @@ class Adapters:
     def _attach(self, name: str, folder: Path) -> None:
         if self._loader is self._model:
             info = self._model.load_adapter(
-                str(folder), adapter_name=name, local_files_only=True, use_safetensors=True, hotswap=False
+                str(folder),
+                adapter_name=name,
+                adapter_kwargs={"local_files_only": True},
+                use_safetensors=True,
+                hotswap=False,
             )
-            missing = sorted(info.missing_keys)
         else:
             info = self._loader.load_adapter(str(folder), adapter_name=name, is_trainable=False, use_safetensors=True)
-            missing = sorted(key for key in info.missing_keys if f".{name}." in key or key.endswith(f".{name}"))
+        missing = sorted(key for key in info.missing_keys if f".{name}." in key or key.endswith(f".{name}"))
         if missing:
             self._detach(name)
             raise ModelLoadError(f"{folder} lacks {len(missing)} tensors of the adapter, such as {missing[0]}")
