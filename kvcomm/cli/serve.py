@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvcomm.cli.options import AdapterFlag, adapter_folders, with_adapters
 from kvcomm.cli.output import JsonFlag, emit, table
 from kvcomm.errors import InvalidRequest, MissingExtra
 
@@ -53,6 +54,7 @@ def serve(
     served_name: Annotated[
         str | None, typer.Option("--served-name", metavar="NAME", help="What clients call the model.")
     ] = None,
+    adapters: AdapterFlag = None,
     host: Annotated[
         str | None, typer.Option("--host", help="Where to listen; 127.0.0.1 by default, others need --keys.")
     ] = None,
@@ -100,6 +102,7 @@ def serve(
     flags = {
         "model": model,
         "served_name": served_name,
+        "adapters": adapter_folders(adapters) or None,
         "host": host,
         "port": port,
         "keys": keys,
@@ -150,9 +153,10 @@ def _serve(settings: ServerSettings, *, as_json: bool) -> None:
         from kvcomm.server.app import make_app
         from kvcomm.server.running import make_server
 
-        with Engine.load(
+        engine = Engine.load(
             settings.model, dtype=settings.dtype, device=settings.device, config=settings.engine, progress=True
-        ) as engine:
+        )
+        with with_adapters(engine, settings.adapters):
             server = make_server(make_app(engine, settings, keys=keys, traces=traces))
             listener.listen()  # whoever reads the address can connect at once
             _print(settings, address_of(listener), as_json=as_json)

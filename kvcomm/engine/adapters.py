@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvcomm.engine.request import Request
-from kvcomm.errors import InvalidRequest, MissingExtra, ModelLoadError, UnknownAdapter, WeightsChanged
+from kvcomm.errors import InvalidRequest, MissingExtra, ModelLoadError, UnknownAdapter, UnsupportedModel, WeightsChanged
 from kvcomm.model.attention import hook
 from kvcomm.model.live import LiveWeights, Weights
 from kvcomm.model.namespace import tenant_namespace
@@ -69,14 +69,13 @@ class Adapters:
         return tenant_namespace(self._home, tenant)
 
     def namespaces(self, tenant: str) -> tuple[str, ...]:
-        """Every namespace that requests of a tenant can have now: with no adapter named, and with each."""
-        known = [self.weights(None)]
-        for name in self.names:
-            try:
-                known.append(self.weights(name))
-            except WeightsChanged:  # adapters are merged: nobody can name one
-                break
-        return tuple(dict.fromkeys(self.namespace(weights, tenant) for weights in known))
+        """Every namespace that requests of a tenant can have: with no adapter named, with each, and the first one."""
+        try:
+            known = self.live.known()
+        except (UnsupportedModel, WeightsChanged):  # nothing can be computed; what is cached stays where it is
+            known = ()
+        found = (*(tenant_namespace(self._identify(digest), tenant) for digest in known), self.home(tenant))
+        return tuple(dict.fromkeys(found))
 
     def renew(self, request: Request) -> None:
         """Let a request that waits mean the weights that there are, if those that it meant are gone.

@@ -188,7 +188,7 @@ class Engine:
         return self._namespace(self._adapters.weights(adapter), tenant)
 
     def namespaces(self, tenant: str = DEFAULT_TENANT) -> tuple[str, ...]:
-        """A tenant's namespaces with every adapter, the one with none named first."""
+        """A tenant's namespaces with every adapter, the one with none named first; as of when somebody last looked."""
         return self._adapters.namespaces(tenant)
 
     def home(self, tenant: str = DEFAULT_TENANT) -> str:
@@ -631,7 +631,7 @@ class Engine:
             self._cached_pages.pop(tenant, None)
             if num_pages is not None:
                 self._cached_pages[tenant] = num_pages
-            for namespace in (self.home(tenant), *self.namespaces(tenant)):
+            for namespace in self.namespaces(tenant):
                 self._limit(namespace, num_pages)
             self._holdings.set_quota(self.home(tenant), None if held_tokens is None else held_tokens // page_size)
 
@@ -656,7 +656,7 @@ class Engine:
     def clear_cache(self, *, tenant: str | None = None) -> None:
         """Drop cached prefixes, of one tenant or of all; contexts keep what they refer to."""
         with self.lock:
-            for namespace in (None,) if tenant is None else (self.home(tenant), *self.namespaces(tenant)):
+            for namespace in (None,) if tenant is None else self.namespaces(tenant):
                 self.memory.reset(namespace)
 
     def learn(

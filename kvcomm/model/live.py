@@ -205,6 +205,14 @@ class LiveWeights:
             is_own_choice = this.is_lent or weights.setting is self._own
             return is_own_choice and not this.was_disturbed and this.generation == self.generation
 
+    def known(self) -> tuple[str, ...]:
+        """Digests of what passes could compute with when somebody last looked: as the user left the model, then with
+        each adapter."""
+        with self._lock:
+            names = () if self._tree.merged else names_of(self._tree.layers)
+            settings = [self._own, *(self._named.setdefault(name, Setting(name)) for name in names)]
+            return tuple(dict.fromkeys(self._digest(setting) for setting in settings))
+
     def require(self, weights: Weights, *, closely: bool = False) -> None:
         """Raises WeightsChanged when passes cannot compute with these weights any more; UnsupportedModel, see `now`."""
         with self._lock:

@@ -72,7 +72,7 @@ def make_app(
     for surface in SURFACES:
         app.include_router(surface)
     errors.install(app)
-    openapi.install(app, model=settings.name, vocab_size=engine.geometry.vocab_size)
+    openapi.install(app, models=lambda: state.models, vocab_size=engine.geometry.vocab_size)
     app.add_middleware(BodyLimit, max_bytes=settings.max_bytes_of, timeout_s=settings.body_timeout_s)
     app.add_middleware(Door, keys=keys, tenant=state.tenants.get, admission=state.admission)
     app.add_middleware(RequestLog, observe=state.metrics.answered)

@@ -71,7 +71,9 @@ class SnapshotFolder:
         with _told(name, file):
             return len(read_header(file).token_ids)
 
-    def restore(self, engine: Engine, name: str, *, space: str) -> tuple[Context, Conversation | None]:
+    def restore(
+        self, engine: Engine, name: str, *, space: str, adapter: str | None = None
+    ) -> tuple[Context, Conversation | None]:
         """A context from a snapshot, and its conversation.
 
         Raises:
@@ -80,7 +82,7 @@ class SnapshotFolder:
         """
         file = self._existing(name)
         with _told(name, file):
-            context = engine.restore(file, tenant=space)
+            context = engine.restore(file, adapter=adapter, tenant=space)
             try:
                 return context, Conversation.from_note(context.note)
             except SnapshotCorrupt:
