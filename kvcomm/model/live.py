@@ -6,9 +6,12 @@ when something cheap says that it must:
 
 - before a request begins and after every pass: which modules, parameters and buffers there are, where their storage is
   and torch's version counters; of adapters also which are active, disabled or merged, and their scalings;
-- when a request begins, before what it computed is offered to others, and when it ends (`closely`): besides, up to
-  `NUM_SAMPLED` numbers of every tensor, since writing through `tensor.data`, as PEFT's merging does, or through numpy
-  leaves no trace in version counters.
+- when a request begins, before what it computed is offered to others, and when it ends (`closely`): besides, a few
+  numbers of every tensor, since writing through `tensor.data`, as PEFT's merging does, or through numpy leaves no trace
+  in version counters.
+
+Measured on the modules of smollm2-135m: 0.1 ms of CPU after a pass, half a per cent of a decode step, and 0.2 ms when
+looking closely; with two LoRAs in 60 of its layers 0.3 and 0.4 ms, and 0.1 ms more where a pass has to switch them.
 
 Seen at once are `load_state_dict`, optimizer steps and all other writing by torch operations, exchanged tensors and
 modules, and everything that is done to adapters by PEFT's methods. Writing past torch's counters is seen when a request
@@ -19,6 +22,7 @@ not seen there is `forget`.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,7 +46,10 @@ from kvcomm.model.rope import LENGTH_DEPENDENT_ROPES
 from kvcomm.model.weights import plain_parts, tensor_digest, weights_digest
 
 NUM_SAMPLED = 8
-"""Numbers of each tensor that are looked at, from its first to its last."""
+"""Numbers of each tensor on an accelerator that are looked at, from its first to its last."""
+
+NUM_WINDOWS, WINDOW_BYTES = 4, 8
+"""Places of each tensor on the CPU that are looked at, from its first to its last byte, and how wide they are."""
 
 MAX_TRIES = 3
 """Looks at a tree that somebody changes meanwhile."""
@@ -439,12 +446,16 @@ class _Sampler:
         # torch does not swap those that have any.
         self._storages = [StorageWeakRef(part.untyped_storage()) for part in parts]
         self._has_version = [not part.is_inference() for part in parts]
-        self._strides = [_stride(part) for part in parts]
+        self._pointers = self._data_pointers([part.untyped_storage() for part in parts])
+        self._windows: list[ctypes.Array[ctypes.c_char]] = []
         groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-        for index, (part, (num, _)) in enumerate(zip(parts, self._strides, strict=True)):
-            if num and not part.is_meta:
+        for index, part in enumerate(parts):
+            if part.device.type == "cpu" and part.numel():
+                self._windows += _windows(part)
+            elif part.numel() and not part.is_meta:
                 groups.setdefault((part.dtype, part.device), []).append(index)
         self._groups = list(groups.values())
+        self._strides = [_stride(part) for part in parts]
 
     def trace(self, tensors: Sequence[Tensor]) -> list[int]:
         """Where tensors are and how often torch has written them."""
@@ -456,16 +467,33 @@ class _Sampler:
     def sample(self, tensors: Sequence[Tensor]) -> list[object]:
         """Which part of its storage every tensor is, and the bytes of some numbers of it."""
         parts = self._parts(tensors)
-        found: list[object] = [*map(Tensor.stride, parts), *map(Tensor.storage_offset, parts)]
+        storages = [*map(Tensor.untyped_storage, parts)]  # which keeps the memory that is read now
+        pointers = self._data_pointers(storages)
+        found: list[object] = [*map(Tensor.stride, parts), *map(Tensor.data_ptr, parts), *pointers]
+        # By operations of torch this would take ten times as long.
+        found.append(b"".join(self._windows) if pointers == self._pointers else b"")
         for indices in self._groups:
             views = [parts[index].as_strided(*_size_and_stride(self._strides[index])) for index in indices]
             found.append(_bytes(torch.cat(views)))
         return found
 
+    def _data_pointers(self, storages: Sequence[torch.UntypedStorage]) -> list[int]:
+        return [*map(torch.UntypedStorage.data_ptr, storages)]
+
     def _parts(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         if self._is_plain:
             return tensors
         return [part for tensor in tensors for _, part in plain_parts("", tensor)]
+
+
+def _windows(tensor: Tensor) -> list[ctypes.Array[ctypes.c_char]]:
+    """Views on bytes of a tensor on the CPU, from its first to its last. They do not keep its memory."""
+    num_bytes = (1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))) * (
+        tensor.element_size()
+    )
+    width = min(WINDOW_BYTES, num_bytes)
+    starts = {index * (num_bytes - width) // (NUM_WINDOWS - 1) for index in range(NUM_WINDOWS)}
+    return [(ctypes.c_char * width).from_address(tensor.data_ptr() + start) for start in sorted(starts)]
 
 
 def _stride(tensor: Tensor) -> tuple[int, int]:
