@@ -438,3 +438,24 @@ def test_the_readme_s_example(engine: Engine, tmp_path: Path, monkeypatch: pytes
     (code,) = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     exec(code, {"engine": engine, "Agent": Agent, "KVCommAgentGroup": partial(KVCommAgentGroup, sampling=SHORT)})
     assert engine.adapters == ("judge", "poet")
+
+
+def test_what_is_learned_belongs_to_an_adapter(engine: Engine, lora: PeftModel) -> None:
+    """Idle work runs under the adapter that it is for, and what it teaches is not known to others."""
+    note = engine.segment("The dog is lazy, the fox is quick.", name="note")
+    read, think = engine.segment("Read this: "), engine.segment("Now think of it. ")
+    for adapter in (None, "second"):
+        engine.generate([read, note], adapter=adapter, max_new_tokens=2)
+    assert engine.learn([think, note, read], adapter="second").result() > 0
+    assert list(engine.reuse.anchors.banks(engine.namespace(adapter="second")))
+    assert not list(engine.reuse.anchors.banks(engine.namespace()))
+
+
+def test_idle_work_on_weights_that_are_gone_is_given_up_by_name(engine: Engine, tiny: TinyModel) -> None:
+    with engine.lock:
+        future = engine.learn(PROMPT * 3)
+        load_other_weights(tiny.model)
+    with pytest.raises(WeightsChanged):
+        future.result()
+    assert engine.num_cached(PROMPT * 3) == 0
+    assert answer(engine, PROMPT * 3) == stock(tiny, PROMPT * 3)

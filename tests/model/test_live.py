@@ -312,6 +312,21 @@ def test_changes_of_an_active_adapter_are_seen(
     assert live.now(closely=True).digest != before.digest
 
 
+@pytest.mark.parametrize("merging", ["merge_adapter", "merge_and_unload"])
+def test_merging_is_seen_wherever_it_writes(merging: str, tiny: TinyModel, lora: PeftModel) -> None:
+    """PEFT writes past version counters, and an adapter may change a single row that nobody looks at."""
+    for name, tensor in lora.named_parameters():
+        if "lora_B" in name:
+            tensor.data[torch.arange(len(tensor)) != 5] = 0
+    live = LiveWeights(tiny.model)
+    with lora.disable_adapter():
+        plain = live.now(closely=True)
+    getattr(lora, merging)()
+    merged = live.now(closely=True)
+
+    assert merged.digest == weights_digest(tiny.model) != plain.digest
+
+
 def test_changes_of_others_do_not_matter(tiny: TinyModel, lora: PeftModel) -> None:
     live = LiveWeights(tiny.model)
     first, second = live.now("first"), live.now("second")
