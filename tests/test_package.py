@@ -28,6 +28,8 @@ LAYERS = [
     "memory",
     "model",
     "config",
+    "values",
+    "files",
     "errors",
     "figures",
     "plain",

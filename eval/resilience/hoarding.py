@@ -60,7 +60,7 @@ def _hoard(asking: _Neighbour, question: Question) -> int:
         return asking.call("hoarder", method, path, body)[0]
 
     too_big = [put("POST", CONTEXTS, body) for body in _big_bodies(BIG)]
-    pieces = [put("POST", CONTEXTS, _big_bodies(PIECE)[0]) for _ in range(NUM_PIECES)]
+    pieces = [put("POST", CONTEXTS, _big_bodies(PIECE)[1]) for _ in range(NUM_PIECES)]
     _, told = asking.call("hoarder", "GET", "/v1/stats")
     kept = told["kept"]
     pinned = [put("POST", CONTEXTS, {"messages": list(question.chat), "pinned": True}) for _ in range(NUM_PINNED)]

@@ -549,7 +549,7 @@ class Engine:
         with self.lock:
             self._holdings.drop(context)
 
-    def save_snapshot(self, context: Context, file: str | Path, *, replace: bool) -> Path:
+    def save_snapshot(self, context: Context, file: str | Path, *, replace: bool = True) -> Path:
         """Write a context's state; see `Context.save`."""
         file = Path(file)
         namespace = self._namespace(context.weights, context.tenant)

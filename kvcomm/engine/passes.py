@@ -68,7 +68,7 @@ class Failure(NamedTuple):
     """A request whose work could not be computed, and why."""
 
     request: Request
-    error: Exception
+    error: BaseException
 
 
 def compute(runner: ModelRunner, reuse: Reuse, batch: Sequence[Work]) -> tuple[list[Computed], list[Failure]]:
@@ -85,7 +85,7 @@ def compute(runner: ModelRunner, reuse: Reuse, batch: Sequence[Work]) -> tuple[l
         return _pass(runner, reuse, batch)
     except (UnsupportedModel, WeightsChanged) as error:
         return [], [Failure(request, error) for request in requests]
-    except Exception as error:
+    except BaseException as error:
         if len(requests) == 1:
             return [], [Failure(requests[0], error)]
         logger.warning("a pass for %d requests failed, each is computed alone now: %r", len(requests), error)
@@ -94,7 +94,7 @@ def compute(runner: ModelRunner, reuse: Reuse, batch: Sequence[Work]) -> tuple[l
         own = [work for work in batch if work.request is request]
         try:
             found, failed = _pass(runner, reuse, own)
-        except Exception as error:
+        except BaseException as error:
             found, failed = [], [Failure(request, error)]
         computed += found
         failures += failed
@@ -139,7 +139,7 @@ class _Lookers:
             return
         try:
             found = list(_watches(reuse, work, row))
-        except Exception as error:
+        except BaseException as error:
             self.failures.append(Failure(work.request, error))
         else:
             self._watches += [(work.request, watch) for watch in found]
@@ -149,7 +149,7 @@ class _Lookers:
             request, watch = entry
             try:
                 watch(layer_id, query, scale)
-            except Exception as error:
+            except BaseException as error:
                 self._watches.remove(entry)
                 self.failures.append(Failure(request, error))
 

@@ -181,7 +181,9 @@ class Scheduler:
         """Under the lock: whatever is raised inside ends this request, with its pages returned, and nothing else."""
         try:
             yield
-        except Exception as error:
+        except (
+            BaseException
+        ) as error:  # nobody interrupts this thread: also an exit is only what a caller's code raised
             logger.info("request %d failed: %r", request.request_id, error)
             self._fail(request, error)
 
