@@ -7,6 +7,8 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from eval.engine_faults.faults import Faults
@@ -60,8 +62,8 @@ class Runner:
         """Perform an episode and give everything back."""
         findings = Findings()
         self.subject.reset()
-        with quiet(), self.faults.installed():
-            world = World(self.subject, episode.engine, self.faults, findings)
+        with quiet(), self.faults.installed(), TemporaryDirectory(prefix="kvcomm-faults-") as folder:
+            world = World(self.subject, episode.engine, self.faults, findings, Path(folder))
             with world.patience.watching():
                 self._perform(world, episode.operations)
         self.faults.forget()

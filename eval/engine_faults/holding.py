@@ -128,11 +128,7 @@ def release(world: World, settings: Mapping[str, Any]) -> None:
         if held is None:
             context(world, settings)
             return
-        if held.flight is not None:
-            held.flight.asked.was_cancelled = True
-        held.context.release()
-        if held.flight is not None:
-            world.collect(held.flight)
+        world.release(held)
 
 
 def forget(world: World, settings: Mapping[str, Any]) -> None:

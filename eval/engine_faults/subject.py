@@ -9,6 +9,7 @@ gave it.
 from __future__ import annotations
 
 import copy
+import warnings
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -159,7 +160,8 @@ def _with_adapters(model: LlamaForCausalLM, seed: int) -> Any:
     config = LoraConfig(
         r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=list(ADAPTED), lora_dropout=0.0, init_lora_weights=False
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a name that has been renamed
         torch.manual_seed(seed + 1)
         adapted = get_peft_model(model, config, adapter_name=ADAPTERS[0])
         for name in ADAPTERS[1:]:

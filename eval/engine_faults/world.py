@@ -8,7 +8,6 @@ everything that was held on it. Sizes are counted here a second time, from the s
 from __future__ import annotations
 
 import gc
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -25,7 +24,7 @@ from eval.engine_faults.patience import Patience
 from eval.engine_faults.reference import Reference
 from eval.engine_faults.subject import Subject, Weights
 from eval.engine_faults.values import SPECIAL
-from kvcomm import Completion, Context, Engine, EngineConfig, KVCommError, SamplingParams, Segment
+from kvcomm import Completion, Context, Engine, EngineConfig, SamplingParams, Segment
 from kvcomm.engine.handle import RequestHandle
 
 PROBE = tuple(range(40, 52))
@@ -88,7 +87,9 @@ class World:
         folder: for snapshots.
     """
 
-    def __init__(self, subject: Subject, settings: Mapping[str, Any], faults: Faults, findings: Findings) -> None:
+    def __init__(
+        self, subject: Subject, settings: Mapping[str, Any], faults: Faults, findings: Findings, folder: Path
+    ) -> None:
         self.subject = subject
         self.weights_have_changed = False
         self.faults = faults
@@ -98,8 +99,7 @@ class World:
         self.oracle = Oracle(self, self.reference, faults, findings)
         self.lock = threading.RLock()
         self.patience = Patience()
-        self._folder = tempfile.TemporaryDirectory(prefix="kvcomm-faults-")
-        self.folder = Path(self._folder.name)
+        self.folder = folder
         self._tokenizer = FragileTokenizer(**_parts_of(subject))
         self._begin()
 
@@ -119,6 +119,7 @@ class World:
         self.tenants_with_quota: set[str] = set()
         self.tenants: set[str] = set()
         self._last_held_s = -1.0
+        self._has_forgotten = False
         self._num_taken = 0
 
     @property
@@ -142,9 +143,9 @@ class World:
         return Asked(tokens, params, weights, tenant, self.faults.fired.copy(), is_first=is_first, **more)
 
     def num_pages_at_most(self, asked: Asked) -> int:
-        """Pages that a request needs if its choices shared nothing."""
+        """Pages that a request needs if its choices shared nothing, one for a page that a context is writing in."""
         longest = len(asked.tokens) + int(asked.params.max_new_tokens)
-        return int(asked.params.n) * -(-longest // self.config.page_size)
+        return int(asked.params.n) * -(-longest // self.config.page_size) + 1
 
     def num_pages_at_least(self, asked: Asked) -> int:
         """Pages that a request may need at the same time if its choices share what can be shared."""
@@ -212,21 +213,31 @@ class World:
             self._held.append(held)
             oldest = self._held.pop(0) if len(self._held) > MAX_CONTEXTS else None
         if oldest is not None:
-            self.note_held()
-            oldest.context.release()
+            self.release(oldest)
+
+    def release(self, held: Held) -> None:
+        """Release a context, busy or not."""
+        flight = held.flight
+        if flight is not None:
+            flight.asked.was_cancelled = True
+        held.context.release()
+        self.note_held()
+        if flight is not None:
+            self.collect(flight)
 
     def forget(self, which: int) -> None:
         """Drop the last reference to a context without a word."""
         with self.lock:
             if self._held:
-                self._last_held_s = time.monotonic()
+                self._has_forgotten = True
                 held = self._held.pop(which % len(self._held))
                 self.flights = [flight for flight in self.flights if flight is not held.flight]
 
     def fly(self, flight: Flight) -> None:
-        """Ask about a request later."""
+        """Ask about a request later. Safe to call again."""
         with self.lock:
-            self.flights.append(flight)
+            if flight not in self.flights:
+                self.flights.append(flight)
             if flight.on is not None:
                 flight.on.flight = flight
 
@@ -332,10 +343,9 @@ class World:
         self._begin()
 
     def end(self) -> None:
-        """Give everything back, close, and remove what was written."""
+        """Give everything back and close."""
         self.drain()
         self.engine.close()
-        self._folder.cleanup()
 
     def note_lost(self, error: BaseException) -> None:
         """An engine is found closed though nobody closed it, or does not answer."""
@@ -349,10 +359,11 @@ class World:
     def _num_missing(self) -> int:
         """Pages that are not free when nobody holds anything. Everything is given back first."""
         for held in self._held:
-            held.context.release()
+            self.release(held)
         self._held.clear()
         strip_tracebacks(self.faults)
         gc.collect()
+        self._has_forgotten = False  # the collector has been there: a forgotten context holds nothing any more
         self._require_idle()
         self.pins.clear()
         self.engine.clear_cache()
@@ -378,14 +389,14 @@ class World:
             completion = self.result(self.engine.submit(list(PROBE), params, tenant="a"))
         except Hung as error:
             self.note_lost(error)
-        except KVCommError as error:
+        except Exception as error:
             self.oracle.judge_error(asked, error)
         else:
             self.oracle.judge_answer(asked, completion)
 
     def _is_holding(self) -> bool:
         self.jobs = [job for job in self.jobs if not job.done()]
-        return bool(self._held or self.has_pinned or self._num_taken or self.jobs)
+        return bool(self._held or self.has_pinned or self._num_taken or self.jobs or self._has_forgotten)
 
 
 def strip_tracebacks(faults: Faults) -> None:
