@@ -11,7 +11,6 @@ be accepted for two bounds is held against them; with --shift the team reads oth
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from eval.bound import BOUNDS, Rungs, bound_figures
+from eval.data_files import rows_of
 from eval.figures import Figure, Report
 from eval.shift import shift_figures, shift_texts
 from eval.team_answers import Run, team_runs
@@ -125,7 +125,7 @@ def _parser() -> ArgumentParser:
 
 
 def _questions(file: Path) -> list[str]:
-    return [str(json.loads(line)["question"]) for line in file.read_text().splitlines() if line.strip()]
+    return rows_of(file, lambda row: str(row["question"]), 'an object with the text "question"')
 
 
 def _learn(engine: Engine, run: Run) -> None:

@@ -18,6 +18,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eval.data_files import json_of, text_of
 from eval.figures import Figure, Report
 from eval.served import served
 from eval.workload import make_parser, parse, run, settings
@@ -130,17 +131,16 @@ def segment_texts(folder: Path, max_chars: int) -> dict[str, str]:
     """A: a system prompt; B and C: tool schemas; D and E: what an agent is told to do. No two begin alike.
 
     Raises:
-        OSError: a file is missing.
+        InvalidRequest: a file is missing, or not what it should be.
     """
     prompts = folder / "prompts"
-    bfcl = json.loads((folder / "bfcl_tool_schemas.json").read_text(encoding="utf-8"))
-    github = json.loads((folder / "github_mcp_tools.json").read_text(encoding="utf-8"))
+    bfcl, github = json_of(folder / "bfcl_tool_schemas.json"), json_of(folder / "github_mcp_tools.json")
     texts = {
-        "A": (prompts / "openhands_codeact_system_prompt.j2").read_text(encoding="utf-8"),
+        "A": text_of(prompts / "openhands_codeact_system_prompt.j2"),
         "B": f"Tools:\n{json.dumps(bfcl['gorilla_file_system'], indent=1)}",
         "C": f"GitHub tools:\n{json.dumps(github, indent=1)}",
-        "D": (prompts / "taubench_retail_policy.md").read_text(encoding="utf-8"),
-        "E": (prompts / "openhands_swe_task.j2").read_text(encoding="utf-8"),
+        "D": text_of(prompts / "taubench_retail_policy.md"),
+        "E": text_of(prompts / "openhands_swe_task.j2"),
     }
     return {name: f"{text[:max_chars]}\n" for name, text in texts.items()}
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from eval.data_files import rows_of
 from eval.figures import Figure
 from eval.workload import note
 from kvcomm import Engine, ReusePolicy
 from kvcomm.agents.team import load_team
 from kvcomm.agents.warming import run_all
 from kvcomm.engine.plan import Reason
+from kvcomm.errors import InvalidRequest
 
 MAX_CHARACTERS = 1200
 """Of each text; documents are longer."""
@@ -51,9 +51,7 @@ def shift_figures(engine: Engine, team: str, texts: Sequence[str]) -> list[Figur
 
 
 def _texts(file: Path) -> list[str]:
-    lines = (gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()).decode()
-    rows = [json.loads(line) for line in lines.splitlines() if line.strip()]
-    found = [next((row[field] for field in FIELDS if field in row), None) for row in rows]
+    found = rows_of(file, lambda row: next((row[field] for field in FIELDS if field in row), None), "an object")
     if None in found:
-        raise ValueError(f"{file}: line {found.index(None) + 1} has none of the fields {', '.join(FIELDS)}")
+        raise InvalidRequest(f"{file}: line {found.index(None) + 1} has none of the fields {', '.join(FIELDS)}")
     return [str(text)[:MAX_CHARACTERS] for text in found]

@@ -10,7 +10,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from eval.data_files import rows_of
 from eval.workload import note
 from kvcomm import Engine, ReusePolicy
 from kvcomm.agents.team import load_team
@@ -74,11 +76,12 @@ def _line(question: str, run: Run) -> str:
 
 
 def _read(file: Path) -> dict[str, Run]:
-    found = {}
-    for line in file.read_text().splitlines():
-        entry = json.loads(line)
-        found[entry["question"]] = {
-            name: Reading(tuple(Segment(tuple(ids), slot) for slot, ids in each["prompt"]), tuple(each["answer"]))
-            for name, each in entry["agents"].items()
-        }
-    return found
+    return dict(rows_of(file, _kept, "a question and its answers as this program writes them"))
+
+
+def _kept(entry: Any) -> tuple[str, Run]:
+    run = {
+        name: Reading(tuple(Segment(tuple(ids), slot) for slot, ids in each["prompt"]), tuple(each["answer"]))
+        for name, each in entry["agents"].items()
+    }
+    return entry["question"], run

@@ -6,8 +6,6 @@ depend on which tokens they are. Progress goes to stderr, figures to stdout, eve
 
 from __future__ import annotations
 
-import gzip
-import json
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
@@ -16,6 +14,7 @@ from typing import Any
 
 import torch
 
+from eval.data_files import rows_of, text_of
 from eval.figures import Report
 from kvcomm import Engine, KVCommError
 from kvcomm.engine.benchmark import TakeTokens, random_tokens, warm_up
@@ -92,8 +91,7 @@ def text_tokens(engine: Engine, file: Path) -> TakeTokens:
     """Prompts cut from a text, one behind the other; each lap starts a token later, so that none comes twice.
 
     Raises:
-        InvalidRequest: the file holds no text.
-        OSError: it cannot be read.
+        InvalidRequest: the file cannot be read, or holds no text.
     """
     tokens = engine.segment(_read_text(file)).token_ids
     if not tokens:
@@ -113,11 +111,9 @@ def text_tokens(engine: Engine, file: Path) -> TakeTokens:
 
 
 def _read_text(file: Path) -> str:
-    content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    text = content.decode("utf-8")
     if ".jsonl" not in file.suffixes:
-        return text
-    return "\n\n".join(str(json.loads(line)["text"]) for line in text.splitlines() if line.strip())
+        return text_of(file)
+    return "\n\n".join(rows_of(file, lambda row: str(row["text"]), 'an object with the text "text"'))
 
 
 def _positive(text: str) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kvcomm.errors import InvalidRequest
+from kvcomm.values import items, real_number, text, truth_value, whole_number
 
 DEFAULT_POOL_BYTES = 2 * 2**30
 
@@ -71,20 +72,34 @@ class EngineConfig:
     cache: bool = True
 
     def __post_init__(self) -> None:
+        self._bring()
         for name in POSITIVE:
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.pool_tokens is not None and self.pool_tokens < self.page_size:
             raise InvalidRequest(f"pool_tokens={self.pool_tokens} is less than one page of {self.page_size}")
-        if self.cache_ttl_s is not None and self.cache_ttl_s <= 0:
+        if self.cache_ttl_s is not None and not self.cache_ttl_s > 0:
             raise InvalidRequest(f"cache_ttl_s must be positive, not {self.cache_ttl_s}")
-        object.__setattr__(self, "alpha", tuple(self.alpha))
         if not self.alpha or not all(math.isfinite(each) and each >= 0 for each in self.alpha):
             raise InvalidRequest(f"alpha must be finite factors >= 0, one or one per group, not {self.alpha!r}")
         if self.draft_rows < 0:
             raise InvalidRequest(f"draft_rows must be at least 0, not {self.draft_rows}")
         if not self.idle_after_s >= 0:
             raise InvalidRequest(f"idle_after_s must be at least 0, not {self.idle_after_s}")
+
+    def _bring(self) -> None:
+        """Every value as one of Python's own types; refuses those of another type."""
+        for name in (*POSITIVE, "draft_rows"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        if self.pool_tokens is not None:
+            object.__setattr__(self, "pool_tokens", whole_number("pool_tokens", self.pool_tokens))
+        if self.cache_ttl_s is not None:
+            object.__setattr__(self, "cache_ttl_s", real_number("cache_ttl_s", self.cache_ttl_s))
+        object.__setattr__(self, "idle_after_s", real_number("idle_after_s", self.idle_after_s))
+        object.__setattr__(self, "attention", text("attention", self.attention))
+        factors = items("alpha", self.alpha, "finite factors, one or one per group")
+        object.__setattr__(self, "alpha", tuple(real_number("each of alpha", factor) for factor in factors))
+        object.__setattr__(self, "cache", truth_value("cache", self.cache))
 
     def num_pages(self, kv_bytes_per_token: int) -> int:
         """Pages of the pool for a model of this KV size."""
@@ -104,7 +119,4 @@ class EngineConfig:
             raise InvalidRequest(f"unknown engine settings {unknown}; known: {sorted(known)}")
         alpha = values.get("alpha", ())
         wanted = values | ({"alpha": (alpha,)} if isinstance(alpha, int | float) else {})
-        try:
-            return cls(**wanted)
-        except TypeError as error:
-            raise InvalidRequest(f"engine settings {values} have a value of the wrong type: {error}") from error
+        return cls(**wanted)

@@ -29,6 +29,7 @@ the way out. Our own broken invariants stay `AssertionError`.
     +- ServerError                        a running server cannot be reached, or refuses
     +- SnapshotError                      a snapshot file cannot be written or used
        +- SnapshotCorrupt                 truncated, bit-flipped or not a snapshot at all
+       +- SnapshotExists                  the file is there and was not to be replaced
        +- SnapshotForeign                 another model, dtype, rope, tokenizer or tenant
        +- SnapshotTooNew                  written by a newer format version
 """
@@ -102,6 +103,9 @@ class AgentFailed(KVCommError):
         self.round = round
         self.__cause__ = cause
 
+    def __reduce__(self) -> tuple[type[AgentFailed], tuple[str, int, BaseException | None]]:
+        return type(self), (self.agent, self.round, self.__cause__)
+
 
 class EngineClosed(KVCommError):
     """The engine is closed; create a new one."""
@@ -149,6 +153,10 @@ class SnapshotError(KVCommError):
 
 class SnapshotCorrupt(SnapshotError):
     """Truncated, altered, or not a snapshot at all."""
+
+
+class SnapshotExists(SnapshotError):
+    """There is a file of that name, and it was not to be replaced."""
 
 
 class SnapshotForeign(SnapshotError):

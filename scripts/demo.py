@@ -49,6 +49,7 @@ from kvcomm.agents.comparison import AgentReuse, Comparison, read_roles, watched
 from kvcomm.agents.warming import examples, limited, warm_up
 from kvcomm.cli.bench_reuse import agent_values, conclusion, reuse_table
 from kvcomm.errors import InvalidRequest
+from kvcomm.files.reading import BadContent, read_lines
 
 PIPE_WIDTH = 200
 POLICY = ReusePolicy(max_divergence=0.05, confidence=0.65, rungs=(0.0, 0.25, 0.5))
@@ -179,22 +180,18 @@ def read_questions(file: Path, num_questions: int) -> list[Question]:
         InvalidRequest: not readable, empty, or a line without the fields question and answer; names file and line.
     """
     try:
-        with file.open(encoding="utf-8") as lines:
-            questions = [
-                _question(line, f"{file}, line {at}") for at, line in islice(enumerate(lines, 1), num_questions)
-            ]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = islice(read_lines(file), num_questions)
+        questions = [_question(value, f"{file}, line {number}") for number, value in lines]
+    except OSError as error:
+        raise InvalidRequest(f"--data {file} cannot be read: {error}") from error
+    except BadContent as error:
         raise InvalidRequest(f"--data {file} cannot be read: {error}") from error
     if not questions:
         raise InvalidRequest(f"--data {file} is empty")
     return questions
 
 
-def _question(line: str, where: str) -> Question:
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise InvalidRequest(f"{where}: not JSON ({error})") from error
+def _question(fields: Any, where: str) -> Question:
     texts = [fields.get(name) for name in Question._fields] if isinstance(fields, dict) else [None]
     if not all(isinstance(text, str) and text for text in texts):
         raise InvalidRequest(f'{where}: needs an object with the texts "question" and "answer"')

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Deadlines measure the machine, not the code. CI repeats the same examples every time.
-hypothesis.settings.register_profile("local", deadline=None)
-hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
-hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000, stateful_step_count=200)
+# Deadlines, and whether examples are made fast enough, measure the machine, not the code.
+UNTIMED = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# CI repeats the same examples every time.
+hypothesis.settings.register_profile("local", UNTIMED)
+hypothesis.settings.register_profile("ci", UNTIMED, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("thorough", UNTIMED, max_examples=2000, stateful_step_count=200)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "local"))
 
 

@@ -8,7 +8,6 @@ where both were asked the same questions and their answers are at hand, also how
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from eval.figures import PIPE_WIDTH
 from eval.tasks.analysis import analyse
 from eval.tasks.samples import SampleFile
 from kvcomm.errors import InvalidRequest
+from kvcomm.files.reading import BadContent, parse_json, read_bytes
 
 Values = Mapping[str, Any]
 
@@ -65,8 +65,8 @@ def read(file: Path) -> Run:
     """
     path = file / "report.json" if file.is_dir() else file
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = parse_json(read_bytes(path))
+    except (OSError, BadContent) as error:
         raise InvalidRequest(f"{path} is no report of a task evaluation: {error}") from error
     if not isinstance(found, dict) or not {"name", "figures", "settings"} <= found.keys():
         raise InvalidRequest(f"{path} is no report of a task evaluation: it lacks name, figures or settings")

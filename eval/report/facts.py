@@ -21,6 +21,7 @@ from eval.tasks.rows import digest_of, split_file
 from eval.tasks.work import Work
 from kvcomm import Engine
 from kvcomm.agents.team import packaged_teams
+from kvcomm.files.reading import read_bytes
 
 PACKAGES = ("datasets", "tokenizers", "faiss-cpu", "numba", "statsmodels", "matplotlib")
 """Besides those of every evaluation."""
@@ -73,7 +74,7 @@ def _test_file(work: Work, data: Path) -> Path:
 
 
 def _file_digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return hashlib.sha256(read_bytes(file)).hexdigest()
 
 
 def _team_digest(team: str) -> str:

@@ -6,11 +6,16 @@
 - disconnect: streams that their clients leave in the middle, some before the first token.
 - full_pool: many more tokens wanted than the pool has, and a prompt that it can never hold.
 - large_body: bodies of 10 MB, declared, chunked and broken off.
+- racing_saves: 24 saves of one snapshot name at once, of which one is to win, and as many for the last places.
 - slow_loris: connections that send headers, or bodies, a byte at a time.
+- bodies: bodies of 4 MB that cost as much as bodies can; how long `/health` takes meanwhile, and how much memory goes.
+- crowd: a tenant that holds 256 half-sent requests, then sends 2 times 128 prompts, and another one that asks.
+- hoarding: a tenant keeps all it can beside few tokens, pins contexts, and loses its key.
 
-In each of them clients go on asking. An answer is *wrong* if it differs from what transformers' own greedy `generate`
-says, *lost* if there is none after the retries that a client would make, a page *leaked* if it is not free once nothing
-is in flight and caches are cleared. What the server should refuse, or cut off, counts as lost when it does not.
+In each of them but the last two clients go on asking. An answer is *wrong* if it differs from what transformers' own
+greedy `generate` says, *lost* if there is none after the retries that a client would make, a page *leaked* if it is not
+free once nothing is in flight and caches are cleared. What the server should refuse, or cut off, counts as lost when it
+does not.
 """
 
 from __future__ import annotations
@@ -21,15 +26,34 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from eval.figures import Figure, Report
+from eval.resilience.bodies import bodies
+from eval.resilience.crowd import crowd
+from eval.resilience.hoarding import hoarding
 from eval.resilience.questions import Found, Question, make_questions
+from eval.resilience.races import FoundInRaces, racing_saves
 from eval.resilience.scenarios import disconnect, full_pool, kill, large_body, slow_loris
 from eval.workload import note
 from kvcomm import KVCommError
 
-SCENARIOS = ("kill", "disconnect", "full_pool", "large_body", "slow_loris")
+SCENARIOS = (
+    "kill",
+    "disconnect",
+    "full_pool",
+    "large_body",
+    "slow_loris",
+    "racing_saves",
+    "hoarding",
+    "bodies",
+    "crowd",
+)
 QUICK_DISCONNECTS = 60
 
-Scenario = Callable[[str, Sequence[Question]], Found]
+AnyFound = Found | FoundInRaces
+Scenario = Callable[[str, Sequence[Question]], AnyFound]
+Measure = Callable[[str, Sequence[Question]], list[Figure]]
+
+MEASURES: dict[str, Measure] = {"bodies": bodies, "crowd": crowd}
+"""Scenarios that are not about answers, with figures of their own."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,15 +76,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "full_pool": full_pool,
         "large_body": large_body,
         "slow_loris": slow_loris,
+        "hoarding": hoarding,
+        "racing_saves": racing_saves,
     }
     try:
         note("answers of transformers alone")
         questions = make_questions(options.model, options.questions, options.prefix_len, options.seed)
-        found = {}
+        found: dict[str, AnyFound] = {}
+        measured: list[Figure] = []
         for name in options.scenarios:
             note(name)
-            found[name] = known[name](options.model, questions)
-        report = Report("resilience", figures(found), {**vars(options), "out": None, "disconnects": num_disconnects})
+            if name in MEASURES:
+                measured += MEASURES[name](options.model, questions)
+            else:
+                found[name] = known[name](options.model, questions)
+        report = Report(
+            "resilience", figures(found) + measured, {**vars(options), "out": None, "disconnects": num_disconnects}
+        )
         report.emit(as_json=options.json)
         report.save(options.out)
     except (KVCommError, OSError) as error:
@@ -69,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def figures(found: dict[str, Found]) -> list[Figure]:
+def figures(found: dict[str, AnyFound]) -> list[Figure]:
     """Sums over all scenarios, then each one's own."""
     goals = {"lost_answers": "0", "wrong_answers": "0", "leaked_pages": "0", "asked": ""}
     units = {"leaked_pages": "pages"}
@@ -83,8 +115,10 @@ def figures(found: dict[str, Found]) -> list[Figure]:
         for name, values in each.items()
         for id, goal in goals.items()
     ]
-    if "disconnect" in found:
-        own.append(Figure("disconnect_left_in_stream", found["disconnect"].left_in_stream, "streams"))
+    if "disconnect" in each:
+        own.append(Figure("disconnect_left_in_stream", each["disconnect"]["left_in_stream"], "streams"))
+    if "racing_saves" in each:
+        own.append(Figure("racing_winners", each["racing_saves"]["racing_winners"], "saves", goal="1"))
     return total + own
 
 

@@ -21,11 +21,11 @@ from kvcomm.server.load.workloads import Shape, shared_prefix
 INPUT_LEN, OUTPUT_LEN = 12, 24
 NUM_CLIENTS = 8
 RETRY_S = 0.5
-RETRY_FOR_S = 180.0
-"""Long enough for a server to be started anew on a busy machine."""
+RETRY_FOR_S = 900.0
+"""Long enough for a server to be started anew on a machine that many share."""
 
-PATIENCE_S = 60.0
-"""For what a server does soon: to give back pages, to close a connection."""
+PATIENCE_S = 600.0
+"""For what a server does soon, unless it hangs: to give back pages, to close a connection."""
 
 
 class Question(NamedTuple):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from eval.baselines.methods import METHODS
 from kvcomm import ReusePolicy
+from kvcomm.align.bound import Bound
 from kvcomm.engine.variant import Variant
 from kvcomm.errors import InvalidRequest
 
@@ -49,9 +50,9 @@ class Mode(NamedTuple):
         return None if self.policy.is_exact else self.policy.estimator
 
     @property
-    def bound(self) -> tuple[float, float] | None:
+    def bound(self) -> Bound | None:
         """The (epsilon, delta) that is kept; None: none."""
-        return None if self.policy.is_exact else (self.policy.max_divergence, self.policy.delta)
+        return self.policy.bound
 
     def describe(self) -> dict[str, Any]:
         """For reports."""

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from kvcomm.errors import InvalidRequest
+from kvcomm.files.reading import BadContent, decoded, parse_json, read_bytes
+from kvcomm.files.writing import locked
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -18,11 +20,11 @@ Record = TypeVar("Record", bound="DataclassInstance")
 
 
 class RecordFile(Generic[Record]):
-    """A file of JSON lines, one dataclass each. Records may be added from several threads."""
+    """A file of JSON lines, one dataclass each. Records may be added from several threads and processes."""
 
     def __init__(self, file: Path, read: Callable[[Any], Record]) -> None:
         """Args:
-        read: makes a record of a line's JSON value; may raise ValueError, KeyError or TypeError.
+        read: makes a record of a line's JSON value; may raise what a value of another form leads to.
         """
         self.file = file
         self._read = read
@@ -32,16 +34,19 @@ class RecordFile(Generic[Record]):
         """Every record, in the order in which they were added; a last line that was cut off is left out.
 
         Raises:
-            InvalidRequest: another line is damaged; names it.
+            InvalidRequest: the file cannot be read, or another line is damaged; names it.
         """
-        if not self.file.exists():
+        try:
+            lines = read_bytes(self.file).splitlines(keepends=True)
+        except FileNotFoundError:
             return []
-        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
+        except OSError as error:
+            raise InvalidRequest(f"{self.file} cannot be read: {error.strerror or error}") from error
         records = []
         for number, line in enumerate(lines, start=1):
             try:
-                records.append(self._read(json.loads(line)))
-            except (ValueError, KeyError, TypeError) as error:
+                records.append(self._read(parse_json(decoded(line))))
+            except (BadContent, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
                 if number == len(lines):
                     break
                 raise InvalidRequest(f"{self.file}, line {number}: not a record ({error!r})") from error
@@ -50,7 +55,7 @@ class RecordFile(Generic[Record]):
     def add(self, records: Iterable[Record]) -> None:
         """Append records; they are on disk, as far as the system goes, when this returns."""
         lines = "".join(json.dumps(asdict(each), separators=(",", ":")) + "\n" for each in records)
-        with self._lock:
+        with self._lock, locked(self.file.parent):
             self._mend()
             with self.file.open("a", encoding="utf-8") as out:
                 out.write(lines)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from eval.tasks.task import Row, Source, Split
 from kvcomm.errors import InvalidRequest
+from kvcomm.files.reading import open_regular
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 
@@ -39,6 +40,8 @@ def load_rows(source: Source, split: Split, data: Path | None) -> list[Row]:
     if data is None:
         _require_hub(source)
     file = None if data is None else split_file(source, split, data)
+    if file is not None:
+        _require_regular(file)
     try:
         if file is None:
             found = datasets.load_dataset(*source.hub, split=split.hub)
@@ -75,7 +78,7 @@ def split_file(source: Source, split: Split, data: Path) -> Path:
     Raises:
         InvalidRequest: there is none.
     """
-    if data.is_file():
+    if data.exists() and not data.is_dir():
         return data
     for folder in (data / source.folder, data):
         if found := _files_of(split, folder):
@@ -98,6 +101,15 @@ def digest_of(rows: Sequence[Row]) -> str:
 
 def _files_of(split: Split, folder: Path) -> list[Path]:
     return sorted(file for file in folder.glob(f"{split.file}*") if file.name.endswith(SUFFIXES))
+
+
+def _require_regular(file: Path) -> None:
+    """What `datasets` opens itself has to be a file that ends."""
+    try:
+        with open_regular(file):
+            pass
+    except OSError as error:
+        raise InvalidRequest(f"{file} cannot be read: {error.strerror or error}; give --data FILE or FOLDER") from error
 
 
 def _require_hub(source: Source) -> None:

@@ -13,6 +13,8 @@ from eval.tasks.replays import DivergenceFile
 from eval.tasks.samples import SampleFile
 from eval.tasks.timing import TimesFile
 from kvcomm.errors import InvalidRequest
+from kvcomm.files.reading import CONFIG_BYTES, BadContent, parse_json, read_bytes
+from kvcomm.files.writing import locked, replacing
 
 TRAIN = "train_rows"
 
@@ -30,20 +32,9 @@ class RunFolder:
         Raises:
             InvalidRequest: it holds a run with other settings; names the first difference.
         """
-        file = folder / "settings.json"
-        if file.exists():
-            before = _read(file)
-            if None in (before.get(TRAIN), settings.get(TRAIN)):  # nothing was learned, or is now
-                settings = {**settings, TRAIN: before.get(TRAIN) or settings.get(TRAIN)}
-                before[TRAIN] = settings[TRAIN]
-            for name in sorted((settings.keys() | before.keys()) - NOT_COMPARED):
-                now = json.loads(json.dumps(settings.get(name)))
-                if before.get(name) != now:
-                    raise InvalidRequest(
-                        f"{folder} holds a run with {name} {before.get(name)!r}, not {now!r}; give another --out"
-                    )
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings, indent=2) + "\n")
+        with locked(folder):  # of two that begin at once the second one finds the settings of the first
+            _write(folder / "settings.json", _agreed(folder, _read(folder / "settings.json"), settings))
         return cls(folder)
 
     def samples(self, name: str) -> SampleFile:
@@ -67,24 +58,54 @@ class RunFolder:
 
     def keep_bytes(self, held: Mapping[str, int]) -> None:
         """Write down what estimators hold."""
-        (self.folder / "held.json").write_text(json.dumps(dict(held)) + "\n")
+        _write(self.folder / "held.json", held)
 
     def held_bytes(self) -> dict[str, int]:
         """What estimators hold, as far as it is known."""
-        file = self.folder / "held.json"
-        return _read(file) if file.exists() else {}
+        return _read(self.folder / "held.json") or {}
 
     def add_minutes(self, minutes: float) -> float:
         """Add to what the run has taken so far, pauses between its parts left out; returns the sum."""
         file = self.folder / "minutes.json"
-        total = minutes + (_read(file)["minutes"] if file.exists() else 0.0)
-        file.write_text(json.dumps({"minutes": total}) + "\n")
-        return float(total)
+        with locked(self.folder):
+            before = (_read(file) or {}).get("minutes", 0.0)
+            if not isinstance(before, int | float):
+                raise InvalidRequest(f"{file} is damaged ({before!r} are no minutes); give another --out")
+            _write(file, {"minutes": minutes + before})
+        return float(minutes + before)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _agreed(folder: Path, before: dict[str, Any] | None, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of a run, if they are those that were there before, if there were any."""
+    if before is None:
+        return settings
+    if None in (before.get(TRAIN), settings.get(TRAIN)):  # nothing was learned, or is now
+        settings = {**settings, TRAIN: before.get(TRAIN) or settings.get(TRAIN)}
+        before[TRAIN] = settings[TRAIN]
+    for name in sorted((settings.keys() | before.keys()) - NOT_COMPARED):
+        now = json.loads(json.dumps(settings.get(name)))
+        if before.get(name) != now:
+            raise InvalidRequest(
+                f"{folder} holds a run with {name} {before.get(name)!r}, not {now!r}; give another --out"
+            )
+    return settings
+
+
+def _write(file: Path, value: Mapping[str, Any]) -> None:
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(dict(value), indent=2) + "\n")
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """An object; None: there is no file."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = parse_json(read_bytes(file, max_bytes=CONFIG_BYTES))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InvalidRequest(f"{file} cannot be read: {error.strerror or error}") from error
+    except BadContent as error:
         raise InvalidRequest(f"{file} is damaged ({error}); give another --out") from error
-    return dict(found)
+    if not isinstance(found, dict):
+        raise InvalidRequest(f"{file} is damaged (it holds no object); give another --out")
+    return found

@@ -6,7 +6,7 @@ published estimator are not among it; they are read once more where they are nee
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,10 +107,10 @@ def _answered(engine: Engine, work: Work, file: SampleFile, num_questions: int) 
 
 def _keep(engine: Engine, folder: Path) -> None:
     """Save what was learned; the folder appears whole or not at all."""
-    partial = folder.with_suffix(".part")
-    shutil.rmtree(partial, ignore_errors=True)
-    engine.save_anchors(partial)
-    partial.rename(folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+        partial = Path(name) / folder.name
+        engine.save_anchors(partial)
+        partial.rename(folder)
 
 
 def _held_bytes(engine: Engine, lesson: Lesson) -> dict[str, int]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from kvcomm.agents.templates import NAME_PATTERN, Part, Slot, parse_template, slots_of
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import TemplateError
+from kvcomm.plain import short
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class Agent:
         object.__setattr__(self, "system_parts", parse_template(self.system, agent=self.name, field="system"))
         object.__setattr__(self, "prompt_parts", parse_template(self.prompt, agent=self.name, field="prompt"))
         check_one_answer(self.sampling, owner=f"agent {self.name!r}")
+
+    def __repr__(self) -> str:
+        sampling = "" if self.sampling is None else ", own sampling"
+        return f"Agent({self.name!r}, system={short(self.system)}, prompt={short(self.prompt)}{sampling})"
 
     @property
     def slots(self) -> tuple[Slot, ...]:

@@ -12,17 +12,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvcomm.agents.thoughts import Expand, Score, Thought
 from kvcomm.errors import InvalidRequest
+from kvcomm.plain import Plain, plain, short
 
 if TYPE_CHECKING:
     from kvcomm.engine.context import Context
 
 
 @dataclass(frozen=True)
-class SearchStats:
+class SearchStats(Plain):
     """What a search did.
 
     Attributes:
@@ -60,6 +61,15 @@ class SearchResult:
     context: Context
     is_complete: bool
     stats: SearchStats
+
+    def __repr__(self) -> str:
+        state = "complete" if self.is_complete else "unfinished"
+        return f"SearchResult({short(self.text)}, score {self.score}, {len(self.texts)} thoughts, {state})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field but the context, as JSON values."""
+        names = ("texts", "scores", "is_complete", "stats")
+        return {name: plain(getattr(self, name)) for name in names}
 
     @property
     def text(self) -> str:

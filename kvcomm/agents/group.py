@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from kvcomm.engine.engine import Engine
 
+MAX_SHOWN = 6
+
 
 class KVCommAgentGroup:
     """Agents that answer together, each reading the run's inputs and other agents' answers.
@@ -61,6 +63,13 @@ class KVCommAgentGroup:
         self._sampling = sampling or SamplingParams()
         self._tenant = tenant
         self.policy = policy or self._engine.policy
+
+    def __repr__(self) -> str:
+        names = ", ".join(agent.name for agent in self.agents[:MAX_SHOWN]) or "no agents"
+        more = f" and {len(self.agents) - MAX_SHOWN} more" if len(self.agents) > MAX_SHOWN else ""
+        bound = self.policy.bound
+        reuse = "exact" if bound is None else f"up to {bound.max_divergence:g} nats at {bound.confidence:g}"
+        return f"KVCommAgentGroup({names}{more}; {reuse}; {self._engine!r})"
 
     @property
     def engine(self) -> Engine:

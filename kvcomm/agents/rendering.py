@@ -10,18 +10,17 @@ which agents run.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, cast
 
 from kvcomm.agents.agent import Agent
 from kvcomm.agents.templates import Part, Slot, Static, slots_of
-from kvcomm.errors import InvalidRequest, TemplateError
+from kvcomm.engine.encoding import TokenSpan
+from kvcomm.errors import TemplateError
 from kvcomm.memory.segments import Segment
 
 if TYPE_CHECKING:
@@ -30,14 +29,6 @@ if TYPE_CHECKING:
     from kvcomm.engine.engine import Engine
 
 Message = dict[str, str]
-
-
-class TokenSpan(NamedTuple):
-    """A token and the characters [start, end) of the text that it stands for."""
-
-    token_id: int
-    start: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -67,7 +58,7 @@ class PromptRenderer:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._tokenizer: PreTrainedTokenizerBase = engine.tokenizer
-        self._copy_lock = threading.Lock()
+        self._encoder = engine.encoder
 
     def render(self, agent: Agent) -> RenderedPrompt:
         """Apply the chat template to an agent.
@@ -92,38 +83,11 @@ class PromptRenderer:
         Raises:
             InvalidRequest: the tokenizer cannot take such a token as ordinary text; names it.
         """
-        spelled = {content: id_ for id_, content in self._control_tokens.items() if content in text}
-        if not spelled:
-            return _encode(self._tokenizer, text)
-        # The flag is state that a tokenizer shares with other threads: it is only ever set on a private copy.
-        with self._copy_lock:
-            ids = _encode(self._private_tokenizer, text, split_special_tokens=True)
-        if leaked := sorted(content for content, id_ in spelled.items() if id_ in ids):
-            raise InvalidRequest(
-                f"input {name!r} contains the control token {leaked[0]!r}, and this tokenizer cannot take it "
-                "as ordinary text; remove it from the input"
-            )
-        return ids
+        return self._encoder.plain(text, label=f"input {name!r}")
 
     def encode_spans(self, text: str) -> list[TokenSpan]:
-        """Tokenize as `encode_input` does, with the place of every token; parts of one character all cover it.
-
-        Raises:
-            InvalidRequest: the tokenizer does not know places, or takes a control token spelled out for a real one.
-        """
-        if not self._tokenizer.is_fast:
-            raise InvalidRequest("this model's tokenizer does not say where its tokens lie: choose boundary separate")
-        with self._copy_lock:
-            encoded = self._private_tokenizer(
-                text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
-            )
-        ids, places = cast("list[int]", encoded["input_ids"]), cast("list[tuple[int, int]]", encoded["offset_mapping"])
-        spelled = (content for token_id, content in self._control_tokens.items() if content in text and token_id in ids)
-        if leaked := next(spelled, None):
-            raise InvalidRequest(
-                f"the text contains the control token {leaked!r}; remove it, or choose boundary separate"
-            )
-        return [TokenSpan(token_id, *place) for token_id, place in zip(ids, places, strict=True)]
+        """As `encode_input`, with the place of every token; see `TextEncoder.spans`."""
+        return self._encoder.spans(text)
 
     def strip_end(self, token_ids: Sequence[int], stop_token_ids: Sequence[int] = ()) -> tuple[int, ...]:
         """An answer's ids without the end-of-turn and stop tokens behind it."""
@@ -134,26 +98,15 @@ class PromptRenderer:
         return tuple(token_ids[:length])
 
     @cached_property
-    def _control_tokens(self) -> dict[int, str]:
-        added = self._tokenizer.added_tokens_decoder
-        return {id_: token.content for id_, token in added.items() if token.special}
-
-    @cached_property
     def _end_ids(self) -> frozenset[int]:
+        added = self._tokenizer.added_tokens_decoder.items()
         unknown = {self._tokenizer.unk_token_id} - {self._tokenizer.eos_token_id}
-        return frozenset(self._control_tokens) - unknown
+        return frozenset(token_id for token_id, token in added if token.special) - unknown
 
-    @cached_property
-    def _private_tokenizer(self) -> PreTrainedTokenizerBase:
-        return copy.deepcopy(self._tokenizer)
-
-    @cached_property
+    @property
     def start_ids(self) -> tuple[int, ...]:
         """What the tokenizer puts before any text by default: nothing, or a begin-of-sequence token."""
-        bare = _encode(self._tokenizer, "a")
-        full = _encode(self._tokenizer, "a", add_special_tokens=True)
-        starts = (i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare)
-        return full[: next(starts, 0)]
+        return self._encoder.start_ids
 
     def _with_prefix(self, parts: Sequence[Segment | Slot]) -> tuple[Segment | Slot, ...]:
         prefix, first = self.start_ids, parts[0]
@@ -237,15 +190,3 @@ def _misplaced(found: Sequence[int], slots: Sequence[Slot]) -> str:
             return f"{slot.placeholder}: the chat template repeats it, so its text would stand there twice"
     index = next(i for i, number in enumerate(found) if i != number)
     return f"{slots[index].placeholder}: the chat template changes the order of the placeholders"
-
-
-def _encode(
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    *,
-    add_special_tokens: bool = False,
-    split_special_tokens: bool = False,
-) -> tuple[int, ...]:
-    extra = {"split_special_tokens": True} if split_special_tokens else {}
-    ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False, **extra)["input_ids"]
-    return tuple(cast("list[int]", ids))

@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvcomm.memory.segments import Segment
+from kvcomm.plain import Plain, plain, short
 
 if TYPE_CHECKING:
     from kvcomm.engine.results import Usage
 
 
 @dataclass(frozen=True)
-class AgentResult:
+class AgentResult(Plain):
     """One answer of one agent.
 
     Attributes:
@@ -40,12 +41,19 @@ class AgentResult:
     started_s: float
     finished_s: float
 
+    def __repr__(self) -> str:
+        took_s = self.finished_s - self.started_s
+        usage = f"{self.prompt_tokens} prompt, {len(self.token_ids)} own tokens"
+        where = f"{self.name}, round {self.round}"
+        return f"AgentResult({where}: {short(self.text)}, {self.finish_reason}, {usage}, {took_s:.3g} s)"
+
     @property
     def prompt_tokens(self) -> int:
         """Number of prompt tokens."""
         return self.usage.prompt_tokens
 
 
+MAX_SHOWN = 3
 Round = Mapping[str, AgentResult]
 
 
@@ -64,6 +72,16 @@ class GroupResult(Mapping[str, AgentResult]):
         self.final = tuple(self.rounds[-1][name] for name in final)
         self.total_s = total_s
 
+    def __reduce__(self) -> tuple[type[GroupResult], tuple[tuple[Round, ...], tuple[str, ...], float]]:
+        # Read-only views cannot be pickled or copied.
+        rounds = tuple(dict(answers) for answers in self.rounds)
+        return type(self), (rounds, tuple(answer.name for answer in self.final), self.total_s)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values: `rounds`, each agent name -> answer; `final`, names of agents; `total_s`."""
+        final = [answer.name for answer in self.final]
+        return {"rounds": plain(self.rounds), "final": final, "total_s": plain(self.total_s)}
+
     def __getitem__(self, name: str) -> AgentResult:
         return self.rounds[-1][name]
 
@@ -74,8 +92,11 @@ class GroupResult(Mapping[str, AgentResult]):
         return len(self.rounds[-1])
 
     def __repr__(self) -> str:
-        answers = ", ".join(f"{name}: {result.text[:40]!r}" for name, result in self.items())
-        return f"GroupResult({answers})"
+        shown = [f"{answer.name}: {short(answer.text)}" for answer in self.final[:MAX_SHOWN]]
+        if len(self.final) > MAX_SHOWN:
+            shown.append(f"and {len(self.final) - MAX_SHOWN} more")
+        rounds = f"{len(self.rounds)} rounds, " if len(self.rounds) > 1 else ""
+        return f"GroupResult({', '.join(shown)}; {len(self)} agents, {rounds}{self.total_s:.3g} s)"
 
 
 @dataclass(frozen=True)
@@ -112,6 +133,9 @@ class RoundFinished:
 
     round: int
     results: Round
+
+    def __reduce__(self) -> tuple[type[RoundFinished], tuple[int, Round]]:
+        return type(self), (self.round, dict(self.results))
 
 
 @dataclass(frozen=True)

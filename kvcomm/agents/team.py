@@ -18,7 +18,7 @@ is asked for a group.
 
 from __future__ import annotations
 
-import tomllib
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -32,6 +32,7 @@ from kvcomm.agents.group import KVCommAgentGroup
 from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import InvalidRequest, TemplateError
+from kvcomm.files.reading import BadContent, parse_toml, read_toml
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -68,6 +69,10 @@ class Team:
     description: str = ""
     rounds: int = 1
     inputs: Mapping[str, str] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[type[Team], tuple[Any, ...]]:
+        # A read-only view of the inputs cannot be pickled or copied.
+        return type(self), (self.name, self.agents, self.description, self.rounds, dict(self.inputs))
 
     @property
     def required_inputs(self) -> tuple[str, ...]:
@@ -109,25 +114,24 @@ def load_team(source: str | Path) -> Team:
     """
     name = str(source)
     if name in packaged_teams():
-        return _team_from(_read(_packaged_folder() / f"{name}.toml", name), name, fallback_name=name)
-    path = Path(source)
-    if not path.exists():
-        raise InvalidRequest(
-            f"no team {name!r}: neither a packaged team ({', '.join(packaged_teams())}) nor a TOML file"
-        )
-    return _team_from(_read(path, name), name, fallback_name=path.stem)
+        packaged = (_packaged_folder() / f"{name}.toml").read_bytes()
+        return _team_from(parse_toml(packaged), name, fallback_name=name)
+    return _team_from(_read(Path(source), name), name, fallback_name=Path(source).stem)
 
 
 def _packaged_folder() -> Traversable:
     return files("kvcomm.agents") / "teams"
 
 
-def _read(file: Path | Traversable, name: str) -> Table:
+def _read(file: Path, name: str) -> Table:
     try:
-        return tomllib.loads(file.read_bytes().decode())
+        return read_toml(file)
+    except FileNotFoundError as error:
+        known = ", ".join(packaged_teams())
+        raise InvalidRequest(f"no team {name!r}: neither a packaged team ({known}) nor a TOML file") from error
     except OSError as error:
         raise InvalidRequest(f"{name}: cannot be read: {error.strerror or error}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except BadContent as error:
         raise InvalidRequest(f"{name}: not a TOML file: {error}") from error
 
 
@@ -175,7 +179,7 @@ def _sampling_from(table: Table, file: str, where: str, defaults: Table) -> Samp
     }
     try:
         return SamplingParams(**values) if values else None
-    except InvalidRequest as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise InvalidRequest(f"{file}, {where}: {error}") from error
 
 
@@ -195,7 +199,7 @@ def _check_table(table: Table, known: Mapping[str, Any], file: str, where: str, 
             listed = ", ".join(known) or "none"
             raise InvalidRequest(f"{file}, {where}: unknown key {key!r}; known here: {listed}")
         if not _is_a(value, known[key]):
-            raise InvalidRequest(f"{file}, {where}: {key} must be {_named(known[key])}, got {value!r}")
+            raise InvalidRequest(f"{file}, {where}: {key} must be {_named(known[key])}, got {reprlib.repr(value)}")
     for key in required:
         if not table.get(key):
             raise InvalidRequest(f"{file}, {where}: {key!r} is missing or empty")

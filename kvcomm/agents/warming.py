@@ -7,7 +7,6 @@ only.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,6 +20,7 @@ from kvcomm.engine.engine import Engine
 from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import InvalidRequest
+from kvcomm.files.reading import BadContent, read_lines, read_text
 from kvcomm.memory.segments import Segment
 
 EXAMPLES = "word_problems.txt"
@@ -80,7 +80,7 @@ def limited(team: Team, max_new_tokens: int) -> Team:
     return replace(team, agents=tuple(replace(agent, sampling=sampling) for agent in team.agents))
 
 
-def examples(team: Team, file: Path | None = None) -> list[dict[str, str]]:
+def examples(team: Team, file: str | Path | None = None) -> list[dict[str, str]]:
     """Inputs of runs for a team with one input: lines of a file, else the word problems that come with kvcomm.
 
     A line is the text itself, or in a .jsonl file an object with the field "question".
@@ -91,7 +91,7 @@ def examples(team: Team, file: Path | None = None) -> list[dict[str, str]]:
     names = team.required_inputs
     if len(names) != 1:
         raise InvalidRequest(f"team {team.name!r} needs the inputs {', '.join(names)}; examples give one")
-    return [{names[0]: text} for text in _texts(file)]
+    return [{names[0]: text} for text in _texts(None if file is None else Path(file))]
 
 
 def _texts(file: Path | None) -> list[str]:
@@ -99,14 +99,13 @@ def _texts(file: Path | None) -> list[str]:
         content = (files("kvcomm.agents") / "teams" / EXAMPLES).read_text(encoding="utf-8")
         return content.splitlines()
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         if file.suffix != ".jsonl":
-            return lines
-        return [str(json.loads(line)["question"]) for line in lines]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{file} cannot be read: {error}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InvalidRequest(f'{file} needs an object with the text "question" in every line: {error!r}') from error
+            return [line for line in read_text(file).splitlines() if line.strip()]
+        return [str(value["question"]) for _, value in read_lines(file)]
+    except OSError as error:
+        raise InvalidRequest(f"{file} cannot be read: {error.strerror or error}") from error
+    except (BadContent, KeyError, TypeError) as error:
+        raise InvalidRequest(f'{file} needs an object with the text "question" in every line: {error}') from error
 
 
 def run_all(

@@ -12,61 +12,80 @@ import tempfile
 from pathlib import Path
 
 from kvcomm.align.bank_file import SUFFIX, verify_bank
-from kvcomm.align.profile_file import GROUPS_FILE, bank_files, read_groups
-from kvcomm.errors import AnchorFileCorrupt, AnchorFileError
+from kvcomm.align.profile_file import GROUPS_FILE, bank_files, looking, read_groups
+from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, InvalidRequest
+from kvcomm.files.reading import open_regular
+from kvcomm.files.writing import NameTaken, replacing
 
 
-def export_archive(folder: Path, file: Path) -> int:
+def export_archive(folder: str | Path, file: str | Path, *, is_new: bool = False) -> int:
     """Pack a folder of anchors into an archive; returns the number of banks.
 
+    Args:
+        is_new: do not replace a file that is there by the time the archive is written.
+
     Raises:
+        InvalidRequest: `is_new`, and there is one.
         AnchorFileError: a file is refused, or the archive cannot be written.
     """
-    banks = bank_files(folder)
-    for bank in banks:
-        verify_bank(bank)
-    read_groups(folder)
-    names = [*(bank.name for bank in banks), GROUPS_FILE]  # last: whoever has it has everything
-    partial = file.with_name(f".{file.name}.part")
-    try:
-        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
-            for name in names:
-                archive.add(folder / name, arcname=name, recursive=False, filter=_anonymous)
-        partial.replace(file)
-    except OSError as error:
-        raise AnchorFileError(f"{file} cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    folder, file = Path(folder), Path(file)
+    with looking(folder):
+        banks = bank_files(folder)
+        for bank in banks:
+            verify_bank(bank)
+        read_groups(folder)
+        names = [*(bank.name for bank in banks), GROUPS_FILE]  # last: whoever has it has everything
+        try:
+            with (
+                replacing(file, is_new=is_new) as partial,
+                tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive,
+            ):
+                for name in names:
+                    _pack(archive, folder / name)
+        except NameTaken as error:
+            raise InvalidRequest(f"{file} exists; choose another file or give --force") from error
+        except OSError as error:
+            raise AnchorFileError(f"{file} cannot be written: {error.strerror or error}") from error
     return len(banks)
 
 
-def import_archive(file: Path, folder: Path) -> int:
+def import_archive(file: str | Path, folder: str | Path) -> int:
     """Unpack an archive into a folder that does not exist yet; returns the number of banks.
 
     Raises:
         AnchorFileError: it cannot be read, holds anything else than anchors, or anchors that are refused; then there
             is no folder.
     """
+    file, folder = Path(file), Path(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
             unpacked = Path(name) / "anchors"
             unpacked.mkdir()
-            with tarfile.open(file, "r:") as archive:
+            with open_regular(file) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
                 for member in archive:
                     _unpack(file, archive, member, unpacked)
-            banks = bank_files(unpacked)
-            for bank in banks:
-                verify_bank(bank)
-            if not (unpacked / GROUPS_FILE).exists():
-                raise AnchorFileCorrupt(f"{file} is not a whole archive of anchors: {GROUPS_FILE} is missing")
-            read_groups(unpacked)
+            banks = _verified(file, unpacked)
             unpacked.rename(folder)
     except (tarfile.TarError, ValueError, EOFError) as error:
         raise AnchorFileCorrupt(f"{file} is not a whole archive of anchors: {error}") from error
     except OSError as error:
         raise AnchorFileError(f"{file} cannot be imported: {error.strerror or error}") from error
     return len(banks)
+
+
+def _verified(file: Path, unpacked: Path) -> list[Path]:
+    """The banks that came out of an archive, all of them whole."""
+    if not (unpacked / GROUPS_FILE).exists():
+        raise AnchorFileCorrupt(f"{file} is not a whole archive of anchors: {GROUPS_FILE} is missing")
+    try:
+        banks = bank_files(unpacked)
+        for bank in banks:
+            verify_bank(bank)
+        read_groups(unpacked)
+    except AnchorFileError as error:  # says where it was unpacked, which is no place that anybody knows
+        raise type(error)(f"{file} holds {str(error).replace(f'{unpacked}/', '')}") from error
+    return banks
 
 
 def _unpack(file: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
@@ -79,6 +98,13 @@ def _unpack(file: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, folde
     assert content is not None  # an ordinary file
     with (folder / member.name).open("xb") as out:
         shutil.copyfileobj(content, out)
+
+
+def _pack(archive: tarfile.TarFile, file: Path) -> None:
+    """Add a file under its own name, as it is now and as an ordinary one."""
+    with open_regular(file) as stream:
+        member = _anonymous(archive.gettarinfo(arcname=file.name, fileobj=stream))
+        archive.addfile(member, stream)
 
 
 def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:

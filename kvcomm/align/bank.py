@@ -213,6 +213,11 @@ class AnchorStore:
         with self._lock:
             return self._banks.get(namespace, {}).pop(edge, None) is not None
 
+    def forget(self, namespace: str) -> None:
+        """Forget every bank of a namespace."""
+        with self._lock:
+            self._banks.pop(namespace, None)
+
     def check_integrity(self) -> None:
         """Raises AssertionError if a bank is broken or under the wrong edge."""
         for banks in self._banks.values():

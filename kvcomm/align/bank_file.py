@@ -19,6 +19,7 @@ from kvcomm.align.bank import BankShape, BankSnapshot
 from kvcomm.align.edges import Edge
 from kvcomm.align.offsets import OffsetRows, OffsetTable
 from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign, AnchorFileTooNew, InvalidRequest
+from kvcomm.files.reading import first_fault
 from kvcomm.memory.sealed_file import SealedFormat, tensors_digest
 
 FORMAT = SealedFormat("anchor bank", "kvcomm_anchors", 2, AnchorFileError, AnchorFileCorrupt, AnchorFileTooNew)
@@ -129,14 +130,14 @@ def _read(file: Path, namespace: str, shape: BankShape) -> BankSnapshot:
         require_namespace(file, header.namespace, namespace)
         if header.shape != shape:
             raise AnchorFileForeign(f"{file} holds anchors of another shape: {header.shape}, wanted {shape}")
-        names = _names(shape)
+        names = list(_wanted(header))
         if set(opened.keys()) != set(names):
             raise AnchorFileCorrupt(f"{file} does not hold the tensors its header announces")
         # Copies: a bank outlives the file it came from.
         tensors = {name: opened.get_tensor(name).clone() for name in names}
+    snapshot = _snapshot(file, header, tensors)
     if tensors_digest(tensors.values()) != header.payload_blake3:
         raise AnchorFileCorrupt(f"{file} was altered: its tensors do not have the digest in the header")
-    snapshot = _snapshot(file, header, tensors)
     try:
         shape.require(snapshot.sketches, snapshot.offsets)
     except InvalidRequest as error:
@@ -149,17 +150,7 @@ def _header(file: Path, opened: safe_open) -> BankHeader:
     try:
         return BankHeader.model_validate_json(text)
     except ValidationError as error:
-        raise AnchorFileCorrupt(f"{file} has a header that does not fit the format: {error}") from error
-
-
-def _names(shape: BankShape) -> list[str]:
-    rows = [
-        f"{kind}.{layer}"
-        for kind, sizes in (("keys", shape.keys), ("values", shape.values))
-        for layer, size in enumerate(sizes)
-        if size is not None
-    ]
-    return ["sketches", "texts", *(f"{name}.{part}" for name in rows for part in ("codes", "scales"))]
+        raise AnchorFileCorrupt(f"{file} has a header that does not fit the format: {first_fault(error)}") from error
 
 
 def _tensors(snapshot: BankSnapshot) -> dict[str, Tensor]:
@@ -173,12 +164,12 @@ def _tensors(snapshot: BankSnapshot) -> dict[str, Tensor]:
 
 
 def _snapshot(file: Path, header: BankHeader, tensors: dict[str, Tensor]) -> BankSnapshot:
-    for name, tensor in tensors.items():
-        is_sketch = name == "sketches"
-        wanted = torch.int8 if name.endswith(".codes") else torch.int32 if name == "texts" else torch.float32
-        num_tokens = tensor.shape[1] if is_sketch and tensor.ndim == 3 else len(tensor) if tensor.ndim else -1
-        if tensor.dtype != wanted or num_tokens != header.num_tokens:
-            raise AnchorFileCorrupt(f"{file}: {name} is {tuple(tensor.shape)} {tensor.dtype}")
+    for name, (shape, dtype) in _wanted(header).items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise AnchorFileCorrupt(
+                f"{file}: {name} is {tuple(tensor.shape)} {tensor.dtype}, which is not {shape} {dtype}"
+            )
 
     def rows(kind: str, sizes: tuple[int | None, ...]) -> tuple[OffsetRows | None, ...]:
         return tuple(
@@ -188,3 +179,18 @@ def _snapshot(file: Path, header: BankHeader, tensors: dict[str, Tensor]) -> Ban
 
     offsets = OffsetTable(rows("keys", header.keys), rows("values", header.values))
     return BankSnapshot(header.edge, 0, tensors["sketches"], offsets, tensors["texts"])
+
+
+def _wanted(header: BankHeader) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor."""
+    num_tokens = header.num_tokens
+    wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "sketches": ((header.num_groups, num_tokens, header.dim), torch.float32),
+        "texts": ((num_tokens,), torch.int32),
+    }
+    for kind, sizes in (("keys", header.keys), ("values", header.values)):
+        for layer, size in enumerate(sizes):
+            if size is not None:
+                wanted[f"{kind}.{layer}.codes"] = ((num_tokens, size), torch.int8)
+                wanted[f"{kind}.{layer}.scales"] = ((num_tokens,), torch.float32)
+    return wanted

@@ -57,6 +57,12 @@ class Calibration:
         """How many pairs there are."""
         return len(self._pairs)
 
+    def copy(self) -> Calibration:
+        """Another one with the same pairs, that follows nothing."""
+        made = Calibration(self.num_rungs)
+        made._pairs = self._pairs.copy()
+        return made
+
     def add(self, pair: Pair) -> None:
         """Add a pair, in place of the oldest if there are too many.
 

@@ -12,9 +12,11 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from kvcomm.align.bound import Bound
 from kvcomm.align.breaker import Breaker
 from kvcomm.align.calibration import Calibration
 from kvcomm.align.edges import Edge
@@ -99,18 +101,18 @@ class Audit(NamedTuple):
         at_s: when, on the monotonic clock.
         divergence: nats, measured.
         predicted: nats; what calibration expected at most.
-        bound: the (epsilon, delta) that the caller asked for.
+        bound: that the caller asked for.
     """
 
     at_s: float
     divergence: float
     predicted: float
-    bound: tuple[float, float]
+    bound: Bound
 
     @property
     def is_violation(self) -> bool:
         """Whether it broke the bound; a divergence that is no number does."""
-        return not self.divergence <= self.bound[0]
+        return not self.divergence <= self.bound.max_divergence
 
 
 @dataclass(eq=False)
@@ -127,7 +129,7 @@ class EdgeGroup:
     contest: Contest = field(init=False)
     calibration: Calibration = field(init=False)
     head_weights: tuple[float, ...] | None = field(default=None, init=False)
-    breakers: dict[tuple[float, float], Breaker] = field(default_factory=dict)
+    breakers: dict[Bound, Breaker] = field(default_factory=dict)
     audits: deque[Audit] = field(default_factory=lambda: deque(maxlen=1000))
     num_requests: int = 0
     num_approximated: int = 0
@@ -141,9 +143,16 @@ class EdgeGroup:
         """The factor on corrections."""
         return self.contest.winner
 
-    def breaker(self, bound: tuple[float, float]) -> Breaker:
-        """The watch over one (epsilon, delta)."""
-        return self.breakers.setdefault(bound, Breaker(bound[1]))
+    def breaker(self, bound: Bound) -> Breaker:
+        """The watch over one bound."""
+        return self.breakers.setdefault(bound, Breaker(bound.delta))
+
+    def copy(self) -> EdgeGroup:
+        """What is known of the group now, without its audits and counts; follows nothing."""
+        made = EdgeGroup(self.key, self.strengths, self.num_contested)
+        made.contest, made.calibration = deepcopy(self.contest), self.calibration.copy()
+        made.head_weights, made.breakers = self.head_weights, deepcopy(self.breakers)
+        return made
 
     def restart(self) -> None:
         """Forget strength, pairs and breakers, as after a change of the anchors."""
@@ -202,6 +211,11 @@ class GroupBook:
     def put(self, namespace: str, group: EdgeGroup) -> None:
         """Take a group in, in place of the one with the same key."""
         self._groups.setdefault(namespace, {})[group.key] = group
+
+    def forget(self, namespace: str) -> None:
+        """Forget every group of a tenant."""
+        self._groups.pop(namespace, None)
+        self._fits.pop(namespace, None)
 
     def groups(self, namespace: str) -> Iterator[EdgeGroup]:
         """Every group of a tenant."""

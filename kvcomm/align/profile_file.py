@@ -2,12 +2,13 @@
 
 The format is described in `anchors/FORMAT.md`. A group's calibration holds for the anchors it was made with, so the
 file names every bank by digest, and groups whose banks are missing or others are left out on loading. Nothing is taken
-over unless all of it could be read.
+over unless all of it could be read. Who changes a folder locks it, so two who save at once leave what one of them had.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -16,11 +17,14 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from kvcomm.align.bank import BankShape, BankSnapshot
 from kvcomm.align.bank_file import SUFFIX, load_bank, read_bank_header, require_namespace, save_bank
+from kvcomm.align.bound import Bound
 from kvcomm.align.breaker import Breaker
 from kvcomm.align.calibration import Calibration, Pair
 from kvcomm.align.edges import Edge
 from kvcomm.align.groups import Contest, EdgeGroup, GroupKey
 from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileTooNew, InvalidRequest
+from kvcomm.files.reading import MAX_SHOWN, first_fault
+from kvcomm.files.writing import locked, sweep
 from kvcomm.memory.sealed_file import SealedFormat
 
 FORMAT = SealedFormat(
@@ -145,7 +149,7 @@ class GroupRecord(_Strict):
         for each in self.breakers:
             breaker = Breaker(each.delta)
             breaker.resume(each.log_ratios, each.num_observed, each.num_violations, tripped=each.tripped)
-            group.breakers[each.epsilon, each.delta] = breaker
+            group.breakers[Bound(each.epsilon, each.delta)] = breaker
         return group
 
 
@@ -189,12 +193,44 @@ def save_profile(
     Raises:
         AnchorFileError: something cannot be written; what was there under that name is untouched.
     """
-    kept = tuple(bank for bank in banks if bank.num_tokens)
-    written = {bank.edge: save_bank(bank, shape, namespace, folder / bank_name(bank.edge)) for bank in kept}
-    digests = {edge: header.payload_blake3 for edge, header in written.items()}
-    all_groups = tuple(groups)
-    save_groups(folder, namespace, [GroupRecord.of(group, digests) for group in all_groups])
+    kept, all_groups = tuple(bank for bank in banks if bank.num_tokens), tuple(groups)
+    with changing(folder):
+        written = {bank.edge: save_bank(bank, shape, namespace, folder / bank_name(bank.edge)) for bank in kept}
+        digests = {edge: header.payload_blake3 for edge, header in written.items()}
+        save_groups(folder, namespace, [GroupRecord.of(group, digests) for group in all_groups])
     return Profile(kept, all_groups)
+
+
+@contextmanager
+def changing(folder: Path) -> Iterator[None]:
+    """Keep others from changing a folder, which is made if there is none; what killed writers left in it goes.
+
+    Raises:
+        AnchorFileError: it cannot be made or locked.
+    """
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder))
+        except OSError as error:
+            raise AnchorFileError(f"{folder} cannot be written: {error.strerror or error}") from error
+        sweep(folder)
+        yield
+
+
+@contextmanager
+def looking(folder: Path) -> Iterator[None]:
+    """Keep others from changing a folder while it is read, where the disk allows that.
+
+    Raises:
+        AnchorFileError: it cannot be read.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder, shared=True))
+        except OSError as error:
+            raise AnchorFileError(f"{folder} cannot be read: {error.strerror or error}") from error
+        yield
 
 
 def save_groups(folder: Path, namespace: str, records: Sequence[GroupRecord]) -> None:
@@ -214,11 +250,12 @@ def load_profile(folder: Path, *, namespace: str, shape: BankShape) -> Profile:
         AnchorFileForeign: of another namespace, or made with other sketches.
         AnchorFileCorrupt, AnchorFileTooNew, AnchorFileError: as the names say.
     """
-    header = read_groups(folder)
-    require_namespace(folder / GROUPS_FILE, header.namespace, namespace)
-    files = bank_files(folder)
-    banks = tuple(load_bank(file, namespace=namespace, shape=shape) for file in files)
-    digests = {read_bank_header(file).payload_blake3 for file in files}
+    with looking(folder):
+        header = read_groups(folder)
+        require_namespace(folder / GROUPS_FILE, header.namespace, namespace)
+        files = bank_files(folder)
+        banks = tuple(load_bank(file, namespace=namespace, shape=shape) for file in files)
+        digests = {read_bank_header(file).payload_blake3 for file in files}
     groups = tuple(record.group() for record in header.groups if _is_whole(record, digests))
     return Profile(banks, groups, len(header.groups) - len(groups))
 
@@ -238,8 +275,10 @@ def read_groups(folder: Path) -> GroupsHeader:
             header = GroupsHeader.model_validate_json(text)
             for record in header.groups:
                 record.group()
-        except (ValidationError, InvalidRequest, ValueError) as error:
-            raise AnchorFileCorrupt(f"{file} does not fit the format: {error}") from error
+        except ValidationError as error:
+            raise AnchorFileCorrupt(f"{file} does not fit the format: {first_fault(error)}") from error
+        except (InvalidRequest, ValueError) as error:
+            raise AnchorFileCorrupt(f"{file} does not fit the format: {str(error)[:MAX_SHOWN]}") from error
         return header
 
     return FORMAT.settled(file, read)

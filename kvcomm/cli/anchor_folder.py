@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvcomm.align.bank_file import SUFFIX, BankHeader, read_bank_header
-from kvcomm.align.profile_file import GROUPS_FILE, GroupRecord, bank_files, read_groups, save_groups
+from kvcomm.align.profile_file import GROUPS_FILE, GroupRecord, bank_files, changing, read_groups, save_groups
 from kvcomm.errors import AnchorFileError, InvalidRequest
 
 NUM_DIGITS = 12
@@ -53,7 +53,7 @@ class AnchorFolder:
     @cached_property
     def groups(self) -> tuple[GroupRecord, ...]:
         """Every edge group; none where their file is missing. Raises AnchorFileError for a damaged one."""
-        return read_groups(self.folder).groups if (self.folder / GROUPS_FILE).exists() else ()
+        return self._groups_now()[1]
 
     def groups_of(self, entry: BankEntry) -> list[GroupRecord]:
         """The groups that rest on a bank."""
@@ -94,21 +94,45 @@ class AnchorFolder:
             AnchorFileError: the folder cannot be written.
         """
         gone = {entry.header.payload_blake3 for entry in chosen if entry.header}
-        kept = [group for group in self.groups if gone.isdisjoint({each.bank for each in group.edges})]
         if dry_run:
-            return len(self.groups) - len(kept)
-        if len(kept) < len(self.groups):  # first: a group without its bank would be left out anyway
-            save_groups(self.folder, read_groups(self.folder).namespace, kept)
-        for entry in chosen:
-            try:
-                entry.file.unlink(missing_ok=True)
-            except OSError as error:
-                raise AnchorFileError(f"{entry.file} cannot be removed: {error.strerror or error}") from error
-        return len(self.groups) - len(kept)
+            return sum(_rests_on(group, gone) for group in self.groups)
+        with changing(self.folder):
+            namespace, groups = self._groups_now()  # others may have saved since they were shown
+            kept = [group for group in groups if not _rests_on(group, gone)]
+            if len(kept) < len(groups):  # first: a group without its bank would be left out anyway
+                save_groups(self.folder, namespace, kept)
+            for entry in chosen:
+                _remove(entry)
+        return len(groups) - len(kept)
+
+    def _groups_now(self) -> tuple[str, tuple[GroupRecord, ...]]:
+        """Namespace and groups; none where their file is missing."""
+        if not (self.folder / GROUPS_FILE).exists():
+            return "", ()
+        header = read_groups(self.folder)
+        return header.namespace, header.groups
+
+
+def _rests_on(group: GroupRecord, banks: set[str]) -> bool:
+    return not banks.isdisjoint({each.bank for each in group.edges})
+
+
+def _remove(entry: BankEntry) -> None:
+    """A bank that was replaced since it was chosen stays."""
+    try:
+        if entry.header is None or read_bank_header(entry.file) == entry.header:
+            entry.file.unlink(missing_ok=True)
+    except AnchorFileError:  # gone, or damaged meanwhile
+        pass
+    except OSError as error:
+        raise AnchorFileError(f"{entry.file} cannot be removed: {error.strerror or error}") from error
 
 
 def _entry(file: Path) -> BankEntry:
-    num_bytes = file.stat().st_size
+    try:
+        num_bytes = file.stat().st_size
+    except OSError:  # gone by now; reading says so
+        num_bytes = 0
     try:
         return BankEntry(file, num_bytes, read_bank_header(file), None)
     except AnchorFileError as error:

@@ -11,10 +11,12 @@ from urllib.parse import quote
 import typer
 from rich.text import Text
 
+from kvcomm.align.bound import Bound
 from kvcomm.cli.output import JsonFlag, emit, format_bytes, table
 from kvcomm.cli.remote import DEFAULT_SERVER, KeyFlag, ServerFlag, ask
 from kvcomm.cli.text import age_of, counted, printable
 from kvcomm.errors import InvalidRequest
+from kvcomm.plain import fields_of
 
 if TYPE_CHECKING:
     from kvcomm.align.profile_file import GroupRecord
@@ -28,7 +30,7 @@ app = typer.Typer(
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder of anchors.")]
 EdgePrefix = Annotated[str, typer.Argument(metavar="EDGE", help="The first digits of an edge; `ls` shows them.")]
-BOUNDS = ((0.02, 0.05), (0.05, 0.05))
+BOUNDS = (Bound(0.02, 0.05), Bound(0.05, 0.05))
 TRANSFER_TIMEOUT_S = 300.0
 
 
@@ -124,9 +126,7 @@ def export_command(
     from kvcomm.align.archive import export_archive
     from kvcomm.cli.anchor_folder import AnchorFolder
 
-    if file.exists() and not force:
-        raise InvalidRequest(f"{file} exists; choose another file or give --force")
-    num_banks = export_archive(AnchorFolder(folder).folder, file)
+    num_banks = export_archive(AnchorFolder(folder).folder, file, is_new=not force)
     num_bytes = file.stat().st_size
     value = {"file": str(file), "num_banks": num_banks, "num_bytes": num_bytes}
     emit(value, f"exported {counted(num_banks, 'bank')} to {file}, {format_bytes(num_bytes)}", as_json=as_json)
@@ -221,7 +221,7 @@ def _group_values(record: GroupRecord) -> dict[str, Any]:
         "estimator": record.estimator,
         "strength": group.strength,
         "num_pairs": group.calibration.num_pairs,
-        "tripped": [list(bound) for bound, breaker in group.breakers.items() if breaker.tripped],
+        "tripped": [fields_of(bound) for bound, breaker in group.breakers.items() if breaker.tripped],
         "rungs": [],
     }
     for rung, share in enumerate(record.shares):
@@ -248,8 +248,8 @@ def _chosen(record: GroupRecord, rung: int | None) -> float | None:
     return None if rung is None else record.shares[rung]
 
 
-def _bound_name(bound: tuple[float, float]) -> str:
-    return f"({bound[0]}, {bound[1]})"
+def _bound_name(bound: Bound) -> str:
+    return f"{bound.max_divergence:g} nats at {bound.confidence:.0%}"
 
 
 def _bound_columns() -> list[str]:

@@ -82,7 +82,3 @@ def _options(
     ] = False,
 ) -> None:
     """Agents that share one model's KV cache."""
-
-
-if __name__ == "__main__":
-    main()

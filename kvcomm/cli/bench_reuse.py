@@ -90,7 +90,12 @@ def reuse_command(
         agents = compare(engine, chosen, inputs[:runs], policy, note=note)
     value = {
         "agents": [agent_values(agent) for agent in agents],
-        "config": {"model": model, "team": chosen.name, "runs": runs, "bound": [max_divergence, 1 - confidence]},
+        "config": {
+            "model": model,
+            "team": chosen.name,
+            "runs": runs,
+            "bound": {"max_divergence": max_divergence, "delta": 1 - confidence},
+        },
     }
     emit(value, reuse_table(agents, policy), conclusion(agents), as_json=as_json)
 

@@ -93,11 +93,13 @@ def create_command(
     parent = store.usable_context(extend_from) if extend_from else None
     with load_engine(model) as engine:
         began_s = time.monotonic()
-        segments = sources.read(engine, is_start=parent is None)
+        segments = sources.read(engine)
         with _restore(engine, parent) if parent else engine.context(segments) as context:
             if parent:
                 context.extend(segments)
-            value = _save(context, name, target, elapsed_s=time.monotonic() - began_s)
+            elapsed_s = time.monotonic() - began_s
+            with store.taking(name):
+                value = _save(context, name, target, replace=force, elapsed_s=elapsed_s)
     emit(value, Text(_saved_line("created", value)), as_json=as_json)
 
 
@@ -157,8 +159,10 @@ def extend_command(
     sources = Sources(store, segment, file, text)
     with load_engine(model) as engine, _restore(engine, entry) as context:
         began_s = time.monotonic()
-        context.extend(sources.read(engine, is_start=False))
-        value = _save(context, save_as or name, target, elapsed_s=time.monotonic() - began_s)
+        context.extend(sources.read(engine))
+        elapsed_s = time.monotonic() - began_s
+        with store.taking(save_as or name):
+            value = _save(context, save_as or name, target, replace=force or not save_as, elapsed_s=elapsed_s)
     emit(value, Text(_saved_line("extended", value)), as_json=as_json)
 
 
@@ -200,7 +204,8 @@ def generate_command(
                 sys.stdout.write(printable(chunk.text))
                 sys.stdout.flush()
         completion = handle.result()
-        saved = _save(context, save_as, target) if save_as and target else None
+        with store.taking(save_as or ""):
+            saved = _save(context, save_as, target, replace=force) if save_as and target else None
     usage = completion.usage
     value: dict[str, Any] = {"name": name, "text": completion.text, "token_ids": list(completion.token_ids)}
     value |= {"finish_reason": completion.finish_reason, "usage": usage_values(usage), "saved": saved}
@@ -300,9 +305,9 @@ def _restore(engine: Engine, entry: ContextEntry) -> Context:
         return engine.restore(entry.file)
 
 
-def _save(context: Context, name: str, file: Path, *, elapsed_s: float | None = None) -> dict[str, Any]:
+def _save(context: Context, name: str, file: Path, *, replace: bool, elapsed_s: float | None = None) -> dict[str, Any]:
     context.name = name
-    context.save(file)
+    context.save(file, replace=replace)
     return {
         "name": name,
         "file": str(file),

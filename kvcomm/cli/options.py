@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvcomm.errors import InvalidRequest
+from kvcomm.files.reading import TEXT_BYTES, BadContent, decoded, read_bytes
 from kvcomm.model.registry import SMOLLM2_135M
 
 if TYPE_CHECKING:
@@ -70,13 +71,16 @@ def read_text(file: Path) -> str:
     """The text of a file, or of standard input for "-".
 
     Raises:
-        InvalidRequest: it cannot be read or is not UTF-8.
+        InvalidRequest: it cannot be read, is no regular file, is larger than any prompt, or is not UTF-8.
     """
     try:
-        if str(file) == STANDARD_INPUT:
-            return sys.stdin.buffer.read().decode()
-        return file.read_bytes().decode()
+        if str(file) != STANDARD_INPUT:
+            return decoded(read_bytes(file, max_bytes=TEXT_BYTES))
+        content = sys.stdin.buffer.read(TEXT_BYTES + 1)
+        if len(content) > TEXT_BYTES:
+            raise InvalidRequest(f"standard input holds more than {TEXT_BYTES:,} bytes")
+        return decoded(content)
     except OSError as error:
         raise InvalidRequest(f"{file} cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"{file} is not UTF-8 text: {error}") from error
+    except BadContent as error:
+        raise InvalidRequest(f"{file} is {error}") from error

@@ -18,7 +18,9 @@ import typer
 from kvcomm.cli.text import printable
 from kvcomm.errors import InvalidRequest, ServerError
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 120.0
+"""Of silence: a server on a busy machine may be slow, and whoever waits in vain can interrupt."""
+
 DEFAULT_SERVER = "http://localhost:8000"
 KEY_VARIABLE = "KVCOMM_API_KEY"
 SERVER_VARIABLE = "KVCOMM_SERVER"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Mapping
@@ -11,6 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvcomm.cli.output import JsonFlag, emit, table
+from kvcomm.cli.remote import DEFAULT_SERVER, ServerFlag
+from kvcomm.cli.serve_tenants import AdminKeyFlag, said_of, statuses, wait_until_revoked
+from kvcomm.cli.serve_tenants import app as tenants_app
+from kvcomm.cli.serve_tenants import purge as purge_tenant
 from kvcomm.errors import InvalidRequest, MissingExtra
 
 if TYPE_CHECKING:
@@ -22,7 +27,8 @@ EPILOG = (
 )
 KEYS_EPILOG = (
     "Examples: kvcomm serve keys add ann --keys keys.json --requests-per-minute 60; "
-    "kvcomm serve keys add root --role admin --keys keys.json; kvcomm serve keys ls --keys keys.json"
+    "kvcomm serve keys add root --role admin --keys keys.json; kvcomm serve keys ls --keys keys.json; "
+    "kvcomm serve keys rm ann --keys keys.json --purge --key ADMIN_KEY"
 )
 EXTRA_MODULES = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -38,6 +44,7 @@ keys_app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(keys_app, name="keys")
+app.add_typer(tenants_app, name="tenants")
 
 KeysFlag = Annotated[
     Path, typer.Option("--keys", envvar="KVCOMM_SERVE_KEYS", metavar="FILE", help="The key file.", show_default=False)
@@ -60,6 +67,14 @@ def serve(
     keys: Annotated[
         Path | None, typer.Option("--keys", metavar="FILE", help="API keys made by `kvcomm serve keys add`.")
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option("--allowed-host", metavar="HOST", help="Another name clients call it by; may be repeated."),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option("--cors-origin", metavar="ORIGIN", help="Web pages that may use it; may be repeated."),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option("--config", envvar="KVCOMM_SERVE_CONFIG", metavar="FILE", help="TOML with any setting."),
@@ -69,6 +84,24 @@ def serve(
     pool_tokens: Annotated[int | None, typer.Option("--pool-tokens", metavar="N", help="Token slots of KV.")] = None,
     max_requests: Annotated[
         int | None, typer.Option("--max-requests", metavar="N", help="In flight at once; over it, 503.")
+    ] = None,
+    kept_requests: Annotated[
+        int | None,
+        typer.Option(
+            "--kept-requests",
+            metavar="N",
+            help="Of those, kept for tenants that hold few; a tenant over its share gets 429. One in eight by default, "
+            "where there are keys of more than one tenant.",
+        ),
+    ] = None,
+    max_connections: Annotated[
+        int | None,
+        typer.Option(
+            "--max-connections", metavar="N", help="Open at once; over it, those that have long sent nothing go."
+        ),
+    ] = None,
+    body_timeout: Annotated[
+        float | None, typer.Option("--body-timeout", metavar="SECONDS", help="For a whole body to come; then 408.")
     ] = None,
     request_timeout: Annotated[
         float | None, typer.Option("--request-timeout", metavar="SECONDS", help="For a whole answer; then 504.")
@@ -102,11 +135,16 @@ def serve(
         "served_name": served_name,
         "host": host,
         "port": port,
+        "allowed_hosts": allowed_host or None,
+        "cors_origins": cors_origin or None,
         "keys": keys,
         "dtype": dtype,
         "device": device,
         "engine": None if pool_tokens is None else {"pool_tokens": pool_tokens},
         "max_requests": max_requests,
+        "kept_requests": kept_requests,
+        "max_connections": max_connections,
+        "body_timeout_s": body_timeout,
         "request_timeout_s": request_timeout,
         "default_max_tokens": default_max_tokens,
         "snapshots": snapshots,
@@ -117,6 +155,7 @@ def serve(
     environment = {name: text for name, text in os.environ.items() if name != "KVCOMM_SERVE_CONFIG"}
     settings = load_settings(flags, environment, config)
     settings.require_safe_address(has_keys=settings.keys is not None)
+    settings.require_safe_origins(has_keys=settings.keys is not None)
     if check:
         _print(settings, None, as_json=as_json)
     else:
@@ -154,6 +193,8 @@ def _serve(settings: ServerSettings, *, as_json: bool) -> None:
             settings.model, dtype=settings.dtype, device=settings.device, config=settings.engine, progress=True
         ) as engine:
             server = make_server(make_app(engine, settings, keys=keys, traces=traces))
+            gc.collect()
+            gc.freeze()  # what stays as long as the server is never looked through again: half a second for everybody
             listener.listen()  # whoever reads the address can connect at once
             _print(settings, address_of(listener), as_json=as_json)
             server.run(sockets=[listener])
@@ -233,13 +274,43 @@ def _limits(given: dict[str, Any]) -> Limits | None:
 
 @keys_app.command("rm", epilog=KEYS_EPILOG)
 def remove(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the key.")], keys: KeysFlag, as_json: JsonFlag = False
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the key.")],
+    keys: KeysFlag,
+    purge: Annotated[
+        bool,
+        typer.Option("--purge", help="If it is its tenant's last one, remove what that tenant has in the server, too."),
+    ] = False,
+    snapshots: Annotated[bool, typer.Option("--snapshots", help="With --purge: its snapshots as well.")] = False,
+    server: ServerFlag = DEFAULT_SERVER,
+    key: AdminKeyFlag = None,
+    as_json: JsonFlag = False,
 ) -> None:
-    """Take a key out of the file; a running server refuses it within a second."""
+    """Take a key out of the file; a running server refuses it within a second.
+
+    What its tenant has in the server stays, and requests that run go on; --purge ends both.
+    """
     from kvcomm.server.keys import remove_key
 
+    if snapshots and not purge:
+        raise InvalidRequest("--snapshots needs --purge")
+    if purge:
+        statuses(server, key)  # a server that is not there, or wants another key, is told before anything is done
     record = remove_key(keys, name)
-    emit({"removed": record.name}, f"removed {record.name}", as_json=as_json)
+    said = f"removed {record.name}"
+    purged = _purge(keys, record.tenant, server, key, snapshots=snapshots) if purge else None
+    if purge:
+        said += f"\n{said_of(purged)}" if purged else "; its tenant has other keys, or nothing there"
+    emit({"removed": record.name, **({"purged": purged} if purge else {})}, said, as_json=as_json)
+
+
+def _purge(keys: Path, tenant: str | None, server: str, key: str | None, *, snapshots: bool) -> dict[str, Any] | None:
+    """Remove what a tenant without keys has in a server; None: it has some, or nothing there."""
+    from kvcomm.server.keys import KeyFile
+
+    if tenant is None or any(each.tenant == tenant for each in KeyFile.read(keys).keys):
+        return None
+    wait_until_revoked(server, key, tenant)
+    return purge_tenant(server, key, tenant, snapshots=snapshots) if tenant in statuses(server, key) else None
 
 
 @keys_app.command("ls", epilog=KEYS_EPILOG)

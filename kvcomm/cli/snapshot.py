@@ -12,6 +12,7 @@ from kvcomm.cli.options import DEFAULT_MODEL, FolderFlag, ForceFlag, ModelFlag, 
 from kvcomm.cli.output import JsonFlag, emit, format_bytes
 from kvcomm.cli.text import counted
 from kvcomm.errors import InvalidRequest, SnapshotError
+from kvcomm.files.writing import NameTaken
 
 app = typer.Typer(
     help="Save contexts to files, look into such files, and restore them.",
@@ -53,9 +54,10 @@ def save_command(
     from kvcomm.cli.store import Store, place
 
     entry = Store(folder).usable_context(context)
-    if file.exists() and not force:
-        raise InvalidRequest(f"{file} exists; choose another file or give --force")
-    num_bytes = place(entry.file, file, link=False)
+    try:
+        num_bytes = place(entry.file, file, link=False, is_new=not force)
+    except NameTaken as error:
+        raise InvalidRequest(f"{file} exists; choose another file or give --force") from error
     value = {"name": context, "file": str(file), "num_bytes": num_bytes}
     emit(value, Text(f"saved {context} to {file}, {format_bytes(num_bytes)}"), as_json=as_json)
 
@@ -73,11 +75,13 @@ def restore_command(
     from kvcomm.cli.store import Store, place
     from kvcomm.memory.snapshots import read_header
 
-    target = Store(folder).new_context(name, force=force)
+    store = Store(folder)
+    target = store.new_context(name, force=force)
     read_header(file)  # refuses most bad files before a model is loaded
     with load_engine(model) as engine, engine.restore(file) as context:
         num_tokens = context.num_tokens
-    num_bytes = place(file, target, link=False)
+    with store.taking(name):
+        num_bytes = place(file, target, link=False, is_new=not force)
     value = {"name": name, "file": str(target), "num_tokens": num_tokens, "num_bytes": num_bytes}
     emit(value, f"restored {name}: {counted(num_tokens, 'token')}, {format_bytes(num_bytes)}", as_json=as_json)
 

@@ -31,8 +31,8 @@ class Sources:
         if text is not None:
             self._texts.append((text, None))
 
-    def read(self, engine: Engine, *, is_start: bool) -> list[Segment]:
-        """The segments of the prompt; with `is_start` the tokenizer's start tokens, if any, come first.
+    def read(self, engine: Engine) -> list[Segment]:
+        """The segments of the prompt.
 
         Raises:
             EmptyPrompt: no text has any tokens.
@@ -42,9 +42,6 @@ class Sources:
         segments += [engine.segment(text, name=name) for text, name in self._texts]
         if not any(segment.token_ids for segment in segments):
             raise EmptyPrompt("the texts given have no tokens")
-        start = _start_tokens(engine) if is_start else ()
-        if start and segments[0].token_ids[: len(start)] != start:
-            segments.insert(0, Segment(start, "start"))
         return segments
 
 
@@ -56,11 +53,3 @@ def _checked(engine: Engine, name: str, stored: StoredSegment) -> Segment:
             f"the segment again with `kvcomm segment add {name} --force`"
         )
     return segment
-
-
-def _start_tokens(engine: Engine) -> tuple[int, ...]:
-    """What the tokenizer puts before any text: nothing, or a begin-of-sequence token."""
-    bare = engine.segment("a").token_ids
-    (full,) = engine.read_prompt("a", is_start=True)
-    places = range(len(full.token_ids) - len(bare) + 1)
-    return full.token_ids[: next((at for at in places if full.token_ids[at:][: len(bare)] == bare), 0)]

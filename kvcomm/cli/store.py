@@ -1,8 +1,9 @@
 """The folder in which the command line keeps contexts and segments under names.
 
 Owns the names: a context is `NAME.safetensors`, a snapshot; a segment is `NAME.segment.json`. What always holds: a
-file appears whole or not at all and is never written again, only replaced, so forks can share it; a name never
-leads out of the folder. A foreign or damaged file is refused by name with the way out and hinders no other entry.
+file appears whole or not at all and is never written again, only replaced, so forks can share it; of several who
+want a new name one gets it; a name never leads out of the folder. A foreign or damaged file is refused by name with
+the way out and hinders no other entry.
 Knows files and headers, no engine.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -24,9 +26,12 @@ from kvcomm.errors import (
     InvalidRequest,
     SnapshotCorrupt,
     SnapshotError,
+    SnapshotExists,
     SnapshotForeign,
     SnapshotTooNew,
 )
+from kvcomm.files.reading import TEXT_BYTES, open_regular, read_bytes
+from kvcomm.files.writing import PART, NameTaken, publish, replacing, sweep
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.snapshots import SUFFIX as CONTEXT_SUFFIX
 from kvcomm.memory.snapshots import SnapshotHeader, read_header
@@ -116,7 +121,7 @@ class Store:
                 pass
 
     def new_context(self, name: str, *, force: bool = False) -> Path:
-        """The file for a context to be made.
+        """The file for a context to be made; to be written under `taking`, as its name may be taken meanwhile.
 
         Raises:
             InvalidRequest: a bad name, or it is taken and not `force`.
@@ -132,7 +137,9 @@ class Store:
             CacheFolderError: the folder cannot be written.
         """
         source = self.usable_context(name)
-        return place(source.file, self.new_context(new, force=force), link=True)
+        target = self.new_context(new, force=force)
+        with self.taking(new):
+            return place(source.file, target, link=True, is_new=not force)
 
     def remove_context(self, name: str) -> int:
         """Remove a context, whatever state it is in. Returns the bytes freed: 0 while a fork shares the file.
@@ -179,13 +186,24 @@ class Store:
             CacheFolderError: the folder cannot be written.
         """
         file = self._new(name, SEGMENT_SUFFIX, "segment", force)
-        with _replaced(file) as temporary:
+        with self.taking(name, "segment"), folder_errors("write", file), replacing(file, is_new=not force) as temporary:
             temporary.write_text(stored.model_dump_json(indent=2) + "\n", encoding="utf-8")
         return file
 
     def remove_segment(self, name: str) -> int:
         """Remove a segment, whatever state it is in; raises as `remove_context`. Returns the bytes freed."""
         return remove(self._existing(name, SEGMENT_SUFFIX, "segment"))
+
+    @contextmanager
+    def taking(self, name: str, kind: str = "context") -> Iterator[None]:
+        """Raises InvalidRequest where what is written finds its name taken, although it was free before."""
+        try:
+            yield
+        except (NameTaken, SnapshotExists) as error:
+            raise self._taken(name, kind) from error
+
+    def _taken(self, name: str, kind: str) -> InvalidRequest:
+        return InvalidRequest(f"{kind} {name!r} exists in {self.folder}; choose another name or give --force")
 
     # -- names ------------------------------------------------------------------------------------------------
 
@@ -215,8 +233,9 @@ class Store:
     def _new(self, name: str, suffix: str, kind: str, force: bool) -> Path:
         file = self._file(name, suffix)
         if file.exists() and not force:
-            raise InvalidRequest(f"{kind} {name!r} exists in {self.folder}; choose another name or give --force")
+            raise self._taken(name, kind)
         self.require_writable()
+        sweep(self.folder)
         return file
 
 
@@ -252,23 +271,27 @@ def way_out(name: str) -> Iterator[None]:
         raise SnapshotCorrupt(f"{error}; {removal}") from error
 
 
-def place(source: Path, target: Path, *, link: bool) -> int:
-    """Put a file at another place, whole or not at all, replacing what is there.
+def place(source: Path, target: Path, *, link: bool, is_new: bool = False) -> int:
+    """Put a file at another place, whole or not at all.
 
     Args:
         link: let both be one file where the disk can do that.
+        is_new: do not replace a file that is there by then.
 
     Returns:
         The bytes copied; 0 if linked.
 
     Raises:
+        NameTaken: `is_new`, and there is one.
         CacheFolderError: the target cannot be written.
     """
-    with _replaced(target) as temporary:
-        if link and _is_linked(source, temporary):
+    with folder_errors("write", target):
+        if link and _is_linked(source, target, is_new=is_new):
             return 0
-        shutil.copyfile(source, temporary)
-        return temporary.stat().st_size
+        with replacing(target, is_new=is_new) as temporary, open_regular(source) as content:
+            with temporary.open("wb") as copy:
+                shutil.copyfileobj(content, copy)
+            return temporary.stat().st_size
 
 
 def remove(file: Path) -> int:
@@ -288,44 +311,45 @@ def folder_errors(doing: str, path: Path) -> Iterator[None]:
     """Turn file system errors into one CacheFolderError; `doing` completes "cannot ... PATH"."""
     try:
         yield
+    except NameTaken:
+        raise
     except OSError as error:
         raise CacheFolderError(
             f"cannot {doing} {path}: {error.strerror or error}; free or repair it, or choose another place (--dir)"
         ) from error
 
 
-@contextmanager
-def _replaced(target: Path) -> Iterator[Path]:
-    """An empty file beside the target that replaces it when the block succeeds and vanishes when it does not."""
-    temporary: Path | None = None
-    with folder_errors("write", target):
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-            os.close(descriptor)
-            temporary = Path(name)
-            yield temporary
-            temporary.replace(target)
-        finally:
-            # Also after success: replacing a file by another name of itself leaves both names.
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
-
-
-def _is_linked(source: Path, temporary: Path) -> bool:
-    """Make `temporary` another name of `source`, if the file system can do that."""
-    temporary.unlink()
+def _is_linked(source: Path, target: Path, *, is_new: bool) -> bool:
+    """Make `target` another name of `source`, if the file system can do that."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open_regular(source):  # says what is wrong with it
+        pass
     try:
-        os.link(source, temporary)
+        if is_new:
+            os.link(source, target)
+        else:
+            _relink(source, target)
+    except FileExistsError as error:
+        raise NameTaken(error.errno, error.strerror, str(target)) from error
     except OSError:
         return False
     return True
 
 
+def _relink(source: Path, target: Path) -> None:
+    """A link replaces nothing: make it under a hidden name, and move it. Swept meanwhile, it is a copy's turn."""
+    link = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PART}")
+    try:
+        os.link(source, link)
+        publish(link, target)
+    finally:
+        link.unlink(missing_ok=True)  # moving a name to another one of the same file leaves both
+
+
 def _segment_entry(file: Path) -> SegmentEntry:
     name = file.name.removesuffix(SEGMENT_SUFFIX)
     try:
-        stored = StoredSegment.model_validate_json(file.read_bytes())
+        stored = StoredSegment.model_validate_json(read_bytes(file, max_bytes=TEXT_BYTES))
     except OSError as error:
         return SegmentEntry(name, file, None, f"cannot be read: {error.strerror or error}")
     except ValidationError as error:

@@ -111,6 +111,9 @@ def _cache(stats: Stats) -> Table:
     values: dict[str, object] = {"size": format_bytes(cache.bytes), "quota": quota}
     dropped = {"evicted": cache.evicted_tokens, "expired": cache.expired_tokens, "over quota": cache.over_quota_tokens}
     values |= {f"{reason} so far": number for reason, number in dropped.items() if number}
+    if (kept := stats.kept) is not None and kept.contexts:
+        values["contexts"] = f"{kept.contexts} of {kept.max_contexts}, {kept.context_tokens} tokens"
+        values["their texts"] = f"{format_bytes(kept.conversation_bytes)} of {format_bytes(kept.max_kept_bytes)}"
     return table(["cached tokens", str(cache.tokens)], values.items(), numeric=[str(cache.tokens)])
 
 

@@ -134,7 +134,7 @@ def _emit_profile(profile: TuningProfile, task: Task, *, as_json: bool) -> None:
     from kvcomm.agents.tuning.plot import save_plot
 
     try:
-        save_plot(profile.pareto, task.out.with_suffix(".svg"))
+        save_plot(profile.pareto, Path(task.out).with_suffix(".svg"))
     except MissingExtra as error:
         _note(str(error))
     value = {"profile": str(task.out), **profile.model_dump(mode="json")}

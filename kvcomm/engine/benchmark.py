@@ -263,14 +263,14 @@ def measure_branches(engine: Engine, prompt: Sequence[int], *, num_branches: int
     )
 
 
-def measure_restore(engine: Engine, prompt: Sequence[int], folder: Path) -> RestoreCost:
+def measure_restore(engine: Engine, prompt: Sequence[int], folder: str | Path) -> RestoreCost:
     """Compute a context on a cleared cache, save it in `folder`, and restore it on a cleared cache.
 
     Raises:
         SnapshotError: `folder` cannot be written.
         InvalidRequest: too long for the model.
     """
-    file = folder / "benchmark.safetensors"
+    file = Path(folder) / "benchmark.safetensors"
     engine.clear_cache()
     start = time.perf_counter()
     with engine.context(prompt) as context:

@@ -28,6 +28,8 @@ from kvcomm.errors import ContextBusy, ContextReleased, InvalidRequest
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
+from kvcomm.plain import short
+from kvcomm.values import told
 
 PREFILL_ONLY = SamplingParams(max_new_tokens=0)
 """Computes a prompt and generates nothing."""
@@ -51,9 +53,9 @@ class ContextHost(Protocol):
 
     def drop_context(self, context: Context) -> None: ...
 
-    def save_snapshot(self, context: Context, file: Path) -> Path: ...
+    def save_snapshot(self, context: Context, file: Path, *, replace: bool) -> Path: ...
 
-    def copy_to_hf_cache(self, context: Context) -> DynamicCache: ...
+    def copy_to_hf_cache(self, context: Context, *, whole: bool) -> DynamicCache: ...
 
     def repair(self, context: Context) -> Future[bool]: ...
 
@@ -95,7 +97,8 @@ class Context:
 
     def __repr__(self) -> str:
         state = "released" if self._released else "busy" if self.busy else "ready"
-        return f"Context(name={self.name!r}, num_tokens={self._sequence.num_tokens}, {state})"
+        name = "" if self.name is None else f"{short(self.name)}, "
+        return f"Context({name}{self._sequence.num_tokens} tokens, {self.fidelity.value}, {state})"
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -210,24 +213,34 @@ class Context:
         """`generate` for asyncio."""
         return await self.submit(sampling_params(sampling, settings)).aresult()
 
-    def save(self, file: str | Path) -> Path:
+    def save(self, file: str | Path, *, replace: bool = True) -> Path:
         """Write a snapshot; `Engine.restore` reads it. The file appears whole or not at all.
+
+        Args:
+            replace: a file of that name that is there by the time this one is written; False: of several who save
+                under one name at once, one does.
 
         Raises:
             ContextReleased, ContextBusy: there is no state to save.
+            SnapshotExists: there is a file, and it is not to be replaced.
             SnapshotError: the file cannot be written.
         """
         self._require_idle()
-        return self._engine.save_snapshot(self, Path(file))
+        return self._engine.save_snapshot(self, Path(file), replace=replace)
 
-    def to_hf_cache(self) -> DynamicCache:
-        """A copy of the KV as a transformers cache that stock `generate` continues.
+    def to_hf_cache(self, *, whole: bool = False) -> DynamicCache:
+        """A copy of the KV as a transformers cache: `generate(ids, past_key_values=cache)` goes on from it.
+
+        Args:
+            whole: with the KV of the last token, if that is computed. Stock `generate` needs a token to compute: given
+                a cache as long as its prompt, it computes the prompt a second time behind itself, and says nothing.
+                Right for calls of the model with further tokens.
 
         Raises:
             ContextReleased, ContextBusy: there is no state to copy.
         """
         self._require_idle()
-        return self._engine.copy_to_hf_cache(self)
+        return self._engine.copy_to_hf_cache(self, whole=whole)
 
     def repair(self) -> Future[bool]:
         """Replace approximate KV by what computing it exactly gives, in idle time; tokens stay as they are.
@@ -313,8 +326,10 @@ def sampling_params(sampling: SamplingParams | None, settings: dict[str, object]
     """Either a ready object or its fields.
 
     Raises:
-        InvalidRequest: both are given, or a field is unknown.
+        InvalidRequest: both are given, a field is unknown, or `sampling` is something else.
     """
+    if not isinstance(sampling, SamplingParams | None):
+        raise InvalidRequest(f"sampling must be a SamplingParams, not {told(sampling)}; or give its fields by name")
     if sampling is not None and settings:
         raise InvalidRequest(f"give either a SamplingParams or its fields, not both ({sorted(settings)})")
     unknown = sorted(settings.keys() - SamplingParams.__dataclass_fields__.keys())

@@ -21,6 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from kvcomm.align.ops.contract import LayerStore, Rotate
 from kvcomm.align.spans import place_of
 from kvcomm.errors import PoolExhausted
+from kvcomm.files.reading import CONFIG_BYTES, read_bytes
+from kvcomm.files.writing import replacing
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.sequences import Sequence as KVSequence
 from kvcomm.model.runner import ModelRunner, Run
@@ -96,14 +98,12 @@ class ReuseCost:
 def cached_cost(file: Path, measure: Callable[[], CostModel]) -> CostModel:
     """The model in `file`, or a fresh one, which is kept there if the folder can be written."""
     try:
-        return CostModel.model_validate_json(file.read_bytes())
+        return CostModel.model_validate_json(read_bytes(file, max_bytes=CONFIG_BYTES))
     except (OSError, ValidationError):
         model = measure()
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(model.model_dump_json())
-        partial.replace(file)
+        with replacing(file) as temporary:
+            temporary.write_text(model.model_dump_json())
     except OSError:
         pass  # measured again next time
     return model

@@ -1,94 +1,318 @@
-"""From generated tokens to text, as they come.
+"""From generated tokens to text and ids, as they come.
 
-Text is only given out once it cannot change any more: not while it ends inside a multi-byte character, and not while
-its end could still become a stop string. Decoding looks at a short window of recent tokens, so that a long answer
-costs linear time.
+All chunks of an answer joined are the tokenizer's own text of its ids. So a piece of text is only given out once it
+cannot change any more: not while it ends inside a character, and not while its end could still become a stop string;
+an id once no stop string can cut it. Decoding looks at a short window of recent tokens, so that a long answer costs
+linear time.
+
+A stop string may begin or end inside a token. Then the answer's ids are the drawn ones wholly before it, and behind
+them the tokens that the rest of the text has when it is tokenized: who reads the ids reads what the answer shows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import codecs
+import re
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-REPLACEMENT = "\ufffd"
-MAX_UNFINISHED_BYTES = 4
-"""A character of UTF-8 has at most four bytes; a replacement mark older than that is really in the text."""
+from kvcomm.engine.token_texts import REPLACEMENT, TokenTexts
+
+NUM_CONTEXT = 8
+"""Tokens before a token that its text can depend on; runs of byte tokens count as one."""
+
+_UNCLEANED = re.compile(r".*[^ .?!,'ntmsver]", re.DOTALL)
+"""Text up to its last letter that cleaning up never looks at, so that what follows changes nothing before it."""
+
+NUM_RECENT = 256
+"""Letters kept of what was given out, to compare the ends of tokens with."""
+
+
+class _End(NamedTuple):
+    """Where the text of the first `num_tokens` ids ended when the last of them came.
+
+    Attributes:
+        position: letters before it.
+        tail: the last of these letters, which could still change then.
+    """
+
+    num_tokens: int
+    position: int
+    tail: str
 
 
 class Detokenizer:
-    """The text of one growing answer.
+    """The text and the ids of one growing answer.
 
     Attributes:
-        text: what has been given out so far.
         stopped: the stop string that ended the answer, once one did.
+        num_kept_tokens: leading drawn tokens that belong to the answer: all of them, or those before the stop string.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        *,
+        texts: TokenTexts | None = None,
+        encode: Callable[[str], Sequence[int]] | None = None,
+    ) -> None:
+        """Args:
+        texts: of the tokenizer, where they are known already.
+        encode: tokenizes what a stop string leaves of a token, as the middle of a text; None: the ids lack it.
+        """
+        self._texts = texts or TokenTexts(tokenizer)
+        self._encode = encode
         self._stop = tuple(stop)
         self._token_ids: list[int] = []
-        self._text_ends: list[int] = []  # length of all text known after each token
-        self._window_start = 0
-        self._window_done = 0
-        self._known = ""  # decoded and stable, given out or held back
-        self.text = ""
+        self._window = _Window(self._texts, keep_run=max(map(len, self._stop), default=0))
+        self._pieces: list[str] = []  # given out
+        self._num_released = 0  # letters given out
+        self._recent = ""
+        self._held = ""  # cannot change any more, but might become a stop string
+        self._ends: deque[_End] = deque()
+        self._num_taken = 0
+        self._num_closed = 0
+        self._closed_at = 0
+        self._answer: tuple[int, ...] | None = None
         self.stopped: str | None = None
 
-    def push(self, token_id: int) -> str:
-        """Add a token; returns the text that has become final with it (may be empty)."""
-        self._token_ids.append(token_id)
-        self._known += self._newly_decoded(flush=False)
-        self._text_ends.append(len(self._known))
-        return self._release(hold_back=True)
-
-    def finish(self) -> str:
-        """No more tokens: returns the text that was still held back."""
-        if self.stopped is None:
-            self._known += self._newly_decoded(flush=True)
-        return self._release(hold_back=False)
+    @property
+    def text(self) -> str:
+        """What has been given out so far."""
+        if len(self._pieces) > 1:
+            self._pieces = ["".join(self._pieces)]
+        return self._pieces[0] if self._pieces else ""
 
     @property
     def num_kept_tokens(self) -> int:
-        """Leading tokens that belong to the answer: all of them, or those that end before the stop string."""
+        return len(self._token_ids) if self.stopped is None else self._num_closed
+
+    @property
+    def answer_ids(self) -> tuple[int, ...]:
+        """The drawn tokens that the answer keeps, and those of what a stop string left of one; as it is so far."""
+        return tuple(self._token_ids) if self._answer is None else self._answer
+
+    def push(self, token_id: int) -> str:
+        """Add a token; returns the text that has become final with it (may be empty).
+
+        Raises:
+            Exception: what the tokenizer raises for an id that it does not know.
+        """
+        self._token_ids.append(token_id)
+        self._held += self._window.push(token_id)
+        if not self._window.is_in_run:
+            tail = self._window.tail
+            position = self._num_released + len(self._held) + len(tail)
+            self._ends.append(_End(len(self._token_ids), position, tail))
+        return self._release(self._window.readable_tail(self._held, self._stop), hold_back=True)
+
+    def finish(self) -> str:
+        """No more tokens: returns the text that was still held back."""
+        if self._answer is not None:
+            return ""
+        released = ""
         if self.stopped is None:
-            return len(self._token_ids)
-        return sum(end <= len(self.text) for end in self._text_ends)
+            self._held += self._window.flush()
+            released = self._release("", hold_back=False)
+        self._answer = self._make_answer()
+        return released
 
-    def _newly_decoded(self, *, flush: bool) -> str:
-        before = self._decode(self._window_start, self._window_done)
-        now = self._decode(self._window_start, len(self._token_ids))
-        unfinished = now.endswith(REPLACEMENT) and len(self._token_ids) - self._window_done < MAX_UNFINISHED_BYTES
-        if len(now) <= len(before) or (unfinished and not flush):
-            return now[len(before) :] if flush else ""
-        self._window_start, self._window_done = self._window_done, len(self._token_ids)
-        return now[len(before) :]
+    def take_ids(self) -> tuple[int, ...]:
+        """Ids that no stop string can cut any more and that were not taken before."""
+        ids = self.answer_ids if self._answer is not None or not self._stop else self._token_ids[: self._num_closed]
+        taken, self._num_taken = tuple(ids[self._num_taken :]), len(ids)
+        return taken
 
-    def _decode(self, start: int, end: int) -> str:
-        text = self._tokenizer.decode(self._token_ids[start:end], skip_special_tokens=True)
-        assert isinstance(text, str)
-        return text
-
-    def _release(self, *, hold_back: bool) -> str:
+    def _release(self, tail: str, *, hold_back: bool) -> str:
+        """Give out what is final; `tail` may still change, but ends the answer if there is a stop string in it."""
         if self.stopped is not None:
             return ""
-        searched_from = len(self.text)
-        found = [(self._known.find(stop, searched_from), stop) for stop in self._stop]
+        looked_at = self._held + tail
+        found = [(looked_at.find(stop), stop) for stop in self._stop]
         # The one that is complete first, as if the text had come letter by letter.
         hits = [(at + len(stop), at, stop) for at, stop in found if at >= 0]
         if hits:
             _, end, self.stopped = min(hits)
+            released, self._held = looked_at[:end], ""
         else:
-            end = len(self._known) - (self._num_held_back() if hold_back else 0)
-        released = self._known[searched_from:end]
-        self.text += released
+            end = len(self._held) - (self._num_held_back() if hold_back else 0)
+            released, self._held = self._held[:end], self._held[end:]
+        self._close_ids(released)
+        self._pieces.append(released)
         return released
+
+    def _close_ids(self, released: str) -> None:
+        """See which ids have all their text out with `released`."""
+        start = self._num_released - len(self._recent)
+        out = self._recent + released
+        self._num_released += len(released)
+        while self._ends and self._ends[0].position <= self._num_released:
+            end = self._ends.popleft()
+            # A character that the next token completed belongs to both, so its first token cannot stand alone.
+            if out[end.position - len(end.tail) - start : end.position - start] == end.tail:
+                self._num_closed, self._closed_at = end.num_tokens, end.position
+        self._recent = out[-NUM_RECENT:]
 
     def _num_held_back(self) -> int:
         """Length of the longest end of the text that begins a stop string."""
-        tail = self._known[len(self.text) :]
         longest = max((len(stop) for stop in self._stop), default=1) - 1
-        for length in range(min(longest, len(tail)), 0, -1):
-            if any(stop.startswith(tail[-length:]) for stop in self._stop):
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
                 return length
         return 0
+
+    def _make_answer(self) -> tuple[int, ...]:
+        if self.stopped is None:
+            return tuple(self._token_ids)
+        kept = self._token_ids[: self._num_closed]
+        rest = self.text[self._closed_at :]
+        if not rest or self._encode is None:
+            return tuple(kept)
+        candidates = [rest]
+        if not self._closed_at:
+            # The text of an answer may lack the space that its first token has behind a prompt.
+            behind = self._texts.behind(token for token in self._token_ids if not self._texts.is_silent(token))
+            if behind.startswith(" " + rest):
+                candidates.insert(0, " " + rest)
+        answers = [(*kept, *self._encode(candidate)) for candidate in candidates]
+        exact = (answer for answer in answers if self._texts.decode(answer) == self.text)
+        return next(exact, answers[-1])
+
+
+class _Window:
+    """Recent tokens of an answer, and how much of their text is settled: the same whatever follows.
+
+    Attributes:
+        tail: text behind the settled one that may still change.
+        is_in_run: the last token stands for a byte, so that nothing is known about its text yet.
+    """
+
+    def __init__(self, texts: TokenTexts, *, keep_run: int) -> None:
+        """`keep_run`: letters of a run of bytes to be looked at for stop strings."""
+        self._texts = texts
+        self._token_ids: list[int] = []
+        self._is_byte: list[bool] = []
+        self._num_settled = 0  # letters of the window's raw text
+        self._before = ""  # the window's raw text one token ago
+        self._raw_tail = ""
+        self._unclean = ""  # raw, and not settled only as far as cleaning up is concerned
+        self._run = _Run(keep_run)
+        self.tail = ""
+        self.is_in_run = False
+
+    def push(self, token_id: int) -> str:
+        """Add a token; returns the text that is settled with it."""
+        if self._texts.is_silent(token_id):
+            return ""
+        byte = self._texts.byte_of(token_id)
+        self._token_ids.append(token_id)
+        self._is_byte.append(byte is not None)
+        if byte is not None:
+            if not self.is_in_run:
+                self._run.begin()
+            self.is_in_run = True
+            self._run.push(byte)
+            return ""
+        self.is_in_run = False
+        now = self._texts.decode_raw(self._token_ids)
+        settled = self._settle(now, max(self._num_settled, self._num_stable(now)))
+        self._before = now
+        if len(self._token_ids) > 2 * NUM_CONTEXT:
+            self._shift(now)
+        return settled
+
+    def flush(self) -> str:
+        """No more tokens: all text that was not settled."""
+        now = self._texts.decode_raw(self._token_ids) if self._token_ids else ""
+        self.is_in_run = False
+        return self._settle(now, len(now), is_last=True)
+
+    def readable_tail(self, held: str, stop: Sequence[str]) -> str:
+        """What the answer would show behind the settled text if it ended now, where a stop string may be in it."""
+        if not stop:
+            return ""
+        if not self.is_in_run:
+            return self.tail.rstrip(REPLACEMENT)
+        # A run of bytes is decoded as a whole, so it only is where its last letter completes a stop string.
+        if not self._run.may_end(held + self.tail, stop):
+            return ""
+        raw = self._texts.decode_raw(self._token_ids)[self._num_settled :]
+        return self._texts.clean_up(self._unclean + raw)
+
+    def _settle(self, now: str, end: int, *, is_last: bool = False) -> str:
+        settled, self._raw_tail = now[self._num_settled : end], now[end:]
+        self._num_settled = end
+        if self._texts.cleans_up:
+            raw = self._unclean + settled
+            untouched = _UNCLEANED.match(raw)
+            end = len(raw) if is_last else 0 if untouched is None else untouched.end()
+            settled, self._unclean = self._texts.clean_up(raw[:end]), raw[end:]
+        self.tail = self._texts.clean_up(self._unclean + self._raw_tail)
+        return settled
+
+    def _num_stable(self, now: str) -> int:
+        stable = len(now)
+        if self._texts.lags:
+            stable = _num_common(self._before, now)
+        stable = max(0, min(stable, len(now) - self._texts.num_rewritten))
+        for _ in range(self._texts.num_unfinished):
+            if now[:stable].endswith(REPLACEMENT):
+                stable -= 1
+        return stable
+
+    def _shift(self, now: str) -> None:
+        """Forget tokens that what follows does not depend on."""
+        start = len(self._token_ids) - NUM_CONTEXT
+        while start and self._is_byte[start] and self._is_byte[start - 1]:
+            start -= 1
+        shorter = self._texts.decode_raw(self._token_ids[start:]) if start else ""
+        end = now[-len(self._raw_tail) - 1 :]
+        if len(shorter) > len(end) and shorter.endswith(end):
+            del self._token_ids[:start], self._is_byte[:start]
+            self._num_settled = len(shorter) - len(self._raw_tail)
+            self._before = shorter
+
+
+class _Run:
+    """The end of the text of a run of byte tokens, as long as the run is valid."""
+
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
+        self.begin()
+
+    def begin(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._end = ""
+        self._is_valid = True
+        self._is_at_letter = False
+
+    def push(self, byte: int) -> None:
+        if not self._is_valid:
+            return
+        try:
+            letter = self._decoder.decode(bytes([byte]))
+        except UnicodeDecodeError:
+            self._is_valid = False
+            return
+        self._is_at_letter = bool(letter)
+        self._end = (self._end + letter)[-self._keep :] if self._keep else ""
+
+    def may_end(self, before: str, stop: Sequence[str]) -> bool:
+        """Whether the last byte completed a letter that completes a stop string, behind the text `before`."""
+        if not self._is_valid or not self._is_at_letter:
+            return False
+        end = before[-self._keep :] + self._end
+        return any(end.endswith(each) for each in stop)
+
+
+def _num_common(first: str, second: str) -> int:
+    num = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        num += 1
+    return num

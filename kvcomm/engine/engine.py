@@ -19,11 +19,13 @@ from typing import NamedTuple, Self
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvcomm import values
 from kvcomm.align.groups import EdgeGroup
 from kvcomm.align.profile_file import Profile
 from kvcomm.config import EngineConfig
 from kvcomm.engine.context import Context, sampling_params
 from kvcomm.engine.detokenize import Detokenizer
+from kvcomm.engine.encoding import TextEncoder
 from kvcomm.engine.exchange import KVExchange, layer_shapes
 from kvcomm.engine.explanation import Explanation
 from kvcomm.engine.handle import RequestHandle
@@ -37,6 +39,7 @@ from kvcomm.engine.results import Completion
 from kvcomm.engine.reuse_parts import ReuseParts
 from kvcomm.engine.sampling import Sampler, SamplingParams
 from kvcomm.engine.scheduler import Scheduler
+from kvcomm.engine.token_texts import TokenTexts
 from kvcomm.engine.variant import Variant
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.fidelity import Fidelity
@@ -51,6 +54,7 @@ from kvcomm.model.loading import load_model
 from kvcomm.model.namespace import model_identity, tenant_namespace
 from kvcomm.model.runner import ModelRunner
 from kvcomm.model.weights import weights_digest
+from kvcomm.plain import MAX_TEXT
 
 DEFAULT_TENANT = "default"
 
@@ -91,7 +95,7 @@ class Engine:
             InvalidRequest: the attention back end asked for does not run here.
         """
         self.config = config or EngineConfig()
-        self.policy = policy or ReusePolicy.exact()
+        self.policy = _policy(policy) or ReusePolicy.exact()
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.geometry = ModelGeometry.from_model(model)
@@ -119,13 +123,15 @@ class Engine:
             self._lock,
             end_token_ids=ends,
         )
+        self.encoder = TextEncoder(tokenizer)
+        self._texts = TokenTexts(tokenizer)
         self._reader = PromptReader(
-            tokenizer, vocab_size=self.geometry.vocab_size, max_context=self.geometry.max_context
+            self.encoder, vocab_size=self.geometry.vocab_size, max_context=self.geometry.max_context
         )
-        self._exchange = KVExchange(self.memory, self.geometry, self.lock)
         self._holdings = Holdings(self.pool, self.scheduler.requests)
         self._request_ids = itertools.count()
         self._loop = EngineLoop(self.scheduler, self.reuse.idle, self.config.idle_after_s)
+        self._exchange = KVExchange(self.memory, self.geometry, self._holdings, self.lock, self._loop.require_open)
         self._finalizer = weakref.finalize(self, EngineLoop.close, self._loop)
 
     @classmethod
@@ -148,6 +154,17 @@ class Engine:
         loaded = load_model(name, dtype=dtype, device=device, progress=progress)
         return cls(loaded.model, loaded.tokenizer, config=config, policy=policy, weights_id=loaded.weights_digest)
 
+    def __repr__(self) -> str:
+        # Without the lock: whoever looks at an engine waits for nobody, and the numbers are about those of now.
+        name = Path(str(self.model.config.name_or_path)).name or type(self.model).__name__
+        pages = f"{self.pool.num_pages} pages of {self.config.page_size}"
+        in_flight = self.scheduler.num_waiting + self.scheduler.num_running
+        held = f"{self._holdings.num_contexts} contexts, {in_flight} requests"
+        state = "closed" if self.scheduler.is_closed else "running"
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        where = f"{name[:MAX_TEXT]}, {dtype}, {self.model.device}"
+        return f"Engine({where}, {pages}, {held}, {state})"
+
     @property
     def lock(self) -> RLock:
         """Guards all state; held while state changes, not during a forward pass."""
@@ -165,11 +182,19 @@ class Engine:
             return self._holdings.contexts
 
     def namespace(self, tenant: str = DEFAULT_TENANT) -> str:
-        """Digest under which a tenant's KV is cached; differs with model, dtype, rope, tokenizer and tenant."""
-        return tenant_namespace(self._identity, tenant)
+        """Digest under which a tenant's KV is cached; differs with model, dtype, rope, tokenizer and tenant.
+
+        Raises:
+            InvalidRequest: the tenant is no text.
+        """
+        return tenant_namespace(self._identity, values.text("the tenant", tenant))
 
     def segment(self, text: str, *, name: str | None = None) -> Segment:
-        """A text tokenized on its own, to be used in prompts as often as you like."""
+        """A text tokenized on its own, as a piece of a prompt, to be used in prompts as often as you like.
+
+        Its ids are the same wherever it stands: a space that the tokenizer puts before texts is left out. Control
+        tokens in it are real.
+        """
         return self._reader.segment(text, name=name)
 
     def keep_segment(self, segment: Segment, *, tenant: str = DEFAULT_TENANT, ttl_s: float | None = None) -> str:
@@ -195,9 +220,15 @@ class Engine:
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Text of token ids, special tokens included."""
-        text = self.tokenizer.decode(list(token_ids))
-        assert isinstance(text, str)
-        return text
+        return self._texts.decode(list(token_ids), skip_special_tokens=False)
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token behind others, with the space that the start of a text may lose."""
+        return self._texts.behind([token_id])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The same in UTF-8; also of a token that is a part of a character only."""
+        return self._texts.bytes_of(token_id)
 
     def context(
         self,
@@ -314,8 +345,6 @@ class Engine:
         assert num_tokens == sequence.num_tokens, f"segments of {num_tokens} tokens, {sequence.num_tokens} in sequence"
         self._reader.require_fits(sequence.num_tokens, sampling.max_new_tokens)
         namespace = self.namespace(tenant)
-        with self.lock:
-            self._holdings.require_quota(namespace, sequence, sequence.num_tokens + sampling.max_new_tokens)
         request_id = next(self._request_ids)
         handle = RequestHandle(request_id, cancel=lambda: self.scheduler.cancel(request))
         entropy = secrets.randbits(62)
@@ -324,7 +353,7 @@ class Engine:
                 index,
                 sequence,
                 Sampler(sampling, index, entropy=entropy),
-                Detokenizer(self.tokenizer, sampling.stop),
+                Detokenizer(self.tokenizer, sampling.stop, texts=self._texts, encode=self.encoder.plain),
             )
             for index in range(sampling.n)
         ]
@@ -336,9 +365,12 @@ class Engine:
             handle=handle,
             branches=branches,
             segments=segments,
-            policy=policy or self.policy,
+            policy=_policy(policy) or self.policy,
             is_lent=lent_by is not None,
         )
+        with self.lock:
+            num_wanted = request.num_pages(self.config.page_size)
+            self._holdings.require_quota(namespace, sequence.num_pages, num_wanted)
         return request
 
     def read_prompt(self, prompt: Prompt, *, is_start: bool) -> tuple[Segment, ...]:
@@ -390,9 +422,10 @@ class Engine:
         with self.lock:
             self._holdings.drop(context)
 
-    def save_snapshot(self, context: Context, file: Path) -> Path:
+    def save_snapshot(self, context: Context, file: str | Path, *, replace: bool) -> Path:
         """Write a context's state; see `Context.save`."""
-        self._exchange.save(context, file, self.namespace(context.tenant))
+        file = Path(file)
+        self._exchange.save(context, file, self.namespace(context.tenant), is_new=not replace)
         return file
 
     def repair(self, context: Context) -> Future[bool]:
@@ -407,14 +440,27 @@ class Engine:
         Raises:
             SnapshotError: unreadable, altered, too new, or of another model or tenant; see the subclasses.
             PoolExhausted: no pages for it.
+            EngineClosed: the engine has been closed, before or meanwhile.
         """
-        with self.lock:
-            sequence, segments, name, logits, note = self._exchange.restore(Path(file), self.namespace(tenant))
-            return Context(self, sequence, tenant=tenant, name=name, segments=segments, last_logits=logits, note=note)
+        namespace = self.namespace(tenant)
+        loaded = self._exchange.load(Path(file), namespace)
 
-    def copy_to_hf_cache(self, context: Context) -> DynamicCache:
+        def finish(sequence: Sequence) -> Context:
+            return Context(
+                self,
+                sequence,
+                tenant=tenant,
+                name=loaded.name,
+                segments=loaded.segments,
+                last_logits=loaded.last_logits,
+                note=loaded.note,
+            )
+
+        return self._exchange.place(namespace, loaded.token_ids, loaded.keys, loaded.values, loaded.fidelity, finish)
+
+    def copy_to_hf_cache(self, context: Context, *, whole: bool) -> DynamicCache:
         """See `Context.to_hf_cache`."""
-        return self._exchange.to_hf_cache(context.sequence, self.model.config)
+        return self._exchange.to_hf_cache(context, self.model.config, whole=whole)
 
     def context_from_hf_cache(
         self, cache: DynamicCache, prompt: Prompt, *, tenant: str = DEFAULT_TENANT, name: str | None = None
@@ -427,11 +473,16 @@ class Engine:
         Raises:
             InvalidRequest: the cache does not fit the model or the tokens.
             PoolExhausted: no pages for it.
+            EngineClosed: the engine has been closed, before or meanwhile.
         """
         segments = self.read_prompt(prompt, is_start=True)
-        with self.lock:
-            sequence = self._exchange.from_hf_cache(cache, _token_ids(segments))
+        token_ids = _token_ids(segments)
+        keys, values = self._exchange.from_hf_cache(cache, token_ids)
+
+        def finish(sequence: Sequence) -> Context:
             return Context(self, sequence, tenant=tenant, name=name, segments=segments)
+
+        return self._exchange.place(self.namespace(tenant), token_ids, keys, values, Fidelity.APPROXIMATE, finish)
 
     def memory_stats(self) -> MemoryStats:
         """Where the pages are."""
@@ -469,8 +520,12 @@ class Engine:
             cached_tokens: of its cached prefixes, and of the renditions of its segments; over it the tenant's own
                 least recently used ones are dropped, never those of others.
             held_tokens: of its contexts and requests in flight at once; over it requests are refused (QuotaExceeded).
+
+        Raises:
+            InvalidRequest: a limit that is no whole number, or negative.
         """
         page_size = self.config.page_size
+        cached_tokens, held_tokens = _limit("cached_tokens", cached_tokens), _limit("held_tokens", held_tokens)
         with self.lock:
             namespace = self.namespace(tenant)
             num_pages = None if cached_tokens is None else cached_tokens // page_size
@@ -501,6 +556,19 @@ class Engine:
         """Drop cached prefixes, of one tenant or of all; contexts keep what they refer to."""
         with self.lock:
             self.memory.reset(None if tenant is None else self.namespace(tenant))
+
+    def forget(self, tenant: str) -> None:
+        """Drop all that is known of a tenant: cache, quotas, chains of segments, anchors and calibrations.
+
+        What its contexts and requests hold stays theirs; they may leave something new.
+        """
+        with self.lock:
+            namespace = self.namespace(tenant)
+            self.set_quota(tenant=tenant)
+            self.memory.reset(namespace)
+            self.memory.segments.forget(namespace)
+            self.memory.segment_tree.forget(namespace)
+            self.reuse.forget(namespace)
 
     def learn(
         self, prompt: Prompt, *, estimators: Iterable[str] = ("token",), tenant: str = DEFAULT_TENANT
@@ -563,16 +631,15 @@ class Engine:
         with self._lock:
             return list(self.reuse.groups.groups(self.namespace(tenant)))
 
-    def save_anchors(self, folder: Path, *, tenant: str = DEFAULT_TENANT) -> Profile:
+    def save_anchors(self, folder: str | Path, *, tenant: str = DEFAULT_TENANT) -> Profile:
         """Write what a tenant has learned about moving text: anchor banks, strengths, calibrations, breakers.
 
         Raises:
             AnchorFileError: a file cannot be written; what was there under that name is untouched.
         """
-        with self._lock:
-            return self.reuse.save(folder, self.namespace(tenant))
+        return self.reuse.save(Path(folder), self.namespace(tenant))
 
-    def load_anchors(self, folder: Path, *, tenant: str = DEFAULT_TENANT) -> Profile:
+    def load_anchors(self, folder: str | Path, *, tenant: str = DEFAULT_TENANT) -> Profile:
         """Take over what `save_anchors` wrote for the same model and tenant, all of it or nothing.
 
         Groups whose banks are missing in the folder are left out and counted in the result.
@@ -581,8 +648,7 @@ class Engine:
             AnchorFileForeign: of another model or tenant, or of larger banks than this engine keeps.
             AnchorFileCorrupt, AnchorFileTooNew, AnchorFileError: damaged, newer, unreadable.
         """
-        with self._lock:
-            return self.reuse.load(folder, self.namespace(tenant))
+        return self.reuse.load(Path(folder), self.namespace(tenant))
 
     def _read_case(self, prompt: Prompt, answer: Iterable[int]) -> tuple[tuple[Segment, ...], tuple[int, ...]]:
         segments, tokens = self.read_prompt(prompt, is_start=True), tuple(answer)
@@ -633,6 +699,21 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     ends = getattr(model.generation_config, "eos_token_id", None)
     listed = ends if isinstance(ends, list) else [ends]
     return frozenset(int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None)
+
+
+def _policy(policy: ReusePolicy | None) -> ReusePolicy | None:
+    if not isinstance(policy, ReusePolicy | None):
+        raise InvalidRequest(
+            f"policy must be a ReusePolicy, not {values.told(policy)}; exact reuse is ReusePolicy.exact()"
+        )
+    return policy
+
+
+def _limit(name: str, value: int | None) -> int | None:
+    limit = None if value is None else values.whole_number(name, value)
+    if limit is not None and limit < 0:
+        raise InvalidRequest(f"{name} must be None (no limit) or 0 or more, not {limit}")
+    return limit
 
 
 def _token_ids(segments: Iterable[Segment]) -> list[int]:

@@ -1,8 +1,14 @@
-"""KV in and out of the pool: snapshots and transformers caches, both ways. Every direction copies."""
+"""KV in and out of the pool: snapshots and transformers caches, both ways. Every direction copies.
+
+Files are read, hashed and written, and KV is copied, without the engine's lock, which is held to fork, to take pages
+and to put a sequence in place. Meanwhile references keep the pages as they are: nobody writes a shared page, and pages
+that are being filled belong to a sequence that nobody else knows.
+"""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from collections.abc import Sequence as AnySequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +21,8 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from kvcomm.engine import hf_cache
 from kvcomm.engine.context import Context
-from kvcomm.errors import InvalidRequest, SnapshotCorrupt
+from kvcomm.engine.holdings import Holdings
+from kvcomm.errors import InvalidRequest
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import LayerShape
@@ -25,14 +32,21 @@ from kvcomm.memory.snapshots import SegmentRecord, SnapshotHeader, read_snapshot
 from kvcomm.model.geometry import ModelGeometry
 
 
-class Restored(NamedTuple):
-    """What a context is made of again."""
+class Loaded(NamedTuple):
+    """A snapshot that fits the model: what a context is made of again, still outside the pool."""
 
-    sequence: Sequence
+    token_ids: tuple[int, ...]
     segments: tuple[Segment, ...]
     name: str | None
-    last_logits: Tensor | None
     note: str | None
+    keys: list[Tensor]
+    values: list[Tensor]
+    fidelity: Fidelity
+    last_logits: Tensor | None
+
+
+Finish = Callable[[Sequence], Context]
+"""Makes a context of a sequence whose KV is in place; called under the engine's lock."""
 
 
 def layer_shapes(geometry: ModelGeometry) -> list[LayerShape]:
@@ -41,98 +55,148 @@ def layer_shapes(geometry: ModelGeometry) -> list[LayerShape]:
 
 
 class KVExchange:
-    """Reads whole sequences from the pool and writes them into it, holding the engine's lock meanwhile."""
+    """Reads whole sequences from the pool and writes them into it."""
 
-    def __init__(self, memory: Memory, geometry: ModelGeometry, lock: RLock) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        geometry: ModelGeometry,
+        holdings: Holdings,
+        lock: RLock,
+        require_open: Callable[[], None],
+    ) -> None:
+        """`require_open` raises EngineClosed once the engine is closed."""
         self._memory = memory
         self._geometry = geometry
+        self._holdings = holdings
         self._lock = lock
+        self._require_open = require_open
 
-    def save(self, context: Context, file: Path, namespace: str) -> None:
-        """Write a snapshot of an idle context.
+    def save(self, context: Context, file: Path, namespace: str, *, is_new: bool) -> None:
+        """Write a snapshot of a context as it is now, whatever is done with it while this goes on.
 
         Raises:
+            SnapshotExists: `is_new`, and there is a file.
             SnapshotError: the file cannot be written.
         """
-        with self._lock:
-            keys, values = self._read(context.sequence)
-            logits = context.ready_logits
+        with context.fork(name=context.name) as copy:
+            copy.note = context.note
+            keys, values = self._read(copy.sequence, copy.sequence.num_computed)
             header = SnapshotHeader(
                 namespace=namespace,
                 architecture=self._geometry.architecture,
                 dtype=str(self._geometry.dtype),
-                name=context.name,
-                note=context.note,
-                token_ids=context.tokens,
-                num_computed=context.sequence.num_computed,
-                path=tuple(SegmentRecord(num_tokens=len(s.token_ids), name=s.name) for s in context.segments),
-                fidelity=context.fidelity,
+                name=copy.name,
+                note=copy.note,
+                token_ids=copy.tokens,
+                num_computed=copy.sequence.num_computed,
+                path=tuple(SegmentRecord(num_tokens=len(s.token_ids), name=s.name) for s in copy.segments),
+                fidelity=copy.fidelity,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 payload_blake3="",
             )
-        write_snapshot(file, header, keys, values, logits)
+            write_snapshot(file, header, keys, values, copy.ready_logits, is_new=is_new)
 
-    def restore(self, file: Path, namespace: str) -> Restored:
-        """Read a snapshot into the pool.
+    def load(self, file: Path, namespace: str) -> Loaded:
+        """Read and check a snapshot.
 
         Raises:
             SnapshotError: unreadable, altered, too new, or of another namespace; see the subclasses.
-            PoolExhausted: no pages for it; nothing is kept.
         """
-        shapes = layer_shapes(self._geometry)
-        snapshot = read_snapshot(file, namespace=namespace, shapes=shapes, dtype=self._geometry.dtype)
+        snapshot = read_snapshot(
+            file,
+            namespace=namespace,
+            shapes=layer_shapes(self._geometry),
+            dtype=self._geometry.dtype,
+            vocab_size=self._geometry.vocab_size,
+        )
         header = snapshot.header
-        if max(header.token_ids, default=0) >= self._geometry.vocab_size:
-            raise SnapshotCorrupt(
-                f"{file} holds token {max(header.token_ids)}; the model knows {self._geometry.vocab_size} tokens"
-            )
         ends = itertools.accumulate(step.num_tokens for step in header.path)
         segments = tuple(
             Segment(header.token_ids[end - step.num_tokens : end], step.name)
             for end, step in zip(ends, header.path, strict=True)
         )
-        sequence = self._write(header.token_ids, snapshot.keys, snapshot.values, header.fidelity)
-        logits = None if snapshot.logits is None else snapshot.logits.clone().to(self._memory.pool.keys[0].device)
-        return Restored(sequence, segments, header.name, logits, header.note)
+        device = self._memory.pool.keys[0].device
+        logits = None if snapshot.logits is None else snapshot.logits.clone().to(device)
+        return Loaded(
+            header.token_ids,
+            segments,
+            header.name,
+            header.note,
+            snapshot.keys,
+            snapshot.values,
+            header.fidelity,
+            logits,
+        )
 
-    def to_hf_cache(self, sequence: Sequence, config: PreTrainedConfig) -> DynamicCache:
-        """The computed tokens of a sequence as a transformers cache."""
-        with self._lock:
-            keys, values = self._read(sequence)
+    def to_hf_cache(self, context: Context, config: PreTrainedConfig, *, whole: bool) -> DynamicCache:
+        """The computed tokens of a context as a transformers cache, unless `whole` without the context's last one."""
+        with context.fork() as copy:
+            sequence = copy.sequence
+            num_tokens = sequence.num_computed if whole else min(sequence.num_computed, sequence.num_tokens - 1)
+            found = self._read(sequence, max(0, num_tokens))
+            keys, values = ([layer.clone() for layer in layers] for layers in found)
         return hf_cache.to_cache(keys, values, config)
 
-    def from_hf_cache(self, cache: DynamicCache, token_ids: AnySequence[int]) -> Sequence:
-        """A sequence from a transformers cache and its tokens, marked approximate: nobody can vouch for that KV.
+    def from_hf_cache(
+        self, cache: DynamicCache, token_ids: AnySequence[int]
+    ) -> tuple[AnySequence[Tensor], AnySequence[Tensor]]:
+        """Keys and values of a transformers cache, checked against the model and its tokens; views of the cache.
 
         Raises:
             InvalidRequest: the cache does not fit the model or the tokens.
-            PoolExhausted: no pages for it; nothing is kept.
         """
         num_computed = cache.get_seq_length()
         if not 0 < num_computed <= len(token_ids):
             raise InvalidRequest(f"the cache holds {num_computed} tokens, the prompt has {len(token_ids)}")
-        keys, values = hf_cache.from_cache(cache, self._geometry, num_computed)
-        return self._write(token_ids, keys, values, Fidelity.APPROXIMATE)
+        return hf_cache.from_cache(cache, self._geometry, num_computed)
 
-    def _read(self, sequence: Sequence) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values of the computed tokens, per layer [num_computed, num_kv_heads, dim]."""
-        pool = self._memory.pool
-        slots = pool.slots(sequence.pages, sequence.num_computed)
-        keys = [layer[slots].clone() for layer in pool.keys]
-        values = [layer[slots].clone() for layer in pool.values]
-        return keys, values
+    def place(
+        self,
+        namespace: str,
+        token_ids: AnySequence[int],
+        keys: AnySequence[Tensor],
+        values: AnySequence[Tensor],
+        fidelity: Fidelity,
+        finish: Finish,
+    ) -> Context:
+        """Copy KV into pages of its own and make a context of them.
 
-    def _write(
-        self, token_ids: AnySequence[int], keys: AnySequence[Tensor], values: AnySequence[Tensor], fidelity: Fidelity
-    ) -> Sequence:
+        Args:
+            keys, values: per layer [num_computed, num_kv_heads, dim], of the leading tokens.
+
+        Raises:
+            PoolExhausted: no pages for it, in the pool or in the namespace's quota; nothing is kept.
+            EngineClosed: the engine is closed, or was meanwhile; nothing is kept.
+        """
         pool, num_computed = self._memory.pool, len(keys[0])
         sequence = Sequence(pool, token_ids)
         with self._lock:
+            self._require_open()
+            self._holdings.require_quota(namespace, 0, -(-len(token_ids) // pool.page_size))
             self._memory.make_writable(sequence, 0, num_computed)
+            self._holdings.hold(sequence, namespace)
+        try:
             slots = pool.slots(sequence.pages, num_computed)
             for stored, new in zip((*pool.keys, *pool.values), (*keys, *values), strict=True):
                 stored[slots] = new.to(stored.device)
-            sequence.num_computed = num_computed
-            if fidelity is Fidelity.APPROXIMATE:
-                sequence.mark_approximate(0)
-        return sequence
+            with self._lock:
+                self._require_open()
+                sequence.num_computed = num_computed
+                if fidelity is Fidelity.APPROXIMATE:
+                    sequence.mark_approximate(0)
+                return finish(sequence)
+        except BaseException:
+            with self._lock:
+                self._holdings.let_go(sequence)
+                sequence.release()
+            raise
+
+    def _read(self, sequence: Sequence, num_tokens: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of the first tokens, all computed, per layer [num_tokens, num_kv_heads, dim].
+
+        Views where they can be: to be read only while a reference of the caller's own keeps the pages.
+        """
+        pool = self._memory.pool
+        slots = pool.slots(sequence.pages, num_tokens)
+        return [layer[slots] for layer in pool.keys], [layer[slots] for layer in pool.values]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvcomm.engine.plan import Plan
+from kvcomm.engine.plan import Plan, SpanKind
+from kvcomm.plain import Plain
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Plain):
     """The plan that a request would get now, and what it would take.
 
     Attributes:
@@ -26,3 +27,14 @@ class Explanation:
     predicted: float | None = None
     prefill_s: float | None = None
     cold_s: float | None = None
+
+    def __repr__(self) -> str:
+        tokens = {kind: self.plan.num_tokens(kind) for kind in SpanKind}
+        rung = "" if self.rung is None else f", rung {self.rung:g}"
+        times = "not measured yet"
+        if self.prefill_s is not None and self.cold_s is not None:
+            times = f"{self.prefill_s:.3g} s instead of {self.cold_s:.3g} s"
+        return (
+            f"Explanation({tokens[SpanKind.EXACT]} exact + {tokens[SpanKind.ALIGNED]} aligned + "
+            f"{tokens[SpanKind.COMPUTE]} computed{rung}, {times})"
+        )

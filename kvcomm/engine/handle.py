@@ -6,10 +6,14 @@ The engine publishes chunks and, once, an outcome. Chunks are kept, so several r
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 
 from kvcomm.engine.results import Chunk, Completion
+
+logger = logging.getLogger("kvcomm.engine")
 
 
 class RequestHandle:
@@ -22,6 +26,11 @@ class RequestHandle:
         self._chunks: list[Chunk] = []
         self._outcome: Completion | BaseException | None = None
         self._wakers: list[Callable[[], None]] = []
+
+    def __repr__(self) -> str:
+        outcome, chunks = self._outcome, len(self._chunks)
+        state = f"in flight, {chunks} chunks so far" if outcome is None else f"ended by {type(outcome).__name__}"
+        return f"RequestHandle({self.request_id}, {outcome if isinstance(outcome, Completion) else state})"
 
     @property
     def done(self) -> bool:
@@ -80,8 +89,8 @@ class RequestHandle:
         loop, news = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
-            # The loop may be gone when a late chunk arrives: then nobody is listening.
-            if not loop.is_closed():
+            # The loop may be closed at any moment, also between two lines of this: then nobody is listening.
+            with suppress(RuntimeError):
                 loop.call_soon_threadsafe(news.set)
 
         with self._changed:
@@ -122,7 +131,10 @@ class RequestHandle:
             self._changed.notify_all()
             wakers = list(self._wakers)
         for wake in wakers:
-            wake()
+            try:
+                wake()
+            except Exception:  # one reader that cannot be woken is no reason to leave the others waiting
+                logger.exception("a reader of request %d could not be woken", self.request_id)
 
     def _take_outcome(self) -> Completion:
         assert self._outcome is not None

@@ -22,7 +22,7 @@ from kvcomm.memory.sequences import Sequence
 class _Held(NamedTuple):
     sequence: Sequence
     namespace: str
-    finalizer: weakref.finalize[[Sequence], Context]
+    finalizer: weakref.finalize[[Sequence], Context] | None = None
 
 
 class Holdings:
@@ -43,10 +43,23 @@ class Holdings:
         return tuple(self._contexts.values())
 
     @property
+    def num_contexts(self) -> int:
+        """How many there are about now; may be asked for without the lock."""
+        return len(self._contexts)
+
+    @property
     def sequences(self) -> list[Sequence]:
         """Sequences of contexts."""
         self._collect()
         return [held.sequence for held in self._held.values()]
+
+    def hold(self, sequence: Sequence, namespace: str) -> None:
+        """A sequence is being filled; it becomes a context's, or is let go."""
+        self._held[id(sequence)] = _Held(sequence, namespace)
+
+    def let_go(self, sequence: Sequence) -> None:
+        """A sequence that was being filled is given up."""
+        self._held.pop(id(sequence), None)
 
     def add(self, context: Context, namespace: str) -> None:
         """A context has been made."""
@@ -59,7 +72,8 @@ class Holdings:
     def drop(self, context: Context) -> None:
         """A context has been released."""
         held = self._held.pop(id(context.sequence))
-        held.finalizer.detach()
+        if held.finalizer is not None:
+            held.finalizer.detach()
         self._contexts.pop(id(context.sequence), None)
 
     def set_quota(self, namespace: str, num_pages: int | None) -> None:
@@ -68,13 +82,17 @@ class Holdings:
         if num_pages is not None:
             self._quota_pages[namespace] = num_pages
 
-    def require_quota(self, namespace: str, sequence: Sequence, max_tokens: int) -> None:
-        """Raises QuotaExceeded when a sequence cannot grow to `max_tokens` within its namespace's quota."""
+    def require_quota(self, namespace: str, num_held: int, num_wanted: int) -> None:
+        """Raises QuotaExceeded when a request for `num_wanted` pages does not fit its namespace's quota.
+
+        Args:
+            num_held: of these, pages that are held already, and so count anyway.
+        """
         quota = self._quota_pages.get(namespace)
         if quota is None:
             return
         held = num_distinct(pages for owner, pages in self._all_pages() if owner == namespace)
-        wanted = max(0, -(-max_tokens // self._pool.page_size) - sequence.num_pages)
+        wanted = max(0, num_wanted - num_held)
         if held + wanted > quota:
             raise QuotaExceeded(
                 f"this needs {wanted} more pages of {self._pool.page_size} tokens; the tenant's contexts and requests "

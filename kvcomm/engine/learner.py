@@ -20,6 +20,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import Pair
 from kvcomm.align.groups import Audit, EdgeGroup, GroupKey
 from kvcomm.align.ladder import top_tokens
@@ -230,7 +231,11 @@ class Learner:
         trial.served = request.approximation
         # What later readers left is no source for this one: text flows from its first reader to the others.
         before_s = math.inf if request.published_s is None else request.published_s
-        trial.moves = self._find(trial, request.plan.num_exact_prefix, before_s)
+        try:
+            trial.moves = self._find(trial, request.plan.num_exact_prefix, before_s)
+        except BaseException:
+            trial.sequence.release()
+            raise
         if trial.moves or trial.served is not None:  # an audit needs no sources; leaving some out would bias it
             self._queue(trial, make(trial), is_urgent=trial.served is not None)
         else:
@@ -457,7 +462,7 @@ class Learner:
     def _record_audit(self, trial: _Trial, divergence: float) -> None:
         assert trial.served is not None
         policy, group = trial.policy, trial.served.group
-        bound = (policy.max_divergence, policy.delta)
+        bound = Bound(policy.max_divergence, policy.delta)
         audit = Audit(time.monotonic(), divergence, trial.served.risk, bound)
         with self._lock:
             self.num_audits += 1

@@ -58,6 +58,11 @@ class EngineLoop:
     def _has_work(self) -> bool:
         return self._scheduler.has_work or self._idle.has_work
 
+    def require_open(self) -> None:
+        """Raises EngineClosed once `close` has been called."""
+        if self._is_closing:
+            raise _closed()
+
     def close(self) -> None:
         """Fail what is in flight, end the thread and wait for it. Idempotent."""
         with self._wake:
@@ -70,7 +75,7 @@ class EngineLoop:
 
     def _fail_all(self) -> None:
         self._idle.close()
-        self._scheduler.close(EngineClosed("the engine is closed; create a new one"))
+        self._scheduler.close(_closed())
 
     def _run(self) -> None:
         while True:
@@ -100,3 +105,7 @@ class EngineLoop:
         with self._wake:
             left_s = self._busy_until + self._idle_after_s - time.monotonic()
             return self._wake.wait_for(lambda: self._is_closing or self._scheduler.has_work, max(0.0, left_s))
+
+
+def _closed() -> EngineClosed:
+    return EngineClosed("the engine is closed; create a new one")

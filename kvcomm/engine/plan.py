@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from kvcomm.plain import Plain
+
 
 class SpanKind(StrEnum):
     """How the KV of a span comes about."""
@@ -60,6 +62,8 @@ class Reason(StrEnum):
     """Moving would take longer than computing."""
     ESCALATED = "escalated"
     """Recomputed tokens were further from their estimates than calibration allows."""
+    NO_ROOM = "no_room"
+    """The pool cannot hold the prompt beside what was found of it."""
 
 
 class Span(NamedTuple):
@@ -72,7 +76,7 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Plain):
     """The spans of one prompt."""
 
     spans: tuple[Span, ...] = ()

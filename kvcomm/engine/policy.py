@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from kvcomm.align.bound import Bound
 from kvcomm.errors import InvalidRequest
+from kvcomm.values import items, real_number, truth_value
 
 ESTIMATORS = ("token", "paper", "rotate")
 DEFAULT_RUNGS = (0.0, 0.15, 0.3, 0.5)
@@ -41,6 +43,11 @@ class ReusePolicy:
     audit: float = DEFAULT_AUDIT
 
     def __post_init__(self) -> None:
+        for name in ("max_divergence", "confidence", "audit"):
+            object.__setattr__(self, name, real_number(name, getattr(self, name)))
+        rungs = items("rungs", self.rungs, "ascending shares in [0, 1)")
+        object.__setattr__(self, "rungs", tuple(real_number("each of rungs", share) for share in rungs))
+        object.__setattr__(self, "learn", truth_value("learn", self.learn))
         if not (math.isfinite(self.max_divergence) and self.max_divergence >= 0):
             raise InvalidRequest(
                 f"max_divergence must be a finite number of nats >= 0, got {self.max_divergence!r}; "
@@ -48,7 +55,6 @@ class ReusePolicy:
             )
         if not 0 < self.confidence < 1:
             raise InvalidRequest(f"confidence must be between 0 and 1 exclusive, got {self.confidence!r}")
-        object.__setattr__(self, "rungs", tuple(self.rungs))
         is_ladder = self.rungs and all(low < high for low, high in zip(self.rungs, self.rungs[1:], strict=False))
         if not is_ladder or self.rungs[0] < 0 or self.rungs[-1] >= 1:
             raise InvalidRequest(f"rungs must be ascending shares in [0, 1), got {self.rungs!r}; all tokens is exact")
@@ -66,6 +72,11 @@ class ReusePolicy:
     def is_exact(self) -> bool:
         """Whether only exact reuse satisfies this policy."""
         return self.max_divergence == 0
+
+    @property
+    def bound(self) -> Bound | None:
+        """The bound in force; None where only exact reuse is allowed."""
+        return None if self.is_exact else Bound(self.max_divergence, self.delta)
 
     @property
     def delta(self) -> float:

@@ -38,7 +38,9 @@ class Branch:
     """One choice while it is generated.
 
     Attributes:
+        token_ids: as drawn; what the answer keeps of them is the detokenizer's to say.
         num_guessed: tokens of the answer that a step had guessed right beforehand.
+        num_published: ids that the caller has been given.
     """
 
     index: int
@@ -49,6 +51,7 @@ class Branch:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     num_guessed: int = 0
+    num_published: int = 0
 
 
 @dataclass
@@ -147,16 +150,30 @@ class Request:
         """Tokens of the longest sequence this request can grow to."""
         return self.num_prompt_tokens + self.sampling.max_new_tokens
 
+    def num_own_pages(self, page_size: int) -> int:
+        """Pages that each choice but the first needs at most besides the whole ones of the prompt, which it shares."""
+        if self.sampling.max_new_tokens == 0:
+            return 0
+        return -(-self.max_tokens // page_size) - self.num_prompt_tokens // page_size
+
+    def num_pages(self, page_size: int) -> int:
+        """Distinct pages that this request and the context it forked, if any, refer to at most."""
+        own = -(-self.max_tokens // page_size) + self.num_own_pages(page_size) * (len(self.branches) - 1)
+        is_page_copied = not self.is_lent and self.sequence.num_computed % page_size > 0
+        return own + is_page_copied
+
     @property
     def active_branches(self) -> list[Branch]:
         """Choices that go on."""
         return [branch for branch in self.branches if branch.finish_reason is None]
 
-    def publish(self, branch: Branch, text: str, token_ids: tuple[int, ...]) -> None:
-        """Hand a piece of a choice to the caller."""
-        logprobs = tuple(branch.logprobs[-len(token_ids) :]) if self.sampling.logprobs is not None else None
-        chunk = Chunk(branch.index, text, token_ids, logprobs if token_ids else None, branch.finish_reason)
-        self.handle.publish(chunk)
+    def publish(self, branch: Branch, text: str) -> None:
+        """Hand a piece of a choice to the caller, with the ids whose text is out."""
+        token_ids = branch.detokenizer.take_ids()
+        end = branch.num_published + len(token_ids)
+        logprobs = tuple(branch.logprobs[branch.num_published : min(end, branch.detokenizer.num_kept_tokens)])
+        branch.num_published = end
+        self.handle.publish(Chunk(branch.index, text, token_ids, logprobs or None, branch.finish_reason))
 
     def completion(self) -> Completion:
         """The result; every choice must have finished."""
@@ -164,10 +181,10 @@ class Request:
 
     def _choice(self, branch: Branch) -> Choice:
         assert branch.finish_reason is not None
-        kept = branch.detokenizer.num_kept_tokens
-        logprobs = tuple(branch.logprobs[:kept]) if self.sampling.logprobs is not None else None
-        text = branch.detokenizer.text
-        return Choice(branch.index, text, tuple(branch.token_ids[:kept]), branch.finish_reason, logprobs)
+        detokenizer = branch.detokenizer
+        kept = branch.logprobs[: detokenizer.num_kept_tokens]
+        logprobs = tuple(kept) if self.sampling.logprobs is not None else None
+        return Choice(branch.index, detokenizer.text, detokenizer.answer_ids, branch.finish_reason, logprobs)
 
     def _usage(self) -> Usage:
         now, clock = time.monotonic(), self.clock
@@ -188,7 +205,7 @@ class Request:
             ttft_s=(clock.first_token or now) - clock.submitted,
             total_s=now - clock.submitted,
             reasons=self.carried.plus(self.plan).reasons,
-            bound=None if self.policy.is_exact else (self.policy.max_divergence, self.policy.delta),
+            bound=self.policy.bound,
             approximation=None if self.approximation is None else self.approximation.report(),
             spans=self.plan.exact_up_to(self.sequence.approximate_from).spans,
         )

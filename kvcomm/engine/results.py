@@ -4,20 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from kvcomm.align.bound import Bound
 from kvcomm.engine.plan import Span
 from kvcomm.engine.sampling import TokenLogprob
+from kvcomm.plain import Plain, fields_of, short
+
+MAX_REASONS = 3
 
 
 class Chunk(NamedTuple):
-    """A piece of one choice as it is generated; `finish_reason` is set on the last one."""
+    """A piece of one choice as it is generated; `finish_reason` is set on the last one.
+
+    The texts of a choice's chunks joined are its text, their token ids its token ids. Either may lag behind what has
+    been drawn: text while it may still become another character or a stop string, ids while a stop string may cut them.
+
+    Attributes:
+        logprobs: of the drawn tokens among `token_ids`, if they were asked for and there are any.
+    """
 
     choice: int
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] | None
     finish_reason: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field under its name, as JSON values."""
+        return fields_of(self)
 
 
 class ApproximationReport(NamedTuple):
@@ -39,7 +54,7 @@ class ApproximationReport(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Usage:
+class Usage(Plain):
     """Where the tokens of a request came from and how long it took.
 
     Attributes:
@@ -51,7 +66,7 @@ class Usage:
         generated_tokens: over all choices, end-of-answer tokens not counted.
         queue_s, ttft_s, total_s: seconds from submission to admission, to the first token, to the end.
         reasons: why prompt tokens were computed, reason -> tokens.
-        bound: the (epsilon, delta) in force, None under an exact policy.
+        bound: the one in force, None under an exact policy.
         approximation: how moved KV was reused, None if it was not.
         spans: of the prompt, in order and without gaps: how this request came by their KV. What a context had computed
             before is a reused span here, and yet among the computed tokens of the request that reports it.
@@ -67,10 +82,20 @@ class Usage:
     ttft_s: float
     total_s: float
     reasons: Mapping[str, int] = field(default_factory=dict)
-    bound: tuple[float, float] | None = None
+    bound: Bound | None = None
     approximation: ApproximationReport | None = None
     guessed_tokens: int = 0
     spans: tuple[Span, ...] = ()
+
+    def __repr__(self) -> str:
+        most = sorted(self.reasons.items(), key=lambda each: -each[1])[:MAX_REASONS]
+        reasons = ", ".join(f"{tokens} {reason}" for reason, tokens in most)
+        bound = "" if self.bound is None else f", bound {self.bound.max_divergence:g} at {self.bound.confidence:g}"
+        return (
+            f"Usage({self.prompt_tokens} prompt = {self.exact_tokens} exact + {self.aligned_tokens} aligned + "
+            f"{self.computed_tokens} computed ({reasons or 'nothing'}), {self.generated_tokens} generated, "
+            f"first token {self.ttft_s:.3g} s, all {self.total_s:.3g} s{bound})"
+        )
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -80,11 +105,16 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Plain):
     """One answer.
 
-    `finish_reason` is "stop" (end token, stop token or stop string) or "length". `token_ids` holds what belongs to
-    `text`: no end token, nothing of a stop string.
+    `finish_reason` is "stop" (end token, stop token or stop string) or "length". `text` is the tokenizer's text of
+    `token_ids`, without special tokens: no end token, nothing of a stop string. Where a stop string begins inside a
+    token, the token's text before it is tokenized anew: these last ids were not drawn, and may be more than one. What
+    reads the answer (the context behind it, other agents, moved segments) reads these ids.
+
+    Attributes:
+        logprobs: of the tokens drawn, `logprobs[i]` of `token_ids[i]`; those tokenized anew have none.
     """
 
     index: int
@@ -93,13 +123,21 @@ class Choice:
     finish_reason: str
     logprobs: tuple[TokenLogprob, ...] | None
 
+    def __repr__(self) -> str:
+        return f"Choice({self.index}: {short(self.text)}, {len(self.token_ids)} tokens, {self.finish_reason})"
+
 
 @dataclass(frozen=True)
-class Completion:
+class Completion(Plain):
     """The result of a request; text, token_ids, finish_reason and logprobs are those of the first choice."""
 
     choices: tuple[Choice, ...]
     usage: Usage
+
+    def __repr__(self) -> str:
+        more = f" and {len(self.choices) - 1} more" if len(self.choices) > 1 else ""
+        usage = f"{self.usage.prompt_tokens} prompt, {self.usage.generated_tokens} generated tokens"
+        return f"Completion({short(self.text)}{more}, {self.finish_reason}, {usage}, {self.usage.total_s:.3g} s)"
 
     @property
     def text(self) -> str:

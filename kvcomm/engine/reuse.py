@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from kvcomm.align.attention_mass import AttentionMass, looking_layers
+from kvcomm.align.bound import Bound
 from kvcomm.align.edges import Edge
 from kvcomm.align.estimators import Correction, Estimator
 from kvcomm.align.groups import GroupBook, GroupKey
@@ -278,7 +279,7 @@ class Reuse:
         if group is None or calibration is None or calibration.num_pairs < calibration.pairs_needed(policy.delta):
             return None, Reason.UNCALIBRATED
         group.num_requests += not request.is_trial
-        if group.breaker((policy.max_divergence, policy.delta)).tripped:
+        if group.breaker(Bound(policy.max_divergence, policy.delta)).tripped:
             return None, Reason.BREAKER
         rung = calibration.choose(policy.max_divergence, policy.delta)
         if rung is None:

@@ -40,6 +40,7 @@ class ReuseParts:
 
     Attributes:
         num_looking_heads: heads by which rungs choose tokens; a group's weights have one entry for each.
+        lock: the engine's, which guards all of it; not held while files are read or written.
         estimation: digest of settings of estimators and sketches other than the defaults; empty: all are. Part of the
             namespace of files, since anchors and calibrations hold for these settings only.
     """
@@ -54,6 +55,7 @@ class ReuseParts:
     learner: Learner
     idle: IdleWork
     num_looking_heads: int
+    lock: RLock
     estimation: str = ""
 
     @classmethod
@@ -103,7 +105,9 @@ class ReuseParts:
         )
         estimation = _estimation_label(settings, sketcher.settings)
         num_heads = sum(geometry.layers[layer_id].num_heads for layer_id in looking_layers(len(layers)))
-        return cls(ops, anchors, groups, cost, estimators, planner, replayer, learner, idle, num_heads, estimation)
+        return cls(
+            ops, anchors, groups, cost, estimators, planner, replayer, learner, idle, num_heads, lock, estimation
+        )
 
     def measure_when_idle(self) -> None:
         """Find out what passes take on this machine, unless that is known; on the engine's thread."""
@@ -119,16 +123,16 @@ class ReuseParts:
         return hashlib.sha256(f"{namespace} {self.estimation}".encode()).hexdigest() if self.estimation else namespace
 
     def save(self, folder: Path, namespace: str) -> Profile:
-        """Write what a tenant has learned. Under the lock. Raises AnchorFileError."""
-        banks = [bank.snapshot() for bank in self.anchors.banks(namespace)]
-        return save_profile(
-            folder, self.file_namespace(namespace), self.anchors.shape, banks, self.groups.groups(namespace)
-        )
+        """Write what a tenant has learned by now. Raises AnchorFileError."""
+        with self.lock:  # together: a calibration holds for the anchors of its moment
+            banks = [bank.snapshot() for bank in self.anchors.banks(namespace)]
+            groups = [group.copy() for group in self.groups.groups(namespace)]
+        return save_profile(folder, self.file_namespace(namespace), self.anchors.shape, banks, groups)
 
     def load(self, folder: Path, namespace: str) -> Profile:
         """Take over what a folder holds, all of it or nothing, in place of what is known of the same edges and groups.
 
-        Under the lock. Raises AnchorFileError and its subclasses.
+        Raises AnchorFileError and its subclasses.
         """
         profile = load_profile(folder, namespace=self.file_namespace(namespace), shape=self.anchors.shape)
         too_large = [bank for bank in profile.banks if bank.num_tokens > self.anchors.max_bank_tokens]
@@ -143,11 +147,17 @@ class ReuseParts:
                     f"{folder} holds a group with weights for {len(group.head_weights)} heads, and this model has "
                     f"{self.num_looking_heads} that are looked at: learn anew"
                 )
-        for bank in profile.banks:
-            self.anchors.bank(namespace, bank.edge).replace(bank)
-        for group in profile.groups:
-            self.groups.put(namespace, group)
+        with self.lock:
+            for bank in profile.banks:
+                self.anchors.bank(namespace, bank.edge).replace(bank)
+            for group in profile.groups:
+                self.groups.put(namespace, group)
         return profile
+
+    def forget(self, namespace: str) -> None:
+        """Forget what was learned about moving a tenant's text."""
+        self.anchors.forget(namespace)
+        self.groups.forget(namespace)
 
     def pages_held(self, requests: Iterable[Request]) -> Iterator[PageIds]:
         """Every page reference that moves, idle work and replays hold, for integrity checks."""

@@ -7,13 +7,14 @@ itself is done by transformers' logits processors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -24,6 +25,43 @@ from transformers import (
 
 from kvcomm.errors import InvalidRequest
 from kvcomm.model.attention.contract import IntArray
+from kvcomm.values import items, real_number, shown, text, truth_value, whole_number
+
+MAX_CHOICES = 1024
+"""Answers to one prompt at most: each takes memory of its own before anything is computed."""
+
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Temperatures and penalties beyond these draw what they draw at these: their limit, without an infinity on the way."""
+
+
+def _optional_whole_number(name: str, value: object) -> int | None:
+    return None if value is None else whole_number(name, value)
+
+
+def _stop_strings(name: str, value: object) -> tuple[str, ...]:
+    return tuple(text(f"{name}[{at}]", item) for at, item in enumerate(items(name, value, "a tuple of strings")))
+
+
+def _token_ids(name: str, value: object) -> tuple[int, ...]:
+    found = items(name, value, "a tuple of token ids")
+    return tuple(whole_number(f"{name}[{at}]", item) for at, item in enumerate(found))
+
+
+_BROUGHT: Mapping[str, Callable[[str, object], object]] = {
+    "max_new_tokens": whole_number,
+    "temperature": real_number,
+    "top_k": whole_number,
+    "top_p": real_number,
+    "min_p": real_number,
+    "repetition_penalty": real_number,
+    "seed": _optional_whole_number,
+    "stop": _stop_strings,
+    "stop_token_ids": _token_ids,
+    "ignore_eos": truth_value,
+    "n": whole_number,
+    "logprobs": _optional_whole_number,
+}
+"""How each setting becomes a value of Python's own types, or is refused."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +70,10 @@ class SamplingParams:
 
     Attributes:
         max_new_tokens: tokens generated at most; 0 only prefills.
-        temperature: 0 takes the most probable token; otherwise logits are divided by it.
+        temperature: 0 takes the most probable token; otherwise logits are divided by it, and the smaller it is, the
+            surer the most probable token comes.
         top_k, top_p, min_p: keep the k most probable tokens; the smallest set with mass top_p; tokens at least
-            min_p times as probable as the best one. 0, 1.0 and 0.0 switch them off.
+            min_p times as probable as the best one. 0 (or -1), 1.0 and 0.0 switch them off.
         repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or answer.
         seed: of the random draws; None: a fresh one per request.
         stop: strings that end the answer; they are not part of it.
@@ -42,6 +81,11 @@ class SamplingParams:
         ignore_eos: go on after the model's end tokens.
         n: independent answers to the same prompt; answer i draws with seed + i.
         logprobs: report the log-probability of each token and of this many alternatives.
+
+    NumPy's scalars and whole numbers where a float is wanted are taken as what they say; lists become tuples.
+
+    Raises:
+        InvalidRequest: a value of another type or outside its range; the message names it.
     """
 
     max_new_tokens: int = 256
@@ -58,21 +102,25 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        for name, bring in _BROUGHT.items():
+            object.__setattr__(self, name, bring(name, getattr(self, name)))
+        if self.top_k == -1:  # how other engines write "off"
+            object.__setattr__(self, "top_k", 0)
         checks = {
             "max_new_tokens": (self.max_new_tokens >= 0, "0 or more"),
             "temperature": (0 <= self.temperature < float("inf"), "0 or a positive number"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
+            "top_k": (self.top_k >= 0, "0 or -1 (off) or more"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
-            "repetition_penalty": (self.repetition_penalty > 0, "positive"),
+            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "a positive number"),
             "seed": (self.seed is None or 0 <= self.seed < 2**63, "None or in [0, 2**63)"),
-            "stop": (type(self.stop) is tuple and all(self.stop), "a tuple of non-empty strings"),
-            "n": (self.n >= 1, "1 or more"),
+            "stop": (all(self.stop), "a tuple of non-empty strings"),
+            "n": (1 <= self.n <= MAX_CHOICES, f"in [1, {MAX_CHOICES}]"),
             "logprobs": (self.logprobs is None or 0 <= self.logprobs <= 100, "None or in [0, 100]"),
         }
         for name, (holds, wanted) in checks.items():
             if not holds:
-                raise InvalidRequest(f"{name} must be {wanted}, not {getattr(self, name)!r}")
+                raise InvalidRequest(f"{name} must be {wanted}, not {shown(getattr(self, name))}")
 
     @property
     def is_greedy(self) -> bool:
@@ -80,12 +128,19 @@ class SamplingParams:
         return self.temperature == 0 and self.repetition_penalty == 1.0
 
 
-class TokenLogprob(NamedTuple):
-    """Natural log-probability of one generated token under the model, before any shaping."""
+class TopLogprob(NamedTuple):
+    """One of the most probable tokens of a position, and its natural log-probability."""
 
     token_id: int
     logprob: float
-    top: tuple[tuple[int, float], ...]
+
+
+class TokenLogprob(NamedTuple):
+    """Natural log-probability of one generated token under the model, before any shaping; and of the most probable."""
+
+    token_id: int
+    logprob: float
+    top: tuple[TopLogprob, ...]
 
 
 class Sampler:
@@ -118,25 +173,27 @@ class Sampler:
         # Inverse CDF with one uniform number: tiny differences in logits move the result only at the very edges.
         cumulative = scores.double().softmax(-1).cumsum(-1)
         threshold = torch.rand((), generator=self._generator, dtype=torch.float64) * cumulative[-1]
-        return int(torch.searchsorted(cumulative, threshold, right=True).clamp(max=len(cumulative) - 1))
+        below = torch.nextafter(cumulative[-1], cumulative.new_zeros(()))  # the product may round up to all of the mass
+        return int(torch.searchsorted(cumulative, torch.minimum(threshold, below), right=True))
 
 
 def token_logprob(logits: Tensor, token_id: int, num_top: int) -> TokenLogprob:
     """Log-probability of a token and of the `num_top` most probable ones; logits [vocab_size]."""
     logprobs = logits.float().log_softmax(-1)
     values, ids = logprobs.topk(min(num_top, len(logprobs)))
-    top: Sequence[tuple[int, float]] = list(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprob(token_id, float(logprobs[token_id]), tuple(top))
+    top = tuple(map(TopLogprob, ids.tolist(), values.tolist()))
+    return TokenLogprob(token_id, float(logprobs[token_id]), top)
 
 
 def _processors(params: SamplingParams) -> LogitsProcessorList:
     processors = LogitsProcessorList()
     if params.repetition_penalty != 1.0:
-        processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+        processors.append(RepetitionPenaltyLogitsProcessor(_within_reach(params.repetition_penalty)))
     if params.temperature == 0:
         return processors
+    processors.append(_BelowTheBest())
     if params.temperature != 1.0:
-        processors.append(TemperatureLogitsWarper(params.temperature))
+        processors.append(TemperatureLogitsWarper(_within_reach(params.temperature)))
     if params.top_k:
         processors.append(TopKLogitsWarper(params.top_k))
     if params.top_p < 1.0:
@@ -144,3 +201,15 @@ def _processors(params: SamplingParams) -> LogitsProcessorList:
     if params.min_p:
         processors.append(MinPLogitsWarper(params.min_p))
     return processors
+
+
+class _BelowTheBest(LogitsProcessor):
+    """Shifts scores so that the best is 0, which draws the same; none of them can grow to infinity any more."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        finite = scores.clamp(max=torch.finfo(scores.dtype).max)  # a penalty may have taken them beyond
+        return finite - finite.max(-1, keepdim=True).values
+
+
+def _within_reach(factor: float) -> float:
+    return min(max(factor, SMALLEST), LARGEST)

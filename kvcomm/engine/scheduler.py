@@ -6,9 +6,9 @@ and a guess that equals it has its successor's logits already.
 A step is: drop what was cancelled, admit, write moved KV, build the batch, forward, commit. The lock is held while
 state changes and released during the forward pass, so contexts can be forked and requests submitted meanwhile. Only
 this class and idle work call the runner and write pages, and only from one thread. A request is admitted when the pages
-for its longest possible answer are there (evicting cached prefixes if need be), so a running request is not thrown out
-again; a full pool queues. What is decoded does not depend on the batch: samplers belong to choices, and a failing row
-fails its own request only.
+for the longest possible answers of all its choices are there (evicting cached prefixes if that makes enough of them),
+so a running request is not thrown out again; a full pool queues. What is decoded does not depend on the batch: samplers
+belong to choices, and whatever is raised on behalf of a request ends that request only (`_on_behalf_of`).
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as AnySequence
-from contextlib import suppress
-from typing import NamedTuple
+from contextlib import contextmanager, suppress
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from kvcomm.config import EngineConfig
 from kvcomm.engine.explanation import Explanation
 from kvcomm.engine.guesses import repeated
 from kvcomm.engine.learner import Learner
+from kvcomm.engine.passes import Computed, Failure, Work, compute
 from kvcomm.engine.plan import Reason, exact_plan
 from kvcomm.engine.request import ANSWER, Branch, Request
 from kvcomm.engine.reuse import Reuse
@@ -40,38 +40,11 @@ from kvcomm.memory.memory import Memory
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
 from kvcomm.model.attention.contract import IntArray
-from kvcomm.model.runner import ModelRunner, Run, Watch
+from kvcomm.model.runner import ModelRunner, Run
 
 logger = logging.getLogger("kvcomm.engine")
 
 EXPIRE_INTERVAL_S = 1.0
-
-
-class Work(NamedTuple):
-    """Runs of one sequence in a step, ascending, and whom they are for; `branch` is None while the prompt is prefilled.
-
-    Only the last run may give logits.
-    """
-
-    request: Request
-    branch: Branch | None
-    sequence: Sequence
-    runs: tuple[Run, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens computed."""
-        return sum(len(run.token_ids) for run in self.runs)
-
-    @property
-    def end(self) -> int:
-        """One past the last position computed."""
-        return self.runs[-1].end
-
-    @property
-    def num_logits(self) -> int:
-        """Rows of logits this work gives."""
-        return self.runs[-1].num_logits
 
 
 class Scheduler:
@@ -119,6 +92,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def is_closed(self) -> bool:
+        """Whether no more requests are taken."""
+        return self._closed is not None
+
+    @property
     def has_work(self) -> bool:
         """Whether a step would find anything to do."""
         return bool(self._waiting or self._running)
@@ -137,12 +115,13 @@ class Scheduler:
         with self.lock:
             if self._closed is not None:
                 raise self._closed
-            needed = -(-request.max_tokens // self._pool.page_size)
+            needed = request.num_pages(self._pool.page_size)
             if needed > self._pool.num_pages:
+                answers = f"{len(request.branches)} answers" if len(request.branches) > 1 else "answer"
                 raise PoolTooSmall(
-                    f"prompt and answer of up to {request.max_tokens} tokens need {needed} pages of "
+                    f"prompt and {answers} of up to {request.max_tokens} tokens need {needed} pages of "
                     f"{self._pool.page_size}; the whole pool has {self._pool.num_pages}: "
-                    "lower max_new_tokens, shorten the prompt or raise pool_tokens"
+                    "lower max_new_tokens or n, shorten the prompt or raise pool_tokens"
                 )
             self._waiting.append(request)
 
@@ -179,16 +158,18 @@ class Scheduler:
             batch = self._build_batch()
         if not batch:
             return
-        try:
-            logits = self._runner.forward([run for work in batch for run in work.runs], watch=self._watch(batch))
-        except Exception as error:
-            # Whatever the model raises belongs to the callers of this batch; the engine itself goes on.
-            with self.lock:
-                for request in {id(work.request): work.request for work in batch}.values():
-                    self._fail(request, error)
-            return
+        computed, failures = compute(self._runner, self._reuse, batch)
         with self.lock:
-            self._commit(batch, logits)
+            self._commit(computed, failures)
+
+    @contextmanager
+    def _on_behalf_of(self, request: Request) -> Iterator[None]:
+        """Under the lock: whatever is raised inside ends this request, with its pages returned, and nothing else."""
+        try:
+            yield
+        except Exception as error:
+            logger.info("request %d failed: %r", request.request_id, error)
+            self._fail(request, error)
 
     def _prepare_reuse(self) -> None:
         if any(self._reuse.may_reuse(request) for request in list(self._waiting)):
@@ -208,7 +189,8 @@ class Scheduler:
                 request.approximation.is_assembled = True
             with self.lock:
                 if not request.handle.done:
-                    self._reuse.accept(request)
+                    with self._on_behalf_of(request):
+                        self._reuse.accept(request)
 
     def _drop_cancelled(self) -> None:
         for request in self.requests():
@@ -226,20 +208,23 @@ class Scheduler:
         for request in list(self._waiting):
             if len(self._running) >= self._config.max_running:
                 return
-            if self._is_prefix_in_flight(request) or self._reuse.waits_for_source(request, self._running):
-                continue
-            try:
-                self._take_pages(request)
-            except PoolExhausted as error:
-                if not self._running:
-                    self._fail(request, self._nothing_to_wait_for(request, error))
+            with self._on_behalf_of(request):
+                if self._must_wait(request):
                     continue
-                return
-            self._waiting.remove(request)
-            self._running.append(request)
-            request.clock.admitted = time.monotonic()
-            if request.ready_logits is not None:
-                self._begin_answers(request, request.ready_logits)
+                try:
+                    self._take_pages(request)
+                except PoolExhausted as error:
+                    if self._running:
+                        return
+                    raise self._nothing_to_wait_for(request, error) from error
+                self._waiting.remove(request)
+                self._running.append(request)
+                request.clock.admitted = time.monotonic()
+                if request.ready_logits is not None:
+                    self._begin_answers(request, request.ready_logits)
+
+    def _must_wait(self, request: Request) -> bool:
+        return self._is_prefix_in_flight(request) or self._reuse.waits_for_source(request, self._running)
 
     def _is_prefix_in_flight(self, request: Request) -> bool:
         """Whether a running prefill will soon leave at least a page in the tree that this request could share."""
@@ -267,11 +252,23 @@ class Scheduler:
         return self._config.cache and request.reads_cache
 
     def _take_pages(self, request: Request) -> None:
-        """Share what the tree has of the prompt and allocate the rest, or change nothing."""
+        """Share what the tree has of the prompt and allocate the rest, for all choices, or change nothing.
+
+        What was found for a request is held for it, so it cannot be evicted; where that leaves too little room, the
+        request does without.
+        """
         sequence = request.sequence
         self._plan(request)
+        num_own = request.num_own_pages(self._pool.page_size)
         try:
-            self._make_writable(sequence, sequence.num_computed, request.max_tokens)
+            while True:
+                try:
+                    num_missing = sequence.num_missing_pages(request.max_tokens)
+                    self._make_room(num_missing + num_own * (len(request.branches) - 1))
+                    break
+                except PoolExhausted:
+                    if not self._do_without(request):
+                        raise
         except PoolExhausted:
             self._reuse.drop(request)
             if request.is_lent:
@@ -279,6 +276,26 @@ class Scheduler:
             else:
                 sequence.release()
             raise
+        sequence.make_writable(sequence.num_computed, request.max_tokens)
+        for branch in request.branches[1:]:
+            # Until the prompt is computed and can be forked, a further choice holds just the pages it will need.
+            branch.sequence = Sequence(self._pool)
+            branch.sequence.make_writable(0, num_own * self._pool.page_size)
+
+    def _do_without(self, request: Request) -> bool:
+        """Give up something that was found for a request and takes room; False if there is nothing like that."""
+        sequence, page_size = request.sequence, self._pool.page_size
+        if request.approximation is not None:
+            self._reuse.drop(request)
+        elif not request.is_lent and sequence.num_computed % page_size:
+            # A page of which only a part is shared is needed twice: for whoever has it, and for what is written behind.
+            sequence.rewind(sequence.num_computed - sequence.num_computed % page_size)
+            sequence.trim()
+        else:
+            return False
+        request.plan = exact_plan(sequence.num_computed, sequence.num_tokens, Reason.NO_ROOM)
+        request.pending = list(request.plan.stretches)
+        return True
 
     def _plan(self, request: Request) -> None:
         """Share what the tree has of the prompt, and decide about the rest."""
@@ -318,12 +335,16 @@ class Scheduler:
         budget = self._config.max_batch_tokens - sum(work.num_tokens for work in batch)
         if batch:
             budget = min(budget, self._config.prefill_chunk)
-        for request in self._running:
+        for request in list(self._running):
             if budget > 0 and not request.is_prefilled:
-                work = self._prefill_work(request, budget, stuck)
-                if work is not None:
-                    budget -= work.num_tokens
-                    batch.append(work)
+                with self._on_behalf_of(request):
+                    work = self._prefill_work(request, budget, stuck)
+                    if work is not None:
+                        budget -= work.num_tokens
+                        batch.append(work)
+        # Where one choice of a request has failed, the pages of its others are gone as well.
+        batch = [work for work in batch if not work.request.handle.done]
+        stuck = [request for request in stuck if not request.handle.done]
         if not batch and stuck:
             # Everybody waits for pages and nobody can return any: the youngest gives way.
             victim = stuck[-1]
@@ -336,14 +357,17 @@ class Scheduler:
         answers = [(request, branch) for request, branch in answers if request.is_prefilled]
         num_spare = self._config.draft_rows - len(answers)
         for index, (request, branch) in enumerate(answers):
-            sequence = branch.sequence
-            if self._can_write(request, sequence, sequence.num_tokens, stuck):
-                # The first guesses at an answer are right most often, so all answers have their share.
-                guesses = self._guesses(request, branch, math.ceil(num_spare / (len(answers) - index)))
-                num_spare -= len(guesses)
-                run = _run(sequence, sequence.num_computed, sequence.num_tokens, num_logits=1 + len(guesses))
-                run = run._replace(token_ids=np.concatenate([run.token_ids, guesses]))
-                batch.append(Work(request, branch, sequence, (run,)))
+            if request.handle.done:
+                continue  # another choice of it has failed just now
+            with self._on_behalf_of(request):
+                sequence = branch.sequence
+                if self._can_write(request, sequence, sequence.num_tokens, stuck):
+                    # The first guesses at an answer are right most often, so all answers have their share.
+                    guesses = self._guesses(request, branch, math.ceil(num_spare / (len(answers) - index)))
+                    num_spare -= len(guesses)
+                    run = _run(sequence, sequence.num_computed, sequence.num_tokens, num_logits=1 + len(guesses))
+                    run = run._replace(token_ids=np.concatenate([run.token_ids, guesses]))
+                    batch.append(Work(request, branch, sequence, (run,)))
         return batch
 
     def _guesses(self, request: Request, branch: Branch, num_rows: int) -> IntArray:
@@ -369,58 +393,39 @@ class Scheduler:
     def _can_write(self, request: Request, sequence: Sequence, end: int, stuck: list[Request]) -> bool:
         """Own the pages up to `end`; a fork taken since admission may share the page that is written next."""
         try:
-            self._make_writable(sequence, sequence.num_computed, end)
+            self._make_room(sequence.num_missing_pages(end))
         except PoolExhausted:
             stuck.append(request)
             return False
+        sequence.make_writable(sequence.num_computed, end)
         return True
 
-    def _make_writable(self, sequence: Sequence, start: int, end: int) -> None:
-        """As the memory does it; studies that wait for idle time give way to requests."""
+    def _make_room(self, num_pages: int) -> None:
+        """Free pages until there are `num_pages`; cached prefixes and studies that wait for idle time give way.
+
+        Raises:
+            PoolExhausted: not even all of them are enough; nothing was dropped.
+        """
+        self._memory.require_possible(num_pages, self._idle.droppable_pages())
         while True:
             try:
-                self._memory.make_writable(sequence, start, end)
+                self._memory.make_room(num_pages)
                 return
             except PoolExhausted:
                 if not self._idle.give_way():
                     raise
 
-    def _watch(self, batch: AnySequence[Work]) -> Watch | None:
-        """What looks on during the pass, for requests that choose their rung's tokens by it."""
-        watches: list[Watch] = []
-        row = 0
-        for work in batch:
-            for run in work.runs:
-                watch = None if work.branch is not None else self._reuse.watch(work.request, run, row)
-                if watch is not None:
-                    watches.append(watch)
-                row += len(run.token_ids)
-        if not watches:
-            return None
-
-        def watch_all(layer_id: int, query: Tensor, scale: float) -> None:
-            for watch in watches:
-                watch(layer_id, query, scale)
-
-        return watch_all
-
-    def _commit(self, batch: AnySequence[Work], logits: Tensor) -> None:
-        finite = finite_rows(logits)
-        row = 0
-        for work in batch:
-            first, row = row, row + work.num_logits
+    def _commit(self, computed: AnySequence[Computed], failures: AnySequence[Failure]) -> None:
+        for request, error in failures:
+            self._fail(request, error)
+        for work, logits, finite in computed:
             if work.request.handle.done:
                 continue  # closed meanwhile, or another choice of the same request failed in this very step
-            if work.branch is not None:
-                self._decoded(work, work.branch, logits[first:row], finite[first:row])
-                continue
-            self._prefilled(work)
-            if work.num_logits == 0:
-                continue
-            if not finite[first]:
-                self._fail(work.request, _not_finite(work.request, work.end))
-            elif self._reuse.check(work.request):
-                self._begin_answers(work.request, logits[first])
+            with self._on_behalf_of(work.request):
+                if work.branch is not None:
+                    self._decoded(work, work.branch, logits, finite)
+                else:
+                    self._prefilled(work, logits, finite)
 
     def _decoded(self, work: Work, branch: Branch, logits: Tensor, finite: AnySequence[bool]) -> None:
         """Draw the next token of a choice, and behind every guess that equals what was drawn one more."""
@@ -433,16 +438,21 @@ class Scheduler:
                 branch.num_guessed += 1
             sequence.num_computed = end
             if not is_finite:
-                self._fail(work.request, _not_finite(work.request, end))
-                return
+                raise _not_finite(work.request, end)
             self._accept(work.request, branch, logits[index])
 
-    def _prefilled(self, work: Work) -> None:
+    def _prefilled(self, work: Work, logits: Tensor, finite: AnySequence[bool]) -> None:
         """Count what was computed of a prompt. Behind moved KV nothing counts before all of it is in place."""
         request, sequence = work.request, work.sequence
         request.pending = [(max(start, work.end), end) for start, end in request.pending if end > work.end]
         if request.approximation is None or not request.pending:
             sequence.num_computed = work.end
+        if work.num_logits == 0:
+            return
+        if not finite[0]:
+            raise _not_finite(request, work.end)
+        if self._reuse.check(request):
+            self._begin_answers(request, logits[0])
 
     def _begin_answers(self, request: Request, logits: Tensor) -> None:
         """The prompt is computed: fork the sequence for further choices and draw everybody's first token."""
@@ -450,15 +460,21 @@ class Scheduler:
         self._publish(request)
         request.last_logits = logits.clone()
         request.clock.first_token = time.monotonic()
-        for branch in request.branches[1:]:
-            branch.sequence = request.sequence.fork()
-        for branch in request.branches:
-            if request.sampling.max_new_tokens == 0:
-                branch.finish_reason = "length"
-            elif not request.handle.done:
-                self._accept(request, branch, logits)
         if request.sampling.max_new_tokens == 0:
+            for branch in request.branches:
+                branch.finish_reason = "length"
             self._finish(request)
+            return
+        for branch in request.branches[1:]:
+            self._fork(request, branch)
+        for branch in request.branches:
+            self._accept(request, branch, logits)
+
+    def _fork(self, request: Request, branch: Branch) -> None:
+        """Give a further choice the prompt's pages, and own ones behind it out of those that it has held so far."""
+        branch.sequence.release()
+        branch.sequence = request.sequence.fork()
+        branch.sequence.make_writable(branch.sequence.num_computed, request.max_tokens)
 
     def _accept(self, request: Request, branch: Branch, logits: Tensor) -> None:
         """Draw the next token of a choice and see whether it ends."""
@@ -466,7 +482,7 @@ class Scheduler:
         token_id = branch.sampler.sample(logits, branch.sequence.token_ids)
         is_end = not sampling.ignore_eos and token_id in self._end_token_ids
         if is_end or token_id in sampling.stop_token_ids:
-            self._finish_branch(request, branch, "stop", ())
+            self._finish_branch(request, branch, "stop")
             return
         branch.token_ids.append(token_id)
         branch.sequence.append([token_id])
@@ -474,17 +490,17 @@ class Scheduler:
             branch.logprobs.append(token_logprob(logits, token_id, sampling.logprobs))
         text = branch.detokenizer.push(token_id)
         if branch.detokenizer.stopped is not None:
-            self._finish_branch(request, branch, "stop", (token_id,), text)
+            self._finish_branch(request, branch, "stop", text)
         elif len(branch.token_ids) == sampling.max_new_tokens:
-            self._finish_branch(request, branch, "length", (token_id,), text)
+            self._finish_branch(request, branch, "length", text)
         else:
-            request.publish(branch, text, (token_id,))
+            request.publish(branch, text)
 
-    def _finish_branch(
-        self, request: Request, branch: Branch, finish_reason: str, token_ids: tuple[int, ...], text: str = ""
-    ) -> None:
-        branch.finish_reason = finish_reason
-        request.publish(branch, text + branch.detokenizer.finish(), token_ids)
+    def _finish_branch(self, request: Request, branch: Branch, finish_reason: str, text: str = "") -> None:
+        text += branch.detokenizer.finish()
+        # The end of the text may hold a stop string that could have become something else until now.
+        branch.finish_reason = finish_reason if branch.detokenizer.stopped is None else "stop"
+        request.publish(branch, text)
         if branch.sequence is not request.sequence:
             self._remember(request, branch.sequence, whole=True)
             branch.sequence.release()
@@ -494,32 +510,49 @@ class Scheduler:
     def _finish(self, request: Request) -> None:
         self._leave(request)
         sequence = request.sequence
-        self._publish(request)
-        self._learner.after(request)
-        self._reuse.release(request)
+        completion = request.completion()
+        self._learn_from(request)
         self._remember(request, sequence, whole=not request.is_lent)
-        if request.is_lent:
-            sequence.truncate(request.num_prompt_tokens + request.branches[0].detokenizer.num_kept_tokens)
-            sequence.trim()
-        else:
-            sequence.release()
+        self._keep_answer(request)
+        self._publish(request)
+        self._reuse.release(request)
+        self._return_pages(request, sequence.num_tokens)
         if request.on_success is not None:
             request.on_success()
-        request.handle.settle(request.completion())
+        request.handle.settle(completion)
+
+    def _learn_from(self, request: Request) -> None:
+        try:
+            self._learner.after(request)
+        except Exception:  # the answer is there, whether or not anything can be learned from it
+            logger.exception("nothing is learned from request %d", request.request_id)
+
+    def _keep_answer(self, request: Request) -> None:
+        """Let the sequence end as the first answer does; what a stop string left of a token is still to be computed."""
+        branch, sequence = request.branches[0], request.sequence
+        kept = branch.detokenizer.num_kept_tokens
+        sequence.truncate(request.num_prompt_tokens + kept)
+        sequence.append(branch.detokenizer.answer_ids[kept:])
 
     def _fail(self, request: Request, error: BaseException) -> None:
         """Settle with an error: own pages are returned, a lent sequence is rolled back."""
+        if request.handle.done:
+            return
         self._leave(request)
         self._reuse.release(request)
+        self._return_pages(request, request.num_kept_tokens)
+        request.handle.settle(error)
+
+    def _return_pages(self, request: Request, num_kept: int) -> None:
+        """Release what the request holds; a lent sequence keeps its first `num_kept` tokens instead."""
         for branch in request.branches:
             if branch.sequence is not request.sequence:
                 branch.sequence.release()
         if request.is_lent:
-            request.sequence.truncate(request.num_kept_tokens)
+            request.sequence.truncate(num_kept)
             request.sequence.trim()
         else:
             request.sequence.release()
-        request.handle.settle(error)
 
     def _leave(self, request: Request) -> None:
         for queue in (self._waiting, self._running):
@@ -530,8 +563,8 @@ class Scheduler:
         """Let other contexts move what this one has computed so far: prompt, and behind it the first answer."""
         if not self._config.cache:
             return
-        kept = tuple(request.branches[0].token_ids[: request.branches[0].detokenizer.num_kept_tokens])
-        answer = (Segment(kept, ANSWER),) if kept and not request.active_branches else ()
+        kept = () if request.active_branches else request.branches[0].detokenizer.answer_ids
+        answer = (Segment(kept, ANSWER),) if kept else ()
         segments = (*request.segments, *answer)
         if any(segment.name is not None for segment in segments):
             self._reuse.publish(request, segments)
@@ -546,17 +579,6 @@ class Scheduler:
         if num_tokens:
             pages = sequence.pages[: -(-num_tokens // page_size)]
             self._tree.insert(request.namespace, sequence.token_ids[:num_tokens], pages)
-
-
-def finite_rows(logits: Tensor) -> list[bool]:
-    """Which rows of [num_rows, vocab_size] hold neither NaN nor infinity."""
-    # They survive a sum, and summing takes a twentieth of testing every logit. The reverse does not hold: a model that
-    # hides tokens behind the least number of its dtype overflows the sum.
-    finite = logits.sum(-1, dtype=torch.float32).isfinite()
-    if not bool(finite.all()):
-        finite = logits.isfinite().all(-1)
-    rows: list[bool] = finite.tolist()
-    return rows
 
 
 def _run(sequence: Sequence, start: int, end: int, *, num_logits: int) -> Run:

@@ -65,7 +65,7 @@ class IdleWork:
                 self._jobs.appendleft(job)
             else:
                 self._jobs.append(job)
-            waiting = [each for each in self._jobs if not each.is_urgent and each is not self._current]
+            waiting = list(self._droppable())
             if len(waiting) > MAX_JOBS:
                 self._remove(waiting[0])
                 self.num_dropped += 1
@@ -98,12 +98,20 @@ class IdleWork:
     def give_way(self) -> bool:
         """Drop the oldest job nobody waits for, so that its pages come free; False if there is none."""
         with self._lock:
-            for job in self._jobs:
-                if not job.is_urgent and job is not self._current:
-                    self._remove(job)
-                    self.num_dropped += 1
-                    return True
-            return False
+            job = next(self._droppable(), None)
+            if job is None:
+                return False
+            self._remove(job)
+            self.num_dropped += 1
+            return True
+
+    def droppable_pages(self) -> list[PageIds]:
+        """Page references of the jobs that would give way."""
+        with self._lock:
+            return [pages for job in self._droppable() for pages in job.pages()]
+
+    def _droppable(self) -> Iterator[Job]:
+        return (job for job in self._jobs if not job.is_urgent and job is not self._current)
 
     def close(self) -> None:
         """Drop every job."""

@@ -100,17 +100,22 @@ class Reaper:
         for queue in self._queues(node):
             queue.push(node)
 
-    def evict(self, num_pages: int) -> int:
+    def evict(self, num_pages: int, *, spare_shared: bool = True) -> int:
         """Least recently used first, until `num_pages` became free in the pool; returns how many did.
 
-        Leaves whose pages are all held by others too are passed over: dropping them would free nothing.
+        Leaves whose pages are all held by others too are passed over: dropping them would free nothing by itself.
+
+        Args:
+            spare_shared: False: they go as well, so that their ancestors can.
         """
         freed = 0
         passed: list[Node] = []
         while freed < num_pages and (leaf := self._lru.pop()) is not None:
             keep = self._num_pages_to_keep(leaf, num_pages - freed)
-            if keep == leaf.pages.size:
+            if keep == leaf.pages.size and spare_shared:
                 passed.append(leaf)
+            elif keep == leaf.pages.size:
+                freed += self._remove(leaf, MissReason.EVICTED)
             else:
                 freed += self._cut(leaf, keep, MissReason.EVICTED)
         for leaf in passed:

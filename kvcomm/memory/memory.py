@@ -7,8 +7,9 @@ serializes the calls.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+from kvcomm.errors import PoolExhausted
 from kvcomm.memory.pool import PageIds, PagePool
 from kvcomm.memory.segment_tree import SegmentTreeView
 from kvcomm.memory.segments import SegmentStore
@@ -33,18 +34,46 @@ class Memory:
         """`Sequence.make_writable`, evicting what is only cached when pages run out.
 
         Raises:
-            PoolExhausted: even then too few pages are free.
+            PoolExhausted: even without anything cached too few pages would be free; then nothing is dropped.
         """
-        missing = sequence.num_missing_pages(end) - self.pool.num_free
-        if missing > 0:
-            missing -= self.tree.evict(missing)
-        if missing > 0:
-            missing -= self.segments.evict(missing)
-        # A page that both hold is passed over by each; it comes free only when both let go.
-        while missing > 0 and self.segments.drop_oldest():
-            missing = sequence.num_missing_pages(end) - self.pool.num_free
-            missing -= self.tree.evict(missing) if missing > 0 else 0
+        self.make_room(sequence.num_missing_pages(end))
         sequence.make_writable(start, end)
+
+    def make_room(self, num_pages: int) -> None:
+        """Evict until `num_pages` pages are free.
+
+        Raises:
+            PoolExhausted: even without anything cached there would be fewer; then nothing is dropped.
+        """
+        self.require_possible(num_pages)
+        if self._evict(num_pages, self.tree.evict) or self._evict(num_pages, self.segments.evict):
+            return
+        # A page that both hold is passed over by each; it comes free only when both let go.
+        while self.segments.drop_oldest():
+            if self._evict(num_pages, self.tree.evict):
+                return
+        self._evict(num_pages, self.tree.evict_all)
+
+    def require_possible(self, num_pages: int, droppable: Iterable[PageIds] = ()) -> None:
+        """Raises PoolExhausted unless dropping everything cached makes `num_pages` pages free.
+
+        Args:
+            droppable: further page references that can be given up.
+        """
+        if num_pages <= self.pool.num_free:
+            return
+        references = [*self.tree.evictable_pages(), *self.segments.evictable_pages(), *droppable]
+        num_evictable = self.pool.num_held_only_by(references)
+        if num_pages > self.pool.num_free + num_evictable:
+            raise PoolExhausted(
+                f"{num_pages} pages are needed, {self.pool.num_free} of {self.pool.num_pages} are free and "
+                f"{num_evictable} more only cached; the others are in use"
+            )
+
+    def _evict(self, num_pages: int, evict: Callable[[int], int]) -> bool:
+        """Evict in one way until `num_pages` are free, as far as it goes; whether they are."""
+        missing = num_pages - self.pool.num_free
+        return missing <= 0 or evict(missing) >= missing
 
     def expire(self) -> None:
         """Drop what outlived its TTL."""

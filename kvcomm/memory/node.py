@@ -78,6 +78,20 @@ class Namespace:
         self.dropped_tokens = dict.fromkeys((MissReason.EVICTED, MissReason.EXPIRED, MissReason.QUOTA), 0)
         self.drops: deque[Drop] = deque(maxlen=_MAX_DROPS)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds nothing, and nobody has said anything about it that would have to be remembered."""
+        return not self.root.children and not self.root.num_locks and self.quota_pages is None
+
+    def count(self, other: Namespace) -> None:
+        """Add the sizes and counters of another namespace to the own ones."""
+        self.num_tokens += other.num_tokens
+        self.num_pages += other.num_pages
+        self.query_tokens += other.query_tokens
+        self.hit_tokens += other.hit_tokens
+        for reason, num_tokens in other.dropped_tokens.items():
+            self.dropped_tokens[reason] += num_tokens
+
 
 class Node:
     """Tokens [start, end) of a path, and the pages that overlap them."""

@@ -126,6 +126,13 @@ class PagePool:
         """Reference counts of `pages`, a copy; 0 means free."""
         return self._counts[pages]
 
+    def num_held_only_by(self, references: Sequence[PageIds]) -> int:
+        """How many pages would become free if all of these references (one per entry) were dropped."""
+        if not references:
+            return 0
+        dropped = np.bincount(np.concatenate(references), minlength=self.num_pages)
+        return int(np.count_nonzero((dropped > 0) & (dropped == self._counts)))
+
     def copy_page(self, page_id: int, num_tokens: int, *, after: int | None = None) -> int:
         """Copy the first `num_tokens` slots of a page, in every layer, to a newly allocated page.
 
@@ -140,8 +147,12 @@ class PagePool:
         self._require_held(np.array([page_id], dtype=np.int32))
         copy = int(self.allocate(1, after=after)[0])
         source, target = page_id * self.page_size, copy * self.page_size
-        for slots in (*self.keys, *self.values):
-            slots[target : target + num_tokens].copy_(slots[source : source + num_tokens])
+        try:
+            for slots in (*self.keys, *self.values):
+                slots[target : target + num_tokens].copy_(slots[source : source + num_tokens])
+        except BaseException:
+            self.release(np.array([copy], dtype=np.int32))
+            raise
         self.bytes_copied += num_tokens * self._slot_bytes
         return copy
 

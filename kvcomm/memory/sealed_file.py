@@ -1,16 +1,14 @@
 """Sealed files: safetensors with a JSON header, every byte of which is covered by a digest.
 
 The metadata of such a file holds three texts: the format's version under the format's own key, `header` (JSON), and
-`header_blake3`, the BLAKE3 (hex) of that JSON. The header in turn carries the digest of the tensors. Files are
-memory-mapped on reading, nothing in them is executed, and writing is atomic. What a header says and what tensors there
+`header_blake3`, the BLAKE3 (hex) of that JSON. The header in turn carries the digest of the tensors. Only regular files
+are read, memory-mapped; nothing in them is executed, and writing is atomic. What a header says and what tensors there
 must be is the format's matter; a file that is foreign, truncated, altered or newer is refused with the format's errors.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -22,9 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvcomm.errors import KVCommError
+from kvcomm.files.reading import open_regular, path_of
+from kvcomm.files.writing import NameTaken, replacing
 
 MAX_REPLACEMENTS = 20
-"""A file replaced while it is read looks corrupt, because safetensors opens it twice; it is read again so often."""
+"""A file replaced while it is read may look corrupt, as safetensors opens it twice; it is read again so often."""
 
 Read = TypeVar("Read")
 
@@ -46,10 +46,14 @@ class SealedFormat(NamedTuple):
     corrupt: type[KVCommError]
     too_new: type[KVCommError]
 
-    def write(self, file: Path, header: str, tensors: Mapping[str, Tensor]) -> None:
+    def write(self, file: Path, header: str, tensors: Mapping[str, Tensor], *, is_new: bool = False) -> None:
         """Write a file; it appears whole or not at all.
 
+        Args:
+            is_new: do not replace a file that is there by the time this one is written.
+
         Raises:
+            NameTaken: `is_new`, and there is one.
             KVCommError: `failed`; an older file of that name is untouched.
         """
         metadata = {
@@ -57,15 +61,22 @@ class SealedFormat(NamedTuple):
             "header": header,
             "header_blake3": blake3(header.encode()).hexdigest(),
         }
-        with self._atomic(file) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        try:
+            with replacing(file, is_new=is_new) as temporary:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        except NameTaken:
+            raise
+        except OSError as error:
+            raise self.failed(f"{file} cannot be written: {error.strerror or error}") from error
+        except SafetensorError as error:
+            raise self.failed(f"{file} cannot be written: {error}") from error
 
     @contextlib.contextmanager
     def opened(self, file: Path) -> Iterator[safe_open]:
         """The mapped file. Raises `failed` or `corrupt`."""
         try:
-            with safe_open(file, framework="pt") as opened:
-                yield opened
+            with open_regular(file) as stream, safe_open(path_of(stream, file), framework="pt") as mapped:
+                yield mapped
         except (SafetensorError, RuntimeError) as error:
             raise self.corrupt(f"{file} is not a whole safetensors file ({error})") from error
         except OSError as error:
@@ -98,33 +109,13 @@ class SealedFormat(NamedTuple):
                     raise
         raise self.failed(f"{file} is replaced all the time; read it when nobody writes it")
 
-    @contextlib.contextmanager
-    def _atomic(self, file: Path) -> Iterator[Path]:
-        """A temporary file beside the target that replaces it when the block succeeds and vanishes when it does not."""
-        temporary: Path | None = None
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".part")
-            os.close(descriptor)
-            temporary = Path(name)
-            yield temporary
-            _sync(temporary)
-            temporary.replace(file)
-        except OSError as error:
-            raise self.failed(f"{file} cannot be written: {error.strerror or error}") from error
-        except SafetensorError as error:
-            raise self.failed(f"{file} cannot be written: {error}") from error
-        finally:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
-
 
 def tensors_digest(tensors: Iterable[Tensor]) -> str:
     """BLAKE3 (hex) over dtype, shape and bytes of tensors, in order."""
     digest = blake3()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().reshape(-1).data)
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -135,11 +126,3 @@ def _version(file: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return status.st_ino, status.st_mtime_ns, status.st_size
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

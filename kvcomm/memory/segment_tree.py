@@ -7,6 +7,7 @@ path A + B + D. Looking at it counts as no use of the cache.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -37,13 +38,22 @@ class ChainCoverage(NamedTuple):
     by_segment: tuple[int, ...]
 
 
-class SegmentTreeView:
-    """Chains of segments recorded when contexts are made; the oldest of `max_chains` per namespace is
-    forgotten."""
+MAX_TOKENS = 2**20
+"""Of all chains together; about 40 MB. A chain outlives its context, and so its KV and whatever bounds that."""
 
-    def __init__(self, tree: RadixTree, *, max_chains: int = 1024) -> None:
+
+class SegmentTreeView:
+    """Chains of segments recorded when contexts are made.
+
+    The oldest is forgotten of more than `max_chains` in one namespace; and of more than `max_tokens` in all, the oldest
+    of the namespace that has the most: nobody's chains go for another's.
+    """
+
+    def __init__(self, tree: RadixTree, *, max_chains: int = 1024, max_tokens: int = MAX_TOKENS) -> None:
         self._tree = tree
         self._max_chains = max_chains
+        self._max_tokens = max_tokens
+        self._num_tokens: Counter[str] = Counter()
         self._chains: dict[str, dict[Digests, tuple[Segment, ...]]] = {}
 
     def record(self, namespace: str, chain: Sequence[Segment]) -> None:
@@ -52,14 +62,23 @@ class SegmentTreeView:
             return
         chains = self._chains.setdefault(namespace, {})
         digests = tuple(segment.digest(namespace) for segment in chain)
-        chains.pop(digests, None)
+        self._num_tokens[namespace] += _length(chain) - _length(chains.pop(digests, ()))
         chains[digests] = tuple(chain)
         if len(chains) > self._max_chains:
-            del chains[next(iter(chains))]
+            self._forget_oldest(namespace)
+        while self._num_tokens.total() > self._max_tokens:
+            self._forget_oldest(max(self._num_tokens, key=self._num_tokens.__getitem__))
 
     def forget(self, namespace: str) -> None:
         """Drop every known chain of `namespace`; the cache stays as it is."""
         self._chains.pop(namespace, None)
+        self._num_tokens.pop(namespace, None)
+
+    def _forget_oldest(self, namespace: str) -> None:
+        chains = self._chains[namespace]
+        self._num_tokens[namespace] -= _length(chains.pop(next(iter(chains))))
+        if not chains:
+            self.forget(namespace)
 
     def coverage(self, namespace: str, chain: Sequence[Segment]) -> ChainCoverage:
         """How much of `chain`, known or not, is cached as one token path."""
@@ -85,6 +104,10 @@ class SegmentTreeView:
             f"{'  ' * (node.depth - 1)}{node.name or node.digest[:12]}  {node.cached_tokens}/{node.num_tokens}"
             for node in self.walk(namespace)
         )
+
+
+def _length(chain: Sequence[Segment]) -> int:
+    return sum(len(segment.token_ids) for segment in chain)
 
 
 def token_path(chain: Sequence[Segment]) -> TokenIds:

@@ -21,16 +21,23 @@ import numpy as np
 
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.pool import PageIds, PagePool
+from kvcomm.plain import Plain
 
+MAX_SHOWN = 8
 _DOMAIN = b"kvcomm segment 1\0"
 
 
 @dataclass(frozen=True)
-class Segment:
+class Segment(Plain):
     """A unit of text with an identity: its token ids, tokenized on their own. The name is for people."""
 
     token_ids: tuple[int, ...]
     name: str | None = None
+
+    def __repr__(self) -> str:
+        first = ", ".join(map(str, self.token_ids[:MAX_SHOWN]))
+        more = ", ..." if len(self.token_ids) > MAX_SHOWN else ""
+        return f"Segment({self.name!r}, {len(self.token_ids)} tokens: {first}{more})"
 
     def digest(self, namespace: str) -> str:
         """Hex SHA-256 over a domain tag, the length-prefixed namespace and the ids as little-endian int32.
@@ -275,11 +282,18 @@ class SegmentStore:
                 for digest in list(space.records):
                     self._forget(space, digest)
 
+    def forget(self, namespace: str) -> None:
+        """The same, and its budget."""
+        self.reset(namespace)
+        self._spaces.pop(namespace, None)
+
     def set_budget(self, namespace: str, max_bytes: int | None) -> None:
         """Limit the KV bytes that renditions of `namespace` refer to; its least recently used go first."""
         space = self._space(namespace)
         space.max_bytes = max_bytes
         self._make_room(space, 0)
+        if not space.records and max_bytes is None:
+            self._spaces.pop(namespace, None)
 
     def evict(self, num_pages: int) -> int:
         """Drop least recently used renditions until `num_pages` pages became free in the pool; returns how
@@ -299,6 +313,13 @@ class SegmentStore:
                 self._forget_if_unused(space, digest)
         return freed
 
+    def evictable_pages(self) -> Iterator[PageIds]:
+        """Every page reference that eviction could drop."""
+        for space in self._spaces.values():
+            for record in space.records.values():
+                if not record.num_pins:
+                    yield from (rendition.pages for rendition in record.renditions.values())
+
     def drop_oldest(self) -> bool:
         """Drop the least recently used rendition of an unpinned segment, even if it frees nothing; False if
         none.
@@ -317,7 +338,7 @@ class SegmentStore:
         now, freed = self._clock(), 0
         if now < self._next_due_s:
             return 0
-        for space in self._spaces.values():
+        for space in list(self._spaces.values()):
             for digest in [d for d, record in space.records.items() if record.due_s <= now]:
                 freed += self._forget(space, digest)
         self._next_due_s = min(
@@ -466,13 +487,19 @@ class SegmentStore:
         freed = sum(self._drop(space, digest, key) for key in list(record.renditions))
         for name in record.names:
             del space.names[name]
-        del space.records[digest]
+        self._forget_record(space, digest)
         return freed
 
     def _forget_if_unused(self, space: _Space, digest: str) -> None:
         record = space.records[digest]
         if not (record.names or record.num_pins or record.renditions):
-            del space.records[digest]
+            self._forget_record(space, digest)
+
+    def _forget_record(self, space: _Space, digest: str) -> None:
+        """Forget a segment, and its namespace with the last one unless that has a budget."""
+        del space.records[digest]
+        if not space.records and space.max_bytes is None:
+            self._spaces.pop(space.name, None)
 
     def _require_pages(self, segment: Segment, num_tokens: int, pages: PageIds, offset: int) -> None:
         page_size = self._pool.page_size

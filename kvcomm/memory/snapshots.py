@@ -1,9 +1,9 @@
 """Snapshots: a context made durable.
 
 A snapshot is one sealed file (`sealed_file`): per layer `keys.<layer>` and `values.<layer>` as
-[num_computed, num_kv_heads, dim], optionally `logits` [vocab_size] behind the last token, and as header the JSON of
-`SnapshotHeader`, which carries the digest of all tensors in the order of `_tensor_names`. This module knows tensors and
-headers, not pools, contexts or engines.
+[num_computed, num_kv_heads, dim], optionally `logits` [vocab_size] behind the last token, finite and in the dtype of
+the KV or float32, and as header the JSON of `SnapshotHeader`, which carries the digest of all tensors in the order of
+`_tensor_names`. This module knows tensors and headers, not pools, contexts or engines.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from safetensors import safe_open
 from torch import Tensor
 
-from kvcomm.errors import SnapshotCorrupt, SnapshotError, SnapshotForeign, SnapshotTooNew
+from kvcomm.errors import SnapshotCorrupt, SnapshotError, SnapshotExists, SnapshotForeign, SnapshotTooNew
+from kvcomm.files.reading import first_fault
+from kvcomm.files.writing import NameTaken
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.sealed_file import SealedFormat, tensors_digest
 
@@ -75,30 +77,42 @@ def write_snapshot(
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     logits: Tensor | None,
+    *,
+    is_new: bool = False,
 ) -> None:
     """Write a snapshot; it appears whole or not at all. The header's payload digest is filled in here.
 
+    Args:
+        logits: left out where they are not finite: whoever needs them computes them again.
+        is_new: do not replace a file that is there by the time this one is written.
+
     Raises:
+        SnapshotExists: `is_new`, and there is one.
         SnapshotError: the file cannot be written; an older file of that name is untouched.
     """
+    logits = logits if logits is not None and bool(logits.isfinite().all()) else None
     digest = payload_digest(keys, values, logits)
     text = header.model_copy(update={"payload_blake3": digest}).model_dump_json()
     tensors = dict(zip(_tensor_names(len(keys), logits is not None), _tensors(keys, values, logits), strict=True))
-    FORMAT.write(file, text, tensors)
+    try:
+        FORMAT.write(file, text, tensors, is_new=is_new)
+    except NameTaken as error:
+        raise SnapshotExists(f"{file} exists; choose another name, or replace it") from error
 
 
-def read_header(file: Path) -> SnapshotHeader:
+def read_header(file: str | Path) -> SnapshotHeader:
     """The header alone, without looking at the tensors.
 
     Raises:
         SnapshotError: unreadable, not a snapshot, altered or too new; see the subclasses.
     """
+    file = Path(file)
     with FORMAT.opened(file) as opened:
         return _header(file, opened)
 
 
 def read_snapshot(
-    file: Path, *, namespace: str, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype
+    file: Path, *, namespace: str, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype, vocab_size: int
 ) -> Snapshot:
     """Map a snapshot and check every byte of it.
 
@@ -106,15 +120,18 @@ def read_snapshot(
         namespace: the only one accepted.
         shapes: per layer (num_kv_heads, key_dim, value_dim) as the model has them.
         dtype: of the KV as the model has it.
+        vocab_size: tokens that the model knows.
 
     Raises:
         SnapshotForeign: another namespace.
         SnapshotCorrupt, SnapshotTooNew, SnapshotError: as the names say.
     """
-    return FORMAT.settled(file, lambda: _read(file, namespace, shapes, dtype))
+    return FORMAT.settled(file, lambda: _read(file, namespace, shapes, dtype, vocab_size))
 
 
-def _read(file: Path, namespace: str, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> Snapshot:
+def _read(
+    file: Path, namespace: str, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype, vocab_size: int
+) -> Snapshot:
     with FORMAT.opened(file) as opened:
         header = _header(file, opened)
         if header.namespace != namespace:
@@ -130,8 +147,16 @@ def _read(file: Path, namespace: str, shapes: Sequence[tuple[int, int, int]], dt
         values = [opened.get_tensor(f"values.{layer}") for layer in range(len(shapes))]
         logits = opened.get_tensor("logits") if has_logits else None
     _require_shapes(file, header, keys, values, shapes, dtype)
+    if logits is not None and (tuple(logits.shape) != (vocab_size,) or logits.dtype not in (dtype, torch.float32)):
+        raise SnapshotCorrupt(
+            f"{file}: logits are {tuple(logits.shape)} {logits.dtype}, not ({vocab_size},) {dtype} or torch.float32"
+        )
     if payload_digest(keys, values, logits) != header.payload_blake3:
         raise SnapshotCorrupt(f"{file} was altered: its tensors do not have the digest in the header")
+    if max(header.token_ids, default=0) >= vocab_size:
+        raise SnapshotCorrupt(f"{file} holds token {max(header.token_ids)}; the model knows {vocab_size} tokens")
+    if logits is not None and not logits.isfinite().all():
+        raise SnapshotCorrupt(f"{file}: logits are not finite")
     return Snapshot(header, keys, values, logits)
 
 
@@ -149,7 +174,7 @@ def _header(file: Path, opened: safe_open) -> SnapshotHeader:
     try:
         header = SnapshotHeader.model_validate_json(text)
     except ValidationError as error:
-        raise SnapshotCorrupt(f"{file} has a header that does not fit the format: {error}") from error
+        raise SnapshotCorrupt(f"{file} has a header that does not fit the format: {first_fault(error)}") from error
     num_tokens = len(header.token_ids)
     if header.num_computed > num_tokens or sum(step.num_tokens for step in header.path) != num_tokens:
         raise SnapshotCorrupt(f"{file} has a header that contradicts itself about its {num_tokens} tokens")

@@ -26,6 +26,9 @@ from kvcomm.memory.pool import PageIds, PagePool
 __all__ = ["Drop", "Match", "MissReason", "NamespaceUsage", "Node", "NodeView", "RadixTree", "TokenIds"]
 
 
+_MAX_FORMER = 32
+
+
 class Match(NamedTuple):
     """The longest cached prefix: ceil(num_tokens / page_size) pages, *not* retained for the caller."""
 
@@ -80,6 +83,7 @@ class RadixTree:
         self._clock = clock
         self._ttl_s = math.inf if ttl_s is None else ttl_s
         self._namespaces: dict[str, Namespace] = {}
+        self._forgotten = Namespace("")  # the counters of all that are not known any more
         self._log = EventLog()
         self.ages = PageAges()
         self._reaper = Reaper(pool, self._log, self.ages, clock)
@@ -199,20 +203,22 @@ class RadixTree:
             self._reaper.shrink(space, num_pages)
 
     def usage(self, namespace: str) -> NamespaceUsage:
-        """Sizes and counters of `namespace`; all zero if it was never used."""
-        space = self._namespaces.get(namespace) or Namespace(namespace)
-        return NamespaceUsage(
-            space.num_tokens,
-            space.num_pages,
-            space.quota_pages,
-            space.query_tokens,
-            space.hit_tokens,
-            *(space.dropped_tokens[r] for r in (MissReason.EVICTED, MissReason.EXPIRED, MissReason.QUOTA)),
-        )
+        """Sizes and counters of `namespace`; all zero if it was never used, or is forgotten."""
+        return _usage(self._namespaces.get(namespace) or Namespace(namespace))
 
     def namespaces(self) -> tuple[str, ...]:
-        """Every namespace ever used."""
-        return tuple(self._namespaces)
+        """Namespaces that hold something or have a quota.
+
+        Of those that have neither any more, the latest few are remembered: their counters, and why their prompts miss.
+        """
+        return tuple(name for name, space in self._namespaces.items() if not space.is_empty)
+
+    def total_usage(self) -> NamespaceUsage:
+        """Sizes and counters over all namespaces, also over those that are forgotten; no quota."""
+        total = Namespace("")
+        for space in (self._forgotten, *self._namespaces.values()):
+            total.count(space)
+        return _usage(total)
 
     def evict(self, num_pages: int) -> int:
         """Drop least recently used leaves until `num_pages` pages became free in the pool; returns how many.
@@ -221,6 +227,21 @@ class RadixTree:
         nothing.
         """
         return self._reaper.evict(num_pages)
+
+    def evict_all(self, num_pages: int) -> int:
+        """As `evict`, but leaves whose pages others hold too go as well, since they keep their ancestors from going."""
+        return self._reaper.evict(num_pages, spare_shared=False)
+
+    def evictable_pages(self) -> Iterator[PageIds]:
+        """Every page reference that eviction could drop: of nodes with nothing locked or pinned below them."""
+        for space in self._namespaces.values():
+            kept: set[Node] = set()
+            for node in reversed(list(preorder(space.root))):
+                if node in kept or node.num_locks or node.num_pins:
+                    assert node.parent is not None
+                    kept.add(node.parent)
+                else:
+                    yield node.pages
 
     def expire(self) -> int:
         """Drop what outlived its TTL; returns how many pages became free in the pool."""
@@ -313,8 +334,16 @@ class RadixTree:
 
     def _namespace(self, name: str) -> Namespace:
         if name not in self._namespaces:
+            self._forget_former()
             self._namespaces[name] = Namespace(name)
         return self._namespaces[name]
+
+    def _forget_former(self) -> None:
+        """Remember only the latest of the namespaces that hold nothing any more."""
+        former = sorted((s for s in self._namespaces.values() if s.is_empty), key=lambda space: space.root.used)
+        for space in former[: max(0, len(former) - _MAX_FORMER)]:
+            self._forgotten.count(space)
+            del self._namespaces[space.name]
 
     def _count_gaps(self, node: Node, matched: int) -> None:
         """Count the pages of the path of `matched` tokens down to `node` as found, before they are used again.
@@ -402,6 +431,17 @@ class RadixTree:
         self._reaper.track(leaf)
         self._reaper.record(EventKind.STORED, leaf, start)
         return leaf
+
+
+def _usage(space: Namespace) -> NamespaceUsage:
+    return NamespaceUsage(
+        space.num_tokens,
+        space.num_pages,
+        space.quota_pages,
+        space.query_tokens,
+        space.hit_tokens,
+        *(space.dropped_tokens[r] for r in (MissReason.EVICTED, MissReason.EXPIRED, MissReason.QUOTA)),
+    )
 
 
 def _as_tokens(tokens: npt.ArrayLike) -> TokenIds:

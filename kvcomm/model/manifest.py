@@ -17,6 +17,8 @@ from typing import Literal
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from kvcomm.files.reading import CONFIG_BYTES, read_bytes
+
 MANIFEST_FILE = "manifest.json"
 RECORDED_VERSIONS = ("torch", "transformers", "gguf")
 
@@ -87,10 +89,10 @@ def sync(path: Path) -> None:
 
 def _read(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILE
-    if not path.is_file():
-        raise BadFolder(f"has no {MANIFEST_FILE}, so kvcomm did not make it or did not finish")
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return Manifest.model_validate_json(read_bytes(path, max_bytes=CONFIG_BYTES))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BadFolder(f"has no {MANIFEST_FILE}, so kvcomm did not make it or did not finish") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -85,6 +85,8 @@ def remove_model(name: str) -> int | None:
     if not folder.exists():
         return None
     with locked(name):
+        if not folder.exists():  # another process was first
+            return None
         num_bytes = _num_bytes(folder)
         discard(folder)
     return num_bytes

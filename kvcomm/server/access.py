@@ -8,6 +8,7 @@ this machine are let in, or any web page could use a name that points here (DNS 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -17,10 +18,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvcomm.engine.engine import DEFAULT_TENANT
+from kvcomm.server.callers import Callers, use_origin_form
 from kvcomm.server.errors import ApiError
 from kvcomm.server.keys import KeyRing, Role
 from kvcomm.server.logs import notes_of
-from kvcomm.server.settings import is_loopback
 
 if TYPE_CHECKING:
     from kvcomm.server.admission import Admission
@@ -31,6 +32,11 @@ UNMETERED = frozenset({"/v1/stats"})
 """Paths of tenants that count towards no rate: a dashboard left open must not use up what requests need."""
 BEARER = "bearer "
 WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+
+COMPUTING = re.compile(
+    r"/v1/(chat/completions|completions|contexts|contexts/[^/]+/extend|snapshots/[^/]+/restore|cache/warm)"
+)
+"""Paths whose POST asks for engine requests; a fork or a new name does not."""
 
 security = HTTPBearer(auto_error=False, description="An API key made by `kvcomm serve keys add`.")
 """Documents the scheme on operations that need a key; the check itself is made at the door."""
@@ -58,11 +64,18 @@ class Door:
     """ASGI middleware: finds the tenant and lets it in, or answers 401, 403, 429 or 503."""
 
     def __init__(
-        self, app: ASGIApp, *, keys: KeyRing | None, tenant: Callable[[str], Tenant], admission: Admission
+        self,
+        app: ASGIApp,
+        *,
+        keys: KeyRing | None,
+        callers: Callers,
+        tenant: Callable[[str], Tenant],
+        admission: Admission,
     ) -> None:
         """`tenant` gives a tenant by name."""
         self._app = app
         self._keys = keys
+        self._callers = callers
         self._tenant = tenant
         self._admission = admission
 
@@ -70,12 +83,16 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        use_origin_form(scope)
         with ExitStack() as stack:
             try:
                 self._identify_caller(scope)
                 if scope["method"] in WITH_BODY and Role.TENANT in roles_for(scope["path"]):
-                    stack.enter_context(self._admission.letting_in())
+                    computes = scope["method"] == "POST" and COMPUTING.fullmatch(scope["path"]) is not None
+                    tenant = self._tenant(tenant_name(scope))
+                    stack.enter_context(self._admission.letting_in(tenant, computes=computes))
             except ApiError as error:
+                notes_of(scope).refusal = error.code
                 await error.response()(scope, receive, send)
                 return
             await self._app(scope, receive, send)
@@ -84,7 +101,10 @@ class Door:
         roles = roles_for(scope["path"])
         if not roles:
             return
-        name = _local_tenant(scope) if self._keys is None else self._identify(self._keys, scope, roles)
+        headers = Headers(scope=scope)
+        self._callers.require_host(headers)
+        self._callers.require_own_page(headers, is_operators=Role.TENANT not in roles)
+        name = DEFAULT_TENANT if self._keys is None else self._identify(self._keys, scope, roles)
         scope["state"]["tenant"] = name
         if name is not None:
             notes_of(scope).tenant = name
@@ -105,14 +125,6 @@ class Door:
             )
             raise ApiError(403, "wrong_key", message)
         return record.tenant
-
-
-def _local_tenant(scope: Scope) -> str:
-    host = Headers(scope=scope).get("host", "")
-    name = host[1 : host.find("]")] if host.startswith("[") else host.partition(":")[0]
-    if not is_loopback(name):
-        raise ApiError(403, "wrong_host", f"a server without keys is only for this machine, not for Host {host!r}")
-    return DEFAULT_TENANT
 
 
 def _unauthorized(code: str, message: str) -> ApiError:

@@ -11,8 +11,9 @@ from starlette.responses import Response
 from kvcomm.server.access import security
 from kvcomm.server.errors import ApiError, documented
 from kvcomm.server.keys import NAME_PATTERN
-from kvcomm.server.schemas.admin import Cleared, ServerStatus, TenantStatus
-from kvcomm.server.state import ServerState, StateDep
+from kvcomm.server.removal import status_of
+from kvcomm.server.schemas.admin import Cleared, ServerStatus
+from kvcomm.server.state import StateDep
 
 router = APIRouter(tags=["operator"], dependencies=[Depends(security)])
 
@@ -39,12 +40,12 @@ async def server_status(state: StateDep) -> ServerStatus:
         is_draining=state.admission.is_draining,
         requests_in_flight=state.admission.num_in_flight,
         requests_running=state.engine.scheduler.num_running,
-        requests_waiting=state.engine.scheduler.num_waiting,
+        requests_waiting=state.engine.scheduler.num_waiting + state.workers.engine.num_waiting,
         num_pages=stats.num_pages,
         num_free_pages=stats.num_free,
         num_cached_pages=stats.num_cached,
         page_bytes=stats.page_bytes,
-        tenants=[_tenant_status(state, name) for name in state.tenants.names],
+        tenants=[status_of(state, name) for name in state.tenants.names],
     )
 
 
@@ -57,15 +58,3 @@ async def clear_cache(tenant: Annotated[str, Path(pattern=NAME_PATTERN)], state:
         raise ApiError(404, "tenant_not_found", f"no tenant {tenant!r} has asked for anything", param="tenant")
     state.prompts.texts.forget(tenant)
     return Cleared(cleared_tokens=state.tenants.clear(state.tenants.get(tenant)))
-
-
-def _tenant_status(state: ServerState, name: str) -> TenantStatus:
-    tenant = state.tenants.get(name)
-    return TenantStatus(
-        name=name,
-        requests_in_flight=tenant.num_requests,
-        held_tokens=tenant.held_tokens,
-        cached_tokens=state.tenants.num_cached(tenant),
-        salts=len(tenant.salts),
-        limits=tenant.limits,
-    )

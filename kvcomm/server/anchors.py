@@ -7,9 +7,13 @@ and decides what is approximated, so it needs the operator's key.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import anyio
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Request
 from fastapi import Path as PathParam
@@ -17,12 +21,14 @@ from starlette.responses import Response
 
 from kvcomm.align.archive import export_archive, import_archive
 from kvcomm.engine.engine import Engine
-from kvcomm.errors import AnchorFileError
+from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign, AnchorFileTooNew
+from kvcomm.files.reading import read_bytes
 from kvcomm.server.access import security
-from kvcomm.server.errors import ApiError, documented
+from kvcomm.server.errors import ApiError, documented, failed_file
 from kvcomm.server.keys import NAME_PATTERN
 from kvcomm.server.schemas.admin import AnchorsTaken
 from kvcomm.server.state import StateDep, TenantDep
+from kvcomm.server.workers import LONG_BYTES
 
 router = APIRouter(dependencies=[Depends(security)])
 
@@ -35,15 +41,20 @@ BINARY = {"schema": {"type": "string", "format": "binary"}}
     operation_id="exportAnchors",
     tags=["kvcomm"],
     response_class=Response,
-    responses={200: {"content": {TAR: BINARY}}, **documented(401, 403, 429, 500)},
+    responses={200: {"content": {TAR: BINARY}}, **documented(401, 403, 429, 500, 503)},
 )
-def export_anchors(state: StateDep, tenant: TenantDep) -> Response:
+async def export_anchors(state: StateDep, tenant: TenantDep) -> Response:
     """Every bank and calibration of the caller, a tar archive that `kvcomm anchors` reads."""
-    with tempfile.TemporaryDirectory() as name:
-        folder, file = Path(name) / "anchors", Path(name) / "anchors.tar"
-        state.engine.save_anchors(folder, tenant=tenant.name)
+    archive = await state.workers.run(tenant.name, LONG_BYTES, partial(_archive, state.engine, tenant.name))
+    return Response(archive, media_type=TAR)
+
+
+def _archive(engine: Engine, tenant: str) -> bytes:
+    with _scratch() as scratch:
+        folder, file = scratch / "anchors", scratch / "anchors.tar"
+        engine.save_anchors(folder, tenant=tenant)
         export_archive(folder, file)
-        return Response(file.read_bytes(), media_type=TAR)
+        return read_bytes(file)
 
 
 @router.put(
@@ -51,23 +62,35 @@ def export_anchors(state: StateDep, tenant: TenantDep) -> Response:
     operation_id="importAnchors",
     tags=["operator"],
     openapi_extra={"requestBody": {"required": True, "content": {"application/octet-stream": BINARY}}},
-    responses=documented(400, 401, 403, 408, 413, 500),
+    responses=documented(400, 401, 403, 408, 413, 500, 503),
 )
 async def import_anchors(
     tenant: Annotated[str, PathParam(pattern=NAME_PATTERN)], request: Request, state: StateDep
 ) -> AnchorsTaken:
     """Put an archive's banks and calibrations in place of what a tenant has of the same edges, all of it or nothing."""
-    return await anyio.to_thread.run_sync(_take, state.engine, tenant, await request.body())
+    with _scratch() as scratch:
+        async with await anyio.open_file(scratch / "archive", "wb") as file:  # it may be as large as the memory
+            async for piece in request.stream():
+                await file.write(piece)
+        return await anyio.to_thread.run_sync(_take, state.engine, tenant, scratch)
 
 
-def _take(engine: Engine, tenant: str, archive: bytes) -> AnchorsTaken:
-    with tempfile.TemporaryDirectory() as name:
-        file, folder = Path(name) / "archive", Path(name) / "anchors"
-        file.write_bytes(archive)
-        try:
-            num_banks = import_archive(file, folder)
-            profile = engine.load_anchors(folder, tenant=tenant)
-        except AnchorFileError as error:
-            # Messages name files; where this server unpacks them is nobody's business.
-            raise ApiError(400, "bad_anchors", str(error).replace(f"{name}/", "")) from error
+def _take(engine: Engine, tenant: str, scratch: Path) -> AnchorsTaken:
+    file, folder = scratch / "archive", scratch / "anchors"
+    try:
+        num_banks = import_archive(file, folder)
+        profile = engine.load_anchors(folder, tenant=tenant)
+    except (AnchorFileCorrupt, AnchorFileForeign, AnchorFileTooNew) as error:
+        # Messages name files; where this server unpacks them is nobody's business.
+        raise ApiError(400, "bad_anchors", str(error).replace(f"{scratch}/", "")) from error
     return AnchorsTaken(num_banks=num_banks, num_groups=len(profile.groups))
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder for a moment. Raises ApiError 503 where the disk fails, here or in the block."""
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
+    except (AnchorFileError, OSError) as error:
+        raise failed_file("anchors_failed", "anchors", error) from error

@@ -1,7 +1,8 @@
 """The application: surfaces, and what every request passes on its way to them.
 
-From the outside in: traces, if anybody collects them, the log (ids, counts, last resort for errors), the door (keys,
-rate, admission), the body's limits, then FastAPI. A surface is a router; adding one is one line in `SURFACES`.
+From the outside in: the draining of bodies, traces, if anybody collects them, the log (ids, counts, last resort for
+errors), what browsers are told about other origins, if any are allowed, the door (hosts, keys, rate, admission), the
+body's limits, then FastAPI. A surface is a router; adding one is one line in `SURFACES`.
 """
 
 from __future__ import annotations
@@ -9,13 +10,28 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from kvcomm.engine.engine import Engine
-from kvcomm.server import admin, anchors, chat, completions, dashboard, errors, health, models, openapi, stats
+from kvcomm.server import (
+    admin,
+    admin_tenants,
+    anchors,
+    chat,
+    completions,
+    dashboard,
+    errors,
+    health,
+    models,
+    openapi,
+    stats,
+)
 from kvcomm.server.access import Door
+from kvcomm.server.callers import Callers, cors_of
 from kvcomm.server.contexts import snapshot_surface as snapshots
 from kvcomm.server.contexts import surface as contexts
-from kvcomm.server.contexts.snapshots import make_folder
+from kvcomm.server.contexts.snapshots import open_folder
+from kvcomm.server.draining import DrainedBodies
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.limits import BodyLimit
 from kvcomm.server.logs import RequestLog
@@ -41,6 +57,7 @@ SURFACES = (
     stats.router,
     dashboard.router,
     admin.router,
+    admin_tenants.router,
 )
 
 
@@ -59,13 +76,14 @@ def make_app(
 
     Raises:
         KeyFileError: the settings name a key file that cannot be read.
-        InvalidRequest: the folder for snapshots cannot be made.
+        InvalidRequest: the folder for snapshots cannot be made or read, or every web page could use it without a key.
     """
     settings = settings or ServerSettings()
     if keys is None and settings.keys is not None:
         keys = KeyRing(settings.keys)
+    settings.require_safe_origins(has_keys=keys is not None)
     if settings.snapshots is not None:
-        make_folder(settings.snapshots)
+        open_folder(settings.snapshots)
     state = ServerState(engine, settings, keys)
     app = FastAPI(docs_url=None, redoc_url=None)  # their pages load scripts from elsewhere
     app.state.kvcomm = state
@@ -73,9 +91,17 @@ def make_app(
         app.include_router(surface)
     errors.install(app)
     openapi.install(app, model=settings.name, vocab_size=engine.geometry.vocab_size)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_bytes_of, timeout_s=settings.body_timeout_s)
-    app.add_middleware(Door, keys=keys, tenant=state.tenants.get, admission=state.admission)
+    app.add_middleware(
+        BodyLimit, max_bytes=settings.max_bytes_of, timeout_s=settings.body_timeout_s, pause_s=settings.body_pause_s
+    )
+    callers = Callers(
+        allowed_hosts=settings.allowed_hosts, cors_origins=settings.cors_origins, has_keys=keys is not None
+    )
+    app.add_middleware(Door, keys=keys, callers=callers, tenant=state.tenants.get, admission=state.admission)
+    if settings.cors_origins:
+        app.add_middleware(CORSMiddleware, **cors_of(settings))
     app.add_middleware(RequestLog, observe=state.metrics.answered)
     if traces is not None:
         app.add_middleware(RequestTraces, provider=traces)
+    app.add_middleware(DrainedBodies)
     return app

@@ -10,10 +10,10 @@ from functools import partial
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
-from kvcomm.engine.detokenize import REPLACEMENT
 from kvcomm.engine.results import Choice, Chunk, Completion
 from kvcomm.engine.sampling import TokenLogprob as EngineLogprob
 from kvcomm.server.access import security
+from kvcomm.server.bodies import BodyRoute
 from kvcomm.server.contexts.answering import begin_turn, put_messages
 from kvcomm.server.errors import documented
 from kvcomm.server.generation import Call, CallDep, Job, Piece
@@ -36,7 +36,7 @@ from kvcomm.server.state import ServerState
 from kvcomm.server.streaming import DOCUMENTED, EventStream
 from kvcomm.server.usage import plan_of, usage_of
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
 
 
 @router.post(
@@ -67,9 +67,12 @@ async def _job(body: ChatRequest, call: Call) -> Job:
     state.require_model(body.model)
     turn = begin_turn(body, call)
     if turn is None:
-        prompt = await call.make(partial(state.prompts.chat, body, call.tenant.name))
+        prompt = await call.make(
+            partial(state.prompts.chat, body, call.tenant.name),
+            more_bytes=state.registries.num_bytes(call.tenant.name, body.segments or ()),
+        )
     else:
-        prompt = await call.make(partial(put_messages, turn, body, state.prompts))
+        prompt = await call.make(partial(put_messages, turn, body, state.prompts), more_bytes=turn.num_rendered)
     sampling = sampling_of(
         body,
         state.settings,
@@ -161,9 +164,8 @@ class _Answer:
         return TokenLogprob(token=drawn.token, logprob=drawn.logprob, bytes=drawn.bytes, top_logprobs=top)
 
     def _top(self, token_id: int, logprob: float) -> TopLogprob:
-        text = self._state.engine.decode([token_id])
-        # A token that is a part of a character has bytes that its text does not tell.
-        return TopLogprob(token=text, logprob=logprob, bytes=None if REPLACEMENT in text else list(text.encode()))
+        engine = self._state.engine
+        return TopLogprob(token=engine.token_text(token_id), logprob=logprob, bytes=list(engine.token_bytes(token_id)))
 
 
 def _piece(

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from kvcomm.engine.results import Completion
 from kvcomm.engine.sampling import TokenLogprob
 from kvcomm.server.access import security
+from kvcomm.server.bodies import BodyRoute
 from kvcomm.server.chat import reason
 from kvcomm.server.contexts.answering import begin_turn, put_text
 from kvcomm.server.errors import documented
@@ -24,7 +25,7 @@ from kvcomm.server.schemas.usage import Usage
 from kvcomm.server.streaming import DOCUMENTED, EventStream
 from kvcomm.server.usage import usage_of
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
 
 
 @router.post(
@@ -41,6 +42,7 @@ async def create_completion(body: CompletionRequest, call: CallDep) -> Response 
 
 async def _answer(body: CompletionRequest, call: Call) -> Response | TextCompletion:
     call.state.require_model(body.model)
+    call.state.admission.require_places(call.tenant, len(body.prompts))
     for prompt in body.prompts:
         await call.submit(await _job(prompt, body, call))
     answer = _Answer(body, call)
@@ -56,7 +58,10 @@ async def _job(prompt: str | list[int], body: CompletionRequest, call: Call) -> 
     state = call.state
     turn = begin_turn(body, call)
     if turn is None:
-        prepared = await call.make(partial(state.prompts.completion, prompt, body, call.tenant.name))
+        prepared = await call.make(
+            partial(state.prompts.completion, prompt, body, call.tenant.name),
+            more_bytes=state.registries.num_bytes(call.tenant.name, body.segments or ()),
+        )
     else:
         prepared = await call.make(partial(put_text, turn, prompt, body, state.prompts))
     sampling = sampling_of(
@@ -137,11 +142,11 @@ class _Answer:
         return completion.model_copy(update={"usage": usage}) if has_usage else completion
 
     def _logprobs(self, tokens: Sequence[TokenLogprob], offset: int) -> CompletionLogprobs:
-        decode = self._call.state.engine.decode
-        texts = [decode([token.token_id]) for token in tokens]
+        text_of = self._call.state.engine.token_text
+        texts = [text_of(token.token_id) for token in tokens]
         top = None
         if self._body.logprobs:
-            top = [{decode([token_id]): logprob for token_id, logprob in token.top} for token in tokens]
+            top = [{text_of(token_id): logprob for token_id, logprob in token.top} for token in tokens]
         return CompletionLogprobs(
             tokens=texts,
             token_logprobs=[token.logprob for token in tokens],

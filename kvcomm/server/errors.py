@@ -6,7 +6,10 @@ Messages that count the engine's pages or requests are replaced: those numbers b
 
 from __future__ import annotations
 
+import logging
 import math
+import os
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -30,6 +33,8 @@ from kvcomm.errors import (
 from kvcomm.server.schemas.common import REQUEST_KINDS
 from kvcomm.server.schemas.errors import ErrorDetail, ErrorResponse
 
+logger = logging.getLogger("kvcomm.server")
+
 RETRY_AFTER = "retry-after"
 CLOSE = {"connection": "close"}
 CLIENT_GONE = 499
@@ -39,6 +44,7 @@ BODY_KINDS = frozenset({"missing", "model_type", "model_attributes_type"})
 """Errors about a body that is none, or no object."""
 
 MAX_SHOWN = 60  # characters of a bad value in a message
+MAX_MESSAGE, MAX_PARAM = 1000, 200  # characters of an error
 
 TYPES = {
     400: "invalid_request_error",
@@ -90,9 +96,9 @@ class ApiError(HTTPException):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         extra = {} if retry_after_s is None else {RETRY_AFTER: str(max(1, math.ceil(retry_after_s)))}
-        super().__init__(status, message, {**(headers or {}), **extra})
+        super().__init__(status, _shortened(message, MAX_MESSAGE), {**(headers or {}), **extra})
         self.code = code
-        self.param = param
+        self.param = None if param is None else _shortened(param, MAX_PARAM)
 
     @property
     def body(self) -> dict[str, Any]:
@@ -141,6 +147,25 @@ def translate(error: BaseException, *, retry_after_s: float = 1, context_tokens:
     return ApiError(500, "internal_error", "the request failed inside the server; its log says why")
 
 
+def failed_file(code: str, what: str, error: BaseException, *, retry_after_s: float = 1) -> ApiError:
+    """The answer where the disk fails: 503 with the system's own reason; where that was is for the operator's log.
+
+    Args:
+        error: of the system, or one of ours that it caused.
+    """
+    system = error if isinstance(error, OSError) else error.__cause__
+    told = str(error) or type(error).__name__
+    logger.error("%s: %s", what, told, extra={"fields": {"error": type(error).__name__, "code": code}})
+    reason = system.strerror if isinstance(system, OSError) and system.strerror else _system_words(told)
+    return ApiError(503, code, f"{what} cannot be read or written now: {reason}", retry_after_s=retry_after_s)
+
+
+def _system_words(told: str) -> str:
+    """What safetensors says of a failed write carries the system's number only."""
+    number = re.search(r"os error (\d+)", told)
+    return os.strerror(int(number[1])) if number else "the server's log says why"
+
+
 def install(app: FastAPI) -> None:
     """Answer every error of the app in OpenAI's shape."""
     app.add_exception_handler(HTTPException, _on_http)
@@ -150,6 +175,7 @@ def install(app: FastAPI) -> None:
 async def _on_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if isinstance(error, ApiError):
+        request.state.notes.refusal = error.code
         return error.response()
     if error.status_code == 404:
         return ApiError(404, "unknown_url", f"there is nothing at {request.method} {request.url.path}").response()
@@ -181,8 +207,7 @@ def invalid(errors: Sequence[Any], body: object) -> ApiError:
         return ApiError(400, "unsupported_value", f"{param} {first['msg']}", param=param)
     if not param:
         return ApiError(400, "invalid_value", first["msg"], param=first.get("ctx", {}).get("param"))
-    shown = repr(first["input"])
-    if len(shown) <= MAX_SHOWN and not isinstance(first["input"], dict | list):
+    if (shown := _shown(first["input"])) is not None:
         message += f", not {shown}"
     return ApiError(400, "invalid_value", f"{param}: {message}", param=param)
 
@@ -200,6 +225,19 @@ def _param(path: Sequence[Any], body: object) -> str:
             text += f".{part}" if text else str(part)
             at = at.get(part)
     return text
+
+
+def _shown(value: object) -> str | None:
+    """A bad value for a message; None: it says more than a message should."""
+    if isinstance(value, str | bytes) and len(value) > MAX_SHOWN:
+        return None
+    shown = repr(value) if value is None or isinstance(value, str | bytes | int | float) else None
+    return shown if shown is not None and len(shown) <= MAX_SHOWN else None
+
+
+def _shortened(text: str, most: int) -> str:
+    """What clients sent comes back in messages, and not at any length."""
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _lower(message: str) -> str:

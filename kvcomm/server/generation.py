@@ -12,25 +12,25 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import anyio
-import anyio.to_thread
 from fastapi import Depends, Request
 
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.results import Chunk, Completion
 from kvcomm.engine.sampling import SamplingParams
-from kvcomm.errors import EngineClosed, KVCommError
+from kvcomm.errors import ContextReleased, EngineClosed, KVCommError, RequestCancelled
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError, translate
 from kvcomm.server.logs import Answered, RequestNotes, log_unexpected, notes_of
 from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.state import ServerState, state_of
 from kvcomm.server.tenants import Tenant
-from kvcomm.server.waiting import in_thread, timed_out, while_connected
+from kvcomm.server.waiting import timed_out, while_connected
 
 T = TypeVar("T")
 
@@ -79,6 +79,7 @@ class Call:
     deadline_s: float
     created: int = field(default_factory=lambda: int(time.time()))
     _running: list[_Running] = field(default_factory=list)
+    _leaving: list[asyncio.Task[None]] = field(default_factory=list)
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
 
     def take_turn(self, turn: Turn) -> Turn:
@@ -101,9 +102,10 @@ class Call:
             await self.close()
             raise self._translated(error) from error
 
-    async def make(self, maker: Callable[[], T]) -> T:
-        """A prompt, tokenized in a worker thread."""
-        return await anyio.to_thread.run_sync(maker)
+    async def make(self, maker: Callable[[], T], *, more_bytes: int = 0) -> T:
+        """A prompt, rendered and tokenized by a worker; `more_bytes`: of text that the body only refers to."""
+        num_bytes = len(await self.request.body()) + more_bytes
+        return await self.state.workers.run(self.tenant.name, num_bytes, maker)
 
     async def submit(self, job: Job) -> None:
         """Start a job once there is a place for it.
@@ -113,6 +115,7 @@ class Call:
             KVCommError: the engine refuses it.
         """
         await self._stack.enter_async_context(self.state.admission.place(self.tenant, job.max_tokens))
+        self.tenant.require_there()
         space = self.state.tenants.open_namespace(self.tenant, job.salt)
 
         def start() -> None:
@@ -122,8 +125,18 @@ class Call:
             else:
                 handle = self.state.engine.submit(job.prompt.segments, job.sampling, tenant=space, policy=job.policy)
             self._running.append(_Running(job, space, handle, submitted_ns))
+            self.tenant.running.add(handle)
 
-        await in_thread(start)  # if the caller is cancelled meanwhile, `close` finds the handle
+        await self.state.workers.engine.enter(self.tenant.name)
+        num_before = len(self._running)
+        try:
+            await self.state.workers.start(start)  # if the caller is cancelled meanwhile, `close` finds the handle
+        finally:
+            if len(self._running) > num_before:
+                self._leaving.append(asyncio.ensure_future(self._leave_after(self._running[-1].handle)))
+            else:
+                self.state.workers.engine.leave(self.tenant.name)
+        self.tenant.require_there()
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Chunks of all jobs as they come.
@@ -158,13 +171,13 @@ class Call:
             if job.turn is not None:
                 job.turn.keep()
             if job.prompt.lifetimes:
-                await anyio.to_thread.run_sync(self.state.prolong, space, job.prompt)
+                await self.state.workers.start(partial(self.state.prolong, space, job.prompt))
         for each, completion in zip(self._running, completions, strict=True):
             self.state.metrics.completed(completion, each.job.policy)
             self.tenant.tally.add(completion.usage)
             self.notes.answered.append(Answered(each.submitted_ns, completion.usage))
         if self.state.settings.log_prompts:
-            self._note_texts(completions)
+            await self.state.workers.start(partial(self._note_texts, completions))
         return completions
 
     async def close(self) -> None:
@@ -175,8 +188,16 @@ class Call:
             for each in self._running:
                 with suppress(Exception):  # how it ended has been told, or nobody is left to be told
                     await each.handle.aresult()
+                self.tenant.running.discard(each.handle)
+            await asyncio.gather(*self._leaving)
             self.state.tenants.keep_quota(self.tenant)
             await self._stack.aclose()
+
+    async def _leave_after(self, handle: RequestHandle) -> None:
+        """Let the next request into the engine once one has ended."""
+        with suppress(Exception):  # whoever asked for it is told
+            await handle.aresult()
+        self.state.workers.engine.leave(self.tenant.name)
 
     def _note_texts(self, completions: Sequence[Completion]) -> None:
         decode = self.state.engine.decode
@@ -186,6 +207,8 @@ class Call:
     def _translated(self, error: BaseException) -> ApiError:
         if isinstance(error, EngineClosed):
             self.state.is_engine_closed = True
+        if self.tenant.is_gone and isinstance(error, RequestCancelled | ContextReleased):
+            return self.tenant.removed()
         answer = translate(
             error,
             retry_after_s=self.state.settings.retry_after_s,

@@ -12,9 +12,7 @@ import hashlib
 import hmac
 import json
 import logging
-import os
 import secrets
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +26,8 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvcomm.errors import InvalidRequest, KeyFileError
+from kvcomm.files.reading import CONFIG_BYTES, first_fault, read_bytes
+from kvcomm.files.writing import replacing, sweep
 from kvcomm.server.settings import Limits
 
 logger = logging.getLogger("kvcomm.server")
@@ -80,61 +80,63 @@ class KeyFile(BaseModel):
     keys: tuple[KeyRecord, ...] = ()
 
     @classmethod
-    def read(cls, file: Path) -> KeyFile:
+    def read(cls, file: str | Path) -> KeyFile:
         """Raises KeyFileError when there is none, it cannot be read, or it is not such a file."""
+        file = Path(file)
         try:
-            return cls.model_validate_json(file.read_bytes())
+            return cls.model_validate_json(read_bytes(file, max_bytes=CONFIG_BYTES))
         except OSError as error:
             raise KeyFileError(f"key file {file} cannot be read: {error.strerror or error}") from error
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise KeyFileError(f"{file} is not a key file: {place + ': ' if place else ''}{first['msg']}") from error
+            raise KeyFileError(f"{file} is not a key file: {first_fault(error)}") from error
 
-    def write(self, file: Path) -> None:
+    def write(self, file: str | Path) -> None:
         """Replace the file in one step.
 
         Raises:
             KeyFileError: it cannot be written; what was there is untouched.
         """
+        file = Path(file)
         text = json.dumps(self.model_dump(mode="json", exclude_none=True), indent=2) + "\n"
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # mode 0600
-            try:
-                with os.fdopen(handle, "w") as stream:
-                    stream.write(text)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                os.replace(name, file)
-            except BaseException:
-                Path(name).unlink(missing_ok=True)
-                raise
+            with replacing(file) as temporary:  # mode 0600
+                temporary.write_text(text)
         except OSError as error:
             raise KeyFileError(f"key file {file} cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager
-def changing(file: Path) -> Iterator[KeyFile]:
+def changing(file: str | Path) -> Iterator[KeyFile]:
     """The key file, empty if there is none, kept from other processes that would change it too.
 
     Raises:
         KeyFileError: it cannot be read, or nothing can be written beside it.
     """
+    file = Path(file)
     lock = FileLock(f"{file}.lock")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except OSError as error:
-        raise KeyFileError(f"key file {file} cannot be written: {error.strerror or error}") from error
+    except (OSError, NotImplementedError) as error:  # the latter where a disk knows no locks
+        raise KeyFileError(f"key file {file} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     try:
-        yield KeyFile.read(file) if file.exists() else KeyFile()
+        sweep(file.parent, file.name)
+        yield _read_or_empty(file)
     finally:
         lock.release()
 
 
+def _read_or_empty(file: Path) -> KeyFile:
+    try:
+        return KeyFile.read(file)
+    except KeyFileError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return KeyFile()
+        raise
+
+
 def add_key(
-    file: Path,
+    file: str | Path,
     name: str,
     *,
     role: Role = Role.TENANT,
@@ -172,7 +174,7 @@ def add_key(
     return key
 
 
-def remove_key(file: Path, name: str) -> KeyRecord:
+def remove_key(file: str | Path, name: str) -> KeyRecord:
     """Take a key out of the file; a running server stops accepting it within a second.
 
     Raises:
@@ -196,20 +198,31 @@ def digest(key: str) -> str:
 class KeyRing:
     """The keys of a file, as it is now."""
 
-    def __init__(self, file: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, file: str | Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises KeyFileError when the file cannot be read; later, the keys read last stay valid."""
-        self._file = file
+        self._file = file = Path(file)
         self._clock = clock
         self._lock = threading.Lock()
         self._stamp = _stamp(file)
         self._records = KeyFile.read(file).keys
         self._checked_s = clock()
+        self._counted: tuple[KeyRecord, ...] | None = None
+        self._num_tenants = 0
 
     @property
     def records(self) -> tuple[KeyRecord, ...]:
         """Every key."""
         self._reload()
         return self._records
+
+    @property
+    def num_tenants(self) -> int:
+        """Tenants that have a key."""
+        records = self.records
+        if records is not self._counted:
+            self._counted = records
+            self._num_tenants = len({record.tenant for record in records if record.tenant is not None})
+        return self._num_tenants
 
     def find(self, presented: str) -> KeyRecord | None:
         """Whose key this is; takes as long for a wrong key as for any right one."""
@@ -223,6 +236,10 @@ class KeyRing:
     def limits_of(self, tenant: str) -> Limits | None:
         """What the first of the tenant's keys that has limits says."""
         return next((each.limits for each in self.records if each.tenant == tenant and each.limits), None)
+
+    def has_tenant(self, tenant: str) -> bool:
+        """Whether some key is that tenant's."""
+        return any(each.tenant == tenant for each in self.records)
 
     def _reload(self) -> None:
         now = self._clock()

@@ -26,6 +26,9 @@ from kvcomm.server.errors import CLIENT_GONE, translate
 logger = logging.getLogger("kvcomm.server")
 
 REQUEST_ID = "x-request-id"
+MAX_PATH = 512
+"""Letters of a path in a log line; every real one has fewer."""
+
 PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -45,6 +48,7 @@ class RequestNotes:
         fields: more for the log line; JSON values.
         route: path template of the operation, for metrics; "other" for what is none.
         answered: its engine requests.
+        refusal: code of the error that it was answered with.
     """
 
     request_id: str
@@ -52,6 +56,7 @@ class RequestNotes:
     fields: dict[str, Any] = field(default_factory=dict)
     route: str = "other"
     answered: list[Answered] = field(default_factory=list)
+    refusal: str | None = None
 
     def tokens(self) -> dict[str, Any]:
         """The tokens of its engine requests, for the log line; nothing where none was answered."""
@@ -80,8 +85,8 @@ def log_unexpected(error: BaseException, notes: RequestNotes) -> None:
     logger.error("unexpected error", exc_info=error, extra={"fields": {"request_id": notes.request_id}})
 
 
-Observe = Callable[[str, str, int, float], None]
-"""Called at the end of every request with method, route, status and seconds."""
+Observe = Callable[[str, str, int, float, str | None], None]
+"""Called at the end of every request with method, route, status, seconds and the code of its error, if any."""
 
 
 class RequestLog:
@@ -119,15 +124,16 @@ class RequestLog:
             self._log(scope, notes, status or CLIENT_GONE, time.monotonic() - began_s)
 
     def _log(self, scope: Scope, notes: RequestNotes, status: int, duration_s: float) -> None:
-        self._observe(scope["method"], notes.route, status, duration_s)
+        self._observe(scope["method"], notes.route, status, duration_s, notes.refusal)
         fields = {
             "request_id": notes.request_id,
             "tenant": notes.tenant,
             "method": scope["method"],
-            "path": scope["path"],
+            "path": scope["path"][:MAX_PATH],
             "status": status,
             "duration_s": round(duration_s, 6),
             **notes.tokens(),
+            **({"refusal": notes.refusal} if notes.refusal is not None else {}),
             **notes.fields,
         }
         logger.info("request", extra={"fields": fields})

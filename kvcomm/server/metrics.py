@@ -23,6 +23,7 @@ from kvcomm.server.tally import SECONDS
 
 if TYPE_CHECKING:
     from kvcomm.server.admission import Admission
+    from kvcomm.server.workers import FairGate
 
 REFUSALS = frozenset(
     {
@@ -41,12 +42,17 @@ REFUSALS = frozenset(
 """Reasons for computing text that could have been moved."""
 
 
+LIMITING = frozenset({408, 413, 429, 503})
+"""Statuses that tell of a limit."""
+
+
 class Metrics:
     """The metrics of one app. Safe to use from several threads."""
 
-    def __init__(self, engine: Engine, admission: Admission) -> None:
+    def __init__(self, engine: Engine, admission: Admission, turns: FairGate) -> None:
+        """`turns`: those for the engine."""
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(engine, admission))
+        self.registry.register(_EngineCollector(engine, admission, turns))
         self._queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self._hits = self._counter("prefix_cache_hits", "Prompt tokens found there.")
         self._by_source = self._counter("prompt_tokens_by_source", "Prompt tokens: exact, aligned, computed.", "source")
@@ -56,6 +62,7 @@ class Metrics:
             "anchor_decisions", "Requests that allowed approximation, by what came of it.", "decision", "reason"
         )
         self._requests = self._counter("http_requests", "Requests answered.", "method", "route", "status")
+        self._refused = self._counter("refused_requests", "Requests over a limit or share, by reason.", "reason")
         self._queue = self._histogram("request_queue_time_seconds", "From submission to admission by the engine.")
         self._ttft = self._histogram("time_to_first_token_seconds", "From submission to the first token.")
         self._per_token = self._histogram("time_per_output_token_seconds", "Between tokens, mean of a request.")
@@ -83,8 +90,10 @@ class Metrics:
         if not policy.is_exact:
             self._decided(completion)
 
-    def answered(self, method: str, route: str, status: int, duration_s: float) -> None:
+    def answered(self, method: str, route: str, status: int, duration_s: float, refusal: str | None = None) -> None:
         """Count a response of whatever kind; the method only where it belongs to an operation: clients invent some."""
+        if refusal is not None and status in LIMITING:
+            self._refused.labels(refusal).inc()
         self._requests.labels(method if route != "other" else "other", route, str(status)).inc()
         self._http.labels(route).observe(duration_s)
 
@@ -109,9 +118,10 @@ class Metrics:
 class _EngineCollector(Collector):
     """What the engine and the admission know themselves."""
 
-    def __init__(self, engine: Engine, admission: Admission) -> None:
+    def __init__(self, engine: Engine, admission: Admission, turns: FairGate) -> None:
         self._engine = engine
         self._admission = admission
+        self._turns = turns
 
     def collect(self) -> Iterator[Metric]:
         """The present values."""
@@ -121,7 +131,7 @@ class _EngineCollector(Collector):
             "kv_cache_usage_ratio": ("Pages in use.", 1 - stats.num_free / stats.num_pages),
             "kv_cache_cached_pages": ("Pages that cached prefixes refer to.", stats.num_cached),
             "requests_running": ("Engine requests that are computed.", engine.scheduler.num_running),
-            "requests_waiting": ("Engine requests that wait to be computed.", engine.scheduler.num_waiting),
+            "requests_waiting": ("Engine requests that wait to be computed.", self._num_waiting),
             "requests_in_flight": ("Engine requests that hold a place.", self._admission.num_in_flight),
         }
         for name, (meaning, value) in gauges.items():
@@ -133,6 +143,10 @@ class _EngineCollector(Collector):
         )
         yield self._evicted()
         yield from self._ages()
+
+    @property
+    def _num_waiting(self) -> int:
+        return self._engine.scheduler.num_waiting + self._turns.num_waiting
 
     def _ages(self) -> Iterator[Metric]:
         ages = self._engine.tree.ages
@@ -149,9 +163,9 @@ class _EngineCollector(Collector):
     def _evicted(self) -> Metric:
         engine = self._engine
         with engine.lock:
-            usages = [engine.tree.usage(name) for name in engine.tree.namespaces()]
+            usage = engine.tree.total_usage()
         family = CounterMetricFamily("kvcomm:evicted_tokens", "Cached tokens dropped, by reason.", labels=["reason"])
-        family.add_metric(["evicted"], sum(usage.evicted_tokens for usage in usages))
-        family.add_metric(["expired"], sum(usage.expired_tokens for usage in usages))
-        family.add_metric(["quota"], sum(usage.quota_tokens for usage in usages))
+        family.add_metric(["evicted"], usage.evicted_tokens)
+        family.add_metric(["expired"], usage.expired_tokens)
+        family.add_metric(["quota"], usage.quota_tokens)
         return family

@@ -2,22 +2,21 @@
 
 A conversation is rendered by the model's chat template and tokenized as one text, so requests that begin alike share
 their KV exactly, whoever rendered them. Control tokens spelled out in messages or tools are ordinary text and cannot
-end a turn; the template's own ones are real. A plain completion's text is taken as it is. Segments stand in front of
+end a turn; the template's own ones are real, and what its code looks for in answers, such as the end of thoughts, is
+left to it there. A plain completion's text is taken as it is. Segments stand in front of
 either.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, cast
 
 from kvcomm.agents.rendering import PromptRenderer
 from kvcomm.engine.engine import Engine
 from kvcomm.memory.segments import Segment
 from kvcomm.server.errors import ApiError
+from kvcomm.server.json_text import JsonCaps, JsonRefused, read_json
 from kvcomm.server.marks import Marks
 from kvcomm.server.sampling import ttl_of
 from kvcomm.server.schemas.cache import WarmRequest
@@ -29,6 +28,7 @@ from kvcomm.server.sections import Sections
 from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.segments.reading import SegmentReader, Tail
 from kvcomm.server.segments.registry import SegmentRegistries
+from kvcomm.server.text_limit import TextLimit
 from kvcomm.server.token_cache import Space, TokenCache
 
 ROLES = {"developer": "system"}
@@ -41,9 +41,10 @@ class PromptMaker:
     def __init__(self, engine: Engine, registries: SegmentRegistries) -> None:
         self._engine = engine
         self._renderer = PromptRenderer(engine)
-        self._sections = Sections(engine.tokenizer, self._control_pattern)
+        self._sections = Sections(engine.encoder)
         self.texts = TokenCache()
-        self.segments = SegmentReader(engine, self._renderer, registries)
+        self._limit = TextLimit(engine.tokenizer, engine.max_context)
+        self.segments = SegmentReader(engine, self._renderer, registries, self._limit)
 
     def chat(self, request: ChatRequest, tenant: str) -> PreparedPrompt:
         """The prompt of a conversation, up to where the assistant speaks.
@@ -58,11 +59,13 @@ class PromptMaker:
         """
         marks = self.marks()
         messages = [message_values(message) for message in request.messages]
-        text = self.render(marks.hide(messages), marks.hide(shown_tools(request)), template_variables(request))
+        text = self.render(marks.hide_messages(messages), marks.hide(shown_tools(request)), template_variables(request))
         return self._prepare(request, marks, text, tenant)
 
     def completion(self, prompt: str | list[int], request: CompletionRequest, tenant: str) -> PreparedPrompt:
         """One of the prompts of a plain completion; raises and takes as `chat`."""
+        if isinstance(prompt, str):
+            self._limit.require(prompt)
         if not request.segments:
             return PreparedPrompt(self._engine.read_prompt(prompt, is_start=True)).living(ttl_of(request))
         if isinstance(prompt, str):
@@ -78,24 +81,32 @@ class PromptMaker:
         """Text or token ids as they are, for a context; `is_start`: nothing stands before it.
 
         Raises:
-            InvalidRequest: no tokens, or ids that the model does not know.
+            InvalidRequest: no tokens, too many, or ids that the model does not know.
         """
+        if isinstance(text, str):
+            self._limit.require(text)
         return self._engine.read_prompt(text, is_start=is_start)
 
     def marks(self, stem: str | None = None, hidden: Sequence[str] = ()) -> Marks:
         """Stand-ins for control tokens of this model, new ones or those made before."""
-        return Marks(self._control_pattern, stem, hidden)
+        encoder = self._engine.encoder
+        return Marks(encoder.control_pattern, stem, hidden, in_answers=encoder.answer_pattern)
 
-    def encode(self, text: str, marks: Marks) -> tuple[Segment, ...]:
+    def encode(self, text: str, marks: Marks, *, is_start: bool) -> tuple[Segment, ...]:
         """The tokens of rendered text, control tokens that a client spelled out as ordinary text.
 
+        Args:
+            is_start: nothing stands before it.
+
         Raises:
-            InvalidRequest: it has none, or cannot be tokenized.
+            InvalidRequest: it has none, too many, or cannot be tokenized.
         """
-        return self._engine.read_prompt([Segment(self._encode(marks, text))], is_start=True)
+        self._limit.require(text)
+        return self._engine.read_prompt([Segment(self._encode(marks, text))], is_start=is_start)
 
     def _prepare(self, request: SegmentedRequest, marks: Marks, text: str, tenant: str) -> PreparedPrompt:
         """The prompt of rendered text, behind the request's segments if it brings any."""
+        self._limit.require(text)
         if not request.segments:
             ids = self._encode_again(marks, text, (tenant, request.cache_salt))
             return PreparedPrompt(self._engine.read_prompt([Segment(ids)], is_start=True)).living(ttl_of(request))
@@ -126,14 +137,9 @@ class PromptMaker:
     def _head(self, marks: Marks, text: str) -> str:
         """Text up to the first control token, real or spelled out: what may share a token with text before it."""
         head = marks.split(text)[0][0]
-        control = self._control_pattern.search(head) if self._control_pattern is not None else None
+        pattern = self._engine.encoder.control_pattern
+        control = None if pattern is None else pattern.search(head)
         return head if control is None else head[: control.start()]
-
-    @cached_property
-    def _control_pattern(self) -> re.Pattern[str] | None:
-        added = self._engine.tokenizer.added_tokens_decoder.values()
-        contents = sorted((token.content for token in added if token.special), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, contents))) if contents else None
 
     def render(self, messages: Any, tools: Any, variables: Mapping[str, Any], *, speaks: bool = True) -> str:
         """A conversation as the chat template writes it; `speaks` puts the beginning of an answer behind it.
@@ -182,11 +188,11 @@ def message_values(message: Any) -> dict[str, Any]:
 
 
 def _call_values(call: ToolCall) -> dict[str, Any]:
-    """A tool call; templates write its arguments as JSON themselves, so they get the object."""
+    """A tool call; templates write its arguments as JSON themselves, so they get the object, unless it is too deep."""
     arguments: Any = call.function.arguments
     try:
-        parsed = json.loads(arguments)
-    except ValueError:
+        parsed = read_json(arguments.encode(), JsonCaps())
+    except JsonRefused:  # the model wrote it, so it may be anything
         parsed = None
     values = parsed if isinstance(parsed, dict) else arguments
     return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": values}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 from collections.abc import Awaitable, Callable
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -12,6 +13,7 @@ from fastapi import FastAPI
 
 from kvcomm.errors import InvalidRequest
 from kvcomm.server.protocol import limited_protocol
+from kvcomm.server.removal import remove_revoked
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.state import ServerState
 
@@ -55,7 +57,7 @@ def make_server(app: FastAPI) -> DrainingServer:
         app,
         host=settings.host,
         port=settings.port,
-        http=limited_protocol(settings.header_timeout_s),
+        http=limited_protocol(settings.header_timeout_s, settings.max_connections),
         ws="none",
         lifespan="off",
         access_log=False,
@@ -64,7 +66,12 @@ def make_server(app: FastAPI) -> DrainingServer:
         timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=settings.drain_timeout_s,
     )
-    return DrainingServer(config, state.admission.drain, state.contexts.sweep)
+    return DrainingServer(config, state.admission.drain, partial(_tick, state))
+
+
+async def _tick(state: ServerState) -> None:
+    await state.contexts.sweep()
+    await remove_revoked(state)
 
 
 def bind(settings: ServerSettings) -> socket.socket:

@@ -8,16 +8,27 @@ it stands. Settings hold no secrets: keys live in a file of their own, as hashes
 from __future__ import annotations
 
 import ipaddress
-import tomllib
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+)
 
 from kvcomm.config import EngineConfig
 from kvcomm.errors import InvalidRequest
+from kvcomm.files.reading import BadContent, parse_toml, read_toml
 from kvcomm.model.registry import SMOLLM2_135M
+from kvcomm.server.hosts import ANY_ORIGIN, parse_authority, parse_origin
 
 ENV_PREFIX = "KVCOMM_SERVE_"
 ENV_NESTED = "__"
@@ -55,7 +66,10 @@ def _engine_config(value: object) -> EngineConfig:
         return value
     if not isinstance(value, Mapping):
         raise ValueError(f"must be a table of engine settings, not {value!r}")
-    return EngineConfig.from_mapping({name: _number(item) for name, item in value.items()})
+    try:
+        return EngineConfig.from_mapping({name: _number(item) for name, item in value.items()})
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _number(value: object) -> object:
@@ -63,8 +77,8 @@ def _number(value: object) -> object:
     if not isinstance(value, str):
         return value
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = parse_toml(f"value = {value}".encode(errors="surrogateescape"))["value"]
+    except BadContent:
         return value
     return parsed if isinstance(parsed, int | float | bool | list) else value
 
@@ -76,6 +90,29 @@ Engine = Annotated[
 ]
 
 
+def _listed(value: object) -> object:
+    """What an environment variable spells: items with commas between them."""
+    return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+
+
+def _host(text: str) -> str:
+    authority = parse_authority(text)
+    if authority is None:
+        raise ValueError("must be a host such as host.docker.internal, with or without a port, and no URL")
+    return str(authority)
+
+
+def _origin(text: str) -> str:
+    origin = parse_origin(text)
+    if text != ANY_ORIGIN and origin is None:
+        raise ValueError("must be an origin such as https://app.example, without a path, or *")
+    return text if origin is None else str(origin)
+
+
+Hosts = Annotated[tuple[Annotated[str, AfterValidator(_host)], ...], BeforeValidator(_listed)]
+Origins = Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], BeforeValidator(_listed)]
+
+
 class ServerSettings(BaseModel):
     """How a server is set up; every field is a flag, an environment variable and a key of the file.
 
@@ -84,11 +121,22 @@ class ServerSettings(BaseModel):
         served_name: what clients call the model; by default the last part of `model`.
         dtype, device: as for `Engine.load`; None: its defaults.
         host, port: where to listen; port 0 takes a free one.
+        allowed_hosts: names besides this machine's own by which clients may call it, with a port or for all of them.
+            Without keys every other one is refused; with keys all are allowed, unless some are named here.
+        cors_origins: of web pages that may use it from a browser; "*" is all of them, which needs keys. Without keys
+            they may use what is for tenants, not what is for the operator.
         keys: the file written by `kvcomm serve keys`; None: no keys, which only loopback addresses allow.
+        remove_revoked: what a tenant has, all but its snapshots, goes when its last key does, and its requests are
+            cancelled; else it stays until the operator removes it.
         max_requests: engine requests in flight at once, waiting ones included; over it, 503.
+        kept_requests: how many of those are kept for tenants that hold few, so that no tenant takes them all; over its
+            share, 429. None: one in eight, where there are keys of more than one tenant.
+        max_connections: open at once; over it, those go that have waited longest without sending a whole header, and
+            where there are none, the new ones.
         max_body_bytes: of a request; over it, 413.
         max_archive_bytes: of an archive of anchors that the operator sends; over it, 413.
-        header_timeout_s, body_timeout_s: to receive the headers, then the body of a request.
+        header_timeout_s, body_timeout_s: to receive the headers, then the body of a request; then 408.
+        body_pause_s: without a byte of a body that is not complete; then 408.
         keep_alive_s: how long an idle connection is kept.
         request_timeout_s: for a request from its body to the end of its answer; then 504.
         queue_timeout_s: for a tenant's request to wait for room under the tenant's own quota; then 429.
@@ -99,9 +147,12 @@ class ServerSettings(BaseModel):
         default_temperature: where the client does not say; OpenAI documents 1.
         max_salts: namespaces per tenant that `cache_salt` may open; the least recently used one is dropped.
         max_contexts: that one tenant may have at once; over it, 429.
+        max_conversation_bytes: of messages, tools and the text made of them that one context may keep; over it, 400.
+        max_kept_bytes: the same for all contexts of one tenant, what forks share once; over it, 429.
         context_ttl_s: how long a context lives after its last use where the client does not say.
         snapshots: the folder of contexts that clients save; None: they cannot.
         max_snapshots: that one tenant may have; over it, 429.
+        max_segments: names of segments that one tenant may have; over it, 429.
         max_segment_bytes: of the texts of one tenant's named segments, all versions together; over it, 429.
         limits: of tenants whose key brings none of its own.
         max_divergence, confidence: the bound in force where a request does not say; 0 is exact reuse only.
@@ -120,12 +171,18 @@ class ServerSettings(BaseModel):
     device: str | None = None
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    allowed_hosts: Hosts = ()
+    cors_origins: Origins = ()
     keys: Path | None = None
+    remove_revoked: bool = False
     max_requests: Positive = 256
+    kept_requests: Annotated[int, Field(ge=0)] | None = None
+    max_connections: Positive = 768
     max_body_bytes: Positive = 4 * 2**20
     max_archive_bytes: Positive = 2**30
     header_timeout_s: Seconds = 10.0
     body_timeout_s: Seconds = 30.0
+    body_pause_s: Seconds = 10.0
     keep_alive_s: Positive = 30
     request_timeout_s: Seconds = 600.0
     queue_timeout_s: Seconds = 60.0
@@ -136,9 +193,12 @@ class ServerSettings(BaseModel):
     default_temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     max_salts: Positive = 256
     max_contexts: Positive = 1024
+    max_conversation_bytes: Positive = 2**20
+    max_kept_bytes: Positive = 64 * 2**20
     context_ttl_s: Seconds = 3600.0
     snapshots: Path | None = None
     max_snapshots: Positive = 64
+    max_segments: Positive = 1024
     max_segment_bytes: Positive = 4 * 2**20
     limits: Limits = Limits()
     max_divergence: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
@@ -165,6 +225,14 @@ class ServerSettings(BaseModel):
                 "`kvcomm serve keys add NAME --keys FILE` and give --keys FILE, or listen on 127.0.0.1"
             )
 
+    def require_safe_origins(self, *, has_keys: bool) -> None:
+        """Raises InvalidRequest when any web page could use the server without a key."""
+        if not has_keys and ANY_ORIGIN in self.cors_origins:
+            raise InvalidRequest(
+                "refusing --cors-origin '*' without keys, where any web page could use the server: name the origins, "
+                "or make a key with `kvcomm serve keys add NAME --keys FILE` and give --keys FILE"
+            )
+
     def printable(self) -> dict[str, Any]:
         """The effective settings as JSON values."""
         return self.model_dump(mode="json")
@@ -175,10 +243,12 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host.lower() == "localhost"
 
 
-def load_settings(flags: Mapping[str, Any], environment: Mapping[str, str], file: Path | None = None) -> ServerSettings:
+def load_settings(
+    flags: Mapping[str, Any], environment: Mapping[str, str], file: str | Path | None = None
+) -> ServerSettings:
     """Put settings together.
 
     Args:
@@ -190,7 +260,7 @@ def load_settings(flags: Mapping[str, Any], environment: Mapping[str, str], file
         InvalidRequest: an unknown key or a bad value, with the place it comes from; a file that cannot be read.
     """
     sources = {
-        str(file): _from_file(file) if file is not None else {},
+        str(file): _from_file(Path(file)) if file is not None else {},
         "the environment": _from_environment(environment),
         "the command line": {name: value for name, value in flags.items() if value is not None},
     }
@@ -203,10 +273,10 @@ def load_settings(flags: Mapping[str, Any], environment: Mapping[str, str], file
 
 def _from_file(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_bytes().decode())
+        return read_toml(file)
     except OSError as error:
         raise InvalidRequest(f"{file} cannot be read: {error.strerror or error}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except BadContent as error:
         raise InvalidRequest(f"{file} is not TOML: {error}") from error
 
 
@@ -241,4 +311,6 @@ def _validated(values: Mapping[str, Any], source: str) -> ServerSettings:
         if first["type"] == "extra_forbidden":
             known = ", ".join(sorted(ServerSettings.model_fields))
             raise InvalidRequest(f"unknown setting {name!r} in {source}; known: {known}") from error
-        raise InvalidRequest(f"setting {name!r} in {source}: {first['msg']}, not {first['input']!r}") from error
+        raise InvalidRequest(
+            f"setting {name!r} in {source}: {first['msg']}, not {reprlib.repr(first['input'])}"
+        ) from error

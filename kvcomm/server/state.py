@@ -22,6 +22,7 @@ from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.segments.registry import SegmentRegistries
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.tenants import Tenant, Tenants
+from kvcomm.server.workers import Workers
 
 
 @dataclass(eq=False)
@@ -47,15 +48,21 @@ class ServerState:
     registries: SegmentRegistries = field(init=False)
     prompts: PromptMaker = field(init=False)
     metrics: Metrics = field(init=False)
+    workers: Workers = field(init=False)
 
     def __post_init__(self) -> None:
         self.started_s = self.clock()
-        self.admission = Admission(self.settings)
+        self.admission = Admission(self.settings, self._num_tenants)
         self.tenants = Tenants(self.engine, self.settings, self.keys, self.clock)
         self.contexts = Contexts(self.engine, self.settings, self.clock)
-        self.registries = SegmentRegistries(self.settings.max_segment_bytes)
+        self.registries = SegmentRegistries(self.settings.max_segment_bytes, self.settings.max_segments)
         self.prompts = PromptMaker(self.engine, self.registries)
-        self.metrics = Metrics(self.engine, self.admission)
+        max_running = self.engine.config.max_running
+        self.workers = Workers(max_running, lambda: self.admission.kept_of(max_running))
+        self.metrics = Metrics(self.engine, self.admission, self.workers.engine)
+
+    def _num_tenants(self) -> int:
+        return 1 if self.keys is None else self.keys.num_tenants
 
     @cached_property
     def fingerprint(self) -> str:
@@ -69,8 +76,15 @@ class ServerState:
             raise ApiError(404, "model_not_found", message, param="model")
 
     def tenant_of(self, request: Request) -> Tenant:
-        """Whose request this is."""
-        return self.tenants.get(tenant_name(request.scope))
+        """Whose request this is.
+
+        Raises:
+            ApiError: 401 when its last key was removed while the request's body was read.
+        """
+        name = tenant_name(request.scope)
+        if self.tenants.is_revoked(name):
+            raise ApiError(401, "invalid_api_key", "this API key is not known any more")
+        return self.tenants.get(name)
 
     def prolong(self, space: str, prompt: PreparedPrompt) -> None:
         """Let what is cached of a prompt live as long as its request says, unless its pages are needed."""

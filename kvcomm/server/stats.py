@@ -22,12 +22,13 @@ from kvcomm.server.schemas.stats import (
     CacheUse,
     Eviction,
     FinishedRequest,
+    Kept,
     Stats,
     TokensBySource,
     TtftHistogram,
     WatchedBound,
 )
-from kvcomm.server.state import StateDep, TenantDep
+from kvcomm.server.state import ServerState, StateDep, TenantDep
 from kvcomm.server.tally import SECONDS, Finished, Tally
 from kvcomm.server.tenants import Tenant
 
@@ -54,6 +55,7 @@ async def stats(tenant: TenantDep, state: StateDep) -> Stats:
             ttft=TtftHistogram(bounds_s=list(SECONDS), counts=tally.ttft_counts, sum_s=tally.ttft_sum_s),
             recent=_recent(tally),
             cache=_cache(engine, tenant),
+            kept=_kept(state, tenant),
             evictions=_evictions(engine, tenant),
             bounds=[bound for group in groups for bound in _bounds(group)],
             audits=_audits(groups, now_s),
@@ -93,6 +95,21 @@ def _cache(engine: Engine, tenant: Tenant) -> CacheUse:
     )
 
 
+def _kept(state: ServerState, tenant: Tenant) -> Kept:
+    contexts, segments = state.contexts.find(tenant.name), state.registries.find(tenant.name)
+    return Kept(
+        contexts=0 if contexts is None else len(contexts.nodes),
+        max_contexts=state.settings.max_contexts,
+        context_tokens=tenant.context_tokens,
+        conversation_bytes=0 if contexts is None else contexts.conversations.num_bytes,
+        max_kept_bytes=state.settings.max_kept_bytes,
+        segments=0 if segments is None else len(segments.latest),
+        max_segments=state.settings.max_segments,
+        segment_bytes=0 if segments is None else segments.num_bytes,
+        max_segment_bytes=state.settings.max_segment_bytes,
+    )
+
+
 def _evictions(engine: Engine, tenant: Tenant) -> list[Eviction]:
     drops = [each for space in tenant.salts for each in engine.tree.recent_drops(engine.namespace(space))]
     drops.sort(key=lambda each: each[0])
@@ -105,11 +122,11 @@ def _eviction(engine: Engine, ago_s: float, drop: Drop) -> Eviction:
 
 
 def _bounds(group: EdgeGroup) -> Iterable[WatchedBound]:
-    for (epsilon, delta), breaker in group.breakers.items():
+    for bound, breaker in group.breakers.items():
         yield WatchedBound(
             group=group.key.digest,
-            max_divergence=epsilon,
-            confidence=1 - delta,
+            max_divergence=bound.max_divergence,
+            confidence=bound.confidence,
             num_audited=breaker.num_observed,
             num_violations=breaker.num_violations,
             tripped=breaker.tripped,
@@ -123,14 +140,13 @@ def _audits(groups: Iterable[EdgeGroup], now_s: float) -> list[AuditRecord]:
 
 
 def _audit(audit: Audit, group: EdgeGroup, now_s: float) -> AuditRecord:
-    epsilon, delta = audit.bound
     return AuditRecord(
         ago_s=now_s - audit.at_s,
         group=group.key.digest,
         divergence=_finite(audit.divergence),
         predicted=_finite(audit.predicted),
-        max_divergence=epsilon,
-        confidence=1 - delta,
+        max_divergence=audit.bound.max_divergence,
+        confidence=audit.bound.confidence,
         violated=audit.is_violation,
     )
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvcomm.engine.engine import DEFAULT_TENANT, Engine
+from kvcomm.engine.handle import RequestHandle
 from kvcomm.server.errors import ApiError
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.settings import Limits, ServerSettings
@@ -50,25 +51,42 @@ class TokenBucket:
 class Tenant:
     """One tenant while the server runs.
 
-    Law: `num_requests` and `held_tokens` are the sums over its engine requests in flight; both return to 0.
+    Law: `num_requests` and `held_tokens` are the sums over its engine requests in flight, `num_open` and
+    `num_computing` those over its HTTP requests with a body; all return to 0.
 
     Attributes:
         limits: in force; followed from the key file.
+        num_open, num_computing: HTTP requests let in and not answered in full; those of them that ask the engine.
         held_tokens: tokens that its requests in flight may grow to.
         context_tokens: token slots that its contexts hold, shared ones once; followed by its `ContextRegistry`.
         salts: namespaces it has opened, least recently used first.
         tally: what its requests came to.
+        running: its requests in the engine.
+        is_gone: the operator has removed it; whoever still works for it leaves nothing behind.
     """
 
     name: str
     limits: Limits
     bucket: TokenBucket | None = None
     num_requests: int = 0
+    num_open: int = 0
+    num_computing: int = 0
     held_tokens: int = 0
     context_tokens: int = 0
     salts: OrderedDict[str, None] = field(default_factory=OrderedDict)
     tally: Tally = field(default_factory=Tally)
     room: asyncio.Condition = field(default_factory=asyncio.Condition)
+    running: set[RequestHandle] = field(default_factory=set)
+    is_gone: bool = False
+
+    def require_there(self) -> None:
+        """Raises ApiError 409 when the operator has removed it."""
+        if self.is_gone:
+            raise self.removed()
+
+    def removed(self) -> ApiError:
+        """What its requests are told then."""
+        return ApiError(409, "tenant_removed", "the operator has removed what this tenant had, this request too")
 
     def follow(self, limits: Limits, clock: Callable[[], float]) -> None:
         """Put limits in force."""
@@ -112,8 +130,7 @@ class Tenants:
 
     def get(self, name: str = DEFAULT_TENANT) -> Tenant:
         """A tenant with the limits that hold now."""
-        tenant = self._tenants.get(name)
-        limits = (self._keys.limits_of(name) if self._keys is not None else None) or self._settings.limits
+        tenant, limits = self._tenants.get(name), self.limits_of(name)
         if tenant is None:
             tenant = self._tenants[name] = Tenant(name, limits, tally=Tally(self._clock))
             tenant.follow(limits, self._clock)
@@ -122,6 +139,30 @@ class Tenants:
             for space in tenant.salts:
                 self._engine.set_quota(cached_tokens=limits.cached_tokens, tenant=space)
         return tenant
+
+    def limits_of(self, name: str) -> Limits:
+        """What a tenant of that name may take."""
+        return (self._keys.limits_of(name) if self._keys is not None else None) or self._settings.limits
+
+    @property
+    def with_keys(self) -> list[str]:
+        """Names of tenants that have a key."""
+        return [] if self._keys is None else [each.tenant for each in self._keys.records if each.tenant is not None]
+
+    def find(self, name: str) -> Tenant | None:
+        """A tenant that has asked for something."""
+        return self._tenants.get(name)
+
+    def remove(self, name: str) -> Tenant | None:
+        """Forget a tenant: who asks for it from now on gets a new one, and who has it may keep nothing for it."""
+        tenant = self._tenants.pop(name, None)
+        if tenant is not None:
+            tenant.is_gone = True
+        return tenant
+
+    def is_revoked(self, name: str) -> bool:
+        """Whether no key is this tenant's any more; without keys nobody's can be."""
+        return self._keys is not None and not self._keys.has_tenant(name)
 
     @property
     def names(self) -> list[str]:
@@ -138,19 +179,26 @@ class Tenants:
             self._engine.set_quota(cached_tokens=tenant.limits.cached_tokens, tenant=space)
         while len(tenant.salts) > self._settings.max_salts:
             oldest, _ = tenant.salts.popitem(last=False)
-            self._engine.clear_cache(tenant=oldest)
+            self._engine.forget(oldest)
         return space
 
     def num_cached(self, tenant: Tenant) -> int:
         """Tokens of its cached prefixes, over all its salts."""
         with self._engine.lock:
-            return sum(self._num_cached(space) for space in tenant.salts)
+            return sum(self._num_cached(space) for space in list(tenant.salts))
 
     def clear(self, tenant: Tenant) -> int:
         """Drop its cached prefixes; returns how many tokens went."""
         before = self.num_cached(tenant)
-        for space in tenant.salts:
+        for space in list(tenant.salts):
             self._engine.clear_cache(tenant=space)
+        return before - self.num_cached(tenant)
+
+    def forget(self, tenant: Tenant) -> int:
+        """Drop whatever the engine knows of it, under all salts; returns how many cached tokens went."""
+        before = self.num_cached(tenant)
+        for space in list(tenant.salts):
+            self._engine.forget(space)
         return before - self.num_cached(tenant)
 
     def keep_quota(self, tenant: Tenant) -> None:
@@ -164,7 +212,7 @@ class Tenants:
             for space in list(sizes)[:-1]:
                 if total <= limit:
                     return
-                self._engine.clear_cache(tenant=space)
+                self._engine.forget(space)
                 del tenant.salts[space]
                 total -= sizes[space]
 

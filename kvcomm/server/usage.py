@@ -39,7 +39,7 @@ def usage_of(usages: Sequence[EngineUsage], *, cache_breakpoints: int = 0) -> Us
         computed_tokens=sum(usage.computed_tokens for usage in usages),
         miss_reasons=dict(reasons),
         rung=max(rungs, default=None),
-        bound=None if bound is None else Bound(max_divergence=bound[0], confidence=1 - bound[1]),
+        bound=None if bound is None else Bound(max_divergence=bound.max_divergence, confidence=bound.confidence),
         cache_breakpoints=cache_breakpoints,
         timings=Timings(
             queue_s=max(usage.queue_s for usage in usages),

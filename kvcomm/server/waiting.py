@@ -40,12 +40,15 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], *, dea
         await asyncio.wait((task, gone))
 
 
-async def in_thread(work: Callable[[], T]) -> T:
+async def in_thread(work: Callable[[], T], limiter: anyio.CapacityLimiter | None = None) -> T:
     """Do in a worker thread what makes something; whoever is cancelled meanwhile leaves only once it is done.
 
     A task that asyncio cancels leaves anyio's threads behind, and what they then make would belong to nobody.
+
+    Args:
+        limiter: whose threads; None: those that everything shares.
     """
-    thread = asyncio.ensure_future(anyio.to_thread.run_sync(work))
+    thread = asyncio.ensure_future(anyio.to_thread.run_sync(work, limiter=limiter))
     cancelled: asyncio.CancelledError | None = None
     with anyio.CancelScope(shield=True):  # a scope of anyio's would cancel again and again
         while not thread.done():

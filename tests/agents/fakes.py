@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from kvcomm.engine.encoding import TextEncoder
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.results import Choice, Chunk, Completion, Usage
@@ -59,6 +60,7 @@ class FakeEngine:
         max_context: int = 100_000,
     ) -> None:
         self.tokenizer = tokenizer or byte_tokenizer()
+        self.encoder = TextEncoder(self.tokenizer)
         self.max_context = max_context
         self.prompts: list[str] = []
         self.samplings: list[SamplingParams] = []
@@ -77,7 +79,7 @@ class FakeEngine:
         return sum(not handle.done for handle in self.handles)
 
     def segment(self, text: str, *, name: str | None = None) -> Segment:
-        return Segment(tuple(self.tokenizer.encode(text, add_special_tokens=False)), name)
+        return Segment(self.encoder.piece(text), name)
 
     def submit(
         self,

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from kvcomm.agents.agent import Agent
 from kvcomm.agents.rendering import PromptRenderer
 from kvcomm.agents.templates import Slot
-from kvcomm.errors import InvalidRequest, TemplateError
+from kvcomm.errors import TemplateError
 from kvcomm.memory.segments import Segment
 from tests.agents.fakes import CHATML, FakeEngine, byte_tokenizer
 
@@ -161,7 +161,7 @@ SHARED = FakeEngine()
 RENDERER = PromptRenderer(SHARED)
 
 
-def test_a_tokenizer_that_cannot_split_control_tokens_refuses_them() -> None:
+def test_a_tokenizer_that_cannot_split_control_tokens_does_it_all_the_same() -> None:
     class Stubborn(PreTrainedTokenizerFast):
         def __call__(self, text: str, **settings: object) -> object:
             return super().__call__(text, **(settings | {"split_special_tokens": False}))
@@ -170,8 +170,9 @@ def test_a_tokenizer_that_cannot_split_control_tokens_refuses_them() -> None:
     stubborn = Stubborn(tokenizer_object=plain.backend_tokenizer, eos_token="<|end|>")
     renderer = PromptRenderer(FakeEngine(tokenizer=stubborn))
     assert renderer.encode_input("question", "fine") == tuple(plain.encode("fine"))
-    with pytest.raises(InvalidRequest, match=r"input 'question' contains the control token '<\|end\|>'"):
-        renderer.encode_input("question", "bad <|end|>")
+    ids = renderer.encode_input("question", "bad <|end|>")
+    assert stubborn.eos_token_id not in ids
+    assert stubborn.decode(ids) == "bad <|end|>"
 
 
 def test_an_answer_is_passed_on_without_what_ended_it() -> None:

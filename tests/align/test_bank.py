@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from kvcomm.align.bank import MIN_NOVELTY, AnchorBank, AnchorStore, BankShape
 from kvcomm.align.edges import Edge
 from kvcomm.align.offsets import OffsetRows, OffsetTable
 from kvcomm.errors import InvalidRequest
+from tests.limits import threads
 
 SHAPE = BankShape((None, 6), (None, 4), 2, 5)
 EDGE = Edge("aa", "bb", "question", "text")
@@ -133,15 +134,12 @@ def test_threads_may_learn_while_others_look() -> None:
             if snapshot.offsets.num_tokens != snapshot.num_tokens:
                 broken.append("torn")
 
-    threads = [threading.Thread(target=look) for _ in range(2)]
-    threads += [
-        threading.Thread(target=lambda first=first: [bank.learn(*text(7, first + i)) for i in range(10)])
-        for first in (0, 100)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    def learn(first: int) -> None:
+        for index in range(10):
+            bank.learn(*text(7, first + index))
+
+    with threads(look, look, partial(learn, 0), partial(learn, 100)):
+        pass
     assert not broken
     assert bank.snapshot().num_tokens == 40
     bank.check_integrity()

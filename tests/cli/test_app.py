@@ -14,6 +14,7 @@ import kvcomm
 from kvcomm.cli import app, model
 from kvcomm.cli.output import format_bytes
 from kvcomm.errors import EmptyPrompt, KVCommError, UnknownModel
+from tests.limits import PATIENCE_S, process
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -99,24 +100,32 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--json"]])
 def test_a_reader_that_goes_away_ends_the_command_quietly(arguments: list[str]) -> None:
     """As in `kvcomm context ls | head`: no traceback about a broken pipe."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kvcomm.cli.app", *arguments],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    process.stdout.close()
-    _, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (1, b"")
+    command = [sys.executable, "-m", "kvcomm", *arguments]
+    with process(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
+        started.stdout.close()
+        _, err = started.communicate(timeout=PATIENCE_S)
+    assert (started.returncode, err) == (1, b"")
 
 
-def test_main_sets_the_wait_policy_and_help_needs_no_torch() -> None:
-    """In a process of its own, since this one has both already."""
+@pytest.mark.parametrize("arguments", [["--help"], ["context", "--help"], ["--version"], ["nonsense"]])
+def test_as_a_module_it_is_the_same_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """`python -m kvcomm` from anywhere: its name in the help, exit codes, what is said on stderr."""
+    code = app.run(arguments)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "kvcomm", *arguments]
+    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (code, *capsys.readouterr())
+    if "--help" in arguments:
+        assert f"Usage: {' '.join(['kvcomm', *arguments[:-1]])}" in done.stdout
+
+
+@pytest.mark.parametrize("way_in", ["main()", "runpy.run_module('kvcomm', run_name='__main__')"])
+def test_main_sets_the_wait_policy_and_help_needs_no_torch(way_in: str) -> None:
+    """In a process of its own, since this one has both already; by either way in."""
     code = (
-        "import os, sys; from kvcomm.cli.app import main\n"
+        "import os, runpy, sys; from kvcomm.cli.app import main\n"
         "sys.argv = ['kvcomm', '--help']\n"
-        "try: main()\n"
+        f"try: {way_in}\n"
         "except SystemExit as end: print(end.code, os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
     )
     environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}

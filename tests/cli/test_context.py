@@ -151,25 +151,13 @@ def test_standard_input(call: Call, judge: Engine, monkeypatch: pytest.MonkeyPat
 def test_start_tokens_come_first_once(call: Call, judge: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokenizers that begin every text with a start token: the context has it once, whatever it is made of."""
     call("segment", "add", "tools", "--text", "Tools.")
-    monkeypatch.setattr("kvcomm.cli.sources._start_tokens", lambda engine: (1,))
+    monkeypatch.setattr("kvcomm.engine.encoding.TextEncoder.start_ids", (1,))
     call("context", "create", "base", "--segment", "tools", "--text", "Go.")
     child = call("context", "create", "child", "--extend-from", "base", "--text", "On.")
     begun = call("context", "create", "begun", "--text", "<|im_start|>Go.")
     parts = [judge.segment(text).token_ids for text in ("Tools.", "Go.", "On.")]
     assert restored_tokens(judge, child["file"]) == (1, *parts[0], *parts[1], *parts[2])
     assert restored_tokens(judge, begun["file"]) == (1, *parts[1])
-
-
-def test_start_tokens_are_those_of_the_tokenizer(judge: Engine) -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    from kvcomm.cli.sources import _start_tokens
-
-    assert _start_tokens(judge) == ()
-    judge.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
-    )
-    assert _start_tokens(judge) == (1,)
 
 
 def test_for_people(capsys: pytest.CaptureFixture[str], home: Path) -> None:

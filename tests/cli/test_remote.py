@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import pytest
 
 from kvcomm.cli.remote import get_json
 from kvcomm.errors import InvalidRequest, ServerError
+from tests.limits import threads
 
 ANSWERS: dict[str, tuple[int, bytes]] = {
     "/good": (200, b'{"a": 1}'),
@@ -48,12 +49,11 @@ def stub() -> Iterator[Stub]:
         def log_message(self, *arguments: object) -> None:
             """Nothing on stderr."""
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield Stub(f"http://127.0.0.1:{server.server_port}", seen)
-        server.shutdown()
-        thread.join()
+    with HTTPServer(("127.0.0.1", 0), Handler) as server, threads(partial(server.serve_forever, 0.01)):
+        try:
+            yield Stub(f"http://127.0.0.1:{server.server_port}", seen)
+        finally:
+            server.shutdown()
 
 
 def test_an_answer_and_the_key(stub: Stub) -> None:

@@ -16,6 +16,7 @@ from kvcomm.agents import Agent, KVCommAgentGroup, load_team
 from kvcomm.cli.app import run
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.sampling import SamplingParams
+from tests.limits import PATIENCE_S, process
 
 REPOSITORY = Path(__file__).parents[2]
 TEAM = """
@@ -203,24 +204,12 @@ def test_interrupt(
 
 def test_ctrl_c_in_a_process(model_folder: Path) -> None:
     """The signal itself, in the middle of an answer: exit code 130, no traceback."""
-    command = [
-        sys.executable,
-        "-m",
-        "kvcomm.cli.app",
-        "run",
-        "--raw",
-        "--prompt",
-        "The dog",
-        "--max-new-tokens",
-        "8000",
-    ]
+    command = [sys.executable, "-m", "kvcomm", "run", "--raw", "--prompt", "The dog", "--max-new-tokens", "8000"]
     environment = {**os.environ, "KVCOMM_MODEL": str(model_folder), "PYTHONPATH": str(REPOSITORY)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        assert process.stdout.read(1)
-        process.send_signal(signal.SIGINT)
-        process.stdout.read()
-        errors = process.stderr.read()
-        assert process.wait(timeout=60) == 130
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "pipesize": 4096}  # too small for the whole answer
+    with process(command, env=environment, **pipes) as started:
+        assert started.stdout.read(1)
+        started.send_signal(signal.SIGINT)
+        _, errors = started.communicate(timeout=PATIENCE_S)
+        assert started.returncode == 130
     assert b"Traceback" not in errors

@@ -15,8 +15,7 @@ import pytest
 
 from kvcomm.cli import app
 from kvcomm.server.keys import KeyRing
-
-PATIENCE_S = 60.0
+from tests.limits import PATIENCE_S, process
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +57,14 @@ def test_the_effective_settings(
     assert "engine.page_size" in capsys.readouterr().out
 
 
+def test_hosts_and_origins_may_be_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--allowed-host", "Host.Docker.Internal", "--allowed-host", "10.0.0.7:80", "--cors-origin", "http://a:80"]
+    assert app.run(["serve", "--check", "--json", *given]) == 0
+    settings = printed(capsys)["settings"]
+    assert settings["allowed_hosts"] == ["host.docker.internal", "10.0.0.7:80"]
+    assert settings["cors_origins"] == ["http://a"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -68,6 +75,9 @@ def test_the_effective_settings(
         (["--host", "192.0.2.1", "--keys"], 2, "cannot listen on 192.0.2.1:8000"),
         (["--traces", "collector:4318"], 2, "setting 'traces' in the command line"),
         (["--log-level", "loud"], 2, "setting 'log_level' in the command line"),
+        (["--allowed-host", "http://x"], 2, "setting 'allowed_hosts.0' in the command line"),
+        (["--cors-origin", "x.example"], 2, "setting 'cors_origins.0' in the command line"),
+        (["--cors-origin", "*"], 2, "refusing --cors-origin '*' without keys"),
     ],
 )
 def test_refusals_come_first(
@@ -140,29 +150,24 @@ def test_keys_that_cannot_be_made(
 
 def test_a_run(model_folder: Path, tmp_path: Path) -> None:
     """From the command line to SIGTERM, with the log on stderr and what is in force on stdout."""
-    command = [sys.executable, "-m", "kvcomm.cli.app", "serve", "--model", str(model_folder), "--port", "0", "--json"]
+    command = [sys.executable, "-m", "kvcomm", "serve", "--model", str(model_folder), "--port", "0", "--json"]
     environment = {**os.environ, "KVCOMM_SERVE_ENGINE__POOL_TOKENS": "4096"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdout is not None
-        try:
-            text = ""
-            while not text.endswith("\n}\n"):
-                line = process.stdout.readline()
-                assert line, process.communicate()
-                text += line
-            told = json.loads(text)
-            assert told["settings"]["engine"]["pool_tokens"] == 4096
-            name = told["settings"]["model"].rsplit("/", 1)[1]
-            body = {"model": name, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
-            url = told["address"] + "/v1/chat/completions"
-            with httpx2.Client(transport=httpx2.HTTPTransport(retries=10), timeout=PATIENCE_S) as client:
-                assert client.post(url, json=body).json()["usage"]["completion_tokens"] <= 4
-        finally:
-            process.send_signal(signal.SIGTERM)
-            _, log = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, log
+    with process(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as server:
+        text = ""
+        while not text.endswith("\n}\n"):
+            line = server.stdout.readline()
+            assert line, server.communicate()
+            text += line
+        told = json.loads(text)
+        assert told["settings"]["engine"]["pool_tokens"] == 4096
+        name = told["settings"]["model"].rsplit("/", 1)[1]
+        body = {"model": name, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+        url = told["address"] + "/v1/chat/completions"
+        answer = httpx2.post(url, json=body, timeout=PATIENCE_S)
+        assert answer.json()["usage"]["completion_tokens"] <= 4
+        server.send_signal(signal.SIGTERM)
+        _, log = server.communicate(timeout=PATIENCE_S)
+    assert server.returncode == 0, log
     lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     (request,) = [line for line in lines if line["message"] == "request"]
     assert request["status"] == 200

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from kvcomm.cli.store import Store, StoredSegment, place, remove, way_out
+from kvcomm.cli.store import Store, StoredSegment, context_entry, place, remove, way_out
 from kvcomm.errors import (
     CacheFolderError,
     InvalidRequest,
@@ -24,6 +29,9 @@ from kvcomm.errors import (
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.snapshots import SegmentRecord, SnapshotHeader, payload_digest, write_snapshot
+from tests.files.special import SPECIAL, make_special
+
+HANG_S = 300
 
 
 def write_context(file: Path, token_ids: tuple[int, ...] = (1, 2, 3), *, namespace: str = "n") -> Path:
@@ -186,7 +194,7 @@ def test_a_failing_copy_leaves_what_was_there(filled: Store, monkeypatch: pytest
 
     target = tmp_path / "target"
     target.write_text("old")
-    monkeypatch.setattr(shutil, "copyfile", full)
+    monkeypatch.setattr(shutil, "copyfileobj", full)
     with pytest.raises(CacheFolderError, match=r"cannot write .*target: No space left"):
         place(filled.context("good").file, target, link=False)
     assert target.read_text() == "old"
@@ -248,3 +256,108 @@ def test_foreign_segment(store: Store, content: bytes) -> None:
     (store.folder / "hi.segment.json").write_bytes(content)
     with pytest.raises(CacheFolderError, match=r"is not a segment file of this version"):
         store.segment("hi")
+
+
+def at_once(count: int, work: Callable[[int], Any]) -> list[Any]:
+    """What so many threads got that began together."""
+    barrier = threading.Barrier(count)
+
+    def begin(index: int) -> Any:
+        barrier.wait(HANG_S)
+        return work(index)
+
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(begin, range(count)))
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_one_of_many_threads_gets_a_new_name(filled: Store, monkeypatch: pytest.MonkeyPatch, has_links: bool) -> None:
+    """Bug: all looked first, and then all wrote."""
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse_links)
+
+    def won(work: Callable[[], object]) -> bool:
+        try:
+            work()
+        except InvalidRequest as error:
+            return "exists in" not in str(error)
+        return True
+
+    segments = at_once(24, lambda index: won(lambda: filled.write_segment("seg", stored_segment((index,)))))
+    assert segments.count(True) == 1
+    assert filled.segment("seg").token_ids == (segments.index(True),)
+    assert at_once(24, lambda _: won(lambda: filled.fork_context("good", "fork"))).count(True) == 1
+    assert filled.usable_context("fork").header is not None
+    assert sorted(filled.folder.glob(".*")) == []
+
+
+def refuse_links(*_: object, **__: object) -> None:
+    raise PermissionError("no links here")
+
+
+RACER = """
+import sys
+from pathlib import Path
+from kvcomm.cli.store import Store
+from kvcomm.errors import InvalidRequest
+from tests.cli.test_store import stored_segment
+store, won = Store(Path(sys.argv[1])), []
+for index in range(20):
+    try:
+        store.write_segment(f"s{index}", stored_segment())
+        won.append(f"s{index}")
+    except InvalidRequest:
+        pass
+    try:
+        store.fork_context("good", f"f{index}")
+        won.append(f"f{index}")
+    except InvalidRequest:
+        pass
+print(*won)
+"""
+
+
+def test_one_of_many_processes_gets_a_new_name(filled: Store) -> None:
+    command = [sys.executable, "-c", RACER, str(filled.folder)]
+    root = Path(__file__).parents[2]
+    racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(3)]
+    try:
+        won = [racer.communicate(timeout=HANG_S)[0].split() for racer in racers]
+    finally:
+        for racer in racers:
+            racer.kill()
+            racer.communicate()
+    names = [f"{kind}{index}" for kind in "sf" for index in range(20)]
+    assert sorted(name for each in won for name in each) == sorted(names)
+
+
+def test_a_name_taken_while_its_context_is_computed(filled: Store) -> None:
+    target = filled.new_context("new")
+    filled.fork_context("good", "new")
+    with pytest.raises(InvalidRequest, match=r"context 'new' exists .* --force"), filled.taking("new"):
+        place(filled.context("good").file, target, link=False, is_new=True)
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_what_is_no_file_hinders_no_other_entry(filled: Store, kind: str) -> None:
+    with (
+        make_special(filled.folder / "odd.safetensors", kind) as file,
+        make_special(filled.folder / "odd.segment.json", kind) as segment,
+    ):
+        assert filled.usable_context("good").header is not None
+        assert "good" in [entry.name for entry in filled.contexts()]
+        assert [entry.refusal for entry in filled.segments()] in ([], [REFUSED_DEVICE])
+        assert "not a regular file" in (context_entry(file).refusal or "")
+        with pytest.raises((CacheFolderError, InvalidRequest)):
+            filled.segment("odd")
+        with pytest.raises(CacheFolderError, match="not a regular file"):
+            place(segment, filled.folder / "copy", link=False)
+
+
+REFUSED_DEVICE = "cannot be read: it is a device, not a regular file"
+
+
+def test_what_killed_commands_left_is_swept_by_the_next_that_writes(filled: Store) -> None:
+    (filled.folder / ".gone.safetensors.abcd1234.part").write_bytes(b"half")
+    filled.write_segment("new", stored_segment())
+    assert sorted(filled.folder.glob(".*")) == []

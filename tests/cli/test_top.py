@@ -6,10 +6,10 @@ import json
 import math
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,16 @@ import pytest
 from rich.console import Console
 
 from kvcomm.cli import app
+from kvcomm.cli.output import format_bytes
 from kvcomm.cli.top_view import quantile, view
 from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
 from kvcomm.server.keys import KeyRing, add_key
 from kvcomm.server.schemas.stats import Stats, TtftHistogram
 from kvcomm.server.settings import ServerSettings
+from tests.limits import PATIENCE_S, process, wait_for
 from tests.server.live import Live, serving
 from tests.tiny import tiny_model
-
-PATIENCE_S = 60.0
 
 
 @pytest.fixture
@@ -51,7 +51,10 @@ def live(engine: Engine) -> Iterator[Live]:
 def ask(live: Live, **headers: str) -> None:
     """One request."""
     body = {"model": "tiny", "messages": [{"role": "user", "content": "[red]hello"}], "max_tokens": 3}
-    assert httpx2.post(f"{live.url}/v1/chat/completions", json=body, headers=headers).status_code == 200
+    assert (
+        httpx2.post(f"{live.url}/v1/chat/completions", json=body, headers=headers, timeout=PATIENCE_S).status_code
+        == 200
+    )
 
 
 def drawn(stats: Stats, **settings: Any) -> str:
@@ -65,7 +68,7 @@ def drawn(stats: Stats, **settings: Any) -> str:
 def test_json_is_the_servers_answer(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
     assert app.run(["top", "--server", live.url, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    expected = httpx2.get(f"{live.url}/v1/stats").json()
+    expected = httpx2.get(f"{live.url}/v1/stats", timeout=PATIENCE_S).json()
     for moving in ("uptime_s", "recent"):
         assert len(str(found.pop(moving))) > 0
         expected.pop(moving)
@@ -104,29 +107,52 @@ def test_another_kind_of_server(
 def test_a_terminal_is_drawn_until_interrupted(live: Live) -> None:
     """Through a pseudo terminal: it follows the server, and gives the screen back at Ctrl-C."""
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "kvcomm.cli.app", "top", "--server", live.url, "--interval", "0.2"]
+    command = [sys.executable, "-m", "kvcomm", "top", "--server", live.url, "--interval", "0.2"]
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
-    with subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, env=environment) as process:
-        os.close(theirs)
-        seen = b""
-        until = time.monotonic() + PATIENCE_S
-        while b"2 requests" not in seen and time.monotonic() < until:
-            seen += os.read(ours, 65_536)
-        ask(live)
-        while b"3 requests" not in seen and time.monotonic() < until:
-            seen += os.read(ours, 65_536)
-        process.send_signal(signal.SIGINT)
+    seen = bytearray()
+
+    def read() -> bool:
+        """Whether there was something to read, and not the end: Linux tells of it by an error."""
+        assert select.select([ours], [], [], PATIENCE_S)[0]
         try:
-            while piece := os.read(ours, 65_536):
-                seen += piece
-        except OSError:  # how Linux tells that the other end is closed
-            pass
-        assert process.wait(PATIENCE_S) == 130
-        assert process.stderr is not None
-        assert process.stderr.read() == b""
-    os.close(ours)
+            seen.extend(os.read(ours, 65_536))
+        except OSError:
+            return False
+        return True
+
+    try:
+        with process(command, stdout=theirs, stderr=subprocess.PIPE, env=environment) as top:
+            os.close(theirs)
+            wait_for(lambda: not read() or b"2 requests" in seen)
+            ask(live)
+            wait_for(lambda: not read() or b"3 requests" in seen)
+            top.send_signal(signal.SIGINT)
+            while read():
+                pass
+            assert top.wait(PATIENCE_S) == 130
+            assert top.stderr.read() == b""
+    finally:
+        os.close(ours)
     assert b"3 requests" in seen
     assert b"\x1b[?1049l" in seen  # back from the alternate screen
+
+
+def test_what_is_kept_is_drawn() -> None:
+    kept = {
+        "contexts": 3,
+        "max_contexts": 1024,
+        "context_tokens": 77,
+        "conversation_bytes": 2048,
+        "max_kept_bytes": 64 * 2**20,
+        "segments": 1,
+        "max_segments": 1024,
+        "segment_bytes": 10,
+        "max_segment_bytes": 100,
+    }
+    text = drawn(some_stats(kept=kept))
+    assert "3 of 1024, 77 tokens" in text
+    assert f"{format_bytes(2048)} of {format_bytes(64 * 2**20)}" in text
+    assert "their texts" not in drawn(some_stats())
 
 
 def some_stats(**fields: Any) -> Stats:

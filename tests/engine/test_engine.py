@@ -6,14 +6,15 @@ import asyncio
 import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
 from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
+from kvcomm.engine.passes import finite_rows
 from kvcomm.engine.results import Chunk
 from kvcomm.engine.sampling import SamplingParams
-from kvcomm.engine.scheduler import finite_rows
 from kvcomm.errors import (
     EmptyPrompt,
     EngineClosed,
@@ -27,6 +28,8 @@ from kvcomm.errors import (
 )
 from kvcomm.memory.segments import Segment
 from tests.engine.conftest import greedy, some_tokens, stock_logits
+from tests.limits import PATIENCE_S
+from tests.stalling import stalling
 from tests.tiny import TinyModel, tiny_model
 
 NO_EOS = SamplingParams(max_new_tokens=12, ignore_eos=True)
@@ -160,7 +163,7 @@ def test_more_requests_than_pages_queue_and_finish(shared_model: TinyModel) -> N
         prompts = [some_tokens(50, seed=i) for i in range(6)]
         handles = [engine.submit(prompt, NO_EOS) for prompt in prompts]
         for prompt, handle in zip(prompts, handles, strict=True):
-            assert list(handle.result(60).token_ids) == greedy(shared_model.model, prompt, 12)
+            assert list(handle.result(PATIENCE_S).token_ids) == greedy(shared_model.model, prompt, 12)
         engine.check_integrity()
 
 
@@ -206,26 +209,27 @@ def test_async_streams_run_at_once(engine: Engine) -> None:
 
 
 def test_leaving_a_stream_cancels_and_returns_pages(engine: Engine) -> None:
-    handle = engine.submit(some_tokens(30), max_new_tokens=400, ignore_eos=True)
-    for _ in handle:
-        break
-    assert handle.wait(30)
+    with stalling(engine, after=20):
+        handle = engine.submit(some_tokens(30), max_new_tokens=400, ignore_eos=True)
+        for _ in handle:
+            break
+        assert handle.wait(PATIENCE_S)
     with pytest.raises(RequestCancelled, match=f"request {handle.request_id}"):
         handle.result()
     assert engine.memory_stats().num_in_requests == 0
 
 
 def test_ctrl_c_while_waiting_cancels(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    handle = engine.submit(some_tokens(30), max_new_tokens=400, ignore_eos=True)
-
     def interrupt(*_: object, **__: object) -> bool:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
-        patched.setattr(handle._changed, "wait_for", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            handle.result()
-    assert handle.wait(30)
+    with stalling(engine, after=20):
+        handle = engine.submit(some_tokens(30), max_new_tokens=400, ignore_eos=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(handle._changed, "wait_for", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                handle.result()
+        assert handle.wait(PATIENCE_S)
     assert engine.memory_stats().num_in_requests == 0
     assert engine.generate(some_tokens(10), NO_EOS).usage.generated_tokens == 12
 
@@ -248,6 +252,22 @@ def test_result_times_out_and_goes_on(engine: Engine) -> None:
         ([5, -1], UnknownToken, "-1 is outside"),
         ([5, "x"], InvalidRequest, "'x' is neither a token id nor a segment"),
         ([5, Segment((1,))], InvalidRequest, "not a mixture"),
+        (None, InvalidRequest, "must be a text, a list of token ids or a list of segments, not None"),
+        (5, InvalidRequest, "not 5"),
+        (b"abc", InvalidRequest, "not b'abc'"),
+        ({5: 6}, InvalidRequest, "not {5: 6}"),
+        ({5, 6}, InvalidRequest, "not {5, 6}"),
+        (np.array([[5, 6]]), InvalidRequest, "must be a text, a list"),
+        (np.array([5.0]), InvalidRequest, "neither a token id nor a segment"),
+        ([True, 5], InvalidRequest, "True is neither a token id"),
+        ([5, None], InvalidRequest, "None is neither a token id"),
+        ([[5]], InvalidRequest, "neither a token id"),
+        ("half \ud83d of a pair", InvalidRequest, "lone surrogate"),
+        ([Segment(("a",))], InvalidRequest, "'a' is neither a token id"),  # type: ignore[arg-type]
+        ([Segment(5)], InvalidRequest, "must be a tuple of token ids, not 5"),  # type: ignore[arg-type]
+        ([Segment((5,), name=7)], InvalidRequest, "name must be text, not 7"),  # type: ignore[arg-type]
+        ([Segment((5,), name="\ud83d")], InvalidRequest, "lone surrogate"),
+        ([10**30], UnknownToken, "outside the vocabulary"),
         ([7] * 501, PromptTooLong, "501 prompt tokens and up to 12 new ones exceed the model's limit of 512"),
     ],
 )
@@ -255,6 +275,27 @@ def test_bad_prompts(engine: Engine, prompt: list[int], error: type[Exception], 
     with pytest.raises(error, match=message):
         engine.submit(prompt, NO_EOS)
     assert engine.generate([7] * 500, NO_EOS).usage.generated_tokens == 12
+
+
+def test_prompts_of_numpy_and_torch(engine: Engine, shared_model: TinyModel) -> None:
+    prompt = some_tokens(20)
+    expected = greedy(shared_model.model, prompt, 12)
+    for given in (np.array(prompt), torch.tensor(prompt), tuple(prompt), [Segment(np.array(prompt))]):  # type: ignore[arg-type]
+        assert list(engine.generate(given, NO_EOS).token_ids) == expected  # type: ignore[arg-type]
+
+
+def test_bad_settings_of_a_request(engine: Engine) -> None:
+    for settings, message in (
+        ({"tenant": None}, "the tenant must be text"),
+        ({"tenant": "\ud83d"}, "lone surrogate"),
+        ({"policy": "exact"}, "policy must be a ReusePolicy"),
+        ({"sampling": 5}, "sampling must be a SamplingParams"),
+    ):
+        with pytest.raises(InvalidRequest, match=message):
+            engine.generate(some_tokens(5), **settings)  # type: ignore[arg-type]
+    for limit in (-1, 2.5, "many", True):
+        with pytest.raises(InvalidRequest, match="held_tokens must be"):
+            engine.set_quota(held_tokens=limit)  # type: ignore[arg-type]
 
 
 def test_request_larger_than_the_pool(shared_model: TinyModel) -> None:
@@ -317,9 +358,10 @@ def test_an_exception_in_the_model_reaches_its_callers_only(
 
 def test_close_fails_what_is_in_flight(shared_model: TinyModel) -> None:
     engine = Engine(shared_model.model, shared_model.tokenizer, config=EngineConfig(pool_tokens=1024))
-    handle = engine.submit(some_tokens(30), max_new_tokens=400, ignore_eos=True)
-    engine.close()
-    engine.close()
+    with stalling(engine, after=20):
+        handle = engine.submit(some_tokens(30), max_new_tokens=400, ignore_eos=True)
+        engine.close()
+        engine.close()
     with pytest.raises(EngineClosed, match="create a new one"):
         handle.result()
     with pytest.raises(EngineClosed, match="create a new one"):
@@ -339,7 +381,7 @@ def test_an_internal_error_wakes_every_waiter(
     monkeypatch.setattr(engine.scheduler, "_admit", broken)
     handle = engine.submit(some_tokens(5))
     with pytest.raises(EngineClosed, match="page 3 counted twice"):
-        handle.result(30)
+        handle.result(PATIENCE_S)
     engine.close()
     assert hook is not threading.excepthook
 

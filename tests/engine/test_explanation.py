@@ -13,6 +13,7 @@ from kvcomm.errors import InvalidRequest
 from kvcomm.memory.segments import Segment
 from tests.engine.conftest import ROWS_ONLY, SMALL, some_tokens
 from tests.engine.test_reuse import LOOSE, ROLE_A, ROLE_B, SAMPLING, SMALL_BANKS, ask, prompt, widen
+from tests.limits import PATIENCE_S
 from tests.tiny import TinyModel, tiny_model
 
 
@@ -63,7 +64,7 @@ def test_plans_of_moved_text_come_true(learning: Engine) -> None:
             explained = learning.explain(prompt(role, seed), policy=LOOSE)
             assert explained.plan.spans == ask(learning, role, seed, LOOSE).usage.spans
             reasons |= set(explained.plan.reasons)
-        assert learning.wait_idle(30)
+        assert learning.wait_idle(PATIENCE_S)
     assert reasons >= {"no_source", "no_anchors"}
     widen(learning)
     ask(learning, ROLE_A, 99, LOOSE)
@@ -84,7 +85,7 @@ def test_costs_are_measured_when_first_asked_for(engine: Engine, monkeypatch: py
     monkeypatch.setattr(engine.reuse.cost, "_measure", lambda: ROWS_ONLY)
     ids = some_tokens(20)
     assert engine.explain(ids).cold_s is None
-    assert engine.wait_idle(30)
+    assert engine.wait_idle(PATIENCE_S)
     assert engine.explain(ids).cold_s == ROWS_ONLY.compute_s([(0, 20)])
 
 

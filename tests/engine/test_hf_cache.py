@@ -85,7 +85,7 @@ def continuation(context: Context) -> list[int]:
 def test_stock_generate_continues_a_context(engine: Engine, num_tokens: int) -> None:
     token_ids = some_tokens(num_tokens + 2)
     with engine.context(token_ids[:num_tokens]) as context:
-        cache = context.to_hf_cache()
+        cache = context.to_hf_cache(whole=True)
     assert cache.get_seq_length() == num_tokens
     expected = greedy(engine.model, token_ids, NUM_NEW)
     assert stock_continuation(engine.model, token_ids, cache) == expected
@@ -100,6 +100,33 @@ def test_stock_generate_continues_a_fork_behind_an_answer(engine: Engine) -> Non
     cache, token_ids = fork.to_hf_cache(), fork.tokens
     assert cache.get_seq_length() == len(token_ids) - 1
     assert stock_continuation(engine.model, token_ids, cache) == greedy(engine.model, token_ids, NUM_NEW)
+
+
+@pytest.mark.parametrize("is_answered", [False, True])
+def test_stock_generate_gives_the_contexts_own_answer(engine: Engine, is_answered: bool) -> None:
+    """With the whole cache stock code computes the prompt twice and says nothing: wrong in 28 of 35 cases."""
+    for num_tokens in [*range(1, 20), 63, 64, 65]:
+        with engine.context(some_tokens(num_tokens, seed=num_tokens)) as context:
+            if is_answered:
+                continuation(context)
+            cache, token_ids = context.to_hf_cache(), context.tokens
+            assert cache.get_seq_length() == len(token_ids) - 1
+            assert stock_continuation(engine.model, token_ids, cache) == continuation(context)
+
+
+def test_the_last_token_is_left_out_of_windows_too(windowed_model: TinyModel) -> None:
+    for num_tokens in (1, 2, WINDOW - 1, WINDOW, WINDOW + 1, WINDOW + 2, 50):
+        with engine_of(windowed_model) as engine, engine.context(some_tokens(num_tokens)) as context:
+            cache = context.to_hf_cache()
+            assert stock_continuation(windowed_model.model, context.tokens, cache) == continuation(context)
+
+
+def test_a_cache_is_whole_only_as_far_as_it_is_computed(engine: Engine) -> None:
+    with engine.context(some_tokens(9)) as context:
+        assert context.to_hf_cache(whole=True).get_seq_length() == 9
+        continuation(context)
+        assert context.to_hf_cache(whole=True).get_seq_length() == 9 + NUM_NEW - 1
+        assert context.to_hf_cache().get_seq_length() == 9 + NUM_NEW - 1
 
 
 def test_the_cache_is_a_copy(engine: Engine) -> None:
@@ -134,7 +161,7 @@ def test_released_and_busy_contexts_have_no_cache(engine: Engine) -> None:
 def test_a_cache_of_a_windowed_model_keeps_what_is_still_seen(windowed_model: TinyModel, num_tokens: int) -> None:
     token_ids = some_tokens(num_tokens + 1)
     with engine_of(windowed_model) as engine, engine.context(token_ids[:-1]) as context:
-        cache = context.to_hf_cache()
+        cache = context.to_hf_cache(whole=True)
     assert cache.get_seq_length() == num_tokens
     assert cache.layers[0].keys.shape[2] == min(num_tokens, WINDOW - 1)
     expected = greedy(windowed_model.model, token_ids, NUM_NEW)

@@ -28,6 +28,7 @@ from kvcomm.errors import AnchorFileForeign, ContextReleased, EngineClosed, Inva
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.segments import Segment
 from tests.engine.conftest import ROWS_ONLY, greedy, some_tokens
+from tests.limits import PATIENCE_S
 from tests.tiny import TinyModel, tiny_model
 
 SAMPLING = SamplingParams(max_new_tokens=8, ignore_eos=True)
@@ -61,7 +62,7 @@ def earn(engine: Engine, policy: ReusePolicy, rounds: int = 20) -> None:
     for seed in range(rounds):
         ask(engine, ROLE_A, seed, policy)
         ask(engine, ROLE_B, seed, policy)
-        assert engine.wait_idle(30)
+        assert engine.wait_idle(PATIENCE_S)
     widen(engine)
 
 
@@ -179,7 +180,6 @@ def test_the_answer_begins_as_the_stock_forward_does_on_the_same_kv(engine: Engi
     context = engine.context(prompt(ROLE_B, 99), policy=policy)
     assert context.fidelity is Fidelity.APPROXIMATE
     cache = context.to_hf_cache()
-    cache.crop(-1)
     last = torch.tensor([[context.tokens[-1]]])
     with torch.inference_mode():
         stock = engine.model(last, past_key_values=cache, use_cache=True).logits[0, -1]
@@ -220,7 +220,7 @@ def test_a_rung_computes_what_is_most_important(chunk: int) -> None:
 
         engine.reuse.replayer.moved = spy  # type: ignore[method-assign]
         variant = Variant("token", 0.3, "attention", group.strength)
-        engine.measure(prompt(ROLE_B, 99), served.token_ids, [variant]).result(30)
+        engine.measure(prompt(ROLE_B, 99), served.token_ids, [variant]).result(PATIENCE_S)
     assert chosen[0].tolist() == replayed[-1].tolist()
     assert len(chosen[0]) == 27
 
@@ -305,11 +305,11 @@ def test_risk_adds_up_along_a_chain(engine: Engine) -> None:
     exact = ReusePolicy.exact()
     for seed in range(300, 326):  # C learns to read exact answers
         chain(engine, seed, (exact, LOOSE))
-        assert engine.wait_idle(30)
+        assert engine.wait_idle(PATIENCE_S)
     earn(engine, LOOSE)  # B learns to read questions
     for seed in range(100, 106):  # C learns to read answers that B gave on moved KV
         chain(engine, seed, (LOOSE, LOOSE))
-        assert engine.wait_idle(30)
+        assert engine.wait_idle(PATIENCE_S)
         widen(engine)
     first, second = chain(engine, 200, (LOOSE, LOOSE))
     assert first.usage.approximation is not None
@@ -333,7 +333,7 @@ def test_a_repaired_context_is_exact_and_serves_exact_requests(engine: Engine) -
         context.generate(SAMPLING)
         tokens = list(context.tokens)
         assert context.fidelity is Fidelity.APPROXIMATE
-        assert context.repair().result(30)
+        assert context.repair().result(PATIENCE_S)
         assert context.fidelity is Fidelity.EXACT
         assert child.fidelity is Fidelity.APPROXIMATE
         assert list(context.tokens) == tokens
@@ -342,7 +342,7 @@ def test_a_repaired_context_is_exact_and_serves_exact_requests(engine: Engine) -
         assert list(more.token_ids) == greedy(engine.model, tokens, 8)
         assert more.usage.aligned_tokens == 0
         pages = context.sequence.pages.tolist()
-        assert context.repair().result(30)  # nothing to do is no failure, and nothing is computed
+        assert context.repair().result(PATIENCE_S)  # nothing to do is no failure, and nothing is computed
         assert context.sequence.pages.tolist() == pages
         engine.check_integrity()
 
@@ -355,12 +355,12 @@ def test_repairing_what_is_gone_or_goes_on(engine: Engine) -> None:
         repairing = context.repair()
         running = context.submit(SAMPLING)  # goes first, and the twin grows by what it adds
     running.result()
-    assert repairing.result(30)
+    assert repairing.result(PATIENCE_S)
     assert context.fidelity is Fidelity.EXACT
     with engine.lock:
         repairing = context.repair()
         context.release()
-    assert not repairing.result(30)
+    assert not repairing.result(PATIENCE_S)
     with pytest.raises(ContextReleased):
         context.repair()
 
@@ -393,7 +393,7 @@ def test_an_audit_trips_the_breaker_and_the_group_goes_exact(engine: Engine) -> 
         usage = ask(engine, ROLE_B, seed, watched).usage
         reasons |= usage.reasons.keys()
         predicted += [] if usage.approximation is None else [usage.approximation.predicted]
-        assert engine.wait_idle(30)
+        assert engine.wait_idle(PATIENCE_S)
         if "breaker" in reasons:
             break
     assert "breaker" in reasons
@@ -422,7 +422,9 @@ def test_measuring_gives_the_same_as_recomputing_everything(engine: Engine) -> N
     assert answer.usage.aligned_tokens == 0
     answer = ask(engine, ROLE_B, 50, ReusePolicy.exact())
     variants = [Variant("rotate"), Variant("token"), *(Variant("token", 0.5, name) for name in SELECTORS)]
-    outcomes = engine.measure(prompt(ROLE_B, 50), answer.token_ids, [*variants, Variant("token", 1.0)]).result(30)
+    outcomes = engine.measure(prompt(ROLE_B, 50), answer.token_ids, [*variants, Variant("token", 1.0)]).result(
+        PATIENCE_S
+    )
     assert [outcome.num_recomputed for outcome in outcomes] == [0, 0, 45, 45, 45, 45, 90]
     assert outcomes[-1].divergence == pytest.approx(0, abs=1e-6)
     assert outcomes[-1].agreement == 1.0
@@ -430,7 +432,7 @@ def test_measuring_gives_the_same_as_recomputing_everything(engine: Engine) -> N
 
 
 def test_measuring_what_cannot_be_moved_gives_nothing(engine: Engine) -> None:
-    assert engine.measure(prompt(ROLE_A, 3), [5, 6], [Variant("rotate")]).result(30) == []
+    assert engine.measure(prompt(ROLE_A, 3), [5, 6], [Variant("rotate")]).result(PATIENCE_S) == []
     with pytest.raises(InvalidRequest, match="empty answer"):
         engine.measure(prompt(ROLE_A, 3), [], [Variant("rotate")])
 
@@ -442,7 +444,7 @@ def test_whoever_waits_for_idle_work_hears_of_the_end() -> None:
         future = engine.measure(prompt(ROLE_A, 3), [5, 6], [Variant("rotate")])
         engine.reuse.idle.close()
     with pytest.raises(EngineClosed):
-        future.result(10)
+        future.result(PATIENCE_S)
     engine.close()
 
 
@@ -452,7 +454,7 @@ def test_anchors_under_a_calibration_stay_as_they_are(engine: Engine) -> None:
     prompts = prompt(ROLE_B, 60)
     ask(engine, ROLE_A, 60, ReusePolicy.exact())
     answer = ask(engine, ROLE_B, 60, ReusePolicy.exact())
-    group = engine.calibrate(prompts, answer.token_ids, LOOSE).result(30)
+    group = engine.calibrate(prompts, answer.token_ids, LOOSE).result(PATIENCE_S)
     assert group is not None
     assert group.contest.num_prompts == 1
     (edge,) = (edge for edge, _ in group.key.edges)
@@ -460,10 +462,10 @@ def test_anchors_under_a_calibration_stay_as_they_are(engine: Engine) -> None:
     assert 0 < before < 300  # young: a request would have taught
     for role in (ROLE_A, ROLE_B):
         ask(engine, role, 61, LOOSE)
-    assert engine.wait_idle(30)
+    assert engine.wait_idle(PATIENCE_S)
     assert engine.reuse.estimators["token"].evidence(engine.namespace(), edge) == before
     assert group.contest.num_prompts == 2
-    assert engine.learn(prompt(ROLE_B, 61)).result(30) > 0
+    assert engine.learn(prompt(ROLE_B, 61)).result(PATIENCE_S) > 0
     assert group.contest.num_prompts == 0
 
 

@@ -12,6 +12,7 @@ from kvcomm.errors import InvalidRequest
 from kvcomm.memory.segments import Segment
 from tests.engine.conftest import greedy, some_tokens
 from tests.engine.test_reuse import LOOSE, ROLE_A, ROLE_B, SAMPLING, TAIL, ask, earn, engine, prompt
+from tests.limits import PATIENCE_S
 
 __all__ = ["engine"]  # the fixture
 
@@ -25,7 +26,7 @@ def test_an_empty_segment_is_nothing_to_move(engine: Engine) -> None:
     for _ in range(2):
         served = engine.generate(read, SAMPLING, policy=LOOSE)
         assert list(served.token_ids) == greedy(engine.model, tokens_of(read), 8)
-    assert engine.wait_idle(30)
+    assert engine.wait_idle(PATIENCE_S)
     assert not engine.edge_groups()
 
 
@@ -44,12 +45,12 @@ def test_learning_that_dies_costs_no_request(engine: Engine, monkeypatch: pytest
         ask(engine, ROLE_A, seed, LOOSE)
         served = ask(engine, ROLE_B, seed, LOOSE)
         assert list(served.token_ids) == greedy(engine.model, tokens_of(prompt(ROLE_B, seed)), 8)
-        assert engine.wait_idle(30)
+        assert engine.wait_idle(PATIENCE_S)
     assert engine.reuse.idle.num_failed == 3
     with pytest.raises(MemoryError, match="no room for anchors"):
-        engine.learn(prompt(ROLE_B, 2)).result(30)
+        engine.learn(prompt(ROLE_B, 2)).result(PATIENCE_S)
     monkeypatch.undo()
-    assert engine.learn(prompt(ROLE_B, 2)).result(30) > 0  # the next one is not harmed
+    assert engine.learn(prompt(ROLE_B, 2)).result(PATIENCE_S) > 0  # the next one is not harmed
 
 
 def test_moving_that_fails_computes_exactly(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +74,7 @@ def test_anchors_that_are_not_finite_are_never_kept(engine: Engine, monkeypatch:
     ask(engine, ROLE_A, 1, LOOSE)
     ask(engine, ROLE_B, 1, LOOSE)
     with pytest.raises(InvalidRequest, match="anchors must be finite"):
-        engine.learn(prompt(ROLE_B, 1)).result(30)
+        engine.learn(prompt(ROLE_B, 1)).result(PATIENCE_S)
 
 
 def test_answers_end_when_the_engine_closes_while_learning(engine: Engine) -> None:

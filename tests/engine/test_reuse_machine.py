@@ -15,6 +15,7 @@ from kvcomm.engine.sampling import SamplingParams
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.segments import Segment
 from tests.engine.conftest import ROWS_ONLY, greedy, some_tokens
+from tests.limits import PATIENCE_S
 from tests.tiny import tiny_model
 
 CONFIG = EngineConfig(anchor_bytes=150_000, pool_tokens=2048)
@@ -77,14 +78,14 @@ class ReuseMachine(RuleBasedStateMachine):
         for seed in range(6, 22):
             for role in (0, 1):
                 self.engine.generate(self.prompt(role, seed), SAMPLING, policy=LOOSE)
-        assert self.engine.wait_idle(30)
+        assert self.engine.wait_idle(PATIENCE_S)
         for group in self.engine.reuse.groups.groups(self.engine.namespace()):
             pairs = [pair._replace(distance=10.0) for pair in group.calibration.pairs]
             group.calibration = Calibration(len(group.key.shares), pairs)
 
     @rule()
     def rest(self) -> None:
-        assert self.engine.wait_idle(30)
+        assert self.engine.wait_idle(PATIENCE_S)
 
     @rule()
     def clear(self) -> None:
@@ -106,7 +107,7 @@ class ReuseMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         for context in self.contexts:
             context.release()
-        assert self.engine.wait_idle(30)
+        assert self.engine.wait_idle(PATIENCE_S)
         self.engine.clear_cache()
         self.engine.check_integrity()
         self.engine.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from eval.resilience.questions import Asking, Question, leaked_pages
 from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
 from kvcomm.server.settings import ServerSettings
+from tests.limits import threads
 from tests.server.live import Live, serving
 from tests.tiny import save_tiny_model, tiny_model
 
@@ -41,7 +41,7 @@ def test_answers_and_pages_survive(tmp_path: Path, capsys: pytest.CaptureFixture
         f"--model={model}",
         "--questions=2",
         "--prefix-len=16",
-        "--scenarios=kill,disconnect",
+        "--scenarios=kill,disconnect,racing_saves",
         "--disconnects=12",
         "--json",
         f"--out={out}",
@@ -51,8 +51,19 @@ def test_answers_and_pages_survive(tmp_path: Path, capsys: pytest.CaptureFixture
     values = {figure["id"]: figure["value"] for figure in printed["figures"]}
     assert (values["lost_answers"], values["wrong_answers"], values["leaked_pages"]) == (0, 0, 0)
     assert 0 < values["disconnect_left_in_stream"] <= 12
+    assert values["racing_winners"] == 1
     assert (values["kill_asked"], values["disconnect_asked"]) >= (6, 2)
     assert json.loads(out.read_text())["figures"] == printed["figures"]
+
+
+@pytest.mark.slow
+def test_a_hoarder_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, out = save_tiny_model(tmp_path / "model"), tmp_path / "run.json"
+    command = ["--questions=2", "--prefix-len=16", "--scenarios=hoarding", "--json", f"--out={out}"]
+    assert main([f"--model={model}", *command]) == 0
+    values = {figure["id"]: figure["value"] for figure in json.loads(capsys.readouterr().out)["figures"]}
+    assert (values["lost_answers"], values["wrong_answers"], values["leaked_pages"]) == (0, 0, 0)
+    assert values["hoarding_asked"] >= 2
 
 
 def test_wrong_answers_are_seen(live: Live) -> None:
@@ -78,10 +89,8 @@ def test_leaked_pages_are_seen(live: Live, engine: Engine) -> None:
 def test_a_client_asks_again_until_there_is_an_answer(live: Live) -> None:
     """Nobody listens at first; then somebody does."""
     asking = Asking("http://127.0.0.1:9", "tiny")
-    thread = threading.Thread(target=asking.ask, args=(Question(CHAT, "whatever", 50),))
-    thread.start()
-    asking.url = live.url
-    thread.join()
+    with threads(lambda: asking.ask(Question(CHAT, "whatever", 50))):
+        asking.url = live.url
     assert asking.found().lost_answers == 0
 
 

@@ -15,6 +15,7 @@ NAMESPACE = "0123456789abcdef" * 4
 SHAPES = [(1, 2, 4), (3, 2, 2)]
 """Per layer (num_kv_heads, key_dim, value_dim)."""
 NUM_COMPUTED = 3
+VOCAB_SIZE = 97
 
 
 def make_header(**changes: Any) -> SnapshotHeader:
@@ -43,11 +44,16 @@ def make_tensors(
 
     keys = [random(num_tokens, heads, key_dim) for heads, key_dim, _ in SHAPES]
     values = [random(num_tokens, heads, value_dim) for heads, _, value_dim in SHAPES]
-    return keys, values, random(11)
+    return keys, values, random(VOCAB_SIZE)
 
 
 def read(file: Path, **changes: Any) -> Snapshot:
-    wanted: dict[str, Any] = {"namespace": NAMESPACE, "shapes": SHAPES, "dtype": torch.float32}
+    wanted: dict[str, Any] = {
+        "namespace": NAMESPACE,
+        "shapes": SHAPES,
+        "dtype": torch.float32,
+        "vocab_size": VOCAB_SIZE,
+    }
     return read_snapshot(file, **wanted | changes)
 
 

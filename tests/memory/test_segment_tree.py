@@ -87,6 +87,22 @@ def test_the_oldest_chain_is_forgotten(tree: RadixTree) -> None:
     assert list(view.walk(NS)) == []
 
 
+def test_chains_are_bounded_by_their_tokens(tree: RadixTree) -> None:
+    """A chain outlives its context: making and deleting long ones took memory that no quota knew."""
+    view = SegmentTreeView(tree, max_tokens=100)
+    view.record("quiet", [SYSTEM, QUESTION])
+    for start in range(50):
+        view.record("busy", [Segment(tuple(range(start, start + 30)))])
+        view.record("busy", [Segment(tuple(range(start, start + 30)))])  # again: counted once
+    assert [node.num_tokens for node in view.walk("quiet")] == [10, 3]  # nobody's chains go for another's
+    assert len(list(view.walk("busy"))) == 2
+    assert view._num_tokens.total() == 73
+    view.record("busy", [Segment(tuple(range(101)))])
+    assert list(view.walk("busy")) == []
+    view.forget("quiet")
+    assert view._chains == view._num_tokens == {}
+
+
 def test_looking_is_no_use(tree: RadixTree) -> None:
     view = SegmentTreeView(tree)
     cache(tree, [SYSTEM])

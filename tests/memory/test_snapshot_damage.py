@@ -20,9 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvcomm.errors import SnapshotCorrupt, SnapshotError, SnapshotForeign, SnapshotTooNew
-from kvcomm.memory.snapshots import FORMAT_VERSION, read_header, write_snapshot
-from tests.memory.snapshot_files import SHAPES, make_header, make_tensors, read, write_file
+from kvcomm.errors import SnapshotCorrupt, SnapshotError, SnapshotExists, SnapshotForeign, SnapshotTooNew
+from kvcomm.memory.snapshots import FORMAT, FORMAT_VERSION, payload_digest, read_header, write_snapshot
+from tests.files.special import SPECIAL, make_special
+from tests.memory.snapshot_files import SHAPES, VOCAB_SIZE, make_header, make_tensors, read, write_file
 
 
 @pytest.fixture
@@ -279,3 +280,65 @@ def test_exchanged_tensors_and_missing_metadata_are_refused(
     rewrite(file, change)
     with pytest.raises(SnapshotCorrupt):
         read(file)
+
+
+def write_logits(file: Path, logits: Tensor) -> None:
+    """A file whose digests are right, whatever its logits are."""
+    keys, values, _ = make_tensors()
+    header = make_header(payload_blake3=payload_digest(keys, values, logits)).model_dump_json()
+    names = ["keys.0", "keys.1", "values.0", "values.1", "logits"]
+    FORMAT.write(file, header, dict(zip(names, (*keys, *values, logits), strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        (torch.zeros(VOCAB_SIZE - 1), rf"logits are \({VOCAB_SIZE - 1},\)"),
+        (torch.zeros(1, VOCAB_SIZE), "logits are"),
+        (torch.zeros(0), "logits are"),
+        (torch.tensor(1.0), "logits are"),
+        (torch.zeros(VOCAB_SIZE, dtype=torch.int32), r"torch.int32, not \(97,\) torch.float32"),
+        (torch.zeros(VOCAB_SIZE, dtype=torch.float64), "torch.float64"),
+        (torch.zeros(VOCAB_SIZE, dtype=torch.bool), "torch.bool"),
+        (torch.full((VOCAB_SIZE,), float("nan")), "not finite"),
+        (torch.tensor([0.0] * (VOCAB_SIZE - 1) + [float("inf")]), "not finite"),
+        (torch.tensor([-float("inf")] + [0.0] * (VOCAB_SIZE - 1)), "not finite"),
+    ],
+)
+def test_logits_that_no_model_gives_are_refused_though_their_digest_is_right(
+    tmp_path: Path, logits: Tensor, message: str
+) -> None:
+    """Bug: they were handed to the sampler, which ended the engine, or drew nonsense."""
+    write_logits(tmp_path / "file", logits)
+    with pytest.raises(SnapshotCorrupt, match=message):
+        read(tmp_path / "file")
+
+
+def test_logits_that_are_as_they_should_be_are_taken(tmp_path: Path) -> None:
+    write_logits(tmp_path / "file", torch.ones(VOCAB_SIZE))
+    assert read(tmp_path / "file").logits is not None
+
+
+def test_logits_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    keys, values, logits = make_tensors()
+    logits[3] = float("nan")
+    write_snapshot(tmp_path / "file", make_header(), keys, values, logits)
+    assert read(tmp_path / "file").logits is None
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    """A FIFO used to be waited for."""
+    with make_special(tmp_path / "file", kind) as file:
+        for reader in (read, read_header):
+            with pytest.raises(SnapshotError, match="not a regular file"):
+                reader(file)
+
+
+def test_a_new_name_that_is_taken(file: Path) -> None:
+    before = file.read_bytes()
+    with pytest.raises(SnapshotExists, match=r"planner.safetensors exists"):
+        write_snapshot(file, make_header(name="newer"), *make_tensors(), is_new=True)
+    assert file.read_bytes() == before
+    write_snapshot(file, make_header(name="newer"), *make_tensors())
+    assert read(file).header.name == "newer"

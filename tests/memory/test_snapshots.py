@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kvcomm.errors import SnapshotError
 from kvcomm.memory import sealed_file, snapshots
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.snapshots import payload_digest, read_header, write_snapshot
+from tests.limits import threads
 from tests.memory.snapshot_files import make_header, make_tensors, read, write_file
 
 
@@ -177,7 +179,9 @@ def test_concurrent_writers_leave_one_whole_file(file: Path) -> None:
     stop = threading.Event()
 
     def keep_writing(offset: int) -> None:
-        for _ in range(12):
+        num_written = 0
+        while num_written < 12 or len(seen) < 3:  # however slow the reader is
+            num_written += 1
             shifted = [key + offset for key in keys]
             write_snapshot(file, make_header(name=str(offset)), shifted, values, logits)
 
@@ -188,14 +192,12 @@ def test_concurrent_writers_leave_one_whole_file(file: Path) -> None:
             assert torch.equal(snapshot.keys[0], keys[0] + offset)
             seen.append(offset)
 
-    writers = [threading.Thread(target=keep_writing, args=(offset,)) for offset in (1, 2, 3)]
-    reader = threading.Thread(target=keep_reading)
-    for thread in (reader, *writers):
-        thread.start()
-    for thread in writers:
-        thread.join()
-    stop.set()
-    reader.join()
-    assert seen
+    with threads(keep_reading):
+        try:
+            with threads(*(partial(keep_writing, offset) for offset in (1, 2, 3))):
+                pass
+        finally:
+            stop.set()
+    assert len(seen) >= 3
     assert os.listdir(file.parent) == [file.name]
     assert read(file).header.name in {"1", "2", "3"}

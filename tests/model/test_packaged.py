@@ -9,10 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,10 +25,10 @@ from kvcomm.model.cache_folder import locked
 from kvcomm.model.manifest import MANIFEST_FILE
 from kvcomm.model.packaged import ModelState, fetch_model, list_models, remove_model
 from kvcomm.model.registry import SMOLLM2_135M, PackagedModel
+from tests.limits import PATIENCE_S, process, threads, wait_for
 from tests.tiny import tiny_model
 
 REPOSITORY = Path(__file__).parents[2]
-GIVE_UP_S = 300
 
 
 def visible(folder: Path) -> list[str]:
@@ -317,24 +315,28 @@ def test_file_where_the_cache_folder_should_be(where: str, entry: PackagedModel,
         fetch_model(entry.name)
 
 
-def start_children(entry: PackagedModel, signals: Path, *whats: str) -> list[subprocess.Popen[str]]:
-    """Start processes that fetch `entry`, and let them go when all are up."""
+def run_children(entry: PackagedModel, signals: Path, *whats: str) -> tuple[list[int], list[str]]:
+    """Exit codes and errors of processes that all begin to fetch `entry` when all are up."""
     signals.mkdir(exist_ok=True)
-    arguments = [json.dumps(asdict(entry)), str(signals)]
-    command = [sys.executable, "-m", "tests.model.packaged_child", *arguments]
-    children = [subprocess.Popen([*command, what], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) for what in whats]
-    give_up = time.monotonic() + GIVE_UP_S
-    while len(list(signals.glob("up-*"))) < len(children) and time.monotonic() < give_up:
-        time.sleep(0.01)
-    (signals / "go").touch()
-    return children
+    command = [sys.executable, "-m", "tests.model.packaged_child", json.dumps(asdict(entry)), str(signals)]
+    with ExitStack() as stack:
+        children = [
+            stack.enter_context(process([*command, what], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True))
+            for what in whats
+        ]
+        wait_for(
+            lambda: (
+                len(list(signals.glob("up-*"))) == len(children) or any(child.poll() is not None for child in children)
+            )
+        )
+        (signals / "go").touch()
+        errors = [child.communicate(timeout=PATIENCE_S)[1] for child in children]
+    return [child.returncode for child in children], errors
 
 
 def check_two_processes(entry: PackagedModel, cache: Path, signals: Path) -> None:
-    children = start_children(entry, signals, "convert", "convert")
-
-    outputs = [child.communicate(timeout=GIVE_UP_S)[1] for child in children]
-    assert [child.returncode for child in children] == [0, 0], outputs
+    codes, errors = run_children(entry, signals, "convert", "convert")
+    assert codes == [0, 0], errors
     assert len(list(signals.glob("converted-*"))) == 1
     assert state_of(entry.name) is ModelState.READY
     assert visible(cache) == [entry.name]
@@ -351,9 +353,8 @@ def test_two_processes_convert_the_real_model_once(cache: Path, tmp_path: Path) 
 
 
 def test_killed_process_leaves_neither_lock_nor_files(entry: PackagedModel, cache: Path, tmp_path: Path) -> None:
-    (child,) = start_children(entry, tmp_path / "signals", "die")
-    child.communicate(timeout=GIVE_UP_S)
-    assert child.returncode == -signal.SIGKILL
+    codes, errors = run_children(entry, tmp_path / "signals", "die")
+    assert codes == [-signal.SIGKILL], errors
     assert state_of(entry.name) is ModelState.ABSENT
     assert len(visible(cache)) == 1  # the staging folder that nobody could remove
 
@@ -365,12 +366,10 @@ def test_folder_that_another_process_is_replacing_is_waited_for(entry: PackagedM
     folder = fetch_model(entry.name)
     away = cache / ".away"
     found: list[Path] = []
-    reader = threading.Thread(target=lambda: found.append(fetch_model(entry.name)))
-    with locked(entry.name):
+    with ExitStack() as readers, locked(entry.name):
         folder.rename(away)
-        reader.start()
+        (reader,) = readers.enter_context(threads(lambda: found.append(fetch_model(entry.name))))
         reader.join(0.2)
         assert reader.is_alive()
         away.rename(folder)
-    reader.join(GIVE_UP_S)
     assert found == [folder]

@@ -24,6 +24,7 @@ from kvcomm.model.attention.contract import AttentionStep, RunTable
 from kvcomm.model.attention.torch_backend import TorchBackend
 from kvcomm.model.geometry import ModelGeometry
 from kvcomm.model.runner import ModelRunner, Run
+from tests.limits import PATIENCE_S
 from tests.model.architectures import FAMILIES, from_config, tiny_model
 
 if TYPE_CHECKING:
@@ -374,7 +375,7 @@ def test_two_runners_on_one_model_take_turns(fresh_model: PreTrainedModel) -> No
 
     with ThreadPoolExecutor(2) as pool:
         passes = [pool.submit(first_pass)]
-        assert first_is_inside.wait(10)
+        assert first_is_inside.wait(PATIENCE_S)
         passes.append(pool.submit(second.forward, run))
         logits = [future.result()[0] for future in passes]
     assert fresh_model.config._attn_implementation == "sdpa"

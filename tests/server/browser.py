@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
+from tests.limits import PATIENCE_S
+
 T = TypeVar("T")
 
-PATIENCE_S = 30.0
+NUM_STARTS = 5
+
 QUIET = (
     "--headless",
     "--no-sandbox",
@@ -87,6 +91,14 @@ class Browser:
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
 
+def _start(options: webdriver.ChromeOptions, driver: str) -> webdriver.Chrome:
+    """Again where it fails: selenium and chromedriver give up after a minute, which a busy machine may need."""
+    for _ in range(NUM_STARTS - 1):
+        with suppress(WebDriverException):
+            return webdriver.Chrome(options=options, service=Service(driver))
+    return webdriver.Chrome(options=options, service=Service(driver))
+
+
 @contextmanager
 def browsing(profile: Path) -> Iterator[Browser]:
     """A browser with a profile folder of its own, for a `with` statement."""
@@ -100,8 +112,10 @@ def browsing(profile: Path) -> Iterator[Browser]:
     for flag in (*QUIET, f"--user-data-dir={profile}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    started = webdriver.Chrome(options=options, service=Service(driver))
+    started = _start(options, driver)
     try:
+        started.set_page_load_timeout(PATIENCE_S)
+        started.set_script_timeout(PATIENCE_S)
         yield Browser(started)
     finally:
         started.quit()

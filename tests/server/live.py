@@ -1,4 +1,8 @@
-"""A real uvicorn on a free loopback port, in a thread of the test."""
+"""A real uvicorn on a free loopback port, in a thread of the test.
+
+Its limits of time are out of reach unless a test sets them. A test of such a limit lets the server's clock jump over it
+(`Live.skip`) and does not wait for it: neither a slow machine nor a fast one changes what is seen.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,7 @@ import asyncio
 import json
 import logging
 import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,8 +23,30 @@ from kvcomm.server.logs import JsonFormatter
 from kvcomm.server.running import DrainingServer, bind, make_server
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.state import ServerState
+from tests.limits import PATIENCE_S, threads, wait_for
 
-PATIENCE_S = 30.0
+TIME_LIMITS = (
+    "header_timeout_s",
+    "body_timeout_s",
+    "keep_alive_s",
+    "request_timeout_s",
+    "queue_timeout_s",
+    "drain_timeout_s",
+)
+
+
+class SkippingLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock a test can put forward."""
+
+    skipped_s = 0.0
+
+    def time(self) -> float:
+        """Seconds, by which all its timers run."""
+        return super().time() + self.skipped_s
+
+    def skip(self, seconds: float) -> None:
+        """Put the clock forward; in the loop's own thread."""
+        self.skipped_s += seconds
 
 
 class Live(NamedTuple):
@@ -32,6 +56,11 @@ class Live(NamedTuple):
     state: ServerState
     port: int
     log: list[dict[str, Any]]
+    loop: SkippingLoop
+
+    def skip(self, seconds: float = PATIENCE_S + 1) -> None:
+        """As if that time had passed: by default more than any limit that a test has not set."""
+        self.loop.call_soon_threadsafe(self.loop.skip, seconds)
 
     @property
     def url(self) -> str:
@@ -65,39 +94,44 @@ class _Kept(logging.Handler):
 @contextmanager
 def serving(engine: Engine, settings: ServerSettings, *, keys: KeyRing | None = None) -> Iterator[Live]:
     """A server for a `with` statement; it is drained at the end, and nothing may hang."""
+    settings = settings.model_copy(
+        update={name: int(PATIENCE_S) for name in TIME_LIMITS if name not in settings.model_fields_set}
+    )
     app: FastAPI = make_app(engine, settings, keys=keys)
     listener = bind(settings)
-    server = make_server(app)
+    server, loop = make_server(app), SkippingLoop()
     log: list[dict[str, Any]] = []
     handler, logger = _Kept(log), logging.getLogger("kvcomm.server")
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), name="uvicorn")
-    thread.start()
+
+    def serve() -> None:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.run(server.serve(sockets=[listener]))
+
     try:
-        wait_for(lambda: server.started)
-        yield Live(server, app.state.kvcomm, listener.getsockname()[1], log)
+        with threads(serve):
+            try:
+                wait_for(lambda: server.started)
+                yield Live(server, app.state.kvcomm, listener.getsockname()[1], log, loop)
+            except BaseException:
+                server.force_exit = True  # what is still in flight may be waiting for the test that has failed
+                raise
+            finally:
+                server.should_exit = True
     finally:
-        server.should_exit = True
-        thread.join(PATIENCE_S)
-        assert not thread.is_alive(), "the server did not end"
         app.state.kvcomm.contexts.close()
         logger.removeHandler(handler)
         logger.setLevel(level)
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait until something holds; fails after a time that only a hang exceeds."""
-    until = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < until, "it did not happen"
-        time.sleep(0.005)
-
-
 def read_all(connection: socket.socket) -> bytes:
     """What a server still sends before it closes a connection."""
     data = b""
-    while piece := connection.recv(65_536):
-        data += piece
+    try:
+        while piece := connection.recv(65_536):
+            data += piece
+    except ConnectionResetError:  # how it ends where the server had not read all that was sent
+        pass
     return data

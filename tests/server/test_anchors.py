@@ -19,6 +19,7 @@ from kvcomm.memory.segments import Segment
 from kvcomm.server.keys import KeyRing, Role, add_key
 from kvcomm.server.settings import ServerSettings
 from tests.engine.conftest import some_tokens
+from tests.limits import PATIENCE_S
 from tests.server.conftest import MODEL, MakeClient
 from tests.server.live import serving
 
@@ -32,7 +33,7 @@ def archive(engine: Engine, make_client: MakeClient, tmp_path: Path) -> bytes:
     for role in (21, 34):
         prompt = [Segment(tuple(some_tokens(role, role))), Segment(tuple(some_tokens(60)), "q"), Segment((11, 12))]
         engine.generate(prompt, SamplingParams(max_new_tokens=4), tenant="ann", policy=LEARNING)
-    assert engine.wait_idle(30)
+    assert engine.wait_idle(PATIENCE_S)
     with make_client(keys=_ring(tmp_path)) as client:
         answer = client.get("/v1/anchors", headers=_auth(tmp_path, "ann"))
     assert answer.status_code == 200

@@ -23,6 +23,16 @@ def prompt_of(engine: Engine, body: dict[str, Any]) -> list[int]:
     return list(segment.token_ids)
 
 
+@pytest.mark.parametrize(
+    "arguments", ["[" * 100_000, '{"a":' * 400 + "1" + "}" * 400, "1" * 5000, '{"a": ' + "9" * 5000]
+)
+def test_odd_arguments_of_a_call_are_text(client: TestClient, arguments: str) -> None:
+    """100,000 brackets were a RecursionError inside the server."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [*HELLO, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert client.post("/v1/chat/completions", json=chat(messages=messages)).status_code == 200
+
+
 def test_answers_as_the_engine_does(client: TestClient, engine: Engine) -> None:
     rendered = engine.tokenizer.apply_chat_template(HELLO, tokenize=False, add_generation_prompt=True)
     assert isinstance(rendered, str)
@@ -123,7 +133,10 @@ def test_logprobs(client: TestClient) -> None:
         best, second = token["top_logprobs"]
         assert token["token"] == best["token"]  # greedy
         assert token["logprob"] == best["logprob"] > second["logprob"]
-        assert token["bytes"] in (None, list(token["token"].encode()))
+        assert bytes(token["bytes"]).decode(errors="replace") == token["token"]
+    # Parts of characters have their own bytes, so that clients can put them together again.
+    whole = b"".join(bytes(token["bytes"]) for token in tokens)
+    assert whole.decode(errors="replace") == choice["message"]["content"]
 
 
 def test_answers_end_at_the_models_limit(client: TestClient, engine: Engine) -> None:

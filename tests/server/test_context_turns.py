@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2
@@ -15,10 +14,11 @@ from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
 from kvcomm.server.schemas.contexts import ForkRequest
 from kvcomm.server.settings import Limits
+from tests.limits import PATIENCE_S, wait_for
 from tests.server.conftest import HELLO, chat, require_nothing_left
-from tests.server.live import PATIENCE_S, Live, serving, wait_for
+from tests.server.live import Live, serving
 from tests.server.test_contexts import CHAT, MORE, URL, error_of, ok, said
-from tests.server.test_operation import encoded, settings, stalled
+from tests.server.test_operation import encoded, meanwhile, settings, stalled
 from tests.tiny import TinyModel
 
 __all__ = ["stalled"]  # a fixture
@@ -48,7 +48,7 @@ def test_a_busy_context_can_be_forked_and_not_extended(live: Live, engine: Engin
     where = f"{URL}/{context['id']}"
     expected = ok(ask(live, "POST", CHAT, chat(messages=[*HELLO, *MORE, *MORE])))
     stalled.clear()
-    with ThreadPoolExecutor() as pool:
+    with meanwhile(stalled) as pool:
         extending = pool.submit(ask, live, "POST", f"{where}/extend", {"messages": MORE})
         wait_for(lambda: bool(engine.scheduler.requests()))
         (busy,) = listed(live)
@@ -105,7 +105,7 @@ def test_deleting_a_busy_context_ends_what_extends_it(live: Live, engine: Engine
     stalled.set()
     context = ok(ask(live, "POST", URL, {"messages": HELLO}))
     stalled.clear()
-    with ThreadPoolExecutor() as pool:
+    with meanwhile(stalled) as pool:
         extending = pool.submit(ask, live, "POST", f"{URL}/{context['id']}/extend", {"messages": MORE})
         wait_for(lambda: bool(engine.scheduler.requests()))
         assert ok(ask(live, "DELETE", f"{URL}/{context['id']}"))["deleted"] == [context["id"]]
@@ -146,7 +146,7 @@ def test_the_number_of_contexts_is_bounded(engine: Engine) -> None:
 
 
 def test_contexts_that_are_being_made_have_a_place(engine: Engine, stalled: threading.Event) -> None:
-    with serving(engine, settings(max_contexts=1)) as live, ThreadPoolExecutor() as pool:
+    with serving(engine, settings(max_contexts=1)) as live, meanwhile(stalled) as pool:
         creating = pool.submit(ask, live, "POST", URL, {"text": "a"})
         wait_for(lambda: bool(engine.scheduler.requests()))
         assert error_of(ask(live, "POST", URL, {"text": "b"})) == (429, "quota_exceeded")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,9 @@ import pytest
 from kvcomm.errors import InvalidRequest, KeyFileError
 from kvcomm.server.keys import KeyFile, KeyRing, Role, add_key, digest, remove_key
 from kvcomm.server.settings import Limits
+from tests.files.special import SPECIAL, make_special
+
+HANG_S = 300
 
 
 def test_a_key_round_trip(key_file: Path) -> None:
@@ -122,3 +128,65 @@ def test_every_hash_is_compared(key_file: Path, monkeypatch: pytest.MonkeyPatch)
         compared.clear()
         ring.find(key)
         assert compared == [digest(each).encode() for each in keys]
+
+
+ADDER = """
+import sys
+from pathlib import Path
+from kvcomm.server.keys import add_key, remove_key
+for i in range(10):
+    add_key(Path(sys.argv[1]), f"{sys.argv[2]}-{i}")
+remove_key(Path(sys.argv[1]), f"{sys.argv[2]}-0")
+"""
+
+
+def test_changes_from_several_processes_lose_nothing(key_file: Path) -> None:
+    adders = [subprocess.Popen([sys.executable, "-c", ADDER, str(key_file), str(each)]) for each in range(3)]
+    try:
+        assert [adder.wait(HANG_S) for adder in adders] == [0, 0, 0]
+    finally:
+        for adder in adders:
+            adder.kill()
+            adder.wait()
+    names = {record.name for record in KeyFile.read(key_file).keys}
+    assert names == {f"{each}-{i}" for each in range(3) for i in range(1, 10)}
+
+
+def test_changes_from_several_threads_lose_nothing(key_file: Path) -> None:
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(lambda index: add_key(key_file, f"key{index}"), range(16)))
+    assert len(KeyFile.read(key_file).keys) == 16
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_what_is_no_regular_file_is_refused_at_once(key_file: Path, kind: str) -> None:
+    """A FIFO as the key file hung for ever: at the start, and in a running server at the next request."""
+    with make_special(key_file, kind):
+        for call in (lambda: KeyRing(key_file), lambda: add_key(key_file, "ann"), lambda: remove_key(key_file, "ann")):
+            with pytest.raises(KeyFileError, match="not a regular file"):
+                call()
+
+
+def test_a_running_ring_does_not_wait_for_a_fifo(key_file: Path) -> None:
+    now = [0.0]
+    key = add_key(key_file, "ann")
+    ring = KeyRing(key_file, clock=lambda: now[0])
+    key_file.unlink()
+    with make_special(key_file, "fifo"):
+        now[0] = 2.0
+        assert ring.find(key) is not None
+
+
+def test_a_file_that_cannot_be_read_is_not_an_empty_one(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a change would drop all the keys that are there."""
+    add_key(key_file, "ann")
+    before = key_file.read_text()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kvcomm.server.keys.read_bytes", refuse)
+        with pytest.raises(KeyFileError, match="Permission denied"):
+            add_key(key_file, "bob")
+    assert key_file.read_text() == before

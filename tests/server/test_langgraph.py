@@ -14,8 +14,9 @@ from pydantic import SecretStr
 
 from kvcomm.engine.engine import Engine
 from kvcomm.server.settings import ServerSettings
+from tests.limits import PATIENCE_S, wait_for
 from tests.server.conftest import MODEL
-from tests.server.live import PATIENCE_S, serving, wait_for
+from tests.server.live import serving
 
 MATERIAL = "three apples and two pears lie on the table. ann takes one apple. bob takes both pears. "
 QUESTION = "how many apples are left?"

@@ -13,8 +13,9 @@ from openai.types.chat import ChatCompletionMessageParam
 from kvcomm.engine.engine import Engine
 from kvcomm.server.keys import KeyRing, add_key
 from kvcomm.server.settings import Limits, ServerSettings
+from tests.limits import PATIENCE_S, wait_for
 from tests.server.conftest import MODEL
-from tests.server.live import PATIENCE_S, Live, serving, wait_for
+from tests.server.live import Live, serving
 
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "how many apples are left?"}]
 
@@ -132,14 +133,14 @@ def test_errors_become_the_clients(client: openai.OpenAI) -> None:
 
 
 def test_keys_and_rates(engine: Engine, key_file: Path) -> None:
-    key = add_key(key_file, "ann", limits=Limits(requests_per_minute=1))
+    key = add_key(key_file, "ann", limits=Limits(requests_per_minute=1e-6))
     with serving(engine, ServerSettings(model=MODEL, port=0), keys=KeyRing(key_file)) as live:
         url = f"{live.url}/v1"
-        with openai.OpenAI(base_url=url, api_key="wrong", max_retries=0) as stranger:
+        with openai.OpenAI(base_url=url, api_key="wrong", timeout=PATIENCE_S, max_retries=0) as stranger:
             with pytest.raises(openai.AuthenticationError) as refused:
                 stranger.models.list()
             assert refused.value.code == "invalid_api_key"
-        with openai.OpenAI(base_url=url, api_key=key, max_retries=0) as ann:
+        with openai.OpenAI(base_url=url, api_key=key, timeout=PATIENCE_S, max_retries=0) as ann:
             assert ann.models.list().data
             with pytest.raises(openai.RateLimitError):
                 ann.models.list()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,13 @@ from kvcomm.server.prompts import PromptMaker
 from kvcomm.server.schemas.chat import ChatRequest
 from kvcomm.server.segments.registry import SegmentRegistries
 from kvcomm.server.settings import Limits, ServerSettings
+from tests.limits import PATIENCE_S, threads, wait_for
 from tests.server.conftest import MODEL, chat
-from tests.server.live import PATIENCE_S, Live, read_all, serving, wait_for
+from tests.server.live import Live, read_all, serving
+from tests.stalling import stalling
 
 CHAT = "/v1/chat/completions"
+CANCELLING_S = 0.05
 LONG = chat(max_tokens=400, ignore_eos=True)
 
 
@@ -43,35 +49,37 @@ def encoded(body: dict[str, Any]) -> bytes:
 @pytest.fixture
 def live(engine: Engine) -> Iterator[Live]:
     """A server with small limits."""
-    limits = {
-        "max_body_bytes": 2000,
-        "body_timeout_s": 0.3,
-        "header_timeout_s": 0.3,
-        "keep_alive_s": 1,
-        "max_requests": 2,
-    }
-    with serving(engine, settings(**limits)) as made:
+    with serving(engine, settings(max_body_bytes=2000, max_requests=2)) as made:
         yield made
         wait_for(lambda: made.state.admission.num_in_flight == 0)
 
 
 @pytest.fixture
-def stalled(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """The engine stops before every step until the event is set, so that requests stay in flight."""
-    go_on = threading.Event()
-    step = engine.scheduler.step
+def stalled(engine: Engine) -> Iterator[threading.Event]:
+    """The engine makes no step until the event is set, so that requests stay in flight."""
+    with stalling(engine) as go_on:
+        yield go_on
 
-    def stalling_step() -> None:
-        while not go_on.wait(0.005) and not any(request.is_cancelled for request in engine.scheduler.requests()):
-            pass
-        step()
 
-    monkeypatch.setattr(engine.scheduler, "step", stalling_step)
-    yield go_on
-    go_on.set()
+@pytest.fixture
+def stalled_in_the_middle(engine: Engine) -> Iterator[threading.Event]:
+    """The same after the first tokens of the first answer."""
+    with stalling(engine, after=8) as go_on:
+        yield go_on
+
+
+@contextmanager
+def meanwhile(stalled: threading.Event) -> Iterator[ThreadPoolExecutor]:
+    """Threads to ask from while the engine is stalled; at the end it goes on, so that they end, too."""
+    with ThreadPoolExecutor() as pool:
+        try:
+            yield pool
+        finally:
+            stalled.set()
 
 
 @pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.usefixtures("stalled_in_the_middle")
 def test_a_client_that_goes_away_frees_its_pages(live: Live, engine: Engine, stream: bool) -> None:
     """Its request ends at the next step, long before its 400 tokens; all its pages come back."""
     cancelled: list[int] = []
@@ -133,7 +141,6 @@ class Late:
     def _call(self, *arguments: Any, **settings: Any) -> Any:
         self._has_begun.set()
         assert self._has_gone.wait(PATIENCE_S)
-        time.sleep(0.05)  # the loop gets to cancel
         self.num_in_flight = self._admission.num_in_flight
         made = self._work(*arguments, **settings)
         self._has_ended.set()
@@ -141,7 +148,8 @@ class Late:
 
     async def _noticed(self, receive: Any) -> None:
         await self._disconnect(receive)
-        self._has_gone.set()
+        loop = asyncio.get_running_loop()
+        loop.call_later(CANCELLING_S, self._has_gone.set)  # by then the loop has cancelled who waits for the work
 
 
 def test_a_client_that_goes_away_while_its_request_is_submitted(
@@ -161,10 +169,11 @@ def test_a_client_that_goes_away_while_a_snapshot_is_read(
 ) -> None:
     """Bug: its place was given to others while the snapshot was still being read."""
     with serving(engine, settings(snapshots=tmp_path)) as live:
-        made = httpx2.post(f"{live.url}/v1/contexts", json={"text": "The quick brown fox jumps"}).json()
-        saved = httpx2.post(f"{live.url}/v1/contexts/{made['id']}/snapshot", json={"name": "kept"})
-        assert saved.status_code == 201
-        assert httpx2.delete(f"{live.url}/v1/contexts/{made['id']}").status_code == 200
+        with httpx2.Client(base_url=live.url, timeout=PATIENCE_S) as client:
+            made = client.post("/v1/contexts", json={"text": "The quick brown fox jumps"}).json()
+            saved = client.post(f"/v1/contexts/{made['id']}/snapshot", json={"name": "kept"})
+            assert saved.status_code == 201
+            assert client.delete(f"/v1/contexts/{made['id']}").status_code == 200
         late = Late(monkeypatch, SnapshotFolder, "restore", live)
         late.leave(live.post(encoded({}), "/v1/snapshots/kept/restore"))
         assert late.num_in_flight == 1
@@ -179,17 +188,17 @@ def test_a_full_server_refuses_at_once(live: Live, stalled: threading.Event) -> 
     assert refused.status_code == 503
     assert refused.json()["error"]["code"] == "overloaded"
     assert int(refused.headers["retry-after"]) >= 1
-    assert httpx2.get(live.url + "/ready").status_code == 503
-    assert httpx2.get(live.url + "/health").status_code == 200
+    assert httpx2.get(live.url + "/ready", timeout=PATIENCE_S).status_code == 503
+    assert httpx2.get(live.url + "/health", timeout=PATIENCE_S).status_code == 200
     stalled.set()
     for connection in waiting:
         assert connection.recv(12) == b"HTTP/1.1 200"
         connection.close()
-    assert httpx2.get(live.url + "/ready").status_code == 200
+    assert httpx2.get(live.url + "/ready", timeout=PATIENCE_S).status_code == 200
 
 
 def test_bodies_in_memory_are_bounded(live: Live) -> None:
-    """Who does not finish a body holds a place until it is cut off; the others learn it before they send theirs."""
+    """Who does not finish a body holds a place as long as it is there; the others learn it before they send theirs."""
     head = b"POST " + CHAT.encode() + b" HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n"
     slow = [live.connect() for _ in range(2)]
     for connection in slow:
@@ -246,33 +255,27 @@ def test_a_second_interrupt_ends_at_once(engine: Engine) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_deadline(engine: Engine, stalled: threading.Event, stream: bool) -> None:
-    with serving(engine, settings(request_timeout_s=0.2)) as live:
-        response = httpx2.post(live.url + CHAT, json=chat(stream=stream), timeout=PATIENCE_S)
+    with serving(engine, settings()) as live, meanwhile(stalled) as pool:
+        asked = pool.submit(httpx2.post, live.url + CHAT, json=chat(stream=stream), timeout=2 * PATIENCE_S)
+        wait_for(lambda: bool(engine.scheduler.requests()))
+        assert not asked.done()
+        live.skip()
+        response = asked.result()
         assert response.status_code == 504
         assert response.json()["error"]["code"] == "request_timeout"
         wait_for(lambda: live.state.admission.num_in_flight == 0)
 
 
-def test_a_deadline_in_the_middle_of_a_stream(
-    engine: Engine, stalled: threading.Event, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("stalled_in_the_middle")
+def test_a_deadline_in_the_middle_of_a_stream(engine: Engine) -> None:
     """The status is out already: the stream ends with an error in place of [DONE]."""
-    stalled.set()
-    num_steps = [0]
-    step = engine.scheduler.step
-
-    def first_steps() -> None:
-        num_steps[0] += 1
-        if num_steps[0] == 5:
-            stalled.clear()
-        step()
-
-    monkeypatch.setattr(engine.scheduler, "step", first_steps)
-    with serving(engine, settings(request_timeout_s=0.5)) as live:
-        response = httpx2.post(live.url + CHAT, json={**LONG, "stream": True}, timeout=PATIENCE_S)
-        assert response.status_code == 200
-        *chunks, last = [line for line in response.text.split("\n") if line]
-        assert len(chunks) > 1
+    with serving(engine, settings()) as live:
+        with httpx2.stream("POST", live.url + CHAT, json={**LONG, "stream": True}, timeout=PATIENCE_S) as response:
+            assert response.status_code == 200
+            lines = response.iter_lines()
+            assert next(lines)
+            live.skip()
+            *_, last = [line for line in lines if line]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "request_timeout"
         wait_for(lambda: live.state.admission.num_in_flight == 0)
 
@@ -315,10 +318,107 @@ def test_a_slow_body(live: Live) -> None:
     connection = live.connect()
     head = b" HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n"
     connection.sendall(b"POST " + CHAT.encode() + head + b"{")
+    wait_for(lambda: live.state.admission.num_open == 1)
+    live.skip()
     answer = read_all(connection)
     assert answer.startswith(b"HTTP/1.1 408")
     assert b"body_timeout" in answer
     connection.close()
+
+
+def test_a_body_that_pauses(engine: Engine) -> None:
+    """Long before it has to be complete."""
+    with serving(engine, settings(body_pause_s=0.3)) as live, live.connect() as connection:
+        connection.sendall(b"POST " + CHAT.encode() + b" HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{")
+        answer = read_all(connection)
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b"nothing came of the body for 0.3 s" in answer
+        wait_for(lambda: live.state.admission.num_open == 0)
+        metrics = httpx2.get(live.url + "/metrics").text
+        assert 'kvcomm:refused_requests_total{reason="body_timeout"} 1.0' in metrics
+        assert [line["refusal"] for line in live.log if line.get("status") == 408] == ["body_timeout"]
+
+
+def test_half_sent_requests_of_one_tenant_shut_no_other_out(engine: Engine, key_file: Any) -> None:
+    """Bug: as many sockets as requests may be in flight, all of one tenant, were a 503 for everybody else."""
+    ann, bob = add_key(key_file, "ann"), add_key(key_file, "bob", limits=Limits(max_requests=1))
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\nauthorization: Bearer {}\r\n\r\n"
+    with serving(engine, settings(max_requests=16), keys=KeyRing(key_file)) as live, ExitStack() as stack:
+        tenants = {name: live.state.tenants.get(name) for name in ("ann", "bob")}
+        held = [stack.enter_context(live.connect()) for _ in range(20)]
+        for connection in held:
+            connection.sendall(head.format(ann).encode())
+        wait_for(lambda: tenants["ann"].num_open == 14)
+        refused = [connection.recv(12) for connection in held[14:]]
+        assert refused == [b"HTTP/1.1 429"] * 6
+        for _ in range(2):
+            answer = httpx2.post(
+                live.url + CHAT, json=chat(), headers={"authorization": f"Bearer {bob}"}, timeout=PATIENCE_S
+            )
+            assert answer.status_code == 200
+        second = [stack.enter_context(live.connect()) for _ in range(2)]
+        second[0].sendall(head.format(bob).encode())
+        wait_for(lambda: tenants["bob"].num_open == 1)
+        second[1].sendall(head.format(bob).encode())
+        assert second[1].recv(12) == b"HTTP/1.1 429"  # its own limit, before its body
+    wait_for(lambda: live.state.admission.num_open == 0)
+
+
+def test_many_prompts_of_one_tenant_shut_no_other_out(engine: Engine, key_file: Any, stalled: threading.Event) -> None:
+    ann, bob = add_key(key_file, "ann"), add_key(key_file, "bob")
+    with serving(engine, settings(max_requests=16), keys=KeyRing(key_file)) as live:
+
+        def ask(key: str, num_prompts: int) -> httpx2.Response:
+            body = {"model": MODEL, "prompt": ["The quick brown fox"] * num_prompts, "max_tokens": 2}
+            headers = {"authorization": f"Bearer {key}"}
+            return httpx2.post(live.url + "/v1/completions", json=body, headers=headers, timeout=PATIENCE_S)
+
+        answers: list[httpx2.Response] = []
+        threads = [threading.Thread(target=lambda: answers.append(ask(ann, 12)))]
+        threads[0].start()
+        wait_for(lambda: live.state.admission.num_in_flight == 12)
+        refused = ask(ann, 4)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "fair_share")
+        never = ask(ann, 17)
+        assert (never.status_code, never.json()["error"]["code"]) == (400, "too_many_prompts")
+        threads.append(threading.Thread(target=lambda: answers.append(ask(bob, 2))))
+        threads[1].start()
+        wait_for(lambda: live.state.admission.num_in_flight == 14)
+        stalled.set()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        assert [answer.status_code for answer in answers] == [200, 200]
+        wait_for(lambda: live.state.workers.engine.num_inside == 0)
+
+
+def test_one_tenants_queue_is_not_before_anothers_request(
+    engine: Engine, key_file: Any, stalled: threading.Event
+) -> None:
+    """More prompts of one tenant than are computed at once: another tenant's request goes past those that wait."""
+    keys = {name: add_key(key_file, name) for name in ("ann", "bob")}
+    with serving(engine, settings(), keys=KeyRing(key_file)) as live:
+        gate = live.state.workers.engine
+        most = engine.config.max_running - engine.config.max_running // 8
+        many = {"model": MODEL, "prompt": ["a"] * 100, "max_tokens": 2}
+        answers: dict[str, httpx2.Response] = {}
+
+        def ask(name: str, path: str, body: dict[str, Any]) -> None:
+            headers = {"authorization": f"Bearer {keys[name]}"}
+            answers[name] = httpx2.post(live.url + path, json=body, headers=headers, timeout=PATIENCE_S)
+
+        threads = [threading.Thread(target=ask, args=("ann", "/v1/completions", many))]
+        threads[0].start()
+        wait_for(lambda: gate.num_waiting == 1)
+        assert gate.num_inside == most
+        threads.append(threading.Thread(target=ask, args=("bob", CHAT, chat())))
+        threads[1].start()
+        wait_for(lambda: gate.num_inside == most + 1)
+        stalled.set()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        assert {name: answer.status_code for name, answer in answers.items()} == {"ann": 200, "bob": 200}
+        assert len(answers["ann"].json()["choices"]) == 100
+        wait_for(lambda: gate.num_inside == 0)
 
 
 HEALTH = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -328,10 +428,15 @@ HEALTH = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 def test_slow_headers(live: Live, sent: bytes) -> None:
     """A connection without complete headers is closed, also the second request of one."""
     connection = live.connect()
+    answer = b""
     if sent:
         connection.sendall(sent)
-    answer = read_all(connection)
-    assert answer.startswith(b"HTTP/1.1 200") == (len(sent) > len(HEALTH))
+    if len(sent) > len(HEALTH):
+        answer = connection.recv(12)
+        assert answer == b"HTTP/1.1 200"
+    wait_for(lambda: live.server.server_state.connections)
+    live.skip()
+    assert b"HTTP" not in read_all(connection)
     connection.close()
 
 
@@ -340,6 +445,8 @@ def test_many_slow_clients_do_not_hold_up_others(live: Live) -> None:
     for connection in slow:
         connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nx-")
     assert httpx2.post(live.url + CHAT, json=chat(), timeout=PATIENCE_S).status_code == 200
+    wait_for(lambda: len(live.server.server_state.connections) >= len(slow))
+    live.skip()
     for connection in slow:
         assert read_all(connection) == b""
         connection.close()
@@ -358,7 +465,7 @@ def test_a_full_tenant(engine: Engine, stalled: threading.Event, key_file: Any) 
     limits = Limits(held_tokens=2 * need - 1)
     ann = add_key(key_file, "ann", limits=limits.model_copy(update={"when_full": "queue"}))
     bob = add_key(key_file, "bob", limits=limits.model_copy(update={"when_full": "refuse"}))
-    with serving(engine, settings(queue_timeout_s=PATIENCE_S), keys=KeyRing(key_file)) as live:
+    with serving(engine, settings(), keys=KeyRing(key_file)) as live:
         tenants = {key: live.state.tenants.get(name) for key, name in ((ann, "ann"), (bob, "bob"))}
         answers: dict[tuple[str, int], httpx2.Response] = {}
 
@@ -366,19 +473,15 @@ def test_a_full_tenant(engine: Engine, stalled: threading.Event, key_file: Any) 
             headers = {"authorization": f"Bearer {key}"}
             answers[key, index] = httpx2.post(live.url + CHAT, json=chat(), headers=headers, timeout=PATIENCE_S)
 
-        threads = [threading.Thread(target=ask, args=(key, index)) for key in (ann, bob) for index in range(2)]
-        for thread in threads:
-            thread.start()
-        wait_for(lambda: len(answers) == 1 and all(tenant.num_requests == 1 for tenant in tenants.values()))
-        ((key, _),) = answers
-        (refused,) = answers.values()
-        assert key == bob
-        assert refused.status_code == 429
-        assert refused.json()["error"]["code"] == "quota_exceeded"
-        assert "retry-after" in refused.headers
-        stalled.set()
-        for thread in threads:
-            thread.join(PATIENCE_S)
+        with threads(*(partial(ask, key, index) for key in (ann, bob) for index in range(2))):
+            wait_for(lambda: len(answers) == 1 and all(tenant.num_requests == 1 for tenant in tenants.values()))
+            ((key, _),) = answers
+            (refused,) = answers.values()
+            assert key == bob
+            assert refused.status_code == 429
+            assert refused.json()["error"]["code"] == "quota_exceeded"
+            assert "retry-after" in refused.headers
+            stalled.set()
         assert sorted(answer.status_code for answer in answers.values()) == [200, 200, 200, 429]
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from kvcomm.engine.engine import Engine
 from kvcomm.server.settings import ServerSettings
-from tests.server.live import PATIENCE_S, serving
+from tests.limits import PATIENCE_S
+from tests.server.live import serving
 
 README = Path(__file__).parents[2] / "README.md"
 NAMES = "http://127.0.0.1:8000", "smollm2-135m"

@@ -10,6 +10,7 @@ from starlette.testclient import TestClient
 from kvcomm.align.calibration import Calibration
 from kvcomm.engine.engine import Engine
 from tests.engine.conftest import ROWS_ONLY
+from tests.limits import PATIENCE_S
 from tests.server.conftest import MakeClient, chat
 
 CHAT = "/v1/chat/completions"
@@ -48,7 +49,7 @@ def client(make_client: MakeClient, engine: Engine) -> TestClient:
     for number in range(NUM_ROUNDS):
         for role in range(len(ROLES)):
             ask(client, role, number, reuse=LOOSE)
-        assert engine.wait_idle(30)
+        assert engine.wait_idle(PATIENCE_S)
     # A few texts say little about how far the next one may be from them: let any distance pass.
     for group in engine.reuse.groups.groups(engine.namespace()):
         pairs = [pair._replace(distance=10.0) for pair in group.calibration.pairs]

@@ -22,6 +22,7 @@ from tests.engine.conftest import ROWS_ONLY
 from tests.server.conftest import MODEL, require_nothing_left
 from tests.tiny import tiny_model
 
+KINDS = ("contexts", "segments", "snapshots")
 OPERATIONS = (
     "GET /health",
     "GET /ready",
@@ -56,6 +57,13 @@ OPERATIONS = (
     "GET /metrics",
     "GET /admin/status",
     "DELETE /admin/tenants/{tenant}/cache",
+    "GET /admin/tenants",
+    "GET /admin/tenants/{tenant}",
+    "DELETE /admin/tenants/{tenant}",
+    *(f"{method} /admin/tenants/{{tenant}}/{kind}" for kind in KINDS for method in ("GET", "DELETE")),
+    "DELETE /admin/tenants/{tenant}/contexts/{context_id}",
+    "DELETE /admin/tenants/{tenant}/segments/{name}",
+    "DELETE /admin/tenants/{tenant}/snapshots/{name}",
 )
 OPERATOR = ("/metrics", "/admin")
 OPAQUE = ("PUT /admin/tenants/{tenant}/anchors",)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import pytest
 from starlette.testclient import TestClient
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from kvcomm.engine.encoding import TextEncoder
 from kvcomm.engine.engine import Engine
 from kvcomm.server.sections import Sections
 from kvcomm.server.token_cache import MIN_CHARACTERS, TokenCache
 from tests.server.conftest import chat
+from tests.tiny import tiny_tokenizer
 
-CONTROLS = re.compile(r"<\|im_start\|>|<\|im_end\|>")
 LONG = "x" * MIN_CHARACTERS
 ANN, BOB, SALTED = ("ann", None), ("bob", None), ("ann", "salt")
 
@@ -77,7 +77,7 @@ def test_a_tenant_is_forgotten_under_all_salts() -> None:
     "text", ["", "<|im_start|>user\nhow many? 12 <|im_end|>\n<|im_start|>", " a<|im_end|> b", "plain"]
 )
 def test_cut_texts_have_the_tokens_of_the_whole(engine: Engine, text: str) -> None:
-    parts = list(Sections(engine.tokenizer, CONTROLS).of(text))
+    parts = list(Sections(engine.encoder).of(text))
     ids: list[int] = []
     for part in parts:
         ids += (part,) if isinstance(part, int) else engine.segment(part).token_ids
@@ -85,8 +85,8 @@ def test_cut_texts_have_the_tokens_of_the_whole(engine: Engine, text: str) -> No
     assert (len(parts) > 1) == ("<|" in text)
 
 
-def test_a_tokenizer_that_looks_at_what_stands_before_is_left_alone() -> None:
-    """One that puts a space before the first piece only."""
+def test_a_space_before_the_first_piece_is_no_part_of_any() -> None:
+    """One that puts a space before the start of a text: pieces of a prompt never have it."""
     vocabulary = {letter: index for index, letter in enumerate("▁abcdefghijklmnopqrstuvwxyzE12\n ")}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="E"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -97,7 +97,16 @@ def test_a_tokenizer_that_looks_at_what_stands_before_is_left_alone() -> None:
         tokenizer.eos_token_id,
         *tokenizer.encode("b", add_special_tokens=False),
     ]
-    assert list(Sections(tokenizer, re.compile("</s>")).of(text)) == [text]
+    encoder = TextEncoder(tokenizer)
+    assert list(Sections(encoder).of(text)) == ["a", tokenizer.eos_token_id, "b"]
+    assert encoder.piece(text) == (*encoder.piece("a"), tokenizer.eos_token_id, *encoder.piece("b"))
+
+
+def test_a_control_token_that_takes_spaces_into_itself_is_left_alone() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|call|>", lstrip=True, special=False)])
+    text = "a <|call|>b"
+    assert list(Sections(TextEncoder(tokenizer)).of(text)) == [text]
 
 
 def test_the_same_prompt_again_has_the_same_tokens(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from kvcomm.errors import MissingExtra
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.traces import exporting_provider, shut_down
+from tests.limits import PATIENCE_S, threads
 from tests.server.conftest import HELLO, Keys, MakeClient, chat, completion
 
 CHAT = "/v1/chat/completions"
@@ -145,13 +146,11 @@ def collector() -> Iterator[tuple[str, Received]]:
         def log_message(self, *arguments: object) -> None:
             pass
 
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", received
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with HTTPServer(("127.0.0.1", 0), Handler) as server, threads(server.serve_forever):
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", received
+        finally:
+            server.shutdown()
 
 
 def test_a_collector_gets_them(
@@ -161,7 +160,7 @@ def test_a_collector_gets_them(
     url, received = collector
     provider = exporting_provider(f"{url}/")
     make_client(traces=provider).post(CHAT, json=chat())
-    shut_down(provider)
+    shut_down(provider, PATIENCE_S)
     ((path, body),) = received
     assert path == "/v1/traces"
     (sent,) = ExportTraceServiceRequest.FromString(body).resource_spans
@@ -171,14 +170,22 @@ def test_a_collector_gets_them(
     assert sorted(names) == sorted([f"POST {CHAT}", "queue", "prefill", "decode"])
 
 
-def test_a_collector_that_is_not_there_holds_nobody_up(make_client: MakeClient) -> None:
-    """Bug: the exporter tries for ten seconds, and the server's end waited for it."""
+def test_a_collector_that_is_not_there_holds_nobody_up(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: the exporter tries for ten seconds, and the server's end waited for it. Here it tries on and on."""
     provider = exporting_provider("http://127.0.0.1:9")
     assert make_client(traces=provider).post(CHAT, json=chat()).status_code == 200
-    ended = threading.Thread(target=shut_down, args=(provider, 0.1))
-    ended.start()
-    ended.join(5)
-    assert not ended.is_alive()
+    is_over, has_ended = threading.Event(), threading.Event()
+    shutdown = provider.shutdown
+    monkeypatch.setattr(provider, "shutdown", lambda: (is_over.wait(PATIENCE_S), has_ended.set()))
+    try:
+        shut_down(provider, 0.1)
+        assert not has_ended.is_set()
+    finally:
+        is_over.set()
+        assert has_ended.wait(PATIENCE_S)
+        shutdown()
 
 
 def test_without_opentelemetry_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import anyio
 import pytest
 
 from kvcomm.server.waiting import in_thread
+from tests.limits import PATIENCE_S
 
 
 def test_a_result_and_an_error() -> None:
@@ -28,7 +29,7 @@ def test_who_is_cancelled_leaves_once_the_work_is_done(fails: bool, by_scope: bo
 
     def work() -> None:
         has_begun.set()
-        assert go_on.wait(30)
+        assert go_on.wait(PATIENCE_S)
         seen.append("made")
         if fails:
             raise ValueError

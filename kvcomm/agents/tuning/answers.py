@@ -7,13 +7,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
 
 from kvcomm.agents.agent import Agent
 from kvcomm.agents.graph import AgentGraph
 from kvcomm.agents.team import Team
 from kvcomm.agents.tuning.rows import Row
-from kvcomm.agents.tuning.state import append_line, read_lines
+from kvcomm.agents.tuning.state import Kept, append_line, read_kept
 from kvcomm.agents.warming import BATCH, Note, run_all
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.policy import ReusePolicy
@@ -37,6 +39,23 @@ class Reading(NamedTuple):
 
 TeamRun = dict[str, Reading]
 """Agent -> reading, in the order of the team."""
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class KeptRun(Kept):
+    """A row's run: agent -> (slot, token ids) of every segment of its prompt, and the token ids of its answer."""
+
+    row: str
+    agents: dict[str, tuple[tuple[tuple[str | None, tuple[TokenId, ...]], ...], tuple[TokenId, ...]]]
+
+    @property
+    def run(self) -> TeamRun:
+        """The run itself."""
+        return {
+            name: Reading(tuple(Segment(ids, slot) for slot, ids in prompt), answer)
+            for name, (prompt, answer) in self.agents.items()
+        }
 
 
 def greedy(team: Team) -> Team:
@@ -70,7 +89,7 @@ def exact_runs(engine: Engine, team: Team, rows: Sequence[Row], file: Path, note
 
     Answers that nobody reads end after the tokens by which divergence is measured.
     """
-    known = {str(entry["row"]): _run(entry["agents"]) for entry in read_lines(file)}
+    known = {kept.row: kept.run for kept in read_kept(file, KeptRun)}
     missing = [row for row in rows if row.digest not in known]
     team = _shortened(team)
     group = team.group(engine, policy=ReusePolicy.exact())
@@ -105,11 +124,4 @@ def _json(run: TeamRun) -> dict[str, object]:
     return {
         name: [[[segment.name, list(segment.token_ids)] for segment in reading.prompt], list(reading.answer)]
         for name, reading in run.items()
-    }
-
-
-def _run(agents: dict[str, tuple[list[tuple[str | None, list[int]]], list[int]]]) -> TeamRun:
-    return {
-        name: Reading(tuple(Segment(tuple(ids), slot) for slot, ids in prompt), tuple(answer))
-        for name, (prompt, answer) in agents.items()
     }

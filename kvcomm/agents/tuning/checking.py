@@ -57,7 +57,7 @@ class Check(NamedTuple):
 
 
 def apply_profile(
-    make_engine: EngineMaker, file: Path, *, team: Team | None = None, config: EngineConfig | None = None
+    make_engine: EngineMaker, file: str | Path, *, team: Team | None = None, config: EngineConfig | None = None
 ) -> Applied:
     """Make an engine with a profile's settings and load its banks and calibrations.
 
@@ -70,6 +70,7 @@ def apply_profile(
         AnchorFileForeign: made for another model or team.
         AnchorFileCorrupt, AnchorFileTooNew, AnchorFileError: profile or banks are damaged, newer, unreadable.
     """
+    file = Path(file)
     profile = read_profile(file)
     engine = make_engine(profile.config(config))
     try:
@@ -84,10 +85,10 @@ def apply_profile(
 
 def check_profile(
     make_engine: EngineMaker,
-    file: Path,
+    file: str | Path,
     team: Team,
     rows: list[Row],
-    folder: Path,
+    folder: str | Path,
     note: Note,
     *,
     budget_s: float = math.inf,
@@ -103,6 +104,7 @@ def check_profile(
         InvalidRequest: every row is known to the profile.
         AnchorFileError: see `apply_profile`.
     """
+    file, folder = Path(file), Path(folder)
     applied = apply_profile(make_engine, file, team=team)
     profile = applied.profile
     with applied.engine as engine:

@@ -6,12 +6,17 @@ Calibration and verification come first: with fewer pairs than the confidence ne
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from pydantic import Field, NonNegativeInt
 
 from kvcomm.agents.tuning import search
 from kvcomm.agents.tuning.rows import Sizes
+from kvcomm.agents.tuning.state import Kept
 from kvcomm.align.calibration import Calibration
 from kvcomm.errors import InvalidRequest
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 SAMPLE = 4
 """Rows that are taught and replayed to measure costs; they are the first anchors."""
@@ -47,6 +52,17 @@ class Costs(NamedTuple):
     def measured(self, num_rows: int, num_variants: int) -> float:
         """Seconds of replaying rows."""
         return num_rows * (self.publish + num_variants * self.replay)
+
+
+class KeptCosts(Kept):
+    """Costs as they are kept, see `Costs`."""
+
+    answer: Seconds
+    learn: Seconds
+    publish: Seconds
+    replay: Seconds
+    sample: Seconds = 0.0
+    num_answered: NonNegativeInt = 0
 
 
 class Plan(NamedTuple):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from kvcomm.config import EngineConfig
 from kvcomm.engine.policy import ReusePolicy
 from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign, AnchorFileTooNew, InvalidRequest
+from kvcomm.files.reading import MAX_SHOWN, BadContent, first_fault, open_regular, read_toml
+from kvcomm.files.writing import replacing
 
 FORMAT = 1
 BANKS = "banks"
@@ -162,7 +163,7 @@ def state_folder(file: Path) -> Path:
     return file.with_suffix("")
 
 
-def read_profile(file: Path) -> TuningProfile:
+def read_profile(file: str | Path) -> TuningProfile:
     """Read a profile.
 
     Raises:
@@ -170,11 +171,12 @@ def read_profile(file: Path) -> TuningProfile:
         AnchorFileTooNew: of a later format.
         AnchorFileCorrupt: not TOML, or not what the format says; names the field.
     """
+    file = Path(file)
     try:
-        table = tomllib.loads(file.read_bytes().decode())
+        table = read_toml(file)
     except OSError as error:
         raise AnchorFileError(f"{file} cannot be read: {error.strerror or error}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except BadContent as error:
         raise AnchorFileCorrupt(f"{file} is not a TOML file: {error}") from error
     found = table.get("format")
     if isinstance(found, int) and found > FORMAT:
@@ -183,8 +185,10 @@ def read_profile(file: Path) -> TuningProfile:
         profile = TuningProfile.model_validate_json(json.dumps(table, default=str))
         profile.policy()
         profile.config()
-    except (ValidationError, InvalidRequest) as error:
-        raise AnchorFileCorrupt(f"{file} does not fit the format of profiles: {error}") from error
+    except ValidationError as error:
+        raise AnchorFileCorrupt(f"{file} does not fit the format of profiles: {first_fault(error)}") from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise AnchorFileCorrupt(f"{file} does not fit the format of profiles: {str(error)[:MAX_SHOWN]}") from error
     return profile
 
 
@@ -213,9 +217,20 @@ def require_fit(profile: TuningProfile, file: Path, namespace: str, team_digest:
 
 
 def bank_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 (hex) of every file in a folder of banks, by name; nothing where there is none."""
-    files = sorted(folder.glob("*.safetensors"))
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    """SHA-256 (hex) of every file in a folder of banks, by name; nothing where there is none.
+
+    Raises:
+        AnchorFileError: one cannot be read.
+    """
+    return {file.name: _digest(file) for file in sorted(folder.glob("*.safetensors"))}
+
+
+def _digest(file: Path) -> str:
+    try:
+        with open_regular(file) as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise AnchorFileError(f"{file} cannot be read: {error.strerror or error}") from error
 
 
 COMMENTS = {
@@ -243,11 +258,9 @@ def write_profile(profile: TuningProfile, file: Path) -> None:
     lines += ["", "# Share of the moved tokens computed, mean nats, share of tokens whose first choice stays the same."]
     for point in points:
         lines += ["[[pareto]]", *(f"{key} = {_value(value)}" for key, value in point.items())]
-    temporary = file.with_suffix(".part")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        temporary.replace(file)
+        with replacing(file) as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:
         raise AnchorFileError(f"{file} cannot be written: {error.strerror or error}") from error
 

@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from pydantic import NonNegativeInt
+
 from kvcomm.agents.tuning.answers import TeamRun, readers
 from kvcomm.agents.tuning.rows import Row
-from kvcomm.agents.tuning.state import append_line, read_lines
+from kvcomm.agents.tuning.state import Kept, append_line, damaged, read_kept
 from kvcomm.agents.warming import Note, publish
 from kvcomm.align.bank import BankSnapshot
 from kvcomm.align.groups import EdgeGroup
@@ -22,6 +24,23 @@ from kvcomm.engine.variant import Variant
 
 EngineMaker = Callable[[EngineConfig], Engine]
 """Makes an engine on the model that is tuned."""
+
+
+class KeptOutcomes(Kept):
+    """What the prompts of a row cost: agent -> tokens that were moved, and the fields of one outcome per variant."""
+
+    row: str
+    key: str
+    agents: dict[str, tuple[NonNegativeInt, tuple[tuple[float, float, float, float | None, NonNegativeInt], ...]]]
+
+    @property
+    def outcomes(self) -> dict[str, tuple[int, list[Outcome]]]:
+        """The outcomes themselves."""
+        return {
+            agent: (num_moved, [Outcome(*each) for each in outcomes])
+            for agent, (num_moved, outcomes) in self.agents.items()
+        }
+
 
 Measured = dict[str, list[Rungs]]
 """Agent -> for every prompt one outcome per variant."""
@@ -92,7 +111,9 @@ def measure(
     taught = sorted((bank.edge.digest[:16], bank.num_tokens) for bank in banks_of(engine))
     asked = [tuple(vars(each).values()) for each in variants]
     key = f"{label} {vars(engine.config)} {taught} {asked} {sorted(strengths.items())}"
-    known = {str(entry["row"]): entry["agents"] for entry in read_lines(file) if entry["key"] == key}
+    known = {kept.row: kept.outcomes for kept in read_kept(file, KeptOutcomes) if kept.key == key}
+    if any(len(each) != len(variants) for agents in known.values() for _, each in agents.values()):
+        raise damaged(file, f"a line does not have the outcomes of {len(variants)} variants")
     found: Measured = {}
     for index, (row, run) in enumerate(zip(data.rows, data.runs, strict=True)):
         if row.digest not in known:
@@ -100,7 +121,7 @@ def measure(
             known[row.digest] = _replayed(engine, run, variants, strengths)
             append_line(file, {"row": row.digest, "key": key, "agents": known[row.digest]})
         for agent, (num_moved, outcomes) in known[row.digest].items():
-            found.setdefault(agent, []).append(Rungs(num_moved, [Outcome(*outcome) for outcome in outcomes]))
+            found.setdefault(agent, []).append(Rungs(num_moved, outcomes))
     return found
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvcomm.agents.team import Team
 from kvcomm.errors import InvalidRequest
+from kvcomm.files.reading import BadContent, read_lines
 
 RULE = "rows without repetition, in order of the SHA-256 of their inputs: anchors, tuning, calibration, verification"
 NUM_DIGITS = 16
@@ -47,18 +47,19 @@ class Split(NamedTuple):
     verification: list[Row]
 
 
-def read_rows(file: Path, team: Team) -> list[Row]:
+def read_rows(file: str | Path, team: Team) -> list[Row]:
     """Rows of a .jsonl or .jsonl.gz file, each once, in order of their digests.
 
     Raises:
         InvalidRequest: the file cannot be read, or a line is no object with the team's inputs as texts; names the line.
     """
+    file = Path(file)
     try:
-        opened = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        lines = opened.decode().split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{file} cannot be read: {error}") from error
-    rows = [_row(line, f"{file}, line {number}", team) for number, line in enumerate(lines, start=1) if line.strip()]
+        rows = [_row(value, f"{file}, line {number}", team) for number, value in read_lines(file)]
+    except OSError as error:
+        raise InvalidRequest(f"{file} cannot be read: {error.strerror or error}") from error
+    except BadContent as error:
+        raise InvalidRequest(f"{file}: {error}") from error
     return sorted({row.digest: row for row in rows}.values(), key=lambda row: row.digest)
 
 
@@ -72,11 +73,7 @@ def split_rows(rows: Sequence[Row], sizes: Sizes) -> Split:
     return Split(*parts)
 
 
-def _row(line: str, where: str, team: Team) -> Row:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise InvalidRequest(f"{where} is not JSON: {error}") from error
+def _row(entry: Any, where: str, team: Team) -> Row:
     names = team.required_inputs
     if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in names):
         raise InvalidRequest(f"{where}: team {team.name!r} needs an object with the texts {', '.join(names)}")

@@ -21,7 +21,7 @@ from kvcomm.agents.tuning import search
 from kvcomm.agents.tuning.answers import TeamRun, exact_runs, greedy, team_digest
 from kvcomm.agents.tuning.checking import judge, ladder_variants
 from kvcomm.agents.tuning.costing import measure_costs
-from kvcomm.agents.tuning.plan import SAMPLE, Costs, Plan, make_plan
+from kvcomm.agents.tuning.plan import SAMPLE, Costs, KeptCosts, Plan, make_plan
 from kvcomm.agents.tuning.profile import (
     BANKS,
     AgentTable,
@@ -49,9 +49,10 @@ from kvcomm.agents.tuning.replays import (
     measure,
 )
 from kvcomm.agents.tuning.rows import RULE, Row, Split, split_rows
-from kvcomm.agents.tuning.state import append_line, claim, read_lines
+from kvcomm.agents.tuning.state import append_line, claim, damaged, read_kept
 from kvcomm.agents.warming import BATCH, Note
 from kvcomm.align.bank import BankSnapshot
+from kvcomm.align.bound import Bound
 from kvcomm.align.groups import EdgeGroup
 from kvcomm.align.profile_file import GROUPS_FILE
 from kvcomm.config import NUM_CONTESTED, EngineConfig
@@ -84,7 +85,7 @@ class Task:
     data_name: str
     policy: ReusePolicy
     budget_s: float
-    out: Path
+    out: str | Path
     note: Note = field(default=lambda text: None)
 
     def __post_init__(self) -> None:
@@ -96,12 +97,12 @@ class Task:
     @property
     def folder(self) -> Path:
         """Of banks and state."""
-        return state_folder(self.out)
+        return state_folder(Path(self.out))
 
     @property
-    def bound(self) -> tuple[float, float]:
-        """(epsilon, delta)."""
-        return self.policy.max_divergence, self.policy.delta
+    def bound(self) -> Bound:
+        """What is asked for."""
+        return Bound(self.policy.max_divergence, self.policy.delta)
 
 
 @dataclass
@@ -123,7 +124,7 @@ def plan_tuning(task: Task) -> Plan:
     file = task.folder / "costs.json"
     with task.make_engine(EngineConfig()) as engine:
         claim(task.folder, _identity(task, engine))
-        if not read_lines(file):
+        if not read_kept(file, KeptCosts):
             sample = list(task.rows[:BATCH])
             if len(sample) < SAMPLE:
                 raise InvalidRequest(
@@ -131,10 +132,10 @@ def plan_tuning(task: Task) -> Plan:
                 )
             costs = measure_costs(engine, greedy(task.team), sample, task.folder / "answers.jsonl", task.note)
             append_line(file, costs._asdict())
-    try:
-        costs = Costs(**read_lines(file)[-1])
-    except TypeError as error:
-        raise InvalidRequest(f"{file} is damaged: {error}; remove {task.folder} to begin anew") from error
+    kept = read_kept(file, KeptCosts)
+    if not kept:
+        raise damaged(file, "nothing is left in it")
+    costs = Costs(**kept[-1].model_dump())
     return make_plan(costs, len(task.rows), task.budget_s, task.policy.delta, len(task.team.agents) - 1)
 
 
@@ -183,7 +184,7 @@ def tune(task: Task, plan: Plan) -> TuningProfile:
         banks=bank_digests(task.folder / BANKS),
         pareto=tuple(PointTable(**point._asdict()) for point in search.mark_front(chosen.points)),
     )
-    write_profile(profile, task.out)
+    write_profile(profile, Path(task.out))
     return profile
 
 

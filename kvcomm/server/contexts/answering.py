@@ -29,7 +29,12 @@ def begin_turn(body: GenerationRequest, call: Call) -> Turn | None:
 def put_messages(turn: Turn, body: ChatRequest, maker: PromptMaker) -> PreparedPrompt:
     """Put a request's messages behind its context; returns all that the answer stands behind. For a worker thread."""
     tools, variables = shown_tools(body), template_variables(body)
-    turn.put(continue_conversation(maker, turn.before, body.messages, tools=tools, variables=variables, speaks=True))
+    is_start = turn.num_kept == 0
+    turn.put(
+        continue_conversation(
+            maker, turn.before, body.messages, tools=tools, variables=variables, speaks=True, is_start=is_start
+        )
+    )
     return PreparedPrompt(turn.path).living(ttl_of(body))
 
 

@@ -2,11 +2,13 @@
 
 The chat template is rendered over all messages of the conversation, old and new, and what it writes must begin with
 the text that the context holds. Only what follows is new; it is tokenized on its own. Answers that the context keeps
-are the ids that were decoded, never rendered again: a stand-in holds their place in the template.
+are the ids that were decoded, never rendered again: a stand-in holds their place in the template. What is kept between
+requests is a conversation's JSON text and nothing else, so that what it takes in memory is what quotas count.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -36,24 +38,50 @@ class Conversation(BaseModel):
     stem: str | None = None
     hidden: list[str] = []
 
+
+class KeptConversation:
+    """A conversation between requests. Never changes, so that forks share it."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, conversation: Conversation) -> None:
+        # Not pydantic's JSON: arguments of tool calls may hold NaN and lone surrogates, and come back as they were.
+        text = json.dumps(conversation.model_dump(), ensure_ascii=False, separators=(",", ":"))
+        self._text = text.encode("utf-8", "surrogatepass")
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes."""
+        return len(self._text)
+
+    def read(self) -> Conversation:
+        """The conversation; takes time like its length."""
+        return Conversation.model_validate(json.loads(self._text.decode("utf-8", "surrogatepass")))
+
+    def note(self) -> str:
+        """For a snapshot: ASCII."""
+        return json.dumps(json.loads(self._text.decode("utf-8", "surrogatepass")))
+
     @classmethod
-    def from_note(cls, note: str | None) -> Conversation | None:
+    def from_note(cls, note: str | None) -> KeptConversation | None:
         """What a snapshot's note says; None: it says nothing.
 
         Raises:
             SnapshotCorrupt: it says something else.
         """
         try:
-            return None if note is None else cls.model_validate_json(note)
+            return None if note is None else cls(Conversation.model_validate(json.loads(note)))
         except ValidationError as error:
             raise SnapshotCorrupt(f"the snapshot's note is no conversation: {error.errors()[0]['msg']}") from error
+        except (ValueError, RecursionError) as error:
+            raise SnapshotCorrupt(f"the snapshot's note is no conversation: {error}") from error
 
 
 class Continued(NamedTuple):
     """What is new to a context, and its conversation with that; None: it holds text that no template wrote."""
 
     prompt: tuple[Segment, ...]
-    conversation: Conversation | None
+    conversation: KeptConversation | None
 
 
 def continue_conversation(
@@ -64,6 +92,7 @@ def continue_conversation(
     tools: list[dict[str, Any]] | None,
     variables: dict[str, Any] | None = None,
     speaks: bool,
+    is_start: bool,
 ) -> Continued:
     """Messages behind a context.
 
@@ -71,6 +100,7 @@ def continue_conversation(
         before: what the context holds; None: no conversation, so the messages are one of their own behind it.
         tools: None: those that were there.
         speaks: an answer will follow, and be the conversation's last message.
+        is_start: the context is empty.
 
     Raises:
         ApiError: 400 when the template writes what the context holds differently once there is more.
@@ -80,7 +110,7 @@ def continue_conversation(
     marks = maker.marks(before.stem, before.hidden)
     shown = before.tools if tools is None else marks.hide(tools)
     given = {**before.variables, **(variables or {})}
-    whole = [*before.messages, *marks.hide([message_values(message) for message in messages])]
+    whole = [*before.messages, *marks.hide_messages([message_values(message) for message in messages])]
     text = maker.render(whole, shown, given, speaks=speaks)
     if not text.startswith(before.rendered):
         raise ApiError(
@@ -90,7 +120,7 @@ def continue_conversation(
             "differently; leave tools and settings as they were, or send all messages without context_id",
             param="messages",
         )
-    prompt = maker.encode(text[len(before.rendered) :], marks)
+    prompt = maker.encode(text[len(before.rendered) :], marks, is_start=is_start)
     if speaks:
         answer = marks.stand_in("")
         whole.append({"role": "assistant", "content": answer})
@@ -98,4 +128,4 @@ def continue_conversation(
     after = Conversation(
         messages=whole, tools=shown, variables=given, rendered=text, stem=marks.stem, hidden=list(marks.hidden)
     )
-    return Continued(prompt, after)
+    return Continued(prompt, KeptConversation(after))

@@ -2,8 +2,8 @@
 
 A registry belongs to one tenant, so that another's id is as unknown as one that never was. Contexts form a forest; a
 context that goes leaves its children to its own parent. Always holds: a parent stands before its children; every
-context here is alive; `Tenant.context_tokens` is what all of them hold. Nothing here recurses, so a branch may be as
-deep as it likes. Used from the event loop's thread only.
+context here is alive; `Tenant.context_tokens` is what all of them hold, `conversations` what they keep beside it.
+Nothing here recurses, so a branch may be as deep as it likes. Used from the event loop's thread only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 
 from kvcomm.engine.context import Context
 from kvcomm.engine.engine import Engine
-from kvcomm.server.contexts.conversation import Conversation
+from kvcomm.server.contexts.conversation import KeptConversation
+from kvcomm.server.contexts.quota import ConversationQuota
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError
 from kvcomm.server.schemas.contexts import Terms
@@ -45,7 +46,7 @@ class Node:
     context: Context
     name: str | None = None
     salt: str | None = None
-    conversation: Conversation | None = None
+    conversation: KeptConversation | None = None
     parent: Node | None = None
     num_inherited: int = 0
     is_pinned: bool = False
@@ -61,7 +62,7 @@ class Node:
         self.conversation, self.turn = turn.conversation, None
         replaced.release()
 
-    def fork(self) -> tuple[Context, Conversation | None]:
+    def fork(self) -> tuple[Context, KeptConversation | None]:
         """A context with all that is known at this moment, and its conversation."""
         if self.turn is None:
             return self.context.fork(), self.conversation
@@ -78,12 +79,17 @@ class Node:
 
 
 class ContextRegistry:
-    """The contexts of one tenant."""
+    """The contexts of one tenant.
+
+    Attributes:
+        conversations: what they keep beside their KV.
+    """
 
     def __init__(self, engine: Engine, settings: ServerSettings, tenant: Tenant, clock: Callable[[], float]) -> None:
         self._engine = engine
         self._settings = settings
         self.tenant = tenant
+        self.conversations = ConversationQuota(settings)
         self._clock = clock
         self._nodes: dict[str, Node] = {}  # parents before children
         self._num_coming = 0
@@ -112,8 +118,10 @@ class ContextRegistry:
         """Keep a place for a context while it is made, however long that takes.
 
         Raises:
-            ApiError: 429 when the tenant has as many contexts as it may, those that are being made included.
+            ApiError: 429 when the tenant has as many contexts as it may, those that are being made included; 409 when
+                the operator has removed it.
         """
+        self.tenant.require_there()
         self.sweep()
         limit, num_taken = self._settings.max_contexts, len(self._nodes) + self._num_coming
         if num_taken >= limit:
@@ -126,9 +134,16 @@ class ContextRegistry:
             self._num_coming -= 1
 
     def adopt(
-        self, context: Context, terms: Terms, *, salt: str | None = None, conversation: Conversation | None = None
+        self, context: Context, terms: Terms, *, salt: str | None = None, conversation: KeptConversation | None = None
     ) -> Node:
-        """Take in a context without a parent; it is the registry's from now on."""
+        """Take in a context without a parent; it is the registry's from now on.
+
+        Raises:
+            ApiError: 409 when the operator has removed the tenant; the context is released then.
+        """
+        if self.tenant.is_gone:
+            context.release()
+        self.tenant.require_there()
         node = self._add(Node(context, salt=salt, conversation=conversation), terms, self._settings.context_ttl_s)
         self.count()
         return node
@@ -143,6 +158,10 @@ class ContextRegistry:
             self.count()
         return child
 
+    def new_turn(self, context: Context) -> Turn:
+        """A request on a context that is to be adopted once it has succeeded."""
+        return Turn(context, quota=self.conversations)
+
     def begin_turn(self, node: Node, *, keeps: bool) -> Turn:
         """A request on a context.
 
@@ -155,7 +174,7 @@ class ContextRegistry:
                 "with the fork"
             )
             raise ApiError(409, "context_busy", message, retry_after_s=self._settings.retry_after_s)
-        turn = Turn(node.context.fork(), node, on_end=partial(self._ended, node))
+        turn = Turn(node.context.fork(), node, quota=self.conversations, on_end=partial(self._ended, node))
         if keeps:
             node.turn = turn
         return turn
@@ -173,6 +192,7 @@ class ContextRegistry:
         left = {node: node.parent for node in gone}
         for node in left:
             del self._nodes[node.id]
+            self.conversations.let_go(node)
         for node in self._nodes.values():
             while node.parent in left:
                 node.num_inherited = min(node.num_inherited, node.parent.num_inherited)
@@ -200,11 +220,10 @@ class ContextRegistry:
         pool = self._engine.pool
         is_seen = np.zeros(pool.num_pages, dtype=bool)
         sizes = {}
-        with self._engine.lock:
-            for node in self._nodes.values():
-                pages = node.context.sequence.pages
-                sizes[node] = int((~is_seen[pages]).sum()) * pool.page_bytes
-                is_seen[pages] = True
+        for node in self._nodes.values():  # no lock: nobody writes a context that is here, turns write forks of it
+            pages = node.context.sequence.pages
+            sizes[node] = int((~is_seen[pages]).sum()) * pool.page_bytes
+            is_seen[pages] = True
         return sizes
 
     def count(self) -> None:
@@ -215,6 +234,8 @@ class ContextRegistry:
     def _ended(self, node: Node) -> None:
         """A context is not busy any more, which was use to the end."""
         node.used_s = self._clock()
+        if node.id in self._nodes:
+            self.conversations.keep(node, node.conversation)
         self.count()
 
     def _add(self, node: Node, terms: Terms, ttl_s: float) -> Node:
@@ -222,6 +243,7 @@ class ContextRegistry:
         node.ttl_s = ttl_s if terms.ttl_s is None else terms.ttl_s
         node.used_s = self._clock()
         self._nodes[node.id] = node
+        self.conversations.keep(node, node.conversation)
         return node
 
 
@@ -235,14 +257,27 @@ class Contexts:
         self._registries: dict[str, ContextRegistry] = {}
 
     def of(self, tenant: Tenant) -> ContextRegistry:
-        """A tenant's own."""
+        """A tenant's own; raises ApiError 409 when the operator has removed it."""
+        tenant.require_there()
         if tenant.name not in self._registries:
             self._registries[tenant.name] = ContextRegistry(self._engine, self._settings, tenant, self._clock)
         return self._registries[tenant.name]
 
+    def find(self, tenant: str) -> ContextRegistry | None:
+        """That of the tenant with that name, if it has asked for contexts."""
+        return self._registries.get(tenant)
+
+    def remove(self, tenant: str) -> list[Node]:
+        """Forget a tenant's contexts; the caller releases them."""
+        registry = self._registries.pop(tenant, None)
+        nodes = [] if registry is None else registry.nodes
+        if registry is not None:
+            registry.remove(nodes)
+        return nodes
+
     async def sweep(self) -> None:
         """Let go of what has expired."""
-        for registry in self._registries.values():
+        for registry in list(self._registries.values()):
             if registry.sweep():
                 await registry.tenant.freed()
 

@@ -9,11 +9,14 @@ import anyio.to_thread
 from fastapi import APIRouter, Depends, Path
 
 from kvcomm.server.access import security
+from kvcomm.server.bodies import BodyRoute
+from kvcomm.server.contexts.conversation import Continued
+from kvcomm.server.contexts.registry import ContextRegistry
 from kvcomm.server.contexts.snapshots import SnapshotFolder
 from kvcomm.server.contexts.surface import COMPUTING, LOOKING, Id, RegistryDep
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.contexts.views import view
-from kvcomm.server.errors import ApiError
+from kvcomm.server.errors import ApiError, documented
 from kvcomm.server.generation import Call, CallDep
 from kvcomm.server.schemas.contexts import (
     Context,
@@ -24,20 +27,27 @@ from kvcomm.server.schemas.contexts import (
     SnapshotName,
     SnapshotRequest,
 )
-from kvcomm.server.state import StateDep, TenantDep
+from kvcomm.server.state import ServerState, StateDep, TenantDep
 from kvcomm.server.waiting import in_thread
 
-router = APIRouter(prefix="/v1", tags=["contexts"], dependencies=[Depends(security)])
+router = APIRouter(prefix="/v1", tags=["contexts"], dependencies=[Depends(security)], route_class=BodyRoute)
+
+FILES = {**LOOKING, **documented(503)}
 
 Name = Annotated[SnapshotName, Path()]
 
 
 def _folder(state: StateDep, tenant: TenantDep) -> SnapshotFolder:
+    return folder_of(state, tenant.name)
+
+
+def folder_of(state: ServerState, tenant: str) -> SnapshotFolder:
+    """The snapshots of the tenant with that name; raises ApiError 404 when the server keeps none."""
     root = state.settings.snapshots
     if root is None:
         message = "this server keeps no snapshots; its operator gives a folder with `kvcomm serve --snapshots DIR`"
         raise ApiError(404, "no_snapshots", message)
-    return SnapshotFolder(root, tenant.name, max_snapshots=state.settings.max_snapshots)
+    return SnapshotFolder(root, tenant, max_snapshots=state.settings.max_snapshots)
 
 
 FolderDep = Annotated[SnapshotFolder, Depends(_folder)]
@@ -48,11 +58,11 @@ async def save_context(context_id: Id, body: SnapshotRequest, registry: Registry
     """Write a context to a file, as it was before what is extending it now."""
     node = registry.find(context_id)
     with node.context.fork(name=node.name) as copy:
-        copy.note = None if node.conversation is None else node.conversation.model_dump_json()
-        return await anyio.to_thread.run_sync(partial(folder.save, copy, body.name, replace=body.replace))
+        copy.note = None if node.conversation is None else node.conversation.note()
+        return await in_thread(partial(folder.save, copy, body.name, replace=body.replace))
 
 
-@router.get("/snapshots", operation_id="listSnapshots", responses=LOOKING)
+@router.get("/snapshots", operation_id="listSnapshots", responses=FILES)
 async def list_snapshots(folder: FolderDep) -> SnapshotList:
     """Every snapshot of the caller."""
     return SnapshotList(data=await anyio.to_thread.run_sync(folder.snapshots))
@@ -64,7 +74,7 @@ async def restore_context(name: Name, body: RestoreRequest, call: CallDep, folde
     return await call.guard(_restore(name, body, call, folder))
 
 
-@router.delete("/snapshots/{name}", operation_id="deleteSnapshot", responses=LOOKING)
+@router.delete("/snapshots/{name}", operation_id="deleteSnapshot", responses=FILES)
 async def delete_snapshot(name: Name, folder: FolderDep) -> DeletedSnapshot:
     """Delete a snapshot; contexts made from it stay."""
     await anyio.to_thread.run_sync(folder.remove, name)
@@ -74,20 +84,20 @@ async def delete_snapshot(name: Name, folder: FolderDep) -> DeletedSnapshot:
 async def _restore(name: str, body: RestoreRequest, call: Call, folder: SnapshotFolder) -> Context:
     registry = call.state.contexts.of(call.tenant)
     with registry.place():
-        turn = await _read(name, body, call, folder)
+        turn = await _read(name, body, call, folder, registry)
         node = registry.adopt(turn.hand_over(), body, salt=body.cache_salt, conversation=turn.conversation)
     return view(registry, node)
 
 
-async def _read(name: str, body: RestoreRequest, call: Call, folder: SnapshotFolder) -> Turn:
+async def _read(name: str, body: RestoreRequest, call: Call, folder: SnapshotFolder, registry: ContextRegistry) -> Turn:
     state = call.state
     num_tokens = await anyio.to_thread.run_sync(folder.num_tokens, name)
     space = state.tenants.open_namespace(call.tenant, body.cache_salt)
 
     def read() -> Turn:
         context, conversation = folder.restore(state.engine, name, space=space)
-        turn = call.take_turn(Turn(context))
-        turn.conversation = conversation
+        turn = call.take_turn(registry.new_turn(context))
+        turn.put(Continued((), conversation))
         return turn
 
     async with state.admission.place(call.tenant, num_tokens):

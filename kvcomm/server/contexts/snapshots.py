@@ -1,23 +1,36 @@
 """Snapshots: contexts as files in the operator's folder, one folder in it per tenant.
 
 A name is a name and no path: no separator, no leading dot. A file is used only if every byte of it is as it was
-written, by this tenant and for this model; what it says of its conversation is checked too. Messages name the snapshot,
-never where it lies. For worker threads.
+written, by this tenant and for this model; what it says of its conversation is checked too. Of several who save under
+one new name one does, and no more files come to be than a tenant may have, however many servers share the folder.
+Messages name the snapshot, never where it lies; the operator's log says that too. For worker threads.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from kvcomm.engine.context import Context
 from kvcomm.engine.engine import Engine
-from kvcomm.errors import InvalidRequest, SnapshotCorrupt, SnapshotError, SnapshotForeign, SnapshotTooNew
+from kvcomm.errors import (
+    InvalidRequest,
+    SnapshotCorrupt,
+    SnapshotError,
+    SnapshotExists,
+    SnapshotForeign,
+    SnapshotTooNew,
+)
+from kvcomm.files.writing import locked, reserved, sweep, unfinished
 from kvcomm.memory.snapshots import SUFFIX, read_header
-from kvcomm.server.contexts.conversation import Conversation
-from kvcomm.server.errors import ApiError
+from kvcomm.server.contexts.conversation import KeptConversation
+from kvcomm.server.errors import ApiError, failed_file
 from kvcomm.server.schemas.contexts import Snapshot
+
+logger = logging.getLogger("kvcomm.server")
 
 CODES = {
     SnapshotCorrupt: "snapshot_corrupt",
@@ -26,12 +39,21 @@ CODES = {
 }
 
 
-def make_folder(folder: Path) -> None:
-    """Raises InvalidRequest when there is no such folder and none can be made."""
+def open_folder(folder: Path) -> None:
+    """Make the folder if there is none, and remove what killed servers left of files that they were writing.
+
+    Raises:
+        InvalidRequest: there is no such folder and none can be made, or it cannot be read.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with os.scandir(folder) as entries:
+            tenants = [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
     except OSError as error:
         raise InvalidRequest(f"snapshots cannot be kept in {folder}: {error.strerror or error}") from error
+    num_swept = sum(sweep(tenant) for tenant in tenants)
+    if num_swept:
+        logger.warning("removed %d unfinished files of killed servers from %s", num_swept, folder)
 
 
 class SnapshotFolder:
@@ -48,41 +70,48 @@ class SnapshotFolder:
             ApiError: 409 for a name that is taken, 429 for one snapshot too many, 503 when it cannot be written.
         """
         file = self._file(name)
-        if not file.exists():
-            self._require_place()
-        elif not replace:
-            message = f"there is a snapshot {name!r} already; choose another name, or say replace"
-            raise ApiError(409, "snapshot_exists", message, param="name")
-        with _told(name, file):
-            context.save(file)
+        with _told(name, file, may_be_missing=False), self._place(file, replace=replace):
+            context.save(file, replace=replace)
             return _described(file)
 
     def snapshots(self) -> list[Snapshot]:
-        """All of them by name, damaged ones too."""
-        return [_described(file) for file in self._files()]
+        """All of them by name, damaged ones too.
+
+        Raises:
+            ApiError: 503 when the folder cannot be read.
+        """
+        found = []
+        try:
+            for file in map(self._file, self._names()):
+                with suppress(FileNotFoundError):  # deleted meanwhile
+                    found.append(_described(file))
+        except OSError as error:
+            raise failed_file("snapshot_failed", "the folder of snapshots", error) from error
+        return found
 
     def num_tokens(self, name: str) -> int:
         """Tokens that a snapshot says it has.
 
         Raises:
-            ApiError: 404 for an unknown one, 409 for a damaged one.
+            ApiError: 404 for an unknown one, 409 for a damaged one, 503 when it cannot be read.
         """
-        file = self._existing(name)
+        file = self._file(name)
         with _told(name, file):
             return len(read_header(file).token_ids)
 
-    def restore(self, engine: Engine, name: str, *, space: str) -> tuple[Context, Conversation | None]:
+    def restore(self, engine: Engine, name: str, *, space: str) -> tuple[Context, KeptConversation | None]:
         """A context from a snapshot, and its conversation.
 
         Raises:
-            ApiError: 404 for an unknown one; 409 for a damaged one, or one of another model, tenant or salt.
+            ApiError: 404 for an unknown one; 409 for a damaged one, or one of another model, tenant or salt; 503 when
+                it cannot be read.
             PoolExhausted: there is no room for it.
         """
-        file = self._existing(name)
+        file = self._file(name)
         with _told(name, file):
             context = engine.restore(file, tenant=space)
             try:
-                return context, Conversation.from_note(context.note)
+                return context, KeptConversation.from_note(context.note)
             except SnapshotCorrupt:
                 context.release()
                 raise
@@ -91,27 +120,52 @@ class SnapshotFolder:
         """Delete a snapshot, in whatever state it is.
 
         Raises:
-            ApiError: 404 for an unknown one.
+            ApiError: 404 for an unknown one, 503 when it cannot be deleted.
         """
-        self._existing(name).unlink(missing_ok=True)
+        file = self._file(name)
+        with _told(name, file):
+            file.unlink()
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{name}{SUFFIX}"
 
-    def _files(self) -> list[Path]:
-        return sorted(self._folder.glob(f"[!.]*{SUFFIX}"))
+    def _names(self) -> list[str]:
+        """Sorted. Raises OSError when the folder cannot be read; none where there is no folder."""
+        try:
+            with os.scandir(self._folder) as entries:
+                names = [entry.name for entry in entries]
+        except FileNotFoundError:
+            return []
+        return sorted(name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX) and name[0] != ".")
 
-    def _existing(self, name: str) -> Path:
-        file = self._file(name)
-        if not file.is_file():
-            raise ApiError(404, "snapshot_not_found", f"there is no snapshot {name!r}", param="name")
-        return file
+    @contextmanager
+    def _place(self, file: Path, *, replace: bool) -> Iterator[None]:
+        """Keep a place for a file while it is written; those that others are writing count too.
 
-    def _require_place(self) -> None:
-        num_files = len(self._files())
-        if num_files >= self._max_snapshots:
-            message = f"this tenant has {num_files} of at most {self._max_snapshots} snapshots; delete some"
-            raise ApiError(429, "quota_exceeded", message, retry_after_s=1)
+        Raises:
+            ApiError: 409 for a name that is taken, 429 when all places are.
+            OSError: the folder cannot be written.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            with locked(self._folder):
+                sweep(self._folder)  # what is unfinished now has a living writer
+                files = {self._file(name) for name in self._names()}
+                if file in files and not replace:
+                    raise _taken(file)
+                coming = {self._folder / name for name in unfinished(self._folder)}
+                num_files = len(files | coming)
+                if file not in files | coming and num_files >= self._max_snapshots:
+                    message = f"this tenant has {num_files} of at most {self._max_snapshots} snapshots; delete some"
+                    raise ApiError(429, "quota_exceeded", message, retry_after_s=1)
+                stack.enter_context(reserved(file))
+            yield
+
+
+def _taken(file: Path) -> ApiError:
+    name = file.name.removesuffix(SUFFIX)
+    message = f"there is a snapshot {name!r} already; choose another name, or say replace"
+    return ApiError(409, "snapshot_exists", message, param="name")
 
 
 def _described(file: Path) -> Snapshot:
@@ -119,6 +173,8 @@ def _described(file: Path) -> Snapshot:
     try:
         header = read_header(file)
     except SnapshotError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise error.__cause__ from None
         return Snapshot(name=name, bytes=num_bytes, refusal=_message(name, file, error))
     return Snapshot(
         name=name,
@@ -136,13 +192,16 @@ def _message(name: str, file: Path, error: SnapshotError) -> str:
 
 
 @contextmanager
-def _told(name: str, file: Path) -> Iterator[None]:
+def _told(name: str, file: Path, *, may_be_missing: bool = True) -> Iterator[None]:
     """Errors about a file in the client's terms."""
     try:
         yield
-    except SnapshotError as error:
-        message = _message(name, file, error)
-        code = CODES.get(type(error))
-        if code is None:
-            raise ApiError(503, "snapshot_failed", message, retry_after_s=1) from error
-        raise ApiError(409, code, message, param="name") from error
+    except SnapshotExists as error:
+        raise _taken(file) from error
+    except (SnapshotError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, SnapshotError) else error
+        if isinstance(error, SnapshotError) and (code := CODES.get(type(error))):
+            raise ApiError(409, code, _message(name, file, error), param="name") from error
+        if may_be_missing and isinstance(cause, FileNotFoundError):
+            raise ApiError(404, "snapshot_not_found", f"there is no snapshot {name!r}", param="name") from error
+        raise failed_file("snapshot_failed", f"snapshot {name!r}", error) from error

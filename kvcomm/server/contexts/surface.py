@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Path, Query
 from kvcomm.engine.context import PREFILL_ONLY
 from kvcomm.engine.results import Completion
 from kvcomm.server.access import security
+from kvcomm.server.bodies import BodyRoute
 from kvcomm.server.contexts.conversation import Continued, continue_conversation
 from kvcomm.server.contexts.registry import ContextRegistry, Node
 from kvcomm.server.contexts.turns import Turn
@@ -34,7 +35,7 @@ from kvcomm.server.schemas.contexts import (
 from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.state import StateDep, TenantDep
 
-router = APIRouter(prefix="/v1/contexts", tags=["contexts"], dependencies=[Depends(security)])
+router = APIRouter(prefix="/v1/contexts", tags=["contexts"], dependencies=[Depends(security)], route_class=BodyRoute)
 
 Id = Annotated[str, Path(pattern=CONTEXT_ID)]
 
@@ -119,7 +120,7 @@ async def _create(body: ContextRequest, call: Call) -> ExtendedContext:
     registry = call.state.contexts.of(call.tenant)
     with registry.place():
         space = call.state.tenants.open_namespace(call.tenant, body.cache_salt)
-        turn = call.take_turn(Turn(call.state.engine.empty_context(tenant=space)))
+        turn = call.take_turn(registry.new_turn(call.state.engine.empty_context(tenant=space)))
         completion = await _prefill(turn, body, call, salt=body.cache_salt)
         node = registry.adopt(turn.hand_over(), body, salt=body.cache_salt, conversation=turn.conversation)
     return extended(registry, node, completion)
@@ -136,7 +137,7 @@ async def _extend(context_id: str, body: Prompt, call: Call) -> ExtendedContext:
 
 async def _prefill(turn: Turn, body: Prompt, call: Call, *, salt: str | None) -> Completion:
     """Compute a turn's prompt; returns the engine's completion, without an answer."""
-    turn.put(await call.make(partial(_read, call.state.prompts, turn, body)))
+    turn.put(await call.make(partial(_read, call.state.prompts, turn, body), more_bytes=turn.num_rendered))
     job = Job(PreparedPrompt(turn.path), PREFILL_ONLY, default_policy(call.state.settings), salt, turn=turn)
     await call.submit(job)
     return (await call.results())[0]
@@ -148,4 +149,5 @@ def _read(maker: PromptMaker, turn: Turn, body: Prompt) -> Continued:
         assert text is not None, "validated: one of the three is there"
         return Continued(maker.text(text, is_start=turn.num_kept == 0), None)
     tools = None if body.tools is None else [tool.model_dump(exclude_none=True) for tool in body.tools]
-    return continue_conversation(maker, turn.before, body.messages, tools=tools, speaks=False)
+    is_start = turn.num_kept == 0
+    return continue_conversation(maker, turn.before, body.messages, tools=tools, speaks=False, is_start=is_start)

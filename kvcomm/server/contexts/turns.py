@@ -15,7 +15,8 @@ from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.segments import Segment
-from kvcomm.server.contexts.conversation import Continued, Conversation
+from kvcomm.server.contexts.conversation import Continued, Conversation, KeptConversation
+from kvcomm.server.contexts.quota import ConversationQuota
 from kvcomm.server.errors import ApiError
 
 if TYPE_CHECKING:
@@ -32,20 +33,37 @@ class Turn:
         conversation: of the context with this turn.
     """
 
-    def __init__(self, work: Context, node: Node | None = None, *, on_end: Callable[[], None] = lambda: None) -> None:
-        """`on_end` is called when the node is not busy with this turn any more, if it was."""
+    def __init__(
+        self,
+        work: Context,
+        node: Node | None = None,
+        *,
+        quota: ConversationQuota | None = None,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Args:
+        quota: what conversations that are kept count towards; None: nothing.
+        on_end: called when the node is not busy with this turn any more, if it was.
+        """
         self.work = work
         self.num_kept = work.num_tokens
         self.prompt: tuple[Segment, ...] = ()
-        self.conversation: Conversation | None = None
+        self.conversation: KeptConversation | None = None
+        self._quota = quota
         self._on_end = on_end
         self._node = node
         self._is_kept = False
 
     @property
     def before(self) -> Conversation | None:
-        """The conversation that the turn continues."""
-        return None if self._node is None else self._node.conversation
+        """The conversation that the turn continues; for a worker thread."""
+        kept = None if self._node is None else self._node.conversation
+        return None if kept is None else kept.read()
+
+    @property
+    def num_rendered(self) -> int:
+        """Characters of that conversation, which is rendered again."""
+        return 0 if self.before is None else len(self.before.rendered)
 
     @property
     def salt(self) -> str | None:
@@ -63,8 +81,16 @@ class Turn:
         return sum(len(segment.token_ids) for segment in self.prompt)
 
     def put(self, new: Continued) -> None:
-        """Say what is new."""
-        self.prompt, self.conversation = new
+        """Say what is new.
+
+        Raises:
+            ApiError: 400 or 429 for a conversation that is too large to be kept.
+        """
+        is_kept = self._node is None or self._node.turn is self
+        if self._quota is not None and is_kept:
+            self._quota.hold(self, new.conversation)
+        self.prompt = new.prompt
+        self.conversation = new.conversation if is_kept else None
 
     def start(self, sampling: SamplingParams, policy: ReusePolicy) -> RequestHandle:
         """Submit the request.
@@ -96,5 +122,7 @@ class Turn:
         if self._node is not None and self._node.turn is self:
             self._node.turn = None
             self._on_end()
+        if self._quota is not None:
+            self._quota.let_go(self)
         if not self._is_kept:
             self.work.release()

@@ -48,6 +48,7 @@ def _view(registry: ContextRegistry, node: Node, num_bytes: int) -> Context:
         tokens=context.num_tokens,
         own_tokens=context.num_tokens - node.num_inherited,
         bytes=num_bytes,
+        conversation_bytes=0 if node.conversation is None else node.conversation.num_bytes,
         fidelity=context.fidelity.value,
         busy=node.turn is not None,
         pinned=node.is_pinned,

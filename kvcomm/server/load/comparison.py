@@ -52,7 +52,7 @@ def measure_overhead(
     """
     pairs = []
     for index, chat in enumerate(chats):
-        prompt = engine.read_prompt(_rendered(engine.tokenizer, chat), is_start=True)
+        prompt = engine.read_prompt([engine.segment(_rendered(engine.tokenizer, chat))], is_start=True)
         if index % 2:
             engine_s = _first_token_s(engine, prompt)
             server_s, inside_s = _through_server(client, chat)

@@ -35,7 +35,7 @@ class ServerProcess:
         """
         self._folder = tempfile.TemporaryDirectory()
         self._log = Path(self._folder.name) / "log"
-        command = [sys.executable, "-m", "kvcomm.cli.app", "serve", "--json", *_with_port(flags)]
+        command = [sys.executable, "-m", "kvcomm", "serve", "--json", *_with_port(flags)]
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **(variables or {})}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)

@@ -11,19 +11,31 @@ ones.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kvcomm.errors import InvalidRequest
+from kvcomm.files.reading import BadContent, parse_json, read_bytes, unpacked
 
 MOONCAKE_BLOCK_SIZE = 512  # tokens; the format does not carry it
+MAX_BLOCK_SIZE = 2**20
+MAX_BLOCKS = 2**29
+"""Of all prompts of a trace: two gigabytes of ids."""
+
+MAX_ID = 2**31 - 1
+YEARS_S = 1e10
+
+BlockId = Annotated[int, Field(ge=0, le=MAX_ID)]
+Count = Annotated[int, Field(ge=0, le=MAX_ID)]
+Seconds = Annotated[float, Field(ge=0, le=YEARS_S, allow_inf_nan=False)]
+Milliseconds = Annotated[float, Field(ge=0, le=1000 * YEARS_S, allow_inf_nan=False)]
 
 IdArray = npt.NDArray[np.int32]
 
@@ -53,25 +65,30 @@ class Trace:
         return sum(request.blocks.size for request in self.requests)
 
 
-class TraceError(ValueError):
-    """The file is no trace of a known format; names file and line."""
+class TraceError(InvalidRequest):
+    """The file cannot be read, or is no trace of a known format; names file and line."""
 
 
-def read_trace(file: Path, *, limit: int | None = None) -> Trace:
+def read_trace(file: str | Path, *, limit: int | None = None) -> Trace:
     """Read the first `limit` lines (all if None): requests of a mooncake trace, sessions of an agentic one.
 
     Raises:
-        TraceError: no known format, or nothing in it.
-        OSError: the file cannot be read.
+        TraceError: it cannot be read, is of no known format, or there is nothing in it.
     """
-    raw = file.read_bytes()
-    lines = list(islice(_parsed(file, raw), limit))
+    file = Path(file)
+    try:
+        raw = read_bytes(file)
+        lines = [line for line in unpacked(file, raw).split(b"\n") if line.strip()][:limit]
+    except OSError as error:
+        raise TraceError(f"{file} cannot be read: {error.strerror or error}") from error
+    except BadContent as error:
+        raise TraceError(f"{file} is {error}") from error
     if not lines:
         raise TraceError(f"{file} holds no request")
     try:
         requests, block_size, kind = _requests(lines)
-    except (KeyError, TypeError, ValueError) as error:
-        raise TraceError(f"{file} is neither a mooncake nor an agentic trace: {error!r}") from error
+    except BadContent as error:
+        raise TraceError(f"{file}: {error}") from error
     sessions = len({request.session for request in requests})
     return Trace(kind, block_size, sessions, tuple(requests), hashlib.sha256(raw).hexdigest())
 
@@ -86,47 +103,101 @@ def block_tokens(blocks: IdArray, block_size: int) -> IdArray:
     return ((first[:, None] + steps) & np.uint32(0x7FFF_FFFF)).astype(np.int32).ravel()
 
 
-def _parsed(file: Path, raw: bytes) -> Iterator[dict[str, Any]]:
-    try:
-        text = gzip.decompress(raw) if file.suffix == ".gz" else raw
-        for number, line in enumerate(text.splitlines(), start=1):
-            if line.strip():
-                value = json.loads(line)
-                if not isinstance(value, dict):
-                    raise TraceError(f"{file}, line {number}: expected an object, not {type(value).__name__}")
-                yield value
-    except (gzip.BadGzipFile, EOFError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise TraceError(f"{file} holds no JSON lines: {error}") from error
-
-
-def _requests(lines: list[dict[str, Any]]) -> tuple[list[Request], int, str]:
-    if "hash_ids" in lines[0]:
-        requests = [
-            Request(0, line["timestamp"] / 1000, _ids(line["hash_ids"]), line.get("output_length")) for line in lines
-        ]
-        return requests, MOONCAKE_BLOCK_SIZE, "mooncake"
-    sizes = {int(line["block_size"]) for line in lines}
+def _requests(lines: list[bytes]) -> tuple[list[Request], int, str]:
+    first = parse_json(lines[0]) if lines else None
+    if not isinstance(first, dict):
+        raise BadContent(f"line 1: expected an object, not {type(first).__name__}")
+    room = _Room()
+    if "hash_ids" in first:
+        return [_of_line(each, room) for each in _checked(lines, _Line)], MOONCAKE_BLOCK_SIZE, "mooncake"
+    sessions = _checked(lines, _Session)
+    sizes = {each.block_size for each in sessions}
     if len(sizes) != 1:
-        raise ValueError(f"sessions with block sizes {sorted(sizes)}")
+        raise BadContent(f"sessions with block sizes {sorted(sizes)}")
     requests = [
-        request for session, line in enumerate(lines) for request in _of_session(session, 0.0, line["requests"])
+        request for number, each in enumerate(sessions) for request in _of_session(number, 0.0, each.requests, room)
     ]
     return sorted(requests, key=lambda request: request.at_s), sizes.pop(), "agentic"
 
 
-def _of_session(session: int, start_s: float, entries: list[dict[str, Any]]) -> Iterator[Request]:
+def _checked(lines: list[bytes], kind: type[Model]) -> list[Model]:
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(kind.model_validate_json(line))
+        except ValidationError as error:
+            raise BadContent(f"line {number}: {_why(error)}") from error
+    return found
+
+
+def _why(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    if first["type"] == "json_invalid":
+        return f"not JSON: {first['msg']}"
+    place = ".".join(str(part) for part in first["loc"])
+    if place.startswith("hash_ids.") or ".hash_runs." in place:
+        return f"neither a mooncake nor an agentic trace: block ids must be integers in [0, 2**31) ({place})"
+    return f"neither a mooncake nor an agentic trace ({place}: {first['msg']})"
+
+
+def _of_line(line: _Line, room: _Room) -> Request:
+    room.take(len(line.hash_ids))
+    return Request(0, line.timestamp / 1000, np.array(line.hash_ids, dtype=np.int32), line.output_length)
+
+
+def _of_session(session: int, start_s: float, entries: tuple[_Entry, ...], room: _Room) -> Iterator[Request]:
     """Requests of a session, those of its subagents at their own start."""
     for entry in entries:
-        at_s = start_s + float(entry["t"])
-        if "requests" in entry:
-            yield from _of_session(session, at_s, entry["requests"])
+        at_s = start_s + entry.t
+        if entry.requests is not None:
+            yield from _of_session(session, at_s, entry.requests, room)
         else:
-            runs = [np.arange(first, first + count, dtype=np.int32) for first, count in entry["hash_runs"]]
-            yield Request(session, at_s, np.concatenate(runs) if runs else _ids([]), entry.get("out"))
+            room.take(sum(count for _, count in entry.hash_runs or ()))
+            runs = [np.arange(first, first + count, dtype=np.int32) for first, count in entry.hash_runs or ()]
+            yield Request(session, at_s, np.concatenate([np.empty(0, dtype=np.int32), *runs]), entry.out)
 
 
-def _ids(values: list[int]) -> IdArray:
-    ids = np.array(values, dtype=np.int64).astype(np.int32)
-    if (ids < 0).any() or ids.tolist() != values:
-        raise ValueError("block ids must be integers in [0, 2**31)")
-    return ids
+class _Room:
+    """How many blocks may still be made: a run of a few bytes can stand for any number of them."""
+
+    def __init__(self) -> None:
+        self._num_left = MAX_BLOCKS
+
+    def take(self, num_blocks: int) -> None:
+        """Raises BadContent for more than there are left."""
+        self._num_left -= num_blocks
+        if self._num_left < 0:
+            raise BadContent(f"more than {MAX_BLOCKS:,} blocks in all")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True)  # other fields are nobody's business here
+
+
+class _Line(_Strict):
+    timestamp: Milliseconds
+    hash_ids: tuple[BlockId, ...]
+    output_length: Count | None = None
+
+
+class _Entry(_Strict):
+    t: Seconds
+    requests: tuple[_Entry, ...] | None = None
+    hash_runs: tuple[tuple[BlockId, Count], ...] | None = None
+    out: Count | None = None
+
+    @model_validator(mode="after")
+    def _is_one_of_both(self) -> Self:
+        if self.requests is None and self.hash_runs is None:
+            raise ValueError("needs hash_runs, or requests of a subagent")
+        if any(first + count > MAX_ID + 1 for first, count in self.hash_runs or ()):
+            raise ValueError("a run of block ids goes beyond 2**31")
+        return self
+
+
+class _Session(_Strict):
+    block_size: Annotated[int, Field(ge=1, le=MAX_BLOCK_SIZE)]
+    requests: tuple[_Entry, ...]
+
+
+Model = TypeVar("Model", bound=_Strict)

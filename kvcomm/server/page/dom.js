@@ -30,6 +30,7 @@ const REASONS = {
   source_risk: "the source is approximate itself, and both risks are too much",
   cost: "moving would take longer than computing",
   escalated: "recomputed tokens were too far from their estimates",
+  no_room: "the pool could not hold the prompt beside what was found of it",
 };
 
 const byId = (id) => document.getElementById(id);

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
+from pydantic import Field
+
 from kvcomm.server.schemas.common import ResponseModel
 from kvcomm.server.settings import Limits
 
@@ -10,9 +14,16 @@ class TenantStatus(ResponseModel):
     """What a tenant holds now, and what it may."""
 
     name: str
+    has_key: Annotated[bool, Field(description="Somebody can ask for it; without a key file, anybody.")]
     requests_in_flight: int
     held_tokens: int
     cached_tokens: int
+    contexts: int
+    pinned_contexts: int
+    context_tokens: int
+    conversation_bytes: Annotated[int, Field(description="Messages and tools that contexts keep beside their KV.")]
+    segments: int
+    segment_bytes: Annotated[int, Field(description="Texts of named segments, all versions.")]
     salts: int
     limits: Limits
 
@@ -29,6 +40,39 @@ class ServerStatus(ResponseModel):
     num_cached_pages: int
     page_bytes: int
     tenants: list[TenantStatus]
+
+
+class TenantList(ResponseModel):
+    """Every tenant that has a key, has asked for something since the server started, or has snapshots."""
+
+    object: Literal["list"] = "list"
+    data: list[TenantStatus]
+
+
+class DeletedSegments(ResponseModel):
+    """What is no more."""
+
+    object: Literal["segment.deleted"] = "segment.deleted"
+    deleted: Annotated[list[str], Field(description="Names, all versions of them.")]
+
+
+class DeletedSnapshots(ResponseModel):
+    """What is no more."""
+
+    object: Literal["snapshot.deleted"] = "snapshot.deleted"
+    deleted: list[str]
+
+
+class RemovedTenant(ResponseModel):
+    """What a tenant had, and has no more."""
+
+    object: Literal["tenant.removed"] = "tenant.removed"
+    name: str
+    cancelled_requests: int
+    contexts: int
+    segments: int
+    cached_tokens: int
+    snapshots: Annotated[int, Field(description="Files; only where they were asked for.")]
 
 
 class Cleared(ResponseModel):

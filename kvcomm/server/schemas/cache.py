@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from kvcomm.server.schemas.common import MODEL_NAME, Body, ResponseModel, Reuse, Salt
+from kvcomm.server.schemas.common import MODEL_NAME, Body, Label, ResponseModel, Reuse, Salt
 from kvcomm.server.schemas.segments import MAX_SEGMENTS, Boundary, SegmentInput
 from kvcomm.server.schemas.usage import PlanSpan, Usage
 
@@ -14,8 +14,8 @@ from kvcomm.server.schemas.usage import PlanSpan, Usage
 class WarmRequest(Body):
     """Segments to be computed now, for requests that will begin with them."""
 
-    model: Annotated[str, Field(json_schema_extra={"format": MODEL_NAME})]
-    segments: Annotated[list[SegmentInput], Field(min_length=1, max_length=MAX_SEGMENTS)]
+    model: Annotated[Label, Field(json_schema_extra={"format": MODEL_NAME})]
+    segments: Annotated[list[SegmentInput], Field(min_length=1, max_length=MAX_SEGMENTS, fail_fast=True)]
     boundary: Boundary = "separate"
     cache_salt: Salt | None = None
     reuse: Reuse | None = None

@@ -14,14 +14,20 @@ from kvcomm.server.schemas.common import (
     ONE_STORED,
     WHOLE,
     GenerationRequest,
+    Label,
     ResponseModel,
     only,
 )
-from kvcomm.server.schemas.messages import Message, Tool
+from kvcomm.server.schemas.messages import MAX_MESSAGES, MAX_TOOLS, Message, Tool
 from kvcomm.server.schemas.segments import SegmentedRequest
 from kvcomm.server.schemas.usage import Usage
 
 FinishReason = Literal["stop", "length"]
+
+MetadataName = Annotated[str, Field(max_length=64)]
+MetadataValue = Annotated[str, Field(max_length=512)]
+Metadata = Annotated[dict[MetadataName, MetadataValue], Field(max_length=16)]
+Prediction = Annotated[dict[str, Any], Field(max_length=16)]
 
 NEEDS_STREAM: JsonDict = {
     "if": {"properties": {"stream_options": {"type": "object"}}, "required": ["stream_options"]},
@@ -50,14 +56,20 @@ class ChatRequest(SegmentedRequest):
         json_schema_extra={"allOf": [NEEDS_STREAM, NEEDS_LOGPROBS, NEEDS_MESSAGES, ON_CONTEXT, ONE_STORED]}
     )
 
-    messages: Annotated[list[Message], Field(description="At least one; with context_id what is new, or none.")]
+    messages: Annotated[
+        list[Message],
+        Field(
+            max_length=MAX_MESSAGES, fail_fast=True, description="At least one; with context_id what is new, or none."
+        ),
+    ]
     max_completion_tokens: (
         Annotated[int, Field(ge=1, description="An upper bound; wins over max_tokens, its older name."), WHOLE] | None
     ) = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     tools: Annotated[
-        list[Tool] | None, Field(description="Given to the chat template; calls come back as the model writes them.")
+        Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None,
+        Field(description="Given to the chat template; calls come back as the model writes them."),
     ] = None
     tool_choice: only(  # type: ignore[valid-type]
         None, "auto", "none", why="can be 'auto' or 'none': a call cannot be forced here"
@@ -71,12 +83,12 @@ class ChatRequest(SegmentedRequest):
         Field(description="Given to the chat template."),
     ] = None
     verbosity: Annotated[Literal["low", "medium", "high"] | None, Field(description=IGNORED)] = None
-    metadata: Annotated[dict[str, str] | None, Field(description=IGNORED)] = None
-    safety_identifier: Annotated[str | None, Field(description=IGNORED)] = None
+    metadata: Annotated[Metadata | None, Field(description=IGNORED)] = None
+    safety_identifier: Annotated[Label | None, Field(description=IGNORED)] = None
     service_tier: Annotated[
         Literal["auto", "default", "flex", "scale", "priority", "fast"] | None, Field(description=IGNORED)
     ] = None
-    prediction: Annotated[dict[str, Any] | None, Field(description=IGNORED)] = None
+    prediction: Annotated[Prediction | None, Field(description=IGNORED)] = None
     include_plan: Annotated[
         bool, Field(description="Let the usage say for every span of the prompt where its KV came from.")
     ] = False

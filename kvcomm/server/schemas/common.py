@@ -25,9 +25,6 @@ from pydantic_core import PydanticCustomError
 
 from kvcomm.engine.policy import ReusePolicy
 
-MAX_DEPTH = 64
-"""Levels of nesting in a body; every real one has far fewer."""
-
 MODEL_NAME, TOKEN_ID = "model-name", "token-id"
 """Formats of values of which only the running server knows which ones there are."""
 
@@ -36,6 +33,15 @@ CHAT_KIND, COMPLETION_KIND = REQUEST_KINDS = ("<chat>", "<completion>")
 
 MAX_CHOICES = 16
 """Answers to one prompt."""
+
+MAX_MEMBERS = 128
+"""Of an object whose members are fields; no model has so many."""
+
+MAX_IDS = 2**20
+"""Token ids of one prompt; the model's own limit is nearly always nearer."""
+
+MAX_LABEL, MAX_STOP = 4096, 4096
+"""Characters of what names something, and of a text that ends an answer."""
 
 MAX_TTL_S = 24 * 3600
 UNIT_S = {"s": 1, "m": 60, "h": 3600}
@@ -48,35 +54,17 @@ class RequestModel(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-
-class Body(RequestModel):
-    """Base of request bodies: also refuses what is valid JSON and yet no text, or nested beyond all reason."""
-
     @model_validator(mode="before")
     @classmethod
-    def _require_sane(cls, value: object) -> object:
-        level = [value]
-        for _ in range(MAX_DEPTH):
-            for item in level:
-                if isinstance(item, str):
-                    _require_unicode(item)
-            level = [part for item in level for part in _parts(item)]
-            if not level:
-                return value
-        raise PydanticCustomError("too_deep", "the body is nested more than {depth} levels deep", {"depth": MAX_DEPTH})
+    def _require_few_members(cls, value: object) -> object:
+        """Or each unknown one would be an error of its own."""
+        if isinstance(value, dict) and len(value) > MAX_MEMBERS:
+            raise PydanticCustomError("too_long", "should have at most {most} members", {"most": MAX_MEMBERS})
+        return value
 
 
-def _parts(value: object) -> list[object]:
-    if isinstance(value, dict):
-        return [*value.keys(), *value.values()]
-    return value if isinstance(value, list) else []
-
-
-def _require_unicode(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("surrogate", "the body has a lone surrogate, which is no character") from None
+class Body(RequestModel):
+    """Base of request bodies; how much JSON one may be is checked before it is read, see `json_text`."""
 
 
 class ResponseModel(BaseModel):
@@ -109,8 +97,10 @@ def _whole(value: object) -> object:
 
 WHOLE = BeforeValidator(_whole)
 NonEmpty = Annotated[str, Field(min_length=1)]
+Label = Annotated[str, Field(max_length=MAX_LABEL)]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 Stop = Annotated[
-    Annotated[NonEmpty, Tag("one")] | Annotated[list[NonEmpty], Field(max_length=16), Tag("many")],
+    Annotated[StopText, Tag("one")] | Annotated[list[StopText], Field(max_length=16, fail_fast=True), Tag("many")],
     Discriminator(one_or_many),
 ]
 Ttl = Annotated[
@@ -206,7 +196,7 @@ NO_PENALTY = "can only be 0; repetition_penalty is there instead"
 class GenerationRequest(Body):
     """Fields that chat and plain completions share."""
 
-    model: Annotated[str, Field(json_schema_extra={"format": MODEL_NAME})]
+    model: Annotated[Label, Field(json_schema_extra={"format": MODEL_NAME})]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
@@ -218,7 +208,7 @@ class GenerationRequest(Body):
     presence_penalty: only(None, 0, why=NO_PENALTY) = None  # type: ignore[valid-type]
     frequency_penalty: only(None, 0, why=NO_PENALTY) = None  # type: ignore[valid-type]
     logit_bias: only(None, {}, why="is not supported; leave it out") = None  # type: ignore[valid-type]
-    user: Annotated[str | None, Field(description=IGNORED)] = None
+    user: Annotated[Label | None, Field(description=IGNORED)] = None
 
     top_k: Annotated[int, Field(ge=0, description="Keep the k most probable tokens; 0 is off."), WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -227,7 +217,7 @@ class GenerationRequest(Body):
 
     cache_salt: Salt | None = None
     prompt_cache_key: Annotated[
-        str | None, Field(description="Accepted; there is one cache, which needs no routing. Not a salt.")
+        Label | None, Field(description="Accepted; there is one cache, which needs no routing. Not a salt.")
     ] = None
     prompt_cache_options: PromptCacheOptions | None = None
     prompt_cache_retention: Annotated[Literal["in_memory", "24h"] | None, Field(description=IGNORED)] = None

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from kvcomm.server.keys import NAME_PATTERN
 from kvcomm.server.schemas.common import Body, NonEmpty, ResponseModel, Ttl, seconds
 from kvcomm.server.schemas.completions import Ids
-from kvcomm.server.schemas.messages import Message, Tool
+from kvcomm.server.schemas.messages import MAX_MESSAGES, MAX_TOOLS, Message, Tool
 from kvcomm.server.schemas.usage import Usage
 
 DisplayName = Annotated[str, Field(min_length=1, max_length=128, description="For people; need not be unique.")]
@@ -46,11 +46,19 @@ class Prompt(Body):
     messages: (
         Annotated[
             list[Message],
-            Field(min_length=1, description="Written by the chat template; more messages continue the conversation."),
+            Field(
+                min_length=1,
+                max_length=MAX_MESSAGES,
+                fail_fast=True,
+                description="Written by the chat template; more messages continue the conversation.",
+            ),
         ]
         | None
     ) = None
-    tools: Annotated[list[Tool] | None, Field(description="Shown by the chat template; only with messages.")] = None
+    tools: Annotated[
+        Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None,
+        Field(description="Shown by the chat template; only with messages."),
+    ] = None
 
     @model_validator(mode="after")
     def _check(self) -> Prompt:
@@ -105,6 +113,9 @@ class Context(ResponseModel):
     tokens: int
     own_tokens: Annotated[int, Field(description="Behind what it has from its parent.")]
     bytes: Annotated[int, Field(description="Of KV that no context before it in the list holds.")]
+    conversation_bytes: Annotated[
+        int, Field(description="Messages and tools it keeps beside its KV; counted once for forks that share them.")
+    ]
     fidelity: Literal["exact", "approximate"]
     busy: Annotated[bool, Field(description="A request is extending it; it can be forked, and not be extended.")]
     pinned: bool

@@ -10,13 +10,20 @@ from pydantic_core import PydanticCustomError
 from kvcomm.server.schemas.common import (
     IGNORED,
     CacheControl,
+    Label,
     PromptCacheBreakpoint,
     RequestModel,
     one_or_many,
     only,
 )
 
-Name = Annotated[str | None, Field(description="Given to the chat template.")]
+MAX_MESSAGES, MAX_TOOLS = 4096, 1024
+"""In one request."""
+
+MAX_PARTS, MAX_CALLS = 1024, 256
+"""Of one message."""
+
+Name = Annotated[Label | None, Field(description="Given to the chat template.")]
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
@@ -24,7 +31,7 @@ def _require_text(part: object) -> object:
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(kind, str) and kind != "text":
         raise PydanticCustomError(
-            "unsupported", "is of type {kind}, which is not supported: this model reads text", {"kind": repr(kind)}
+            "unsupported", "is of type {kind}, which is not supported: this model reads text", {"kind": repr(kind[:60])}
         )
     return part
 
@@ -45,7 +52,9 @@ class TextPart(RequestModel):
 
 Part = Annotated[TextPart, BeforeValidator(_require_text)]
 Content = Annotated[
-    Annotated[str, Tag("one")] | Annotated[list[Part], Field(min_length=1), Tag("many")], Discriminator(one_or_many)
+    Annotated[str, Tag("one")]
+    | Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("many")],
+    Discriminator(one_or_many),
 ]
 
 
@@ -76,14 +85,14 @@ class UserMessage(RequestModel):
 class CalledFunction(RequestModel):
     """Which function, with which arguments as JSON text."""
 
-    name: str
+    name: Label
     arguments: str
 
 
 class ToolCall(RequestModel):
     """A call that the assistant made."""
 
-    id: str
+    id: Label
     type: Literal["function"]
     function: CalledFunction
 
@@ -94,9 +103,9 @@ class AssistantMessage(RequestModel):
     role: Literal["assistant"]
     content: Content | None = None
     name: Name = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
     refusal: Annotated[str | None, Field(description=IGNORED)] = None
-    annotations: Annotated[list[Any] | None, Field(description=IGNORED)] = None
+    annotations: Annotated[Annotated[list[Any], Field(max_length=MAX_PARTS)] | None, Field(description=IGNORED)] = None
     audio: only(None, why="is not supported: this model reads text") = None  # type: ignore[valid-type]
     function_call: only(None, why="is not supported; use tool_calls") = None  # type: ignore[valid-type]
 
@@ -106,7 +115,7 @@ class ToolMessage(RequestModel):
 
     role: Literal["tool"]
     content: Content
-    tool_call_id: str
+    tool_call_id: Label
 
 
 Message = Annotated[

@@ -67,7 +67,7 @@ class SegmentedRequest(GenerationRequest):
 
     segments: Annotated[
         list[SegmentInput] | None,
-        Field(max_length=MAX_SEGMENTS, description="Stand before everything else, in this order."),
+        Field(max_length=MAX_SEGMENTS, fail_fast=True, description="Stand before everything else, in this order."),
     ] = None
     boundary: Annotated[Boundary, Field(description=BOUNDARY)] = "separate"
 

@@ -47,6 +47,20 @@ class CacheUse(ResponseModel):
     over_quota_tokens: Annotated[int, Field(description="Dropped for the tenant's own quota.")]
 
 
+class Kept(ResponseModel):
+    """What the tenant keeps by name or id, and how much of it may be."""
+
+    contexts: int
+    max_contexts: int
+    context_tokens: int
+    conversation_bytes: Annotated[int, Field(description="Messages and tools that contexts keep beside their KV.")]
+    max_kept_bytes: Annotated[int, Field(description="Of those bytes.")]
+    segments: int
+    max_segments: int
+    segment_bytes: Annotated[int, Field(description="Texts of named segments, all versions.")]
+    max_segment_bytes: int
+
+
 class Eviction(ResponseModel):
     """A stretch of a cached prefix that was dropped."""
 
@@ -94,6 +108,7 @@ class Stats(ResponseModel):
     ttft: TtftHistogram
     recent: Annotated[list[FinishedRequest], Field(description="The latest ones, newest first.")]
     cache: CacheUse
+    kept: Annotated[Kept | None, Field(description="Null from servers that do not say.")] = None
     evictions: Annotated[list[Eviction], Field(description="The latest ones, newest first.")]
     bounds: list[WatchedBound]
     audits: Annotated[list[AuditRecord], Field(description="The latest ones, newest first.")]

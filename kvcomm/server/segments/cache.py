@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from functools import partial
 
-import anyio.to_thread
 from fastapi import APIRouter, Depends
 
+from kvcomm.engine.results import Completion
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.memory.segments import Segment
 from kvcomm.server.access import security
+from kvcomm.server.bodies import BodyRoute
 from kvcomm.server.errors import ApiError, documented
 from kvcomm.server.generation import Call, CallDep, Job
 from kvcomm.server.sampling import policy_of
 from kvcomm.server.schemas.cache import CacheExplanation, CacheTree, Warmed, WarmRequest
 from kvcomm.server.schemas.explained import ExplainRequest
 from kvcomm.server.segments.explaining import explain
+from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.segments.views import cache_tree, cached_segments
-from kvcomm.server.state import StateDep, TenantDep
+from kvcomm.server.state import ServerState, StateDep, TenantDep
 from kvcomm.server.tenants import namespace
 from kvcomm.server.usage import usage_of
+from kvcomm.server.workers import LONG_BYTES
 
-router = APIRouter(prefix="/v1/cache", dependencies=[Depends(security)])
+router = APIRouter(prefix="/v1/cache", dependencies=[Depends(security)], route_class=BodyRoute)
 ERRORS = documented(400, 401, 403, 404, 408, 409, 413, 422, 429, 500, 503, 504)
 
 ONLY_PREFILL = SamplingParams(max_new_tokens=0)
@@ -36,9 +39,17 @@ async def warm_cache(body: WarmRequest, call: CallDep) -> Warmed:
 async def _warm(body: WarmRequest, call: Call) -> Warmed:
     state, tenant = call.state, call.tenant.name
     state.require_model(body.model)
-    prompt = await call.make(partial(state.prompts.warm, body, tenant))
+    prompt = await call.make(
+        partial(state.prompts.warm, body, tenant), more_bytes=state.registries.num_bytes(tenant, body.segments)
+    )
     await call.submit(Job(prompt, ONLY_PREFILL, policy_of(body, state.settings), body.cache_salt))
     (completion,) = await call.results()
+    return await call.make(partial(_warmed, body, state, tenant, prompt, completion))
+
+
+def _warmed(
+    body: WarmRequest, state: ServerState, tenant: str, prompt: PreparedPrompt, completion: Completion
+) -> Warmed:
     num_cached = state.engine.num_cached(prompt.segments, tenant=namespace(tenant, body.cache_salt))
     segments = cached_segments(prompt.placed, num_cached)
     return Warmed(
@@ -58,10 +69,12 @@ async def explain_cache(body: ExplainRequest, call: CallDep) -> CacheExplanation
         call.state.contexts.of(call.tenant).find(body.context_id)
         message = "context_id cannot be explained: what a context holds is in place and not looked up"
         raise ApiError(400, "unsupported_value", message, param="context_id")
-    return await call.guard(anyio.to_thread.run_sync(explain, body, call.state, call.tenant.name))
+    more_bytes = call.state.registries.num_bytes(call.tenant.name, body.segments or ())
+    return await call.guard(call.make(partial(explain, body, call.state, call.tenant.name), more_bytes=more_bytes))
 
 
 @router.get("/tree", operation_id="cacheTree", tags=["insight"], responses=documented(401, 403, 429, 500))
 async def get_cache_tree(state: StateDep, tenant: TenantDep) -> CacheTree:
     """Everything your own requests left in the cache: prefixes, segments and their renditions, by salt."""
-    return cache_tree(state.engine, tenant.name, list(tenant.salts))
+    work = partial(cache_tree, state.engine, tenant.name, list(tenant.salts))
+    return await state.workers.run(tenant.name, LONG_BYTES, work)

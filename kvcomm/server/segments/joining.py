@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from kvcomm.agents.rendering import PromptRenderer, TokenSpan
+from kvcomm.agents.rendering import PromptRenderer
+from kvcomm.engine.encoding import TokenSpan
 from kvcomm.memory.segments import Segment
 from kvcomm.server.errors import ApiError
 

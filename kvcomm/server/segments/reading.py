@@ -19,6 +19,7 @@ from kvcomm.server.schemas.segments import NamedSegment, SegmentInput
 from kvcomm.server.segments.joining import Joiner, Piece
 from kvcomm.server.segments.prepared import Lifetime, PlacedSegment, PreparedPrompt
 from kvcomm.server.segments.registry import SegmentRegistries
+from kvcomm.server.text_limit import TextLimit
 
 
 class Tail(NamedTuple):
@@ -40,19 +41,23 @@ class _Read(NamedTuple):
 class SegmentReader:
     """Reads segments for one engine. Safe to use from several threads."""
 
-    def __init__(self, engine: Engine, renderer: PromptRenderer, registries: SegmentRegistries) -> None:
+    def __init__(
+        self, engine: Engine, renderer: PromptRenderer, registries: SegmentRegistries, limit: TextLimit
+    ) -> None:
         self._engine = engine
         self._renderer = renderer
         self._joiner = Joiner(renderer)
         self._registries = registries
+        self._limit = limit
 
     def encode(self, name: str, text: str) -> Segment:
         """A text tokenized alone.
 
         Raises:
             ApiError: 400 when it has no tokens.
-            InvalidRequest: it cannot be tokenized.
+            InvalidRequest: it cannot be tokenized, or has more tokens than the model takes.
         """
+        self._limit.require(text)
         segment = Segment(self._renderer.encode_input(name, text), name)
         if not segment.token_ids:
             raise ApiError(400, "empty_segment", f"the text of segment {name!r} has no tokens", param="content")
@@ -96,7 +101,13 @@ class SegmentReader:
         label = f"segments[{index}] ({given.id!r})"
         if isinstance(given, NamedSegment):
             kept = self._registries.of(tenant).get(given.name, given.version)
-            text, segment, kind, digest, ttl = kept.text, Segment(kept.token_ids), kept.kind, kept.digest, kept.ttl
+            text, segment, kind, digest, ttl = (
+                kept.text,
+                Segment(tuple(kept.token_ids)),
+                kept.kind,
+                kept.digest,
+                kept.ttl,
+            )
         else:
             text, kind, ttl = given.content, given.kind, None
             segment = self.encode(given.id, text)

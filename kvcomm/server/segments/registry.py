@@ -1,16 +1,20 @@
 """Named segments of one tenant, with their versions.
 
 A version never changes; putting another text under a name makes the next one. Bounded by the text's bytes over all
-names and versions, because texts are kept whether or not their KV is cached. Lookups may come from worker threads.
+names and versions, because texts are kept whether or not their KV is cached, and by the number of names, because the
+shortest text has a record too. Lookups may come from worker threads.
 """
 
 from __future__ import annotations
 
 import threading
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from kvcomm.server.errors import ApiError
-from kvcomm.server.schemas.segments import Kind
+from kvcomm.server.schemas.segments import Kind, NamedSegment, SegmentInput
 
 MAX_VERSIONS = 16
 """Of one name; the oldest goes first."""
@@ -29,13 +33,13 @@ class NamedText:
     name: str
     version: int
     text: str
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     digest: str
     kind: Kind
     ttl: str | None
     created: int
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Of its text."""
         return len(self.text.encode())
@@ -44,33 +48,39 @@ class NamedText:
 class SegmentRegistry:
     """Versions by name, the latest last."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, max_names: int = 1024) -> None:
         self._max_bytes = max_bytes
+        self._max_names = max_names
         self._names: dict[str, tuple[NamedText, ...]] = {}
+        self._num_bytes = 0
         self._lock = threading.Lock()
 
     def put(self, text: NamedText) -> NamedText:
         """Keep a text as the next version of its name, whatever version it says; the latest one if it is the same.
 
         Raises:
-            ApiError: 429 when the tenant's texts would exceed their limit.
+            ApiError: 429 when the tenant's texts, or names, would exceed their limit.
         """
         with self._lock:
             versions = self._names.get(text.name, ())
             last = versions[-1] if versions else None
             if last is not None and (last.text, last.kind, last.ttl) == (text.text, text.kind, text.ttl):
                 return last
-            kept = (*versions[-MAX_VERSIONS + 1 :], replace(text, version=1 if last is None else last.version + 1))
-            held = sum(each.num_bytes for name, own in self._names.items() if name != text.name for each in own)
-            needed = held + sum(each.num_bytes for each in kept)
+            if last is None and len(self._names) >= self._max_names:
+                message = f"this tenant has {len(self._names)} of at most {self._max_names} named segments; delete some"
+                raise ApiError(429, "too_many_segments", message, param="name")
+            # Numbers of an array take four bytes each, those of a tuple nine times as many.
+            new = replace(text, version=1 if last is None else last.version + 1, token_ids=array("I", text.token_ids))
+            kept = (*versions[-MAX_VERSIONS + 1 :], new)
+            needed = self._num_bytes - sum(each.num_bytes for each in versions) + sum(each.num_bytes for each in kept)
             if needed > self._max_bytes:
                 message = (
                     f"named segments may hold {self._max_bytes} bytes of text, all versions together, and these would "
                     f"be {needed}; delete some"
                 )
                 raise ApiError(429, "too_many_segments", message, param="content")
-            self._names[text.name] = kept
-            return kept[-1]
+            self._names[text.name], self._num_bytes = kept, needed
+            return new
 
     def get(self, name: str, version: int | None = None) -> NamedText:
         """A version, by default the latest.
@@ -91,16 +101,28 @@ class SegmentRegistry:
         with self._lock:
             versions = self._names.get(name)
         if versions is None:
-            message = f"there is no segment {name!r}; GET /v1/segments lists those there are"
-            raise ApiError(404, "segment_not_found", message, param="name")
+            raise _unknown(name)
         return versions
+
+    def num_bytes_of(self, name: str) -> int:
+        """Of the longest version of a name; 0 for an unknown one."""
+        with self._lock:
+            return max((each.num_bytes for each in self._names.get(name, ())), default=0)
 
     def remove(self, name: str) -> int:
         """Forget a name; returns how many versions it had. Raises ApiError 404 for an unknown name."""
-        num_versions = len(self.versions(name))
         with self._lock:
-            self._names.pop(name, None)
-        return num_versions
+            removed = self._names.pop(name, None)
+            if removed is None:
+                raise _unknown(name)
+            self._num_bytes -= sum(each.num_bytes for each in removed)
+        return len(removed)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all texts."""
+        with self._lock:
+            return self._num_bytes
 
     @property
     def latest(self) -> list[NamedText]:
@@ -109,14 +131,34 @@ class SegmentRegistry:
             return [versions[-1] for _, versions in sorted(self._names.items())]
 
 
+def _unknown(name: str) -> ApiError:
+    message = f"there is no segment {name!r}; GET /v1/segments lists those there are"
+    return ApiError(404, "segment_not_found", message, param="name")
+
+
 class SegmentRegistries:
     """The registry of every tenant that has used one."""
 
-    def __init__(self, max_bytes: int) -> None:
-        """`max_bytes`: of texts, per tenant."""
+    def __init__(self, max_bytes: int, max_names: int = 1024) -> None:
+        """`max_bytes`: of texts, and `max_names`, both per tenant."""
         self._max_bytes = max_bytes
+        self._max_names = max_names
         self._registries: dict[str, SegmentRegistry] = {}
+
+    def num_bytes(self, tenant: str, inputs: Iterable[SegmentInput]) -> int:
+        """Of the texts that a request's segments name."""
+        named = (each for each in inputs if isinstance(each, NamedSegment))
+        return sum(self.of(tenant).num_bytes_of(each.name) for each in named)
 
     def of(self, tenant: str) -> SegmentRegistry:
         """The registry of the tenant with that name."""
-        return self._registries.setdefault(tenant, SegmentRegistry(self._max_bytes))
+        return self._registries.setdefault(tenant, SegmentRegistry(self._max_bytes, self._max_names))
+
+    def find(self, tenant: str) -> SegmentRegistry | None:
+        """The same, if it has used one."""
+        return self._registries.get(tenant)
+
+    def remove(self, tenant: str) -> int:
+        """Forget all names of a tenant; returns how many there were."""
+        registry = self._registries.pop(tenant, None)
+        return 0 if registry is None else len(registry.latest)

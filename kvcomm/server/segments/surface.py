@@ -6,12 +6,12 @@ import time
 from functools import partial
 from typing import Annotated
 
-import anyio.to_thread
 from fastapi import APIRouter, Depends, Query
 from fastapi import Path as PathParam
 
 from kvcomm.errors import KVCommError
 from kvcomm.server.access import security
+from kvcomm.server.bodies import BodyRoute
 from kvcomm.server.errors import documented, translate
 from kvcomm.server.schemas.segments import (
     SEGMENT_NAME,
@@ -24,7 +24,7 @@ from kvcomm.server.schemas.segments import (
 from kvcomm.server.segments.registry import NamedText
 from kvcomm.server.state import ServerState, StateDep, TenantDep
 
-router = APIRouter(prefix="/v1/segments", tags=["kvcomm"], dependencies=[Depends(security)])
+router = APIRouter(prefix="/v1/segments", tags=["kvcomm"], dependencies=[Depends(security)], route_class=BodyRoute)
 
 Name = Annotated[str, PathParam(pattern=SEGMENT_NAME)]
 Version = Annotated[int | None, Query(ge=1, le=2**31, description="By default the latest.")]
@@ -37,27 +37,28 @@ Version = Annotated[int | None, Query(ge=1, le=2**31, description="By default th
 )
 async def put_segment(name: Name, body: SegmentPut, state: StateDep, tenant: TenantDep) -> SegmentRecord:
     """Let a name stand for a text from now on: its next version, or the latest again if nothing differs."""
-    text = await anyio.to_thread.run_sync(partial(_text, name, body, state, tenant.name))
-    return _record(state.registries.of(tenant.name).put(text))
+    text = await state.workers.run(tenant.name, len(body.content), partial(_text, name, body, state, tenant.name))
+    tenant.require_there()
+    return record(state.registries.of(tenant.name).put(text))
 
 
 @router.get("", operation_id="listSegments", responses=documented(401, 403, 429, 500))
 async def list_segments(state: StateDep, tenant: TenantDep) -> SegmentList:
     """The latest version of every name."""
-    return SegmentList(data=[_record(each) for each in state.registries.of(tenant.name).latest])
+    return SegmentList(data=[record(each) for each in state.registries.of(tenant.name).latest])
 
 
 @router.get("/{name}", operation_id="getSegment", responses=documented(400, 401, 403, 404, 429, 500))
 async def get_segment(name: Name, state: StateDep, tenant: TenantDep, version: Version = None) -> SegmentDetails:
     """A version of a named segment, with its text."""
     found = state.registries.of(tenant.name).get(name, version)
-    return SegmentDetails(**_record(found).model_dump(), content=found.text)
+    return SegmentDetails(**record(found).model_dump(), content=found.text)
 
 
 @router.get("/{name}/versions", operation_id="listSegmentVersions", responses=documented(400, 401, 403, 404, 429, 500))
 async def list_versions(name: Name, state: StateDep, tenant: TenantDep) -> SegmentList:
     """The versions of a name that are kept, the latest last."""
-    return SegmentList(data=[_record(each) for each in state.registries.of(tenant.name).versions(name)])
+    return SegmentList(data=[record(each) for each in state.registries.of(tenant.name).versions(name)])
 
 
 @router.delete("/{name}", operation_id="deleteSegment", responses=documented(400, 401, 403, 404, 429, 500))
@@ -76,7 +77,8 @@ def _text(name: str, body: SegmentPut, state: ServerState, tenant: str) -> Named
     return NamedText(name, 1, body.content, segment.token_ids, digest, body.kind, body.ttl, created)
 
 
-def _record(text: NamedText) -> SegmentRecord:
+def record(text: NamedText) -> SegmentRecord:
+    """A version as clients see it."""
     return SegmentRecord(
         name=text.name,
         version=text.version,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -14,12 +13,14 @@ import pytest
 from openai import OpenAI
 
 from kvcomm.engine.engine import Engine
+from kvcomm.engine.request import Request
 from kvcomm.errors import InvalidRequest, ServerError
 from kvcomm.server.load.client import Client
 from kvcomm.server.load.comparison import measure_overhead
 from kvcomm.server.load.running import Load, run_load
 from kvcomm.server.load.workloads import Session, Turn
 from kvcomm.server.settings import ServerSettings
+from tests.limits import PATIENCE_S, threads, wait_for
 from tests.server.conftest import HELLO, MODEL
 from tests.server.live import Live, serving
 
@@ -35,7 +36,7 @@ def run(live: Live, sessions: list[Session], concurrency: int = 2) -> Load:
 
 
 def test_a_sample_is_what_the_official_client_gets(live: Live) -> None:
-    with OpenAI(base_url=f"{live.url}/v1", api_key="none") as official:
+    with OpenAI(base_url=f"{live.url}/v1", api_key="none", timeout=PATIENCE_S, max_retries=0) as official:
         expected = official.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=6, temperature=0)
     sample = Client(live.url).send(HELLO, 6)
     assert sample.error is None
@@ -56,7 +57,22 @@ def test_a_conversation_reads_its_own_answers(live: Live) -> None:
     assert cached >= first.sample.usage["prompt_tokens"]
 
 
-def test_branches_are_sent_at_once_and_read_the_planner(live: Live) -> None:
+def test_branches_are_sent_at_once_and_read_the_planner(
+    live: Live, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine goes on once all branches are there: if they came one after the other, it never would."""
+    submit, step, num_submitted = engine.scheduler.submit, engine.scheduler.step, [0]
+
+    def counted_submit(request: Request) -> None:
+        num_submitted[0] += 1
+        submit(request)
+
+    def step_of_all() -> None:
+        wait_for(lambda: num_submitted[0] in (1, 4))  # the planner, and the others with it
+        step()
+
+    monkeypatch.setattr(engine.scheduler, "submit", counted_submit)
+    monkeypatch.setattr(engine.scheduler, "step", step_of_all)
     branches = tuple(Turn(f"branch {index}", 4) for index in range(3))
     planner, *others = run(live, [Session(((Turn("plan", 4),), branches), is_conversation=True)], 3).sent
     assert {each.messages[1]["content"] for each in others} == {planner.sample.text}
@@ -115,11 +131,11 @@ def canned() -> Iterator[type[Canned]]:
     handler: Any = type("Handler", (Canned,), {})
     with HTTPServer(("127.0.0.1", 0), handler) as server:
         handler.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield handler
-        server.shutdown()
-        thread.join()
+        with threads(server.serve_forever):
+            try:
+                yield handler
+            finally:
+                server.shutdown()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,166 @@
+"""One pass of the model for the work of several requests, and who pays when it fails.
+
+Whatever is raised in a pass belongs to whoever's work raised it: what looks on for one request fails that request, and
+a pass that the model does not survive is computed again request by request, so that only those fail which fail alone.
+Computing twice is harmless: every run writes the same keys and values to the same slots. Knows neither queues nor
+answers; called outside the engine's lock.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvcomm.engine.request import Branch, Request
+from kvcomm.engine.reuse import Reuse
+from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.model.runner import ModelRunner, Run, Watch
+
+logger = logging.getLogger("kvcomm.engine")
+
+
+class Work(NamedTuple):
+    """Runs of one sequence in a step, ascending, and whom they are for; `branch` is None while the prompt is prefilled.
+
+    Only the last run may give logits.
+    """
+
+    request: Request
+    branch: Branch | None
+    sequence: KVSequence
+    runs: tuple[Run, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed."""
+        return sum(len(run.token_ids) for run in self.runs)
+
+    @property
+    def end(self) -> int:
+        """One past the last position computed."""
+        return self.runs[-1].end
+
+    @property
+    def num_logits(self) -> int:
+        """Rows of logits this work gives."""
+        return self.runs[-1].num_logits
+
+
+class Computed(NamedTuple):
+    """What a pass gave one piece of work.
+
+    Attributes:
+        logits: [work.num_logits, vocab_size], in the model's dtype.
+        finite: which of these rows hold neither NaN nor infinity.
+    """
+
+    work: Work
+    logits: Tensor
+    finite: list[bool]
+
+
+class Failure(NamedTuple):
+    """A request whose work could not be computed, and why."""
+
+    request: Request
+    error: Exception
+
+
+def compute(runner: ModelRunner, reuse: Reuse, batch: Sequence[Work]) -> tuple[list[Computed], list[Failure]]:
+    """Compute a batch in one pass, or request by request where that fails.
+
+    Returns:
+        what was computed, in the order of the batch, and the requests that failed; work of these is left out.
+    """
+    requests = list({id(work.request): work.request for work in batch}.values())
+    try:
+        return _pass(runner, reuse, batch)
+    except Exception as error:
+        if len(requests) == 1:
+            return [], [Failure(requests[0], error)]
+        logger.warning("a pass for %d requests failed, each is computed alone now: %r", len(requests), error)
+    computed, failures = [], []
+    for request in requests:
+        own = [work for work in batch if work.request is request]
+        try:
+            found, failed = _pass(runner, reuse, own)
+        except Exception as error:
+            found, failed = [], [Failure(request, error)]
+        computed += found
+        failures += failed
+    return computed, failures
+
+
+def _pass(runner: ModelRunner, reuse: Reuse, batch: Sequence[Work]) -> tuple[list[Computed], list[Failure]]:
+    lookers = _Lookers(reuse, batch)
+    logits = runner.forward([run for work in batch for run in work.runs], watch=lookers.watch)
+    num_rows = sum(work.num_logits for work in batch)
+    if logits.ndim != 2 or len(logits) != num_rows:
+        raise ValueError(f"the model gave logits of shape {list(logits.shape)} for {num_rows} rows")
+    finite = finite_rows(logits)
+    failed = {id(failure.request) for failure in lookers.failures}
+    computed, row = [], 0
+    for work in batch:
+        first, row = row, row + work.num_logits
+        if id(work.request) not in failed:
+            computed.append(Computed(work, logits[first:row], finite[first:row]))
+    return computed, lookers.failures
+
+
+class _Lookers:
+    """What looks on during one pass, for requests that choose their rung's tokens by it."""
+
+    def __init__(self, reuse: Reuse, batch: Sequence[Work]) -> None:
+        self.failures: list[Failure] = []
+        self._watches: list[tuple[Request, Watch]] = []
+        row = 0
+        for work in batch:
+            self._add(reuse, work, row)
+            row += work.num_tokens
+
+    @property
+    def watch(self) -> Watch | None:
+        """For the runner; None where nobody looks on."""
+        return self._look if self._watches else None
+
+    def _add(self, reuse: Reuse, work: Work, row: int) -> None:
+        if work.branch is not None:
+            return
+        try:
+            found = list(_watches(reuse, work, row))
+        except Exception as error:
+            self.failures.append(Failure(work.request, error))
+        else:
+            self._watches += [(work.request, watch) for watch in found]
+
+    def _look(self, layer_id: int, query: Tensor, scale: float) -> None:
+        for entry in list(self._watches):
+            request, watch = entry
+            try:
+                watch(layer_id, query, scale)
+            except Exception as error:
+                self._watches.remove(entry)
+                self.failures.append(Failure(request, error))
+
+
+def _watches(reuse: Reuse, work: Work, row: int) -> Iterable[Watch]:
+    for run in work.runs:
+        watch = reuse.watch(work.request, run, row)
+        if watch is not None:
+            yield watch
+        row += len(run.token_ids)
+
+
+def finite_rows(logits: Tensor) -> list[bool]:
+    """Which rows of [num_rows, vocab_size] hold neither NaN nor infinity."""
+    # They survive a sum, and summing takes a twentieth of testing every logit. The reverse does not hold: a model that
+    # hides tokens behind the least number of its dtype overflows the sum.
+    finite = logits.sum(-1, dtype=torch.float32).isfinite()
+    if not bool(finite.all()):
+        finite = logits.isfinite().all(-1)
+    rows: list[bool] = finite.tolist()
+    return rows

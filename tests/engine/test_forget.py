@@ -1,0 +1,43 @@
+"""Forgetting a tenant: what the engine knew of it goes, what others have and what is held stays."""
+
+from __future__ import annotations
+
+from kvcomm.config import EngineConfig
+from kvcomm.engine.engine import Engine
+from kvcomm.engine.sampling import SamplingParams
+from kvcomm.memory.segments import Segment
+from tests.tiny import tiny_model
+
+PROMPT = [Segment(tuple(range(10, 40)), "system"), Segment(tuple(range(50, 70)), "question")]
+GREEDY = SamplingParams(max_new_tokens=4)
+
+
+def test_what_is_known_of_a_tenant_goes() -> None:
+    tiny = tiny_model()
+    with Engine(tiny.model, tiny.tokenizer, config=EngineConfig(page_size=4, pool_tokens=1024)) as engine:
+        for tenant in ("ann", "bob"):
+            engine.set_quota(cached_tokens=400, held_tokens=400, tenant=tenant)
+            engine.keep_segment(PROMPT[0], tenant=tenant)
+            engine.context(PROMPT, tenant=tenant).release()
+        held = engine.context(PROMPT, tenant="ann")
+        bobs, num_bobs = engine.segment_tree(tenant="bob"), engine.num_cached(PROMPT, tenant="bob")
+        assert num_bobs >= 48
+        with held.fork() as fork:
+            answer = fork.generate(GREEDY).text
+        engine.forget("ann")
+        engine.check_integrity()
+        assert engine.num_cached(PROMPT, tenant="ann") == 0
+        assert engine.segment_tree(tenant="ann") == ()
+        assert engine.find_segment("system", tenant="ann") is None
+        assert engine.edge_groups("ann") == []
+        assert engine.tree.usage(engine.namespace("ann")).quota_pages is None
+        assert engine.num_cached(PROMPT, tenant="bob") == num_bobs
+        assert engine.segment_tree(tenant="bob") == bobs
+        assert engine.find_segment("system", tenant="bob") == PROMPT[0]
+        assert held.generate(GREEDY).text == answer  # what is held stays
+        held.release()
+        engine.forget("nobody")
+        engine.forget("bob")
+        engine.forget("ann")
+        stats = engine.memory_stats()
+        assert stats.num_free == stats.num_pages
