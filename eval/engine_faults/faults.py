@@ -144,6 +144,9 @@ class Faults:
         self._armed: dict[str, _Armed] = {}
         self._lock = threading.Lock()
 
+    def __deepcopy__(self, memo: Any) -> Faults:
+        return self  # a copied tokenizer fails where its original does
+
     def arm(self, point: str, passes: int, kind: str) -> None:
         """Let a point fail after it has been passed `passes` times."""
         assert kind in POINTS[point].kinds, (point, kind)
@@ -260,6 +263,12 @@ class FragileTokenizer(PreTrainedTokenizerFast):
     """A tokenizer that fails where it is told to. `faults` is set behind its making."""
 
     faults: Faults | None = None
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """As the base class."""
+        if self.faults is not None:
+            self.faults.reach("tokenizer.encode")
+        return super().__call__(*arguments, **keywords)
 
     def encode(self, *arguments: Any, **keywords: Any) -> Any:
         """As the base class."""
