@@ -8,6 +8,7 @@ A flip is a question whose verdict, right or wrong, is not that of the dense run
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 
 from eval.figures import Figure
@@ -15,11 +16,19 @@ from eval.tasks import command
 from eval.tasks.analysis import ModeResult
 from eval.tasks.gsm8k import Gsm8k
 from eval.tasks.modes import DENSE, KVCOMM
+from eval.tasks.program import add_isolation_option
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate and print; returns the exit code."""
-    return command.main(command.Evaluation("gsm8k", lambda options: Gsm8k(), figures, limit=100), arguments)
+    return command.main(
+        command.Evaluation("gsm8k", make_task, figures, 100, add_options=add_isolation_option), arguments
+    )
+
+
+def make_task(options: Namespace) -> Gsm8k:
+    """With what the options say of programs."""
+    return Gsm8k(unsafe=options.unsafe)
 
 
 def figures(results: Mapping[str, ModeResult]) -> list[Figure]:

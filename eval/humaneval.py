@@ -2,31 +2,36 @@
 
     python -m eval.humaneval --data FOLDER [--limit N] [--modes dense,kvcomm,paper] [--agents 2..5]
 
-Programs are run in a sandbox (`eval.sandbox`). Their accuracy is pass@1 of the greedy answer; with --samples N further
-programs are drawn, and pass@k is estimated from those.
+Programs are run and judged in a sandbox (`eval.sandbox` says what that promises); where the system cannot keep them
+apart, the evaluation refuses to start unless --unsafe is given. Their accuracy is pass@1 of the greedy answer; with
+--samples N further programs are drawn, and pass@k is estimated from those.
 """
 
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 
 from eval.figures import Figure
 from eval.gsm8k import flips
-from eval.sandbox import isolation
 from eval.tasks import command
 from eval.tasks.analysis import ModeResult
 from eval.tasks.humaneval import HumanEval
-from eval.workload import note
+from eval.tasks.program import add_isolation_option
 
 NUM_SAMPLES = 5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate and print; returns the exit code."""
-    note(f"programs are kept apart by {isolation()}")
-    evaluation = command.Evaluation("humaneval", lambda options: HumanEval(), figures, 20, NUM_SAMPLES)
+    evaluation = command.Evaluation("humaneval", make_task, figures, 20, NUM_SAMPLES, add_isolation_option)
     return command.main(evaluation, arguments)
+
+
+def make_task(options: Namespace) -> HumanEval:
+    """With what the options say of programs."""
+    return HumanEval(unsafe=options.unsafe)
 
 
 def figures(results: Mapping[str, ModeResult]) -> list[Figure]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-PATIENCE_S = 1200.0
+PATIENCE_S = 3600.0
 """Seconds. For whatever is waited for: nothing that works takes so long, on any machine."""
 
 

@@ -20,6 +20,7 @@ from eval.tasks.analysis import ModeResult
 from eval.tasks.modes import make_modes
 from eval.tasks.options import COLD_CONFIG, CONFIG, make_parser, make_work, settings_of
 from eval.tasks.phases import Run
+from eval.tasks.program import note_isolation
 from eval.tasks.progress import Phases
 from eval.tasks.run_folder import RunFolder
 from eval.tasks.task import Task
@@ -71,6 +72,9 @@ def _evaluate(evaluation: Evaluation, options: Namespace) -> Report:
     task = evaluation.make_task(options)
     modes = make_modes(options.modes, ReusePolicy(options.max_divergence, options.confidence, learn=False, audit=0.0))
     work = make_work(task, options, learns=any(mode.moves for mode in modes))
+    way = task.isolation([agent.name for agent in work.team.agents])
+    if way is not None:
+        note_isolation(way)
     settings = settings_of(work, options)
     folder = RunFolder.open(options.out, settings)
     try:
@@ -78,7 +82,9 @@ def _evaluate(evaluation: Evaluation, options: Namespace) -> Report:
             with Engine(engine.model, engine.tokenizer, config=COLD_CONFIG) as cold:
                 run = Run(engine, cold, work, modes, folder, phases)
                 run.compute(num_timed=options.timed, num_replayed=options.divergence)
-            facts = facts_of(engine, work, modes, options)
+            facts = facts_of(engine, work, modes, options) | {
+                "programs_kept_apart_by": None if way is None else str(way)
+            }
     finally:
         minutes = folder.add_minutes((time.monotonic() - began_s) / 60)
     results = run.results()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 
+from eval.sandbox import Isolation, isolation
 from eval.tasks.program import beginning_of, code_of, printed_by
 from eval.tasks.task import Row, Score, Source, Split
 
@@ -25,6 +26,16 @@ class Gsm8k:
     first_texts = ()
     tools: Mapping[str, str] = {"programmer": "The program prints"}
 
+    def __init__(self, *, unsafe: bool = False) -> None:
+        """Args:
+        unsafe: run programs even where the system cannot keep them apart.
+        """
+        self._unsafe = unsafe
+
+    def isolation(self, agents: Collection[str]) -> Isolation | None:
+        """Of the programmer's programs, if it is one of the agents."""
+        return isolation(unsafe=self._unsafe) if self.tools.keys() & set(agents) else None
+
     def group(self, row: Row) -> str:
         """None."""
         return ""
@@ -39,7 +50,7 @@ class Gsm8k:
 
     def use_tool(self, agent: str, answer: str, row: Row) -> str:
         """What the programmer's program prints."""
-        return printed_by(beginning_of(code_of(answer)))
+        return printed_by(beginning_of(code_of(answer)), isolation(unsafe=self._unsafe))
 
     def score(self, answer: str, first: Mapping[str, float], row: Row) -> Score:
         """See the class."""

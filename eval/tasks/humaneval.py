@@ -1,14 +1,18 @@
-"""HumanEval (Chen et al., arXiv 2107.03374): Python functions, judged by running their tests."""
+"""HumanEval (Chen et al., arXiv 2107.03374): Python functions, judged by running their tests.
+
+The tests run where the answer's code is not (`eval.sandbox.judge`). They know the task's own beginning, with its
+imports and helpers, and of the answer only the function that was asked for.
+"""
 
 from __future__ import annotations
 
 import ast
 import doctest
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from eval.sandbox import Limits, run_program
-from eval.tasks.program import BLOCK, code_of, printed_by
+from eval.sandbox import Isolation, Limits, Tests, Verdict, isolation, judge
+from eval.tasks.program import BLOCK, TOOL_LIMITS, code_of, told
 from eval.tasks.task import Row, Score, Source, Split
 
 _TRY_EXAMPLES = """
@@ -42,11 +46,17 @@ class HumanEval:
     first_texts = ()
     tools: Mapping[str, str] = {"coder": "On the examples of the docstring it gets"}
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(self, limits: Limits | None = None, *, unsafe: bool = False) -> None:
         """Args:
         limits: of every program that is judged.
+        unsafe: run programs even where the system cannot keep them apart.
         """
         self._limits = limits or Limits()
+        self._unsafe = unsafe
+
+    def isolation(self, agents: Collection[str]) -> Isolation:
+        """Of all programs."""
+        return isolation(unsafe=self._unsafe)
 
     def group(self, row: Row) -> str:
         """None."""
@@ -64,30 +74,35 @@ class HumanEval:
         """How many examples of the docstring the code gets right, and the first one it does not."""
         examples = examples_of(str(row["prompt"]))
         trial = _TRY_EXAMPLES.format(examples=examples, num_examples=len(examples)) if examples else "print('no error')"
-        return printed_by(f"{completed(answer, row)}\n{trial}")
+        verdict = self._judged(answer, row, trial, TOOL_LIMITS)
+        return told(verdict, verdict.said)
 
     def score(self, answer: str, first: Mapping[str, float], row: Row) -> Score:
         """See the class; `found` is the reason for which it failed, or "passed"."""
-        verdict = run_program(program(answer, row), self._limits)
+        verdict = self._judged(answer, row, f"{row['test']}\n\ncheck({row['entry_point']})\n", self._limits)
         whole = BLOCK.fullmatch(answer.strip())
         return Score(verdict.reason, verdict.passed, verdict.passed and whole is not None)
 
+    def _judged(self, answer: str, row: Row, code: str, limits: Limits) -> Verdict:
+        """Let some code ask the function of an answer."""
+        tests = Tests(beginning(row), str(row["entry_point"]), code)
+        return judge(completed(answer, row), tests, limits, isolation(unsafe=self._unsafe))
 
-def program(answer: str, row: Row) -> str:
-    """What is run: the given beginning, the answer's code, and the tests."""
-    return f"{completed(answer, row)}\n{row['test']}\n\ncheck({row['entry_point']})\n"
+
+def beginning(row: Row) -> str:
+    """The given beginning as Python: imports, helpers, and the function that is asked for, without a body."""
+    return f"{row['prompt'].rstrip()}\n    pass\n"
 
 
 def completed(answer: str, row: Row) -> str:
     """The given beginning and the answer's code. Code that does not define the function is taken for its body."""
     code, entry = code_of(answer), str(row["entry_point"])
-    beginning = str(row["prompt"])
     if re.search(rf"^def {re.escape(entry)}\b", code, re.MULTILINE):
         # The beginning stays: its imports and helpers are used, and the later definition is the one that counts.
-        beginning = f"{beginning}    pass\n\n\n"
-    elif code and not code.startswith((" ", "\t")):
+        return f"{beginning(row)}\n\n{code}\n"
+    if code.strip() and not code.lstrip("\r\n").startswith((" ", "\t")):
         code = "\n".join(f"    {line}" for line in code.splitlines())
-    return f"{beginning}{code}\n"
+    return f"{row['prompt']}{code}\n"
 
 
 def examples_of(prompt: str) -> list[tuple[str, str]]:

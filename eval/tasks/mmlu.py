@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain, zip_longest
 
 from eval.tasks.task import Row, Score, Source, Split
@@ -43,6 +43,9 @@ class Mmlu:
             shown = self._examples[row["subject"]]
             if len(shown) < num_shots:
                 shown.append(f"{_question(row)}\nAnswer: {LETTERS[int(row['answer'])]}")
+
+    def isolation(self, agents: Collection[str]) -> None:
+        """No programs are run."""
 
     def group(self, row: Row) -> str:
         """The subject."""

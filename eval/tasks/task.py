@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
+
+from eval.sandbox import Isolation
 
 Row = Mapping[str, Any]
 
@@ -79,6 +81,14 @@ class Task(Protocol):
     @property
     def tools(self) -> Mapping[str, str]:
         """Agents whose answer a tool works on, and how its result is announced; it stands behind the answer."""
+        ...
+
+    def isolation(self, agents: Collection[str]) -> Isolation | None:
+        """How programs that these agents write are kept apart when they are run; None: none are run.
+
+        Raises:
+            NoIsolation: they would be run, and the system has no way to keep them apart.
+        """
         ...
 
     def group(self, row: Row) -> str:

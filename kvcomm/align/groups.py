@@ -101,18 +101,18 @@ class Audit(NamedTuple):
         at_s: when, on the monotonic clock.
         divergence: nats, measured.
         predicted: nats; what calibration expected at most.
-        bound: that the caller asked for.
+        bound: that the caller asked for, a `Bound` or such a pair.
     """
 
     at_s: float
     divergence: float
     predicted: float
-    bound: Bound
+    bound: tuple[float, float]
 
     @property
     def is_violation(self) -> bool:
         """Whether it broke the bound; a divergence that is no number does."""
-        return not self.divergence <= self.bound.max_divergence
+        return not self.divergence <= self.bound[0]
 
 
 @dataclass(eq=False)
@@ -143,8 +143,9 @@ class EdgeGroup:
         """The factor on corrections."""
         return self.contest.winner
 
-    def breaker(self, bound: Bound) -> Breaker:
-        """The watch over one bound."""
+    def breaker(self, bound: tuple[float, float]) -> Breaker:
+        """The watch over one bound, which may be given as a pair."""
+        bound = Bound(*bound)
         return self.breakers.setdefault(bound, Breaker(bound.delta))
 
     def copy(self) -> EdgeGroup:

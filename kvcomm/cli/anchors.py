@@ -11,12 +11,10 @@ from urllib.parse import quote
 import typer
 from rich.text import Text
 
-from kvcomm.align.bound import Bound
 from kvcomm.cli.output import JsonFlag, emit, format_bytes, table
 from kvcomm.cli.remote import DEFAULT_SERVER, KeyFlag, ServerFlag, ask
 from kvcomm.cli.text import age_of, counted, printable
 from kvcomm.errors import InvalidRequest
-from kvcomm.plain import fields_of
 
 if TYPE_CHECKING:
     from kvcomm.align.profile_file import GroupRecord
@@ -30,7 +28,7 @@ app = typer.Typer(
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder of anchors.")]
 EdgePrefix = Annotated[str, typer.Argument(metavar="EDGE", help="The first digits of an edge; `ls` shows them.")]
-BOUNDS = (Bound(0.02, 0.05), Bound(0.05, 0.05))
+BOUNDS = ((0.02, 0.05), (0.05, 0.05))
 TRANSFER_TIMEOUT_S = 300.0
 
 
@@ -221,7 +219,7 @@ def _group_values(record: GroupRecord) -> dict[str, Any]:
         "estimator": record.estimator,
         "strength": group.strength,
         "num_pairs": group.calibration.num_pairs,
-        "tripped": [fields_of(bound) for bound, breaker in group.breakers.items() if breaker.tripped],
+        "tripped": [list(bound) for bound, breaker in group.breakers.items() if breaker.tripped],
         "rungs": [],
     }
     for rung, share in enumerate(record.shares):
@@ -248,8 +246,8 @@ def _chosen(record: GroupRecord, rung: int | None) -> float | None:
     return None if rung is None else record.shares[rung]
 
 
-def _bound_name(bound: Bound) -> str:
-    return f"{bound.max_divergence:g} nats at {bound.confidence:.0%}"
+def _bound_name(bound: tuple[float, float]) -> str:
+    return f"({bound[0]}, {bound[1]})"
 
 
 def _bound_columns() -> list[str]:

@@ -1,9 +1,10 @@
 """uvicorn's HTTP protocol with limits of its own, for clients that have shown no key yet.
 
 Headers have a time to come in, so that a client that sends them byte by byte holds no connection; so has the rest of a
-body that was refused before it was read. And there are only so many connections: when one too many comes, the one goes
+body that was refused before it was read. They have a size, looked at before they are parsed, which is done on the event
+loop. And there are only so many connections: when one too many comes, the one goes
 that has kept the server waiting longest. Nobody is told apart by address, since behind a proxy all have the same one.
-uvicorn itself only limits how long a connection may be idle between requests.
+uvicorn itself only limits how long a connection may be idle between requests, and how much of a header may be missing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+
+MAX_HEADER_BYTES = 32_768
+"""Of a request's line and headers."""
 
 
 class Connections:
@@ -76,6 +80,15 @@ def limited_protocol(header_timeout_s: float, max_connections: int) -> type[H11P
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             self._watch()
+
+        def handle_events(self) -> None:
+            if self.conn.their_state is h11.IDLE:
+                received, _ = self.conn.trailing_data
+                end = received.find(b"\r\n\r\n")
+                if (end if end >= 0 else len(received)) > MAX_HEADER_BYTES:
+                    self.send_400_response(f"The headers are larger than {MAX_HEADER_BYTES} bytes.")
+                    return
+            super().handle_events()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()

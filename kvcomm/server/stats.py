@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from fastapi import APIRouter, Depends
 
+from kvcomm.align.bound import Bound
 from kvcomm.align.groups import Audit, EdgeGroup
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.results import Usage
@@ -140,13 +141,14 @@ def _audits(groups: Iterable[EdgeGroup], now_s: float) -> list[AuditRecord]:
 
 
 def _audit(audit: Audit, group: EdgeGroup, now_s: float) -> AuditRecord:
+    bound = Bound(*audit.bound)
     return AuditRecord(
         ago_s=now_s - audit.at_s,
         group=group.key.digest,
         divergence=_finite(audit.divergence),
         predicted=_finite(audit.predicted),
-        max_divergence=audit.bound.max_divergence,
-        confidence=audit.bound.confidence,
+        max_divergence=bound.max_divergence,
+        confidence=bound.confidence,
         violated=audit.is_violation,
     )
 

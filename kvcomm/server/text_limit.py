@@ -24,6 +24,9 @@ SURELY = 2
 COMPOSED = 4
 """Unicode composition makes one character of so many at most, and of no more than so many times its bytes."""
 
+SLICE = 65_536
+"""Characters that are encoded in one go."""
+
 COMPOSING = frozenset({"NFC", "NFKC"})
 
 KEEPING = frozenset({"ByteLevel", "Metaspace", "Digits", "Punctuation", "Split", "UnicodeScripts"})
@@ -47,11 +50,10 @@ class TextLimit:
         """Raises PromptTooLong for a text that surely has more tokens than the model takes."""
         if len(text) <= self._num_probed and (self.max_bytes is None or len(text) * 4 <= self.max_bytes):
             return
-        num_bytes = len(text.encode("utf-8", "surrogatepass").translate(None, self._dropped))
-        if self.max_bytes is not None and num_bytes > self.max_bytes:
+        if self.max_bytes is not None and self._has_more_bytes(text, self.max_bytes):
             raise PromptTooLong(
-                f"a text of {num_bytes} bytes has more tokens than the model's limit of {self._max_context}: those "
-                f"hold {self.max_bytes} bytes at most"
+                f"a text of {len(text)} characters has more tokens than the model's limit of {self._max_context}: "
+                f"those hold {self.max_bytes} bytes at most"
             )
         if len(text) > self._num_probed:
             beginning = text[: self._num_probed]
@@ -61,6 +63,15 @@ class TextLimit:
                     f"the first {len(beginning)} characters of a text of {len(text)} have {num_tokens} tokens, and "
                     f"the model's limit is {self._max_context}"
                 )
+
+    def _has_more_bytes(self, text: str, most: int) -> bool:
+        num_bytes = 0
+        for start in range(0, len(text), SLICE):  # a copy of all of it would be as large again
+            encoded = text[start : start + SLICE].encode("utf-8", "surrogatepass")
+            num_bytes += len(encoded.translate(None, self._dropped))
+            if num_bytes > most:
+                return True
+        return False
 
 
 class TokenMeasure(NamedTuple):

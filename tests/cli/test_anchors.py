@@ -54,7 +54,7 @@ def test_ls_and_show(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [rung["share"] for rung in group["rungs"]] == [0.0, 0.5]
     assert group["rungs"][0]["median"] == pytest.approx(0.04)
     assert group["chosen"] == {"(0.02, 0.05)": None, "(0.05, 0.05)": None}  # nine pairs promise nothing at 0.05
-    assert group["tripped"] == [{"max_divergence": 0.02, "delta": 0.05}]
+    assert group["tripped"] == [[0.02, 0.05]]
 
 
 def test_tables_for_people(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

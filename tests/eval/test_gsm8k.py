@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from eval import gsm8k
+from eval.sandbox import NONE, isolation
 from eval.tasks import answering, replays, serving, teaching, timing
 from eval.tasks.gsm8k import Gsm8k, last_number
 from eval.tasks.options import make_parser, make_work
@@ -363,17 +364,19 @@ def test_seeds_choose_questions(arguments: list[str], tmp_path: Path) -> None:
         ("I cannot write programs.", "nothing, for there is no program"),
         ("", "nothing, for there is no program"),
         ("print('x' * 10_000)", "x" * 200),
-        ("import os\nos.fork()", "PermissionError: os.fork is not allowed here"),
+        ("import os\nos.fork()", "PermissionError: [Errno 1] Operation not permitted"),
     ],
 )
 def test_the_programmers_tool(answer: str, printed: str) -> None:
-    assert Gsm8k().use_tool("programmer", answer, {}) == printed
+    if "fork" in answer and isolation(unsafe=True) == NONE:
+        pytest.skip("nothing keeps programs apart here")
+    assert Gsm8k(unsafe=True).use_tool("programmer", answer, {}) == printed
 
 
 def test_readers_get_what_the_tool_gave(arguments: list[str], tmp_path: Path) -> None:
     """Behind the answer that it was made of, and moved together with it."""
     (tmp_path / "team.toml").write_text(TEAM.replace('"second"', '"programmer"'))
-    assert gsm8k.main([*arguments, "--modes=rotate", "--timed=1"]) == 0
+    assert gsm8k.main([*arguments, "--modes=rotate", "--timed=1", "--unsafe"]) == 0
     for index, sample in read(tmp_path, "dense").items():
         made = sample.answers["programmer"]
         assert made.result

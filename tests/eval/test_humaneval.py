@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from eval import humaneval
-from eval.sandbox import Limits
+from eval.sandbox import NONE, Limits, isolation
 from eval.tasks.humaneval import HumanEval, examples_of
 from eval.tasks.program import beginning_of, code_of
 from eval.tasks.statistics import pass_at_k
@@ -37,10 +37,12 @@ ROW = {
         ("", False, False),
         ("```python\nimport sys\nsys.exit(0)\n```", False, False),
         ("```python\ndef check(f): pass\ndef double(x): return 0\n```", False, False),
+        ("\n   \n    return 2 * x", True, False),
+        ("    class L(int):\n        def __eq__(self, other): return True\n    return L(5)", False, False),
     ],
 )
 def test_score(answer: str, right: bool, strict: bool) -> None:
-    score = HumanEval(Limits(seconds=5)).score(answer, {}, ROW)
+    score = HumanEval(Limits(seconds=120), unsafe=True).score(answer, {}, ROW)
     assert (score.is_right, score.is_right_otherwise) == (right, strict)
 
 
@@ -87,17 +89,19 @@ def double(x: int) -> int:
         ("return (", "SyntaxError: '(' was never closed"),
         (
             "import os\nos.fork()",
-            "0 of 2 examples; double(2) gives PermissionError('os.fork is not allowed here'), not 4",
+            "0 of 2 examples; double(2) gives PermissionError(1, 'Operation not permitted'), not 4",
         ),
     ],
 )
 def test_the_coders_tool_tries_the_examples_of_the_docstring(answer: str, said: str) -> None:
-    assert HumanEval().use_tool("coder", answer, {**ROW, "prompt": SHOWN}) == said
+    if "fork" in answer and isolation(unsafe=True) == NONE:
+        pytest.skip("nothing keeps programs apart here")
+    assert HumanEval(unsafe=True).use_tool("coder", answer, {**ROW, "prompt": SHOWN}) == said
 
 
 def test_without_examples_the_tool_says_whether_the_code_runs() -> None:
-    assert HumanEval().use_tool("coder", "return 2 * x", ROW) == "no error"
-    assert HumanEval().use_tool("coder", "return (", ROW).startswith("SyntaxError")
+    assert HumanEval(unsafe=True).use_tool("coder", "return 2 * x", ROW) == "no error"
+    assert HumanEval(unsafe=True).use_tool("coder", "return (", ROW).startswith("SyntaxError")
 
 
 def test_examples_are_those_of_the_last_function() -> None:
@@ -132,7 +136,7 @@ def test_a_run(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "team.toml").write_text(TEAM)
     arguments = [f"--model={tiny_folder}", f"--team={tmp_path / 'team.toml'}", f"--data={tmp_path}", "--agents=2"]
     arguments += [f"--out={tmp_path / 'out'}", "--limit=2", "--anchors=1", "--calibration=1", "--divergence=1"]
-    assert humaneval.main([*arguments, "--modes=exact,rotate", "--samples=3", "--timed=1", "--json"]) == 0
+    assert humaneval.main([*arguments, "--modes=exact,rotate", "--samples=3", "--timed=1", "--json", "--unsafe"]) == 0
     figures = {each["id"]: each["value"] for each in json.loads(capsys.readouterr().out)["figures"]}
     assert {
         "pass_at_1_dense",
@@ -141,6 +145,8 @@ def test_a_run(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         "pass_at_3_drawn_exact",
     } <= figures.keys()
     assert figures["flips_exact"] == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["facts"]["programs_kept_apart_by"] == str(isolation(unsafe=True))
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples" / "dense.jsonl").read_text().splitlines()]
     assert all(sample["answers"]["coder"]["result"] for sample in samples)
     assert all(sample["extra"]["drawn"] == 3 for sample in samples)

@@ -96,6 +96,20 @@ def test_a_refused_body_that_never_comes_is_not_waited_for(engine: Engine) -> No
         assert answer.startswith(b"HTTP/1.1 403")
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_large_headers(live: Live, at_once: bool) -> None:
+    """Bug: headers that came in one piece were parsed on the event loop, however large they were."""
+    fits, exceeds = (HEALTH[:-2] + b"a: b\r\n" * ((size - len(HEALTH)) // 6) for size in (32_700, 33_000))
+    for head, status in ((fits, b"200"), (exceeds, b"400")):
+        with live.connect() as connection:
+            if at_once:
+                connection.sendall(head + b"\r\n")
+            else:
+                connection.sendall(head[:20_000])
+                connection.sendall(head[20_000:] + b"\r\n")
+            assert connection.recv(12) == b"HTTP/1.1 " + status
+
+
 def _is_closed(connection: socket.socket) -> bool:
     try:
         return connection.recv(1) == b""

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from safetensors import SafetensorError
 from starlette.testclient import TestClient
@@ -128,7 +129,7 @@ def test_anchors_on_a_full_disk(
     assert "/somewhere" not in answer.text
     archive = client.get("/v1/anchors").content
     with monkeypatch.context() as patch, told(caplog, "No space left on device"):
-        patch.setattr(Path, "write_bytes", disk_full)
+        patch.setattr(anyio, "open_file", disk_full)
         answer = client.put("/admin/tenants/default/anchors", content=archive)
     assert error_of(answer) == (503, "anchors_failed")
 

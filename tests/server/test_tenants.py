@@ -103,7 +103,7 @@ def test_errors_about_a_full_pool_tell_no_numbers(
     secured: TestClient, keys: Keys, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = engine.context("x " * 200, tenant="bob"), engine.context("y " * 200, tenant="bob")
-    monkeypatch.setattr(engine.memory, "make_writable", _exhausted)
+    monkeypatch.setattr(engine.memory, "make_room", _exhausted)
     response = secured.post(CHAT, json=chat(), headers=keys.header("ann"))
     monkeypatch.undo()
     for context in held:

@@ -97,7 +97,7 @@ def test_at_the_limit_and_one_past_it() -> None:
     special = "<|endoftext|>"
     assert len(special) == longest
     limit.require(special * 10)
-    with pytest.raises(PromptTooLong, match=rf"{10 * longest + 1} bytes"):
+    with pytest.raises(PromptTooLong, match=rf"{10 * longest + 1} characters"):
         limit.require(special * 10 + "x")
 
 

@@ -150,10 +150,11 @@ class SnapshotFolder:
         with ExitStack() as stack:
             with locked(self._folder):
                 sweep(self._folder)  # what is unfinished now has a living writer
+                # In this order: what is finished in between, which needs no lock, is seen twice rather than never.
+                coming = {self._folder / name for name in unfinished(self._folder)}
                 files = {self._file(name) for name in self._names()}
                 if file in files and not replace:
                     raise _taken(file)
-                coming = {self._folder / name for name in unfinished(self._folder)}
                 num_files = len(files | coming)
                 if file not in files | coming and num_files >= self._max_snapshots:
                     message = f"this tenant has {num_files} of at most {self._max_snapshots} snapshots; delete some"
