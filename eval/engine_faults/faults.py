@@ -251,7 +251,7 @@ class Faults:
         return wrapped
 
     def _spoil(self, module: nn.Module, inputs: Any, logits: torch.Tensor) -> torch.Tensor | None:
-        kind = self.strikes("model.logits")
+        kind = self.strikes("model.logits") if logits.shape[-2] else None  # passes in the middle of a prompt want none
         if kind is None:
             return None
         spoiled = logits.clone()

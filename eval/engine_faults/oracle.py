@@ -234,8 +234,9 @@ class Oracle:
         if num_top is None:
             return
         given = choice.logprobs
-        if given is None or len(given) != len(choice.token_ids):
-            self._findings.wrong("not one log-probability for each token", f"{asked}: {choice}")
+        fewest = num_kept if cold.stopped else len(choice.token_ids)  # what a stop string left of a token has none
+        if given is None or not fewest <= len(given) <= len(choice.token_ids):
+            self._findings.wrong("not one log-probability for each token drawn", f"{asked}: {choice}")
             return
         for each, scores, token in zip(given[:num_kept], cold.scores, cold.drawn, strict=False):
             logprobs = scores - scores.max()
