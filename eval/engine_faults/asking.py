@@ -11,7 +11,7 @@ from eval.engine_faults.faults import FragileLoop
 from eval.engine_faults.oracle import Asked
 from eval.engine_faults.patience import SLICE_S
 from eval.engine_faults.values import REFUSED, TAKEN, resolve
-from eval.engine_faults.world import Flight, Hung, World
+from eval.engine_faults.world import Flight, Hung, World, named
 from kvcomm import ReusePolicy, SamplingParams
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.variant import Variant
@@ -80,9 +80,10 @@ def begin(world: World, settings: Mapping[str, Any]) -> tuple[Asked, RequestHand
     way, tokens, tenant = settings.get("way", "none"), world.tokens_of(settings["prompt"]), settings["tenant"]
     more = WAYS.get(way, {})
     params, values = read_params(settings)
-    asked = world.asked(tokens, params or SamplingParams(), tenant, may_move=bool(more))
+    adapter = world.adapter_of(settings)
+    asked = world.asked(tokens, params or SamplingParams(), tenant, adapter, may_move=bool(more))
     asked.is_invalid = params is None or "special" in settings["prompt"]
-    more = {**more, "reads_cache": settings.get("reads_cache", True)}
+    more = {**more, **named(adapter), "reads_cache": settings.get("reads_cache", True)}
     try:
         return asked, world.engine.submit(world.prompt_of(settings["prompt"]), tenant=tenant, **more, **values)
     except Exception as error:

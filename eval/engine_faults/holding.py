@@ -14,7 +14,7 @@ import torch
 from eval.engine_faults.asking import WAYS, read_async, read_params, read_stream
 from eval.engine_faults.oracle import Asked
 from eval.engine_faults.values import resolve
-from eval.engine_faults.world import PROBE, Flight, Held, Saved, World
+from eval.engine_faults.world import PROBE, Flight, Held, Saved, World, named
 from kvcomm import Context, SamplingParams
 from kvcomm.errors import SnapshotError
 from kvcomm.memory.fidelity import Fidelity
@@ -107,7 +107,7 @@ def answer_of_fork(world: World, settings: Mapping[str, Any]) -> None:
 def refused(world: World, settings: Mapping[str, Any]) -> bool:
     """Bad values are refused by a context as well, and it stays as it is; False where there is none."""
     with world.taken(settings["which"]) as held:
-        if held is None or held.flight is not None or held.weights != world.subject.weights:
+        if held is None or held.flight is not None or held.weights != world.weights_of(held.adapter):
             return False
         asked, before = _asked(world, held, None, PREFILL)
         asked.is_invalid = True
@@ -151,10 +151,9 @@ def save(world: World, settings: Mapping[str, Any]) -> None:
                 world.oracle.judge_error(asked, error)
             _settled(world, held, before, asked)
             return
-        is_exact = held.context.fidelity is Fidelity.EXACT
         with world.lock:
             world.snapshots = [saved for saved in world.snapshots if saved.file != file]
-            world.snapshots.append(Saved(file, held.context.tokens, held.tenant, held.weights, is_exact))
+            world.snapshots.append(Saved(file, held.context.tokens, held.tenant, held.weights, held.adapter))
 
 
 def restore(world: World, settings: Mapping[str, Any]) -> None:
@@ -163,15 +162,16 @@ def restore(world: World, settings: Mapping[str, Any]) -> None:
     if saved is None:
         save(world, settings)
         return
-    asked = world.asked(saved.tokens, PREFILL, saved.tenant, held_other_weights=saved.weights != world.subject.weights)
+    asked = world.asked(saved.tokens, PREFILL, saved.tenant, saved.adapter)
+    asked.held_other_weights = saved.weights != asked.weights
     try:
-        restored = world.engine.restore(saved.file, tenant=saved.tenant)
+        restored = world.engine.restore(saved.file, tenant=saved.tenant, **named(saved.adapter))
     except Exception as error:
         is_foreign = asked.held_other_weights or not _is_newest(world, saved)
         if not (isinstance(error, SnapshotError) and (is_foreign or _has_read_fault(world, asked))):
             world.oracle.judge_error(asked, error)
         return
-    held = Held(restored, saved.tenant, saved.weights)
+    held = Held(restored, saved.tenant, saved.weights, saved.adapter)
     if _is_newest(world, saved):
         world.expect_tokens(held, saved.tokens, asked)
     world.keep(held)
@@ -232,14 +232,15 @@ def to_cache(world: World, settings: Mapping[str, Any]) -> None:
 def from_cache(world: World, settings: Mapping[str, Any]) -> None:
     """A context from a stock forward's cache."""
     tokens, tenant = world.tokens_of(settings["prompt"]), settings["tenant"]
-    asked = world.asked(tokens, PREFILL, tenant)
+    adapter = world.adapter_of(settings)
+    asked = world.asked(tokens, PREFILL, tenant, adapter)
     try:
-        cache = world.reference.cache(world.subject.weights, tokens)
-        made = world.engine.context_from_hf_cache(cache, list(tokens), tenant=tenant)
+        cache = world.reference.cache(asked.weights, tokens)
+        made = world.engine.context_from_hf_cache(cache, list(tokens), tenant=tenant, **named(adapter))
     except Exception as error:
         world.oracle.judge_error(asked, error)
         return
-    held = Held(made, tenant, world.subject.weights)
+    held = Held(made, tenant, asked.weights, adapter)
     world.expect_tokens(held, tokens, asked)
     world.keep(held)
 
@@ -263,14 +264,14 @@ def repair(world: World, settings: Mapping[str, Any]) -> None:
 def _make(world: World, settings: Mapping[str, Any]) -> Held | None:
     tokens, tenant = world.tokens_of(settings["prompt"]), settings.get("tenant", "a")
     more = WAYS["policy"] if settings.get("way") == "policy" else {}
-    asked = world.asked(tokens, PREFILL, tenant, may_move=bool(more))
-    weights = world.subject.weights
+    adapter = world.adapter_of(settings)
+    asked = world.asked(tokens, PREFILL, tenant, adapter, may_move=bool(more))
     try:
-        made = world.engine.context(world.prompt_of(settings["prompt"]), tenant=tenant, **more)
+        made = world.engine.context(world.prompt_of(settings["prompt"]), tenant=tenant, **named(adapter), **more)
     except Exception as error:
         world.oracle.judge_error(asked, error)
         return None
-    held = Held(made, tenant, weights)
+    held = Held(made, tenant, asked.weights, adapter)
     world.expect_tokens(held, tokens, asked)
     return held
 
@@ -283,7 +284,7 @@ def _fork(world: World, parent: Held) -> Held | None:
     except Exception as error:
         world.oracle.judge_error(asked, error)
         return None
-    return Held(child, parent.tenant, parent.weights)
+    return Held(child, parent.tenant, parent.weights, parent.adapter)
 
 
 def _begin(world: World, held: Held, settings: Mapping[str, Any]) -> Flight | None:
@@ -313,9 +314,9 @@ def _asked(
     """What is asked of a context, and its tokens before (unless a request is running on it)."""
     before = held.context.tokens
     tokens = (*before, *(() if prompt is None else world.tokens_of(prompt)))
-    asked = world.asked(tokens, params, held.tenant, may_move=_may_move(held.context))
+    asked = world.asked(tokens, params, held.tenant, held.adapter, may_move=_may_move(held.context))
     asked.context_was_busy = held.flight is not None
-    asked.held_other_weights = held.weights != world.subject.weights
+    asked.held_other_weights = held.weights != asked.weights
     return asked, before
 
 

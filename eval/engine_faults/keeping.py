@@ -7,7 +7,7 @@ from typing import Any
 
 from eval.engine_faults.asking import WAYS
 from eval.engine_faults.operations import NAMED
-from eval.engine_faults.world import Pin, World
+from eval.engine_faults.world import Pin, World, named
 from kvcomm import SamplingParams
 
 PREFILL = SamplingParams(max_new_tokens=0)
@@ -61,8 +61,9 @@ def clear(world: World, settings: Mapping[str, Any]) -> None:
 def explain(world: World, settings: Mapping[str, Any]) -> None:
     """Ask for a plan: it covers the prompt."""
     tokens, tenant = world.tokens_of(settings["prompt"]), settings["tenant"]
-    more = WAYS["policy"] if settings["which"] % 3 == 0 else {}
-    asked = world.asked(tokens, PREFILL, tenant)
+    adapter = world.adapter_of(settings)
+    more = {**(WAYS["policy"] if settings["which"] % 3 == 0 else {}), **named(adapter)}
+    asked = world.asked(tokens, PREFILL, tenant, adapter)
     try:
         explained = world.engine.explain(world.prompt_of(settings["prompt"]), tenant=tenant, **more)
     except Exception as error:
@@ -93,9 +94,10 @@ def segments(world: World, settings: Mapping[str, Any]) -> None:
 def learn(world: World, settings: Mapping[str, Any]) -> None:
     """Let the engine learn from a prompt when it is idle."""
     tenant = settings["tenant"]
-    asked = world.asked(world.tokens_of(settings["prompt"]), PREFILL, tenant)
+    adapter = world.adapter_of(settings)
+    asked = world.asked(world.tokens_of(settings["prompt"]), PREFILL, tenant, adapter)
     try:
-        job = world.engine.learn(world.prompt_of(settings["prompt"]), tenant=tenant)
+        job = world.engine.learn(world.prompt_of(settings["prompt"]), tenant=tenant, **named(adapter))
     except Exception as error:
         world.oracle.judge_error(asked, error)
         return

@@ -83,6 +83,8 @@ NAMED = (
 )
 STOPS = ("e", " ", "a", "th", "\n", "is", ". ", "é", "😀", "0")
 MAX_TOGETHER = 4
+NAMES_ADAPTER = 0.2
+"""Share of requests that name an adapter, where there are any."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,8 @@ def draw_operation(draw: random.Random, name: str, shares: Mapping[str, int]) ->
     """One operation of a given name."""
     which = {"which": draw.randrange(1000)}
     prompt = {"prompt": _prompt(draw), "tenant": _tenant(draw)}
+    if draw.random() < NAMES_ADAPTER:
+        prompt["adapter"] = draw.randrange(1000)
     greedy = {"sampling": _greedy(draw)}
     settings: dict[str, Any]
     match name:
@@ -171,7 +175,7 @@ def draw_operation(draw: random.Random, name: str, shares: Mapping[str, int]) ->
             settings = {**prompt, "sampling": {**drawn, "logprobs": draw.choice((0, 1, 3, 100))}}
         case "ask_moved":
             way = draw.choice(("policy", "variant", "variant", "none"))
-            settings = {**greedy, "prompt": _segments(draw), "tenant": draw.choice(TENANTS[:2]), "way": way}
+            settings = {**prompt, **greedy, "prompt": _segments(draw), "tenant": draw.choice(TENANTS[:2]), "way": way}
         case "ask_unusual":
             settings = {**prompt, "sampling": _unusual(draw)}
         case "ask_refused":

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,9 @@ from eval.engine_faults.values import SPECIAL
 from kvcomm import Completion, Context, Engine, EngineConfig, SamplingParams, Segment
 from kvcomm.engine.handle import RequestHandle
 
+KNOWS_ADAPTERS = "adapter" in signature(Engine.submit).parameters
+"""Whether requests may name the adapter that computes them."""
+
 PROBE = tuple(range(40, 52))
 MAX_CONTEXTS = 6
 
@@ -37,11 +41,18 @@ class Hung(Exception):
 
 @dataclass(eq=False)
 class Held:
-    """A context and what is known about it; `flight` runs on it, or ran and was not looked at yet."""
+    """A context and what is known about it.
+
+    Attributes:
+        weights: that computed it.
+        adapter: that it names; None: it goes by what is active.
+        flight: runs on it, or ran and was not looked at yet.
+    """
 
     context: Context
     tenant: str
     weights: Weights
+    adapter: str | None = None
     flight: Flight | None = None
 
 
@@ -71,7 +82,7 @@ class Saved(NamedTuple):
     tokens: tuple[int, ...]
     tenant: str
     weights: Weights
-    is_exact: bool
+    adapter: str | None
 
 
 class World:
@@ -134,12 +145,24 @@ class World:
 
     # What callers ask, counted again.
 
-    def asked(self, tokens: tuple[int, ...], params: SamplingParams, tenant: str, **more: Any) -> Asked:
+    def adapter_of(self, settings: Mapping[str, Any]) -> str | None:
+        """The adapter that an operation names; None where it names none, or engines do not know them."""
+        which = settings.get("adapter")
+        adapters = self.subject.adapters
+        return adapters[which % len(adapters)] if which is not None and KNOWS_ADAPTERS else None
+
+    def weights_of(self, adapter: str | None) -> Weights:
+        """The weights in force for whoever names this adapter, or none."""
+        return self.subject.weights if adapter is None else self.subject.weights._replace(adapter=adapter)
+
+    def asked(
+        self, tokens: tuple[int, ...], params: SamplingParams, tenant: str, adapter: str | None = None, **more: Any
+    ) -> Asked:
         """A request that is about to be made."""
         with self.lock:
             is_first = tenant not in self.tenants
             self.tenants.add(tenant)
-        weights = self.subject.weights
+        weights = self.weights_of(adapter)
         return Asked(tokens, params, weights, tenant, self.faults.fired.copy(), is_first=is_first, **more)
 
     def num_pages_at_most(self, asked: Asked) -> int:
@@ -397,6 +420,11 @@ class World:
     def _is_holding(self) -> bool:
         self.jobs = [job for job in self.jobs if not job.done()]
         return bool(self._held or self.has_pinned or self._num_taken or self.jobs or self._has_forgotten)
+
+
+def named(adapter: str | None) -> dict[str, str]:
+    """The adapter as a keyword, if there is one."""
+    return {} if adapter is None else {"adapter": adapter}
 
 
 def strip_tracebacks(faults: Faults) -> None:
