@@ -9,12 +9,14 @@ the way out. Our own broken invariants stay `AssertionError`.
     |  +- PromptTooLong
     |  +- UnknownToken
     |  +- TemplateError                   placeholders, cycles, missing inputs of an agent group
+    |  +- UnknownAdapter                  no adapter of that name has been loaded
     +- ContextReleased                    a context was used after release()
     +- ContextBusy                        a context already has a request in flight
     +- PoolExhausted                      no free page now; carries the numbers
     |  +- PoolTooSmall                    would not fit even an empty pool
     |  +- QuotaExceeded                   the tenant's own quota, not the pool, is full
     +- RequestCancelled                   the request was cancelled; what was generated is attached
+    +- WeightsChanged                     the KV was computed by other weights, or another adapter, than are there now
     +- NumericalError                     NaN or infinite logits
     +- AgentFailed                        an agent of a group could not answer; __cause__ says why
     +- EngineClosed                       the engine was closed, or its loop died
@@ -59,6 +61,14 @@ class UnknownToken(InvalidRequest):
 
 class TemplateError(InvalidRequest):
     """A prompt template and its inputs do not fit together; names the agent and the placeholder."""
+
+
+class UnknownAdapter(InvalidRequest):
+    """No adapter of that name has been loaded into the model."""
+
+
+class WeightsChanged(KVCommError):
+    """The model's weights or adapters are not those that the KV at hand was computed by, or changed meanwhile."""
 
 
 class ContextReleased(KVCommError):

@@ -27,6 +27,7 @@ class Agent:
         system: the system turn; empty: none is given to the chat template.
         prompt: the user turn.
         sampling: how answers are sampled; None: as the group says.
+        adapter: that computes its answers, by a name that the engine knows; None: the model as its user has left it.
 
     Raises:
         TemplateError: a bad agent name, a mistake in a template, or sampling with n other than 1.
@@ -36,6 +37,7 @@ class Agent:
     system: str = ""
     prompt: str = "{question}"
     sampling: SamplingParams | None = None
+    adapter: str | None = None
     system_parts: tuple[Part, ...] = field(init=False, repr=False, compare=False)
     prompt_parts: tuple[Part, ...] = field(init=False, repr=False, compare=False)
 

@@ -107,6 +107,7 @@ class KVCommAgentGroup:
 
         Raises:
             TemplateError: placeholders, agents and inputs do not fit together. Nothing has run.
+            UnknownAdapter: an agent names an adapter that the engine does not have. Nothing has run.
             PromptTooLong: a prompt exceeds the model's limit; names the agent and its largest slots.
             AgentFailed: an agent could not answer; the others were cancelled.
         """
@@ -165,6 +166,7 @@ class KVCommAgentGroup:
             tenant=self._tenant,
             policy=self.policy,
         )
+        plan.check_adapters()
         plan.check_lengths()
         return plan
 

@@ -32,7 +32,7 @@ from kvcomm.agents.results import (
 from kvcomm.agents.templates import Slot
 from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.sampling import SamplingParams
-from kvcomm.errors import AgentFailed, KVCommError, PromptTooLong
+from kvcomm.errors import AgentFailed, KVCommError, PromptTooLong, UnknownAdapter
 from kvcomm.memory.segments import Segment
 
 if TYPE_CHECKING:
@@ -73,6 +73,15 @@ class RunPlan:
     sampling: SamplingParams
     tenant: str
     policy: ReusePolicy
+
+    def check_adapters(self) -> None:
+        """Raise UnknownAdapter for an agent whose adapter the engine does not have."""
+        wanted = {agent.adapter: agent.name for agent in self.graph.agents if agent.adapter is not None}
+        known = self.engine.adapters if wanted else ()
+        for adapter, name in wanted.items():
+            if adapter not in known:
+                listed = ", ".join(known) or "none"
+                raise UnknownAdapter(f"agent {name!r}: the engine has no adapter {adapter!r}; loaded: {listed}")
 
     def check_lengths(self) -> None:
         """Raise PromptTooLong for a prompt that is too long even if every agent it reads says nothing."""
@@ -173,7 +182,13 @@ class GroupRun:
     def _submit(self, task: Task, prompt: tuple[Segment, ...]) -> None:
         sampling = self._plan.sampling_of(self._agents[task.agent])
         started_s = self._now_s()
-        handle = self._plan.engine.submit(prompt, sampling, tenant=self._plan.tenant, policy=self._plan.policy)
+        handle = self._plan.engine.submit(
+            prompt,
+            sampling,
+            adapter=self._agents[task.agent].adapter,
+            tenant=self._plan.tenant,
+            policy=self._plan.policy,
+        )
         del self._pending[task]
         self._handles[task] = handle
         self._emit(AgentStarted(*task, sum(len(segment.token_ids) for segment in prompt)))

@@ -11,6 +11,7 @@
     system = "You solve ..."
     prompt = "Question: {question}"
     sampling = { temperature = 0.7 }      # over the defaults, field by field
+    adapter = "poet"                      # optional: one that the engine has loaded under this name
 
 A key that is not listed here fails with file, table and key. A team is a value; it knows no engine until it
 is asked for a group.
@@ -50,7 +51,7 @@ _TOP_KEYS = {
     "agents": list[Any],
 }
 _DEFAULT_KEYS = {"rounds": int, "sampling": dict[str, Any]}
-_AGENT_KEYS = {"name": str, "system": str, "prompt": str, "sampling": dict[str, Any]}
+_AGENT_KEYS = {"name": str, "system": str, "prompt": str, "sampling": dict[str, Any], "adapter": str}
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def _agent_from(table: object, number: int, defaults: Table, file: str) -> Agent
     sampling = _sampling_from(defaults, file, "[defaults], sampling", {})
     if "sampling" in table:
         sampling = _sampling_from(table["sampling"], file, f"{where}, sampling", defaults)
-    texts = {key: table[key] for key in ("system", "prompt") if key in table}
+    texts = {key: table[key] for key in ("system", "prompt", "adapter") if key in table}
     try:
         return Agent(table["name"], sampling=sampling, **texts)
     except TemplateError as error:

@@ -51,8 +51,9 @@ def warm_up(
         note: told what is being done, for people.
 
     Raises:
-        InvalidRequest: nothing is left to calibrate on.
+        InvalidRequest: nothing is left to calibrate on, or an agent has an adapter.
     """
+    require_no_adapters(team)
     num_exact = num_anchors + max(1, 3 * (len(inputs) - num_anchors) // 4)
     if len(inputs) <= num_exact or num_anchors < 1:
         raise InvalidRequest(f"{len(inputs)} inputs are too few: {num_anchors} teach, at least 2 more calibrate")
@@ -72,6 +73,16 @@ def warm_up(
     note("learning in idle time")
     engine.wait_idle()
     engine.clear_cache()
+
+
+def require_no_adapters(team: Team) -> None:
+    """Raise InvalidRequest for a team of which an agent has an adapter: what is learned here is learned without."""
+    for agent in team.agents:
+        if agent.adapter is not None:
+            raise InvalidRequest(
+                f"agent {agent.name!r} has the adapter {agent.adapter!r}; teams with adapters cannot be warmed up or"
+                " tuned: their requests learn by themselves, under a policy that lets them"
+            )
 
 
 def limited(team: Team, max_new_tokens: int) -> Team:

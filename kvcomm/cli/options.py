@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,11 +49,45 @@ TemperatureFlag = Annotated[
 SeedFlag = Annotated[int | None, typer.Option("--seed", min=0, metavar="SEED", help="Seed of the random draws.")]
 
 
+AdapterFlag = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", metavar="NAME=FOLDER", help="An adapter, as PEFT saves it; may be repeated."),
+]
+
+
 def load_engine(model: str) -> Engine:
     """The engine for a command, with progress on stderr."""
     from kvcomm.engine.engine import Engine
 
     return Engine.load(model, progress=True)
+
+
+def with_adapters(engine: Engine, adapters: Mapping[str, Path]) -> Engine:
+    """The engine with these adapters; closed if one of them cannot be loaded."""
+    try:
+        for name, folder in adapters.items():
+            engine.load_adapter(name, folder)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def adapter_folders(given: Sequence[str] | None) -> dict[str, Path]:
+    """What --adapter says.
+
+    Raises:
+        InvalidRequest: one is not of the form NAME=FOLDER, or a name stands there twice.
+    """
+    folders: dict[str, Path] = {}
+    for item in given or ():
+        name, equals, folder = item.partition("=")
+        if not equals or not name or not folder:
+            raise InvalidRequest(f"--adapter {item!r} is not of the form NAME=FOLDER")
+        if name in folders:
+            raise InvalidRequest(f"--adapter {name!r} is given twice; an adapter has one folder")
+        folders[name] = Path(folder).expanduser()
+    return folders
 
 
 def sampling_settings(

@@ -15,12 +15,15 @@ from rich.table import Table
 
 from kvcomm.cli.options import (
     DEFAULT_MODEL,
+    AdapterFlag,
     MaxNewTokensFlag,
     ModelFlag,
     SeedFlag,
     TemperatureFlag,
+    adapter_folders,
     load_engine,
     sampling_settings,
+    with_adapters,
 )
 from kvcomm.cli.output import JsonFlag, emit, table
 from kvcomm.cli.text import printable, usage_values
@@ -62,6 +65,7 @@ def run(
         typer.Option("--profile", metavar="PROFILE", help="Reuse as `kvcomm tune` found best for this team."),
     ] = None,
     model: ModelFlag = DEFAULT_MODEL,
+    adapters: AdapterFlag = None,
     stream: Annotated[
         bool | None,
         typer.Option("--stream/--no-stream", help="Show answers as they come; with --json on stderr, off by default."),
@@ -70,10 +74,12 @@ def run(
 ) -> None:
     """Let a team of agents answer, or answer one prompt.
 
+    Agents of a team name their adapters; one prompt is answered by the adapter that is given with it.
     Ends with a table of where each agent's prompt tokens came from and how long its first token took.
     """
     settings = sampling_settings(max_new_tokens, temperature, seed)
-    wanted = _team(team, prompt, inputs, raw=raw, rounds=rounds)
+    folders = adapter_folders(adapters)
+    wanted = _team(team, prompt, inputs, raw=raw, rounds=rounds, adapters=tuple(folders))
     tuned = wanted
     wanted = _with_sampling(wanted, settings)
     values = {**wanted.inputs, **_inputs(inputs)}
@@ -83,7 +89,7 @@ def run(
     num_rounds = rounds or wanted.rounds
     is_streamed = not as_json if stream is None else stream
     engine, policy = (load_engine(model), None) if profile is None else _tuned(profile, tuned, model)
-    with engine:
+    with with_adapters(engine, folders):
         events = _events(engine, wanted, values, num_rounds, raw=raw, policy=policy)
         with _view(wanted, num_rounds, is_streamed=is_streamed, as_json=as_json) as view:
             result = _follow(events, view)
@@ -95,7 +101,15 @@ def run(
     emit(value, _table(answers, num_rounds), as_json=as_json)
 
 
-def _team(team: str | None, prompt: str | None, inputs: list[str] | None, *, raw: bool, rounds: int | None) -> Team:
+def _team(
+    team: str | None,
+    prompt: str | None,
+    inputs: list[str] | None,
+    *,
+    raw: bool,
+    rounds: int | None,
+    adapters: Sequence[str],
+) -> Team:
     from kvcomm.agents.agent import Agent
     from kvcomm.agents.team import Team, load_team
 
@@ -109,7 +123,9 @@ def _team(team: str | None, prompt: str | None, inputs: list[str] | None, *, raw
         raise InvalidRequest("--input and --rounds go with a team, not with --prompt")
     if not prompt or not prompt.strip():
         raise EmptyPrompt(f"the prompt is empty: {prompt!r}")
-    return Team(ALONE, (Agent(ALONE, prompt="{prompt}"),))
+    if len(adapters) > 1:
+        raise InvalidRequest(f"one prompt is answered by one adapter, not by {', '.join(adapters)}")
+    return Team(ALONE, (Agent(ALONE, prompt="{prompt}", adapter=next(iter(adapters), None)),))
 
 
 def _tuned(profile: Path, team: Team, model: str) -> tuple[Engine, ReusePolicy]:
@@ -164,7 +180,7 @@ def _raw_events(engine: Engine, prompt: str, team: Team) -> Generator[GroupEvent
     from kvcomm.agents.results import AgentFinished, AgentResult, AgentStarted, AgentText, GroupFinished, GroupResult
 
     segments = engine.read_prompt(prompt, is_start=True)
-    handle = engine.submit(segments, team.agents[0].sampling)
+    handle = engine.submit(segments, team.agents[0].sampling, adapter=team.agents[0].adapter)
     yield AgentStarted(ALONE, 1, sum(len(segment.token_ids) for segment in segments))
     for chunk in handle:
         yield AgentText(ALONE, 1, chunk.text, chunk.token_ids)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvcomm.cli.options import AdapterFlag, adapter_folders, with_adapters
 from kvcomm.cli.output import JsonFlag, emit, table
 from kvcomm.cli.remote import DEFAULT_SERVER, ServerFlag
 from kvcomm.cli.serve_tenants import AdminKeyFlag, said_of, statuses, wait_until_revoked
@@ -60,6 +61,7 @@ def serve(
     served_name: Annotated[
         str | None, typer.Option("--served-name", metavar="NAME", help="What clients call the model.")
     ] = None,
+    adapters: AdapterFlag = None,
     host: Annotated[
         str | None, typer.Option("--host", help="Where to listen; 127.0.0.1 by default, others need --keys.")
     ] = None,
@@ -133,6 +135,7 @@ def serve(
     flags = {
         "model": model,
         "served_name": served_name,
+        "adapters": adapter_folders(adapters) or None,
         "host": host,
         "port": port,
         "allowed_hosts": allowed_host or None,
@@ -189,9 +192,10 @@ def _serve(settings: ServerSettings, *, as_json: bool) -> None:
         from kvcomm.server.app import make_app
         from kvcomm.server.running import make_server
 
-        with Engine.load(
+        engine = Engine.load(
             settings.model, dtype=settings.dtype, device=settings.device, config=settings.engine, progress=True
-        ) as engine:
+        )
+        with with_adapters(engine, settings.adapters):
             server = make_server(make_app(engine, settings, keys=keys, traces=traces))
             gc.collect()
             gc.freeze()  # what stays as long as the server is never looked through again: half a second for everybody

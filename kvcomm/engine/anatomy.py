@@ -28,7 +28,8 @@ from kvcomm.engine.variant import Variant
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence as KVSequence
-from kvcomm.model.runner import ModelRunner, Run
+from kvcomm.model.live import Weights
+from kvcomm.model.runner import Run
 
 
 class Anatomy(NamedTuple):
@@ -84,7 +85,8 @@ def dissect(
     segments, tokens = engine.read_prompt(prompt, is_start=True), tuple(answer)[:NUM_CONTINUATION]
     if not tokens:
         raise InvalidRequest("an empty answer cannot be replayed; generate at least one token")
-    future = _Dissector(engine).dissect(engine.namespace(tenant), segments, tokens, tuple(variants))
+    weights = engine.live.now(closely=True)
+    future = _Dissector(engine).dissect(engine.namespace(tenant), weights, segments, tokens, tuple(variants))
     engine._loop.wake()
     return future
 
@@ -104,16 +106,15 @@ class _Dissector(Learner):
             end_token_ids=end_token_ids(engine.model, engine.tokenizer),
         )
         self._pool = engine.pool
-        self._runner = ModelRunner(
-            engine.model,
-            keys=engine.pool.keys,
-            values=engine.pool.values,
-            page_size=engine.config.page_size,
-            backend=engine.backend,
-        )
+        self._runner = engine.runner
 
     def dissect(
-        self, namespace: str, segments: tuple[Segment, ...], answer: tuple[int, ...], variants: Sequence[Variant]
+        self,
+        namespace: str,
+        weights: Weights,
+        segments: tuple[Segment, ...],
+        answer: tuple[int, ...],
+        variants: Sequence[Variant],
     ) -> Future[Dissection]:
         """See `dissect`."""
         future: Future[Any] = Future()
@@ -130,7 +131,7 @@ class _Dissector(Learner):
                 yield
             future.set_result(Dissection(exact, tuple(found)))
 
-        self._add_trial(namespace, segments, steps, future)
+        self._add_trial(namespace, weights, segments, steps, future)
         return future
 
     def _anatomy(

@@ -28,6 +28,7 @@ from kvcomm.errors import ContextBusy, ContextReleased, InvalidRequest
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
+from kvcomm.model.live import Weights
 from kvcomm.plain import short
 from kvcomm.values import told
 
@@ -66,6 +67,9 @@ class Context:
     Usable in a `with` statement, which releases it.
 
     Attributes:
+        weights: those that computed it. While the model, or the adapter, has others it can be read, forked and saved,
+            but not be gone on with.
+        adapter: that it names; None: the model as its user leaves it.
         note: a text of its user's, kept in snapshots and otherwise left alone; forks begin without one.
     """
 
@@ -75,6 +79,8 @@ class Context:
         sequence: Sequence,
         *,
         tenant: str,
+        weights: Weights,
+        adapter: str | None = None,
         name: str | None = None,
         segments: tuple[Segment, ...] = (),
         last_logits: Tensor | None = None,
@@ -90,6 +96,8 @@ class Context:
         self._request: RequestHandle | None = None
         self._released = False
         self.tenant = tenant
+        self.weights = weights
+        self.adapter = adapter
         self.name = name
         self.policy = policy
         self.note = note
@@ -145,6 +153,7 @@ class Context:
 
         Raises:
             ContextReleased, ContextBusy: the context cannot be written.
+            WeightsChanged: the model, or the adapter, has other weights now than those that computed the context.
             InvalidRequest: empty, too long, or unknown tokens; the context is unchanged.
             PoolExhausted: no pages; the context is unchanged.
         """
@@ -169,6 +178,8 @@ class Context:
                 self._engine,
                 sequence,
                 tenant=self.tenant,
+                weights=self.weights,
+                adapter=self.adapter,
                 name=name,
                 segments=segments,
                 last_logits=logits,
@@ -183,6 +194,7 @@ class Context:
 
         Raises:
             ContextReleased, ContextBusy: the context cannot be written.
+            WeightsChanged: see `extend`; or the weights changed while the answer was computed.
             InvalidRequest: sampling settings, or prompt and answer exceed the model's limit.
             PoolExhausted, NumericalError, RequestCancelled: nothing was kept.
         """
@@ -238,6 +250,7 @@ class Context:
 
         Raises:
             ContextReleased, ContextBusy: there is no state to copy.
+            WeightsChanged: stock `generate` would go on with other weights than those that computed it.
         """
         self._require_idle()
         return self._engine.copy_to_hf_cache(self, whole=whole)
@@ -250,6 +263,7 @@ class Context:
 
         Raises:
             ContextReleased: there is nothing to repair.
+            WeightsChanged: see `extend`.
         """
         self._require_alive()
         return self._engine.repair(self)

@@ -23,6 +23,7 @@ from kvcomm import values
 from kvcomm.align.groups import EdgeGroup
 from kvcomm.align.profile_file import Profile
 from kvcomm.config import EngineConfig
+from kvcomm.engine.adapters import Adapters
 from kvcomm.engine.context import Context, sampling_params
 from kvcomm.engine.detokenize import Detokenizer
 from kvcomm.engine.encoding import TextEncoder
@@ -41,19 +42,20 @@ from kvcomm.engine.sampling import Sampler, SamplingParams
 from kvcomm.engine.scheduler import Scheduler
 from kvcomm.engine.token_texts import TokenTexts
 from kvcomm.engine.variant import Variant
-from kvcomm.errors import InvalidRequest
+from kvcomm.errors import InvalidRequest, UnknownAdapter, WeightsChanged
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PagePool
 from kvcomm.memory.segment_tree import SegmentNode
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
+from kvcomm.model.adapters import without_wrapper
 from kvcomm.model.attention import make_backend
 from kvcomm.model.geometry import ModelGeometry
+from kvcomm.model.live import LiveWeights, Weights
 from kvcomm.model.loading import load_model
-from kvcomm.model.namespace import model_identity, tenant_namespace
+from kvcomm.model.namespace import model_identity
 from kvcomm.model.runner import ModelRunner
-from kvcomm.model.weights import weights_digest
 from kvcomm.plain import MAX_TEXT
 
 DEFAULT_TENANT = "default"
@@ -87,8 +89,10 @@ class Engine:
         weights_id: str | None = None,
     ) -> None:
         """Args:
-        model: a decoder on its device, in its dtype; it is put into eval mode.
-        weights_id: identity of the weights where it is known already; else they are hashed (about 0.2 s per GB).
+        model: a decoder on its device, in its dtype; it is put into eval mode. Adapters that PEFT has put into its
+            layers may be named by requests, also where the model is wrapped in a `PeftModel`.
+        weights_id: identity of the weights without adapters where it is known already; else they are hashed (about
+            0.2 s per GB).
 
         Raises:
             UnsupportedModel: its KV cannot be cached soundly.
@@ -96,23 +100,27 @@ class Engine:
         """
         self.config = config or EngineConfig()
         self.policy = _policy(policy) or ReusePolicy.exact()
+        given, model = model, without_wrapper(model)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.geometry = ModelGeometry.from_model(model)
         self.backend = make_backend(self.config.attention, model.device)
-        self._identity = self._model_identity(weights_id or weights_digest(model))
+        self.live = LiveWeights(model, weights_id)
+        self._adapters = Adapters(given, model, self.live, self._model_identity)
         self.memory = self._make_memory()
         self.pool, self.tree = self.memory.pool, self.memory.tree
         self._lock = RLock()
-        runner = ModelRunner(
+        self.runner = runner = ModelRunner(
             model,
             keys=self.pool.keys,
             values=self.pool.values,
             page_size=self.config.page_size,
             backend=self.backend,
+            live=self.live,
         )
         ends = end_token_ids(model, tokenizer)
-        self.reuse = ReuseParts.make(self.config, self.memory, self.geometry, runner, self._lock, self._identity, ends)
+        identity = self._adapters.home(DEFAULT_TENANT)
+        self.reuse = ReuseParts.make(self.config, self.memory, self.geometry, runner, self._lock, identity, ends)
         self.scheduler = Scheduler(
             self.config,
             self.memory,
@@ -121,6 +129,7 @@ class Engine:
             self.reuse.learner,
             self.reuse.idle,
             self._lock,
+            adapters=self._adapters,
             end_token_ids=ends,
         )
         self.encoder = TextEncoder(tokenizer)
@@ -129,6 +138,7 @@ class Engine:
             self.encoder, vocab_size=self.geometry.vocab_size, max_context=self.geometry.max_context
         )
         self._holdings = Holdings(self.pool, self.scheduler.requests)
+        self._cached_pages: dict[str, int] = {}
         self._request_ids = itertools.count()
         self._loop = EngineLoop(self.scheduler, self.reuse.idle, self.config.idle_after_s)
         self._exchange = KVExchange(self.memory, self.geometry, self._holdings, self.lock, self._loop.require_open)
@@ -181,13 +191,74 @@ class Engine:
         with self.lock:
             return self._holdings.contexts
 
-    def namespace(self, tenant: str = DEFAULT_TENANT) -> str:
-        """Digest under which a tenant's KV is cached; differs with model, dtype, rope, tokenizer and tenant.
+    def namespace(self, tenant: str = DEFAULT_TENANT, *, adapter: str | None = None) -> str:
+        """Digest under which a tenant's KV is cached now; differs with model, weights, adapter, dtype, rope, tokenizer
+        and tenant.
+
+        Args:
+            adapter: None: as the model's user has left it.
 
         Raises:
             InvalidRequest: the tenant is no text.
+            UnknownAdapter: there is none of that name.
+            WeightsChanged, UnsupportedModel: nothing can be computed with what the model has become.
         """
-        return tenant_namespace(self._identity, values.text("the tenant", tenant))
+        return self._namespace(self._adapters.weights(adapter), tenant)
+
+    def namespaces(self, tenant: str = DEFAULT_TENANT) -> tuple[str, ...]:
+        """A tenant's namespaces with every adapter, the one with none named first; as of when somebody last looked."""
+        return self._adapters.namespaces(tenant)
+
+    def home(self, tenant: str = DEFAULT_TENANT) -> str:
+        """What a tenant's named segments and quotas go by, whatever the weights are: its first namespace."""
+        return self._adapters.home(tenant)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Adapters that requests, contexts and agents may name, sorted."""
+        return self._adapters.names
+
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Attach an adapter that PEFT has saved; requests may name it from then on. What is active stays so.
+
+        Its KV is cached under the digest of its weights and settings: the same in every process, whatever its name.
+
+        Raises:
+            InvalidRequest: the name cannot be used, or is taken.
+            ModelLoadError: no adapter, or none that fits the model; nothing is attached.
+            MissingExtra: PEFT is not installed.
+        """
+        self._adapters.load(name, Path(folder))
+
+    def unload_adapter(self, name: str) -> None:
+        """Take an adapter out of the model. Requests that use it fail, contexts wait for it to come back.
+
+        Raises:
+            UnknownAdapter: there is none of that name.
+        """
+        self._adapters.unload(name)
+
+    def weights_changed(self) -> None:
+        """Tell the engine that the model computes something else now, where it cannot see that by itself.
+
+        It sees what `kvcomm.model.live` lists, which is nearly all; not hooks, methods and plain attributes, or single
+        numbers written past torch. What is cached so far will not be found again, nor can snapshots be restored that
+        were made before, or elsewhere.
+        """
+        self.live.forget()
+
+    def _namespace(self, weights: Weights, tenant: str) -> str:
+        namespace = self._adapters.namespace(weights, tenant)
+        if tenant in self._cached_pages:
+            with self.lock:  # each adapter's namespace begins without a quota
+                self._limit(namespace, self._cached_pages.get(tenant))
+        return namespace
+
+    def _limit(self, namespace: str, num_pages: int | None) -> None:
+        if self.tree.usage(namespace).quota_pages != num_pages:
+            self.tree.set_quota(namespace, num_pages)
+            num_bytes = None if num_pages is None else num_pages * self.pool.page_bytes
+            self.memory.segments.set_budget(namespace, num_bytes)
 
     def segment(self, text: str, *, name: str | None = None) -> Segment:
         """A text tokenized on its own, as a piece of a prompt, to be used in prompts as often as you like.
@@ -206,17 +277,17 @@ class Engine:
         if segment.name is None:
             raise InvalidRequest("a segment needs a name to be kept: engine.segment(text, name=...)")
         with self.lock:
-            return self.memory.segments.name(self.namespace(tenant), segment.name, segment, ttl_s=ttl_s)
+            return self.memory.segments.name(self.home(tenant), segment.name, segment, ttl_s=ttl_s)
 
     def find_segment(self, name: str, *, tenant: str = DEFAULT_TENANT) -> Segment | None:
         """The tenant's segment of that name, or None."""
         with self.lock:
-            return self.memory.segments.lookup(self.namespace(tenant), name)
+            return self.memory.segments.lookup(self.home(tenant), name)
 
-    def segment_tree(self, *, tenant: str = DEFAULT_TENANT) -> tuple[SegmentNode, ...]:
+    def segment_tree(self, *, adapter: str | None = None, tenant: str = DEFAULT_TENANT) -> tuple[SegmentNode, ...]:
         """The tenant's contexts as one tree of segments: parents before children, with what is cached of each."""
         with self.lock:
-            return tuple(self.memory.segment_tree.walk(self.namespace(tenant)))
+            return tuple(self.memory.segment_tree.walk(self.namespace(tenant, adapter=adapter)))
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Text of token ids, special tokens included."""
@@ -234,6 +305,7 @@ class Engine:
         self,
         prompt: Prompt,
         *,
+        adapter: str | None = None,
         tenant: str = DEFAULT_TENANT,
         name: str | None = None,
         policy: ReusePolicy | None = None,
@@ -241,6 +313,8 @@ class Engine:
         """A context that holds the prompt, computed once (or taken from the cache).
 
         Args:
+            adapter: that computes the context and all that is done with it; None: the model as its user has left it.
+                While its weights are others than those that computed it, it cannot be gone on with (WeightsChanged).
             policy: how far reuse may depart from exact results, here and in what is done with the context; None: the
                 engine's.
 
@@ -248,7 +322,7 @@ class Engine:
             InvalidRequest: empty, too long, unknown tokens.
             PoolExhausted: no pages for it.
         """
-        context = self.empty_context(tenant=tenant, name=name, policy=policy)
+        context = self.empty_context(adapter=adapter, tenant=tenant, name=name, policy=policy)
         try:
             return context.extend(prompt)
         except BaseException:
@@ -256,16 +330,25 @@ class Engine:
             raise
 
     def empty_context(
-        self, *, tenant: str = DEFAULT_TENANT, name: str | None = None, policy: ReusePolicy | None = None
+        self,
+        *,
+        adapter: str | None = None,
+        tenant: str = DEFAULT_TENANT,
+        name: str | None = None,
+        policy: ReusePolicy | None = None,
     ) -> Context:
         """A context without a token, to be extended; see `context`."""
-        return Context(self, Sequence(self.pool), tenant=tenant, name=name, policy=policy)
+        weights = self._adapters.weights(adapter)
+        return Context(
+            self, Sequence(self.pool), tenant=tenant, weights=weights, adapter=adapter, name=name, policy=policy
+        )
 
     def submit(
         self,
         prompt: Prompt,
         sampling: SamplingParams | None = None,
         *,
+        adapter: str | None = None,
         tenant: str = DEFAULT_TENANT,
         policy: ReusePolicy | None = None,
         variant: Variant | None = None,
@@ -275,19 +358,23 @@ class Engine:
         """Start a request; wait for it, stream it or cancel it through the handle.
 
         Args:
+            adapter: that computes it, see `load_adapter`; None: the model as its user has left it at this moment.
             policy: how far reuse may depart from the exact answer; None: the engine's. Only segments with a name are
                 ever moved.
             variant: for comparisons: reuse in exactly this way, with no bound, instead of as the policy allows.
             reads_cache: False: compute the whole prompt, whatever is cached; what was computed is cached all the same.
 
         Raises:
-            InvalidRequest: empty, too long, unknown tokens, bad sampling settings.
+            InvalidRequest: empty, too long, unknown tokens, bad sampling settings, unknown adapter.
+            WeightsChanged: nothing can be computed with what the model has become.
             PoolTooSmall: it would not even fit an empty pool.
             EngineClosed: the engine has been closed.
         """
         segments = self.read_prompt(prompt, is_start=True)
         sequence = Sequence(self.pool, _token_ids(segments))
-        request = self._request(sequence, segments, sampling_params(sampling, settings), tenant, policy)
+        weights = self._adapters.weights(adapter)
+        request = self._request(sequence, segments, sampling_params(sampling, settings), tenant, policy, weights)
+        request.adapter = adapter
         request.variant = variant
         request.reads_cache = reads_cache
         self._loop.submit(request)
@@ -298,6 +385,7 @@ class Engine:
         prompt: Prompt,
         sampling: SamplingParams | None = None,
         *,
+        adapter: str | None = None,
         tenant: str = DEFAULT_TENANT,
         policy: ReusePolicy | None = None,
         variant: Variant | None = None,
@@ -306,12 +394,24 @@ class Engine:
     ) -> Completion:
         """`submit` and wait for the result; raises what `submit` and `RequestHandle.result` raise."""
         handle = self.submit(
-            prompt, sampling, tenant=tenant, policy=policy, variant=variant, reads_cache=reads_cache, **settings
+            prompt,
+            sampling,
+            adapter=adapter,
+            tenant=tenant,
+            policy=policy,
+            variant=variant,
+            reads_cache=reads_cache,
+            **settings,
         )
         return handle.result()
 
     def explain(
-        self, prompt: Prompt, *, tenant: str = DEFAULT_TENANT, policy: ReusePolicy | None = None
+        self,
+        prompt: Prompt,
+        *,
+        adapter: str | None = None,
+        tenant: str = DEFAULT_TENANT,
+        policy: ReusePolicy | None = None,
     ) -> Explanation:
         """The plan of a request that is not made: what would come from the cache, what not, why, and what it takes.
 
@@ -323,7 +423,8 @@ class Engine:
         """
         segments = self.read_prompt(prompt, is_start=True)
         sequence = Sequence(self.pool, _token_ids(segments))
-        request = self._request(sequence, segments, SamplingParams(max_new_tokens=0), tenant, policy)
+        weights = self._adapters.weights(adapter)
+        request = self._request(sequence, segments, SamplingParams(max_new_tokens=0), tenant, policy, weights)
         request.is_trial = True
         explained = self.scheduler.explain(request)
         if explained.cold_s is None:
@@ -338,13 +439,13 @@ class Engine:
         sampling: SamplingParams,
         tenant: str,
         policy: ReusePolicy | None,
+        weights: Weights,
         *,
         lent_by: Context | None = None,
     ) -> Request:
         num_tokens = sum(len(segment.token_ids) for segment in segments)
         assert num_tokens == sequence.num_tokens, f"segments of {num_tokens} tokens, {sequence.num_tokens} in sequence"
         self._reader.require_fits(sequence.num_tokens, sampling.max_new_tokens)
-        namespace = self.namespace(tenant)
         request_id = next(self._request_ids)
         handle = RequestHandle(request_id, cancel=lambda: self.scheduler.cancel(request))
         entropy = secrets.randbits(62)
@@ -359,7 +460,10 @@ class Engine:
         ]
         request = Request(  # named, for the handle's cancel above
             request_id=request_id,
-            namespace=namespace,
+            namespace=self._namespace(weights, tenant),
+            tenant=tenant,
+            owner=self.home(tenant),
+            weights=weights,
             sampling=sampling,
             sequence=sequence,
             handle=handle,
@@ -370,7 +474,7 @@ class Engine:
         )
         with self.lock:
             num_wanted = request.num_pages(self.config.page_size)
-            self._holdings.require_quota(namespace, sequence.num_pages, num_wanted)
+            self._holdings.require_quota(self.home(tenant), sequence.num_pages, num_wanted)
         return request
 
     def read_prompt(self, prompt: Prompt, *, is_start: bool) -> tuple[Segment, ...]:
@@ -382,6 +486,7 @@ class Engine:
     ) -> RequestHandle:
         """Append segments to a context's sequence and run a request on it, under the lock."""
         num_kept = sequence.num_tokens
+        weights = self._weights_of(context)
         new_tokens = _token_ids(segments)
         if not num_kept and not new_tokens:
             raise InvalidRequest("the context is empty; extend it before generating")
@@ -391,7 +496,8 @@ class Engine:
         try:
             whole = (*context.segments, *segments)
             lent_by = None if is_fork else context
-            request = self._request(target, whole, sampling, context.tenant, context.policy, lent_by=lent_by)
+            request = self._request(target, whole, sampling, context.tenant, context.policy, weights, lent_by=lent_by)
+            request.adapter = context.adapter
             request.num_kept_tokens = num_kept
             request.carried = context.carried
             if not new_tokens:
@@ -407,15 +513,36 @@ class Engine:
             raise
         return request.handle
 
+    def _weights_of(self, context: Context) -> Weights:
+        """The weights to go on with in a context.
+
+        Raises:
+            WeightsChanged: they are not those that computed it.
+        """
+        named = "the model as it is now" if context.adapter is None else f"adapter {context.adapter!r}"
+        try:
+            weights = self._adapters.weights(context.adapter)
+        except UnknownAdapter as error:
+            raise WeightsChanged(f"{named} of context {context.name or ''} is gone; load it again to go on") from error
+        if not context.num_tokens:
+            context.weights = weights
+        if weights.digest != context.weights.digest:
+            raise WeightsChanged(
+                f"context {context.name or ''} was computed by other weights than those of {named}; bring those back, "
+                "or make the context anew"
+            )
+        return weights
+
     def _complete(self, context: Context, request: Request, segments: tuple[Segment, ...]) -> None:
         context.complete(request, segments)
+        context.weights = request.weights
         if context.fidelity is Fidelity.EXACT:
             self.memory.segment_tree.record(request.namespace, context.segments)
 
     def add_context(self, context: Context) -> None:
         """A context has been made."""
         with self.lock:
-            self._holdings.add(context, self.namespace(context.tenant))
+            self._holdings.add(context, self.home(context.tenant))
 
     def drop_context(self, context: Context) -> None:
         """A context has been released; what it computed stays in the cache until its pages are needed."""
@@ -425,45 +552,60 @@ class Engine:
     def save_snapshot(self, context: Context, file: str | Path, *, replace: bool) -> Path:
         """Write a context's state; see `Context.save`."""
         file = Path(file)
-        self._exchange.save(context, file, self.namespace(context.tenant), is_new=not replace)
+        namespace = self._namespace(context.weights, context.tenant)
+        self._exchange.save(context, file, namespace, is_new=not replace)
         return file
 
     def repair(self, context: Context) -> Future[bool]:
         """See `Context.repair`."""
-        future = self.reuse.learner.repair(self.namespace(context.tenant), context)
+        weights = self._weights_of(context)
+        future = self.reuse.learner.repair(self._namespace(weights, context.tenant), weights, context)
         self._loop.wake()
         return future
 
-    def restore(self, file: str | Path, *, tenant: str = DEFAULT_TENANT) -> Context:
+    def restore(self, file: str | Path, *, adapter: str | None = None, tenant: str = DEFAULT_TENANT) -> Context:
         """A context from a snapshot.
 
+        Args:
+            adapter: that computed it, whatever its name was then; see `context`.
+
         Raises:
-            SnapshotError: unreadable, altered, too new, or of another model or tenant; see the subclasses.
+            SnapshotError: unreadable, altered, too new, or of another model, adapter or tenant; see the subclasses.
             PoolExhausted: no pages for it.
             EngineClosed: the engine has been closed, before or meanwhile.
         """
-        namespace = self.namespace(tenant)
-        loaded = self._exchange.load(Path(file), namespace)
+        weights = self._adapters.weights(adapter)
+        loaded = self._exchange.load(Path(file), self._namespace(weights, tenant))
 
         def finish(sequence: Sequence) -> Context:
             return Context(
                 self,
                 sequence,
                 tenant=tenant,
+                weights=weights,
+                adapter=adapter,
                 name=loaded.name,
                 segments=loaded.segments,
                 last_logits=loaded.last_logits,
                 note=loaded.note,
             )
 
-        return self._exchange.place(namespace, loaded.token_ids, loaded.keys, loaded.values, loaded.fidelity, finish)
+        owner = self.home(tenant)
+        return self._exchange.place(owner, loaded.token_ids, loaded.keys, loaded.values, loaded.fidelity, finish)
 
     def copy_to_hf_cache(self, context: Context, *, whole: bool) -> DynamicCache:
         """See `Context.to_hf_cache`."""
+        self._weights_of(context)
         return self._exchange.to_hf_cache(context, self.model.config, whole=whole)
 
     def context_from_hf_cache(
-        self, cache: DynamicCache, prompt: Prompt, *, tenant: str = DEFAULT_TENANT, name: str | None = None
+        self,
+        cache: DynamicCache,
+        prompt: Prompt,
+        *,
+        adapter: str | None = None,
+        tenant: str = DEFAULT_TENANT,
+        name: str | None = None,
     ) -> Context:
         """A context from a transformers cache and the tokens it was computed from.
 
@@ -476,13 +618,16 @@ class Engine:
             EngineClosed: the engine has been closed, before or meanwhile.
         """
         segments = self.read_prompt(prompt, is_start=True)
+        weights = self._adapters.weights(adapter)
         token_ids = _token_ids(segments)
         keys, values = self._exchange.from_hf_cache(cache, token_ids)
 
         def finish(sequence: Sequence) -> Context:
-            return Context(self, sequence, tenant=tenant, name=name, segments=segments)
+            return Context(
+                self, sequence, tenant=tenant, weights=weights, adapter=adapter, name=name, segments=segments
+            )
 
-        return self._exchange.place(self.namespace(tenant), token_ids, keys, values, Fidelity.APPROXIMATE, finish)
+        return self._exchange.place(self.home(tenant), token_ids, keys, values, Fidelity.APPROXIMATE, finish)
 
     def memory_stats(self) -> MemoryStats:
         """Where the pages are."""
@@ -517,8 +662,8 @@ class Engine:
         """Limit a tenant; None is no limit, and each call sets both.
 
         Args:
-            cached_tokens: of its cached prefixes, and of the renditions of its segments; over it the tenant's own
-                least recently used ones are dropped, never those of others.
+            cached_tokens: of its cached prefixes, and of the renditions of its segments, with each adapter; over it the
+                tenant's own least recently used ones are dropped, never those of others.
             held_tokens: of its contexts and requests in flight at once; over it requests are refused (QuotaExceeded).
 
         Raises:
@@ -527,35 +672,37 @@ class Engine:
         page_size = self.config.page_size
         cached_tokens, held_tokens = _limit("cached_tokens", cached_tokens), _limit("held_tokens", held_tokens)
         with self.lock:
-            namespace = self.namespace(tenant)
             num_pages = None if cached_tokens is None else cached_tokens // page_size
-            self.tree.set_quota(namespace, num_pages)
-            num_bytes = None if num_pages is None else num_pages * self.pool.page_bytes
-            self.memory.segments.set_budget(namespace, num_bytes)
-            self._holdings.set_quota(namespace, None if held_tokens is None else held_tokens // page_size)
+            self._cached_pages.pop(tenant, None)
+            if num_pages is not None:
+                self._cached_pages[tenant] = num_pages
+            for namespace in self.namespaces(tenant):
+                self._limit(namespace, num_pages)
+            self._holdings.set_quota(self.home(tenant), None if held_tokens is None else held_tokens // page_size)
 
-    def pin(self, prompt: Prompt, *, tenant: str = DEFAULT_TENANT) -> int:
+    def pin(self, prompt: Prompt, *, adapter: str | None = None, tenant: str = DEFAULT_TENANT) -> int:
         """Keep the cached part of a prompt from eviction and TTL; returns how many tokens that is."""
         token_ids = _token_ids(self.read_prompt(prompt, is_start=True))
         with self.lock:
-            return self.tree.pin(self.namespace(tenant), token_ids)
+            return self.tree.pin(self.namespace(tenant, adapter=adapter), token_ids)
 
-    def unpin(self, prompt: Prompt, *, tenant: str = DEFAULT_TENANT) -> int:
+    def unpin(self, prompt: Prompt, *, adapter: str | None = None, tenant: str = DEFAULT_TENANT) -> int:
         """Undo one `pin`; returns how many tokens it concerned."""
         token_ids = _token_ids(self.read_prompt(prompt, is_start=True))
         with self.lock:
-            return self.tree.unpin(self.namespace(tenant), token_ids)
+            return self.tree.unpin(self.namespace(tenant, adapter=adapter), token_ids)
 
-    def num_cached(self, prompt: Prompt, *, tenant: str = DEFAULT_TENANT) -> int:
+    def num_cached(self, prompt: Prompt, *, adapter: str | None = None, tenant: str = DEFAULT_TENANT) -> int:
         """Leading tokens of a prompt whose KV is cached; looking does not count as use."""
         token_ids = _token_ids(self.read_prompt(prompt, is_start=True))
         with self.lock:
-            return self.tree.peek(self.namespace(tenant), token_ids)
+            return self.tree.peek(self.namespace(tenant, adapter=adapter), token_ids)
 
     def clear_cache(self, *, tenant: str | None = None) -> None:
         """Drop cached prefixes, of one tenant or of all; contexts keep what they refer to."""
         with self.lock:
-            self.memory.reset(None if tenant is None else self.namespace(tenant))
+            for namespace in (None,) if tenant is None else self.namespaces(tenant):
+                self.memory.reset(namespace)
 
     def forget(self, tenant: str) -> None:
         """Drop all that is known of a tenant: cache, quotas, chains of segments, anchors and calibrations.
@@ -563,15 +710,20 @@ class Engine:
         What its contexts and requests hold stays theirs; they may leave something new.
         """
         with self.lock:
-            namespace = self.namespace(tenant)
             self.set_quota(tenant=tenant)
-            self.memory.reset(namespace)
-            self.memory.segments.forget(namespace)
-            self.memory.segment_tree.forget(namespace)
-            self.reuse.forget(namespace)
+            for namespace in self.namespaces(tenant):
+                self.memory.reset(namespace)
+                self.memory.segments.forget(namespace)
+                self.memory.segment_tree.forget(namespace)
+                self.reuse.forget(namespace)
 
     def learn(
-        self, prompt: Prompt, *, estimators: Iterable[str] = ("token",), tenant: str = DEFAULT_TENANT
+        self,
+        prompt: Prompt,
+        *,
+        estimators: Iterable[str] = ("token",),
+        adapter: str | None = None,
+        tenant: str = DEFAULT_TENANT,
     ) -> Future[int]:
         """Teach estimators from a prompt whose named segments are also known from other contexts.
 
@@ -579,12 +731,19 @@ class Engine:
         themselves, until the anchors suffice.
         """
         segments = self.read_prompt(prompt, is_start=True)
-        future = self.reuse.learner.learn(self.namespace(tenant), segments, tuple(estimators))
+        weights = self._adapters.weights(adapter)
+        future = self.reuse.learner.learn(self._namespace(weights, tenant), weights, segments, tuple(estimators))
         self._loop.wake()
         return future
 
     def calibrate(
-        self, prompt: Prompt, answer: Iterable[int], policy: ReusePolicy, *, tenant: str = DEFAULT_TENANT
+        self,
+        prompt: Prompt,
+        answer: Iterable[int],
+        policy: ReusePolicy,
+        *,
+        adapter: str | None = None,
+        tenant: str = DEFAULT_TENANT,
     ) -> Future[EdgeGroup | None]:
         """Add a prompt to what is known about its edge group: to its contest first, then to its calibration.
 
@@ -599,7 +758,8 @@ class Engine:
             InvalidRequest: the prompt or the answer is empty.
         """
         segments, tokens = self._read_case(prompt, answer)
-        future = self.reuse.learner.calibrate(self.namespace(tenant), segments, tokens, policy)
+        weights = self._adapters.weights(adapter)
+        future = self.reuse.learner.calibrate(self._namespace(weights, tenant), weights, segments, tokens, policy)
         self._loop.wake()
         return future
 
@@ -609,6 +769,7 @@ class Engine:
         answer: Iterable[int],
         variants: Iterable[Variant],
         *,
+        adapter: str | None = None,
         tenant: str = DEFAULT_TENANT,
     ) -> Future[list[Outcome]]:
         """What moved KV would have cost a prompt, one outcome per variant; none if nothing of it can be moved.
@@ -622,24 +783,27 @@ class Engine:
             InvalidRequest: the prompt or the answer is empty.
         """
         segments, tokens = self._read_case(prompt, answer)
-        future = self.reuse.learner.measure(self.namespace(tenant), segments, tokens, tuple(variants))
+        weights = self._adapters.weights(adapter)
+        future = self.reuse.learner.measure(
+            self._namespace(weights, tenant), weights, segments, tokens, tuple(variants)
+        )
         self._loop.wake()
         return future
 
-    def edge_groups(self, tenant: str = DEFAULT_TENANT) -> list[EdgeGroup]:
+    def edge_groups(self, tenant: str = DEFAULT_TENANT, *, adapter: str | None = None) -> list[EdgeGroup]:
         """What is known about every kind of prompt into which text was moved, or could have been; live objects."""
         with self._lock:
-            return list(self.reuse.groups.groups(self.namespace(tenant)))
+            return list(self.reuse.groups.groups(self.namespace(tenant, adapter=adapter)))
 
-    def save_anchors(self, folder: str | Path, *, tenant: str = DEFAULT_TENANT) -> Profile:
+    def save_anchors(self, folder: str | Path, *, adapter: str | None = None, tenant: str = DEFAULT_TENANT) -> Profile:
         """Write what a tenant has learned about moving text: anchor banks, strengths, calibrations, breakers.
 
         Raises:
             AnchorFileError: a file cannot be written; what was there under that name is untouched.
         """
-        return self.reuse.save(Path(folder), self.namespace(tenant))
+        return self.reuse.save(Path(folder), self.namespace(tenant, adapter=adapter))
 
-    def load_anchors(self, folder: str | Path, *, tenant: str = DEFAULT_TENANT) -> Profile:
+    def load_anchors(self, folder: str | Path, *, adapter: str | None = None, tenant: str = DEFAULT_TENANT) -> Profile:
         """Take over what `save_anchors` wrote for the same model and tenant, all of it or nothing.
 
         Groups whose banks are missing in the folder are left out and counted in the result.
@@ -648,7 +812,7 @@ class Engine:
             AnchorFileForeign: of another model or tenant, or of larger banks than this engine keeps.
             AnchorFileCorrupt, AnchorFileTooNew, AnchorFileError: damaged, newer, unreadable.
         """
-        return self.reuse.load(Path(folder), self.namespace(tenant))
+        return self.reuse.load(Path(folder), self.namespace(tenant, adapter=adapter))
 
     def _read_case(self, prompt: Prompt, answer: Iterable[int]) -> tuple[tuple[Segment, ...], tuple[int, ...]]:
         segments, tokens = self.read_prompt(prompt, is_start=True), tuple(answer)

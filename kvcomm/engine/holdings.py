@@ -114,7 +114,7 @@ class Holdings:
 
     def _own_sequences(self) -> list[tuple[str, Sequence]]:
         own = {
-            id(branch.sequence): (request.namespace, branch.sequence)
+            id(branch.sequence): (request.owner, branch.sequence)
             for request in self._requests()
             for branch in request.branches
         }

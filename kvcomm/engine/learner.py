@@ -41,6 +41,7 @@ from kvcomm.memory.pool import PageIds
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence as KVSequence
 from kvcomm.model.attention.contract import IntArray
+from kvcomm.model.live import Weights
 
 logger = logging.getLogger("kvcomm.audit")
 
@@ -113,7 +114,9 @@ class Learner:
         elif policy.learn and request.sequence.approximate_from is None and not request.has_retreated:
             self._add(request, policy, self._study)
 
-    def learn(self, namespace: str, segments: tuple[Segment, ...], estimators: Sequence[str]) -> Future[int]:
+    def learn(
+        self, namespace: str, weights: Weights, segments: tuple[Segment, ...], estimators: Sequence[str]
+    ) -> Future[int]:
         """Teach estimators the edges of a prompt that is computed or can be, whatever has been learned already.
 
         The future gives how many tokens were kept.
@@ -125,11 +128,16 @@ class Learner:
             kept = sum(self._teach(trial, name, trial.moves) for name in estimators)
             future.set_result(kept)
 
-        self._add_trial(namespace, segments, steps, future)
+        self._add_trial(namespace, weights, segments, steps, future)
         return future
 
     def calibrate(
-        self, namespace: str, segments: tuple[Segment, ...], answer: Sequence[int], policy: ReusePolicy
+        self,
+        namespace: str,
+        weights: Weights,
+        segments: tuple[Segment, ...],
+        answer: Sequence[int],
+        policy: ReusePolicy,
     ) -> Future[EdgeGroup | None]:
         """Add a prompt, followed by its exact greedy answer, to the contest or the calibration of its group.
 
@@ -146,11 +154,16 @@ class Learner:
                 yield from self._examine(trial, case, self._replayer.exact(case), case.moves, group)
             future.set_result(group)
 
-        self._add_trial(namespace, segments, steps, future, policy)
+        self._add_trial(namespace, weights, segments, steps, future, policy)
         return future
 
     def measure(
-        self, namespace: str, segments: tuple[Segment, ...], answer: Sequence[int], variants: Sequence[Variant]
+        self,
+        namespace: str,
+        weights: Weights,
+        segments: tuple[Segment, ...],
+        answer: Sequence[int],
+        variants: Sequence[Variant],
     ) -> Future[list[Outcome]]:
         """Replay a prompt, followed by its exact greedy answer, in every way asked for.
 
@@ -171,10 +184,10 @@ class Learner:
                     yield
             future.set_result(outcomes)
 
-        self._add_trial(namespace, segments, steps, future)
+        self._add_trial(namespace, weights, segments, steps, future)
         return future
 
-    def repair(self, namespace: str, context: Repairable) -> Future[bool]:
+    def repair(self, namespace: str, weights: Weights, context: Repairable) -> Future[bool]:
         """Compute the exact twin of a context's KV and put it in place of an approximate one.
 
         The future gives whether the context is exact then.
@@ -194,7 +207,7 @@ class Learner:
                 yield
             future.set_result(not context.released and context.sequence.approximate_from is None)
 
-        self._add_trial(namespace, (), steps, future)
+        self._add_trial(namespace, weights, (), steps, future)
         return future
 
     def _grow(self, trial: _Trial, wanted: IntArray) -> bool:
@@ -225,7 +238,14 @@ class Learner:
         """Queue a job on a finished request, which still holds its pages."""
         if not any(segment.name is not None for segment in request.segments):
             return
-        trial = _Trial(request.namespace, request.segments, request.sequence.fork(), request.num_prompt_tokens, policy)
+        trial = _Trial(
+            request.namespace,
+            request.weights,
+            request.segments,
+            request.sequence.fork(),
+            request.num_prompt_tokens,
+            policy,
+        )
         trial.answer = tuple(request.branches[0].token_ids)
         trial.is_greedy = request.is_greedy_answer
         trial.served = request.approximation
@@ -244,6 +264,7 @@ class Learner:
     def _add_trial(
         self,
         namespace: str,
+        weights: Weights,
         segments: tuple[Segment, ...],
         make: Callable[[_Trial], Steps],
         future: Future[list[Outcome]] | Future[int] | Future[EdgeGroup | None] | Future[bool],
@@ -265,7 +286,7 @@ class Learner:
         with self._lock:
             token_ids = [token for segment in segments for token in segment.token_ids]
             sequence = KVSequence(self._memory.pool, token_ids)
-            trial = _Trial(namespace, segments, sequence, len(token_ids), policy)
+            trial = _Trial(namespace, weights, segments, sequence, len(token_ids), policy)
             self._queue(trial, guarded(trial), is_urgent=True, on_end=settle)
 
     def _queue(
@@ -281,7 +302,7 @@ class Learner:
         def pages() -> list[PageIds]:
             return [*(sequence.pages for sequence in trial.sequences), *(move.source_pages for move in trial.moves)]
 
-        self._idle.add(Job(steps, release, pages, is_urgent))
+        self._idle.add(Job(self._replayer.serving(trial.weights, steps), release, pages, is_urgent))
 
     def _find(self, trial: _Trial, num_exact: int, before_s: float = math.inf) -> list[Move]:
         return self._reuse.finder.find(trial.namespace, trial.segments, num_exact, trial.sequence, before_s=before_s)
@@ -506,12 +527,14 @@ class _Trial:
     """What a job works on.
 
     Attributes:
+        weights: for which its passes are; once they are gone, the job fails.
         sequence: prompt and answer, whose pages the job holds.
         is_greedy: whether `answer` is what greedy decoding gives, as far as it is looked at.
         served: how the request was approximated, for audits.
     """
 
     namespace: str
+    weights: Weights
     segments: tuple[Segment, ...]
     sequence: KVSequence
     num_prompt: int

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvcomm.engine.request import Branch, Request
 from kvcomm.engine.reuse import Reuse
+from kvcomm.errors import UnsupportedModel, WeightsChanged
 from kvcomm.memory.sequences import Sequence as KVSequence
 from kvcomm.model.runner import ModelRunner, Run, Watch
 
@@ -73,12 +74,17 @@ class Failure(NamedTuple):
 def compute(runner: ModelRunner, reuse: Reuse, batch: Sequence[Work]) -> tuple[list[Computed], list[Failure]]:
     """Compute a batch in one pass, or request by request where that fails.
 
+    Args:
+        batch: work of requests that have the same weights; where these are gone, all of them fail.
+
     Returns:
         what was computed, in the order of the batch, and the requests that failed; work of these is left out.
     """
     requests = list({id(work.request): work.request for work in batch}.values())
     try:
         return _pass(runner, reuse, batch)
+    except (UnsupportedModel, WeightsChanged) as error:
+        return [], [Failure(request, error) for request in requests]
     except Exception as error:
         if len(requests) == 1:
             return [], [Failure(requests[0], error)]
@@ -97,7 +103,8 @@ def compute(runner: ModelRunner, reuse: Reuse, batch: Sequence[Work]) -> tuple[l
 
 def _pass(runner: ModelRunner, reuse: Reuse, batch: Sequence[Work]) -> tuple[list[Computed], list[Failure]]:
     lookers = _Lookers(reuse, batch)
-    logits = runner.forward([run for work in batch for run in work.runs], watch=lookers.watch)
+    with runner.serving(batch[0].request.weights):
+        logits = runner.forward([run for work in batch for run in work.runs], watch=lookers.watch)
     num_rows = sum(work.num_logits for work in batch)
     if logits.ndim != 2 or len(logits) != num_rows:
         raise ValueError(f"the model gave logits of shape {list(logits.shape)} for {num_rows} rows")

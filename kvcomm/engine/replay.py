@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from threading import RLock
 from typing import NamedTuple
@@ -26,10 +26,12 @@ from kvcomm.align.moves import Move
 from kvcomm.align.ops.contract import LayerStore
 from kvcomm.align.probes import Probes
 from kvcomm.align.spans import place_of, read_span
+from kvcomm.engine.study import Steps
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
 from kvcomm.memory.sequences import Sequence as KVSequence
 from kvcomm.model.attention.contract import IntArray
+from kvcomm.model.live import Weights
 from kvcomm.model.runner import ModelRunner, Run
 
 
@@ -106,6 +108,17 @@ class Replayer:
         """Page references of scratch copies in use, for integrity checks."""
         for sequence in self._scratches:
             yield sequence.pages
+
+    def serving(self, weights: Weights, steps: Steps) -> Steps:
+        """The same steps; every pass in them is for these weights, and fails if there are others (WeightsChanged)."""
+        with closing(steps):
+            while True:
+                with self._runner.serving(weights, closely=True):
+                    try:
+                        next(steps)
+                    except StopIteration:
+                        return
+                yield
 
     def exact(self, case: Case) -> Tensor:
         """Log-probabilities over the continuation, [num_continuation, vocab_size] float32.

@@ -21,6 +21,7 @@ from kvcomm.engine.results import Choice, Chunk, Completion, Usage
 from kvcomm.engine.sampling import Sampler, SamplingParams, TokenLogprob
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
+from kvcomm.model.live import Weights
 
 if TYPE_CHECKING:
     from kvcomm.engine.approximation import Approximation
@@ -86,6 +87,10 @@ class Request:
     """One request from submission to completion.
 
     Attributes:
+        tenant: whose it is.
+        owner: what the tenant's quota goes by.
+        adapter: what it names; None: the model as it was when the request was made.
+        weights: what it is computed with. While it waits they may become others, see `Adapters.renew`.
         sequence: prompt and, for the first choice, its answer. Lent by a context if `is_lent`: then it is rolled back
             instead of released when the request fails, and keeps the answer when it succeeds.
         num_prompt_tokens: tokens of `sequence` at submission.
@@ -110,6 +115,10 @@ class Request:
     sequence: Sequence
     handle: RequestHandle
     branches: list[Branch]
+    tenant: str
+    owner: str
+    weights: Weights
+    adapter: str | None = None
     is_lent: bool = False
     num_kept_tokens: int = 0
     ready_logits: Tensor | None = None

@@ -7,8 +7,9 @@ A step is: drop what was cancelled, admit, write moved KV, build the batch, forw
 state changes and released during the forward pass, so contexts can be forked and requests submitted meanwhile. Only
 this class and idle work call the runner and write pages, and only from one thread. A request is admitted when the pages
 for the longest possible answers of all its choices are there (evicting cached prefixes if that makes enough of them),
-so a running request is not thrown out again; a full pool queues. What is decoded does not depend on the batch: samplers
-belong to choices, and whatever is raised on behalf of a request ends that request only (`_on_behalf_of`).
+so a running request is not thrown out again; a full pool queues. A pass is for one identity of weights: requests with
+several adapters take turns. What is decoded does not depend on the batch: samplers belong to choices, and whatever is
+raised on behalf of a request ends that request only (`_on_behalf_of`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 from torch import Tensor
 
 from kvcomm.config import EngineConfig
+from kvcomm.engine.adapters import Adapters, Turns
 from kvcomm.engine.explanation import Explanation
 from kvcomm.engine.guesses import repeated
 from kvcomm.engine.learner import Learner
@@ -34,7 +36,13 @@ from kvcomm.engine.request import ANSWER, Branch, Request
 from kvcomm.engine.reuse import Reuse
 from kvcomm.engine.sampling import token_logprob
 from kvcomm.engine.study import IdleWork
-from kvcomm.errors import EngineClosed, NumericalError, PoolExhausted, PoolTooSmall, RequestCancelled
+from kvcomm.errors import (
+    EngineClosed,
+    NumericalError,
+    PoolExhausted,
+    PoolTooSmall,
+    RequestCancelled,
+)
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.segments import Segment
@@ -64,6 +72,7 @@ class Scheduler:
         idle: IdleWork,
         lock: threading.RLock,
         *,
+        adapters: Adapters,
         end_token_ids: frozenset[int],
     ) -> None:
         self.lock = lock
@@ -75,6 +84,9 @@ class Scheduler:
         self._pool = memory.pool
         self._tree = memory.tree
         self._runner = runner
+        self._adapters = adapters
+        self._turns = Turns()
+        self._looked_at: set[str] = set()  # closely: digests of weights, since the last pass
         self._end_token_ids = end_token_ids
         self._waiting: list[Request] = []
         self._running: list[Request] = []
@@ -148,6 +160,7 @@ class Scheduler:
 
     def step(self) -> None:
         """Compute one batch and commit it."""
+        self._looked_at.clear()
         self._prepare_reuse()
         with self.lock:
             self._drop_cancelled()
@@ -158,6 +171,7 @@ class Scheduler:
             batch = self._build_batch()
         if not batch:
             return
+        self._looked_at.clear()
         computed, failures = compute(self._runner, self._reuse, batch)
         with self.lock:
             self._commit(computed, failures)
@@ -182,7 +196,8 @@ class Scheduler:
             if request.approximation is None or request.approximation.is_assembled:
                 continue
             try:
-                self._reuse.assemble(request)
+                with self._runner.serving(request.weights):
+                    self._reuse.assemble(request)
             except Exception as error:  # the caller can be served without
                 logger.exception("moving KV failed: %r; request %d is computed exactly", error, request.request_id)
                 request.approximation.distance = math.inf
@@ -212,6 +227,7 @@ class Scheduler:
                 if self._must_wait(request):
                     continue
                 try:
+                    self._adapters.renew(request)
                     self._take_pages(request)
                 except PoolExhausted as error:
                     if self._running:
@@ -331,11 +347,25 @@ class Scheduler:
 
     def _build_batch(self) -> list[Work]:
         stuck: list[Request] = []
-        batch = self._decode_work(stuck)
+        for digest in self._turns.order(self._running):
+            batch = self._batch_of([each for each in self._running if each.weights.digest == digest], stuck)
+            if batch:
+                self._turns.taken(digest)
+                return batch
+        stuck = [request for request in stuck if not request.handle.done]
+        if stuck:
+            # Everybody waits for pages and nobody can return any: the youngest gives way.
+            victim = stuck[-1]
+            self._fail(victim, self._nothing_to_wait_for(victim, PoolExhausted("while decoding")))
+        return []
+
+    def _batch_of(self, running: AnySequence[Request], stuck: list[Request]) -> list[Work]:
+        """Work for one pass: of requests that have the same weights."""
+        batch = self._decode_work(running, stuck)
         budget = self._config.max_batch_tokens - sum(work.num_tokens for work in batch)
-        if batch:
+        if any(request.is_prefilled for request in self._running):
             budget = min(budget, self._config.prefill_chunk)
-        for request in list(self._running):
+        for request in running:
             if budget > 0 and not request.is_prefilled:
                 with self._on_behalf_of(request):
                     work = self._prefill_work(request, budget, stuck)
@@ -343,17 +373,11 @@ class Scheduler:
                         budget -= work.num_tokens
                         batch.append(work)
         # Where one choice of a request has failed, the pages of its others are gone as well.
-        batch = [work for work in batch if not work.request.handle.done]
-        stuck = [request for request in stuck if not request.handle.done]
-        if not batch and stuck:
-            # Everybody waits for pages and nobody can return any: the youngest gives way.
-            victim = stuck[-1]
-            self._fail(victim, self._nothing_to_wait_for(victim, PoolExhausted("while decoding")))
-        return batch
+        return [work for work in batch if not work.request.handle.done]
 
-    def _decode_work(self, stuck: list[Request]) -> list[Work]:
+    def _decode_work(self, running: AnySequence[Request], stuck: list[Request]) -> list[Work]:
         batch: list[Work] = []
-        answers = [(request, branch) for request in self._running for branch in request.active_branches]
+        answers = [(request, branch) for request in running for branch in request.active_branches]
         answers = [(request, branch) for request, branch in answers if request.is_prefilled]
         num_spare = self._config.draft_rows - len(answers)
         for index, (request, branch) in enumerate(answers):
@@ -456,6 +480,7 @@ class Scheduler:
 
     def _begin_answers(self, request: Request, logits: Tensor) -> None:
         """The prompt is computed: fork the sequence for further choices and draw everybody's first token."""
+        self._require_its_weights(request)
         self._remember(request, request.sequence, whole=False)
         self._publish(request)
         request.last_logits = logits.clone()
@@ -497,6 +522,7 @@ class Scheduler:
             request.publish(branch, text)
 
     def _finish_branch(self, request: Request, branch: Branch, finish_reason: str, text: str = "") -> None:
+        self._require_its_weights(request)
         text += branch.detokenizer.finish()
         # The end of the text may hold a stop string that could have become something else until now.
         branch.finish_reason = finish_reason if branch.detokenizer.stopped is None else "stop"
@@ -553,6 +579,16 @@ class Scheduler:
             request.sequence.trim()
         else:
             request.sequence.release()
+
+    def _require_its_weights(self, request: Request) -> None:
+        """Before anything computed is offered to others: look closely whether the weights are still the request's.
+
+        Raises:
+            WeightsChanged, UnsupportedModel: they are not.
+        """
+        if request.weights.digest not in self._looked_at:
+            self._adapters.live.require(request.weights, closely=True)
+            self._looked_at.add(request.weights.digest)
 
     def _leave(self, request: Request) -> None:
         for queue in (self._waiting, self._running):

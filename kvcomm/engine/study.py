@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from threading import RLock
 
-from kvcomm.errors import PoolExhausted
+from kvcomm.errors import PoolExhausted, WeightsChanged
 from kvcomm.memory.pool import PageIds
 
 logger = logging.getLogger("kvcomm.study")
@@ -80,8 +80,8 @@ class IdleWork:
             next(job.steps)
         except StopIteration:
             self.num_done += 1
-        except PoolExhausted as error:
-            logger.info("idle work was given up, the pool is full: %s", error)
+        except (PoolExhausted, WeightsChanged) as error:
+            logger.info("idle work was given up: %s", error)
             self.num_failed += 1
         except Exception:
             # Nobody waits for a study, and a request must never suffer from one.

@@ -21,11 +21,10 @@ from transformers.configuration_utils import PreTrainedConfig
 from kvcomm.errors import UnsupportedModel
 from kvcomm.model.attention import hook
 from kvcomm.model.attention.torch_backend import TorchBackend
-from kvcomm.model.rope import RopeGeometry, rotate
+from kvcomm.model.rope import LENGTH_DEPENDENT_ROPES, RopeGeometry, rotate
 from kvcomm.model.runner import ModelRunner, Run
 
 CACHEABLE_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-LENGTH_DEPENDENT_ROPES = frozenset({"dynamic", "longrope"})
 PROBE_POSITIONS = (0, 37)
 ROTATION_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest error of a key against its predicted rotation, relative to the largest key channel."""

@@ -129,8 +129,8 @@ def lean_norm(layer: nn.Module) -> Forward | None:
     float32 (norms are often kept in float32 within a smaller model) are left to the layer's class.
     """
     weight = layer.weight
-    epsilon = getattr(layer, "variance_epsilon", getattr(layer, "eps", None))
-    if "RMSNorm" not in type(layer).__name__ or not isinstance(epsilon, float):
+    epsilon = "variance_epsilon" if hasattr(layer, "variance_epsilon") else "eps"
+    if "RMSNorm" not in type(layer).__name__ or not isinstance(getattr(layer, epsilon, None), float):
         return None
     if not isinstance(weight, Tensor) or weight.dim() != 1:
         return None
@@ -139,9 +139,9 @@ def lean_norm(layer: nn.Module) -> Forward | None:
         if rows.dtype != torch.float32:
             out: Tensor = type(layer).forward(layer, rows)
             return out
-        weight = layer.weight  # read anew: a user may load others into the model
+        weight = layer.weight  # read anew, as epsilon: a user may load others into the model
         assert isinstance(weight, Tensor)
-        scale = (rows * rows).sum(-1, keepdim=True).div_(rows.shape[-1]).add_(epsilon).rsqrt_()
+        scale = (rows * rows).sum(-1, keepdim=True).div_(rows.shape[-1]).add_(getattr(layer, epsilon)).rsqrt_()
         return (rows * scale).mul_(weight)
 
     with torch.inference_mode():

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LENGTH_DEPENDENT_ROPES = frozenset({"dynamic", "longrope"})
+"""Rope types of transformers whose frequencies change with the length of the text, in the pass itself."""
+
 
 @dataclass(frozen=True)
 class RopeGeometry:

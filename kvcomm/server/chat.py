@@ -64,8 +64,8 @@ async def _answer(body: ChatRequest, call: Call) -> Response | ChatCompletion:
 
 async def _job(body: ChatRequest, call: Call) -> Job:
     state = call.state
-    state.require_model(body.model)
-    turn = begin_turn(body, call)
+    adapter = state.adapter_of(body.model)
+    turn = begin_turn(body, adapter, call)
     if turn is None:
         prompt = await call.make(
             partial(state.prompts.chat, body, call.tenant.name),
@@ -82,7 +82,7 @@ async def _job(body: ChatRequest, call: Call) -> Job:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     salt = body.cache_salt if turn is None else turn.salt
-    return Job(prompt, sampling, policy_of(body, state.settings), salt, turn)
+    return Job(prompt, sampling, policy_of(body, state.settings), salt, turn, adapter)
 
 
 class _Answer:

@@ -41,7 +41,7 @@ async def create_completion(body: CompletionRequest, call: CallDep) -> Response 
 
 
 async def _answer(body: CompletionRequest, call: Call) -> Response | TextCompletion:
-    call.state.require_model(body.model)
+    call.state.adapter_of(body.model)
     call.state.admission.require_places(call.tenant, len(body.prompts))
     for prompt in body.prompts:
         await call.submit(await _job(prompt, body, call))
@@ -56,7 +56,8 @@ async def _answer(body: CompletionRequest, call: Call) -> Response | TextComplet
 
 async def _job(prompt: str | list[int], body: CompletionRequest, call: Call) -> Job:
     state = call.state
-    turn = begin_turn(body, call)
+    adapter = state.adapter_of(body.model)
+    turn = begin_turn(body, adapter, call)
     if turn is None:
         prepared = await call.make(
             partial(state.prompts.completion, prompt, body, call.tenant.name),
@@ -73,7 +74,7 @@ async def _job(prompt: str | list[int], body: CompletionRequest, call: Call) -> 
         logprobs=body.logprobs,
     )
     salt = body.cache_salt if turn is None else turn.salt
-    return Job(prepared, sampling, policy_of(body, state.settings), salt, turn)
+    return Job(prepared, sampling, policy_of(body, state.settings), salt, turn, adapter)
 
 
 class _Answer:

@@ -29,6 +29,8 @@ from kvcomm.errors import (
     PromptTooLong,
     QuotaExceeded,
     RequestCancelled,
+    UnknownAdapter,
+    WeightsChanged,
 )
 from kvcomm.server.schemas.common import REQUEST_KINDS
 from kvcomm.server.schemas.errors import ErrorDetail, ErrorResponse
@@ -129,6 +131,11 @@ def translate(error: BaseException, *, retry_after_s: float = 1, context_tokens:
         return ApiError(400, "context_length_exceeded", str(error))
     if isinstance(error, EmptyPrompt):
         return ApiError(400, "empty_prompt", "the prompt has no tokens")
+    if isinstance(error, UnknownAdapter):  # gone between the door and the engine
+        return ApiError(404, "model_not_found", str(error), param="model")
+    if isinstance(error, WeightsChanged):
+        message = "the model's weights are others now than when this began; send the request, or make the context, anew"
+        return ApiError(409, "weights_changed", message)
     if isinstance(error, InvalidRequest):
         return ApiError(400, "invalid_value", str(error))
     if isinstance(error, PoolTooSmall):

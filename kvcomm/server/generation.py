@@ -37,13 +37,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt and what to do with it; `turn`: where it begins with a context."""
+    """One prompt and what to do with it; `turn`: where it begins with a context, which has an adapter of its own."""
 
     prompt: PreparedPrompt
     sampling: SamplingParams
     policy: ReusePolicy
     salt: str | None = None
     turn: Turn | None = None
+    adapter: str | None = None
 
     @property
     def max_tokens(self) -> int:
@@ -123,7 +124,9 @@ class Call:
             if job.turn is not None:
                 handle = job.turn.start(job.sampling, job.policy)
             else:
-                handle = self.state.engine.submit(job.prompt.segments, job.sampling, tenant=space, policy=job.policy)
+                handle = self.state.engine.submit(
+                    job.prompt.segments, job.sampling, adapter=job.adapter, tenant=space, policy=job.policy
+                )
             self._running.append(_Running(job, space, handle, submitted_ns))
             self.tenant.running.add(handle)
 
@@ -171,7 +174,7 @@ class Call:
             if job.turn is not None:
                 job.turn.keep()
             if job.prompt.lifetimes:
-                await self.state.workers.start(partial(self.state.prolong, space, job.prompt))
+                await self.state.workers.start(partial(self.state.prolong, space, job.prompt, job.adapter))
         for each, completion in zip(self._running, completions, strict=True):
             self.state.metrics.completed(completion, each.job.policy)
             self.tenant.tally.add(completion.usage)

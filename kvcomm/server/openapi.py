@@ -1,12 +1,12 @@
 """The OpenAPI document, true to what the server does.
 
 FastAPI's 422 goes, since invalid requests are answered with 400, and what only the running server knows comes in: the
-one model that requests may name, and which token ids it has.
+models that requests may name, and which token ids they have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,7 +19,7 @@ UNUSED = ("HTTPValidationError", "ValidationError")
 DESCRIPTION = "OpenAI's API over a shared KV cache: exact prefix reuse for every tenant, and a word on every miss."
 
 
-def install(app: FastAPI, *, model: str, vocab_size: int) -> None:
+def install(app: FastAPI, *, models: Callable[[], Sequence[str]], vocab_size: int) -> None:
     """Let the app give this document at /openapi.json."""
 
     def document() -> dict[str, Any]:
@@ -30,7 +30,7 @@ def install(app: FastAPI, *, model: str, vocab_size: int) -> None:
                 if definition.get("format") == TOKEN_ID:
                     definition["maximum"] = vocab_size - 1
                 elif definition.get("format") == MODEL_NAME:
-                    definition["enum"] = [model]
+                    definition["enum"] = list(models())
             app.openapi_schema = schema
         return app.openapi_schema
 

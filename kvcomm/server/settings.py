@@ -22,6 +22,7 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     ValidationError,
+    model_validator,
 )
 
 from kvcomm.config import EngineConfig
@@ -119,6 +120,7 @@ class ServerSettings(BaseModel):
     Attributes:
         model: a packaged name, folder or hub id.
         served_name: what clients call the model; by default the last part of `model`.
+        adapters: folders of adapters that PEFT has saved, by the names that clients call them as models.
         dtype, device: as for `Engine.load`; None: its defaults.
         host, port: where to listen; port 0 takes a free one.
         allowed_hosts: names besides this machine's own by which clients may call it, with a port or for all of them.
@@ -167,6 +169,7 @@ class ServerSettings(BaseModel):
 
     model: str = SMOLLM2_135M.name
     served_name: str | None = None
+    adapters: dict[str, Path] = Field(default_factory=dict)
     dtype: str | None = None
     device: str | None = None
     host: str = "127.0.0.1"
@@ -207,6 +210,12 @@ class ServerSettings(BaseModel):
     log_prompts: bool = False
     traces: Annotated[str, Field(pattern=r"^https?://[^\s@]+$")] | None = None
     engine: Engine = Field(default_factory=EngineConfig)
+
+    @model_validator(mode="after")
+    def _require_names(self) -> ServerSettings:
+        if self.name in self.adapters:
+            raise ValueError(f"an adapter cannot be called {self.name!r}, as the model is")
+        return self
 
     @property
     def name(self) -> str:

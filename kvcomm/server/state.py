@@ -69,11 +69,27 @@ class ServerState:
         """Tells apart models, dtypes and formats; OpenAI's `system_fingerprint`."""
         return f"kvcomm-{self.engine.namespace('fingerprint')[:16]}"
 
-    def require_model(self, name: str) -> None:
-        """Raises ApiError 404 when the server does not serve a model of that name."""
-        if name != self.settings.name:
-            message = f"there is no model {name!r} here; this server serves {self.settings.name!r}"
+    @property
+    def models(self) -> tuple[str, ...]:
+        """What requests may name: the model, and every adapter as a model of its own."""
+        return (self.settings.name, *(name for name in self.engine.adapters if name != self.settings.name))
+
+    def adapter_of(self, model: str) -> str | None:
+        """The adapter that a model's name stands for; None: the model itself.
+
+        An adapter's name alone is enough; behind the model's and a colon it is understood, too.
+
+        Raises:
+            ApiError: 404, the server does not serve a model of that name.
+        """
+        base, models = self.settings.name, self.models
+        if model == base:
+            return None
+        adapter = model.removeprefix(f"{base}:")
+        if adapter not in models[1:]:
+            message = f"there is no model {model!r} here; this server serves {', '.join(map(repr, models))}"
             raise ApiError(404, "model_not_found", message, param="model")
+        return adapter
 
     def tenant_of(self, request: Request) -> Tenant:
         """Whose request this is.
@@ -86,11 +102,11 @@ class ServerState:
             raise ApiError(401, "invalid_api_key", "this API key is not known any more")
         return self.tenants.get(name)
 
-    def prolong(self, space: str, prompt: PreparedPrompt) -> None:
+    def prolong(self, space: str, prompt: PreparedPrompt, adapter: str | None) -> None:
         """Let what is cached of a prompt live as long as its request says, unless its pages are needed."""
         engine, token_ids = self.engine, prompt.token_ids
         with engine.lock:
-            namespace = engine.namespace(space)
+            namespace = engine.namespace(space, adapter=adapter)
             for num_tokens, ttl_s in prompt.lifetimes:
                 match = engine.tree.match(namespace, token_ids[:num_tokens])
                 engine.tree.insert(namespace, token_ids[: match.num_tokens], match.pages, ttl_s=ttl_s)

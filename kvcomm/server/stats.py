@@ -44,7 +44,8 @@ async def stats(tenant: TenantDep, state: StateDep) -> Stats:
     """What your own requests came to, what of them is cached, what was dropped, and how audits judge your bounds."""
     tally, engine, now_s = tenant.tally, state.engine, state.clock()
     with engine.lock:
-        groups = [group for space in tenant.salts for group in engine.edge_groups(space)]
+        namespaces = [each for space in tenant.salts for each in engine.namespaces(space)]
+        groups = [group for namespace in namespaces for group in engine.reuse.groups.groups(namespace)]
         return Stats(
             model=state.settings.name,
             uptime_s=now_s - state.started_s,
@@ -85,7 +86,7 @@ def _finished(finished: Finished, now_s: float) -> FinishedRequest:
 
 
 def _cache(engine: Engine, tenant: Tenant) -> CacheUse:
-    usages = [engine.tree.usage(engine.namespace(space)) for space in tenant.salts]
+    usages = [engine.tree.usage(each) for space in tenant.salts for each in engine.namespaces(space)]
     return CacheUse(
         tokens=sum(usage.num_tokens for usage in usages),
         bytes=sum(usage.num_pages for usage in usages) * engine.pool.page_bytes,
@@ -112,7 +113,8 @@ def _kept(state: ServerState, tenant: Tenant) -> Kept:
 
 
 def _evictions(engine: Engine, tenant: Tenant) -> list[Eviction]:
-    drops = [each for space in tenant.salts for each in engine.tree.recent_drops(engine.namespace(space))]
+    namespaces = [each for space in tenant.salts for each in engine.namespaces(space)]
+    drops = [drop for namespace in namespaces for drop in engine.tree.recent_drops(namespace)]
     drops.sort(key=lambda each: each[0])
     return [_eviction(engine, ago_s, drop) for ago_s, drop in drops[:MAX_SHOWN]]
 

@@ -217,7 +217,7 @@ class Tenants:
                 total -= sizes[space]
 
     def _num_cached(self, space: str) -> int:
-        return self._engine.tree.usage(self._engine.namespace(space)).num_tokens
+        return sum(self._engine.tree.usage(each).num_tokens for each in self._engine.namespaces(space))
 
 
 def namespace(tenant: str, salt: str | None) -> str:

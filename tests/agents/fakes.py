@@ -86,6 +86,7 @@ class FakeEngine:
         prompt: Sequence[Segment],
         sampling: SamplingParams,
         *,
+        adapter: str | None = None,
         tenant: str = "default",
         policy: ReusePolicy | None = None,
     ) -> RequestHandle:

@@ -184,7 +184,11 @@ def test_objects_of_subclasses_arrive_as_what_they_hold(value: object, arrives: 
     assert shape(over(value)) == shape(arrives)
 
 
-@pytest.mark.parametrize("value", [object(), print, int, (each for each in ()), ..., [object()], {1: print}], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [object(), print, int, (each for each in ()), ..., [object()], {1: print}],
+    ids=lambda value: type(value).__name__,
+)
 def test_other_objects_cannot_be_passed(value: object) -> None:
     with pytest.raises(WireError, match="cannot be passed"):
         over(value)

@@ -16,7 +16,7 @@ from kvcomm.agents.graph import AgentGraph
 from kvcomm.agents.team import Team
 from kvcomm.agents.tuning.rows import Row
 from kvcomm.agents.tuning.state import Kept, append_line, read_kept
-from kvcomm.agents.warming import BATCH, Note, run_all
+from kvcomm.agents.warming import BATCH, Note, require_no_adapters, run_all
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.request import NUM_CONTINUATION
@@ -62,8 +62,10 @@ def greedy(team: Team) -> Team:
     """The team as it is tuned: the bound compares greedy answers.
 
     Raises:
-        InvalidRequest: a team of one agent has nothing to move; runs of several rounds are not tuned.
+        InvalidRequest: a team of one agent has nothing to move; runs of several rounds, and agents with adapters,
+            are not tuned.
     """
+    require_no_adapters(team)
     if len(team.agents) < 2:
         raise InvalidRequest(f"team {team.name!r} has one agent: there is nothing to move")
     if team.rounds != 1:

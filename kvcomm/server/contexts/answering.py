@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvcomm.server.contexts.conversation import Continued, continue_conversation
 from kvcomm.server.contexts.turns import Turn
+from kvcomm.server.errors import ApiError
 from kvcomm.server.generation import Call
 from kvcomm.server.prompts import PromptMaker, shown_tools, template_variables
 from kvcomm.server.sampling import ttl_of
@@ -13,16 +14,21 @@ from kvcomm.server.schemas.completions import CompletionRequest
 from kvcomm.server.segments.prepared import PreparedPrompt
 
 
-def begin_turn(body: GenerationRequest, call: Call) -> Turn | None:
+def begin_turn(body: GenerationRequest, adapter: str | None, call: Call) -> Turn | None:
     """A turn on the request's context, which ends with the call; None: it names none.
 
     Raises:
-        ApiError: 404 for an unknown context, 409 for a busy one.
+        ApiError: 404 for an unknown context, 409 for a busy one, or one that was computed by another adapter.
     """
     if body.context_id is None:
         return None
     registry = call.state.contexts.of(call.tenant)
-    turn = registry.begin_turn(registry.find(body.context_id), keeps=bool(body.store))
+    node = registry.find(body.context_id)
+    if node.context.adapter != adapter:
+        made_with = node.context.adapter or call.state.settings.name
+        message = f"this context was made with the model {made_with!r}; name that one, or make the context anew"
+        raise ApiError(409, "context_of_another_model", message, param="model")
+    turn = registry.begin_turn(node, keeps=bool(body.store))
     return call.take_turn(turn)
 
 

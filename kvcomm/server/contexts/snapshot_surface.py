@@ -91,11 +91,12 @@ async def _restore(name: str, body: RestoreRequest, call: Call, folder: Snapshot
 
 async def _read(name: str, body: RestoreRequest, call: Call, folder: SnapshotFolder, registry: ContextRegistry) -> Turn:
     state = call.state
+    adapter = None if body.model is None else state.adapter_of(body.model)
     num_tokens = await anyio.to_thread.run_sync(folder.num_tokens, name)
     space = state.tenants.open_namespace(call.tenant, body.cache_salt)
 
     def read() -> Turn:
-        context, conversation = folder.restore(state.engine, name, space=space)
+        context, conversation = folder.restore(state.engine, name, space=space, adapter=adapter)
         turn = call.take_turn(registry.new_turn(context))
         turn.put(Continued((), conversation))
         return turn

@@ -99,7 +99,9 @@ class SnapshotFolder:
         with _told(name, file):
             return len(read_header(file).token_ids)
 
-    def restore(self, engine: Engine, name: str, *, space: str) -> tuple[Context, KeptConversation | None]:
+    def restore(
+        self, engine: Engine, name: str, *, space: str, adapter: str | None = None
+    ) -> tuple[Context, KeptConversation | None]:
         """A context from a snapshot, and its conversation.
 
         Raises:
@@ -109,7 +111,7 @@ class SnapshotFolder:
         """
         file = self._file(name)
         with _told(name, file):
-            context = engine.restore(file, tenant=space)
+            context = engine.restore(file, adapter=adapter, tenant=space)
             try:
                 return context, KeptConversation.from_note(context.note)
             except SnapshotCorrupt:

@@ -118,9 +118,11 @@ def _release(nodes: list[Node]) -> None:
 
 async def _create(body: ContextRequest, call: Call) -> ExtendedContext:
     registry = call.state.contexts.of(call.tenant)
+    adapter = None if body.model is None else call.state.adapter_of(body.model)
     with registry.place():
         space = call.state.tenants.open_namespace(call.tenant, body.cache_salt)
-        turn = call.take_turn(registry.new_turn(call.state.engine.empty_context(tenant=space)))
+        context = call.state.engine.empty_context(adapter=adapter, tenant=space)
+        turn = call.take_turn(registry.new_turn(context))
         completion = await _prefill(turn, body, call, salt=body.cache_salt)
         node = registry.adopt(turn.hand_over(), body, salt=body.cache_salt, conversation=turn.conversation)
     return extended(registry, node, completion)

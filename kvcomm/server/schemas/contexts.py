@@ -85,9 +85,19 @@ class Terms(Body):
         return None if self.ttl is None else seconds(self.ttl)
 
 
+ModelName = Annotated[
+    str | None,
+    Field(
+        description="The model, or one of its adapters, that computes the context and answers behind it; by default the"
+        " model itself."
+    ),
+]
+
+
 class ContextRequest(Prompt, Terms):
     """A context to be computed."""
 
+    model: ModelName = None
     cache_salt: Salt | None = None
 
 
@@ -157,6 +167,7 @@ class SnapshotRequest(Body):
 class RestoreRequest(Terms):
     """A context to be made from a file; without a name it has the one it was saved with."""
 
+    model: ModelName = None
     cache_salt: Annotated[Salt | None, Field(description="That of the context that was saved.")] = None
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from kvcomm.server.schemas.common import ResponseModel
 
@@ -14,6 +16,7 @@ class Model(ResponseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "kvcomm"
+    parent: Annotated[str | None, Field(description="Of an adapter: the model that it belongs to.")] = None
     max_model_len: int
 
 

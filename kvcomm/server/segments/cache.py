@@ -38,19 +38,25 @@ async def warm_cache(body: WarmRequest, call: CallDep) -> Warmed:
 
 async def _warm(body: WarmRequest, call: Call) -> Warmed:
     state, tenant = call.state, call.tenant.name
-    state.require_model(body.model)
+    adapter = state.adapter_of(body.model)
     prompt = await call.make(
         partial(state.prompts.warm, body, tenant), more_bytes=state.registries.num_bytes(tenant, body.segments)
     )
-    await call.submit(Job(prompt, ONLY_PREFILL, policy_of(body, state.settings), body.cache_salt))
+    await call.submit(Job(prompt, ONLY_PREFILL, policy_of(body, state.settings), body.cache_salt, adapter=adapter))
     (completion,) = await call.results()
-    return await call.make(partial(_warmed, body, state, tenant, prompt, completion))
+    return await call.make(partial(_warmed, body, state, tenant, prompt, completion, adapter))
 
 
 def _warmed(
-    body: WarmRequest, state: ServerState, tenant: str, prompt: PreparedPrompt, completion: Completion
+    body: WarmRequest,
+    state: ServerState,
+    tenant: str,
+    prompt: PreparedPrompt,
+    completion: Completion,
+    adapter: str | None,
 ) -> Warmed:
-    num_cached = state.engine.num_cached(prompt.segments, tenant=namespace(tenant, body.cache_salt))
+    space = namespace(tenant, body.cache_salt)
+    num_cached = state.engine.num_cached(prompt.segments, adapter=adapter, tenant=space)
     segments = cached_segments(prompt.placed, num_cached)
     return Warmed(
         cached_segments=sum(each.cached_tokens == each.tokens for each in segments),
@@ -64,7 +70,7 @@ def _warmed(
 @router.post("/explain", operation_id="explainCache", tags=["insight"], responses=ERRORS)
 async def explain_cache(body: ExplainRequest, call: CallDep) -> CacheExplanation:
     """What a request would find in the cache, what not, why, and what it would take. It is not made."""
-    call.state.require_model(body.model)
+    call.state.adapter_of(body.model)
     if body.context_id is not None:
         call.state.contexts.of(call.tenant).find(body.context_id)
         message = "context_id cannot be explained: what a context holds is in place and not looked up"

@@ -18,10 +18,11 @@ from kvcomm.server.usage import plan_of
 def explain(body: ChatRequest | CompletionRequest, state: ServerState, tenant: str) -> CacheExplanation:
     """The plans of a request of the tenant with that name; raises what making it would. For a worker thread."""
     policy, space = policy_of(body, state.settings), namespace(tenant, body.cache_salt)
+    adapter = state.adapter_of(body.model)
     explained = []
     for prompt in _prompts(body, state, tenant):
-        told = state.engine.explain(prompt.segments, tenant=space, policy=policy)
-        cached = state.engine.num_cached(prompt.segments, tenant=space)
+        told = state.engine.explain(prompt.segments, adapter=adapter, tenant=space, policy=policy)
+        cached = state.engine.num_cached(prompt.segments, adapter=adapter, tenant=space)
         explained.append(_explained(prompt, told, cached))
     return CacheExplanation(prompts=explained)
 

@@ -65,7 +65,7 @@ class SegmentReader:
 
     def digest(self, segment: Segment, tenant: str) -> str:
         """What clients know as the segment's hash; the same under every salt."""
-        return segment.digest(self._engine.namespace(tenant))
+        return segment.digest(self._engine.home(tenant))
 
     def prepare(self, inputs: Sequence[SegmentInput], rule: str, tail: Tail, tenant: str) -> PreparedPrompt:
         """Segments, and behind them the rest of a prompt.

@@ -39,11 +39,11 @@ def cache_tree(engine: Engine, name: str, spaces: Iterable[str]) -> CacheTree:
     num_tokens = num_pages = 0
     with engine.lock:
         for space in spaces:
-            namespace = engine.namespace(space)
-            usage = engine.tree.usage(namespace)
-            num_tokens, num_pages = num_tokens + usage.num_tokens, num_pages + usage.num_pages
-            parent = root if space == name else builder.salt(root, namespace)
-            parent["children"] += builder.prefixes(namespace) + builder.segments(namespace)
+            parent = root if space == name else builder.salt(root, engine.home(space))
+            for namespace in engine.namespaces(space):  # one for each adapter
+                usage = engine.tree.usage(namespace)
+                num_tokens, num_pages = num_tokens + usage.num_tokens, num_pages + usage.num_pages
+                parent["children"] += builder.prefixes(namespace) + builder.segments(namespace)
     tree = CacheNode.model_validate(_summed(root))
     num_bytes = num_pages * engine.pool.page_bytes
     return CacheTree(bytes=num_bytes, tokens=num_tokens, left_out=builder.num_left_out, root=tree)

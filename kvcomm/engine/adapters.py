@@ -1,0 +1,187 @@
+"""Which weights a request means, under which namespace their KV is cached, and whose turn it is.
+
+A request names an adapter, or takes the model as its user has left it. What that means is fixed when the request is
+made, and holds to its end: passes are for one identity of weights each, and a request whose weights are gone fails by
+name. Adapters are switched for the time of a pass, by the engine's thread alone.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from kvcomm.engine.request import Request
+from kvcomm.errors import InvalidRequest, MissingExtra, ModelLoadError, UnknownAdapter, UnsupportedModel, WeightsChanged
+from kvcomm.model.attention import hook
+from kvcomm.model.live import LiveWeights, Weights
+from kvcomm.model.namespace import tenant_namespace
+from kvcomm.model.progress import quiet_transformers
+from kvcomm.values import text
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
+"""What adapters may be called here: PEFT makes the name an attribute, clients put it behind a colon."""
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class Adapters:
+    """The weights of one engine's model, and the namespaces that belong to them."""
+
+    def __init__(
+        self, given: nn.Module, model: PreTrainedModel, live: LiveWeights, identify: Callable[[str], str]
+    ) -> None:
+        """Args:
+        given: what the engine was made for: the model itself or PEFT's wrapper around it.
+        identify: the model's identity with weights of a digest.
+        """
+        self.live = live
+        self._loader: Any = given
+        self._model: Any = model
+        self._identify = lru_cache(maxsize=64)(identify)
+        self._home = self._identify(live.now().digest)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Adapters that requests may name, sorted."""
+        return self.live.adapters
+
+    def weights(self, adapter: str | None) -> Weights:
+        """What a request with this adapter would compute with now.
+
+        Raises:
+            UnknownAdapter: there is none of that name.
+            WeightsChanged, UnsupportedModel: see `LiveWeights.now`.
+        """
+        return self.live.now(adapter, closely=True)
+
+    def namespace(self, weights: Weights, tenant: str) -> str:
+        """Where a tenant's KV of these weights is cached; raises InvalidRequest for a tenant that is no text."""
+        return tenant_namespace(self._identify(weights.digest), text("the tenant", tenant))
+
+    def home(self, tenant: str) -> str:
+        """What stands for a tenant whatever the weights are: for its quotas and the names of its segments.
+
+        Raises:
+            InvalidRequest: the tenant is no text.
+        """
+        return tenant_namespace(self._home, text("the tenant", tenant))
+
+    def namespaces(self, tenant: str) -> tuple[str, ...]:
+        """Every namespace that requests of a tenant can have: with no adapter named, with each, and the first one."""
+        try:
+            known = self.live.known()
+        except (UnsupportedModel, WeightsChanged):  # nothing can be computed; what is cached stays where it is
+            known = ()
+        found = (*(tenant_namespace(self._identify(digest), tenant) for digest in known), self.home(tenant))
+        return tuple(dict.fromkeys(found))
+
+    def renew(self, request: Request) -> None:
+        """Let a request that waits mean the weights that there are, if those that it meant are gone.
+
+        Raises:
+            WeightsChanged: it goes on with KV of the former ones.
+            UnknownAdapter, UnsupportedModel: see `weights`.
+        """
+        try:
+            self.live.require(request.weights)
+        except WeightsChanged:
+            if request.num_kept_tokens:
+                raise
+            request.weights = self.weights(request.adapter)
+            request.namespace = self.namespace(request.weights, request.tenant)
+
+    def load(self, name: str, folder: Path) -> None:
+        """Attach an adapter from a folder, as PEFT saves it; whatever was active stays so.
+
+        Raises:
+            InvalidRequest: the name cannot be used, or is taken.
+            ModelLoadError: no adapter, or none that fits the model; nothing is attached.
+            MissingExtra: PEFT is not installed.
+        """
+        if not NAME.fullmatch(name):
+            raise InvalidRequest(f"bad adapter name {name!r}; names are up to 64 letters, digits, '_' and '-'")
+        if name in self.names:
+            raise InvalidRequest(f"there is an adapter {name!r} already; unload it first, or take another name")
+        for file in ADAPTER_FILES:
+            if not (folder / file).is_file():
+                raise ModelLoadError(f"{folder} has no {file}; adapters are loaded as PEFT saves them")
+        require_peft()
+        with hook.pass_lock(self._model), self.live.kept_choices():
+            try:
+                with quiet_transformers(bars=False), warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # that there is more than one adapter, and the like
+                    self._attach(name, folder)
+            except ModelLoadError:
+                raise
+            except Exception as error:  # PEFT raises whatever it meets, from KeyError to RuntimeError
+                self._detach_part(name)
+                line = str(error).strip().splitlines()[:1] or [type(error).__name__]
+                raise ModelLoadError(f"{folder} is no adapter that fits this model ({line[0]})") from error
+
+    def unload(self, name: str) -> None:
+        """Take an adapter out of the model; requests that use it fail.
+
+        Raises:
+            UnknownAdapter: there is none of that name.
+        """
+        if name not in self.names:
+            raise UnknownAdapter(f"there is no adapter {name!r}; loaded: {', '.join(self.names) or 'none'}")
+        with hook.pass_lock(self._model), self.live.kept_choices():
+            self._detach(name)
+
+    def _attach(self, name: str, folder: Path) -> None:
+        if self._loader is self._model:
+            info = self._model.load_adapter(
+                str(folder),
+                adapter_name=name,
+                adapter_kwargs={"local_files_only": True},
+                use_safetensors=True,
+                hotswap=False,
+            )
+        else:
+            info = self._loader.load_adapter(str(folder), adapter_name=name, is_trainable=False, use_safetensors=True)
+        missing = sorted(key for key in info.missing_keys if f".{name}." in key or key.endswith(f".{name}"))
+        if missing:
+            self._detach(name)
+            raise ModelLoadError(f"{folder} lacks {len(missing)} tensors of the adapter, such as {missing[0]}")
+
+    def _detach(self, name: str) -> None:
+        self._loader.delete_adapter(name)
+
+    def _detach_part(self, name: str) -> None:
+        if name in self.live.adapters:
+            self._detach(name)
+
+
+class Turns:
+    """Whose turn it is, where requests with different weights run: a pass is for one, and each comes in turn."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, int] = {}
+        self._num_passes = 0
+
+    def order(self, running: Iterable[Request]) -> list[str]:
+        """Digests of the weights of running requests; those that have waited longest come first."""
+        digests = dict.fromkeys(request.weights.digest for request in running)
+        self._last = {digest: self._last.get(digest, -1) for digest in digests}
+        return sorted(digests, key=self._last.__getitem__)
+
+    def taken(self, digest: str) -> None:
+        """A pass is for these weights."""
+        self._num_passes += 1
+        self._last[digest] = self._num_passes
+
+
+def require_peft() -> None:
+    """Raises MissingExtra when PEFT is not installed."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise MissingExtra("adapters need PEFT: pip install 'kvcomm[adapters]'") from error
