@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +27,8 @@ from eval.engine_faults.values import SPECIAL
 from kvcomm import Completion, Context, Engine, EngineConfig, SamplingParams, Segment
 from kvcomm.engine.handle import RequestHandle
 
-KNOWS_ADAPTERS = "adapter" in signature(Engine.submit).parameters
-"""Whether requests may name the adapter that computes them."""
-
 PROBE = tuple(range(40, 52))
-MAX_CONTEXTS = 6
+MAX_CONTEXTS = 5
 
 
 class Hung(Exception):
@@ -146,10 +142,10 @@ class World:
     # What callers ask, counted again.
 
     def adapter_of(self, settings: Mapping[str, Any]) -> str | None:
-        """The adapter that an operation names; None where it names none, or engines do not know them."""
+        """The adapter that an operation names, None if it names none."""
         which = settings.get("adapter")
         adapters = self.subject.adapters
-        return adapters[which % len(adapters)] if which is not None and KNOWS_ADAPTERS else None
+        return None if which is None else adapters[which % len(adapters)]
 
     def weights_of(self, adapter: str | None) -> Weights:
         """The weights in force for whoever names this adapter, or none."""

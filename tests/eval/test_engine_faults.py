@@ -30,6 +30,7 @@ from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.loop import EngineLoop
 from kvcomm.engine.sampling import Sampler
 from kvcomm.engine.scheduler import Scheduler
+from kvcomm.model.live import LiveWeights
 
 ENGINE = {"page_size": 8, "pool_tokens": 256, "idle_after_s": 0.0}
 PROMPT = {"ids": list(range(60, 80))}
@@ -90,6 +91,29 @@ def test_kv_of_other_weights_is_noticed() -> None:
     with torch.no_grad():
         runner.subject.model.get_submodule("model.layers.1.mlp.down_proj").weight.mul_(3)
     assert (Harm.WRONG, "an answer differs") in kinds(found(runner))
+
+
+def test_cached_kv_of_weights_before_an_edit_is_noticed(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that does not look at its model answers from what it has cached."""
+    edit = Operation("edit", {"which": 0})
+    assert found(runner, [ask(), edit, ask(), edit, ask()]).all == []
+    monkeypatch.setattr(LiveWeights, "_look", lambda self, closely=False: None)
+    monkeypatch.setattr(LiveWeights, "confirm", lambda self, this, weights, closely=False: True)
+    assert (Harm.WRONG, "an answer differs after weights have changed") in kinds(found(runner, [ask(), edit, ask()]))
+
+
+@pytest.mark.skipif(not has_peft(), reason="peft is not installed")
+def test_another_adapter_than_the_one_named_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner(0, with_adapters=True)
+    named = [Operation("ask", {**ask().settings, "adapter": which}) for which in (1, 2, 0)]
+    assert found(runner, named).all == []
+    submit_request = Engine.submit
+
+    def without_adapter(self: Engine, *arguments: Any, adapter: str | None = None, **keywords: Any) -> RequestHandle:
+        return submit_request(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Engine, "submit", without_adapter)
+    assert kinds(found(runner, named)) == {(Harm.WRONG, "an answer differs")}
 
 
 def test_leaked_pages_are_noticed(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +251,7 @@ def test_a_bad_value_that_is_taken_is_noticed(runner: Runner, monkeypatch: pytes
 
 def test_a_small_run_finds_nothing_and_is_written_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run.json"
-    assert main(["--operations=200", "--seed=7", "--without=faults,adapters", "--json", f"--out={out}"]) == 0
+    assert main(["--operations=200", "--seed=7", "--without=faults", "--json", f"--out={out}"]) == 0
     printed = json.loads(capsys.readouterr().out)
     values = {figure["id"]: figure["value"] for figure in printed["figures"]}
     assert values["operations"] >= 200
@@ -241,7 +265,7 @@ def test_a_small_run_finds_nothing_and_is_written_down(tmp_path: Path, capsys: p
 
 def test_faults_hurt_nobody_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """So few operations do not reach every point, which the exit code says."""
-    code = main(["--operations=300", "--seed=3", "--without=adapters", "--json", f"--out={tmp_path / 'run.json'}"])
+    code = main(["--operations=300", "--seed=3", "--json", f"--out={tmp_path / 'run.json'}"])
     captured = capsys.readouterr()
     values = {figure["id"]: figure["value"] for figure in json.loads(captured.out)["figures"]}
     assert (values["wrong"], values["leaked"], values["engines_lost"]) == (0, 0, 0)
