@@ -156,9 +156,18 @@ class Node:
 
     @property
     def num_shared_pages(self) -> int:
-        """1 if the first page is also the parent's last one, else 0."""
-        above = self.parent.pages if self.parent is not None else NO_IDS
-        return int(above.size > 0 and above[-1] == self.pages[0])
+        """1 if the first page is also an ancestor's last one, else 0.
+
+        Mostly the parent's. It is one further up if the parent has the tokens between on a page of somebody else.
+        """
+        above = self.parent
+        while above is not None and above.pages.size:
+            if above.pages[-1] == self.pages[0]:
+                return 1
+            if above.pages.size > 1:
+                return 0  # it begins in an earlier page, and what is above it ends there
+            above = above.parent
+        return 0
 
     def bury(self, token: int, reason: MissReason) -> None:
         """Remember why no child begins with `token`; only the latest few are kept."""

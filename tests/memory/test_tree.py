@@ -538,6 +538,22 @@ def test_quota_counts_a_page_once_that_two_nodes_share(bench: Bench) -> None:
     sequence.release()
 
 
+def test_a_page_counts_once_that_a_node_shares_with_a_distant_ancestor(bench: Bench) -> None:
+    """The node between them has the same tokens on another page, so its last page says nothing about theirs."""
+    first, second, third = (bench.pool.allocate(1) for _ in range(3))
+    bench.tree.insert(NS, [1, 2, 3, 4], first, ttl_s=1.0)
+    bench.tree.insert(NS, [1, 2, 7, 8], second)
+    bench.now += 2.0  # [3, 4] goes, and [1, 2] stays on the first page
+    bench.tree.insert(NS, [1, 2, 3], third)
+    bench.tree.insert(NS, [1, 2, 3, 4], first)
+    assert bench.tree.usage(NS).num_pages == 3
+    bench.tree.check_integrity()
+    for pages in (first, second, third):
+        bench.pool.release(pages)
+    bench.tree.evict(24)
+    assert bench.tree.usage(NS).num_pages == 0
+
+
 def test_a_leaf_that_could_not_grow_can_still_go(bench: Bench) -> None:
     """Protected while room was made for its continuation, it once dropped out of the queues for good."""
     bench.serve(span(0, 4))
