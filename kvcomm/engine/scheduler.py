@@ -181,9 +181,7 @@ class Scheduler:
         """Under the lock: whatever is raised inside ends this request, with its pages returned, and nothing else."""
         try:
             yield
-        except (
-            BaseException
-        ) as error:  # nobody interrupts this thread: also an exit is only what a caller's code raised
+        except BaseException as error:  # an exit, too: nobody but a caller's code raises one in this thread
             logger.info("request %d failed: %r", request.request_id, error)
             self._fail(request, error)
 
