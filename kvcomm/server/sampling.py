@@ -15,9 +15,6 @@ from kvcomm.server.settings import ServerSettings
 
 NUM_SEEDS = 2**63
 
-MIN_TEMPERATURE = 1e-6
-"""Below, the most probable token is as good as certain, and logits would overflow."""
-
 
 def sampling_of(
     request: GenerationRequest,
@@ -42,10 +39,9 @@ def sampling_of(
     if room < 1:
         message = f"the prompt has {num_prompt_tokens} tokens and the model's limit, answer included, is {max_context}"
         raise ApiError(400, "context_length_exceeded", message)
-    temperature = settings.default_temperature if request.temperature is None else request.temperature
     return SamplingParams(
         max_new_tokens=min(room, wanted_tokens or settings.default_max_tokens, settings.max_answer_tokens or room),
-        temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
+        temperature=settings.default_temperature if request.temperature is None else request.temperature,
         top_k=request.top_k or 0,
         top_p=1.0 if request.top_p is None else request.top_p,
         min_p=request.min_p or 0.0,
