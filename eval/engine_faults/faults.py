@@ -194,17 +194,8 @@ class Faults:
 
     def behind(self, error: BaseException) -> Exception | None:
         """The fault that caused an error, or None."""
-        seen: set[int] = set()
-        queue: list[BaseException | None] = [error]
-        while queue:
-            each = queue.pop()
-            if each is None or id(each) in seen:
-                continue
-            seen.add(id(each))
-            if isinstance(each, Exception) and id(each) in self._points_of:
-                return each
-            queue += [each.__cause__, each.__context__]
-        return None
+        known = (each for each in chained(error) if isinstance(each, Exception) and id(each) in self._points_of)
+        return next(known, None)
 
     def point_of(self, error: Exception) -> str:
         """Where a fault was thrown."""
@@ -257,6 +248,18 @@ class Faults:
         spoiled = logits.clone()
         spoiled[..., -1, self.fired["model.logits"] % logits.shape[-1]] = float(kind)
         return spoiled
+
+
+def chained(error: BaseException) -> Iterator[BaseException]:
+    """An error and all that stand behind it."""
+    seen: set[int] = set()
+    queue: list[BaseException | None] = [error]
+    while queue:
+        each = queue.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            yield each
+            queue += [each.__cause__, each.__context__]
 
 
 class FragileTokenizer(PreTrainedTokenizerFast):

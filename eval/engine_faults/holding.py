@@ -116,8 +116,9 @@ def refused(world: World, settings: Mapping[str, Any]) -> bool:
         except Exception as error:
             world.oracle.judge_error(asked, error)
         else:
-            world.fly(Flight(asked, handle, held, before))
-            world.collect(held.flight) if held.flight else None
+            flight = Flight(asked, handle, held, before)
+            world.fly(flight)
+            world.collect(flight)
         world.expect_tokens(held, before, asked)
         return True
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eval.engine_faults.faults import Faults, FragileTokenizer
+from eval.engine_faults.faults import Faults, FragileTokenizer, chained
 from eval.engine_faults.findings import Findings, Harm
 from eval.engine_faults.oracle import Asked, Oracle
 from eval.engine_faults.patience import Patience
@@ -377,9 +377,8 @@ class World:
 
     def _num_missing(self) -> int:
         """Pages that are not free when nobody holds anything. Everything is given back first."""
-        for held in self._held:
-            self.release(held)
-        self._held.clear()
+        while self._held:  # leaving no name for the last one: its last error may know contexts that were forgotten
+            self.release(self._held.pop())
         strip_tracebacks(self.faults)
         gc.collect()
         self._has_forgotten = False  # the collector has been there: a forgotten context holds nothing any more
@@ -425,8 +424,9 @@ def named(adapter: str | None) -> dict[str, str]:
 
 def strip_tracebacks(faults: Faults) -> None:
     """Frames of exceptions hold what their callers held: a context in one would never be forgotten."""
-    for error in faults.errors:
-        error.__traceback__ = None
+    for fault in faults.errors:
+        for error in chained(fault):
+            error.__traceback__ = None
 
 
 def _parts_of(subject: Subject) -> dict[str, Any]:
