@@ -121,7 +121,8 @@ class Engine:
         ends = end_token_ids(model, tokenizer)
         identity = self._adapters.home(DEFAULT_TENANT)
         self.reuse = ReuseParts.make(self.config, self.memory, self.geometry, runner, self._lock, identity, ends)
-        self.scheduler = Scheduler(
+        self._holdings = Holdings(self.pool, lambda: scheduler.requests())
+        scheduler = self.scheduler = Scheduler(
             self.config,
             self.memory,
             runner,
@@ -130,6 +131,7 @@ class Engine:
             self.reuse.idle,
             self._lock,
             adapters=self._adapters,
+            reclaim=self._holdings.reclaim,
             end_token_ids=ends,
         )
         self.encoder = TextEncoder(tokenizer)
@@ -137,7 +139,6 @@ class Engine:
         self._reader = PromptReader(
             self.encoder, vocab_size=self.geometry.vocab_size, max_context=self.geometry.max_context
         )
-        self._holdings = Holdings(self.pool, self.scheduler.requests)
         self._cached_pages: dict[str, int] = {}
         self._request_ids = itertools.count()
         self._loop = EngineLoop(self.scheduler, self.reuse.idle, self.config.idle_after_s)

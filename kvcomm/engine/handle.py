@@ -124,6 +124,7 @@ class RequestHandle:
         with self._changed:
             assert self._outcome is None, f"request {self.request_id} settled twice"
             self._outcome = outcome
+            self._cancel = _nothing  # which knew the request: what nobody refers to is gone without a collector
         self._notify()
 
     def _notify(self) -> None:
@@ -141,3 +142,7 @@ class RequestHandle:
         if isinstance(self._outcome, BaseException):
             raise self._outcome
         return self._outcome
+
+
+def _nothing() -> None:
+    """Cancels a request that has ended."""

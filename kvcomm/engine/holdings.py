@@ -120,6 +120,12 @@ class Holdings:
         }
         return [entry for key, entry in own.items() if key not in self._held]
 
+    def reclaim(self) -> bool:
+        """Give back what forgotten contexts held; whether there was anything."""
+        num_forgotten = len(self._forgotten)
+        self._collect()
+        return num_forgotten > 0
+
     def _collect(self) -> None:
         while self._forgotten:
             sequence = self._forgotten.popleft()

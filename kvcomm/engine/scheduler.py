@@ -18,7 +18,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as AnySequence
 from contextlib import contextmanager, suppress
 
@@ -33,6 +33,7 @@ from kvcomm.engine.learner import Learner
 from kvcomm.engine.passes import Computed, Failure, Work, compute
 from kvcomm.engine.plan import Reason, exact_plan
 from kvcomm.engine.request import ANSWER, Branch, Request
+from kvcomm.engine.results import Completion
 from kvcomm.engine.reuse import Reuse
 from kvcomm.engine.sampling import token_logprob
 from kvcomm.engine.study import IdleWork
@@ -73,8 +74,10 @@ class Scheduler:
         lock: threading.RLock,
         *,
         adapters: Adapters,
+        reclaim: Callable[[], object],
         end_token_ids: frozenset[int],
     ) -> None:
+        """`reclaim` gives back the pages of contexts that their users forgot."""
         self.lock = lock
         self._reuse = reuse
         self._learner = learner
@@ -85,6 +88,7 @@ class Scheduler:
         self._tree = memory.tree
         self._runner = runner
         self._adapters = adapters
+        self._reclaim = reclaim
         self._turns = Turns()
         self._looked_at: set[str] = set()  # closely: digests of weights, since the last pass
         self._end_token_ids = end_token_ids
@@ -430,6 +434,8 @@ class Scheduler:
         Raises:
             PoolExhausted: not even all of them are enough; nothing was dropped.
         """
+        if num_pages > self._pool.num_free:
+            self._reclaim()
         self._memory.require_possible(num_pages, self._idle.droppable_pages())
         while True:
             try:
@@ -545,7 +551,7 @@ class Scheduler:
         self._return_pages(request, sequence.num_tokens)
         if request.on_success is not None:
             request.on_success()
-        request.handle.settle(completion)
+        self._settle(request, completion)
 
     def _learn_from(self, request: Request) -> None:
         try:
@@ -567,7 +573,11 @@ class Scheduler:
         self._leave(request)
         self._reuse.release(request)
         self._return_pages(request, request.num_kept_tokens)
-        request.handle.settle(error)
+        self._settle(request, error)
+
+    def _settle(self, request: Request, outcome: Completion | BaseException) -> None:
+        request.on_success = None  # it knows the context, which is kept by nobody but its user
+        request.handle.settle(outcome)
 
     def _return_pages(self, request: Request, num_kept: int) -> None:
         """Release what the request holds; a lent sequence keeps its first `num_kept` tokens instead."""

@@ -7,6 +7,7 @@ others share.
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -312,3 +313,18 @@ def test_the_cost_of_learning_is_not_paid_by_whoever_waits(shared_model: TinyMod
             assert engine.generate([engine.segment(head), shared], ANSWER).finish_reason == "length"
         engine.wait_idle(HANG_S)
         engine.check_integrity()
+
+
+def test_what_users_forget_makes_room_at_once(narrow: Engine) -> None:
+    """Pages of forgotten contexts used to lie there until Python looked for cycles, or somebody made a context."""
+    gc.disable()
+    try:
+        for seed in range(6):
+            context = narrow.context(some_tokens(200, seed=seed))
+            context.generate(max_new_tokens=2, ignore_eos=True)
+            del context
+            narrow.wait_idle(HANG_S)
+        prompt = some_tokens(240, seed=9)
+        assert len(narrow.generate(prompt, max_new_tokens=4, ignore_eos=True, reads_cache=False).token_ids) == 4
+    finally:
+        gc.enable()
