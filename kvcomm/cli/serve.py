@@ -51,6 +51,10 @@ KeysFlag = Annotated[
     Path, typer.Option("--keys", envvar="KVCOMM_SERVE_KEYS", metavar="FILE", help="The key file.", show_default=False)
 ]
 
+SWITCH_S = 0.0005
+"""How long a thread keeps the interpreter while others want it. The event loop asks for it several times a request, and
+at Python's five milliseconds each would wait for every worker that reads a large body."""
+
 
 @app.callback(epilog=EPILOG)
 def serve(
@@ -197,6 +201,7 @@ def _serve(settings: ServerSettings, *, as_json: bool) -> None:
         )
         with with_adapters(engine, settings.adapters):
             server = make_server(make_app(engine, settings, keys=keys, traces=traces))
+            sys.setswitchinterval(SWITCH_S)
             gc.collect()
             gc.freeze()  # what stays as long as the server is never looked through again: half a second for everybody
             listener.listen()  # whoever reads the address can connect at once

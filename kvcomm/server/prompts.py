@@ -58,9 +58,17 @@ class PromptMaker:
             InvalidRequest: it cannot be tokenized.
         """
         marks = self.marks()
+        for message in request.messages:
+            if message.role != "assistant":  # of an answer, templates may leave out what was thought
+                self._require_short(message.content)
         messages = [message_values(message) for message in request.messages]
         text = self.render(marks.hide_messages(messages), marks.hide(shown_tools(request)), template_variables(request))
         return self._prepare(request, marks, text, tenant)
+
+    def _require_short(self, content: str | Sequence[Any] | None) -> None:
+        """Raises PromptTooLong for a message that alone cannot fit, before anything longer is made of it."""
+        for part in (content,) if isinstance(content, str) else content or ():
+            self._limit.require(part if isinstance(part, str) else part.text)
 
     def completion(self, prompt: str | list[int], request: CompletionRequest, tenant: str) -> PreparedPrompt:
         """One of the prompts of a plain completion; raises and takes as `chat`."""
