@@ -30,14 +30,14 @@ def damaged_layers(num_layers: int) -> range:
 class AttentionMass:
     """Sums up what rows `[first, end)` of one sequence attend to, in some layers.
 
-    The rows may be computed in several passes, together with anything else.
+    The rows may be computed in several passes, together with anything else; a pass that is repeated counts once.
     """
 
     def __init__(self, layers: Sequence[LayerStore], layer_ids: range, first: int, end: int) -> None:
         self._layers = layers
         self._layer_ids = layer_ids
         self._rows = first, end
-        self._mass: dict[int, Tensor] = {}
+        self._paid: dict[int, dict[tuple[int, int], Tensor]] = {}  # by layer and rows: [num_heads, end of the rows]
 
     def by_head(self, positions: Tensor) -> Tensor:
         """[num_layers * num_heads, num_positions] float32: to each position, summed over rows.
@@ -45,7 +45,7 @@ class AttentionMass:
         Args:
             positions: [num_positions] int64, before the end of the rows.
         """
-        return torch.cat([self._mass[layer_id][:, positions] for layer_id in self._layer_ids])
+        return torch.cat([self._mass(layer_id)[:, positions] for layer_id in self._layer_ids])
 
     def watch(self, slots: slice | Tensor, row: int, start: int, end: int) -> Watch | None:
         """For a pass whose rows from `row` on are positions `[start, end)`: what to call behind every layer.
@@ -74,6 +74,12 @@ class AttentionMass:
         seen = torch.arange(first, last, device=keys.device)[:, None]
         is_hidden = torch.arange(last, device=keys.device)[None] > seen
         paid = scores.masked_fill_(is_hidden, -torch.inf).softmax(-1).sum(1)
-        if layer_id not in self._mass:
-            self._mass[layer_id] = paid.new_zeros(len(query), self._rows[1])
-        self._mass[layer_id][:, :last] += paid
+        self._paid.setdefault(layer_id, {})[positions] = paid
+
+    def _mass(self, layer_id: int) -> Tensor:
+        """[num_heads, end of all rows]: what all rows of one layer paid."""
+        parts = list(self._paid[layer_id].values())
+        mass = parts[0].new_zeros(len(parts[0]), self._rows[1])
+        for paid in parts:
+            mass[:, : paid.shape[1]] += paid
+        return mass

@@ -46,7 +46,8 @@ def test_mass_is_that_of_the_stock_attention(rows: tuple[int, int], layer_ids: r
         mass = AttentionMass(layer_stores(pool, engine.geometry), layer_ids, *rows)
         for start, end in zip((0, *cuts), cuts, strict=False):
             runs = [Run(OTHER, other.pages, 0), Run(TOKENS[start:end], sequence.pages, start)]
-            runner.forward(runs, watch=mass.watch(slots, len(OTHER), start, end))
+            for _ in range(2):  # as after a pass that failed
+                runner.forward(runs, watch=mass.watch(slots, len(OTHER), start, end))
         sequence.release()
         other.release()
     torch.testing.assert_close(mass.by_head(POSITIONS), expected(tiny, layer_ids, *rows), atol=1e-5, rtol=1e-5)
