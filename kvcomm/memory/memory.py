@@ -8,6 +8,7 @@ serializes the calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 
 from kvcomm.errors import PoolExhausted
 from kvcomm.memory.pool import PageIds, PagePool
@@ -62,9 +63,10 @@ class Memory:
         """
         if num_pages <= self.pool.num_free:
             return
-        references = [*self.tree.evictable_pages(), *self.segments.evictable_pages(), *droppable]
-        num_evictable = self.pool.num_held_only_by(references)
-        if num_pages > self.pool.num_free + num_evictable:
+        missing = num_pages - self.pool.num_free
+        references = chain(self.tree.evictable_pages(), self.segments.evictable_pages(), droppable)
+        num_evictable = self.pool.num_held_only_by(references, missing)
+        if missing > num_evictable:
             raise PoolExhausted(
                 f"{num_pages} pages are needed, {self.pool.num_free} of {self.pool.num_pages} are free and "
                 f"{num_evictable} more only cached; the others are in use"

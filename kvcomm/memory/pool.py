@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ from kvcomm.errors import PoolExhausted, PoolTooSmall
 
 PageIds = npt.NDArray[np.int32]
 
+_BATCH = 256  # page tables that are counted in one go
 _ONE = np.int32(1)  # `ufunc.at` is fast only where values and indices need no cast
 
 
@@ -126,12 +127,17 @@ class PagePool:
         """Reference counts of `pages`, a copy; 0 means free."""
         return self._counts[pages]
 
-    def num_held_only_by(self, references: Sequence[PageIds]) -> int:
-        """How many pages would become free if all of these references (one per entry) were dropped."""
-        if not references:
-            return 0
-        dropped = np.bincount(np.concatenate(references), minlength=self.num_pages)
-        return int(np.count_nonzero((dropped > 0) & (dropped == self._counts)))
+    def num_held_only_by(self, references: Iterable[PageIds], enough: int) -> int:
+        """How many pages would become free if all of these references (one per entry) were dropped.
+
+        Args:
+            enough: no further references are looked at once so many pages are found.
+        """
+        dropped, found, left = np.zeros(self.num_pages, dtype=np.int64), 0, iter(references)
+        while found < enough and (some := list(islice(left, _BATCH))):
+            dropped += np.bincount(np.concatenate(some), minlength=self.num_pages)
+            found = int(np.count_nonzero((dropped > 0) & (dropped == self._counts)))
+        return found
 
     def copy_page(self, page_id: int, num_tokens: int, *, after: int | None = None) -> int:
         """Copy the first `num_tokens` slots of a page, in every layer, to a newly allocated page.

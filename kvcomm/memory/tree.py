@@ -88,6 +88,7 @@ class RadixTree:
         self.ages = PageAges()
         self._reaper = Reaper(pool, self._log, self.ages, clock)
         self._num_uses = 0
+        self._num_guards = 0  # locks and pins of all nodes
 
     def match(self, namespace: str, tokens: npt.ArrayLike) -> Match:
         """The longest cached prefix of `tokens` in `namespace`.
@@ -155,11 +156,13 @@ class RadixTree:
         if node.parent is None and not node.is_root:
             raise ValueError("this node is no longer in the tree; match again")
         node.num_locks += 1
+        self._num_guards += 1
 
     def unlock(self, node: Node) -> None:
         """Undo one `lock`."""
         assert node.num_locks > 0, f"node [{node.start}, {node.end}) is not locked"
         node.num_locks -= 1
+        self._num_guards -= 1
         self._unprotected(node)
 
     def pin(self, namespace: str, tokens: npt.ArrayLike) -> int:
@@ -170,6 +173,7 @@ class RadixTree:
         if matched < node.end:
             node = self._split(node, matched)
         node.num_pins += 1
+        self._num_guards += 1
         return matched
 
     def unpin(self, namespace: str, tokens: npt.ArrayLike) -> int:
@@ -181,6 +185,7 @@ class RadixTree:
             return 0
         num_tokens = node.end
         node.num_pins -= 1
+        self._num_guards -= 1
         self._unprotected(node)
         return num_tokens
 
@@ -235,6 +240,9 @@ class RadixTree:
     def evictable_pages(self) -> Iterator[PageIds]:
         """Every page reference that eviction could drop: of nodes with nothing locked or pinned below them."""
         for space in self._namespaces.values():
+            if not self._num_guards:  # nearly always; whoever has seen enough need not look at the rest
+                yield from (node.pages for node in preorder(space.root))
+                continue
             kept: set[Node] = set()
             for node in reversed(list(preorder(space.root))):
                 if node in kept or node.num_locks or node.num_pins:
@@ -255,7 +263,9 @@ class RadixTree:
         names = list(self._namespaces) if namespace is None else [namespace]
         for name in names:
             if name in self._namespaces:
-                self._reaper.clear(self._namespaces[name])
+                space = self._namespaces[name]
+                self._num_guards -= sum(node.num_pins for node in preorder(space.root))
+                self._reaper.clear(space)
 
     def recent_drops(self, namespace: str) -> list[tuple[float, Drop]]:
         """What left `namespace` lately, the latest few, newest first; with the seconds since then."""
@@ -302,14 +312,18 @@ class RadixTree:
         Raises:
             AssertionError: naming node and numbers.
         """
+        num_guards = 0
         for space in self._namespaces.values():
             nodes = list(preorder(space.root))
+            num_guards += space.root.num_locks
             for node in nodes:
                 self._check_node(node)
+                num_guards += node.num_locks + node.num_pins
             num_tokens = sum(node.tokens.size for node in nodes)
             assert num_tokens == space.num_tokens, f"{space.name!r}: {num_tokens} tokens, not {space.num_tokens}"
             num_pages = np.unique(np.concatenate([NO_IDS, *(node.pages for node in nodes)])).size
             assert num_pages == space.num_pages, f"{space.name!r}: {num_pages} pages, not {space.num_pages}"
+        assert num_guards == self._num_guards, f"{num_guards} locks and pins, not {self._num_guards}"
 
     def _check_node(self, node: Node) -> None:
         parent, page_size = node.parent, self._pool.page_size
