@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from kvcomm.errors import InvalidRequest
-from kvcomm.server.protocol import limited_protocol
+from kvcomm.server.protocol import MAX_HEADER_BYTES, limited_protocol
 from kvcomm.server.removal import remove_revoked
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.state import ServerState
@@ -58,6 +58,7 @@ def make_server(app: FastAPI) -> DrainingServer:
         host=settings.host,
         port=settings.port,
         http=limited_protocol(settings.header_timeout_s, settings.max_connections),
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,  # half of it by default, where headers come in pieces
         ws="none",
         lifespan="off",
         access_log=False,
