@@ -106,6 +106,7 @@ def test_large_headers(live: Live, at_once: bool) -> None:
                 connection.sendall(head + b"\r\n")
             else:
                 connection.sendall(head[:20_000])
+                assert httpx2.get(live.url + "/health", timeout=PATIENCE_S).status_code == 200  # it has been read
                 connection.sendall(head[20_000:] + b"\r\n")
             assert connection.recv(12) == b"HTTP/1.1 " + status
 
