@@ -274,8 +274,8 @@ class Scheduler:
     def _take_pages(self, request: Request) -> None:
         """Share what the tree has of the prompt and allocate the rest, for all choices, or change nothing.
 
-        What was found for a request is held for it, so it cannot be evicted; where that leaves too little room, the
-        request does without.
+        What was found for a request is held for it, so it cannot be evicted; where that leaves too little room, and
+        nothing runs that could return some, the request does without.
         """
         sequence = request.sequence
         self._plan(request)
@@ -287,7 +287,7 @@ class Scheduler:
                     self._make_room(num_missing + num_own * (len(request.branches) - 1))
                     break
                 except PoolExhausted:
-                    if not self._do_without(request):
+                    if self._running or not self._do_without(request):
                         raise
         except PoolExhausted:
             self._reuse.drop(request)
@@ -307,7 +307,7 @@ class Scheduler:
         sequence, page_size = request.sequence, self._pool.page_size
         if request.approximation is not None:
             self._reuse.drop(request)
-        elif not request.is_lent and sequence.num_computed % page_size:
+        elif not request.is_lent and request.ready_logits is None and sequence.num_computed % page_size:
             # A page of which only a part is shared is needed twice: for whoever has it, and for what is written behind.
             sequence.rewind(sequence.num_computed - sequence.num_computed % page_size)
             sequence.trim()
