@@ -257,6 +257,8 @@ def test_whatever_is_read_is_of_exact_types_or_refused(nodes: Any, value: Any) -
         [["dict", [["ref", 1], 1]], ["list", []]],
         [["dict", [1, 2, 3]]],
         [["bytearray", "1"]],
+        [["deque", []]],
+        [["deque", {}]],
         [["object", []]],
         [["list", [["ref", 1]]]],
         [["list", [["ref", -1]]]],

@@ -148,6 +148,10 @@ class Writer:
         return [self.value(each) for each in type_.__iter__(x)]
 
 
+_OUT_OF_SHAPE = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+"""What building of a message raises that no `Writer` has written."""
+
+
 class Reader:
     """Turns a table of nodes and its values into objects.
 
@@ -178,7 +182,7 @@ class Reader:
                 if kind in _MUTABLE and node is not None:
                     _require(type(node) is list and len(node) == 2 and node[0] == kind, "a node changed its kind")
                     self._fill(x, kind, node[1])
-        except (TypeError, ValueError, OverflowError, ArithmeticError, AttributeError) as error:
+        except _OUT_OF_SHAPE as error:
             raise WireError(f"a node is out of shape ({type(error).__name__})") from None
 
     def value(self, v):
@@ -198,7 +202,7 @@ class Reader:
                 _require(type(number) is int, "an iterator has no number")
                 return self._make_iterator(number)
             return _READ[tag](*parts)
-        except (KeyError, TypeError, ValueError, OverflowError, ArithmeticError, AttributeError):
+        except _OUT_OF_SHAPE:
             raise WireError("a value is out of shape") from None
 
     def _begun(self, kind, content):
