@@ -434,8 +434,9 @@ class Scheduler:
         Raises:
             PoolExhausted: not even all of them are enough; nothing was dropped.
         """
-        if num_pages > self._pool.num_free:
-            self._reclaim()
+        if num_pages <= self._pool.num_free:
+            return  # nearly always; who decodes asks in every step
+        self._reclaim()
         self._memory.require_possible(num_pages, self._idle.droppable_pages())
         while True:
             try:
