@@ -10,8 +10,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 PATIENCE_S = 3600.0
 """Seconds. For whatever is waited for: nothing that works takes so long, on any machine."""
@@ -48,3 +51,15 @@ def threads(*works: Callable[[], object]) -> Iterator[list[threading.Thread]]:
         for thread in started:
             thread.join(PATIENCE_S)
             assert not thread.is_alive(), "a thread did not end"
+
+
+def at_once(count: int, work: Callable[[int], T]) -> list[T]:
+    """What so many threads got that began together, in the order of their numbers."""
+    barrier = threading.Barrier(count)
+
+    def begin(index: int) -> T:
+        barrier.wait(PATIENCE_S)
+        return work(index)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(begin, range(count)))

@@ -50,7 +50,7 @@ class Holdings:
     @property
     def sequences(self) -> list[Sequence]:
         """Sequences of contexts."""
-        self._collect()
+        self.reclaim()
         return [held.sequence for held in self._held.values()]
 
     def hold(self, sequence: Sequence, namespace: str) -> None:
@@ -63,7 +63,7 @@ class Holdings:
 
     def add(self, context: Context, namespace: str) -> None:
         """A context has been made."""
-        self._collect()
+        self.reclaim()
         key = id(context.sequence)
         finalizer = weakref.finalize(context, self._forgotten.append, context.sequence)
         self._held[key] = _Held(context.sequence, namespace, finalizer)
@@ -108,7 +108,7 @@ class Holdings:
         return [sequence.pages for _, sequence in self._own_sequences()]
 
     def _all_pages(self) -> list[tuple[str, PageIds]]:
-        self._collect()
+        self.reclaim()
         in_contexts = [(held.namespace, held.sequence.pages) for held in self._held.values()]
         return in_contexts + [(namespace, sequence.pages) for namespace, sequence in self._own_sequences()]
 
@@ -120,13 +120,8 @@ class Holdings:
         }
         return [entry for key, entry in own.items() if key not in self._held]
 
-    def reclaim(self) -> bool:
-        """Give back what forgotten contexts held; whether there was anything."""
-        num_forgotten = len(self._forgotten)
-        self._collect()
-        return num_forgotten > 0
-
-    def _collect(self) -> None:
+    def reclaim(self) -> None:
+        """Give back what forgotten contexts held."""
         while self._forgotten:
             sequence = self._forgotten.popleft()
             del self._held[id(sequence)]

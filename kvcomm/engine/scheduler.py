@@ -74,7 +74,7 @@ class Scheduler:
         lock: threading.RLock,
         *,
         adapters: Adapters,
-        reclaim: Callable[[], object],
+        reclaim: Callable[[], None],
         end_token_ids: frozenset[int],
     ) -> None:
         """`reclaim` gives back the pages of contexts that their users forgot."""

@@ -7,11 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -30,8 +27,7 @@ from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.snapshots import SegmentRecord, SnapshotHeader, payload_digest, write_snapshot
 from tests.files.special import SPECIAL, make_special
-
-HANG_S = 300
+from tests.limits import PATIENCE_S, at_once
 
 
 def write_context(file: Path, token_ids: tuple[int, ...] = (1, 2, 3), *, namespace: str = "n") -> Path:
@@ -258,18 +254,6 @@ def test_foreign_segment(store: Store, content: bytes) -> None:
         store.segment("hi")
 
 
-def at_once(count: int, work: Callable[[int], Any]) -> list[Any]:
-    """What so many threads got that began together."""
-    barrier = threading.Barrier(count)
-
-    def begin(index: int) -> Any:
-        barrier.wait(HANG_S)
-        return work(index)
-
-    with ThreadPoolExecutor(count) as threads:
-        return list(threads.map(begin, range(count)))
-
-
 @pytest.mark.parametrize("has_links", [True, False])
 def test_one_of_many_threads_gets_a_new_name(filled: Store, monkeypatch: pytest.MonkeyPatch, has_links: bool) -> None:
     """Bug: all looked first, and then all wrote."""
@@ -322,7 +306,7 @@ def test_one_of_many_processes_gets_a_new_name(filled: Store) -> None:
     root = Path(__file__).parents[2]
     racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(3)]
     try:
-        won = [racer.communicate(timeout=HANG_S)[0].split() for racer in racers]
+        won = [racer.communicate(timeout=PATIENCE_S)[0].split() for racer in racers]
     finally:
         for racer in racers:
             racer.kill()

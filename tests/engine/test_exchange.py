@@ -20,9 +20,9 @@ from kvcomm.memory import snapshots
 from kvcomm.memory.pool import PagePool
 from kvcomm.memory.segments import Segment
 from tests.engine.conftest import SMALL, greedy, some_tokens
+from tests.limits import PATIENCE_S
 from tests.tiny import TinyModel
 
-HANG_S = 120.0
 LEARNING = ReusePolicy(max_divergence=50.0, confidence=0.5, audit=0.0)
 
 
@@ -36,7 +36,7 @@ def stalled(
 
     def held_up(*arguments: Any) -> Any:
         reached.set()
-        assert go_on.wait(HANG_S)
+        assert go_on.wait(PATIENCE_S)
         return original(*arguments)
 
     def run() -> None:
@@ -50,11 +50,11 @@ def stalled(
         thread = threading.Thread(target=run)
         thread.start()
         try:
-            assert reached.wait(HANG_S)
+            assert reached.wait(PATIENCE_S)
             yield go_on, found
         finally:
             go_on.set()
-            thread.join(HANG_S)
+            thread.join(PATIENCE_S)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def file(engine: Engine, tmp_path: Path) -> Path:
 
 def require_free_lock(engine: Engine) -> None:
     """From a thread that does not hold it: this one, which holds nothing."""
-    assert engine.lock.acquire(timeout=HANG_S), "somebody holds the engine's lock"
+    assert engine.lock.acquire(timeout=PATIENCE_S), "somebody holds the engine's lock"
     engine.lock.release()
 
 
@@ -174,7 +174,7 @@ def test_one_of_many_threads_saves_a_new_name(engine: Engine, tmp_path: Path) ->
     barrier = threading.Barrier(24)
 
     def save(_: int) -> bool:
-        barrier.wait(HANG_S)
+        barrier.wait(PATIENCE_S)
         try:
             context.save(tmp_path / "a", replace=False)
         except SnapshotExists:
@@ -193,7 +193,7 @@ def taught(engine: Engine) -> Engine:
     for role in (21, 34):
         prompt = [Segment(tuple(some_tokens(role, role))), Segment(tuple(some_tokens(60)), "q"), Segment((11, 12))]
         engine.generate(prompt, SamplingParams(max_new_tokens=4), policy=LEARNING)
-    assert engine.wait_idle(HANG_S)
+    assert engine.wait_idle(PATIENCE_S)
     return engine
 
 

@@ -30,10 +30,8 @@ from kvcomm.engine.sampling import Sampler, SamplingParams
 from kvcomm.errors import PoolExhausted, PoolTooSmall
 from kvcomm.model.runner import ModelRunner, Run
 from tests.engine.conftest import greedy, some_tokens
+from tests.limits import PATIENCE_S
 from tests.tiny import TinyModel
-
-HANG_S = 300
-"""Nothing here takes a second; only a request that nobody serves any more reaches this."""
 
 ANSWER = SamplingParams(max_new_tokens=10, ignore_eos=True)
 VICTIM = SamplingParams(max_new_tokens=10, ignore_eos=True, n=3, logprobs=2, stop=("\x00never\x00",), seed=1)
@@ -102,10 +100,10 @@ def test_an_exception_of_one_choice_ends_its_request_alone(
         before = [engine.submit(prompt, ANSWER) for prompt, _ in neighbors[:2]]
         victim = engine.submit(some_tokens(13, seed=9), VICTIM)
         after = [engine.submit(prompt, ANSWER) for prompt, _ in neighbors[2:]]
-    answers = [handle.result(HANG_S).token_ids for handle in (*before, *after)]
+    answers = [handle.result(PATIENCE_S).token_ids for handle in (*before, *after)]
     assert answers == [tuple(expected) for _, expected in neighbors]
     with pytest.raises(Injected) if at_call == 0 else suppress(Injected):  # later calls may never come
-        victim.result(HANG_S)
+        victim.result(PATIENCE_S)
     assert engine.generate(neighbors[0][0], ANSWER).token_ids == tuple(neighbors[0][1])
 
 
@@ -146,8 +144,8 @@ def test_a_pass_that_fails_is_computed_request_by_request(
         good = [engine.submit(prompt, ANSWER) for prompt, _ in neighbors]
         bad = engine.submit([poison, *some_tokens(5)], ANSWER)
     with pytest.raises(Injected):
-        bad.result(HANG_S)
-    assert [handle.result(HANG_S).token_ids for handle in good] == [tuple(expected) for _, expected in neighbors]
+        bad.result(PATIENCE_S)
+    assert [handle.result(PATIENCE_S).token_ids for handle in good] == [tuple(expected) for _, expected in neighbors]
 
 
 @pytest.mark.parametrize("broken", [lambda logits: logits[:0], lambda logits: logits[0], lambda logits: logits.bool()])
@@ -170,8 +168,8 @@ def test_whoever_looks_on_fails_alone(engine: Engine, monkeypatch: pytest.Monkey
     with engine.lock:
         victim, other = engine.submit(some_tokens(9, seed=3), VICTIM), engine.submit(some_tokens(8), ANSWER)
     with pytest.raises(Injected, match="while looking on"):
-        victim.result(HANG_S)
-    assert len(other.result(HANG_S).token_ids) == 10
+        victim.result(PATIENCE_S)
+    assert len(other.result(PATIENCE_S).token_ids) == 10
 
 
 def test_a_loop_that_is_closed_while_it_is_woken_harms_nobody(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +192,7 @@ def test_a_loop_that_is_closed_while_it_is_woken_harms_nobody(engine: Engine, mo
     loop = asyncio.new_event_loop()
     try:
         handle = loop.run_until_complete(abandon())
-        assert len(handle.result(HANG_S).token_ids) == 60
+        assert len(handle.result(PATIENCE_S).token_ids) == 60
         assert woken.is_set()
     finally:
         monkeypatch.undo()
@@ -244,7 +242,7 @@ def test_requests_of_several_answers_wait_for_each_other(narrow: Engine, shared_
         handles = [narrow.submit(prompt, sampling) for prompt in prompts]
     for prompt, handle in zip(prompts, handles, strict=True):
         expected = greedy(shared_model.model, prompt, 40)
-        assert [list(choice.token_ids) for choice in handle.result(HANG_S).choices] == [expected] * 4
+        assert [list(choice.token_ids) for choice in handle.result(PATIENCE_S).choices] == [expected] * 4
 
 
 def test_admission_counts_every_answer_to_the_page(shared_model: TinyModel) -> None:
@@ -311,7 +309,7 @@ def test_the_cost_of_learning_is_not_paid_by_whoever_waits(shared_model: TinyMod
         shared = engine.segment("three apples are left", name="shared")
         for head in ("one:", "two, three:", "four, five, six:"):
             assert engine.generate([engine.segment(head), shared], ANSWER).finish_reason == "length"
-        engine.wait_idle(HANG_S)
+        engine.wait_idle(PATIENCE_S)
         engine.check_integrity()
 
 
@@ -323,7 +321,7 @@ def test_what_users_forget_makes_room_at_once(narrow: Engine) -> None:
             context = narrow.context(some_tokens(200, seed=seed))
             context.generate(max_new_tokens=2, ignore_eos=True)
             del context
-            narrow.wait_idle(HANG_S)
+            narrow.wait_idle(PATIENCE_S)
         prompt = some_tokens(240, seed=9)
         assert len(narrow.generate(prompt, max_new_tokens=4, ignore_eos=True, reads_cache=False).token_ids) == 4
     finally:

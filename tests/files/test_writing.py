@@ -8,16 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from kvcomm.files.writing import LOCK_FILE, NameTaken, locked, replacing, reserved, sweep, unfinished
-
-HANG_S = 120
-"""Longer than any machine that works takes."""
+from tests.limits import PATIENCE_S, at_once
 
 
 def no_links(*_: object, **__: object) -> None:
@@ -40,18 +36,6 @@ def write(file: Path, text: str, *, is_new: bool) -> bool:
     except NameTaken:
         return False
     return True
-
-
-def at_once(count: int, work: Callable[[int], bool]) -> list[bool]:
-    """What so many threads got that began together."""
-    barrier = threading.Barrier(count)
-
-    def begin(index: int) -> bool:
-        barrier.wait(HANG_S)
-        return work(index)
-
-    with ThreadPoolExecutor(count) as threads:
-        return list(threads.map(begin, range(count)))
 
 
 def test_a_new_name_is_one_threads(disk: Path) -> None:
@@ -93,7 +77,7 @@ def test_a_new_name_is_one_processes(tmp_path: Path) -> None:
         for index in range(4)
     ]
     try:
-        won = [racer.communicate(timeout=HANG_S)[0].split() for racer in racers]
+        won = [racer.communicate(timeout=PATIENCE_S)[0].split() for racer in racers]
     finally:
         for racer in racers:
             racer.kill()
@@ -154,7 +138,7 @@ def test_what_killed_writers_leave_is_swept_and_nothing_else(tmp_path: Path) -> 
         assert sweep(tmp_path) == 0
         assert unfinished(tmp_path) == {"killed", "living", "folder"}
         writers[0].send_signal(signal.SIGKILL)
-        writers[0].wait(HANG_S)
+        writers[0].wait(PATIENCE_S)
         assert sweep(tmp_path, "other") == 0
         assert sweep(tmp_path) == 1
         gone = before - {file.name for file in tmp_path.iterdir()}

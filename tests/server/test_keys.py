@@ -15,8 +15,7 @@ from kvcomm.errors import InvalidRequest, KeyFileError
 from kvcomm.server.keys import KeyFile, KeyRing, Role, add_key, digest, remove_key
 from kvcomm.server.settings import Limits
 from tests.files.special import SPECIAL, make_special
-
-HANG_S = 300
+from tests.limits import PATIENCE_S
 
 
 def test_a_key_round_trip(key_file: Path) -> None:
@@ -143,7 +142,7 @@ remove_key(Path(sys.argv[1]), f"{sys.argv[2]}-0")
 def test_changes_from_several_processes_lose_nothing(key_file: Path) -> None:
     adders = [subprocess.Popen([sys.executable, "-c", ADDER, str(key_file), str(each)]) for each in range(3)]
     try:
-        assert [adder.wait(HANG_S) for adder in adders] == [0, 0, 0]
+        assert [adder.wait(PATIENCE_S) for adder in adders] == [0, 0, 0]
     finally:
         for adder in adders:
             adder.kill()

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
@@ -18,24 +15,11 @@ from kvcomm.memory import sealed_file
 from kvcomm.server.contexts.snapshots import SnapshotFolder
 from kvcomm.server.errors import ApiError
 from tests.engine.conftest import some_tokens
+from tests.limits import PATIENCE_S, at_once
 from tests.server.conftest import MakeClient
 from tests.server.test_contexts import URL, made
 
 NUM_RACERS = 24
-HANG_S = 300
-"""Longer than any machine that works takes."""
-
-
-def at_once(count: int, work: Callable[[int], Any]) -> list[Any]:
-    """What so many threads got that began together."""
-    barrier = threading.Barrier(count)
-
-    def begin(index: int) -> Any:
-        barrier.wait(HANG_S)
-        return work(index)
-
-    with ThreadPoolExecutor(count) as threads:
-        return list(threads.map(begin, range(count)))
 
 
 def codes(folder: SnapshotFolder, engine: Engine, names: Callable[[int], str], *, replace: bool = False) -> list[str]:
@@ -139,7 +123,7 @@ def test_between_processes(tmp_path: Path) -> None:
             assert racer.stdin is not None
             racer.stdin.write("go\n")
             racer.stdin.flush()
-        won = [racer.communicate(timeout=HANG_S)[0].split() for racer in racers]
+        won = [racer.communicate(timeout=PATIENCE_S)[0].split() for racer in racers]
     finally:
         for racer in racers:
             racer.kill()

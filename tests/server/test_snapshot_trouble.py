@@ -22,11 +22,10 @@ from kvcomm.engine.engine import Engine
 from kvcomm.errors import AnchorFileError, InvalidRequest
 from kvcomm.memory import sealed_file, snapshots
 from tests.files.special import SPECIAL, make_special
+from tests.limits import PATIENCE_S
 from tests.server.conftest import MakeClient
 from tests.server.test_contexts import URL, error_of, made, ok
 from tests.server.test_snapshots import save
-
-HANG_S = 120.0
 
 
 @pytest.fixture
@@ -159,7 +158,7 @@ with replacing(Path(sys.argv[1])) as temporary:
 
 def test_what_killed_servers_left_is_swept_at_start(make_client: MakeClient, root: Path) -> None:
     for tenant in ("ann", "bob"):
-        subprocess.run([sys.executable, "-c", KILLED, str(root / tenant / "one.safetensors")], timeout=HANG_S)
+        subprocess.run([sys.executable, "-c", KILLED, str(root / tenant / "one.safetensors")], timeout=PATIENCE_S)
     (root / "ann" / "whole.safetensors").write_text("whole")
     assert len(list(root.glob("*/.*.part"))) == 2
     make_client(snapshots=root)
@@ -190,7 +189,7 @@ def test_the_server_answers_while_a_snapshot_is_read_and_written(
 
             def stalled(*tensors: Any, original: Any = original, reached: Any = reached, go_on: Any = go_on) -> str:
                 reached.set()
-                assert go_on.wait(HANG_S)
+                assert go_on.wait(PATIENCE_S)
                 return str(original(*tensors))
 
             answers: list[Any] = []
@@ -199,8 +198,8 @@ def test_the_server_answers_while_a_snapshot_is_read_and_written(
                 thread = threading.Thread(target=lambda call=call, answers=answers: answers.append(call()))  # type: ignore[misc]
                 thread.start()
                 try:
-                    assert reached.wait(HANG_S)
-                    assert engine.lock.acquire(timeout=HANG_S)
+                    assert reached.wait(PATIENCE_S)
+                    assert engine.lock.acquire(timeout=PATIENCE_S)
                     engine.lock.release()
                     other = made(client, text="jumps over the lazy dog")["id"]
                     ok(client.post(f"{URL}/{other}/fork", json={}))
@@ -210,5 +209,5 @@ def test_the_server_answers_while_a_snapshot_is_read_and_written(
                     engine.check_integrity()
                 finally:
                     go_on.set()
-                    thread.join(HANG_S)
+                    thread.join(PATIENCE_S)
             assert answers[0].status_code == 201, answers[0].text
