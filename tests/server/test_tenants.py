@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from kvcomm.engine.engine import Engine
+from kvcomm.errors import PoolExhausted
 from kvcomm.server.keys import KeyRing, add_key, remove_key
 from kvcomm.server.settings import Limits
 from kvcomm.server.tenants import TokenBucket, namespace
@@ -99,24 +100,17 @@ def test_answers_hold_nothing_that_counts_others(secured: TestClient, keys: Keys
     assert models[0] == models[1]
 
 
-def test_errors_about_a_full_pool_tell_no_numbers(
-    secured: TestClient, keys: Keys, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    held = engine.context("x " * 200, tenant="bob"), engine.context("y " * 200, tenant="bob")
-    monkeypatch.setattr(engine.memory, "make_room", _exhausted)
-    response = secured.post(CHAT, json=chat(), headers=keys.header("ann"))
-    monkeypatch.undo()
+def test_errors_about_a_full_pool_tell_no_numbers(secured: TestClient, keys: Keys, engine: Engine) -> None:
+    held = []
+    with pytest.raises(PoolExhausted, match="[0-9]"):  # what the engine itself says does tell
+        while True:
+            held.append(engine.context(f"{len(held)} " + "x " * 100, tenant="bob"))
+    response = secured.post(CHAT, json=chat(max_tokens=200), headers=keys.header("ann"))
     for context in held:
         context.release()
     assert response.status_code == 503
     assert int(response.headers["retry-after"]) >= 1
     assert not any(char.isdigit() for char in response.json()["error"]["message"])
-
-
-def _exhausted(*arguments: Any) -> None:
-    from kvcomm.errors import PoolExhausted
-
-    raise PoolExhausted("needs 5 pages, 3 of 1024 are free, the others are held by bob")
 
 
 def test_the_log_names_the_tenant_but_no_text(
