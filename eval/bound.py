@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from eval.figures import Figure
 from kvcomm.align.calibration import Calibration
 from kvcomm.align.intervals import violation_limit
-from kvcomm.align.serving import Rungs, serve
+from kvcomm.reuse.decision import Rungs, serve
 
 BOUNDS = ((0.02, 0.05), (0.05, 0.05))
 

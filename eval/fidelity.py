@@ -26,7 +26,7 @@ from eval.workload import note, settings
 from kvcomm import Engine, KVCommError, ReusePolicy
 from kvcomm.agents.warming import publish
 from kvcomm.align.groups import EdgeGroup
-from kvcomm.engine.variant import Variant
+from kvcomm.lab.variant import Variant
 from kvcomm.memory.segments import Segment
 
 POLICY = ReusePolicy(max_divergence=BOUNDS[0][0], confidence=1 - BOUNDS[0][1])

@@ -22,7 +22,7 @@ from eval.figures import Figure, Report
 from eval.stock import Stock
 from eval.workload import add_sizes, make_parser, note, parse, run, settings
 from kvcomm import Engine
-from kvcomm.engine.benchmark import (
+from kvcomm.lab.timings import (
     BranchCost,
     ForkCost,
     RestoreCost,

@@ -22,7 +22,7 @@ from kvcomm.align.offsets import OffsetRows, OffsetTable
 from kvcomm.align.ops.choice import make_ops
 from kvcomm.align.ops.contract import LayerStore, Neighbors, Place
 from kvcomm.align.spans import layer_stores
-from kvcomm.engine.benchmark import Samples, TakeTokens
+from kvcomm.lab.timings import Samples, TakeTokens
 
 COPY_BYTES = 256 * 2**20
 GOALS = {"align_bandwidth": ">= 0.5"}

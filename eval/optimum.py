@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kvcomm.server.load.trace_file import IdArray, Request
+from kvcomm.lab.load.trace_file import IdArray, Request
 
 Int64Array = npt.NDArray[np.int64]
 

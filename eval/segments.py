@@ -23,7 +23,7 @@ from eval.figures import Figure, Report
 from eval.served import served
 from eval.workload import make_parser, parse, run, settings
 from kvcomm import Engine
-from kvcomm.engine.benchmark import TakeTokens
+from kvcomm.lab.timings import TakeTokens
 
 AGENTS = ("ABD", "ACE", "ABE")
 QUESTIONS = (

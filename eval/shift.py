@@ -12,8 +12,8 @@ from eval.workload import note
 from kvcomm import Engine, ReusePolicy
 from kvcomm.agents.team import load_team
 from kvcomm.agents.warming import run_all
-from kvcomm.engine.plan import Reason
 from kvcomm.errors import InvalidRequest
+from kvcomm.reuse.plan import Reason
 
 MAX_CHARACTERS = 1200
 """Of each text; documents are longer."""

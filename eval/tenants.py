@@ -27,7 +27,7 @@ from eval.figures import Figure, Report
 from eval.served import served
 from eval.workload import add_sizes, make_parser, note, parse, run, settings
 from kvcomm import Engine
-from kvcomm.engine.benchmark import Samples, TakeTokens
+from kvcomm.lab.timings import Samples, TakeTokens
 
 ATTACKER, VICTIM = "attacker", "victim"
 NOTE_EVERY = 20

@@ -29,9 +29,9 @@ import numpy.typing as npt
 
 from eval.figures import Figure, Report
 from eval.optimum import most_hits, next_uses, trie_paths
+from kvcomm.lab.load.trace_file import IdArray, Request, Trace, TraceError, block_tokens, read_trace
 from kvcomm.memory.pool import PageIds, PagePool
 from kvcomm.memory.tree import Match, RadixTree
-from kvcomm.server.load.trace_file import IdArray, Request, Trace, TraceError, block_tokens, read_trace
 
 PAGE_SIZE = 16
 SMALL_BLOCK_SIZE = 4

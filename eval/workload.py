@@ -17,8 +17,8 @@ import torch
 from eval.data_files import rows_of, text_of
 from eval.figures import Report
 from kvcomm import Engine, KVCommError
-from kvcomm.engine.benchmark import TakeTokens, random_tokens, warm_up
 from kvcomm.errors import InvalidRequest
+from kvcomm.lab.timings import TakeTokens, random_tokens, warm_up
 
 SEED = 0
 

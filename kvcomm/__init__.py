@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from kvcomm.config import EngineConfig
     from kvcomm.engine.context import Context
     from kvcomm.engine.engine import Engine
-    from kvcomm.engine.policy import ReusePolicy
     from kvcomm.engine.results import Completion, Usage
     from kvcomm.engine.sampling import SamplingParams
     from kvcomm.errors import KVCommError
     from kvcomm.memory.segments import Segment
+    from kvcomm.reuse.policy import ReusePolicy
 
 __version__ = "0.1.0"
 
@@ -30,7 +30,7 @@ _HOMES = {
     "EngineConfig": "kvcomm.config",
     "KVCommAgentGroup": "kvcomm.agents",
     "KVCommError": "kvcomm.errors",
-    "ReusePolicy": "kvcomm.engine.policy",
+    "ReusePolicy": "kvcomm.reuse.policy",
     "SamplingParams": "kvcomm.engine.sampling",
     "Segment": "kvcomm.memory.segments",
     "Usage": "kvcomm.engine.results",

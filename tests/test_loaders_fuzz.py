@@ -32,14 +32,14 @@ from kvcomm.align.profile_file import GROUPS_FILE, load_profile, read_groups
 from kvcomm.cli.options import read_text
 from kvcomm.cli.store import Store, context_entry
 from kvcomm.errors import KVCommError
+from kvcomm.lab.load.trace_file import read_trace
 from kvcomm.server.keys import KeyFile, add_key
-from kvcomm.server.load.trace_file import read_trace
 from kvcomm.server.settings import load_settings
 from tests.align.test_profile_file import EDGES, SHAPE, bank, saved
 from tests.cli.test_store import stored_segment
 from tests.files.special import SPECIAL, make_special
+from tests.lab.load.test_trace_file import AGENTIC, MOONCAKE
 from tests.memory.snapshot_files import read, write_file
-from tests.server.load.test_trace_file import AGENTIC, MOONCAKE
 
 TEAM = """
 name = "pair"

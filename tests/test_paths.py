@@ -26,12 +26,12 @@ MORE = (
     "kvcomm.agents.warming:examples",
     "kvcomm.align.archive:export_archive",
     "kvcomm.align.archive:import_archive",
-    "kvcomm.engine.benchmark:measure_restore",
+    "kvcomm.lab.timings:measure_restore",
     "kvcomm.memory.snapshots:read_header",
     "kvcomm.server.keys:KeyRing",
     "kvcomm.server.keys:add_key",
     "kvcomm.server.keys:remove_key",
-    "kvcomm.server.load.trace_file:read_trace",
+    "kvcomm.lab.load.trace_file:read_trace",
     "kvcomm.server.settings:load_settings",
 )
 """Functions that no package exports and programs use all the same."""

@@ -8,7 +8,7 @@ second layer is farthest off (arXiv 2405.16444). epic: keys re-rotated, the firs
 
 from __future__ import annotations
 
-from kvcomm.engine.variant import Variant
+from kvcomm.lab.variant import Variant
 
 METHODS = {
     "rotate": Variant("rotate"),

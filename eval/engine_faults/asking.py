@@ -14,7 +14,7 @@ from eval.engine_faults.values import REFUSED, TAKEN, resolve
 from eval.engine_faults.world import Flight, Hung, World, named
 from kvcomm import ReusePolicy, SamplingParams
 from kvcomm.engine.handle import RequestHandle
-from kvcomm.engine.variant import Variant
+from kvcomm.lab.variant import Variant
 
 WAYS: Mapping[str, Mapping[str, Any]] = {
     "none": {},

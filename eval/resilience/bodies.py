@@ -19,7 +19,7 @@ from typing import NamedTuple
 from eval.figures import Figure
 from eval.resilience.questions import Question, call, connect
 from kvcomm.errors import ServerError
-from kvcomm.server.load.process import ServerProcess
+from kvcomm.lab.load.process import ServerProcess
 
 BODY_BYTES = 4 * 2**20 - 1024
 SENDERS = 4

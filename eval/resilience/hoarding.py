@@ -19,9 +19,9 @@ from eval.resilience.questions import (
     wait_until,
 )
 from kvcomm.errors import ServerError
+from kvcomm.lab.load.client import Client, Sample
+from kvcomm.lab.load.process import ServerProcess
 from kvcomm.server.keys import Role, add_key, remove_key
-from kvcomm.server.load.client import Client, Sample
-from kvcomm.server.load.process import ServerProcess
 
 CONTEXTS = "/v1/contexts"
 BIG = 3_900_000

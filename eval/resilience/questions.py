@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from kvcomm.errors import ServerError
-from kvcomm.server.load.client import Client, Message, Sample
-from kvcomm.server.load.comparison import StockLoop
-from kvcomm.server.load.workloads import Shape, shared_prefix
+from kvcomm.lab.load.client import Client, Message, Sample
+from kvcomm.lab.load.comparison import StockLoop
+from kvcomm.lab.load.workloads import Shape, shared_prefix
 
 INPUT_LEN, OUTPUT_LEN = 12, 24
 NUM_CLIENTS = 8

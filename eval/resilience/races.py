@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from eval.resilience.questions import PATIENCE_S, Asking, Question, call
 from kvcomm.errors import ServerError
-from kvcomm.server.load.process import ServerProcess
+from kvcomm.lab.load.process import ServerProcess
 
 NUM_RACERS = 24
 NUM_RACES = 5

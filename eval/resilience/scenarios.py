@@ -22,7 +22,7 @@ from eval.resilience.questions import (
     connect,
     wait_until,
 )
-from kvcomm.server.load.process import ServerProcess
+from kvcomm.lab.load.process import ServerProcess
 
 CHAT = "/v1/chat/completions"
 HEAD = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"

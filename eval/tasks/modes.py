@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from eval.baselines.methods import METHODS
 from kvcomm import ReusePolicy
 from kvcomm.align.bound import Bound
-from kvcomm.engine.variant import Variant
 from kvcomm.errors import InvalidRequest
+from kvcomm.lab.variant import Variant
 
 DENSE, EXACT, KVCOMM = "dense", "exact", "kvcomm"
 STOCK, STOCK_PREFIX = "stock", "stock_prefix"

@@ -18,9 +18,9 @@ from eval.tasks.records import RecordFile
 from eval.tasks.samples import Answer, Sample
 from eval.tasks.serving import Advance, Samples
 from kvcomm import Engine
-from kvcomm.engine.anatomy import Anatomy, Dissection, dissect
 from kvcomm.engine.request import NUM_CONTINUATION
-from kvcomm.engine.variant import Variant
+from kvcomm.lab.anatomy import Anatomy, Dissection, dissect
+from kvcomm.lab.variant import Variant
 from kvcomm.memory.segments import Segment
 
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)

@@ -40,8 +40,8 @@ from kvcomm.agents.comparison import read_roles
 from kvcomm.agents.results import AgentResult, GroupResult
 from kvcomm.agents.team import Team, load_team
 from kvcomm.agents.warming import BATCH, examples, run_all, warm_up
-from kvcomm.engine.benchmark import Samples, TakeTokens
 from kvcomm.errors import InvalidRequest
+from kvcomm.lab.timings import Samples, TakeTokens
 
 GOALS = {"end_to_end_speedup": ">= 2.5", "same_prompts": "1", "same_answers": "1"}
 

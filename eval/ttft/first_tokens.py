@@ -20,8 +20,8 @@ from eval.ttft.grid import Row
 from eval.ttft.team import ONE_TOKEN, Team, Texts, num_slot_tokens, tokens_of
 from eval.workload import note
 from kvcomm import ReusePolicy
-from kvcomm.engine.benchmark import Samples
-from kvcomm.engine.variant import Variant
+from kvcomm.lab.timings import Samples
+from kvcomm.lab.variant import Variant
 
 WAYS = ("dense", "exact", "kvcomm")
 COLUMNS = ("agent", "prompt tokens", *(f"{way} s" for way in WAYS), "dense/exact", "dense/kvcomm")

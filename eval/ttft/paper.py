@@ -25,9 +25,9 @@ from eval.ttft.first_tokens import MOVED
 from eval.ttft.team import ONE_TOKEN, Sizes, Team, Texts, num_slot_tokens, teach, tokens_of
 from eval.workload import note, settings
 from kvcomm import Completion, Engine, ReusePolicy
-from kvcomm.engine.benchmark import Samples, TakeTokens
-from kvcomm.engine.variant import Variant
 from kvcomm.errors import InvalidRequest
+from kvcomm.lab.timings import Samples, TakeTokens
+from kvcomm.lab.variant import Variant
 from kvcomm.memory.segments import Segment
 
 GLUE_ONLY = ReusePolicy(max_divergence=1e6, confidence=0.5, learn=False, audit=0.0)

@@ -24,8 +24,8 @@ from eval.ttft.grid import Grid, GridReport
 from eval.ttft.team import Sizes, Team, num_prompt_tokens, num_team_tokens, teach
 from eval.workload import note, settings
 from kvcomm import Engine
-from kvcomm.engine.benchmark import Samples, TakeTokens
 from kvcomm.errors import InvalidRequest
+from kvcomm.lab.timings import Samples, TakeTokens
 
 MIN_AGENTS = 3
 """Two points with something to move."""

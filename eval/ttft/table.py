@@ -19,8 +19,8 @@ from eval.ttft.grid import Grid, GridReport, Row
 from eval.ttft.team import Sizes, Team, num_prompt_tokens, teach
 from eval.workload import note, settings
 from kvcomm import Engine
-from kvcomm.engine.benchmark import Samples, TakeTokens
 from kvcomm.errors import InvalidRequest
+from kvcomm.lab.timings import Samples, TakeTokens
 
 ROLE_SIZES = (64, 128, 256, 512, 1024)
 OUTPUT_SIZES = (128, 256, 512, 1024)

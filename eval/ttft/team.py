@@ -14,10 +14,10 @@ from typing import NamedTuple
 from eval.workload import note
 from kvcomm import Engine, ReusePolicy, SamplingParams
 from kvcomm.agents.warming import publish
-from kvcomm.engine.benchmark import TakeTokens
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.request import NUM_CONTINUATION
 from kvcomm.errors import InvalidRequest
+from kvcomm.lab.timings import TakeTokens
 from kvcomm.memory.segments import Segment
 
 ONE_TOKEN = SamplingParams(max_new_tokens=1, ignore_eos=True)

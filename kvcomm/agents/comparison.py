@@ -14,9 +14,9 @@ from kvcomm.agents.results import GroupResult
 from kvcomm.agents.team import Team
 from kvcomm.agents.warming import limited
 from kvcomm.engine.engine import Engine
-from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.results import Usage
 from kvcomm.errors import InvalidRequest
+from kvcomm.reuse.policy import ReusePolicy
 
 
 @dataclass

@@ -20,9 +20,9 @@ from kvcomm.agents.graph import AgentGraph
 from kvcomm.agents.rendering import PromptRenderer
 from kvcomm.agents.results import GroupEvent, GroupFinished, GroupResult
 from kvcomm.agents.running import Failure, GroupRun, RunPlan
-from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import InvalidRequest
+from kvcomm.reuse.policy import ReusePolicy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

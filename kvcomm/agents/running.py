@@ -30,10 +30,10 @@ from kvcomm.agents.results import (
     RoundFinished,
 )
 from kvcomm.agents.templates import Slot
-from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import AgentFailed, KVCommError, PromptTooLong, UnknownAdapter
 from kvcomm.memory.segments import Segment
+from kvcomm.reuse.policy import ReusePolicy
 
 if TYPE_CHECKING:
     from kvcomm.engine.engine import Engine

@@ -30,10 +30,10 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 from kvcomm.agents.agent import Agent
 from kvcomm.agents.graph import AgentGraph
 from kvcomm.agents.group import KVCommAgentGroup
-from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import InvalidRequest, TemplateError
 from kvcomm.files.reading import BadContent, parse_toml, read_toml
+from kvcomm.reuse.policy import ReusePolicy
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable

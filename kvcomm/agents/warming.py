@@ -17,11 +17,11 @@ from kvcomm.agents.group import KVCommAgentGroup
 from kvcomm.agents.results import AgentResult, GroupResult
 from kvcomm.agents.team import Team
 from kvcomm.engine.engine import Engine
-from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import InvalidRequest
 from kvcomm.files.reading import BadContent, read_lines, read_text
 from kvcomm.memory.segments import Segment
+from kvcomm.reuse.policy import ReusePolicy
 
 EXAMPLES = "word_problems.txt"
 

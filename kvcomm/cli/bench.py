@@ -25,8 +25,8 @@ from kvcomm.errors import InvalidRequest
 from kvcomm.figures import Figure
 
 if TYPE_CHECKING:
-    from kvcomm.engine.benchmark import Samples, TakeTokens
     from kvcomm.engine.engine import Engine
+    from kvcomm.lab.timings import Samples, TakeTokens
 
 app = typer.Typer(
     help="Measure what reuse is worth with your model on your machine.",
@@ -56,7 +56,7 @@ def prefix_command(
     as_json: JsonFlag = False,
 ) -> None:
     """Time to the first token, unseen and with the beginning of the prompt in the cache."""
-    from kvcomm.engine.benchmark import Samples, measure_prefix_hit
+    from kvcomm.lab.timings import Samples, measure_prefix_hit
 
     with _engine(model) as (engine, take):
         hits = [
@@ -86,7 +86,7 @@ def decode_command(
     as_json: JsonFlag = False,
 ) -> None:
     """Tokens per second by the number of answers in the batch, each behind a context of its own."""
-    from kvcomm.engine.benchmark import Samples, prefilled, time_decode_step
+    from kvcomm.lab.timings import Samples, prefilled, time_decode_step
 
     counts = _counts(streams)
     steps_s: dict[int, list[float]] = {count: [] for count in counts}
@@ -110,7 +110,7 @@ def fork_command(
     as_json: JsonFlag = False,
 ) -> None:
     """Time of a fork, and the bytes of KV that forks copy."""
-    from kvcomm.engine.benchmark import measure_forks
+    from kvcomm.lab.timings import measure_forks
 
     with _engine(model) as (engine, take), engine.context(take(context_tokens)) as context:
         cost = measure_forks(engine, context, num_forks=forks)
@@ -130,7 +130,7 @@ def restore_command(
     as_json: JsonFlag = False,
 ) -> None:
     """Time to restore a context from a snapshot, against computing it again."""
-    from kvcomm.engine.benchmark import Samples, measure_restore
+    from kvcomm.lab.timings import Samples, measure_restore
 
     with _engine(model) as (engine, take), tempfile.TemporaryDirectory() as folder:
         costs = [measure_restore(engine, take(context_tokens), Path(folder)) for _ in range(repeats)]
@@ -149,7 +149,7 @@ def restore_command(
 @contextmanager
 def _engine(model: str) -> Iterator[tuple[Engine, TakeTokens]]:
     """A warm engine and its prompts; a terminal shows that something is going on."""
-    from kvcomm.engine.benchmark import random_tokens, warm_up
+    from kvcomm.lab.timings import random_tokens, warm_up
 
     with load_engine(model) as engine, Console(stderr=True).status("measuring"):
         take = random_tokens(engine)

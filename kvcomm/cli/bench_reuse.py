@@ -18,7 +18,7 @@ from kvcomm.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from kvcomm.agents.comparison import AgentReuse
-    from kvcomm.engine.policy import ReusePolicy
+    from kvcomm.reuse.policy import ReusePolicy
 
 COLUMNS = (
     "agent",
@@ -66,7 +66,7 @@ def reuse_command(
     from kvcomm.cli.store import folder_errors
     from kvcomm.config import EngineConfig
     from kvcomm.engine.engine import Engine
-    from kvcomm.engine.policy import ReusePolicy
+    from kvcomm.reuse.policy import ReusePolicy
 
     policy = ReusePolicy(max_divergence=max_divergence, confidence=confidence)
     chosen = limited(load_team(team), max_new_tokens)

@@ -19,9 +19,9 @@ from kvcomm.errors import InvalidRequest
 from kvcomm.figures import Figure
 
 if TYPE_CHECKING:
-    from kvcomm.server.load.client import Client
-    from kvcomm.server.load.running import Load
-    from kvcomm.server.load.workloads import Session, Shape
+    from kvcomm.lab.load.client import Client
+    from kvcomm.lab.load.running import Load
+    from kvcomm.lab.load.workloads import Session, Shape
 
 EPILOG = (
     "Examples: kvcomm bench serve; kvcomm bench serve --dataset-name multi-turn --turns 6 --json; "
@@ -109,8 +109,8 @@ def serve_command(
     overhead_ms: time to the first token through the server, less that of the engine alone; pairs, one client.
     throughput_speedup: output tokens a second, of transformers' one-by-one loop.
     """
-    from kvcomm.server.load.summary import summarise
-    from kvcomm.server.load.workloads import Shape
+    from kvcomm.lab.load.summary import summarise
+    from kvcomm.lab.load.workloads import Shape
 
     shape = Shape(num_prompts, prefix_len, input_len, output_len, num_prefixes, turns, branches, seed)
     replay = Replay(dataset_path, block_len, max_input_len, slowdown_factor)
@@ -143,7 +143,7 @@ def serve_command(
 
 def _sessions(name: Dataset, shape: Shape, replay: Replay, rate: float | None) -> list[Session]:
     """The workload of a name."""
-    from kvcomm.server.load import workloads
+    from kvcomm.lab.load import workloads
 
     if (name in TRACES) != (replay.file is not None):
         raise InvalidRequest(f"--dataset-path goes with the workloads {', '.join(sorted(TRACES))}, each needs one")
@@ -159,8 +159,8 @@ def _sessions(name: Dataset, shape: Shape, replay: Replay, rate: float | None) -
 
 
 def _replayed(name: Dataset, shape: Shape, replay: Replay) -> Iterator[Session]:
-    from kvcomm.server.load.trace_file import TraceError, read_trace
-    from kvcomm.server.load.workloads import replayed
+    from kvcomm.lab.load.trace_file import TraceError, read_trace
+    from kvcomm.lab.load.workloads import replayed
 
     assert replay.file is not None
     try:
@@ -177,8 +177,8 @@ def _replayed(name: Dataset, shape: Shape, replay: Replay) -> Iterator[Session]:
 @contextmanager
 def _client(url: str | None, key: str | None, model: str) -> Iterator[Client]:
     """A client of the running server, or of one that runs meanwhile."""
-    from kvcomm.server.load.client import Client
-    from kvcomm.server.load.process import ServerProcess
+    from kvcomm.lab.load.client import Client
+    from kvcomm.lab.load.process import ServerProcess
 
     if url is not None:
         yield Client(url, key=key)
@@ -189,9 +189,9 @@ def _client(url: str | None, key: str | None, model: str) -> Iterator[Client]:
 
 def _overhead(client: Client, model: str, shape: Shape, tell: Callable[[str], None]) -> list[Figure]:
     """What the server adds to the engine's time, at one client."""
-    from kvcomm.server.load.comparison import NUM_WARM, measure_overhead
-    from kvcomm.server.load.summary import median_ms
-    from kvcomm.server.load.workloads import shared_prefix
+    from kvcomm.lab.load.comparison import NUM_WARM, measure_overhead
+    from kvcomm.lab.load.summary import median_ms
+    from kvcomm.lab.load.workloads import shared_prefix
 
     # Texts of its own: the load is to find none of them in the cache.
     shape = replace(shape, num_requests=shape.num_requests + NUM_WARM, num_prefixes=1, seed=shape.seed + 1)
@@ -207,7 +207,7 @@ def _overhead(client: Client, model: str, shape: Shape, tell: Callable[[str], No
 
 
 def _load(client: Client, sessions: Sequence[Session], concurrency: int, tell: Callable[[str], None]) -> Load:
-    from kvcomm.server.load.running import run_load
+    from kvcomm.lab.load.running import run_load
 
     total = sum(session.num_requests for session in sessions)
     return run_load(client, sessions, concurrency=concurrency, tell=lambda done: tell(f"{done} of {total} requests"))
@@ -215,7 +215,7 @@ def _load(client: Client, sessions: Sequence[Session], concurrency: int, tell: C
 
 def _against_stock(load: Load, model: str, num_requests: int) -> list[Figure]:
     """Throughput and answers beside those of transformers alone, on some of the requests."""
-    from kvcomm.server.load.comparison import StockLoop
+    from kvcomm.lab.load.comparison import StockLoop
 
     done = [each for each in load.sent if each.sample.error is None]
     chosen = done[:: max(1, len(done) // num_requests)][:num_requests]

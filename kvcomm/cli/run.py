@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from kvcomm.cli.progress import ProgressView
     from kvcomm.config import EngineConfig
     from kvcomm.engine.engine import Engine
-    from kvcomm.engine.policy import ReusePolicy
+    from kvcomm.reuse.policy import ReusePolicy
 
 ALONE = "answer"
 """The name of the agent that answers a single prompt."""

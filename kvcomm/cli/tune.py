@@ -59,7 +59,7 @@ def tune(
     from kvcomm.agents.tuning import Task, check_profile, plan_tuning, read_profile
     from kvcomm.agents.tuning import tune as run_task
     from kvcomm.agents.tuning.rows import read_rows
-    from kvcomm.engine.policy import ReusePolicy
+    from kvcomm.reuse.policy import ReusePolicy
 
     if (out is None) == (check is None):
         raise InvalidRequest("give either --out, to tune, or --check; `kvcomm tune --help` has examples")

@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvcomm.engine.handle import RequestHandle
-from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.prompts import Prompt
 from kvcomm.engine.request import ANSWER, Carried, Request
 from kvcomm.engine.results import Chunk, Completion
@@ -30,6 +29,7 @@ from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
 from kvcomm.model.live import Weights
 from kvcomm.plain import short
+from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.values import told
 
 PREFILL_ONLY = SamplingParams(max_new_tokens=0)

@@ -32,17 +32,14 @@ from kvcomm.engine.explanation import Explanation
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.holdings import Holdings, num_distinct
 from kvcomm.engine.loop import EngineLoop
-from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.prompts import Prompt, PromptReader
-from kvcomm.engine.replay import Outcome
 from kvcomm.engine.request import Branch, Request
 from kvcomm.engine.results import Completion
-from kvcomm.engine.reuse_parts import ReuseParts
 from kvcomm.engine.sampling import Sampler, SamplingParams
 from kvcomm.engine.scheduler import Scheduler
 from kvcomm.engine.token_texts import TokenTexts
-from kvcomm.engine.variant import Variant
 from kvcomm.errors import InvalidRequest, UnknownAdapter, WeightsChanged
+from kvcomm.lab.variant import Variant
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PagePool
@@ -57,6 +54,9 @@ from kvcomm.model.loading import load_model
 from kvcomm.model.namespace import model_identity
 from kvcomm.model.runner import ModelRunner
 from kvcomm.plain import MAX_TEXT
+from kvcomm.reuse.parts import ReuseParts
+from kvcomm.reuse.policy import ReusePolicy
+from kvcomm.reuse.replay import Outcome
 
 DEFAULT_TENANT = "default"
 

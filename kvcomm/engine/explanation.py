@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvcomm.engine.plan import Plan, SpanKind
 from kvcomm.plain import Plain
+from kvcomm.reuse.plan import Plan, SpanKind
 
 
 @dataclass(frozen=True)

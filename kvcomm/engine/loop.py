@@ -12,8 +12,8 @@ import time
 
 from kvcomm.engine.request import Request
 from kvcomm.engine.scheduler import Scheduler
-from kvcomm.engine.study import IdleWork
 from kvcomm.errors import EngineClosed
+from kvcomm.reuse.idle_work import IdleWork
 
 
 class EngineLoop:

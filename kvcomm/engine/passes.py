@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from kvcomm.engine.request import Branch, Request
-from kvcomm.engine.reuse import Reuse
 from kvcomm.errors import UnsupportedModel, WeightsChanged
 from kvcomm.memory.sequences import Sequence as KVSequence
 from kvcomm.model.runner import ModelRunner, Run, Watch
+from kvcomm.reuse.planner import Reuse
 
 logger = logging.getLogger("kvcomm.engine")
 

@@ -15,17 +15,17 @@ from torch import Tensor
 
 from kvcomm.engine.detokenize import Detokenizer
 from kvcomm.engine.handle import RequestHandle
-from kvcomm.engine.plan import Plan, SpanKind
-from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.results import Choice, Chunk, Completion, Usage
 from kvcomm.engine.sampling import Sampler, SamplingParams, TokenLogprob
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
 from kvcomm.model.live import Weights
+from kvcomm.reuse.plan import Plan, SpanKind
+from kvcomm.reuse.policy import ReusePolicy
 
 if TYPE_CHECKING:
-    from kvcomm.engine.approximation import Approximation
-    from kvcomm.engine.variant import Variant
+    from kvcomm.lab.variant import Variant
+    from kvcomm.reuse.attempt import Approximation
 
 ANSWER = "answer"
 """Name of the segments that were generated here."""

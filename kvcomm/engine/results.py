@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from kvcomm.align.bound import Bound
-from kvcomm.engine.plan import Span
 from kvcomm.engine.sampling import TokenLogprob
 from kvcomm.plain import Plain, fields_of, short
+from kvcomm.reuse.plan import Span
 
 MAX_REASONS = 3
 

@@ -29,14 +29,10 @@ from kvcomm.config import EngineConfig
 from kvcomm.engine.adapters import Adapters, Turns
 from kvcomm.engine.explanation import Explanation
 from kvcomm.engine.guesses import repeated
-from kvcomm.engine.learner import Learner
 from kvcomm.engine.passes import Computed, Failure, Work, compute
-from kvcomm.engine.plan import Reason, exact_plan
 from kvcomm.engine.request import ANSWER, Branch, Request
 from kvcomm.engine.results import Completion
-from kvcomm.engine.reuse import Reuse
 from kvcomm.engine.sampling import token_logprob
-from kvcomm.engine.study import IdleWork
 from kvcomm.errors import (
     EngineClosed,
     NumericalError,
@@ -50,6 +46,10 @@ from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
 from kvcomm.model.attention.contract import IntArray
 from kvcomm.model.runner import ModelRunner, Run
+from kvcomm.reuse.idle_work import IdleWork
+from kvcomm.reuse.learner import Learner
+from kvcomm.reuse.plan import Reason, exact_plan
+from kvcomm.reuse.planner import Reuse
 
 logger = logging.getLogger("kvcomm.engine")
 

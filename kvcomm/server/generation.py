@@ -20,10 +20,10 @@ import anyio
 from fastapi import Depends, Request
 
 from kvcomm.engine.handle import RequestHandle
-from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.results import Chunk, Completion
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import ContextReleased, EngineClosed, KVCommError, RequestCancelled
+from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError, translate
 from kvcomm.server.logs import Answered, RequestNotes, log_unexpected, notes_of

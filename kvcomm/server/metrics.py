@@ -15,10 +15,10 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from kvcomm.engine.engine import Engine
-from kvcomm.engine.plan import Reason
-from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.results import Completion
 from kvcomm.memory.ages import BOUNDS_S
+from kvcomm.reuse.plan import Reason
+from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.server.tally import SECONDS
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from kvcomm.engine.plan import Span, SpanKind
 from kvcomm.engine.results import Usage as EngineUsage
+from kvcomm.reuse.plan import Span, SpanKind
 from kvcomm.server.schemas.usage import Bound, PlanSpan, PromptTokensDetails, Timings, Usage
 
 SOURCES: dict[SpanKind, Literal["exact", "aligned", "computed"]] = {

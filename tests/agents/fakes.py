@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerFast
 
 from kvcomm.engine.encoding import TextEncoder
 from kvcomm.engine.handle import RequestHandle
-from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.results import Choice, Chunk, Completion, Usage
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import ContextReleased, RequestCancelled
 from kvcomm.memory.segments import Segment
+from kvcomm.reuse.policy import ReusePolicy
 
 CHATML = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"

@@ -24,9 +24,9 @@ from kvcomm.agents import (
     KVCommAgentGroup,
     RoundFinished,
 )
-from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import InvalidRequest, NumericalError, PromptTooLong, TemplateError
+from kvcomm.reuse.policy import ReusePolicy
 from tests.agents.fakes import FakeEngine, byte_tokenizer
 
 

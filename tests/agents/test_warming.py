@@ -14,9 +14,9 @@ from kvcomm.agents.team import Team, load_team
 from kvcomm.agents.warming import examples, limited, warm_up
 from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
-from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import InvalidRequest
+from kvcomm.reuse.policy import ReusePolicy
 from tests.engine.conftest import ROWS_ONLY
 from tests.tiny import tiny_model
 

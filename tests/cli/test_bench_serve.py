@@ -13,8 +13,8 @@ from kvcomm.cli import app
 from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
 from kvcomm.server.settings import ServerSettings
+from tests.lab.load.test_trace_file import AGENTIC, MOONCAKE, write
 from tests.server.live import serving
-from tests.server.load.test_trace_file import AGENTIC, MOONCAKE, write
 from tests.tiny import save_tiny_model, tiny_model
 
 SIZES = ["--prefix-len=8", "--input-len=3", "--output-len=5", "--block-len=2", "--turns=2", "--branches=2"]

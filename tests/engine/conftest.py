@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvcomm.config import EngineConfig
-from kvcomm.engine.cost import CostModel
 from kvcomm.engine.engine import Engine
+from kvcomm.reuse.cost import CostModel
 from tests.tiny import TinyModel, tiny_model
 
 SMALL = EngineConfig(page_size=4, pool_tokens=1024, max_batch_tokens=48, prefill_chunk=8)

@@ -13,12 +13,12 @@ import pytest
 
 from kvcomm.align import bank_file
 from kvcomm.engine.engine import Engine
-from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import EngineClosed, PoolExhausted, QuotaExceeded, SnapshotExists
 from kvcomm.memory import snapshots
 from kvcomm.memory.pool import PagePool
 from kvcomm.memory.segments import Segment
+from kvcomm.reuse.policy import ReusePolicy
 from tests.engine.conftest import SMALL, greedy, some_tokens
 from tests.limits import PATIENCE_S
 from tests.tiny import TinyModel

@@ -22,13 +22,13 @@ from kvcomm.engine import scheduler
 from kvcomm.engine.detokenize import Detokenizer
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.handle import RequestHandle
-from kvcomm.engine.learner import Learner
-from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.request import Request
-from kvcomm.engine.reuse import Reuse
 from kvcomm.engine.sampling import Sampler, SamplingParams
 from kvcomm.errors import PoolExhausted, PoolTooSmall
 from kvcomm.model.runner import ModelRunner, Run
+from kvcomm.reuse.learner import Learner
+from kvcomm.reuse.planner import Reuse
+from kvcomm.reuse.policy import ReusePolicy
 from tests.engine.conftest import greedy, some_tokens
 from tests.limits import PATIENCE_S
 from tests.tiny import TinyModel

@@ -12,9 +12,9 @@ import pytest
 from kvcomm.align.bound import Bound
 from kvcomm.engine.context import Context
 from kvcomm.engine.engine import Engine
-from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.results import ApproximationReport, Completion, Usage
 from kvcomm.memory.segments import Segment
+from kvcomm.reuse.policy import ReusePolicy
 from tests.engine.conftest import SMALL, some_tokens
 from tests.limits import PATIENCE_S, threads
 from tests.tiny import TinyModel

@@ -23,4 +23,4 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _fixed_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether moving pays for a tiny model depends on how busy the machine was when it was measured; not here."""
-    monkeypatch.setattr("kvcomm.engine.reuse_parts.cached_cost", lambda file, measure: ROWS_ONLY)
+    monkeypatch.setattr("kvcomm.reuse.parts.cached_cost", lambda file, measure: ROWS_ONLY)

@@ -14,7 +14,7 @@ from eval import fidelity
 from eval.bound import Rungs, bound_figures
 from eval.shift import shift_texts
 from kvcomm.align.calibration import Calibration, Pair
-from kvcomm.engine.replay import Outcome
+from kvcomm.reuse.replay import Outcome
 
 TEAM = """
 name = "tiny"

@@ -21,8 +21,8 @@ from eval.tasks.options import make_parser, make_work
 from eval.tasks.samples import Sample, SampleFile
 from kvcomm import Engine, EngineConfig
 from kvcomm.align.calibration import Calibration
-from kvcomm.engine.cost import ReuseCost
 from kvcomm.errors import InvalidRequest
+from kvcomm.reuse.cost import ReuseCost
 
 TEAM = """
 name = "tiny"

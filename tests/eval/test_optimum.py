@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.optimum import most_hits, next_uses, trie_paths
-from kvcomm.server.load.trace_file import Request
+from kvcomm.lab.load.trace_file import Request
 
 prompts = st.lists(st.lists(st.integers(0, 2), max_size=3), min_size=1, max_size=6)
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from eval.optimum import most_hits, next_uses, trie_paths
 from eval.trace import Replay, main, measure, replay
-from kvcomm.server.load.trace_file import Request, Trace
-from tests.server.load.test_trace_file import AGENTIC, write
+from kvcomm.lab.load.trace_file import Request, Trace
+from tests.lab.load.test_trace_file import AGENTIC, write
 
 # 9 blocks, 4 distinct. Unbounded, requests 2, 3 and 5 find 1, 2 and 2 of them.
 LINES = [{"timestamp": t, "hash_ids": ids} for t, ids in enumerate([[0, 1], [0, 2], [0, 1], [3], [0, 1]])]

@@ -10,7 +10,7 @@ import pytest
 
 from eval.ttft import __main__ as ttft
 from kvcomm.align.profile_file import GROUPS_FILE
-from kvcomm.engine.cost import ReuseCost
+from kvcomm.reuse.cost import ReuseCost
 
 SIZES = {"agents": 3, "role-tokens": 16, "question-tokens": 48, "output-tokens": 32, "warm": 3, "calibration": 19}
 

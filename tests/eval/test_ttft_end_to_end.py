@@ -16,7 +16,7 @@ from eval.ttft.end_to_end import WARM_UP_TOKENS, waiting_s
 from kvcomm.agents.results import AgentResult
 from kvcomm.align.calibration import Calibration
 from kvcomm.align.profile_file import GROUPS_FILE
-from kvcomm.engine.cost import ReuseCost
+from kvcomm.reuse.cost import ReuseCost
 
 REFEREE = """
 [[agents]]

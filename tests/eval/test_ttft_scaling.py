@@ -15,8 +15,8 @@ from eval.ttft import scaling
 from eval.ttft.scaling import power_law, team_sizes
 from eval.ttft.team import num_prompt_tokens
 from kvcomm import Engine, EngineConfig
-from kvcomm.engine.benchmark import random_tokens
 from kvcomm.errors import InvalidRequest
+from kvcomm.lab.timings import random_tokens
 from tests.tiny import TinyModel
 
 

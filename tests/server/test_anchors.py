@@ -13,9 +13,9 @@ from kvcomm.align.archive import import_archive
 from kvcomm.cli.anchor_folder import AnchorFolder
 from kvcomm.cli.app import run
 from kvcomm.engine.engine import Engine
-from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.memory.segments import Segment
+from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.server.keys import KeyRing, Role, add_key
 from kvcomm.server.settings import ServerSettings
 from tests.engine.conftest import some_tokens

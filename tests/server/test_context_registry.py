@@ -11,8 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kvcomm.engine.context import PREFILL_ONLY
 from kvcomm.engine.engine import Engine
-from kvcomm.engine.policy import ReusePolicy
 from kvcomm.memory.segments import Segment
+from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.server.contexts.conversation import Continued
 from kvcomm.server.contexts.registry import ContextRegistry, Node
 from kvcomm.server.contexts.turns import Turn

@@ -9,7 +9,7 @@ import re
 import pytest
 from starlette.testclient import TestClient
 
-from kvcomm.engine.plan import Reason
+from kvcomm.reuse.plan import Reason
 from kvcomm.server.dashboard import assemble
 
 INLINE = {"script-src": "script", "style-src": "style"}

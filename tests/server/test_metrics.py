@@ -8,8 +8,8 @@ from starlette.testclient import TestClient
 
 from kvcomm import __version__
 from kvcomm.engine.engine import Engine
-from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.results import ApproximationReport, Choice, Completion, Usage
+from kvcomm.reuse.policy import ReusePolicy
 from tests.server.conftest import MakeClient, chat, completion
 
 CHAT = "/v1/chat/completions"

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from kvcomm.align.groups import Audit, GroupKey
 from kvcomm.engine.engine import Engine
-from kvcomm.engine.plan import Plan, Reason, Span, SpanKind
+from kvcomm.reuse.plan import Plan, Reason, Span, SpanKind
 from kvcomm.server.keys import KeyRing, add_key
 from kvcomm.server.schemas.stats import Stats
 from kvcomm.server.settings import Limits

@@ -18,11 +18,11 @@ from kvcomm.agents.tuning.rows import Row
 from kvcomm.agents.tuning.state import Kept, append_line, read_kept
 from kvcomm.agents.warming import BATCH, Note, require_no_adapters, run_all
 from kvcomm.engine.engine import Engine
-from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.request import NUM_CONTINUATION
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.segments import Segment
+from kvcomm.reuse.policy import ReusePolicy
 
 
 class Reading(NamedTuple):

@@ -23,12 +23,12 @@ from kvcomm.agents.tuning.rows import Row
 from kvcomm.agents.warming import Note
 from kvcomm.align.calibration import Calibration
 from kvcomm.align.intervals import violation_limit, wilson
-from kvcomm.align.serving import serve
 from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
-from kvcomm.engine.policy import ReusePolicy
-from kvcomm.engine.variant import Variant
 from kvcomm.errors import AnchorFileCorrupt, InvalidRequest
+from kvcomm.lab.variant import Variant
+from kvcomm.reuse.decision import serve
+from kvcomm.reuse.policy import ReusePolicy
 
 BATCH = 8
 """Rows of a check that are answered at the same time; fewer keep a budget better, more are quicker."""

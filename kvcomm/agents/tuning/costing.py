@@ -13,7 +13,7 @@ from kvcomm.agents.tuning.replays import Replays, learn, publish_run
 from kvcomm.agents.tuning.rows import Row
 from kvcomm.agents.warming import Note
 from kvcomm.engine.engine import Engine
-from kvcomm.engine.variant import Variant
+from kvcomm.lab.variant import Variant
 
 FEW = [Variant("rotate", 0.0), Variant("rotate", 0.3)]
 MANY = [*FEW, Variant("rotate", 0.15), Variant("rotate", 0.5)]

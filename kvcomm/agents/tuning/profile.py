@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from kvcomm.config import EngineConfig
-from kvcomm.engine.policy import ReusePolicy
 from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign, AnchorFileTooNew, InvalidRequest
 from kvcomm.files.reading import MAX_SHOWN, BadContent, first_fault, open_regular, read_toml
 from kvcomm.files.writing import replacing
+from kvcomm.reuse.policy import ReusePolicy
 
 FORMAT = 1
 BANKS = "banks"

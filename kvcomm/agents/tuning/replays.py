@@ -15,12 +15,12 @@ from kvcomm.agents.tuning.state import Kept, append_line, damaged, read_kept
 from kvcomm.agents.warming import Note, publish
 from kvcomm.align.bank import BankSnapshot
 from kvcomm.align.groups import EdgeGroup
-from kvcomm.align.serving import Rungs
 from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
-from kvcomm.engine.policy import ReusePolicy
-from kvcomm.engine.replay import Outcome
-from kvcomm.engine.variant import Variant
+from kvcomm.lab.variant import Variant
+from kvcomm.reuse.decision import Rungs
+from kvcomm.reuse.policy import ReusePolicy
+from kvcomm.reuse.replay import Outcome
 
 EngineMaker = Callable[[EngineConfig], Engine]
 """Makes an engine on the model that is tuned."""

@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from kvcomm.agents.tuning.replays import Measured
-from kvcomm.align.serving import Rungs
 from kvcomm.config import EngineConfig
-from kvcomm.engine.variant import Variant
+from kvcomm.lab.variant import Variant
+from kvcomm.reuse.decision import Rungs
 
 SHARES = (0.0, 0.05, 0.15, 0.3, 0.5, 0.7, 0.85)
 TOKEN = tuple(Variant("token", share) for share in SHARES)

@@ -57,9 +57,9 @@ from kvcomm.align.groups import EdgeGroup
 from kvcomm.align.profile_file import GROUPS_FILE
 from kvcomm.config import NUM_CONTESTED, EngineConfig
 from kvcomm.engine.engine import Engine
-from kvcomm.engine.policy import ReusePolicy
-from kvcomm.engine.variant import Variant
 from kvcomm.errors import InvalidRequest
+from kvcomm.lab.variant import Variant
+from kvcomm.reuse.policy import ReusePolicy
 
 CONTEST = ReusePolicy(max_divergence=1.0, rungs=(0.0,))
 """Only its contest is used; what it calibrates is not kept."""

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from kvcomm.engine.context import Context
 from kvcomm.engine.handle import RequestHandle
-from kvcomm.engine.policy import ReusePolicy
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.segments import Segment
+from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.server.contexts.conversation import Continued, Conversation, KeptConversation
 from kvcomm.server.contexts.quota import ConversationQuota
 from kvcomm.server.errors import ApiError

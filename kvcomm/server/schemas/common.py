@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
-from kvcomm.engine.policy import ReusePolicy
+from kvcomm.reuse.policy import ReusePolicy
 
 MODEL_NAME, TOKEN_ID = "model-name", "token-id"
 """Formats of values of which only the running server knows which ones there are."""

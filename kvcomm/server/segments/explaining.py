@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvcomm.engine.explanation import Explanation
-from kvcomm.engine.plan import SpanKind
+from kvcomm.reuse.plan import SpanKind
 from kvcomm.server.sampling import policy_of
 from kvcomm.server.schemas.cache import CacheExplanation, Cost, ExplainedPrompt
 from kvcomm.server.schemas.chat import ChatRequest

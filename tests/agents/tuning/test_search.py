@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from kvcomm.agents.tuning import search
-from kvcomm.align.serving import Rungs
 from kvcomm.config import EngineConfig
-from kvcomm.engine.replay import Outcome
+from kvcomm.reuse.decision import Rungs
+from kvcomm.reuse.replay import Outcome
 
 
 def prompt(token: dict[float, float], rotate: float = 1.0) -> Rungs:

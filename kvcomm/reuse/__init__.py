@@ -1,0 +1,1 @@
+"""Approximate reuse: what of a prompt is moved, at which rung, on what grounds, and what is learned from it."""

@@ -1,0 +1,22 @@
+"""Plans cover the prompt and count it right."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvcomm.reuse.plan import Plan, Reason, Span, SpanKind, exact_plan
+
+
+@pytest.mark.parametrize(("num_reused", "num_tokens"), [(0, 5), (3, 5), (5, 5)])
+def test_spans_cover_the_prompt(num_reused: int, num_tokens: int) -> None:
+    plan = exact_plan(num_reused, num_tokens, Reason.EVICTED)
+    covered = [position for span in plan.spans for position in range(span.start, span.end)]
+    assert covered == list(range(num_tokens))
+    assert plan.num_tokens(SpanKind.EXACT) == num_reused
+    assert plan.reasons == ({"evicted": num_tokens - num_reused} if num_reused < num_tokens else {})
+
+
+def test_reasons_add_up() -> None:
+    compute = SpanKind.COMPUTE
+    plan = Plan((Span(compute, 0, 2, Reason.NEW), Span(SpanKind.EXACT, 2, 4), Span(compute, 4, 9, Reason.NEW)))
+    assert plan.reasons == {"new": 7}

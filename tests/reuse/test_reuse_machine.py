@@ -1,0 +1,130 @@
+"""Law 2: whatever exact and approximate requests, forks, evictions and audits come between, exact is exact."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from kvcomm.align.calibration import Calibration
+from kvcomm.config import EngineConfig
+from kvcomm.engine.context import Context
+from kvcomm.engine.engine import Engine
+from kvcomm.engine.sampling import SamplingParams
+from kvcomm.memory.fidelity import Fidelity
+from kvcomm.memory.segments import Segment
+from kvcomm.reuse.policy import ReusePolicy
+from tests.engine.conftest import ROWS_ONLY, greedy, some_tokens
+from tests.limits import PATIENCE_S
+from tests.tiny import tiny_model
+
+CONFIG = EngineConfig(anchor_bytes=150_000, pool_tokens=2048)
+SAMPLING = SamplingParams(max_new_tokens=3, ignore_eos=True)
+LOOSE = ReusePolicy(max_divergence=50.0, confidence=0.5, audit=0.5)
+ROLES = [tuple(some_tokens(number, seed=number)) for number in (9, 14, 23)]
+TINY = tiny_model()
+
+roles, seeds = st.integers(0, 2), st.integers(0, 5)
+
+
+class ReuseMachine(RuleBasedStateMachine):
+    """Agents with three roles read a handful of questions, exactly or not, in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine = Engine(TINY.model, TINY.tokenizer, config=CONFIG)
+        self.engine.reuse.cost.model = ROWS_ONLY
+        self.contexts: list[Context] = []
+        self.num_aligned = 0
+
+    def prompt(self, role: int, seed: int) -> list[Segment]:
+        text = tuple(some_tokens(30, seed=100 + seed))
+        return [Segment(ROLES[role]), Segment(text, "question"), Segment((5, 6, 7))]
+
+    @rule(role=roles, seed=seeds)
+    def ask_exactly(self, role: int, seed: int) -> None:
+        prompt = self.prompt(role, seed)
+        completion = self.engine.generate(prompt, SAMPLING, policy=ReusePolicy.exact())
+        tokens = [token for segment in prompt for token in segment.token_ids]
+        assert list(completion.token_ids) == greedy(TINY.model, tokens, 3)
+        assert completion.usage.aligned_tokens == 0
+
+    @rule(role=roles, seed=seeds)
+    def ask_approximately(self, role: int, seed: int) -> None:
+        usage = self.engine.generate(self.prompt(role, seed), SAMPLING, policy=LOOSE).usage
+        assert usage.exact_tokens + usage.aligned_tokens + usage.computed_tokens == usage.prompt_tokens
+        self.num_aligned += usage.aligned_tokens
+
+    @rule(role=roles, seed=seeds)
+    def open_a_context(self, role: int, seed: int) -> None:
+        if len(self.contexts) < 4:
+            self.contexts.append(self.engine.context(self.prompt(role, seed), policy=LOOSE))
+
+    @rule(index=st.integers(0, 3))
+    def fork_and_go_on(self, index: int) -> None:
+        if index < len(self.contexts) < 4:
+            child = self.contexts[index].fork()
+            child.generate(SAMPLING)
+            assert child.fidelity is self.contexts[index].fidelity
+            self.contexts.append(child)
+
+    @rule(index=st.integers(0, 3))
+    def release_a_context(self, index: int) -> None:
+        if index < len(self.contexts):
+            self.contexts.pop(index).release()
+
+    @rule()
+    def earn(self) -> None:
+        for seed in range(6, 22):
+            for role in (0, 1):
+                self.engine.generate(self.prompt(role, seed), SAMPLING, policy=LOOSE)
+        assert self.engine.wait_idle(PATIENCE_S)
+        for group in self.engine.reuse.groups.groups(self.engine.namespace()):
+            pairs = [pair._replace(distance=10.0) for pair in group.calibration.pairs]
+            group.calibration = Calibration(len(group.key.shares), pairs)
+
+    @rule()
+    def rest(self) -> None:
+        assert self.engine.wait_idle(PATIENCE_S)
+
+    @rule()
+    def clear(self) -> None:
+        self.engine.clear_cache()
+
+    @invariant()
+    def every_reference_has_an_owner(self) -> None:
+        self.engine.check_integrity()
+
+    @invariant()
+    def nothing_approximate_is_in_the_tree(self) -> None:
+        for context in self.contexts:
+            if context.fidelity is Fidelity.APPROXIMATE:
+                exact = context.sequence.num_exact
+                path = self.engine.tree.match(self.engine.namespace(), context.sequence.token_ids)
+                shared = set(path.pages.tolist()) & set(context.sequence.pages[-(-exact // 16) :].tolist())
+                assert not shared
+
+    def teardown(self) -> None:
+        for context in self.contexts:
+            context.release()
+        assert self.engine.wait_idle(PATIENCE_S)
+        self.engine.clear_cache()
+        self.engine.check_integrity()
+        self.engine.close()
+
+
+TestReuse = ReuseMachine.TestCase
+TestReuse.settings = settings(
+    max_examples=12, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def test_the_machine_does_reuse_approximately() -> None:
+    """Else the laws above would be tested on nothing."""
+    machine = ReuseMachine()
+    machine.earn()
+    for seed in range(6):
+        for role in (0, 1):
+            machine.ask_approximately(role, seed)
+    machine.teardown()
+    assert machine.num_aligned > 0
