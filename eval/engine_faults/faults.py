@@ -35,11 +35,13 @@ from transformers import (
 )
 
 from kvcomm import Engine
-from kvcomm.engine import detokenize, learner, request, reuse, sampling
+from kvcomm.engine import detokenize, request, sampling
 from kvcomm.engine.context import Context
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.errors import PoolExhausted
 from kvcomm.memory import pool, sealed_file, tree
+from kvcomm.reuse import learner
+from kvcomm.reuse import planner as reuse
 
 
 class InjectedFault(Exception):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from kvcomm.config import EngineConfig
-from kvcomm.engine import benchmark
 from kvcomm.engine.engine import Engine
 from kvcomm.errors import InvalidRequest, PoolTooSmall, PromptTooLong
+from kvcomm.lab import timings as benchmark
 from kvcomm.lab.timings import Samples
 from tests.tiny import TinyModel
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from kvcomm.reuse import finder as moves
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PagePool
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.reuse import finder as moves
 from kvcomm.reuse.finder import MoveFinder
 
 ROLE_A, ROLE_B = Segment(tuple(range(10))), Segment(tuple(range(20, 35)))
