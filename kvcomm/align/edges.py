@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from kvcomm.align.readers import kind_of
 from kvcomm.memory.segments import Segment
 
-_SIGNATURE_DOMAIN = b"kvcomm signature 1\0"
+_SIGNATURE_DOMAIN = b"kvcomm signature 2\0"
 _EDGE_DOMAIN = b"kvcomm edge 1\0"
 _TAGGED_TOKEN = np.dtype([("tag", "S1"), ("id", "<i4")])
 
@@ -20,25 +21,32 @@ def signatures(segments: Sequence[Segment]) -> tuple[str, ...]:
     """The signature of every segment of a prompt.
 
     Hex SHA-256 over the static text before it and its own slot: token ids of segments without a name (template text),
-    only the name of those with one (slots). Dynamic text never enters. A static segment's own tokens count as before
-    it, so cutting static text differently changes nothing behind it.
+    only the kind of those with one (slots, see `kind_of`). Dynamic text never enters. A static segment's own tokens
+    count as before it, so cutting static text differently changes nothing behind it. Slots of one kind in a row have
+    one signature, that of the first: a passage is the same passage in any of them.
     """
     running = hashlib.sha256(_SIGNATURE_DOMAIN)
     found = []
+    row: str | None = None
+    behind_row = running
     for segment in segments:
         if segment.name is None:
             tagged = np.empty(len(segment.token_ids), dtype=_TAGGED_TOKEN)
             tagged["tag"], tagged["id"] = b"t", segment.token_ids
             running.update(tagged.tobytes())
+        elif kind_of(segment.name) == row:
+            running = behind_row.copy()
         else:
-            running.update(b"s" + _sized(segment.name))
+            row = kind_of(segment.name)
+            running.update(b"s" + _sized(row))
+            behind_row = running.copy()
         found.append(running.hexdigest())
     return tuple(found)
 
 
 @dataclass(frozen=True)
 class Edge:
-    """From a source signature to a target signature. Slot names are for people and for the general fallback."""
+    """From a source signature to a target signature. Kinds of slots are for people and for the general fallback."""
 
     source: str
     target: str

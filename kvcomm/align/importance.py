@@ -15,8 +15,8 @@ from torch import Tensor
 
 RIDGE = 0.03
 """Of the mean of the diagonal, added to it."""
-MIN_PROMPTS = 8
-"""Below that all heads count alike."""
+EPOCHS = (8, 16, 32, 64)
+"""Prompts after which the weights are learned anew; before the first, all heads count alike."""
 
 
 def importance(attention: Tensor, errors: Tensor, weights: Sequence[float] | None) -> Tensor:
@@ -25,7 +25,7 @@ def importance(attention: Tensor, errors: Tensor, weights: Sequence[float] | Non
     Args:
         attention: [num_heads, num_tokens], of the prompt's last token to each, by the heads that are looked at.
         errors: [num_tokens], expected, in any unit.
-        weights: one per head, as `ImportanceFit` learns them; None: all heads alike.
+        weights: one per head, as `HeadFit` learns them; None: all heads alike.
     """
     if weights is None:
         return _shares(attention).mean(0) * errors
@@ -33,37 +33,45 @@ def importance(attention: Tensor, errors: Tensor, weights: Sequence[float] | Non
     return (learned @ _features(attention)).clamp_min(0).square() * errors
 
 
-class ImportanceFit:
+class HeadFit:
     """What heads tell, from the prompts seen so far. Guarded by its owner's lock.
 
+    The weights stay as they are between epochs, so that rungs choose alike from prompt to prompt; each epoch ends with
+    twice as many prompts as the one before it, and with the last one learning ends.
+
     Attributes:
+        weights: one per head; None while there are too few prompts: all heads alike.
         num_prompts: how many those are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weights: tuple[float, ...] | None = None) -> None:
+        """Args:
+        weights: those to begin with, as they come with a model; then nothing is learned.
+        """
+        self.weights = weights
         self.num_prompts = 0
+        self.is_learning = weights is None
         self._gram: Tensor | None = None
         self._cross: Tensor | None = None
 
     def add(self, attention: Tensor, attended: Tensor) -> None:
-        """Add one prompt.
+        """Add one prompt, unless learning has ended.
 
         Args:
             attention: [num_heads, num_tokens], of the prompt's last token.
             attended: [num_tokens], what the exact answer's tokens attended to.
         """
+        if not self.is_learning:
+            return
         features, target = _features(attention).double().cpu(), _features(attended[None])[0].double().cpu()
         gram, cross = features @ features.T, features @ target
         self._gram = gram if self._gram is None else self._gram + gram
         self._cross = cross if self._cross is None else self._cross + cross
         self.num_prompts += 1
-
-    def weights(self) -> tuple[float, ...] | None:
-        """One per head; None while there are too few prompts."""
-        if self.num_prompts < MIN_PROMPTS or self._gram is None or self._cross is None:
-            return None
-        ridge = RIDGE * self._gram.diag().mean() * torch.eye(len(self._gram), dtype=torch.float64)
-        return tuple(torch.linalg.solve(self._gram + ridge, self._cross).tolist())
+        if self.num_prompts in EPOCHS:
+            ridge = RIDGE * self._gram.diag().mean() * torch.eye(len(self._gram), dtype=torch.float64)
+            self.weights = tuple(torch.linalg.solve(self._gram + ridge, self._cross).tolist())
+            self.is_learning = self.num_prompts < EPOCHS[-1]
 
 
 def _shares(attention: Tensor) -> Tensor:

@@ -1,19 +1,66 @@
-"""The ladder: which of the moved tokens a rung recomputes.
+"""The ladder: how moved text is corrected, and which of its tokens a rung computes after all.
 
-A rung is a share of the moved tokens, and it takes the most important ones (see `importance`). Costlier rungs hold all
-of the cheaper ones.
+A rung names an estimator, a chooser of tokens and the share of the moved tokens that it may take. The rungs of one
+estimator form a ladder, from the safest to the boldest; each costs less than the one before it. What may be accepted is
+decided along a ladder as a whole (see `calibration`), so its order is fixed before anything is measured.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kvcomm.align.moves import Move, num_moved
+from kvcomm.errors import InvalidRequest
 from kvcomm.model.attention.contract import IntArray
+
+ATTENTION = "attention"
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to reuse moved text.
+
+    Attributes:
+        estimator: how moved KV is corrected, such as "token" or "rotate".
+        share: of the moved tokens that are computed after all, in [0, 1].
+        chooser: which ones.
+
+    Raises:
+        InvalidRequest: the share is no number in [0, 1].
+    """
+
+    estimator: str = "token"
+    share: float = 0.0
+    chooser: str = ATTENTION
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.share) and 0 <= self.share <= 1):
+            raise InvalidRequest(f"share must be between 0 and 1, got {self.share!r}")
+
+    def __str__(self) -> str:
+        return self.estimator if not self.share else f"{self.estimator} {self.share:.0%} {self.chooser}"
+
+
+Ladder = tuple[Rung, ...]
+"""The rungs of one estimator, the safest first."""
+
+TURNED: Ladder = (Rung("rotate", 0.5), Rung("rotate", 0.3), Rung("rotate", 0.15))
+"""Keys turned to their new places and nothing else: needs no anchors."""
+CORRECTED: Ladder = (Rung("token", 0.3), Rung("token", 0.1), Rung("token", 0.0))
+"""With offsets of anchors."""
+DEFAULT_RUNGS = (*CORRECTED, *TURNED)
+
+
+def ladders_of(rungs: Sequence[Rung]) -> tuple[Ladder, ...]:
+    """The rungs by estimator; ladders and rungs in the order given."""
+    names = dict.fromkeys(rung.estimator for rung in rungs)
+    return tuple(tuple(rung for rung in rungs if rung.estimator == name) for name in names)
 
 
 def moved_positions(moves: Sequence[Move]) -> IntArray:
