@@ -1,21 +1,22 @@
 """Finding what can be moved into a prompt, and publishing what a request has computed for others to move.
 
 A segment with a name is a slot: its text can be moved. One without is template text, which is always computed. Every
-context that reads or writes a text leaves a rendition of it. The one to move is that of the edge which could be taken
-most often, so that edges stay the same from request to request: agents who agree write one text in several contexts,
-but what an agent has written himself is there when they do not agree, too. Among equals it is the edge about which most
-is known, then the first reader's (or the producer's).
+context that reads or writes a text leaves a rendition of it, a few of each text where they have read different things.
+The one to move is that which has read most of what stands before the text in the target: what a source has not read
+costs most. Among equals one comes first that is of the context which its neighbor in the prompt is taken from (texts of
+one context fit each other, even where it is approximate), then one that has read least else, an exact one, one with
+less risk, and the newest.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from kvcomm.align.edges import Edge, signatures
 from kvcomm.align.moves import Move
+from kvcomm.align.readers import kind_of
 from kvcomm.align.repeats import Surroundings
 from kvcomm.align.spans import place_of
 from kvcomm.memory.fidelity import Fidelity
@@ -24,8 +25,8 @@ from kvcomm.memory.segments import Rendition, Segment
 from kvcomm.memory.sequences import Sequence as KVSequence
 from kvcomm.reuse.plan import Part, Reason
 
-MAX_COUNTED_EDGES = 10_000
-"""Edges of which it is kept how often they could be taken; beyond, those are forgotten that were seen longest ago."""
+MAX_RENDITIONS = 4
+"""Of one text in one context signature, that have read different things."""
 
 
 class Occurrence(NamedTuple):
@@ -56,13 +57,8 @@ def occurrences(segments: Sequence[Segment]) -> Iterator[Occurrence]:
 class MoveFinder:
     """Moves out of, and renditions into, the segment store. Called under the engine's lock."""
 
-    def __init__(self, memory: Memory, evidence: Callable[[str, Edge], int]) -> None:
-        """Args:
-        evidence: how much is known about an edge of a namespace; only compared.
-        """
+    def __init__(self, memory: Memory) -> None:
         self._memory = memory
-        self._evidence = evidence
-        self._times_seen: OrderedDict[tuple[str, Edge], int] = OrderedDict()
 
     def find(
         self,
@@ -80,19 +76,19 @@ class MoveFinder:
 
         Args:
             before_s: only renditions made before this moment, on the monotonic clock.
-            is_use: count what is found as used now, and the edges it could be taken from as seen.
+            is_use: count what is found as used now.
         """
         last = sum(len(segment.token_ids) for segment in segments) - 1
-        moves = []
+        moves: list[Move] = []
+        neighbor: Rendition | None = None
         for each in occurrences(segments):
             if each.segment.name is None or each.end <= num_exact:
                 continue
             known = self._renditions(namespace, each, own, before_s)
             if not known:
+                neighbor = None
                 continue
-            if is_use:
-                self._count(namespace, dict.fromkeys(_edge(rendition, each) for rendition in known))
-            rendition = self._best(namespace, each, known)
+            rendition = neighbor = _best(each, known, neighbor)
             if is_use:
                 self._memory.segments.touch(namespace, rendition)
             start, end = max(each.start, num_exact), min(each.start + rendition.num_tokens, last)
@@ -108,29 +104,50 @@ class MoveFinder:
         self, namespace: str, segments: Sequence[Segment], sequence: KVSequence, *, start: int, risk: float
     ) -> None:
         """Make the slots of a computed sequence from position `start` on available to other contexts."""
-        store, page_size = self._memory.segments, self._memory.pool.page_size
         for each in occurrences(segments):
             num_tokens = min(each.end, sequence.num_computed) - each.start
             if each.segment.name is None or each.start < start or num_tokens <= 0:
                 continue
             is_exact = each.start + num_tokens <= sequence.num_exact
-            if store.get(namespace, each.segment, signature=each.signature, allow_approximate=not is_exact):
-                continue
-            first = each.start // page_size
-            pages = sequence.pages[first : -(-(each.start + num_tokens) // page_size)]
-            store.put(
-                namespace,
-                each.segment,
-                signature=each.signature,
-                start=each.start,
-                pages=pages,
-                offset=each.start - first * page_size,
-                fidelity=Fidelity.EXACT if is_exact else Fidelity.APPROXIMATE,
-                num_tokens=num_tokens,
-                risk=0.0 if is_exact else risk,
-                slot=each.segment.name,
-                before=each.before,
-            )
+            if self._adds_something(namespace, each, is_exact):
+                self._put(namespace, each, sequence, num_tokens, risk=0.0 if is_exact else risk, is_exact=is_exact)
+
+    def _adds_something(self, namespace: str, each: Occurrence, is_exact: bool) -> bool:
+        """Whether no rendition that is as good has read all of what this one has, and there are not too many."""
+        alike = [
+            rendition
+            for rendition in self._memory.segments.renditions_of(namespace, each.segment)
+            if rendition.signature == each.signature and (rendition.fidelity is Fidelity.EXACT or not is_exact)
+        ]
+        read = _texts(each.before)
+        return len(alike) < MAX_RENDITIONS and not any(read <= _texts(rendition.before) for rendition in alike)
+
+    def _put(
+        self,
+        namespace: str,
+        each: Occurrence,
+        sequence: KVSequence,
+        num_tokens: int,
+        *,
+        risk: float,
+        is_exact: bool,
+    ) -> None:
+        page_size = self._memory.pool.page_size
+        first = each.start // page_size
+        self._memory.segments.put(
+            namespace,
+            each.segment,
+            signature=each.signature,
+            start=each.start,
+            pages=sequence.pages[first : -(-(each.start + num_tokens) // page_size)],
+            offset=each.start - first * page_size,
+            fidelity=Fidelity.EXACT if is_exact else Fidelity.APPROXIMATE,
+            num_tokens=num_tokens,
+            risk=risk,
+            slot=each.segment.name or "",
+            before=each.before,
+            context=sequence.identity,
+        )
 
     def release(self, moves: Sequence[Move]) -> None:
         """Give back the pages of sources."""
@@ -143,21 +160,6 @@ class MoveFinder:
             for rendition in self._memory.segments.renditions_of(namespace, each.segment)
             if rendition.created_s < before_s and not self._is_own(rendition, each, own)
         ]
-
-    def _best(self, namespace: str, each: Occurrence, known: Sequence[Rendition]) -> Rendition:
-        def rank(rendition: Rendition) -> tuple[bool, int, int, float]:
-            edge = _edge(rendition, each)
-            times_seen = self._times_seen.get((namespace, edge), 0)
-            is_approximate = rendition.fidelity is not Fidelity.EXACT
-            return is_approximate, -times_seen, -self._evidence(namespace, edge), rendition.created_s
-
-        return min(known, key=rank)
-
-    def _count(self, namespace: str, edges: Iterable[Edge]) -> None:
-        for edge in edges:
-            self._times_seen[namespace, edge] = self._times_seen.pop((namespace, edge), 0) + 1
-        while len(self._times_seen) > MAX_COUNTED_EDGES:
-            self._times_seen.popitem(last=False)
 
     def _is_own(self, rendition: Rendition, each: Occurrence, own: KVSequence) -> bool:
         first = each.start // self._memory.pool.page_size
@@ -173,9 +175,26 @@ class MoveFinder:
         return Move(edge, start, end, index, source, pages, _around(rendition, each), rendition.risk, is_exact)
 
 
+def _best(each: Occurrence, known: Sequence[Rendition], neighbor: Rendition | None) -> Rendition:
+    """See the top of this file; `neighbor`: what the slot before is taken from."""
+
+    def rank(rendition: Rendition) -> tuple[int, bool, int, bool, float, float]:
+        num_unread = len(_texts(each.before) - _texts(rendition.before))
+        num_beside = len(_texts(rendition.before) - _texts(each.before))
+        is_apart = neighbor is None or rendition.context is not neighbor.context
+        is_approximate = rendition.fidelity is not Fidelity.EXACT
+        return num_unread, is_apart, num_beside, is_approximate, rendition.risk, -rendition.created_s
+
+    return min(known, key=rank)
+
+
+def _texts(segments: Iterable[Segment]) -> frozenset[tuple[int, ...]]:
+    return frozenset(segment.token_ids for segment in segments)
+
+
 def _edge(rendition: Rendition, each: Occurrence) -> Edge:
     assert each.segment.name is not None
-    return Edge(rendition.signature, each.signature, each.segment.name, rendition.slot)
+    return Edge(rendition.signature, each.signature, kind_of(each.segment.name), kind_of(rendition.slot))
 
 
 def _around(rendition: Rendition, each: Occurrence) -> Surroundings:
