@@ -111,7 +111,7 @@ class TokenSettings(NamedTuple):
         alpha: factor on the weighted offsets; below 1 it shrinks the noise that neighbors bring with them.
         temperature: of the softmax over negative distances, each relative to the token's mean distance.
         min_tokens: anchor tokens below which an edge is not used.
-        mature_tokens: anchor tokens from which on an edge is calibrated instead of taught, if its bank holds as many.
+        mature_tokens: anchor tokens from which on an edge is taught no more, if its bank holds as many.
         alphas: factors on `alpha`, one per group of layers; empty: all 1.
     """
 
@@ -119,7 +119,7 @@ class TokenSettings(NamedTuple):
     alpha: float = 1.0
     temperature: float = 4.0
     min_tokens: int = 64
-    mature_tokens: int = 1200
+    mature_tokens: int = 512
     alphas: tuple[float, ...] = ()
 
 
