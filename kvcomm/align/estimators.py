@@ -140,6 +140,8 @@ class TokenEstimator:
         The one for its slots in any context does not count: it mixes contexts, and an edge that rested on it would
         never get a bank of its own.
         """
+        if edge.source == edge.target:
+            return True
         return self.evidence(namespace, edge) >= min(self.settings.mature_tokens, self.anchors.max_bank_tokens)
 
     def evidence(self, namespace: str, edge: Edge) -> int:
@@ -157,7 +159,13 @@ class TokenEstimator:
         return max([bank.learn(sketches, offsets) for bank in banks])
 
     def correction(self, namespace: str, edge: Edge) -> Correction | None:
-        """The snapshot of the most specific bank that is old enough."""
+        """The snapshot of the most specific bank that is old enough.
+
+        Between slots of one row (documents) nothing is corrected: what their KV lacks depends on the neighbors of the
+        moment, and offsets of others made it worse.
+        """
+        if edge.source == edge.target:
+            return RotateEstimator(self._ops)
         snapshot = self.anchors.find(namespace, edge, self.settings.min_tokens)
         return None if snapshot is None else _TokenCorrection(snapshot, self._sketcher, self._ops, self.settings)
 

@@ -81,6 +81,7 @@ class Prompt:
 
     Attributes:
         otherwise, unmoved: why template text, and why text of segments that are not moved, is computed.
+        is_displaced: the first slot is not moved for a reason of its own.
     """
 
     segments: tuple[Segment, ...]
@@ -88,6 +89,18 @@ class Prompt:
     num_exact: int
     otherwise: Reason
     unmoved: Reason
+    is_displaced: bool
+
+    def parts(self, moved: Sequence[tuple[int, int]]) -> list[Part]:
+        """What there is to say about it, behind its exact prefix."""
+        return parts_of(
+            self.segments,
+            self.num_exact,
+            moved,
+            otherwise=self.otherwise,
+            unmoved=self.unmoved,
+            is_displaced=self.is_displaced,
+        )
 
 
 class Attempt:
@@ -266,7 +279,7 @@ class Attempt:
         """`reason`: why moved tokens are computed after all."""
         prompt = self.prompt
         moved = [(move.start, move.end) for move in self.moves]
-        parts = parts_of(prompt.segments, prompt.num_exact, moved, otherwise=prompt.otherwise, unmoved=prompt.unmoved)
+        parts = prompt.parts(moved)
         return plan_of(prompt.num_exact, _with_rung(parts, self._recomputed, reason))
 
 

@@ -66,6 +66,7 @@ class Auditor:
         divergence = trials.replayer.served(Case(served, trial.num_prompt, case.continuation, ()), exact.log_probs)
         with trials.lock:
             self._record(trial, divergence)
+            trials.publish(trial)
             if trial.moves and trial.policy.learn:
                 self._study(self._handed_over(trial, case.continuation))
 

@@ -3,9 +3,10 @@
 A segment with a name is a slot: its text can be moved. One without is template text, which is always computed. Every
 context that reads or writes a text leaves a rendition of it, a few of each text where they have read different things.
 The one to move is that which has read most of what stands before the text in the target: what a source has not read
-costs most. Among equals one comes first that is of the context which its neighbor in the prompt is taken from (texts of
-one context fit each other, even where it is approximate), then one that has read least else, an exact one, one with
-less risk, and the newest.
+costs most, while it does no harm that it has read more. Among equals one comes first that is of the context which its
+neighbor in the prompt is taken from (texts of one context fit each other, even where it is approximate), then an exact
+one, one with less risk, the nearest by position, and the newest. A text that stands first is not moved from where it
+stood behind others: the first text is read like no other, and computed once it is an exact prefix from then on.
 """
 
 from __future__ import annotations
@@ -81,24 +82,30 @@ class MoveFinder:
         last = sum(len(segment.token_ids) for segment in segments) - 1
         moves: list[Move] = []
         neighbor: Rendition | None = None
-        for each in occurrences(segments):
+        # From the end: the later a text stands, the fewer contexts have read all that stands before it.
+        for each in reversed(list(occurrences(segments))):
             if each.segment.name is None or each.end <= num_exact:
                 continue
             known = self._renditions(namespace, each, own, before_s)
-            if not known:
-                neighbor = None
+            neighbor = _best(each, known, neighbor)
+            if neighbor is None:
                 continue
-            rendition = neighbor = _best(each, known, neighbor)
             if is_use:
-                self._memory.segments.touch(namespace, rendition)
-            start, end = max(each.start, num_exact), min(each.start + rendition.num_tokens, last)
+                self._memory.segments.touch(namespace, neighbor)
+            start, end = max(each.start, num_exact), min(each.start + neighbor.num_tokens, last)
             if start < end:
-                moves.append(self._move(each, rendition, start, end))
-        return moves
+                moves.append(self._move(each, neighbor, start, end))
+        return moves[::-1]
 
     def is_known(self, namespace: str, segment: Segment) -> bool:
         """Whether there is any rendition of a segment."""
         return bool(self._memory.segments.renditions_of(namespace, segment))
+
+    def is_displaced(self, namespace: str, segments: Sequence[Segment]) -> bool:
+        """Whether the first text of a prompt is known, but only from where it stood behind others."""
+        first = next((each for each in occurrences(segments) if each.segment.name is not None), None)
+        known = () if first is None else self._memory.segments.renditions_of(namespace, first.segment)
+        return bool(known) and all(rendition.before for rendition in known)
 
     def publish(
         self, namespace: str, segments: Sequence[Segment], sequence: KVSequence, *, start: int, risk: float
@@ -175,17 +182,21 @@ class MoveFinder:
         return Move(edge, start, end, index, source, pages, _around(rendition, each), rendition.risk, is_exact)
 
 
-def _best(each: Occurrence, known: Sequence[Rendition], neighbor: Rendition | None) -> Rendition:
-    """See the top of this file; `neighbor`: what the slot before is taken from."""
+def _best(each: Occurrence, known: Sequence[Rendition], neighbor: Rendition | None) -> Rendition | None:
+    """See the top of this file; `neighbor`: what the slot behind is taken from."""
 
-    def rank(rendition: Rendition) -> tuple[int, bool, int, bool, float, float]:
+    def rank(rendition: Rendition) -> tuple[int, bool, bool, float, int, float]:
         num_unread = len(_texts(each.before) - _texts(rendition.before))
-        num_beside = len(_texts(rendition.before) - _texts(each.before))
         is_apart = neighbor is None or rendition.context is not neighbor.context
         is_approximate = rendition.fidelity is not Fidelity.EXACT
-        return num_unread, is_apart, num_beside, is_approximate, rendition.risk, -rendition.created_s
+        way = abs(rendition.start - each.start)
+        return num_unread, is_apart, is_approximate, rendition.risk, way, -rendition.created_s
 
-    return min(known, key=rank)
+    return min((rendition for rendition in known if not _is_displaced(rendition, each)), key=rank, default=None)
+
+
+def _is_displaced(rendition: Rendition, each: Occurrence) -> bool:
+    return bool(rendition.before) and not each.before
 
 
 def _texts(segments: Iterable[Segment]) -> frozenset[tuple[int, ...]]:
@@ -210,12 +221,14 @@ def parts_of(
     *,
     otherwise: Reason,
     unmoved: Reason,
+    is_displaced: bool,
 ) -> list[Part]:
     """Everything behind the exact prefix: what is moved, glue, and slots that are computed for the reason `unmoved`.
 
     Args:
         moved: `[start, end)` of what is moved, ascending.
         otherwise: why template text before the first move is computed.
+        is_displaced: the first slot is computed for a reason of its own.
     """
     parts: list[Part] = []
     for each in occurrences(segments):
@@ -224,6 +237,8 @@ def parts_of(
         static = Reason.GLUE if is_behind else otherwise
         # A slot that the exact prefix reaches into has a source of its own, which ends there.
         reason = static if each.segment.name is None or at > each.start else unmoved
+        if reason is unmoved and is_displaced and not each.before and each.segment.name is not None:
+            reason = Reason.DISPLACED
         for start, end in moved:
             if start >= at and end <= each.end:
                 parts += [Part(at, start, reason), Part(start, end, None)]

@@ -46,6 +46,8 @@ class Reason(StrEnum):
     """Moved text that this rung of the ladder recomputes."""
     NO_SOURCE = "no_source"
     """This text has not been seen in another context, or is not kept any more."""
+    DISPLACED = "displaced"
+    """It stands first here, and is known only from where it stood behind others: moved, it would be read worst."""
     IMMOVABLE = "immovable"
     """This model's keys cannot be moved to other positions."""
     NO_ANCHORS = "no_anchors"

@@ -23,7 +23,7 @@ from kvcomm.reuse.asked import Asked
 from kvcomm.reuse.attempt import Attempt, Prompt, Tools, passes_of
 from kvcomm.reuse.cost import ReuseCost
 from kvcomm.reuse.decision import Acceptance, accept
-from kvcomm.reuse.finder import MoveFinder, parts_of
+from kvcomm.reuse.finder import MoveFinder
 from kvcomm.reuse.plan import Explanation, Plan, Reason, plan_of
 
 
@@ -63,22 +63,18 @@ class Planner:
         Args:
             otherwise: why what is not cached exactly has to be computed.
         """
-        num_exact, segments = asked.sequence.num_computed, asked.segments
         moves = [] if self.immovable else self._find(asked)
         if not moves:
-            reason = Reason.IMMOVABLE if self.immovable else Reason.NO_SOURCE
-            return plan_of(num_exact, parts_of(segments, num_exact, [], otherwise=otherwise, unmoved=reason)), None
+            return self._computed(asked, otherwise, Reason.IMMOVABLE if self.immovable else Reason.NO_SOURCE), None
         sound = [move for move in moves if self._is_sound(asked, move)]
-        reader = reader_of(segments)
+        reader = reader_of(asked.segments)
         decision = self._decide(asked, reader, sound) if sound else Decision(reason=Reason.SOURCE_RISK)
         if decision.wanted is None:
             self.finder.release(moves)
             assert decision.reason is not None
-            parts = parts_of(segments, num_exact, [], otherwise=otherwise, unmoved=decision.reason)
-            return plan_of(num_exact, parts), None
+            return self._computed(asked, otherwise, decision.reason), None
         self.finder.release([move for move in moves if move not in sound])
-        unmoved = Reason.SOURCE_RISK if len(sound) < len(moves) else Reason.NO_SOURCE
-        prompt = Prompt(segments, asked.num_prompt_tokens, num_exact, otherwise, unmoved)
+        prompt = self._prompt(asked, otherwise, Reason.SOURCE_RISK if len(sound) < len(moves) else Reason.NO_SOURCE)
         weights = self.book.heads(asked.namespace).weights
         attempt = Attempt(self._tools, prompt, reader, sound, decision.corrections, decision.wanted, weights)
         return attempt.plan, attempt
@@ -153,6 +149,21 @@ class Planner:
             ):
                 if name not in known:
                     raise InvalidRequest(f"unknown {what} {name!r} of a rung; this engine has {', '.join(known)}")
+
+    def _prompt(self, asked: Asked, otherwise: Reason, unmoved: Reason) -> Prompt:
+        return Prompt(
+            asked.segments,
+            asked.num_prompt_tokens,
+            asked.sequence.num_computed,
+            otherwise,
+            unmoved,
+            self.may_reuse(asked) and self.finder.is_displaced(asked.namespace, asked.segments),
+        )
+
+    def _computed(self, asked: Asked, otherwise: Reason, unmoved: Reason) -> Plan:
+        """The plan of a request into whose prompt nothing is moved."""
+        prompt = self._prompt(asked, otherwise, unmoved)
+        return plan_of(prompt.num_exact, prompt.parts([]))
 
     def _find(self, asked: Asked) -> list[Move]:
         if not self.may_reuse(asked):

@@ -174,6 +174,13 @@ class Trials:
         """Compute what is missing of a sequence, whose pages must be writable."""
         yield from self.replayer.prefill(sequence.token_ids, sequence, self._chunk)
 
+    def publish(self, trial: Trial) -> None:
+        """Let others use a trial's prompt, which is exact: an exact source in place of an approximate one. Under the lock."""
+        sequence, page_size = trial.sequence, self.memory.pool.page_size
+        whole = trial.num_prompt - trial.num_prompt % page_size
+        self.memory.tree.insert(trial.namespace, sequence.token_ids[:whole], sequence.pages[: whole // page_size])
+        self._finder.publish(trial.namespace, trial.segments, sequence, start=0, risk=0.0)
+
     def case(self, trial: Trial, continuation: Sequence[int], moves: Sequence[Move]) -> Case:
         """A trial's prompt with what follows, into which these moves are possible."""
         return Case(trial.sequence, trial.num_prompt, tuple(continuation[:NUM_CONTINUATION]), tuple(moves))
