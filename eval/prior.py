@@ -22,7 +22,6 @@ from eval.workload import note
 from kvcomm import Engine, KVCommError, ReusePolicy
 from kvcomm.align.ladder import TURNED
 from kvcomm.align.prior import Prior, write_prior
-from kvcomm.config import EngineConfig
 
 POLICY = ReusePolicy(max_divergence=1e-12, confidence=0.5, rungs=TURNED)
 """Nothing keeps this bound, so everything is computed exactly and measured."""
