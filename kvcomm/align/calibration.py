@@ -98,7 +98,13 @@ class Calibration:
 
     def __init__(self, ladder: Ladder, pairs: Sequence[Pair]) -> None:
         self.ladder = ladder
-        self._pairs = tuple(pair for pair in pairs if all(rung in pair.measured for rung in ladder))
+        self._pairs: list[Pair] = []
+        self._measured: list[list[Measured]] = []  # by pair and rung
+        for pair in pairs:
+            measured = [found for rung in ladder if (found := pair.measured.get(rung)) is not None]
+            if len(measured) == len(ladder):
+                self._pairs.append(pair)
+                self._measured.append(measured)
 
     @property
     def num_pairs(self) -> int:
@@ -123,7 +129,7 @@ class Calibration:
 
     def residual_limit(self, rung: int) -> float:
         """Largest residual at a rung that passes for as expected; infinite where nothing is recomputed."""
-        residuals = [pair.measured[self.ladder[rung]].residual for pair in self._pairs]
+        residuals = [measured[rung].residual for measured in self._measured]
         return _quantile([each for each in residuals if each is not None], RESIDUAL_LEVEL)
 
     def predicted(self, rung: int, level: float) -> float:
@@ -136,7 +142,7 @@ class Calibration:
     @cached_property
     def _divergences(self) -> FloatArray:
         """[num_pairs, num_rungs] nats."""
-        rows = [[pair.measured[rung].divergence for rung in self.ladder] for pair in self._pairs]
+        rows = [[each.divergence for each in measured] for measured in self._measured]
         return np.array(rows, dtype=np.float64).reshape(len(rows), len(self.ladder))
 
     @cached_property
