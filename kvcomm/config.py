@@ -11,8 +11,6 @@ from kvcomm.values import items, real_number, text, truth_value, whole_number
 
 DEFAULT_POOL_BYTES = 2 * 2**30
 
-NUM_CONTESTED = 8
-
 POSITIVE = (
     "page_size",
     "pool_bytes",
@@ -20,7 +18,6 @@ POSITIVE = (
     "prefill_chunk",
     "max_running",
     "anchor_bytes",
-    "contest_prompts",
     "neighbors",
     "sketch_groups",
     "sketch_layers",
@@ -44,7 +41,7 @@ class EngineConfig:
         attention: "auto", "torch" or "triton".
         cache_ttl_s: seconds after which an unused cached prefix is dropped; None: only when pages are needed.
         anchor_bytes: of offsets that one edge keeps at most.
-        contest_prompts: prompts on which an edge group decides how strongly to correct, before it is calibrated.
+        learning_share: of the time, that is spent on learning while requests come without a pause; 0: none.
         idle_after_s: seconds without any request before idle work goes on: the next agent of a team asks at once.
         neighbors: anchor tokens by which each moved token is corrected.
         alpha: factors on the correction: one for all layers, or one per group of layers that looks for neighbors.
@@ -63,7 +60,7 @@ class EngineConfig:
     attention: str = "auto"
     cache_ttl_s: float | None = None
     anchor_bytes: int = 16 * 2**20
-    contest_prompts: int = NUM_CONTESTED
+    learning_share: float = 0.1
     idle_after_s: float = 0.05
     neighbors: int = 8
     alpha: tuple[float, ...] = (1.0,)
@@ -84,6 +81,8 @@ class EngineConfig:
             raise InvalidRequest(f"alpha must be finite factors >= 0, one or one per group, not {self.alpha!r}")
         if self.draft_rows < 0:
             raise InvalidRequest(f"draft_rows must be at least 0, not {self.draft_rows}")
+        if not 0 <= self.learning_share < 1:
+            raise InvalidRequest(f"learning_share must be a share of the time in [0, 1), not {self.learning_share}")
         if not self.idle_after_s >= 0:
             raise InvalidRequest(f"idle_after_s must be at least 0, not {self.idle_after_s}")
 
@@ -95,7 +94,8 @@ class EngineConfig:
             object.__setattr__(self, "pool_tokens", whole_number("pool_tokens", self.pool_tokens))
         if self.cache_ttl_s is not None:
             object.__setattr__(self, "cache_ttl_s", real_number("cache_ttl_s", self.cache_ttl_s))
-        object.__setattr__(self, "idle_after_s", real_number("idle_after_s", self.idle_after_s))
+        for name in ("idle_after_s", "learning_share"):
+            object.__setattr__(self, name, real_number(name, getattr(self, name)))
         object.__setattr__(self, "attention", text("attention", self.attention))
         factors = items("alpha", self.alpha, "finite factors, one or one per group")
         object.__setattr__(self, "alpha", tuple(real_number("each of alpha", factor) for factor in factors))

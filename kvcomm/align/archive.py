@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from kvcomm.align.bank_file import SUFFIX, verify_bank
-from kvcomm.align.profile_file import GROUPS_FILE, bank_files, looking, read_groups
+from kvcomm.align.profile_file import READERS_FILE, bank_files, looking, read_readers
 from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, InvalidRequest
 from kvcomm.files.reading import open_regular
 from kvcomm.files.writing import NameTaken, replacing
@@ -33,8 +33,8 @@ def export_archive(folder: str | Path, file: str | Path, *, is_new: bool = False
         banks = bank_files(folder)
         for bank in banks:
             verify_bank(bank)
-        read_groups(folder)
-        names = [*(bank.name for bank in banks), GROUPS_FILE]  # last: whoever has it has everything
+        read_readers(folder)
+        names = [*(bank.name for bank in banks), READERS_FILE]  # last: whoever has it has everything
         try:
             with (
                 replacing(file, is_new=is_new) as partial,
@@ -76,13 +76,13 @@ def import_archive(file: str | Path, folder: str | Path) -> int:
 
 def _verified(file: Path, unpacked: Path) -> list[Path]:
     """The banks that came out of an archive, all of them whole."""
-    if not (unpacked / GROUPS_FILE).exists():
-        raise AnchorFileCorrupt(f"{file} is not a whole archive of anchors: {GROUPS_FILE} is missing")
+    if not (unpacked / READERS_FILE).exists():
+        raise AnchorFileCorrupt(f"{file} is not a whole archive of anchors: {READERS_FILE} is missing")
     try:
         banks = bank_files(unpacked)
         for bank in banks:
             verify_bank(bank)
-        read_groups(unpacked)
+        read_readers(unpacked)
     except AnchorFileError as error:  # says where it was unpacked, which is no place that anybody knows
         raise type(error)(f"{file} holds {str(error).replace(f'{unpacked}/', '')}") from error
     return banks
@@ -90,7 +90,7 @@ def _verified(file: Path, unpacked: Path) -> list[Path]:
 
 def _unpack(file: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
     """One member, under its own name and as an ordinary file: no paths, links or devices."""
-    is_anchor = member.name == GROUPS_FILE or member.name.endswith(SUFFIX)
+    is_anchor = member.name == READERS_FILE or member.name.endswith(SUFFIX)
     is_plain = member.isreg() and not member.issparse()
     if not is_plain or not is_anchor or Path(member.name).name != member.name or member.name.startswith("."):
         raise AnchorFileCorrupt(f"{file} holds {member.name!r}, which is no file of anchors; nothing was imported")

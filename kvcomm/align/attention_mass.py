@@ -27,6 +27,15 @@ def damaged_layers(num_layers: int) -> range:
     return range(first, max(3 * num_layers // 4, first + 1))
 
 
+MAX_LOOKING_ROWS = 64
+"""Of a prompt's tail; a longer one says what it asks for at its end."""
+
+
+def looking_rows(moves_end: int, num_tokens: int) -> tuple[int, int]:
+    """`[first, end)` of a prompt's tail that tell what its answer will read: what stands behind all moved text."""
+    return max(moves_end, num_tokens - MAX_LOOKING_ROWS), num_tokens
+
+
 class AttentionMass:
     """Sums up what rows `[first, end)` of one sequence attend to, in some layers.
 

@@ -55,6 +55,9 @@ class Sources(NamedTuple):
     num_tokens: int = 0
 
 
+NO_SOURCES = Sources()
+
+
 @dataclass(frozen=True)
 class Pair:
     """What one exact prompt showed.
@@ -70,7 +73,7 @@ class Pair:
 
     measured: Mapping[Rung, Measured]
     distances: Mapping[str, float] = field(default_factory=dict)
-    sources: Sources = Sources()
+    sources: Sources = NO_SOURCES
 
     def __post_init__(self) -> None:
         numbers = [value for each in self.measured.values() for value in each if value is not None]

@@ -1,8 +1,8 @@
 """Which moved tokens are worth recomputing: those that the answer will read, the more the further off they may be.
 
-What the answer will read is not known when a rung is chosen. The prompt's last token looks at much of it already, some
+What the answer will read is not known when a rung is chosen. The tail of the prompt looks at much of it already, some
 heads more than others; how much each head tells is learned from exact answers: a ridge regression of what their tokens
-attended to on what the last token of the prompt attended to. How far off a token may be, its neighbors among the
+attended to on what the tail of the prompt attended to. How far off a token may be, its neighbors among the
 anchors tell (`anchor_errors`).
 """
 
@@ -23,7 +23,7 @@ def importance(attention: Tensor, errors: Tensor, weights: Sequence[float] | Non
     """Scores of moved tokens, [num_tokens] float32; only compared.
 
     Args:
-        attention: [num_heads, num_tokens], of the prompt's last token to each, by the heads that are looked at.
+        attention: [num_heads, num_tokens], of the prompt's tail to each, by the heads that are looked at.
         errors: [num_tokens], expected, in any unit.
         weights: one per head, as `HeadFit` learns them; None: all heads alike.
     """
@@ -58,7 +58,7 @@ class HeadFit:
         """Add one prompt, unless learning has ended.
 
         Args:
-            attention: [num_heads, num_tokens], of the prompt's last token.
+            attention: [num_heads, num_tokens], of the prompt's tail.
             attended: [num_tokens], what the exact answer's tokens attended to.
         """
         if not self.is_learning:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from typing import NamedTuple
 from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import Calibration, Pair, pairs_needed
 from kvcomm.align.importance import HeadFit
-from kvcomm.align.ladder import Ladder
+from kvcomm.align.ladder import TURNED, Ladder
 from kvcomm.align.readers import Reader
 from kvcomm.align.watch import Watch
 
@@ -124,6 +125,37 @@ class Count(NamedTuple):
     num_needed: int
 
 
+class KeptWatch(NamedTuple):
+    """A watch with its place: `reader` is a digest, empty for watches of no single reader.
+
+    Attributes:
+        is_barring: it keeps a level from a reader; else it is over the level itself.
+    """
+
+    level: Level
+    reader: str
+    is_barring: bool
+    watch: Watch
+
+
+class Knowledge(NamedTuple):
+    """All that is known of a tenant's readers, to be kept in a file."""
+
+    readers: tuple[tuple[Reader, tuple[Pair, ...]], ...] = ()
+    watches: tuple[KeptWatch, ...] = ()
+    head_weights: tuple[float, ...] | None = None
+
+    @property
+    def num_pairs(self) -> int:
+        """Of all readers."""
+        return sum(len(pairs) for _, pairs in self.readers)
+
+    def without_anchors(self) -> Knowledge:
+        """The same without what was measured by rungs that need anchors."""
+        readers = tuple((reader, tuple(_turned(pair) for pair in pairs)) for reader, pairs in self.readers)
+        return self._replace(readers=readers)
+
+
 @dataclass(eq=False)
 class _Tenant:
     """One namespace. `pool` holds the newest pairs of all readers."""
@@ -132,6 +164,7 @@ class _Tenant:
     pool: deque[Pair] = field(default_factory=lambda: deque(maxlen=MAX_POOL_PAIRS))
     watches: dict[tuple[Level, Bound], Watch] = field(default_factory=dict)
     heads: HeadFit = field(default_factory=HeadFit)
+    has_prior: bool = False
     version: int = 0
     known: dict[tuple[str, Level, Ladder], tuple[int, Calibration]] = field(default_factory=dict)
 
@@ -139,11 +172,13 @@ class _Tenant:
 class ReaderBook:
     """Every reader, tenant by tenant, and the prior of the model."""
 
-    def __init__(self, prior: Sequence[Pair] = ()) -> None:
+    def __init__(self, prior: Sequence[Pair] = (), head_weights: tuple[float, ...] | None = None) -> None:
         """Args:
         prior: pairs that ship with the model; none: there is no such level.
+        head_weights: that ship with it, see `HeadFit`.
         """
         self.prior = tuple(prior)
+        self.head_weights = head_weights
         self._tenants: dict[str, _Tenant] = {}
 
     def standing(self, namespace: str, reader: Reader) -> Standing:
@@ -190,7 +225,9 @@ class ReaderBook:
         for level in levels:
             for ladder in ladders:
                 num_needed = pairs_needed(bound.delta / 2 if level is not Level.PRIOR else bound.delta)
-                found.append(Count(level, ladder, self._calibration(namespace, reader, level, ladder).num_pairs, num_needed))
+                found.append(
+                    Count(level, ladder, self._calibration(namespace, reader, level, ladder).num_pairs, num_needed)
+                )
         return found
 
     def grounds(
@@ -210,7 +247,7 @@ class ReaderBook:
         """
         least, best = pairs_needed(bound.delta), None
         for each in self.counts(namespace, reader, ladders, bound, levels):
-            if each.num_pairs < least or self._is_barred(namespace, reader, each.level, bound):
+            if each.num_pairs < least or self.is_barred(namespace, reader, each.level, bound):
                 continue
             if best is None or each.num_pairs > best.num_pairs:
                 best = each
@@ -263,11 +300,49 @@ class ReaderBook:
         standing.watches.clear()
         self._tenant(namespace).version += 1
 
+    def knowledge(self, namespace: str) -> Knowledge:
+        """A copy of all that is known of a tenant's readers; follows nothing."""
+        tenant = self._tenant(namespace)
+        watches = [KeptWatch(level, "", False, deepcopy(watch)) for (level, _), watch in tenant.watches.items()]
+        for digest, standing in tenant.standings.items():
+            watches += [KeptWatch(Level.OWN, digest, False, deepcopy(watch)) for watch in standing.watches.values()]
+            watches += [KeptWatch(level, digest, True, deepcopy(each)) for (_, level), each in standing.barred.items()]
+        readers = tuple((standing.reader, tuple(standing.pairs)) for standing in tenant.standings.values())
+        return Knowledge(readers, tuple(watches), tenant.heads.weights)
+
+    def put(self, namespace: str, knowledge: Knowledge) -> None:
+        """Take over what was kept, in place of what is known of the same readers; their pairs join the pool."""
+        tenant = self._tenant(namespace)
+        for reader, pairs in knowledge.readers:
+            tenant.standings[reader.digest] = Standing(reader)
+            for pair in pairs:
+                self.add(namespace, reader, pair)
+        for kept in knowledge.watches:
+            standing = tenant.standings.get(kept.reader)
+            if not kept.reader:
+                tenant.watches[kept.level, kept.watch.bound] = deepcopy(kept.watch)
+            elif standing is not None and kept.is_barring:
+                standing.barred[kept.watch.bound, kept.level] = deepcopy(kept.watch)
+            elif standing is not None:
+                standing.watches[kept.watch.bound] = deepcopy(kept.watch)
+        if knowledge.head_weights is not None:
+            tenant.heads = HeadFit(knowledge.head_weights)
+
+    def admit_prior(self, namespace: str) -> None:
+        """Let the prior decide about a tenant: it was measured on the weights that its requests are computed with."""
+        tenant = self._tenant(namespace)
+        if not tenant.has_prior:
+            tenant.has_prior = True
+            tenant.known.clear()
+            if self.head_weights is not None and not tenant.heads.num_prompts:
+                tenant.heads = HeadFit(self.head_weights)
+
     def forget(self, namespace: str) -> None:
         """Forget every reader of a tenant."""
         self._tenants.pop(namespace, None)
 
-    def _is_barred(self, namespace: str, reader: Reader, level: Level, bound: Bound) -> bool:
+    def is_barred(self, namespace: str, reader: Reader, level: Level, bound: Bound) -> bool:
+        """Whether a breaker has tripped that keeps a level from deciding about a reader."""
         if self.watch(namespace, reader, level, bound).breaker.tripped:
             return True
         under = self.standing(namespace, reader).barred.get((bound, level))
@@ -281,7 +356,7 @@ class ReaderBook:
             pairs: Mapping[Level, Sequence[Pair]] = {
                 Level.OWN: tuple(self.standing(namespace, reader).pairs),
                 Level.POOL: tuple(tenant.pool),
-                Level.PRIOR: self.prior,
+                Level.PRIOR: self.prior if tenant.has_prior else (),
             }
             made = Calibration(ladder, pairs[level])
             if len(tenant.known) > MAX_READERS:
@@ -291,3 +366,9 @@ class ReaderBook:
 
     def _tenant(self, namespace: str) -> _Tenant:
         return self._tenants.setdefault(namespace, _Tenant())
+
+
+def _turned(pair: Pair) -> Pair:
+    """A pair without what rungs gave that need anchors."""
+    measured = {rung: each for rung, each in pair.measured.items() if rung.estimator == TURNED[0].estimator}
+    return Pair(measured, {}, pair.sources)

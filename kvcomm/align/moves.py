@@ -45,6 +45,11 @@ class Move:
         """Tokens that could be moved."""
         return self.end - self.start
 
+    @property
+    def num_unread(self) -> int:
+        """Texts before it in the prompt that its source had not read."""
+        return len(self.around.unseen)
+
     @cached_property
     def repeats(self) -> Tensor:
         """How much the moved tokens repeat that their source had not seen, [num_tokens, 2] float32; see `repeats`."""

@@ -1,36 +1,37 @@
-"""What a tenant has learned, as a folder: one file per anchor bank, and one for the edge groups.
+"""What a tenant has learned, as a folder: one file per anchor bank, and one for the readers.
 
-The format is described in `anchors/FORMAT.md`. A group's calibration holds for the anchors it was made with, so the
-file names every bank by digest, and groups whose banks are missing or others are left out on loading. Nothing is taken
-over unless all of it could be read. Who changes a folder locks it, so two who save at once leave what one of them had.
+The format is described in `anchors/FORMAT.md`. What pairs say about rungs that need anchors holds for the anchors they
+were measured with, so the file names every bank by digest, and where one is missing or another one that is left out on
+loading. Nothing is taken over unless all of it could be read. Who changes a folder locks it, so two who save at once
+leave what one of them had.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from kvcomm.align.bank import BankShape, BankSnapshot
 from kvcomm.align.bank_file import SUFFIX, load_bank, read_bank_header, require_namespace, save_bank
 from kvcomm.align.bound import Bound
-from kvcomm.align.breaker import Breaker
-from kvcomm.align.calibration import Calibration, Pair
+from kvcomm.align.calibration import Measured, Pair, Sources
 from kvcomm.align.edges import Edge
-from kvcomm.align.groups import Contest, EdgeGroup, GroupKey
+from kvcomm.align.ladder import Rung
+from kvcomm.align.levels import KeptWatch, Knowledge, Level
+from kvcomm.align.readers import Reader
+from kvcomm.align.watch import Watch
 from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileTooNew, InvalidRequest
 from kvcomm.files.reading import MAX_SHOWN, first_fault
 from kvcomm.files.writing import locked, sweep
 from kvcomm.memory.sealed_file import SealedFormat
 
-FORMAT = SealedFormat(
-    "file of edge groups", "kvcomm_edge_groups", 2, AnchorFileError, AnchorFileCorrupt, AnchorFileTooNew
-)
-GROUPS_FILE = "edge-groups.safetensors"
+FORMAT = SealedFormat("file of readers", "kvcomm_readers", 1, AnchorFileError, AnchorFileCorrupt, AnchorFileTooNew)
+READERS_FILE = "readers.safetensors"
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -40,125 +41,115 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class EdgeRecord(_Strict):
-    """One moved segment of a group, and the digest of the bank that corrects it; None: it has no bank of its own."""
+class RungRecord(_Strict):
+    """One rung."""
 
-    source: str
-    target: str
-    slot: str
-    source_slot: str
-    is_exact: bool
-    bank: str | None
+    estimator: str
+    share: Annotated[float, Field(ge=0, le=1)]
+    chooser: str
 
-    @property
-    def edge(self) -> Edge:
-        """The edge itself."""
-        return Edge(self.source, self.target, self.slot, self.source_slot)
+
+class MeasuredRecord(_Strict):
+    """What one rung gave; `rung` is its place among the file's rungs."""
+
+    rung: NonNegativeInt
+    divergence: NonNegative
+    residual: NonNegative | None
 
 
 class PairRecord(_Strict):
-    """One pair of the calibration."""
+    """One pair; see `align.calibration.Pair`."""
 
-    divergences: tuple[NonNegative, ...]
-    distance: NonNegative
-    residuals: tuple[NonNegative | None, ...]
+    measured: tuple[MeasuredRecord, ...]
+    distances: dict[str, NonNegative]
+    sources: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt, NonNegativeInt]
+
+    @classmethod
+    def of(cls, pair: Pair, places: Mapping[Rung, int]) -> PairRecord:
+        """A pair, and where its rungs are in the file."""
+        measured = [
+            MeasuredRecord(rung=places[rung], divergence=each.divergence, residual=each.residual)
+            for rung, each in pair.measured.items()
+        ]
+        return cls(measured=tuple(measured), distances=dict(pair.distances), sources=pair.sources)
+
+    def pair(self, rungs: Sequence[Rung]) -> Pair:
+        """The pair as it was. Raises ValueError for a rung that the file does not list."""
+        if any(each.rung >= len(rungs) for each in self.measured):
+            raise ValueError(f"a pair names a rung beyond the {len(rungs)} listed")
+        measured = {rungs[each.rung]: Measured(each.divergence, each.residual) for each in self.measured}
+        return Pair(measured, self.distances, Sources(*self.sources))
 
 
-class BreakerRecord(_Strict):
-    """The audits under one bound."""
+class WatchRecord(_Strict):
+    """What audits say about one bound at one level; `reader` is empty for those of no single reader."""
 
+    level: Literal["own", "pool", "prior"]
+    reader: str
+    is_barring: bool
     epsilon: NonNegative
     delta: Annotated[float, Field(gt=0, lt=1)]
+    working_delta: Finite
     num_observed: NonNegativeInt
     num_violations: NonNegativeInt
     log_ratios: tuple[Finite, ...]
     tripped: bool
 
-
-class GroupRecord(_Strict):
-    """One edge group."""
-
-    edges: tuple[EdgeRecord, ...]
-    estimator: str
-    shares: tuple[NonNegative, ...]
-    strengths: tuple[NonNegative, ...]
-    contest_totals: tuple[NonNegative, ...]
-    contest_prompts: NonNegativeInt
-    contest_wanted: PositiveInt
-    head_weights: tuple[Finite, ...] | None
-    pairs: tuple[PairRecord, ...]
-    breakers: tuple[BreakerRecord, ...]
-
     @classmethod
-    def of(cls, group: EdgeGroup, banks: dict[Edge, str]) -> GroupRecord:
-        """A group, and the digests of the banks there are."""
-        key = group.key
-        edges = [
-            EdgeRecord(
-                source=edge.source,
-                target=edge.target,
-                slot=edge.slot,
-                source_slot=edge.source_slot,
-                is_exact=is_exact,
-                bank=banks.get(edge),
-            )
-            for edge, is_exact in key.edges
-        ]
-        pairs = [
-            PairRecord(divergences=pair.divergences, distance=pair.distance, residuals=pair.residuals)
-            for pair in group.calibration.pairs
-        ]
-        breakers = [
-            BreakerRecord(
-                epsilon=epsilon,
-                delta=delta,
-                num_observed=breaker.num_observed,
-                num_violations=breaker.num_violations,
-                log_ratios=tuple(breaker.log_ratios),
-                tripped=breaker.tripped,
-            )
-            for (epsilon, delta), breaker in group.breakers.items()
-        ]
+    def of(cls, kept: KeptWatch) -> WatchRecord:
+        """A watch as it is."""
+        breaker, bound = kept.watch.breaker, kept.watch.bound
         return cls(
-            edges=tuple(edges),
-            estimator=key.estimator,
-            shares=key.shares,
-            strengths=group.strengths,
-            contest_totals=tuple(group.contest.totals),
-            contest_prompts=group.contest.num_prompts,
-            contest_wanted=group.contest.num_wanted,
-            head_weights=group.head_weights,
-            pairs=tuple(pairs),
-            breakers=tuple(breakers),
+            level=kept.level.value,
+            reader=kept.reader,
+            is_barring=kept.is_barring,
+            epsilon=bound.max_divergence,
+            delta=bound.delta,
+            working_delta=kept.watch.working_delta,
+            num_observed=breaker.num_observed,
+            num_violations=breaker.num_violations,
+            log_ratios=breaker.log_ratios,
+            tripped=breaker.tripped,
         )
 
-    def group(self) -> EdgeGroup:
-        """The group as it was.
+    def kept(self) -> KeptWatch:
+        """The watch as it was. Raises InvalidRequest where its numbers do not fit each other."""
+        watch = Watch(Bound(self.epsilon, self.delta))
+        watch.working_delta = min(self.working_delta, self.delta)
+        watch.breaker.resume(self.log_ratios, self.num_observed, self.num_violations, tripped=self.tripped)
+        return KeptWatch(Level(self.level), self.reader, self.is_barring, watch)
+
+
+class ReaderRecord(_Strict):
+    """One reader and its own pairs, the oldest first."""
+
+    digest: str
+    slots: tuple[str, ...]
+    pairs: tuple[PairRecord, ...]
+
+
+class ReadersHeader(_Strict):
+    """All readers of a tenant, and the banks that their pairs were measured with, by digest."""
+
+    namespace: str
+    created: str
+    rungs: tuple[RungRecord, ...]
+    readers: tuple[ReaderRecord, ...]
+    watches: tuple[WatchRecord, ...]
+    head_weights: tuple[Finite, ...] | None
+    banks: dict[str, str]
+
+    def knowledge(self) -> Knowledge:
+        """What was known.
 
         Raises:
             InvalidRequest, ValueError: the parts do not fit each other.
         """
-        key = GroupKey(tuple((each.edge, each.is_exact) for each in self.edges), self.estimator, self.shares)
-        if not self.edges or not self.shares or len(self.contest_totals) != len(self.strengths):
-            raise ValueError("a group needs edges, rungs, and a total for every strength")
-        group = EdgeGroup(key, self.strengths, self.contest_wanted)
-        group.contest = Contest(self.strengths, self.contest_wanted, list(self.contest_totals), self.contest_prompts)
-        pairs = [Pair(pair.divergences, pair.distance, pair.residuals) for pair in self.pairs]
-        group.calibration = Calibration(len(self.shares), pairs)
-        group.head_weights = self.head_weights
-        for each in self.breakers:
-            breaker = Breaker(each.delta)
-            breaker.resume(each.log_ratios, each.num_observed, each.num_violations, tripped=each.tripped)
-            group.breakers[Bound(each.epsilon, each.delta)] = breaker
-        return group
-
-
-class GroupsHeader(_Strict):
-    """All groups of a tenant."""
-
-    namespace: str
-    created: str
-    groups: tuple[GroupRecord, ...]
+        rungs = [Rung(each.estimator, each.share, each.chooser) for each in self.rungs]
+        readers = tuple(
+            (Reader(each.digest, each.slots), tuple(pair.pair(rungs) for pair in each.pairs)) for each in self.readers
+        )
+        return Knowledge(readers, tuple(each.kept() for each in self.watches), self.head_weights)
 
 
 class Profile(NamedTuple):
@@ -166,13 +157,14 @@ class Profile(NamedTuple):
 
     Attributes:
         banks: every bank.
-        groups: whose banks are all there.
-        num_dropped: groups left out because a bank is missing or another one.
+        knowledge: readers, their pairs and watches. Where a bank that pairs were measured with is missing or another
+            one, what they say about rungs that need anchors is left out.
+        num_missing: banks of which that is so.
     """
 
     banks: tuple[BankSnapshot, ...]
-    groups: tuple[EdgeGroup, ...]
-    num_dropped: int = 0
+    knowledge: Knowledge
+    num_missing: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -181,24 +173,50 @@ class Profile(NamedTuple):
 
     @property
     def num_pairs(self) -> int:
-        """Calibration pairs of all groups."""
-        return sum(group.calibration.num_pairs for group in self.groups)
+        """Pairs of all readers."""
+        return self.knowledge.num_pairs
 
 
 def save_profile(
-    folder: Path, namespace: str, shape: BankShape, banks: Iterable[BankSnapshot], groups: Iterable[EdgeGroup]
+    folder: Path, namespace: str, shape: BankShape, banks: Iterable[BankSnapshot], knowledge: Knowledge
 ) -> Profile:
-    """Write banks that hold anything, and groups; files of other edges stay, until they are pruned.
+    """Write banks that hold anything, and what is known of readers; files of other edges stay, until they are pruned.
 
     Raises:
         AnchorFileError: something cannot be written; what was there under that name is untouched.
     """
-    kept, all_groups = tuple(bank for bank in banks if bank.num_tokens), tuple(groups)
+    kept = tuple(bank for bank in banks if bank.num_tokens)
     with changing(folder):
         written = {bank.edge: save_bank(bank, shape, namespace, folder / bank_name(bank.edge)) for bank in kept}
-        digests = {edge: header.payload_blake3 for edge, header in written.items()}
-        save_groups(folder, namespace, [GroupRecord.of(group, digests) for group in all_groups])
-    return Profile(kept, all_groups)
+        digests = {edge.digest: header.payload_blake3 for edge, header in written.items()}
+        save_readers(folder, header_of(namespace, knowledge, digests))
+    return Profile(kept, knowledge)
+
+
+def header_of(namespace: str, knowledge: Knowledge, banks: Mapping[str, str]) -> ReadersHeader:
+    """What a file of readers holds.
+
+    Args:
+        banks: edge digest -> payload digest, of all that pairs were measured with.
+    """
+    rungs = list(dict.fromkeys(rung for _, pairs in knowledge.readers for pair in pairs for rung in pair.measured))
+    places = {rung: place for place, rung in enumerate(rungs)}
+    return ReadersHeader(
+        namespace=namespace,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        rungs=tuple(RungRecord(estimator=each.estimator, share=each.share, chooser=each.chooser) for each in rungs),
+        readers=tuple(
+            ReaderRecord(
+                digest=reader.digest,
+                slots=reader.slots,
+                pairs=tuple(PairRecord.of(pair, places) for pair in pairs),
+            )
+            for reader, pairs in knowledge.readers
+        ),
+        watches=tuple(WatchRecord.of(kept) for kept in knowledge.watches),
+        head_weights=knowledge.head_weights,
+        banks=dict(banks),
+    )
 
 
 @contextmanager
@@ -233,11 +251,9 @@ def looking(folder: Path) -> Iterator[None]:
         yield
 
 
-def save_groups(folder: Path, namespace: str, records: Sequence[GroupRecord]) -> None:
-    """Write the file of edge groups alone. Raises AnchorFileError if it cannot be written."""
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    header = GroupsHeader(namespace=namespace, created=created, groups=tuple(records))
-    FORMAT.write(folder / GROUPS_FILE, header.model_dump_json(), {})
+def save_readers(folder: Path, header: ReadersHeader) -> None:
+    """Write the file of readers alone. Raises AnchorFileError if it cannot be written."""
+    FORMAT.write(folder / READERS_FILE, header.model_dump_json(), {})
 
 
 def load_profile(folder: Path, *, namespace: str, shape: BankShape) -> Profile:
@@ -251,30 +267,30 @@ def load_profile(folder: Path, *, namespace: str, shape: BankShape) -> Profile:
         AnchorFileCorrupt, AnchorFileTooNew, AnchorFileError: as the names say.
     """
     with looking(folder):
-        header = read_groups(folder)
-        require_namespace(folder / GROUPS_FILE, header.namespace, namespace)
+        header = read_readers(folder)
+        require_namespace(folder / READERS_FILE, header.namespace, namespace)
         files = bank_files(folder)
         banks = tuple(load_bank(file, namespace=namespace, shape=shape) for file in files)
         digests = {read_bank_header(file).payload_blake3 for file in files}
-    groups = tuple(record.group() for record in header.groups if _is_whole(record, digests))
-    return Profile(banks, groups, len(header.groups) - len(groups))
+    num_missing = sum(digest not in digests for digest in header.banks.values())
+    knowledge = header.knowledge()
+    return Profile(banks, knowledge.without_anchors() if num_missing else knowledge, num_missing)
 
 
-def read_groups(folder: Path) -> GroupsHeader:
-    """The edge groups of a folder, whosever they are.
+def read_readers(folder: Path) -> ReadersHeader:
+    """The file of readers of a folder, whosever they are.
 
     Raises:
         AnchorFileCorrupt, AnchorFileTooNew, AnchorFileError: as the names say.
     """
-    file = folder / GROUPS_FILE
+    file = folder / READERS_FILE
 
-    def read() -> GroupsHeader:
+    def read() -> ReadersHeader:
         with FORMAT.opened(file) as opened:
             text = FORMAT.header(file, opened)
         try:
-            header = GroupsHeader.model_validate_json(text)
-            for record in header.groups:
-                record.group()
+            header = ReadersHeader.model_validate_json(text)
+            header.knowledge()
         except ValidationError as error:
             raise AnchorFileCorrupt(f"{file} does not fit the format: {first_fault(error)}") from error
         except (InvalidRequest, ValueError) as error:
@@ -299,7 +315,3 @@ def bank_files(folder: Path) -> list[Path]:
 def bank_name(edge: Edge) -> str:
     """The file name of an edge's bank."""
     return edge.digest[:24] + SUFFIX
-
-
-def _is_whole(record: GroupRecord, digests: set[str]) -> bool:
-    return all(each.bank is None or each.bank in digests for each in record.edges)

@@ -9,18 +9,21 @@ from __future__ import annotations
 import itertools
 import secrets
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvcomm import values
-from kvcomm.align.groups import EdgeGroup
+from kvcomm.align.calibration import Pair
+from kvcomm.align.ladder import Rung
+from kvcomm.align.levels import Standing
+from kvcomm.align.prior import Prior, find_prior, require_prior_fits
 from kvcomm.align.profile_file import Profile
 from kvcomm.config import EngineConfig
 from kvcomm.engine.adapters import Adapters
@@ -28,7 +31,6 @@ from kvcomm.engine.context import Context, sampling_params
 from kvcomm.engine.detokenize import Detokenizer
 from kvcomm.engine.encoding import TextEncoder
 from kvcomm.engine.exchange import KVExchange, layer_shapes
-from kvcomm.engine.explanation import Explanation
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.holdings import Holdings, num_distinct
 from kvcomm.engine.loop import EngineLoop
@@ -39,7 +41,6 @@ from kvcomm.engine.sampling import Sampler, SamplingParams
 from kvcomm.engine.scheduler import Scheduler
 from kvcomm.engine.token_texts import TokenTexts
 from kvcomm.errors import InvalidRequest, UnknownAdapter, WeightsChanged
-from kvcomm.lab.variant import Variant
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PagePool
@@ -54,7 +55,9 @@ from kvcomm.model.loading import load_model
 from kvcomm.model.namespace import model_identity
 from kvcomm.model.runner import ModelRunner
 from kvcomm.plain import MAX_TEXT
+from kvcomm.reuse.budget import Budget
 from kvcomm.reuse.parts import ReuseParts
+from kvcomm.reuse.plan import Explanation
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.reuse.replay import Outcome
 
@@ -87,16 +90,20 @@ class Engine:
         config: EngineConfig | None = None,
         policy: ReusePolicy | None = None,
         weights_id: str | None = None,
+        prior: Prior | Literal["shipped"] | None = "shipped",
     ) -> None:
         """Args:
         model: a decoder on its device, in its dtype; it is put into eval mode. Adapters that PEFT has put into its
             layers may be named by requests, also where the model is wrapped in a `PeftModel`.
         weights_id: identity of the weights without adapters where it is known already; else they are hashed (about
             0.2 s per GB).
+        prior: pairs measured on this model beforehand, so that approximate reuse may begin at once; by default those
+            that come with kvcomm, if there are any for it.
 
         Raises:
             UnsupportedModel: its KV cannot be cached soundly.
             InvalidRequest: the attention back end asked for does not run here.
+            AnchorFileForeign: the prior is of another model.
         """
         self.config = config or EngineConfig()
         self.policy = _policy(policy) or ReusePolicy.exact()
@@ -120,7 +127,13 @@ class Engine:
         )
         ends = end_token_ids(model, tokenizer)
         identity = self._adapters.home(DEFAULT_TENANT)
-        self.reuse = ReuseParts.make(self.config, self.memory, self.geometry, runner, self._lock, identity, ends)
+        first = self.live.now().digest
+        self.prior_model = self._model_identity(first, {})
+        if isinstance(prior, Prior):
+            require_prior_fits(prior, self.prior_model)
+        known = find_prior(self.prior_model) if prior == "shipped" else prior
+        self._prior_weights = None if known is None else first
+        self.reuse = ReuseParts.make(self.config, self.memory, self.geometry, runner, self._lock, identity, ends, known)
         self._holdings = Holdings(self.pool, lambda: scheduler.requests())
         scheduler = self.scheduler = Scheduler(
             self.config,
@@ -141,7 +154,8 @@ class Engine:
         )
         self._cached_pages: dict[str, int] = {}
         self._request_ids = itertools.count()
-        self._loop = EngineLoop(self.scheduler, self.reuse.idle, self.config.idle_after_s)
+        self._budget = Budget(self.config.learning_share)
+        self._loop = EngineLoop(self.scheduler, self.reuse.idle, self._budget, self.config.idle_after_s)
         self._exchange = KVExchange(self.memory, self.geometry, self._holdings, self.lock, self._loop.require_open)
         self._finalizer = weakref.finalize(self, EngineLoop.close, self._loop)
 
@@ -154,6 +168,7 @@ class Engine:
         device: str | torch.device | None = None,
         config: EngineConfig | None = None,
         policy: ReusePolicy | None = None,
+        prior: Prior | Literal["shipped"] | None = "shipped",
         progress: bool = False,
     ) -> Engine:
         """Load a packaged model ("smollm2-135m"), a folder or a hub id.
@@ -163,7 +178,9 @@ class Engine:
             UnsupportedModel: its KV cannot be cached soundly.
         """
         loaded = load_model(name, dtype=dtype, device=device, progress=progress)
-        return cls(loaded.model, loaded.tokenizer, config=config, policy=policy, weights_id=loaded.weights_digest)
+        return cls(
+            loaded.model, loaded.tokenizer, config=config, policy=policy, weights_id=loaded.weights_digest, prior=prior
+        )
 
     def __repr__(self) -> str:
         # Without the lock: whoever looks at an engine waits for nobody, and the numbers are about those of now.
@@ -250,6 +267,9 @@ class Engine:
 
     def _namespace(self, weights: Weights, tenant: str) -> str:
         namespace = self._adapters.namespace(weights, tenant)
+        if weights.digest == self._prior_weights:
+            with self.lock:
+                self.reuse.book.admit_prior(namespace)
         if tenant in self._cached_pages:
             with self.lock:  # each adapter's namespace begins without a quota
                 self._limit(namespace, self._cached_pages.get(tenant))
@@ -352,7 +372,7 @@ class Engine:
         adapter: str | None = None,
         tenant: str = DEFAULT_TENANT,
         policy: ReusePolicy | None = None,
-        variant: Variant | None = None,
+        rung: Rung | None = None,
         reads_cache: bool = True,
         **settings: object,
     ) -> RequestHandle:
@@ -362,7 +382,7 @@ class Engine:
             adapter: that computes it, see `load_adapter`; None: the model as its user has left it at this moment.
             policy: how far reuse may depart from the exact answer; None: the engine's. Only segments with a name are
                 ever moved.
-            variant: for comparisons: reuse in exactly this way, with no bound, instead of as the policy allows.
+            rung: for comparisons: reuse at exactly this rung, with no bound, instead of as the policy allows.
             reads_cache: False: compute the whole prompt, whatever is cached; what was computed is cached all the same.
 
         Raises:
@@ -376,7 +396,9 @@ class Engine:
         weights = self._adapters.weights(adapter)
         request = self._request(sequence, segments, sampling_params(sampling, settings), tenant, policy, weights)
         request.adapter = adapter
-        request.variant = variant
+        if rung is not None:
+            self.reuse.planner.require_known([rung])
+        request.rung = rung
         request.reads_cache = reads_cache
         self._loop.submit(request)
         return request.handle
@@ -389,7 +411,7 @@ class Engine:
         adapter: str | None = None,
         tenant: str = DEFAULT_TENANT,
         policy: ReusePolicy | None = None,
-        variant: Variant | None = None,
+        rung: Rung | None = None,
         reads_cache: bool = True,
         **settings: object,
     ) -> Completion:
@@ -400,7 +422,7 @@ class Engine:
             adapter=adapter,
             tenant=tenant,
             policy=policy,
-            variant=variant,
+            rung=rung,
             reads_cache=reads_cache,
             **settings,
         )
@@ -560,7 +582,7 @@ class Engine:
     def repair(self, context: Context) -> Future[bool]:
         """See `Context.repair`."""
         weights = self._weights_of(context)
-        future = self.reuse.learner.repair(self._namespace(weights, context.tenant), weights, context)
+        future = self.reuse.repairer.repair(self._namespace(weights, context.tenant), weights, context)
         self._loop.wake()
         return future
 
@@ -745,15 +767,15 @@ class Engine:
         *,
         adapter: str | None = None,
         tenant: str = DEFAULT_TENANT,
-    ) -> Future[EdgeGroup | None]:
-        """Add a prompt to what is known about its edge group: to its contest first, then to its calibration.
+    ) -> Future[Pair | None]:
+        """Add a prompt to the pairs of its reader, with the anchors as they are.
 
-        Done in idle time, with the anchors as they are; the future gives the group, None if nothing of the prompt can
-        be moved or some of it has too few anchors. Requests under a policy that learns do this by themselves.
+        Done in idle time; the future gives the pair, None if nothing of the prompt can be moved. Requests under a
+        policy that learns do this by themselves.
 
         Args:
             answer: token ids of the exact greedy answer; the first 32 are looked at.
-            policy: says which estimator and rungs.
+            policy: says which rungs.
 
         Raises:
             InvalidRequest: the prompt or the answer is empty.
@@ -768,12 +790,12 @@ class Engine:
         self,
         prompt: Prompt,
         answer: Iterable[int],
-        variants: Iterable[Variant],
+        rungs: Iterable[Rung],
         *,
         adapter: str | None = None,
         tenant: str = DEFAULT_TENANT,
     ) -> Future[list[Outcome]]:
-        """What moved KV would have cost a prompt, one outcome per variant; none if nothing of it can be moved.
+        """What moved KV would have cost a prompt, one outcome per rung; none if nothing of it can be moved.
 
         Done in idle time. Both sides are computed for it, exact and moved; nothing of it is kept.
 
@@ -781,23 +803,23 @@ class Engine:
             answer: token ids of the exact greedy answer; the first 32 are looked at.
 
         Raises:
-            InvalidRequest: the prompt or the answer is empty.
+            InvalidRequest: the prompt or the answer is empty, or a rung names what this engine does not have.
         """
+        wanted = tuple(rungs)
+        self.reuse.planner.require_known(wanted)
         segments, tokens = self._read_case(prompt, answer)
         weights = self._adapters.weights(adapter)
-        future = self.reuse.learner.measure(
-            self._namespace(weights, tenant), weights, segments, tokens, tuple(variants)
-        )
+        future = self.reuse.learner.measure(self._namespace(weights, tenant), weights, segments, tokens, wanted)
         self._loop.wake()
         return future
 
-    def edge_groups(self, tenant: str = DEFAULT_TENANT, *, adapter: str | None = None) -> list[EdgeGroup]:
-        """What is known about every kind of prompt into which text was moved, or could have been; live objects."""
+    def readers(self, tenant: str = DEFAULT_TENANT, *, adapter: str | None = None) -> list[Standing]:
+        """What is known about everybody into whose prompts text was moved, or could have been; live objects."""
         with self._lock:
-            return list(self.reuse.groups.groups(self.namespace(tenant, adapter=adapter)))
+            return list(self.reuse.book.standings(self.namespace(tenant, adapter=adapter)))
 
     def save_anchors(self, folder: str | Path, *, adapter: str | None = None, tenant: str = DEFAULT_TENANT) -> Profile:
-        """Write what a tenant has learned about moving text: anchor banks, strengths, calibrations, breakers.
+        """Write what a tenant has learned about moving text: anchor banks, pairs of readers, what audits said.
 
         Raises:
             AnchorFileError: a file cannot be written; what was there under that name is untouched.
@@ -807,7 +829,7 @@ class Engine:
     def load_anchors(self, folder: str | Path, *, adapter: str | None = None, tenant: str = DEFAULT_TENANT) -> Profile:
         """Take over what `save_anchors` wrote for the same model and tenant, all of it or nothing.
 
-        Groups whose banks are missing in the folder are left out and counted in the result.
+        Where banks are missing in the folder, what was measured with anchors is left out.
 
         Raises:
             AnchorFileForeign: of another model or tenant, or of larger banks than this engine keeps.
@@ -848,12 +870,12 @@ class Engine:
         half = pool.num_pages * pool.page_bytes // 2
         return Memory(pool, ttl_s=self.config.cache_ttl_s, segment_bytes=half)
 
-    def _model_identity(self, weights: str) -> str:
+    def _model_identity(self, weights: str, attention: Mapping[str, str] | None = None) -> str:
         return model_identity(
             weights_digest=weights,
             config=self.model.config,
             dtype=self.geometry.dtype,
-            attention={"backend": self.backend.name},
+            attention={"backend": self.backend.name} if attention is None else attention,
             tokenizer=self.tokenizer,
             chat_template=getattr(self.tokenizer, "chat_template", None),
         )

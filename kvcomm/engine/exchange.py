@@ -182,7 +182,7 @@ class KVExchange:
                 stored[slots] = new.to(stored.device)
             with self._lock:
                 self._require_open()
-                sequence.num_computed = num_computed
+                sequence.count(num_computed)
                 if fidelity is Fidelity.APPROXIMATE:
                     sequence.mark_approximate(0)
                 return finish(sequence)

@@ -1,8 +1,9 @@
-"""The thread that drives the scheduler while there is work, and idle work while there is none.
+"""The thread that drives the scheduler while there is work, and idle work while there is none, or beside it.
 
-Idle work begins a moment after the last request: agents of a team ask one after the other, and a pass for nobody in
-between would be what the next one waits for. One thread for all forward passes: callers only queue requests and wait,
-so Ctrl-C in a caller never interrupts a step.
+Where requests come without a pause, a share of the time goes to idle work, between steps in which answers are decoded:
+a first token waits for it only when there is no other time. In a pause all of it goes there, beginning a moment after
+the last request: agents of a team ask one after the other, and a pass for nobody would be what the next one waits for.
+One thread for all forward passes: callers only queue requests and wait, so Ctrl-C in a caller never interrupts a step.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ import time
 from kvcomm.engine.request import Request
 from kvcomm.engine.scheduler import Scheduler
 from kvcomm.errors import EngineClosed
+from kvcomm.reuse.budget import Budget
 from kvcomm.reuse.idle_work import IdleWork
 
 
 class EngineLoop:
     """Starts with the first request, sleeps when idle, ends with `close`."""
 
-    def __init__(self, scheduler: Scheduler, idle: IdleWork, idle_after_s: float = 0.0) -> None:
+    def __init__(self, scheduler: Scheduler, idle: IdleWork, budget: Budget, idle_after_s: float = 0.0) -> None:
         """Args:
-        idle_after_s: seconds without any request before idle work goes on.
+        budget: of idle work while there are requests.
+        idle_after_s: seconds without any request before idle work goes on without a budget.
         """
         self._scheduler = scheduler
         self._idle = idle
+        self._budget = budget
         self._idle_after_s = idle_after_s
         self._busy_until = -float("inf")
         self._wake = threading.Condition()
@@ -89,8 +93,7 @@ class EngineLoop:
                 return
             try:
                 if self._scheduler.has_work:
-                    self._scheduler.step()
-                    self._busy_until = time.monotonic()
+                    self._serve()
                 elif not self._is_awaiting_request():
                     self._idle.step()
             except BaseException as error:
@@ -99,6 +102,15 @@ class EngineLoop:
                 closed.__cause__ = error
                 self._scheduler.close(closed)
                 raise
+
+    def _serve(self) -> None:
+        """One step for requests, and if there is time left, one of idle work beside them."""
+        begun_s = time.perf_counter()
+        self._scheduler.step()
+        self._budget.served(time.perf_counter() - begun_s)
+        if self._idle.has_work and self._budget.allows_more(self._scheduler.awaits_first_token):
+            self._budget.learned(self._idle.step())
+        self._busy_until = time.monotonic()
 
     def _is_awaiting_request(self) -> bool:
         """Wait until a request comes, or none has for long enough; True: there is a request, or the end."""

@@ -19,7 +19,6 @@ from kvcomm.engine.request import Branch, Request
 from kvcomm.errors import UnsupportedModel, WeightsChanged
 from kvcomm.memory.sequences import Sequence as KVSequence
 from kvcomm.model.runner import ModelRunner, Run, Watch
-from kvcomm.reuse.planner import Reuse
 
 logger = logging.getLogger("kvcomm.engine")
 
@@ -71,7 +70,7 @@ class Failure(NamedTuple):
     error: BaseException
 
 
-def compute(runner: ModelRunner, reuse: Reuse, batch: Sequence[Work]) -> tuple[list[Computed], list[Failure]]:
+def compute(runner: ModelRunner, batch: Sequence[Work]) -> tuple[list[Computed], list[Failure]]:
     """Compute a batch in one pass, or request by request where that fails.
 
     Args:
@@ -82,7 +81,7 @@ def compute(runner: ModelRunner, reuse: Reuse, batch: Sequence[Work]) -> tuple[l
     """
     requests = list({id(work.request): work.request for work in batch}.values())
     try:
-        return _pass(runner, reuse, batch)
+        return _pass(runner, batch)
     except (UnsupportedModel, WeightsChanged) as error:
         return [], [Failure(request, error) for request in requests]
     except BaseException as error:
@@ -93,7 +92,7 @@ def compute(runner: ModelRunner, reuse: Reuse, batch: Sequence[Work]) -> tuple[l
     for request in requests:
         own = [work for work in batch if work.request is request]
         try:
-            found, failed = _pass(runner, reuse, own)
+            found, failed = _pass(runner, own)
         except BaseException as error:
             found, failed = [], [Failure(request, error)]
         computed += found
@@ -101,8 +100,8 @@ def compute(runner: ModelRunner, reuse: Reuse, batch: Sequence[Work]) -> tuple[l
     return computed, failures
 
 
-def _pass(runner: ModelRunner, reuse: Reuse, batch: Sequence[Work]) -> tuple[list[Computed], list[Failure]]:
-    lookers = _Lookers(reuse, batch)
+def _pass(runner: ModelRunner, batch: Sequence[Work]) -> tuple[list[Computed], list[Failure]]:
+    lookers = _Lookers(batch)
     with runner.serving(batch[0].request.weights):
         logits = runner.forward([run for work in batch for run in work.runs], watch=lookers.watch)
     num_rows = sum(work.num_logits for work in batch)
@@ -121,12 +120,12 @@ def _pass(runner: ModelRunner, reuse: Reuse, batch: Sequence[Work]) -> tuple[lis
 class _Lookers:
     """What looks on during one pass, for requests that choose their rung's tokens by it."""
 
-    def __init__(self, reuse: Reuse, batch: Sequence[Work]) -> None:
+    def __init__(self, batch: Sequence[Work]) -> None:
         self.failures: list[Failure] = []
         self._watches: list[tuple[Request, Watch]] = []
         row = 0
         for work in batch:
-            self._add(reuse, work, row)
+            self._add(work, row)
             row += work.num_tokens
 
     @property
@@ -134,11 +133,11 @@ class _Lookers:
         """For the runner; None where nobody looks on."""
         return self._look if self._watches else None
 
-    def _add(self, reuse: Reuse, work: Work, row: int) -> None:
+    def _add(self, work: Work, row: int) -> None:
         if work.branch is not None:
             return
         try:
-            found = list(_watches(reuse, work, row))
+            found = list(_watches(work, row))
         except BaseException as error:
             self.failures.append(Failure(work.request, error))
         else:
@@ -154,9 +153,10 @@ class _Lookers:
                 self.failures.append(Failure(request, error))
 
 
-def _watches(reuse: Reuse, work: Work, row: int) -> Iterable[Watch]:
-    for run in work.runs:
-        watch = reuse.watch(work.request, run, row)
+def _watches(work: Work, row: int) -> Iterable[Watch]:
+    attempt = work.request.attempt
+    for run in work.runs if attempt is not None else ():
+        watch = attempt.watch(run, row) if attempt is not None else None
         if watch is not None:
             yield watch
         row += len(run.token_ids)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from kvcomm.align.ladder import Rung
 from kvcomm.engine.detokenize import Detokenizer
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.results import Choice, Chunk, Completion, Usage
@@ -20,18 +20,13 @@ from kvcomm.engine.sampling import Sampler, SamplingParams, TokenLogprob
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
 from kvcomm.model.live import Weights
-from kvcomm.reuse.plan import Plan, SpanKind
+from kvcomm.reuse.attempt import Attempt, ToCompute
+from kvcomm.reuse.plan import BoundInForce, Plan, SpanKind
 from kvcomm.reuse.policy import ReusePolicy
-
-if TYPE_CHECKING:
-    from kvcomm.lab.variant import Variant
-    from kvcomm.reuse.attempt import Approximation
+from kvcomm.reuse.replay import NUM_CONTINUATION
 
 ANSWER = "answer"
 """Name of the segments that were generated here."""
-
-NUM_CONTINUATION = 32
-"""Tokens over which a divergence is taken."""
 
 
 @dataclass(eq=False)
@@ -98,12 +93,11 @@ class Request:
         ready_logits: logits of the last prompt token, if its KV and they are at hand already.
         segments: what the sequence is made of; empty where nobody asked for moved segments.
         policy: how far reuse may depart from the exact answer.
-        variant: reuse in exactly this way, whatever the policy says; None: as the policy allows.
+        rung: reuse at exactly this rung with no bound, whatever the policy says; None: as the policy allows.
         reads_cache: whether anything known before may be used at all. What it computes is published either way.
         pending: `[start, end)` of prompt tokens still to be computed, ascending.
-        approximation: how moved KV is reused; None: not at all.
+        attempt: how moved KV is reused; None: not at all.
         is_trial: it is only planned, to explain it: what it finds does not count as used.
-        has_retreated: an approximation was given up on the way, for text unlike what is known.
         published_s: when others could first move what this request computed, on the monotonic clock.
         last_logits: [vocab_size] behind the prompt, set when the whole prompt is computed.
         on_success: called under the engine's lock before the request is settled with its completion.
@@ -125,13 +119,12 @@ class Request:
     carried: Carried = field(default_factory=Carried)
     segments: tuple[Segment, ...] = ()
     policy: ReusePolicy = field(default_factory=ReusePolicy.exact)
-    variant: Variant | None = None
+    rung: Rung | None = None
     reads_cache: bool = True
     plan: Plan = field(default_factory=Plan)
     pending: list[tuple[int, int]] = field(default_factory=list)
-    approximation: Approximation | None = None
+    attempt: Attempt | None = None
     is_trial: bool = False
-    has_retreated: bool = False
     published_s: float | None = None
     clock: Clock = field(default_factory=Clock)
     last_logits: Tensor | None = None
@@ -148,11 +141,22 @@ class Request:
         return self.last_logits is not None
 
     @property
-    def is_greedy_answer(self) -> bool:
-        """Whether the first choice is what greedy decoding gives, over all that a divergence looks at or to its end."""
-        branch = self.branches[0]
-        is_whole = branch.finish_reason == "stop" or len(branch.token_ids) >= NUM_CONTINUATION
-        return self.sampling.is_greedy and bool(branch.token_ids) and is_whole
+    def answer_ids(self) -> tuple[int, ...]:
+        """The first choice's tokens as drawn, as far as a divergence looks at them."""
+        return tuple(self.branches[0].token_ids[:NUM_CONTINUATION])
+
+    @property
+    def num_choices(self) -> int:
+        """Answers that were asked for."""
+        return len(self.branches)
+
+    def follow(self, todo: ToCompute) -> None:
+        """Do what an attempt at moved KV asks for: change plan, what is pending, and what of the sequence counts."""
+        self.plan, self.pending = todo.plan, list(todo.stretches)
+        if todo.moved_from is None:
+            self.sequence.rewind(todo.num_counted)
+        else:
+            self.sequence.place(todo.moved_from, todo.num_counted)
 
     @property
     def max_tokens(self) -> int:
@@ -214,7 +218,16 @@ class Request:
             ttft_s=(clock.first_token or now) - clock.submitted,
             total_s=now - clock.submitted,
             reasons=self.carried.plus(self.plan).reasons,
-            bound=self.policy.bound,
-            approximation=None if self.approximation is None else self.approximation.report(),
+            bound=self._bound(),
+            approximation=None if self.attempt is None or not self.attempt.is_accepted else self.attempt.report(),
             spans=self.plan.exact_up_to(self.sequence.approximate_from).spans,
         )
+
+    def _bound(self) -> BoundInForce | None:
+        bound = self.policy.bound
+        if bound is None:
+            return None
+        acceptance = None if self.attempt is None or not self.attempt.is_accepted else self.attempt.acceptance
+        if acceptance is None:
+            return BoundInForce(*bound)
+        return BoundInForce(*bound, acceptance.level, acceptance.num_pairs)

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from kvcomm.align.bound import Bound
 from kvcomm.engine.sampling import TokenLogprob
 from kvcomm.plain import Plain, fields_of, short
-from kvcomm.reuse.plan import Span
+from kvcomm.reuse.plan import ApproximationReport, BoundInForce, Span
 
 MAX_REASONS = 3
 
@@ -35,24 +34,6 @@ class Chunk(NamedTuple):
         return fields_of(self)
 
 
-class ApproximationReport(NamedTuple):
-    """How a request reused moved KV.
-
-    Attributes:
-        group: digest of the edge group whose calibration was relied on.
-        rung: share of the moved tokens that the rung recomputed at most.
-        predicted: nats; the divergence that calibration expects at most, the sources' risk included.
-        distance: of the text from what is known.
-        residual: of the recomputed tokens' estimates; None where none was recomputed.
-    """
-
-    group: str
-    rung: float
-    predicted: float
-    distance: float
-    residual: float | None
-
-
 @dataclass(frozen=True)
 class Usage(Plain):
     """Where the tokens of a request came from and how long it took.
@@ -66,7 +47,7 @@ class Usage(Plain):
         generated_tokens: over all choices, end-of-answer tokens not counted.
         queue_s, ttft_s, total_s: seconds from submission to admission, to the first token, to the end.
         reasons: why prompt tokens were computed, reason -> tokens.
-        bound: the one in force, None under an exact policy.
+        bound: the one in force and what it rests on, None under an exact policy.
         approximation: how moved KV was reused, None if it was not.
         spans: of the prompt, in order and without gaps: how this request came by their KV. What a context had computed
             before is a reused span here, and yet among the computed tokens of the request that reports it.
@@ -82,7 +63,7 @@ class Usage(Plain):
     ttft_s: float
     total_s: float
     reasons: Mapping[str, int] = field(default_factory=dict)
-    bound: Bound | None = None
+    bound: BoundInForce | None = None
     approximation: ApproximationReport | None = None
     guessed_tokens: int = 0
     spans: tuple[Span, ...] = ()
@@ -91,6 +72,8 @@ class Usage(Plain):
         most = sorted(self.reasons.items(), key=lambda each: -each[1])[:MAX_REASONS]
         reasons = ", ".join(f"{tokens} {reason}" for reason, tokens in most)
         bound = "" if self.bound is None else f", bound {self.bound.max_divergence:g} at {self.bound.confidence:g}"
+        if self.bound is not None and self.bound.level is not None:
+            bound += f" by {self.bound.num_pairs} pairs ({self.bound.level})"
         return (
             f"Usage({self.prompt_tokens} prompt = {self.exact_tokens} exact + {self.aligned_tokens} aligned + "
             f"{self.computed_tokens} computed ({reasons or 'nothing'}), {self.generated_tokens} generated, "

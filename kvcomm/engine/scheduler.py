@@ -27,7 +27,6 @@ from torch import Tensor
 
 from kvcomm.config import EngineConfig
 from kvcomm.engine.adapters import Adapters, Turns
-from kvcomm.engine.explanation import Explanation
 from kvcomm.engine.guesses import repeated
 from kvcomm.engine.passes import Computed, Failure, Work, compute
 from kvcomm.engine.request import ANSWER, Branch, Request
@@ -46,10 +45,11 @@ from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
 from kvcomm.model.attention.contract import IntArray
 from kvcomm.model.runner import ModelRunner, Run
+from kvcomm.reuse.attempt import Stage, ToCompute
 from kvcomm.reuse.idle_work import IdleWork
 from kvcomm.reuse.learner import Learner
-from kvcomm.reuse.plan import Reason, exact_plan
-from kvcomm.reuse.planner import Reuse
+from kvcomm.reuse.plan import Explanation, Reason, exact_plan
+from kvcomm.reuse.planner import Planner
 
 logger = logging.getLogger("kvcomm.engine")
 
@@ -68,7 +68,7 @@ class Scheduler:
         config: EngineConfig,
         memory: Memory,
         runner: ModelRunner,
-        reuse: Reuse,
+        planner: Planner,
         learner: Learner,
         idle: IdleWork,
         lock: threading.RLock,
@@ -79,7 +79,7 @@ class Scheduler:
     ) -> None:
         """`reclaim` gives back the pages of contexts that their users forgot."""
         self.lock = lock
-        self._reuse = reuse
+        self._planner = planner
         self._learner = learner
         self._idle = idle
         self._config = config
@@ -117,6 +117,11 @@ class Scheduler:
         """Whether a step would find anything to do."""
         return bool(self._waiting or self._running)
 
+    @property
+    def awaits_first_token(self) -> bool:
+        """Whether a prompt is waiting or being computed."""
+        return bool(self._waiting) or any(not request.is_prefilled for request in self._running)
+
     def requests(self) -> list[Request]:
         """Every request that may hold pages."""
         return [*self._waiting, *self._running]
@@ -146,9 +151,9 @@ class Scheduler:
         with self.lock:
             try:
                 self._plan(request)
-                return self._reuse.explain(request)
+                return self._planner.explain(request)
             finally:
-                self._reuse.drop(request)
+                self._drop_attempt(request)
                 request.sequence.release()
 
     def cancel(self, request: Request) -> None:
@@ -176,7 +181,7 @@ class Scheduler:
         if not batch:
             return
         self._looked_at.clear()
-        computed, failures = compute(self._runner, self._reuse, batch)
+        computed, failures = compute(self._runner, batch)
         with self.lock:
             self._commit(computed, failures)
 
@@ -190,26 +195,38 @@ class Scheduler:
             self._fail(request, error)
 
     def _prepare_reuse(self) -> None:
-        if any(self._reuse.may_reuse(request) for request in list(self._waiting)):
+        if any(self._planner.may_reuse(request) for request in list(self._waiting)):
             with suppress(PoolExhausted):  # no room for a trial now: nothing is moved until there is
-                self._reuse.prepare()
+                self._planner.prepare()
 
     def _assemble(self) -> None:
         """Write moved KV for requests that were just admitted: outside the lock, to pages that are theirs alone."""
         for request in list(self._running):
-            if request.approximation is None or request.approximation.is_assembled:
+            attempt = request.attempt
+            if attempt is None or attempt.stage is not Stage.PLANNED:
                 continue
+            failed = False
             try:
                 with self._runner.serving(request.weights):
-                    self._reuse.assemble(request)
+                    attempt.assemble(request.sequence)
             except Exception as error:  # the caller can be served without
                 logger.exception("moving KV failed: %r; request %d is computed exactly", error, request.request_id)
-                request.approximation.distance = math.inf
-                request.approximation.is_assembled = True
+                failed = True
             with self.lock:
                 if not request.handle.done:
                     with self._on_behalf_of(request):
-                        self._reuse.accept(request)
+                        self._follow(request, attempt.retreat(Reason.FAILED) if failed else attempt.begin())
+
+    def _follow(self, request: Request, todo: ToCompute) -> None:
+        """Compute what an attempt at moved KV asks for next; one that gives up needs its sources no more."""
+        request.follow(todo)
+        if todo.moved_from is None:
+            self._drop_attempt(request)
+
+    def _drop_attempt(self, request: Request) -> None:
+        """A request reuses no moved KV after all."""
+        self._planner.release(request.attempt)
+        request.attempt = None
 
     def _drop_cancelled(self) -> None:
         for request in self.requests():
@@ -244,7 +261,7 @@ class Scheduler:
                     self._begin_answers(request, request.ready_logits)
 
     def _must_wait(self, request: Request) -> bool:
-        return self._is_prefix_in_flight(request) or self._reuse.waits_for_source(request, self._running)
+        return self._is_prefix_in_flight(request) or self._planner.waits_for_source(request, self._running)
 
     def _is_prefix_in_flight(self, request: Request) -> bool:
         """Whether a running prefill will soon leave at least a page in the tree that this request could share."""
@@ -290,7 +307,7 @@ class Scheduler:
                     if self._running or not self._do_without(request):
                         raise
         except PoolExhausted:
-            self._reuse.drop(request)
+            self._drop_attempt(request)
             if request.is_lent:
                 sequence.trim()
             else:
@@ -305,8 +322,8 @@ class Scheduler:
     def _do_without(self, request: Request) -> bool:
         """Give up something that was found for a request and takes room; False if there is nothing like that."""
         sequence, page_size = request.sequence, self._pool.page_size
-        if request.approximation is not None:
-            self._reuse.drop(request)
+        if request.attempt is not None:
+            self._drop_attempt(request)
         elif not request.is_lent and request.ready_logits is None and sequence.num_computed % page_size:
             # A page of which only a part is shared is needed twice: for whoever has it, and for what is written behind.
             sequence.rewind(sequence.num_computed - sequence.num_computed % page_size)
@@ -326,8 +343,8 @@ class Scheduler:
         reason = Reason.NEW if self._may_read_cache(request) else Reason.CACHE_OFF
         if self._uses_tree(request):
             reason = self._share_from_tree(request)
-        if self._reuse.may_reuse(request) and request.ready_logits is None:
-            request.plan = self._reuse.plan(request, reason)
+        if self._planner.may_reuse(request) and request.ready_logits is None:
+            request.plan, request.attempt = self._planner.plan(request, reason)
         else:
             request.plan = exact_plan(sequence.num_computed, sequence.num_tokens, reason)
         request.pending = list(request.plan.stretches)
@@ -467,7 +484,7 @@ class Scheduler:
                 if branch.finish_reason is not None or sequence.token_ids[end - 1] != run.token_ids[index]:
                     return
                 branch.num_guessed += 1
-            sequence.num_computed = end
+            sequence.count(end)
             if not is_finite:
                 raise _not_finite(work.request, end)
             self._accept(work.request, branch, logits[index])
@@ -476,14 +493,17 @@ class Scheduler:
         """Count what was computed of a prompt. Behind moved KV nothing counts before all of it is in place."""
         request, sequence = work.request, work.sequence
         request.pending = [(max(start, work.end), end) for start, end in request.pending if end > work.end]
-        if request.approximation is None or not request.pending:
-            sequence.num_computed = work.end
+        if request.attempt is None or not request.pending:
+            sequence.count(work.end)
         if work.num_logits == 0:
             return
         if not finite[0]:
             raise _not_finite(request, work.end)
-        if self._reuse.check(request):
+        todo = None if request.attempt is None else request.attempt.advance()
+        if todo is None:
             self._begin_answers(request, logits[0])
+        else:
+            self._follow(request, todo)
 
     def _begin_answers(self, request: Request, logits: Tensor) -> None:
         """The prompt is computed: fork the sequence for further choices and draw everybody's first token."""
@@ -548,7 +568,7 @@ class Scheduler:
         self._remember(request, sequence, whole=not request.is_lent)
         self._keep_answer(request)
         self._publish(request)
-        self._reuse.release(request)
+        self._planner.release(request.attempt)
         self._return_pages(request, sequence.num_tokens)
         if request.on_success is not None:
             request.on_success()
@@ -572,7 +592,7 @@ class Scheduler:
         if request.handle.done:
             return
         self._leave(request)
-        self._reuse.release(request)
+        self._planner.release(request.attempt)
         self._return_pages(request, request.num_kept_tokens)
         self._settle(request, error)
 
@@ -614,7 +634,9 @@ class Scheduler:
         answer = (Segment(kept, ANSWER),) if kept else ()
         segments = (*request.segments, *answer)
         if any(segment.name is not None for segment in segments):
-            self._reuse.publish(request, segments)
+            if request.published_s is None:
+                request.published_s = time.monotonic()
+            self._planner.publish(request, segments)
 
     def _remember(self, request: Request, sequence: Sequence, *, whole: bool) -> None:
         """Put computed exact tokens into the tree; the last, partly filled page only if nobody writes on in it."""

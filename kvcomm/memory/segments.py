@@ -21,6 +21,7 @@ import numpy as np
 
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.pool import PageIds, PagePool
+from kvcomm.memory.sequences import Identity
 from kvcomm.plain import Plain
 
 MAX_SHOWN = 8
@@ -50,12 +51,6 @@ class Segment(Plain):
         return hashlib.sha256(_DOMAIN + struct.pack("<Q", len(owner)) + owner + ids).hexdigest()
 
 
-class Identity:
-    """Of one stored KV, however often it is used: what is derived from the KV may be kept as long as this lives."""
-
-    __slots__ = ("__weakref__",)
-
-
 @dataclass(frozen=True, eq=False, slots=True)
 class Rendition:
     """One stored KV of a segment, or of its first `num_tokens` tokens.
@@ -76,6 +71,7 @@ class Rendition:
     slot: str = ""  # name of the segment in that context
     before: tuple[Segment, ...] = ()  # the named ones before it in that context
     risk: float = 0.0  # nats of divergence to be expected of it at most; 0 for exact KV
+    context: Identity | None = None  # of the sequence that it was computed in
     identity: Identity = field(default_factory=Identity)
 
 
@@ -192,6 +188,7 @@ class SegmentStore:
         risk: float = 0.0,
         slot: str = "",
         before: tuple[Segment, ...] = (),
+        context: Identity | None = None,
         ttl_s: float | None = None,
     ) -> Rendition | None:
         """Keep KV of `segment` and retain its `pages`; least recently used renditions make room.
@@ -217,7 +214,7 @@ class SegmentStore:
             return None
         now = self._clock()
         rendition = Rendition(
-            digest, covered, signature, start, pages.copy(), offset, fidelity, now, now, slot, before, risk
+            digest, covered, signature, start, pages.copy(), offset, fidelity, now, now, slot, before, risk, context
         )
         space.records[digest].renditions[key] = rendition
         self._order[(namespace, digest, key)] = None

@@ -18,6 +18,12 @@ from kvcomm.memory.pool import PageIds, PagePool
 from kvcomm.model.attention.contract import IntArray
 
 
+class Identity:
+    """Of one KV, however often it is used: what is derived from it may be kept as long as this lives."""
+
+    __slots__ = ("__weakref__",)
+
+
 class Sequence:
     """Token ids, positions 0..num_tokens-1, and the pages of the first `num_computed` of them.
 
@@ -26,10 +32,12 @@ class Sequence:
         num_computed: leading tokens whose KV is in the pages.
         num_placed: slots up to here may hold moved KV that is not counted as computed yet; a copy of a page keeps it.
         approximate_from: first position whose KV is not a cold run's; None: all of it is exact.
+        identity: tells this sequence from others, forks included.
     """
 
     def __init__(self, pool: PagePool, token_ids: AnySequence[int] | IntArray = ()) -> None:
         self._pool = pool
+        self.identity = Identity()
         self._tokens = np.empty(max(64, len(token_ids)), dtype=np.int32)
         self._pages = np.empty(0, dtype=np.int32)
         self.num_tokens = 0
@@ -47,6 +55,17 @@ class Sequence:
     def num_exact(self) -> int:
         """Leading computed tokens whose KV is a cold run's."""
         return self.num_computed if self.approximate_from is None else min(self.num_computed, self.approximate_from)
+
+    def count(self, num_computed: int) -> None:
+        """The KV of the first `num_computed` tokens is in the pages now; never fewer than before, see `rewind`."""
+        assert self.num_computed <= num_computed <= self.num_tokens, (self.num_computed, num_computed, self.num_tokens)
+        self.num_computed = num_computed
+
+    def place(self, start: int, num_counted: int) -> None:
+        """Moved KV lies from `start` on; only `num_counted` tokens count until all is computed around it."""
+        assert num_counted <= min(start, self.num_computed), (num_counted, start, self.num_computed)
+        self.num_computed, self.num_placed = num_counted, self.num_tokens
+        self.mark_approximate(start)
 
     def mark_approximate(self, start: int) -> None:
         """From `start` on the KV is not a cold run's, and nothing computed on top of it will be."""

@@ -1,93 +1,310 @@
-"""What the engine knows about one request that reuses moved KV, from the decision to the first token."""
+"""One attempt to serve a request on moved KV: a state machine from the plan to the first token.
+
+    planned -> assembled -> looking -> computing -> accepted
+                   |            |          |  ^
+                   |            |          +--+  a safer rung, while recomputed tokens are too far off
+                   +------------+----------+----> retreated: everything is computed
+
+An attempt says what is to be computed next (`ToCompute`); whoever drives it changes the request and its sequence
+accordingly. It writes nothing but moved KV into the sequence's own pages, while it is assembled.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
+import torch
 
-from kvcomm.align.attention_mass import AttentionMass
-from kvcomm.align.estimators import Correction
-from kvcomm.align.groups import EdgeGroup
-from kvcomm.align.ladder import top_segments, top_tokens
+from kvcomm.align.attention_mass import AttentionMass, looking_layers, looking_rows
+from kvcomm.align.estimators import Correction, Written
+from kvcomm.align.importance import importance
+from kvcomm.align.ladder import Rung, moved_positions
 from kvcomm.align.moves import Move, num_moved
+from kvcomm.align.ops.contract import LayerStore
 from kvcomm.align.probes import Probes
-from kvcomm.engine.results import ApproximationReport
+from kvcomm.align.readers import Reader
+from kvcomm.memory.memory import Memory
+from kvcomm.memory.segments import Segment
+from kvcomm.memory.sequences import Sequence as KVSequence
 from kvcomm.model.attention.contract import IntArray
-from kvcomm.reuse.plan import Reason
+from kvcomm.model.runner import Run, Watch
+from kvcomm.reuse.choosing import Chooser, View
+from kvcomm.reuse.decision import Acceptance
+from kvcomm.reuse.finder import parts_of
+from kvcomm.reuse.plan import ApproximationReport, Part, Plan, Reason, plan_of
+from kvcomm.reuse.replay import NOTHING, assemble, computed_stretches
 
 
-@dataclass(eq=False)
-class Approximation:
-    """How a request reuses moved KV.
+class Stage(StrEnum):
+    """Where an attempt is."""
+
+    PLANNED = "planned"
+    LOOKING = "looking"
+    COMPUTING = "computing"
+    ACCEPTED = "accepted"
+    RETREATED = "retreated"
+
+
+class ToCompute(NamedTuple):
+    """What is to be computed next.
 
     Attributes:
-        moves: what is moved; `corrections` in the same order.
-        rung: index into the policy's shares.
-        errors: [number of moved tokens], expected; known when it is assembled, if anything is to be recomputed.
-        looking: at what the prompt's last token attends to, in a first pass over glue and tail; None: not needed, or
-            done.
-        scores: [number of moved tokens], how much each is worth recomputing; None before that pass.
-        predicted: nats; the divergence that calibration expects at most; infinite where nobody knows.
-        num_exact: tokens of the exact prefix that was found.
-        otherwise, unmoved: why template text, and why text of segments that are not moved, is computed.
-        distance: of the text from what is known; known when it is assembled.
-        residual: of the recomputed tokens; known when they are computed.
-        selector: what chooses the tokens of a rung; only where no bound is kept it may be another than "attention".
-        chosen: positions to recompute, where something else than `scores` chooses them.
+        plan: of the whole prompt, as far as it is known by now.
+        stretches: `[start, end)` of it, ascending.
+        num_counted: leading tokens that count as computed until all of that is done.
+        moved_from: first position of moved KV; None: none is left, everything behind the exact prefix is computed.
     """
 
-    moves: tuple[Move, ...]
-    corrections: tuple[Correction, ...]
-    group: EdgeGroup
-    rung: int
-    predicted: float
+    plan: Plan
+    stretches: tuple[tuple[int, int], ...]
+    num_counted: int
+    moved_from: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Tools:
+    """What attempts of one engine work with. `choosers` by name."""
+
+    memory: Memory
+    layers: Sequence[LayerStore]
+    choosers: Mapping[str, Chooser]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The prompt that text is moved into.
+
+    Attributes:
+        otherwise, unmoved: why template text, and why text of segments that are not moved, is computed.
+        is_displaced: the first slot is not moved for a reason of its own.
+    """
+
+    segments: tuple[Segment, ...]
+    num_tokens: int
     num_exact: int
-    otherwise: Reason = Reason.NEW
-    unmoved: Reason = Reason.NO_SOURCE
-    errors: Tensor | None = None
-    looking: AttentionMass | None = None
-    scores: Tensor | None = None
-    holds_sources: bool = True
-    is_assembled: bool = False
-    distance: float = 0.0
-    residual: float | None = None
-    probes: Probes | None = None
-    selector: str = "attention"
-    chosen: IntArray | None = None
+    otherwise: Reason
+    unmoved: Reason
+    is_displaced: bool
+
+    def parts(self, moved: Sequence[tuple[int, int]]) -> list[Part]:
+        """What there is to say about it, behind its exact prefix."""
+        return parts_of(
+            self.segments,
+            self.num_exact,
+            moved,
+            otherwise=self.otherwise,
+            unmoved=self.unmoved,
+            is_displaced=self.is_displaced,
+        )
+
+
+class Attempt:
+    """How one request reuses moved KV.
+
+    Attributes:
+        moves: what is moved; holds the pages of their sources until it is released.
+        distance: of the text from what is known; known when it is assembled.
+        residual: of the recomputed tokens; known when they are computed.
+    """
+
+    def __init__(
+        self,
+        tools: Tools,
+        prompt: Prompt,
+        reader: Reader,
+        moves: Sequence[Move],
+        corrections: Sequence[Correction],
+        wanted: Acceptance | Rung,
+        head_weights: Sequence[float] | None,
+    ) -> None:
+        """Args:
+        corrections: one per move.
+        wanted: on what grounds it is served; or a rung to serve at with no bound.
+        """
+        self.prompt = prompt
+        self.reader = reader
+        self.moves = tuple(moves)
+        self.stage = Stage.PLANNED
+        self.holds_sources = True
+        self.distance = 0.0
+        self.residual: float | None = None
+        self.acceptance = wanted if isinstance(wanted, Acceptance) else None
+        self._forced = wanted if isinstance(wanted, Rung) else None
+        self._tools = tools
+        self._corrections = tuple(corrections)
+        self._head_weights = head_weights
+        self._written: Written | None = None
+        self._looking: AttentionMass | None = None
+        self._view: View | None = None
+        self._recomputed = NOTHING
+        self._probes: Probes | None = None
 
     @property
-    def risk(self) -> float:
-        """Nats of divergence to be expected of this KV at most: its own and its sources', which adds up."""
-        return self.predicted + max(move.risk for move in self.moves)
-
-    @property
-    def recomputed(self) -> IntArray:
-        """Positions of moved tokens that the rung recomputes; none before it is known which."""
-        if self.chosen is not None:
-            return self.chosen
-        if self.scores is None:
-            return np.empty(0, dtype=np.int32)
-        choose = top_segments if self.selector == "influence" else top_tokens
-        return choose(self.moves, self.share, self.scores)
+    def rung(self) -> Rung:
+        """The one it is at."""
+        if self._forced is not None:
+            return self._forced
+        assert self.acceptance is not None
+        return self.acceptance.rung
 
     @property
     def is_bounded(self) -> bool:
         """Whether it keeps to a calibrated bound, or gives way to exact computation."""
-        return math.isfinite(self.predicted)
+        return self.acceptance is not None
+
+    @property
+    def is_assembled(self) -> bool:
+        """Whether its moved KV is in place."""
+        return self.stage is not Stage.PLANNED
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether the answer stands on its moved KV."""
+        return self.stage is Stage.ACCEPTED
+
+    @property
+    def risk(self) -> float:
+        """Nats of divergence to be expected of this KV at most: its own and its sources', which adds up."""
+        predicted = math.inf if self.acceptance is None else self.acceptance.predicted
+        return predicted + max(move.risk for move in self.moves)
 
     @property
     def num_recomputed(self) -> int:
-        """Moved tokens that the rung recomputes."""
-        return int(self.share * num_moved(self.moves))
+        """Moved tokens that the rung computes at most."""
+        return int(self.rung.share * num_moved(self.moves))
 
     @property
-    def share(self) -> float:
-        """Of the moved tokens, that the rung may recompute."""
-        return self.group.key.shares[self.rung]
+    def plan(self) -> Plan:
+        """The plan as far as it is known by now."""
+        return self._plan(Reason.RUNG)
 
     def report(self) -> ApproximationReport:
         """For the request's usage."""
-        return ApproximationReport(self.group.key.digest, self.share, self.risk, self.distance, self.residual)
+        rung = self.rung
+        return ApproximationReport(self.reader.digest, str(rung), rung.share, self.risk, self.distance, self.residual)
+
+    def assemble(self, sequence: KVSequence) -> None:
+        """Write the moved KV into a sequence's own pages. Not under the lock: nobody else looks at these."""
+        assert self.stage is Stage.PLANNED, self.stage
+        tools, chooser = self._tools, self._chooser
+        self._view = View(self.moves, self.prompt.num_exact, sequence)
+        if self.num_recomputed and not chooser.looks:
+            self._recomputed = chooser.choose(self._view, self.rung.share)
+        with_errors = chooser.looks and self.num_recomputed > 0
+        self._written = assemble(
+            tools.memory, tools.layers, sequence, self.moves, self._corrections, with_errors=with_errors
+        )
+        self.distance = self._written.distance
+        if len(self._recomputed):
+            self._probes = Probes(tools.memory.pool, tools.layers, sequence.pages, self._recomputed)
+
+    def begin(self) -> ToCompute:
+        """Behind `assemble`: what the first pass computes, or everything if the text is too far off."""
+        assert self._written is not None, self.stage
+        if self.acceptance is not None and not self.acceptance.is_like(self.distance):
+            return self.retreat(Reason.OUT_OF_DISTRIBUTION)
+        if self.num_recomputed and self._chooser.looks:
+            # The first pass, over glue and tail, looks at what the tail attends to.
+            layers, rows = self._tools.layers, looking_rows(self.moves[-1].end, self.prompt.num_tokens)
+            self._looking = AttentionMass(layers, looking_layers(len(layers)), *rows)
+            self.stage = Stage.LOOKING
+        else:
+            self.stage = Stage.COMPUTING
+        plan = self.plan
+        return ToCompute(plan, plan.stretches, self.prompt.num_exact, self.moves[0].start)
+
+    def watch(self, run: Run, row: int) -> Watch | None:
+        """What looks on while rows from `row` on of a pass compute a run of the prompt."""
+        if self._looking is None:
+            return None
+        return self._looking.watch(self._tools.memory.pool.slots(run.pages, run.end), row, run.start, run.end)
+
+    def advance(self) -> ToCompute | None:
+        """Behind a pass: what is to be computed next; None: the answer may begin."""
+        if self.stage is Stage.LOOKING:
+            self._score()
+            self.stage = Stage.COMPUTING
+            return self._climb(Reason.RUNG)
+        assert self.stage is Stage.COMPUTING, self.stage
+        if self._probes is not None:
+            self.residual = self._probes.residual()
+        if self.acceptance is None or self.acceptance.holds(self.residual):
+            self.stage = Stage.ACCEPTED
+            return None
+        if self.acceptance.escalate():
+            return self._climb(Reason.ESCALATED)
+        self.acceptance.index = 0
+        return self.retreat(Reason.ESCALATED)
+
+    def retreat(self, reason: Reason) -> ToCompute:
+        """Give up: everything behind the exact prefix is computed."""
+        self.stage = Stage.RETREATED
+        self._looking = self._probes = None
+        num_exact, num_tokens = self.prompt.num_exact, self.prompt.num_tokens
+        plan = plan_of(num_exact, [Part(num_exact, num_tokens, reason)])
+        return ToCompute(plan, plan.stretches, num_exact, None)
+
+    @property
+    def _chooser(self) -> Chooser:
+        return self._tools.choosers[self.rung.chooser]
+
+    def _score(self) -> None:
+        assert self._looking is not None
+        assert self._written is not None
+        assert self._view is not None
+        assert self._written.errors is not None
+        attention = self._looking.by_head(torch.from_numpy(moved_positions(self.moves)).long())
+        scores = importance(attention, self._written.errors, self._head_weights)
+        self._view = self._view._replace(scores=scores)
+        self._looking = None
+
+    def _climb(self, reason: Reason) -> ToCompute:
+        """Compute the tokens of the rung, for a reason, and what stands behind the first of them once more."""
+        assert self._view is not None
+        tools = self._tools
+        self._recomputed = recomputed = self._chooser.choose(self._view, self.rung.share)
+        self._probes = Probes(tools.memory.pool, tools.layers, self._view.sequence.pages, recomputed)
+        plan = self._plan(reason)
+        first = int(recomputed[0])
+        behind = tuple((max(start, first), end) for start, end in plan.stretches if end > first)
+        # Nothing behind the first moved token counts before the rung is computed: a fork must not take it along.
+        return ToCompute(plan, behind, self.moves[0].start, self.moves[0].start)
+
+    def _plan(self, reason: Reason) -> Plan:
+        """`reason`: why moved tokens are computed after all."""
+        prompt = self.prompt
+        moved = [(move.start, move.end) for move in self.moves]
+        parts = prompt.parts(moved)
+        return plan_of(prompt.num_exact, _with_rung(parts, self._recomputed, reason))
+
+
+def passes_of(moves: Sequence[Move], share: float, num_tokens: int) -> list[list[tuple[int, int]]]:
+    """What is computed pass by pass, as far as that can be told before it is known which tokens a rung takes."""
+    positions = moved_positions(moves)
+    count = int(share * len(positions))
+    passes = [computed_stretches(moves, NOTHING, num_tokens)]
+    if count:
+        spread = positions[np.linspace(0, len(positions) - 1, count).astype(np.int64)]
+        passes.append(computed_stretches(moves, spread, num_tokens))
+    return passes
+
+
+def _with_rung(parts: Iterable[Part], recomputed: IntArray, why: Reason) -> Iterator[Part]:
+    """Cut out of the moved parts what a rung recomputes."""
+    wanted = frozenset(recomputed.tolist())
+    for part in parts:
+        if part.reason is not None:
+            yield part
+            continue
+        start = part.start
+        for position in range(part.start, part.end):
+            reason = why if position in wanted else None
+            following = why if position + 1 in wanted else None
+            if position + 1 == part.end or following != reason:
+                yield Part(start, position + 1, reason)
+                start = position + 1

@@ -1,6 +1,9 @@
-"""What would be accepted of replayed prompts: the rule by which requests are served, applied to known outcomes.
+"""The rule of acceptance, once: for requests that are served, for tuning and for evaluations.
 
-Verification of a profile and the evaluation of the bound both ask it, so they judge what a planner would have done.
+A request is served at the boldest rung that the grounds allow. Text unlike what they rest on is computed; where
+recomputed tokens turn out further from their estimates than calibration has seen, the next safer rung is tried, and at
+the end everything is computed. Serving asks step by step (`Acceptance`), replays all at once (`serve`): it is the same
+rule, so they judge what a planner would have done.
 """
 
 from __future__ import annotations
@@ -8,20 +11,68 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import Calibration
+from kvcomm.align.ladder import Ladder, Rung
+from kvcomm.align.levels import Grounds, Level
+
+
+class Acceptance:
+    """The rule, for one request on its grounds.
+
+    Attributes:
+        level, num_pairs: whose pairs decide, and how many those are.
+        index: of the rung in the ladder.
+    """
+
+    def __init__(self, level: Level, calibration: Calibration, index: int, confidence: float) -> None:
+        self.level = level
+        self.num_pairs = calibration.num_pairs
+        self.index = index
+        self._calibration = calibration
+        self._confidence = confidence
+
+    @property
+    def ladder(self) -> Ladder:
+        """The rungs, the safest first."""
+        return self._calibration.ladder
+
+    @property
+    def rung(self) -> Rung:
+        """The one to serve at."""
+        return self.ladder[self.index]
+
+    @property
+    def predicted(self) -> float:
+        """Nats that a request like this one is expected to stay within, with the caller's confidence."""
+        return self._calibration.predicted(self.index, self._confidence)
+
+    def is_like(self, distance: float) -> bool:
+        """Whether a text is no further from the anchors than those calibrated."""
+        return distance <= self._calibration.distance_limit
+
+    def holds(self, residual: float | None) -> bool:
+        """Whether recomputed tokens are as near to their estimates as calibration has seen at this rung."""
+        return residual is None or residual <= self._calibration.residual_limit(self.index)
+
+    def escalate(self) -> bool:
+        """Go to the next safer rung; False if there is none: everything is to be computed."""
+        self.index -= 1
+        return self.index >= 0
+
+
+def accept(grounds: Grounds, bound: Bound) -> Acceptance | None:
+    """On these grounds, at which rung a request is served; None: no rung keeps the bound."""
+    index = grounds.calibration.choose(bound.max_divergence, grounds.watch.working_delta)
+    return None if index is None else Acceptance(grounds.level, grounds.calibration, index, bound.confidence)
 
 
 class Replayed(Protocol):
-    """What is known of one replay; see `engine.replay.Outcome`."""
+    """What is known of one replay; see `reuse.replay.Outcome`."""
 
     @property
     def divergence(self) -> float:
         """Mean nats over the continuation."""
-        ...
-
-    @property
-    def agreement(self) -> float:
-        """Share of the continuation's tokens at which both put the same token first."""
         ...
 
     @property
@@ -41,7 +92,7 @@ class Replayed(Protocol):
 
 
 class Rungs(NamedTuple):
-    """One prompt: its moved tokens, and what each rung of the ladder gave."""
+    """One prompt: its moved tokens, and what each rung of a ladder gave."""
 
     num_moved: int
     outcomes: Sequence[Replayed]
@@ -55,17 +106,20 @@ class Served(NamedTuple):
     num_aligned: int
 
 
-def serve(calibration: Calibration, prompt: Rungs, epsilon: float, delta: float) -> Served | None:
-    """What the planner does: the chosen rung, unless the text is too far off; the next one while probes are.
+def serve(calibration: Calibration, prompt: Rungs, bound: Bound) -> Served | None:
+    """What a request would have been served with, had it been this prompt; None: computed exactly.
 
-    None: computed exactly.
+    Args:
+        prompt: with outcomes in the order of the calibration's ladder.
     """
-    rung = calibration.choose(epsilon, delta)
-    limit = calibration.distance_limit
-    if rung is None or limit is None or prompt.outcomes[0].distance > limit:
+    index = calibration.choose(*bound)
+    if index is None:
         return None
-    for index in range(rung, len(prompt.outcomes)):
-        outcome, residual_limit = prompt.outcomes[index], calibration.residual_limit(index)
-        if outcome.residual is None or (residual_limit is not None and outcome.residual <= residual_limit):
-            return Served(outcome.divergence, prompt.num_moved, prompt.num_moved - outcome.num_recomputed)
-    return None
+    accepted = Acceptance(Level.OWN, calibration, index, bound.confidence)
+    if not accepted.is_like(prompt.outcomes[index].distance):
+        return None
+    while not accepted.holds(prompt.outcomes[accepted.index].residual):
+        if not accepted.escalate():
+            return None
+    outcome = prompt.outcomes[accepted.index]
+    return Served(outcome.divergence, prompt.num_moved, prompt.num_moved - outcome.num_recomputed)

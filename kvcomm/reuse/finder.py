@@ -1,21 +1,23 @@
 """Finding what can be moved into a prompt, and publishing what a request has computed for others to move.
 
 A segment with a name is a slot: its text can be moved. One without is template text, which is always computed. Every
-context that reads or writes a text leaves a rendition of it. The one to move is that of the edge which could be taken
-most often, so that edges stay the same from request to request: agents who agree write one text in several contexts,
-but what an agent has written himself is there when they do not agree, too. Among equals it is the edge about which most
-is known, then the first reader's (or the producer's).
+context that reads or writes a text leaves a rendition of it, a few of each text where they have read different things.
+The one to move is that which has read most of what stands before the text in the target: what a source has not read
+costs most, while it does no harm that it has read more. Among equals one comes first that is of the context which its
+neighbor in the prompt is taken from (texts of one context fit each other, even where it is approximate), then an exact
+one, one with less risk, the nearest by position, and the newest. A text that stands first is not moved from where it
+stood behind others: the first text is read like no other, and computed once it is an exact prefix from then on.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from kvcomm.align.edges import Edge, signatures
 from kvcomm.align.moves import Move
+from kvcomm.align.readers import kind_of
 from kvcomm.align.repeats import Surroundings
 from kvcomm.align.spans import place_of
 from kvcomm.memory.fidelity import Fidelity
@@ -24,8 +26,8 @@ from kvcomm.memory.segments import Rendition, Segment
 from kvcomm.memory.sequences import Sequence as KVSequence
 from kvcomm.reuse.plan import Part, Reason
 
-MAX_COUNTED_EDGES = 10_000
-"""Edges of which it is kept how often they could be taken; beyond, those are forgotten that were seen longest ago."""
+MAX_RENDITIONS = 4
+"""Of one text in one context signature, that have read different things."""
 
 
 class Occurrence(NamedTuple):
@@ -56,13 +58,8 @@ def occurrences(segments: Sequence[Segment]) -> Iterator[Occurrence]:
 class MoveFinder:
     """Moves out of, and renditions into, the segment store. Called under the engine's lock."""
 
-    def __init__(self, memory: Memory, evidence: Callable[[str, Edge], int]) -> None:
-        """Args:
-        evidence: how much is known about an edge of a namespace; only compared.
-        """
+    def __init__(self, memory: Memory) -> None:
         self._memory = memory
-        self._evidence = evidence
-        self._times_seen: OrderedDict[tuple[str, Edge], int] = OrderedDict()
 
     def find(
         self,
@@ -80,57 +77,84 @@ class MoveFinder:
 
         Args:
             before_s: only renditions made before this moment, on the monotonic clock.
-            is_use: count what is found as used now, and the edges it could be taken from as seen.
+            is_use: count what is found as used now.
         """
         last = sum(len(segment.token_ids) for segment in segments) - 1
-        moves = []
-        for each in occurrences(segments):
+        moves: list[Move] = []
+        neighbor: Rendition | None = None
+        # From the end: the later a text stands, the fewer contexts have read all that stands before it.
+        for each in reversed(list(occurrences(segments))):
             if each.segment.name is None or each.end <= num_exact:
                 continue
             known = self._renditions(namespace, each, own, before_s)
-            if not known:
+            neighbor = _best(each, known, neighbor)
+            if neighbor is None:
                 continue
             if is_use:
-                self._count(namespace, dict.fromkeys(_edge(rendition, each) for rendition in known))
-            rendition = self._best(namespace, each, known)
-            if is_use:
-                self._memory.segments.touch(namespace, rendition)
-            start, end = max(each.start, num_exact), min(each.start + rendition.num_tokens, last)
+                self._memory.segments.touch(namespace, neighbor)
+            start, end = max(each.start, num_exact), min(each.start + neighbor.num_tokens, last)
             if start < end:
-                moves.append(self._move(each, rendition, start, end))
-        return moves
+                moves.append(self._move(each, neighbor, start, end))
+        return moves[::-1]
 
     def is_known(self, namespace: str, segment: Segment) -> bool:
         """Whether there is any rendition of a segment."""
         return bool(self._memory.segments.renditions_of(namespace, segment))
 
+    def is_displaced(self, namespace: str, segments: Sequence[Segment]) -> bool:
+        """Whether the first text of a prompt is known, but only from where it stood behind others."""
+        first = next((each for each in occurrences(segments) if each.segment.name is not None), None)
+        known = () if first is None else self._memory.segments.renditions_of(namespace, first.segment)
+        return bool(known) and all(rendition.before for rendition in known)
+
     def publish(
         self, namespace: str, segments: Sequence[Segment], sequence: KVSequence, *, start: int, risk: float
     ) -> None:
         """Make the slots of a computed sequence from position `start` on available to other contexts."""
-        store, page_size = self._memory.segments, self._memory.pool.page_size
         for each in occurrences(segments):
             num_tokens = min(each.end, sequence.num_computed) - each.start
             if each.segment.name is None or each.start < start or num_tokens <= 0:
                 continue
             is_exact = each.start + num_tokens <= sequence.num_exact
-            if store.get(namespace, each.segment, signature=each.signature, allow_approximate=not is_exact):
-                continue
-            first = each.start // page_size
-            pages = sequence.pages[first : -(-(each.start + num_tokens) // page_size)]
-            store.put(
-                namespace,
-                each.segment,
-                signature=each.signature,
-                start=each.start,
-                pages=pages,
-                offset=each.start - first * page_size,
-                fidelity=Fidelity.EXACT if is_exact else Fidelity.APPROXIMATE,
-                num_tokens=num_tokens,
-                risk=0.0 if is_exact else risk,
-                slot=each.segment.name,
-                before=each.before,
-            )
+            if self._adds_something(namespace, each, is_exact):
+                self._put(namespace, each, sequence, num_tokens, risk=0.0 if is_exact else risk, is_exact=is_exact)
+
+    def _adds_something(self, namespace: str, each: Occurrence, is_exact: bool) -> bool:
+        """Whether no rendition that is as good has read all of what this one has, and there are not too many."""
+        alike = [
+            rendition
+            for rendition in self._memory.segments.renditions_of(namespace, each.segment)
+            if rendition.signature == each.signature and (rendition.fidelity is Fidelity.EXACT or not is_exact)
+        ]
+        read = _texts(each.before)
+        return len(alike) < MAX_RENDITIONS and not any(read <= _texts(rendition.before) for rendition in alike)
+
+    def _put(
+        self,
+        namespace: str,
+        each: Occurrence,
+        sequence: KVSequence,
+        num_tokens: int,
+        *,
+        risk: float,
+        is_exact: bool,
+    ) -> None:
+        page_size = self._memory.pool.page_size
+        first = each.start // page_size
+        self._memory.segments.put(
+            namespace,
+            each.segment,
+            signature=each.signature,
+            start=each.start,
+            pages=sequence.pages[first : -(-(each.start + num_tokens) // page_size)],
+            offset=each.start - first * page_size,
+            fidelity=Fidelity.EXACT if is_exact else Fidelity.APPROXIMATE,
+            num_tokens=num_tokens,
+            risk=risk,
+            slot=each.segment.name or "",
+            before=each.before,
+            context=sequence.identity,
+        )
 
     def release(self, moves: Sequence[Move]) -> None:
         """Give back the pages of sources."""
@@ -143,21 +167,6 @@ class MoveFinder:
             for rendition in self._memory.segments.renditions_of(namespace, each.segment)
             if rendition.created_s < before_s and not self._is_own(rendition, each, own)
         ]
-
-    def _best(self, namespace: str, each: Occurrence, known: Sequence[Rendition]) -> Rendition:
-        def rank(rendition: Rendition) -> tuple[bool, int, int, float]:
-            edge = _edge(rendition, each)
-            times_seen = self._times_seen.get((namespace, edge), 0)
-            is_approximate = rendition.fidelity is not Fidelity.EXACT
-            return is_approximate, -times_seen, -self._evidence(namespace, edge), rendition.created_s
-
-        return min(known, key=rank)
-
-    def _count(self, namespace: str, edges: Iterable[Edge]) -> None:
-        for edge in edges:
-            self._times_seen[namespace, edge] = self._times_seen.pop((namespace, edge), 0) + 1
-        while len(self._times_seen) > MAX_COUNTED_EDGES:
-            self._times_seen.popitem(last=False)
 
     def _is_own(self, rendition: Rendition, each: Occurrence, own: KVSequence) -> bool:
         first = each.start // self._memory.pool.page_size
@@ -173,9 +182,30 @@ class MoveFinder:
         return Move(edge, start, end, index, source, pages, _around(rendition, each), rendition.risk, is_exact)
 
 
+def _best(each: Occurrence, known: Sequence[Rendition], neighbor: Rendition | None) -> Rendition | None:
+    """See the top of this file; `neighbor`: what the slot behind is taken from."""
+
+    def rank(rendition: Rendition) -> tuple[int, bool, bool, float, int, float]:
+        num_unread = len(_texts(each.before) - _texts(rendition.before))
+        is_apart = neighbor is None or rendition.context is not neighbor.context
+        is_approximate = rendition.fidelity is not Fidelity.EXACT
+        way = abs(rendition.start - each.start)
+        return num_unread, is_apart, is_approximate, rendition.risk, way, -rendition.created_s
+
+    return min((rendition for rendition in known if not _is_displaced(rendition, each)), key=rank, default=None)
+
+
+def _is_displaced(rendition: Rendition, each: Occurrence) -> bool:
+    return bool(rendition.before) and not each.before
+
+
+def _texts(segments: Iterable[Segment]) -> frozenset[tuple[int, ...]]:
+    return frozenset(segment.token_ids for segment in segments)
+
+
 def _edge(rendition: Rendition, each: Occurrence) -> Edge:
     assert each.segment.name is not None
-    return Edge(rendition.signature, each.signature, each.segment.name, rendition.slot)
+    return Edge(rendition.signature, each.signature, kind_of(each.segment.name), kind_of(rendition.slot))
 
 
 def _around(rendition: Rendition, each: Occurrence) -> Surroundings:
@@ -191,12 +221,14 @@ def parts_of(
     *,
     otherwise: Reason,
     unmoved: Reason,
+    is_displaced: bool,
 ) -> list[Part]:
     """Everything behind the exact prefix: what is moved, glue, and slots that are computed for the reason `unmoved`.
 
     Args:
         moved: `[start, end)` of what is moved, ascending.
         otherwise: why template text before the first move is computed.
+        is_displaced: the first slot is computed for a reason of its own.
     """
     parts: list[Part] = []
     for each in occurrences(segments):
@@ -205,6 +237,8 @@ def parts_of(
         static = Reason.GLUE if is_behind else otherwise
         # A slot that the exact prefix reaches into has a source of its own, which ends there.
         reason = static if each.segment.name is None or at > each.start else unmoved
+        if reason is unmoved and is_displaced and not each.before and each.segment.name is not None:
+            reason = Reason.DISPLACED
         for start, end in moved:
             if start >= at and end <= each.end:
                 parts += [Part(at, start, reason), Part(start, end, None)]

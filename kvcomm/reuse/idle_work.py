@@ -1,17 +1,20 @@
-"""What an engine does when it has nothing else to do: learn, calibrate, audit, repair, measure.
+"""What an engine does beside requests: audit, learn, repair, measure.
 
 A job is a generator that yields between forward passes, so that an arriving request waits for one pass at most. Jobs
-run on the engine's thread, in order, audits and measurements first; their number is bounded, the oldest study goes
-first. A job holds references on the pages it needs and gives them back however it ends. A job that fails is logged,
-counted and forgotten: nobody waits for it, and no request depends on it.
+run on the engine's thread: first those somebody waits for, then audits, which the bound depends on, then studies, those
+first that bring a reader to its next level soonest. Studies are bounded in number; the one that pays latest goes first.
+A job holds references on the pages it needs and gives them back however it ends. A job that fails is logged, counted
+and forgotten: nobody waits for it, and no request depends on it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
+import math
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 from threading import RLock
 
 from kvcomm.errors import PoolExhausted, WeightsChanged
@@ -21,63 +24,86 @@ logger = logging.getLogger("kvcomm.study")
 
 Steps = Generator[None, None, None]
 
-MAX_JOBS = 64
-"""Studies kept waiting; each holds the pages of a prompt."""
+MAX_STUDIES = 64
+"""Kept waiting; each holds the pages of a prompt."""
+
+
+class Urgency(IntEnum):
+    """Which jobs come first."""
+
+    AWAITED = 0
+    """Somebody waits for it."""
+    AUDIT = 1
+    """The bound depends on it."""
+    STUDY = 2
+    """Nobody misses it if it is dropped."""
 
 
 @dataclass(eq=False)
 class Job:
-    """Work for idle time.
+    """Work beside requests.
 
     Attributes:
         steps: does it, pass by pass.
         release: gives back what the job holds; called once, however it ends, under the engine's lock.
         pages: the page references it holds, for integrity checks.
-        is_urgent: somebody waits for it, or the bound depends on it.
+        pays_after: further jobs like it that it takes until it pays; the fewer, the sooner it is done.
     """
 
     steps: Steps
     release: Callable[[], None]
     pages: Callable[[], Iterable[PageIds]]
-    is_urgent: bool = False
+    urgency: Urgency = Urgency.STUDY
+    pays_after: float = math.inf
 
 
 class IdleWork:
-    """Jobs of one engine. Added from any thread under the engine's lock; worked on by one."""
+    """Jobs of one engine. Added from any thread under the engine's lock; worked on by one.
+
+    Attributes:
+        worked_s: seconds that jobs have taken.
+    """
 
     def __init__(self, lock: RLock) -> None:
         self._lock = lock
-        self._jobs: deque[Job] = deque()
-        self._current: Job | None = None
+        self._jobs: list[Job] = []
+        self._begun: Job | None = None
+        self._running: Job | None = None
         self.num_done = 0
         self.num_failed = 0
         self.num_dropped = 0
+        self.worked_s = 0.0
 
     @property
     def has_work(self) -> bool:
         """Whether a step would find anything to do."""
         return bool(self._jobs)
 
-    def add(self, job: Job) -> None:
-        """Queue a job; too many, and the oldest one nobody waits for is dropped."""
-        with self._lock:
-            if job.is_urgent:
-                self._jobs.appendleft(job)
-            else:
-                self._jobs.append(job)
-            waiting = list(self._droppable())
-            if len(waiting) > MAX_JOBS:
-                self._remove(waiting[0])
-                self.num_dropped += 1
+    @property
+    def num_waiting(self) -> int:
+        """Jobs not yet done."""
+        return len(self._jobs)
 
-    def step(self) -> None:
-        """Work on the first job until it yields or ends."""
+    def add(self, job: Job) -> None:
+        """Queue a job; of too many studies the one that pays latest is dropped."""
+        with self._lock:
+            self._jobs.append(job)
+            if len(list(self._droppable())) > MAX_STUDIES:
+                self._drop()
+
+    def step(self) -> float:
+        """Work on the first job until it yields or ends; returns the seconds it took."""
+        begun_s = time.perf_counter()
         with self._lock:
             if not self._jobs:
-                return
-            job = self._current = self._jobs[0]
+                return 0.0
+            # What has begun is finished before its like: its passes so far are in vain otherwise.
+            job = min(self._jobs, key=lambda each: (each.urgency, each is not self._begun, each.pays_after))
+            self._begun = self._running = job
+        ended = True
         try:
             next(job.steps)
+            ended = False
         except StopIteration:
             self.num_done += 1
         except (PoolExhausted, WeightsChanged) as error:
@@ -87,31 +113,23 @@ class IdleWork:
             # Nobody waits for a study, and a request must never suffer from one.
             logger.exception("idle work failed")
             self.num_failed += 1
-        else:
-            return
-        finally:
-            self._current = None
         with self._lock:
-            if job in self._jobs:
+            self._running = None
+            if ended and job in self._jobs:
                 self._remove(job)
+        took_s = time.perf_counter() - begun_s
+        self.worked_s += took_s
+        return took_s
 
     def give_way(self) -> bool:
-        """Drop the oldest job nobody waits for, so that its pages come free; False if there is none."""
+        """Drop the study that pays latest, so that its pages come free; False if there is none."""
         with self._lock:
-            job = next(self._droppable(), None)
-            if job is None:
-                return False
-            self._remove(job)
-            self.num_dropped += 1
-            return True
+            return self._drop()
 
     def droppable_pages(self) -> list[PageIds]:
         """Page references of the jobs that would give way."""
         with self._lock:
             return [pages for job in self._droppable() for pages in job.pages()]
-
-    def _droppable(self) -> Iterator[Job]:
-        return (job for job in self._jobs if not job.is_urgent and job is not self._current)
 
     def close(self) -> None:
         """Drop every job."""
@@ -123,6 +141,18 @@ class IdleWork:
         """Page references of all jobs."""
         for job in self._jobs:
             yield from job.pages()
+
+    def _drop(self) -> bool:
+        job = max(self._droppable(), key=lambda each: each.pays_after, default=None)
+        if job is None:
+            return False
+        self._remove(job)
+        self.num_dropped += 1
+        return True
+
+    def _droppable(self) -> Iterator[Job]:
+        """Studies, oldest first, but for one in the middle of a pass."""
+        return (job for job in self._jobs if job.urgency is Urgency.STUDY and job is not self._running)
 
     def _remove(self, job: Job) -> None:
         self._jobs.remove(job)

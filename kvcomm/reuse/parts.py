@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
@@ -12,47 +12,54 @@ from typing import Self
 
 from kvcomm.align.attention_mass import looking_layers
 from kvcomm.align.bank import AnchorStore, BankShape
-from kvcomm.align.estimators import Estimator, PaperEstimator, RotateEstimator, TokenEstimator, TokenSettings
-from kvcomm.align.groups import GroupBook
+from kvcomm.align.estimators import Estimator, RotateEstimator, TokenEstimator, TokenSettings
+from kvcomm.align.ladder import ATTENTION
+from kvcomm.align.levels import ReaderBook
 from kvcomm.align.ops.choice import Ops, make_ops
+from kvcomm.align.prior import Prior
 from kvcomm.align.profile_file import Profile, load_profile, save_profile
 from kvcomm.align.sketch import Sketcher, SketchSettings
 from kvcomm.align.spans import layer_stores
 from kvcomm.config import EngineConfig
-from kvcomm.engine.request import Request
 from kvcomm.errors import AnchorFileForeign, InvalidRequest
-from kvcomm.lab.forced import DeviationChooser
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
 from kvcomm.model.cache_folder import cache_root
 from kvcomm.model.geometry import ModelGeometry
 from kvcomm.model.runner import ModelRunner
+from kvcomm.reuse.asked import Asked
+from kvcomm.reuse.attempt import Tools
+from kvcomm.reuse.choosing import AttentionChooser, Chooser
 from kvcomm.reuse.cost import ReuseCost, cached_cost, machine_label, measure_cost
-from kvcomm.reuse.idle_work import IdleWork, Job, Steps
+from kvcomm.reuse.idle_work import IdleWork, Job, Steps, Urgency
 from kvcomm.reuse.learner import Learner
-from kvcomm.reuse.planner import Reuse
+from kvcomm.reuse.planner import Planner
+from kvcomm.reuse.repair import Repairer
 from kvcomm.reuse.replay import Replayer
+from kvcomm.reuse.trials import Trials
 
 
 @dataclass(frozen=True, eq=False)
 class ReuseParts:
-    """What plans, learns, replays and works in idle time, and what they have learned.
+    """What plans, learns, replays and works beside requests, and what it has learned.
 
     Attributes:
-        num_looking_heads: heads by which rungs choose tokens; a group's weights have one entry for each.
+        num_looking_heads: heads by which rungs choose tokens; weights have one entry for each.
         lock: the engine's, which guards all of it; not held while files are read or written.
         estimation: digest of settings of estimators and sketches other than the defaults; empty: all are. Part of the
-            namespace of files, since anchors and calibrations hold for these settings only.
+            namespace of files, since anchors and pairs hold for these settings only.
     """
 
     ops: Ops
     anchors: AnchorStore
-    groups: GroupBook
+    book: ReaderBook
     cost: ReuseCost
-    estimators: Mapping[str, Estimator]
-    planner: Reuse
+    estimators: dict[str, Estimator]
+    choosers: dict[str, Chooser]
+    planner: Planner
     replayer: Replayer
     learner: Learner
+    repairer: Repairer
     idle: IdleWork
     num_looking_heads: int
     lock: RLock
@@ -68,6 +75,7 @@ class ReuseParts:
         lock: RLock,
         identity: str,
         end_token_ids: frozenset[int],
+        prior: Prior | None,
     ) -> Self:
         """Args:
         identity: of the model, for what was measured on it.
@@ -83,12 +91,9 @@ class ReuseParts:
             BankShape.of(geometry, num_groups=sketcher.num_groups, dim=sketcher.settings.dim),
             max_bank_bytes=config.anchor_bytes,
         )
-        known: tuple[Estimator, ...] = (
-            TokenEstimator(anchors, sketcher, ops, settings),
-            RotateEstimator(ops),
-            PaperEstimator(),
-        )
+        known: tuple[Estimator, ...] = (TokenEstimator(anchors, sketcher, ops, settings), RotateEstimator(ops))
         estimators = {estimator.name: estimator for estimator in known}
+        choosers: dict[str, Chooser] = {ATTENTION: AttentionChooser()}
         label = hashlib.sha256(f"{identity} {machine_label()} {device}".encode()).hexdigest()[:24]
         cost = ReuseCost(
             lambda: cached_cost(
@@ -96,27 +101,45 @@ class ReuseParts:
                 lambda: measure_cost(memory, runner, layers, ops.rotate, geometry.max_context),
             )
         )
-        groups, idle = GroupBook(config.contest_prompts), IdleWork(lock)
-        deviation = DeviationChooser(memory, layers, runner)
-        planner = Reuse(memory, layers, estimators, groups, cost, deviation, immovable=geometry.immovable)
-        replayer = Replayer(memory, runner, layers, lock)
-        learner = Learner(
-            memory, layers, planner, replayer, idle, chunk=config.prefill_chunk, end_token_ids=end_token_ids
-        )
-        estimation = _estimation_label(settings, sketcher.settings)
+        idle = IdleWork(lock)
+        book = ReaderBook() if prior is None else ReaderBook(prior.all_pairs, prior.head_weights)
+        planner = Planner(Tools(memory, layers, choosers), estimators, book, cost, immovable=geometry.immovable)
+        replayer = Replayer(memory, runner, layers, choosers, lock)
+        trials = Trials(memory, planner.finder, replayer, idle, chunk=config.prefill_chunk, end_token_ids=end_token_ids)
         num_heads = sum(geometry.layers[layer_id].num_heads for layer_id in looking_layers(len(layers)))
         return cls(
-            ops, anchors, groups, cost, estimators, planner, replayer, learner, idle, num_heads, lock, estimation
+            ops,
+            anchors,
+            book,
+            cost,
+            estimators,
+            choosers,
+            planner,
+            replayer,
+            Learner(trials, planner, layers),
+            Repairer(trials),
+            idle,
+            num_heads,
+            lock,
+            _estimation_label(settings, sketcher.settings),
         )
 
+    def add_estimator(self, estimator: Estimator) -> None:
+        """Let rungs name one more estimator."""
+        self.estimators[estimator.name] = estimator
+
+    def add_chooser(self, chooser: Chooser) -> None:
+        """Let rungs name one more chooser."""
+        self.choosers[chooser.name] = chooser
+
     def measure_when_idle(self) -> None:
-        """Find out what passes take on this machine, unless that is known; on the engine's thread."""
+        """Find out what passes take on this machine, unless that is known; on the engine's thread, beside requests."""
 
         def steps() -> Steps:
             self.planner.prepare()
             yield
 
-        self.idle.add(Job(steps(), release=lambda: None, pages=lambda: ()))
+        self.idle.add(Job(steps(), release=lambda: None, pages=lambda: (), urgency=Urgency.AWAITED))
 
     def file_namespace(self, namespace: str) -> str:
         """Whose files these are: the tenant's, and under other settings than the defaults only of engines with them."""
@@ -126,11 +149,11 @@ class ReuseParts:
         """Write what a tenant has learned by now. Raises AnchorFileError."""
         with self.lock:  # together: a calibration holds for the anchors of its moment
             banks = [bank.snapshot() for bank in self.anchors.banks(namespace)]
-            groups = [group.copy() for group in self.groups.groups(namespace)]
-        return save_profile(folder, self.file_namespace(namespace), self.anchors.shape, banks, groups)
+            knowledge = self.book.knowledge(namespace)
+        return save_profile(folder, self.file_namespace(namespace), self.anchors.shape, banks, knowledge)
 
     def load(self, folder: Path, namespace: str) -> Profile:
-        """Take over what a folder holds, all of it or nothing, in place of what is known of the same edges and groups.
+        """Take over what a folder holds, all of it or nothing, in place of what is known of the same edges and readers.
 
         Raises AnchorFileError and its subclasses.
         """
@@ -141,25 +164,24 @@ class ReuseParts:
                 f"{folder} holds a bank of {too_large[0].num_tokens} tokens, this engine keeps "
                 f"{self.anchors.max_bank_tokens} an edge: raise anchor_bytes, or learn anew"
             )
-        for group in profile.groups:
-            if group.head_weights is not None and len(group.head_weights) != self.num_looking_heads:
-                raise AnchorFileForeign(
-                    f"{folder} holds a group with weights for {len(group.head_weights)} heads, and this model has "
-                    f"{self.num_looking_heads} that are looked at: learn anew"
-                )
+        weights = profile.knowledge.head_weights
+        if weights is not None and len(weights) != self.num_looking_heads:
+            raise AnchorFileForeign(
+                f"{folder} holds weights for {len(weights)} heads, of this model {self.num_looking_heads} are looked "
+                "at: learn anew"
+            )
         with self.lock:
             for bank in profile.banks:
                 self.anchors.bank(namespace, bank.edge).replace(bank)
-            for group in profile.groups:
-                self.groups.put(namespace, group)
+            self.book.put(namespace, profile.knowledge)
         return profile
 
     def forget(self, namespace: str) -> None:
         """Forget what was learned about moving a tenant's text."""
         self.anchors.forget(namespace)
-        self.groups.forget(namespace)
+        self.book.forget(namespace)
 
-    def pages_held(self, requests: Iterable[Request]) -> Iterator[PageIds]:
+    def pages_held(self, requests: Iterable[Asked]) -> Iterator[PageIds]:
         """Every page reference that moves, idle work and replays hold, for integrity checks."""
         yield from self.planner.pages_held(requests)
         yield from self.idle.pages_held()

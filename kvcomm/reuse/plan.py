@@ -1,6 +1,7 @@
 """The plan of a request: which spans of its prompt come from the cache, which are moved, which are computed, and why.
 
-Spans cover the prompt without gaps, in order.
+Spans cover the prompt without gaps, in order. What is told about a plan, before and after it was carried out, stands
+here, too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from kvcomm.align.levels import Level
 from kvcomm.plain import Plain
 
 
@@ -44,12 +46,14 @@ class Reason(StrEnum):
     """Moved text that this rung of the ladder recomputes."""
     NO_SOURCE = "no_source"
     """This text has not been seen in another context, or is not kept any more."""
+    DISPLACED = "displaced"
+    """It stands first here, and is known only from where it stood behind others: moved, it would be read worst."""
     IMMOVABLE = "immovable"
     """This model's keys cannot be moved to other positions."""
     NO_ANCHORS = "no_anchors"
-    """Nothing has been learned yet about moving text between these two contexts."""
+    """The only rungs asked for correct by anchors, and there are too few between these two contexts."""
     UNCALIBRATED = "uncalibrated"
-    """Too few exact examples yet to promise what the caller asks for."""
+    """Too few exact examples yet, at the levels that the caller accepts, to promise what is asked for."""
     BOUND = "bound"
     """There are examples enough, and no rung keeps the caller's bound."""
     BREAKER = "breaker"
@@ -64,6 +68,8 @@ class Reason(StrEnum):
     """Recomputed tokens were further from their estimates than calibration allows."""
     NO_ROOM = "no_room"
     """The pool cannot hold the prompt beside what was found of it."""
+    FAILED = "failed"
+    """Moving it failed; the engine's log says how."""
 
 
 class Span(NamedTuple):
@@ -157,3 +163,76 @@ def exact_plan(num_reused: int, num_tokens: int, reason: Reason) -> Plan:
     if num_reused < num_tokens:
         spans.append(Span(SpanKind.COMPUTE, num_reused, num_tokens, reason))
     return Plan(tuple(spans))
+
+
+class BoundInForce(NamedTuple):
+    """The bound that a request was served under.
+
+    Attributes:
+        max_divergence: epsilon, nats; KL(exact || reused) averaged over the next 32 tokens.
+        delta: the probability with which it may be broken among accepted requests.
+        level: whose pairs it rests on; None: nothing was moved, so it holds whatever they say.
+        num_pairs: how many those are.
+    """
+
+    max_divergence: float
+    delta: float
+    level: Level | None = None
+    num_pairs: int = 0
+
+    @property
+    def confidence(self) -> float:
+        """1 - delta."""
+        return 1 - self.delta
+
+
+class ApproximationReport(NamedTuple):
+    """How a request reused moved KV.
+
+    Attributes:
+        reader: digest of who read.
+        rung: the rung, in words.
+        share: of the moved tokens that the rung recomputed at most.
+        predicted: nats; the divergence that calibration expects at most, the sources' risk included.
+        distance: of the text from what is known.
+        residual: of the recomputed tokens' estimates; None where none was recomputed.
+    """
+
+    reader: str
+    rung: str
+    share: float
+    predicted: float
+    distance: float
+    residual: float | None
+
+
+@dataclass(frozen=True)
+class Explanation(Plain):
+    """The plan that a request would get now, and what it would take.
+
+    Attributes:
+        plan: its spans and reasons as they would be at admission. Moved text is given as such whole: which of its
+            tokens the rung recomputes, and whether checks make it exact after all, only the passes themselves tell.
+        rung: share of the moved tokens that would be recomputed at most; None: nothing would be moved.
+        predicted: nats of divergence that calibration expects at most; None: nothing would be moved.
+        prefill_s: predicted seconds of its passes up to the first token, on this machine when it does nothing else.
+        cold_s: the same with nothing cached. Both None until the machine has been measured, which the first question
+            asks for.
+    """
+
+    plan: Plan
+    rung: float | None = None
+    predicted: float | None = None
+    prefill_s: float | None = None
+    cold_s: float | None = None
+
+    def __repr__(self) -> str:
+        tokens = {kind: self.plan.num_tokens(kind) for kind in SpanKind}
+        rung = "" if self.rung is None else f", rung {self.rung:g}"
+        times = "not measured yet"
+        if self.prefill_s is not None and self.cold_s is not None:
+            times = f"{self.prefill_s:.3g} s instead of {self.cold_s:.3g} s"
+        return (
+            f"Explanation({tokens[SpanKind.EXACT]} exact + {tokens[SpanKind.ALIGNED]} aligned + "
+            f"{tokens[SpanKind.COMPUTE]} computed{rung}, {times})"
+        )

@@ -1,21 +1,21 @@
 """How far a caller lets reuse depart from the exact answer.
 
 A policy is a wish with a unit: at most `max_divergence` nats, kept with probability `confidence`. It can only ever
-allow: what is computed exactly satisfies every policy, and nothing is approximated before it has been earned by
-calibration.
+allow: what is computed exactly satisfies every policy, and nothing is approximated without pairs that speak for it.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from kvcomm.align.bound import Bound
+from kvcomm.align.ladder import DEFAULT_RUNGS, Ladder, Rung, ladders_of
+from kvcomm.align.levels import LEVELS, Level
 from kvcomm.errors import InvalidRequest
-from kvcomm.values import items, real_number, truth_value
+from kvcomm.values import items, real_number, text, truth_value
 
-ESTIMATORS = ("token", "paper", "rotate")
-DEFAULT_RUNGS = (0.0, 0.15, 0.3, 0.5)
 DEFAULT_AUDIT = 0.02
 
 
@@ -26,10 +26,12 @@ class ReusePolicy:
     Attributes:
         max_divergence: epsilon, nats; KL(exact || reused) averaged over the next 32 tokens. 0.0 allows nothing.
         confidence: 1 - delta, the probability with which the bound holds among accepted requests; in (0, 1).
-        rungs: the ladder: shares of the moved tokens that may be recomputed, ascending, each in [0, 1).
-        estimator: how moved KV is corrected: "token", "paper" or "rotate".
-        learn: whether idle time is spent on anchors and calibration after exact requests.
-        audit: share of approximate requests that are recomputed exactly in idle time to watch over the bound.
+        basis: the least that the caller accepts as grounds: "prior" (pairs that ship with the model), "pool" (pairs of
+            the tenant's own traffic) or "own" (pairs of the same reader). What each promises: `kvcomm.align.levels`.
+        rungs: ways to reuse moved text; those of one estimator form a ladder, the safest first.
+        learn: whether exact requests teach anchors and pairs.
+        audit: share of approximate requests that are computed exactly afterwards to watch over the bound; those of a
+            new reader all are.
 
     Raises:
         InvalidRequest: a value outside its range; the message names it.
@@ -37,17 +39,17 @@ class ReusePolicy:
 
     max_divergence: float = 0.0
     confidence: float = 0.95
-    rungs: tuple[float, ...] = DEFAULT_RUNGS
-    estimator: str = "token"
+    basis: str = Level.PRIOR.value
+    rungs: tuple[Rung, ...] = DEFAULT_RUNGS
     learn: bool = True
     audit: float = DEFAULT_AUDIT
 
     def __post_init__(self) -> None:
         for name in ("max_divergence", "confidence", "audit"):
             object.__setattr__(self, name, real_number(name, getattr(self, name)))
-        rungs = items("rungs", self.rungs, "ascending shares in [0, 1)")
-        object.__setattr__(self, "rungs", tuple(real_number("each of rungs", share) for share in rungs))
+        object.__setattr__(self, "rungs", items("rungs", self.rungs, "a tuple of Rung"))
         object.__setattr__(self, "learn", truth_value("learn", self.learn))
+        object.__setattr__(self, "basis", str(text("basis", self.basis)))
         if not (math.isfinite(self.max_divergence) and self.max_divergence >= 0):
             raise InvalidRequest(
                 f"max_divergence must be a finite number of nats >= 0, got {self.max_divergence!r}; "
@@ -55,13 +57,22 @@ class ReusePolicy:
             )
         if not 0 < self.confidence < 1:
             raise InvalidRequest(f"confidence must be between 0 and 1 exclusive, got {self.confidence!r}")
-        is_ladder = self.rungs and all(low < high for low, high in zip(self.rungs, self.rungs[1:], strict=False))
-        if not is_ladder or self.rungs[0] < 0 or self.rungs[-1] >= 1:
-            raise InvalidRequest(f"rungs must be ascending shares in [0, 1), got {self.rungs!r}; all tokens is exact")
-        if self.estimator not in ESTIMATORS:
-            raise InvalidRequest(f"unknown estimator {self.estimator!r}; there are {', '.join(ESTIMATORS)}")
         if not 0 <= self.audit <= 1:
             raise InvalidRequest(f"audit must be a share between 0 and 1, got {self.audit!r}")
+        if self.basis not in LEVELS:
+            raise InvalidRequest(f"basis must be one of {', '.join(reversed(LEVELS))}, got {self.basis!r}")
+        self._require_ladders()
+
+    def _require_ladders(self) -> None:
+        if not self.rungs or not all(isinstance(rung, Rung) for rung in self.rungs):
+            raise InvalidRequest(f'rungs must be some of Rung, such as Rung("token", 0.3), got {self.rungs!r}')
+        for ladder in self.ladders:
+            if not all(safer.share >= bolder.share for safer, bolder in pairwise(ladder)):
+                raise InvalidRequest(
+                    f"rungs of one estimator go from the safest to the boldest, got {', '.join(map(str, ladder))}"
+                )
+            if len(set(ladder)) < len(ladder) or ladder[0].share >= 1:
+                raise InvalidRequest(f"every rung once, with a share below 1 (all is exact), got {self.rungs!r}")
 
     @classmethod
     def exact(cls) -> ReusePolicy:
@@ -82,3 +93,13 @@ class ReusePolicy:
     def delta(self) -> float:
         """Probability with which the bound may be broken among accepted requests."""
         return 1 - self.confidence
+
+    @property
+    def ladders(self) -> tuple[Ladder, ...]:
+        """The rungs by estimator, as they are given."""
+        return ladders_of(self.rungs)
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """Levels that may decide, the most specific first."""
+        return LEVELS[: LEVELS.index(Level(self.basis)) + 1]

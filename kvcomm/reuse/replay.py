@@ -8,7 +8,7 @@ calibration, for audits and for measurements, always on the engine's thread and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from threading import RLock
@@ -18,21 +18,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvcomm.align.attention_mass import AttentionMass, damaged_layers, looking_layers
+from kvcomm.align.attention_mass import AttentionMass, damaged_layers, looking_layers, looking_rows
 from kvcomm.align.estimators import Correction, Written
 from kvcomm.align.importance import importance
-from kvcomm.align.ladder import moved_positions
+from kvcomm.align.ladder import Rung, moved_positions
 from kvcomm.align.moves import Move
 from kvcomm.align.ops.contract import LayerStore
 from kvcomm.align.probes import Probes
-from kvcomm.align.spans import place_of, read_span
+from kvcomm.align.spans import place_of
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
 from kvcomm.memory.sequences import Sequence as KVSequence
 from kvcomm.model.attention.contract import IntArray
 from kvcomm.model.live import Weights
 from kvcomm.model.runner import ModelRunner, Run
+from kvcomm.reuse.choosing import Chooser, View
 from kvcomm.reuse.idle_work import Steps
+
+NUM_CONTINUATION = 32
+"""Tokens over which a divergence is taken."""
+NOTHING: IntArray = np.empty(0, dtype=np.int32)
+"""No positions."""
 
 
 class Outcome(NamedTuple):
@@ -53,21 +59,33 @@ class Outcome(NamedTuple):
     num_recomputed: int
 
 
-class Replay(NamedTuple):
-    """An outcome, and by what rungs choose.
+class Look(NamedTuple):
+    """By what rungs choose, where all is moved.
 
     Attributes:
-        attention: [num_heads, number of moved tokens], of the prompt's last token; see `importance`.
+        attention: [num_heads, number of moved tokens], of the prompt's tail; see `importance`.
         errors: [number of moved tokens], expected.
     """
 
-    outcome: Outcome
     attention: Tensor
     errors: Tensor
 
     def scores(self, head_weights: Sequence[float] | None) -> Tensor:
         """How much each moved token is worth recomputing, [number of moved tokens]."""
         return importance(self.attention, self.errors, head_weights)
+
+
+class Exact(NamedTuple):
+    """The exact side of a case.
+
+    Attributes:
+        log_probs: over the continuation, [num_continuation, vocab_size] float32.
+        attended: [number of moved tokens], what the answer's tokens attend to, in the layers that carry damage; None
+            where nothing could be moved.
+    """
+
+    log_probs: Tensor
+    attended: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,10 +111,41 @@ class Case:
         return np.concatenate([prompt, np.array(self.continuation[:-1], dtype=np.int32)])
 
 
+class Agreed(NamedTuple):
+    """Tokens that greedy decoding gives.
+
+    Attributes:
+        is_whole: whether the answer ends there, or as many are known as a divergence is taken over.
+        exact: the exact side of a case with this continuation, where it is known by now.
+    """
+
+    token_ids: tuple[int, ...]
+    is_whole: bool
+    exact: Exact | None
+
+
+class Measurement(NamedTuple):
+    """What rungs gave on a case, and by estimator what they chose by, where they did."""
+
+    outcomes: dict[Rung, Outcome]
+    looks: dict[str, Look]
+
+
 class Replayer:
     """Computes exact and moved twins of a case."""
 
-    def __init__(self, memory: Memory, runner: ModelRunner, layers: Sequence[LayerStore], lock: RLock) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        runner: ModelRunner,
+        layers: Sequence[LayerStore],
+        choosers: Mapping[str, Chooser],
+        lock: RLock,
+    ) -> None:
+        """Args:
+        choosers: by name; others may be added later.
+        """
+        self.choosers = choosers
         self._memory = memory
         self._pool = memory.pool
         self._runner = runner
@@ -120,38 +169,8 @@ class Replayer:
                         return
                 yield
 
-    def exact(self, case: Case) -> Tensor:
-        """Log-probabilities over the continuation, [num_continuation, vocab_size] float32.
-
-        Raises:
-            PoolExhausted: no pages for the scratch copy.
-        """
-        forced = case.forced
-        with self._scratch(case, forced, case.num_prompt - 1) as sequence:
-            return self._log_probs(case, sequence, [(case.num_prompt - 1, len(forced))])
-
-    def moved(
-        self, case: Case, exact: Tensor, corrections: Sequence[Correction], moves: Sequence[Move], recomputed: IntArray
-    ) -> Replay:
-        """Replay with `moves` (some of the case's) moved and the positions `recomputed` among them computed.
-
-        Raises:
-            PoolExhausted: no pages for the scratch copy.
-        """
-        forced = case.forced
-        with self._scratch(case, forced, moves[0].start) as sequence:
-            written = assemble(self._memory, self._layers, sequence, moves, corrections, with_errors=True)
-            assert written.errors is not None
-            probes = Probes(self._pool, self._layers, sequence.pages, recomputed) if len(recomputed) else None
-            last = AttentionMass(self._layers, looking_layers(len(self._layers)), case.num_prompt - 1, case.num_prompt)
-            got = self._log_probs(case, sequence, computed_stretches(moves, recomputed, len(forced)), last)
-            residual = None if probes is None else probes.residual()
-        agreement = (exact.argmax(-1) == got.argmax(-1)).float().mean()
-        outcome = Outcome(_divergence(exact, got), float(agreement), written.distance, residual, len(recomputed))
-        return Replay(outcome, last.by_head(torch.from_numpy(moved_positions(moves)).long()), written.errors)
-
-    def attended(self, case: Case, moves: Sequence[Move]) -> Tensor:
-        """What the exact answer's tokens attend to, in the layers that carry damage: [number of moved tokens].
+    def exact(self, case: Case) -> Exact:
+        """What the exact sequence gives.
 
         Raises:
             PoolExhausted: no pages for the scratch copy.
@@ -159,14 +178,88 @@ class Replayer:
         forced, start = case.forced, case.num_prompt - 1
         mass = AttentionMass(self._layers, damaged_layers(len(self._layers)), start, len(forced))
         with self._scratch(case, forced, start) as sequence:
-            self._log_probs(case, sequence, [(start, len(forced))], mass)
-        return mass.by_head(torch.from_numpy(moved_positions(moves)).long()).sum(0)
+            log_probs = self._log_probs(case, sequence, [(start, len(forced))], mass)
+        return Exact(log_probs, _by_head(mass, case.moves).sum(0) if case.moves else None)
+
+    def measure(
+        self,
+        case: Case,
+        exact: Exact,
+        rungs: Sequence[Rung],
+        corrections: Mapping[str, Sequence[Correction]],
+        head_weights: Sequence[float] | None,
+    ) -> Generator[None, None, Measurement]:
+        """What every rung gives on a case, pass by pass; those of estimators without corrections are left out.
+
+        Raises:
+            PoolExhausted: no pages for a scratch copy.
+        """
+        looks: dict[str, Look] = {}
+        outcomes: dict[Rung, Outcome] = {}
+        wanted = [rung for rung in rungs if rung.estimator in corrections]
+        for rung in sorted(wanted, key=lambda each: each.share):  # where nothing is computed, rungs above look, too
+            known, chooser = corrections[rung.estimator], self.choosers[rung.chooser]
+            scores, recomputed = None, NOTHING
+            if rung.share:
+                if chooser.looks:
+                    if rung.estimator not in looks:
+                        looks[rung.estimator] = self.look(case, known)
+                        yield
+                    scores = looks[rung.estimator].scores(head_weights)
+                view = View(case.moves, case.moves[0].start, case.sequence, scores, exact=case.sequence)
+                recomputed = chooser.choose(view, rung.share)
+            outcomes[rung], look = self.moved(case, exact.log_probs, known, recomputed, looks=not rung.share)
+            if look is not None:
+                looks[rung.estimator] = look
+            yield
+        return Measurement(outcomes, looks)
+
+    def moved(
+        self, case: Case, exact: Tensor, corrections: Sequence[Correction], recomputed: IntArray, *, looks: bool
+    ) -> tuple[Outcome, Look | None]:
+        """What is left of the exact log-probabilities with the case's moves moved, but for the positions `recomputed`.
+
+        Args:
+            looks: whether to see by what rungs choose, too.
+
+        Raises:
+            PoolExhausted: no pages for the scratch copy.
+        """
+        forced, moves = case.forced, case.moves
+        mass = self._tail_mass(case) if looks else None
+        with self._scratch(case, forced, moves[0].start) as sequence:
+            written = assemble(self._memory, self._layers, sequence, moves, corrections, with_errors=looks)
+            probes = Probes(self._pool, self._layers, sequence.pages, recomputed) if len(recomputed) else None
+            got = self._log_probs(case, sequence, computed_stretches(moves, recomputed, len(forced)), mass)
+            residual = None if probes is None else probes.residual()
+        agreement = (exact.argmax(-1) == got.argmax(-1)).float().mean()
+        outcome = Outcome(divergence_of(exact, got), float(agreement), written.distance, residual, len(recomputed))
+        if mass is None or written.errors is None:
+            return outcome, None
+        return outcome, Look(_by_head(mass, moves), written.errors)
+
+    def look(self, case: Case, corrections: Sequence[Correction]) -> Look:
+        """What the prompt's tail attends to when all is moved: a pass over glue and tail.
+
+        Raises:
+            PoolExhausted: no pages for the scratch copy.
+        """
+        end, moves, mass = case.num_prompt, case.moves, self._tail_mass(case)
+        with self._scratch(case, case.sequence.token_ids[:end], moves[0].start) as sequence:
+            written = assemble(self._memory, self._layers, sequence, moves, corrections, with_errors=True)
+            self._forward(sequence, computed_stretches(moves, NOTHING, end), 1, mass)
+        assert written.errors is not None
+        return Look(_by_head(mass, moves), written.errors)
+
+    def _tail_mass(self, case: Case) -> AttentionMass:
+        rows = looking_rows(case.moves[-1].end, case.num_prompt)
+        return AttentionMass(self._layers, looking_layers(len(self._layers)), *rows)
 
     def served(self, case: Case, exact: Tensor) -> float:
         """Divergence of a sequence as it is, moved KV and all, from the exact log-probabilities."""
         forced = case.forced
         with self._scratch(case, forced, case.num_prompt - 1) as sequence:
-            return _divergence(exact, self._log_probs(case, sequence, [(case.num_prompt - 1, len(forced))]))
+            return divergence_of(exact, self._log_probs(case, sequence, [(case.num_prompt - 1, len(forced))]))
 
     @contextmanager
     def borrowed(self, sequence: KVSequence, owner: KVSequence, num_shared: int, num_more: int) -> Iterator[None]:
@@ -189,27 +282,46 @@ class Replayer:
         with self.borrowed(sequence, case.sequence, num_shared, 0):
             yield sequence
 
-    def deviations(self, case: Case) -> Tensor:
-        """How far every moved token's KV in the second layer is from the exact one, [number of moved tokens].
-
-        That layer's exact KV needs no more than one layer of computation; here it is read from the exact sequence.
-        """
-        return deviations(self._memory, self._layers, case.sequence, case.moves)
-
     def prefill(self, case_tokens: IntArray, sequence: KVSequence, chunk: int) -> Iterator[None]:
         """Compute what is missing of a sequence, `chunk` tokens a step; its pages must be writable."""
         while sequence.num_computed < len(case_tokens):
             start, end = sequence.num_computed, min(sequence.num_computed + chunk, len(case_tokens))
             self._runner.forward([Run(case_tokens[start:end], sequence.pages, start)])
-            sequence.num_computed = end
+            sequence.count(end)
             yield
+
+    def agreed(self, sequence: KVSequence, num_prompt: int, ends: frozenset[int], moves: Sequence[Move]) -> Agreed:
+        """How far what stands behind a prompt is its greedy continuation, in one pass.
+
+        Args:
+            sequence: prompt and a guess at what follows; all but the prompt's last token is computed before, and the
+                guess's tokens are afterwards.
+            moves: of the case, for which the exact side is given if the guess is right.
+        """
+        start = num_prompt - 1
+        tokens = sequence.token_ids[start:]
+        num_guessed = len(tokens) - 1
+        mass = AttentionMass(self._layers, damaged_layers(len(self._layers)), start, start + num_guessed)
+        logits = self._forward(sequence, [(start, sequence.num_tokens)], len(tokens), mass if num_guessed else None)
+        sequence.count(sequence.num_tokens)
+        drawn, guess = logits.argmax(-1).tolist(), tokens[1:].tolist()
+        wrong = (at for at, (one, other) in enumerate(zip(drawn, guess, strict=False)) if one != other)
+        num_right = next(wrong, num_guessed)
+        is_whole = drawn[num_right] in ends or num_right >= NUM_CONTINUATION
+        if not is_whole:
+            found = (*guess[:num_right], drawn[num_right])
+            return Agreed(found, len(found) >= NUM_CONTINUATION, None)
+        if num_right < num_guessed or not num_right:
+            return Agreed(tuple(guess[:num_right]), True, None)
+        log_probs = logits[:num_right].float().log_softmax(-1)
+        return Agreed(tuple(guess), True, Exact(log_probs, _by_head(mass, moves).sum(0) if moves else None))
 
     def greedy(self, sequence: KVSequence, num_tokens: int, ends: frozenset[int]) -> Iterator[int]:
         """Decode greedily behind a sequence of which all but the last token is computed; its pages must be writable."""
         for _ in range(num_tokens):
             start = sequence.num_tokens - 1
             logits = self._runner.forward([Run(sequence.token_ids[start:], sequence.pages, start)])
-            sequence.num_computed = sequence.num_tokens
+            sequence.count(sequence.num_tokens)
             token_id = int(logits[0].argmax())
             if token_id in ends:
                 return
@@ -224,7 +336,17 @@ class Replayer:
         mass: AttentionMass | None = None,
     ) -> Tensor:
         """Log-probabilities over the continuation, which must end the last stretch; `mass` looks at that one."""
-        num_logits = len(case.continuation)
+        logits = self._forward(sequence, stretches, len(case.continuation), mass)
+        return logits.float().log_softmax(-1)
+
+    def _forward(
+        self,
+        sequence: KVSequence,
+        stretches: Sequence[tuple[int, int]],
+        num_logits: int,
+        mass: AttentionMass | None = None,
+    ) -> Tensor:
+        """One pass over stretches of a sequence; logits of the last rows, `mass` looks at the last stretch."""
         runs = [
             Run(sequence.token_ids[start:end], sequence.pages, start, num_logits if end == sequence.num_tokens else 0)
             for start, end in stretches
@@ -233,24 +355,18 @@ class Replayer:
         row = sum(len(run.token_ids) for run in runs[:-1])
         slots = self._pool.slots(sequence.pages, last.end)
         watch = None if mass is None else mass.watch(slots, row, last.start, last.end)
-        return self._runner.forward(runs, watch=watch).float().log_softmax(-1)
+        return self._runner.forward(runs, watch=watch)
 
 
-def _divergence(exact: Tensor, got: Tensor) -> float:
+def _by_head(mass: AttentionMass, moves: Sequence[Move]) -> Tensor:
+    """[num_heads, number of moved tokens]."""
+    return mass.by_head(torch.from_numpy(moved_positions(moves)).long())
+
+
+def divergence_of(exact: Tensor, got: Tensor) -> float:
     """Mean KL(exact || got) over rows of log-probabilities, nats; infinite where either is not finite."""
     value = float((exact.exp() * (exact - got)).sum(-1).mean())
     return max(value, 0.0) if math.isfinite(value) else math.inf
-
-
-def deviations(memory: Memory, layers: Sequence[LayerStore], exact: KVSequence, moves: Sequence[Move]) -> Tensor:
-    """Of every moved token's KV in the second layer from that of an exact sequence, [number of moved tokens]."""
-    scores = []
-    for move in moves:
-        truth = place_of(memory.pool, exact.pages, move.start, move.num_tokens, position=move.start)
-        true, moved = (read_span(layers, place, [1]) for place in (truth, move.source))
-        difference = torch.cat((true.keys[0] - moved.keys[0], true.values[0] - moved.values[0]), dim=-1)
-        scores.append(difference.flatten(1).norm(dim=-1))
-    return torch.cat(scores)
 
 
 def assemble(

@@ -1,0 +1,182 @@
+"""The prior: pairs that ship with a model, so that a new reader moves text from its first requests on.
+
+Measured over unlike workloads, for rungs that need no anchors; each pair says in which workload. A prior holds for one
+model (weights, dtype, rope, tokenizer, chat template) and is refused for any other. With it come the weights by which
+rungs choose tokens, since heads are the model's. The file is JSON, see `anchors/FORMAT.md`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+
+from kvcomm.align.calibration import Measured, Pair, Sources
+from kvcomm.align.ladder import Rung
+from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign, AnchorFileTooNew
+from kvcomm.files.reading import BadContent, first_fault, parse_json, read_bytes
+from kvcomm.files.writing import replacing
+
+FORMAT = 1
+FILE = "prior.json"
+
+Nats = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What is known of a model before anybody has used it.
+
+    Attributes:
+        model: digest of what it holds for, see `Engine.prior_model`.
+        pairs: by workload.
+        head_weights: one per head that is looked at, see `importance`; None: all alike.
+    """
+
+    model: str
+    pairs: Mapping[str, Sequence[Pair]]
+    head_weights: tuple[float, ...] | None = None
+
+    def without(self, workload: str) -> Prior:
+        """The same, but for the pairs of one workload: for evaluations on it."""
+        return Prior(
+            self.model, {name: each for name, each in self.pairs.items() if name != workload}, self.head_weights
+        )
+
+    @property
+    def all_pairs(self) -> tuple[Pair, ...]:
+        """Of all workloads, as many of each: those of the smallest number, the first ones."""
+        num_each = min((len(pairs) for pairs in self.pairs.values()), default=0)
+        return tuple(pair for pairs in self.pairs.values() for pair in pairs[:num_each])
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class _RungRecord(_Strict):
+    estimator: str
+    share: Share
+    chooser: str
+
+
+class _PairRecord(_Strict):
+    """`divergences` and `residuals` in the order of the file's rungs."""
+
+    divergences: tuple[Nats, ...]
+    residuals: tuple[Nats | None, ...]
+    sources: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt, NonNegativeInt]
+
+
+class _PriorRecord(_Strict):
+    format: Literal[1]
+    model: str
+    name: str
+    rungs: tuple[_RungRecord, ...]
+    head_weights: tuple[Finite, ...] | None
+    workloads: dict[str, tuple[_PairRecord, ...]]
+
+
+def shipped_priors() -> Iterator[Path]:
+    """Files of every prior that comes with kvcomm."""
+    folder = Path(str(files("kvcomm"))) / "anchors"
+    yield from sorted(folder.glob(f"*/{FILE}"))
+
+
+def read_prior(file: str | Path) -> Prior:
+    """Read a prior.
+
+    Raises:
+        AnchorFileError: it cannot be read.
+        AnchorFileTooNew: of a later format.
+        AnchorFileCorrupt: not what the format says; names the field.
+    """
+    file = Path(file)
+    try:
+        value = parse_json(read_bytes(file))
+    except OSError as error:
+        raise AnchorFileError(f"{file} cannot be read: {error.strerror or error}") from error
+    except BadContent as error:
+        raise AnchorFileCorrupt(f"{file} is not a JSON file: {error}") from error
+    found = value.get("format") if isinstance(value, dict) else None
+    if isinstance(found, int) and found > FORMAT:
+        raise AnchorFileTooNew(f"{file} has format {found}; this version reads format {FORMAT}")
+    try:
+        record = _PriorRecord.model_validate_json(json.dumps(value))
+    except ValidationError as error:
+        raise AnchorFileCorrupt(f"{file} does not fit the format of priors: {first_fault(error)}") from error
+    rungs = [Rung(each.estimator, each.share, each.chooser) for each in record.rungs]
+    if any(
+        len(pair.divergences) != len(rungs) or len(pair.residuals) != len(rungs)
+        for pairs in record.workloads.values()
+        for pair in pairs
+    ):
+        raise AnchorFileCorrupt(f"{file}: a pair does not have a value for each of {len(rungs)} rungs")
+    pairs = {name: tuple(_pair(each, rungs) for each in found) for name, found in record.workloads.items()}
+    return Prior(record.model, pairs, record.head_weights)
+
+
+def write_prior(prior: Prior, file: Path, *, name: str) -> None:
+    """Write a prior; it appears whole or not at all. All its pairs must have the same rungs.
+
+    Args:
+        name: of the model, for people.
+
+    Raises:
+        AnchorFileError: it cannot be written.
+    """
+    rungs = list(prior.all_pairs[0].measured) if prior.all_pairs else []
+    record = _PriorRecord(
+        format=1,
+        model=prior.model,
+        name=name,
+        rungs=tuple(_RungRecord(estimator=each.estimator, share=each.share, chooser=each.chooser) for each in rungs),
+        head_weights=prior.head_weights,
+        workloads={
+            workload: tuple(
+                _PairRecord(
+                    divergences=tuple(pair.measured[rung].divergence for rung in rungs),
+                    residuals=tuple(pair.measured[rung].residual for rung in rungs),
+                    sources=pair.sources,
+                )
+                for pair in pairs
+            )
+            for workload, pairs in prior.pairs.items()
+        },
+    )
+    try:
+        with replacing(file) as temporary:
+            temporary.write_text(record.model_dump_json() + "\n", encoding="utf-8")
+    except OSError as error:
+        raise AnchorFileError(f"{file} cannot be written: {error.strerror or error}") from error
+
+
+def find_prior(model: str) -> Prior | None:
+    """The prior that comes with kvcomm for a model; None: there is none."""
+    for file in shipped_priors():
+        prior = read_prior(file)
+        if prior.model == model:
+            return prior
+    return None
+
+
+def require_prior_fits(prior: Prior, model: str) -> None:
+    """Raises AnchorFileForeign for a prior of another model."""
+    if prior.model != model:
+        raise AnchorFileForeign(
+            f"this prior was measured on another model ({prior.model[:12]}, not {model[:12]}); leave it out, and the "
+            "engine learns from its own requests"
+        )
+
+
+def _pair(record: _PairRecord, rungs: Sequence[Rung]) -> Pair:
+    values = zip(rungs, record.divergences, record.residuals, strict=True)
+    measured = {rung: Measured(divergence, residual) for rung, divergence, residual in values}
+    return Pair(measured, {}, Sources(*record.sources))

@@ -1,0 +1,41 @@
+"""How much time may be spent on learning while requests come without a pause."""
+
+from __future__ import annotations
+
+LOAN_S = 25.0
+"""Seconds of work beforehand: what is learned first pays longest."""
+OVERDUE_S = 2.0
+"""Seconds of learning that may pile up before first tokens wait for it."""
+
+
+class Budget:
+    """A share of the time that an engine works. Used by its thread only.
+
+    Attributes:
+        spent_s: of learning beside requests.
+    """
+
+    def __init__(self, share: float) -> None:
+        """Args:
+        share: of all time that is worked, in [0, 1); 0: nothing is learned while requests come.
+        """
+        self.share = share
+        self.spent_s = 0.0
+        self._served_s = 0.0
+
+    def allows_more(self, somebody_waits: bool) -> bool:
+        """Whether there is time left.
+
+        Args:
+            somebody_waits: for a first token. Then only what could not be spent for long is spent now.
+        """
+        left_s = self.share * (self._served_s + self.spent_s + LOAN_S) - self.spent_s
+        return self.share > 0 and left_s > (LOAN_S * self.share + OVERDUE_S if somebody_waits else 0)
+
+    def served(self, seconds: float) -> None:
+        """Requests were worked on."""
+        self._served_s += seconds
+
+    def learned(self, seconds: float) -> None:
+        """Time was taken from them."""
+        self.spent_s += seconds
