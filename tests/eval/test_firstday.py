@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import json
 import math
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -498,29 +497,22 @@ def test_of_all_workloads_those_are_taken_whose_data_are_there(
 
 
 def test_the_served_engine_stands_still_between_requests(data: Path, engine: Engine) -> None:
-    """Nobody else gets the lock while the caller works on what was yielded, and afterwards it is free."""
-
-    def can_lock() -> bool:
-        got: list[bool] = []
-        thread = threading.Thread(target=lambda: got.append(served.lock.acquire(timeout=0.05)))
-        thread.start()
-        thread.join()
-        return got[0]
-
-    with engine, Engine(engine.model, engine.tokenizer, config=EngineConfig(pool_tokens=8192)) as served:
-        twin = Engine(engine.model, engine.tokenizer, config=EngineConfig(pool_tokens=8192))
+    """What is asked of it while the caller works on what was yielded is answered afterwards only."""
+    made_like = {"model": engine.model, "tokenizer": engine.tokenizer, "config": EngineConfig(pool_tokens=8192)}
+    with engine, Engine(**made_like) as served, Engine(**made_like) as twin:
         workload = make_workload("tools", Wanted(engine, data, 2, max_new_tokens=3))
-        with twin:
-            numbers = []
-            for request in Server(served, twin, workload, ReusePolicy(0.05, 0.9), lambda engine: 0.0).serve():
-                numbers.append(request.number)
-                assert not can_lock()
-                assert served.contexts == ()
-                assert twin.contexts == ()
-            assert numbers == [1, 2]
-            assert can_lock()
-            served.check_integrity()
-            twin.check_integrity()
+        numbers, asked = [], []
+        for request in Server(served, twin, workload, ReusePolicy(0.05, 0.9), lambda engine: 0.0).serve():
+            numbers.append(request.number)
+            assert served.contexts == ()
+            assert twin.contexts == ()
+            assert all(handle.done for handle in asked)
+            asked.append(served.submit("something else", max_new_tokens=1))
+            assert not asked[-1].wait(0.2)
+        assert numbers == [1, 2]
+        assert asked[-1].wait(30)
+        served.check_integrity()
+        twin.check_integrity()
 
 
 def test_the_twin_gets_the_prompts_of_the_served_engine(data: Path, engine: Engine) -> None:
