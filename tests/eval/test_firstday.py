@@ -24,6 +24,9 @@ from eval.firstday.serving import Kept, Server, Twin, waves_of
 from eval.firstday.workloads import Wanted, make_workload
 from kvcomm import Agent, Engine, EngineConfig, KVCommAgentGroup, ReusePolicy, Usage
 from kvcomm.align.bound import Bound
+from kvcomm.align.calibration import Measured, Pair, Sources
+from kvcomm.align.ladder import TURNED
+from kvcomm.align.prior import Prior, write_prior
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.segments import Segment
 from kvcomm.reuse.plan import Reason, Span, SpanKind
@@ -539,3 +542,75 @@ def test_the_twin_gets_the_prompts_of_the_served_engine(data: Path, engine: Engi
             twin.num_cached(prompt) // page >= made.prompt // page - 1
             for prompt, made in zip(prompts, request.calls, strict=True)
         )
+
+
+# ---- text that is really moved ----
+
+
+@pytest.fixture
+def easy_prior(engine: Engine, tmp_path: Path) -> Path:
+    """A prior by which nothing ever costs anything, so that text is moved from the first request on."""
+    pair = Pair({rung: Measured(0.0, 1e6) for rung in TURNED}, {}, Sources(1, 0, 0, 10))
+    file = tmp_path / "prior.json"
+    with engine:
+        write_prior(Prior(engine.prior_model, {"gsm8k": [pair] * 40, "rag": [pair] * 40}), file, name="tiny")
+    return file
+
+
+def test_moved_text_is_held_against_exact_computation_and_other_methods(
+    arguments: list[str], easy_prior: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*arguments, "--workload=rag", "--prior", f"--prior-file={easy_prior}", "--requests=5"]
+    options.remove("--workload=gsm8k")
+    assert command.main([*options, "--methods=cacheblend,epic,paper", "--bound=0.00001,0.9"]) == 0
+    values = {figure["id"]: figure["value"] for figure in json.loads(capsys.readouterr().out)["figures"]}
+    (kept,) = (tmp_path / "run").glob("rag_*.jsonl")
+    calls = [made for served in ServedFile(kept).read() for made in served.calls]
+    moved = [made for made in calls if made.aligned]
+    assert moved
+    assert moved[0].level == "prior"
+    assert moved[0].num_pairs == 40  # those of gsm8k: rag's own are left out
+    assert all(0 < made.moved == made.aligned <= made.movable for made in moved)
+    assert all(made.divergence is not None and made.divergence >= 0 for made in moved)
+    assert any(made.divergence for made in moved), "a random model notices moved text"
+    assert all(made.divergence is None and not made.methods for made in calls if not made.aligned)
+    at_prior = [made for made in moved if made.level == "prior"]
+    assert values["approximate_prior"] == len(at_prior)
+    assert values["violations_prior"] == sum((made.divergence or 0) > 1e-5 for made in at_prior) / len(at_prior)
+    assert values["first_moved"] == 1 + next(index for index, made in enumerate(calls) if made.aligned)
+    compared = [made for made in moved if "epic" in made.methods]
+    assert values["compared_epic"] == len(compared) > 0
+    assert values["nats_epic"] == pytest.approx(sum(made.methods["epic"] for made in compared) / len(compared))
+
+
+def test_without_the_prior_nothing_is_moved_that_early(
+    arguments: list[str], easy_prior: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main([*arguments, f"--prior-file={easy_prior}"]) == 0
+    values = {figure["id"]: figure["value"] for figure in json.loads(capsys.readouterr().out)["figures"]}
+    assert values["first_moved"] == 4  # never
+    assert "violations_prior" not in values
+
+
+def test_a_prior_that_is_not_there_or_of_another_model_is_refused(
+    arguments: list[str], easy_prior: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [*arguments, "--prior"]
+    assert command.main(asked) == 1
+    assert "none ships for this model" in capsys.readouterr().err.splitlines()[-1]
+    assert command.main([*asked, f"--prior-file={tmp_path / 'none.json'}"]) == 1
+    assert "none.json cannot be read" in capsys.readouterr().err.splitlines()[-1]
+    value = json.loads(easy_prior.read_text())
+    easy_prior.write_text(json.dumps({**value, "model": "f" * 64}))
+    assert command.main([*asked, f"--prior-file={easy_prior}"]) == 1
+    assert "measured on another model" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_both_ways_are_parts_of_one_run(
+    arguments: list[str], easy_prior: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments.remove("--no-prior")
+    assert command.main([*arguments, f"--prior-file={easy_prior}"]) == 0
+    values = {figure["id"]: figure["value"] for figure in json.loads(capsys.readouterr().out)["figures"]}
+    assert values["gsm8k no-prior 0.05,0.9 first_moved"] == 4
+    assert values["gsm8k prior 0.05,0.9 first_moved"] == 1
