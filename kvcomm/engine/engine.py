@@ -847,6 +847,10 @@ class Engine:
         """Wait until no request runs and all idle work is done; False after `timeout_s`."""
         return self._loop.wait_idle(timeout_s)
 
+    def wake(self) -> None:
+        """Make sure that what has been queued beside requests is worked on."""
+        self._loop.wake()
+
     def close(self) -> None:
         """Fail what is in flight and end the engine's thread. Idempotent."""
         self._finalizer()
