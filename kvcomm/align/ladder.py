@@ -52,7 +52,7 @@ Ladder = tuple[Rung, ...]
 
 TURNED: Ladder = (Rung("rotate", 0.3), Rung("rotate", 0.15), Rung("rotate", 0.0))
 """Keys turned to their new places and nothing else: needs no anchors."""
-CORRECTED: Ladder = (Rung("token", 0.3), Rung("token", 0.1), Rung("token", 0.0))
+CORRECTED: Ladder = (Rung("token", 0.4), Rung("token", 0.2), Rung("token", 0.1), Rung("token", 0.0))
 """With offsets of anchors."""
 DEFAULT_RUNGS = (*CORRECTED, *TURNED)
 

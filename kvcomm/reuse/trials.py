@@ -175,7 +175,10 @@ class Trials:
         yield from self.replayer.prefill(sequence.token_ids, sequence, self._chunk)
 
     def publish(self, trial: Trial) -> None:
-        """Let others use a trial's prompt, which is exact: a source in place of an approximate one. Under the lock."""
+        """Let others use a trial's prompt, which is exact. Under the lock.
+
+        So text that was served approximately gets an exact source.
+        """
         sequence, page_size = trial.sequence, self.memory.pool.page_size
         whole = trial.num_prompt - trial.num_prompt % page_size
         self.memory.tree.insert(trial.namespace, sequence.token_ids[:whole], sequence.pages[: whole // page_size])
