@@ -856,6 +856,10 @@ class Engine:
         """
         return self._loop.held()
 
+    def wake(self) -> None:
+        """Make sure that what has been queued beside requests is worked on."""
+        self._loop.wake()
+
     def close(self) -> None:
         """Fail what is in flight and end the engine's thread. Idempotent."""
         self._finalizer()
