@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from eval.tasks.modes import MODES
-from eval.tasks.rows import digest_of, load_rows, load_train_rows
+from eval.tasks.rows import chosen, digest_of, load_rows, load_train_rows
 from eval.tasks.task import Row, Task
 from eval.tasks.topology import AGENTS, TOPOLOGIES, wire
 from eval.tasks.work import Work
@@ -125,11 +124,6 @@ def _train(task: Task, options: Namespace, every: Sequence[Row], asked: Sequence
         left_out = {digest_of([row]) for row in asked}
         return [row for row in every if digest_of([row]) not in left_out]
     return task.arrange(load_train_rows(source, options.train, options.data))
-
-
-def chosen(rows: Sequence[Row], limit: int, seed: int) -> list[Row]:
-    """The first rows, or for another seed than 0 a random choice of so many."""
-    return list(rows[:limit]) if not seed else random.Random(seed).sample(list(rows), min(limit, len(rows)))
 
 
 def _require_greedy(team: Team) -> None:

@@ -11,6 +11,7 @@ import secrets
 import weakref
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
@@ -846,6 +847,18 @@ class Engine:
     def wait_idle(self, timeout_s: float | None = None) -> bool:
         """Wait until no request runs and all idle work is done; False after `timeout_s`."""
         return self._loop.wait_idle(timeout_s)
+
+    def held(self) -> AbstractContextManager[None]:
+        """Let the engine stand still: within, nothing is computed and nothing learned, whatever is asked of it.
+
+        For measurements, and for whoever needs the machine for a moment. Requests can be submitted; waiting for one
+        within would never end.
+        """
+        return self._loop.held()
+
+    def wake(self) -> None:
+        """Make sure that what has been queued beside requests is worked on."""
+        self._loop.wake()
 
     def close(self) -> None:
         """Fail what is in flight and end the engine's thread. Idempotent."""
