@@ -2,8 +2,9 @@
 
 The model's chat template is rendered with stand-ins in place of every text that is not its own, and cut at them: so
 what the template writes keeps its exact form, and every text is a segment that is tokenized on its own, with the same
-ids wherever it stands. What a part of a message is, is decided by one rule: the strings of system messages and `Static` are
-the template, the same in every request; other strings are their turn's own text; named parts are passages.
+ids wherever it stands. What a part of a message is, is decided by one rule: the strings of system messages and
+`Static` are the template, the same in every request; other strings are their turn's own text; segments and named parts
+are passages.
 
 Always holds: the prompt reads exactly as the chat template writes these messages (it is rendered a second time, with
 the texts in place, and compared), and control tokens that somebody's text spells out are ordinary text.
