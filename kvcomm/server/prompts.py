@@ -83,7 +83,7 @@ class PromptMaker:
         self._limit.require(rendered.whole)
         space = (tenant, request.cache_salt)
         if not request.segments and not marks.slots:
-            ids = self._encode_again(marks, rendered.text, space)
+            ids = rendered_ids(self._encoder, marks, rendered.text, partial(self._known_tokens, space))
             return PreparedPrompt(self._engine.read_prompt([Segment(ids)], is_start=True)).living(ttl_of(request))
         pieces = self.cut(marks, rendered.text, rendered.whole)
         if not request.segments:
@@ -141,15 +141,16 @@ class PromptMaker:
 
         Raises:
             ApiError: 400 when too many parts are.
-            InvalidRequest: the tokenizer cannot take a control token as ordinary text.
+            InvalidRequest: they cannot fit, or the tokenizer cannot take a control token as ordinary text.
         """
-        names = [part.segment_name for message in messages for part in _parts(message.content)]
-        num_dynamic = sum(name is not None for name in names)
-        if num_dynamic > MAX_SEGMENTS:
-            told = f"messages have {num_dynamic} parts that are segments; a request may have {MAX_SEGMENTS} at most"
+        parts = (part for message in messages for part in _parts(message.content))
+        texts = [part.text for part in parts if part.segment_name is not None]
+        if len(texts) > MAX_SEGMENTS:
+            told = f"messages have {len(texts)} parts that are segments; a request may have {MAX_SEGMENTS} at most"
             raise ApiError(400, "invalid_value", told, param="messages")
+        self._limit.require("".join(texts))
         return [
-            self._message(marks, message, f"messages[{index}].content", apart or bool(num_dynamic))
+            self._message(marks, message, f"messages[{index}].content", apart or bool(texts))
             for index, message in enumerate(messages)
         ]
 
@@ -203,12 +204,8 @@ class PromptMaker:
         ]
         return segments, tuple(placed)
 
-    def _encode_again(self, marks: Marks[Any], text: str, space: Space) -> tuple[int, ...]:
-        """Token ids of rendered text, from what is known of messages that this namespace has sent before."""
-        return rendered_ids(self._encoder, marks, text, None if marks.hidden else partial(self._known_tokens, space))
-
     def _known_tokens(self, space: Space, text: str) -> tuple[int, ...]:
-        """Tokens of a text, those of its sections looked up."""
+        """Tokens of text without hidden control tokens, from what is known of texts that this namespace has sent."""
         ids: list[int] = []
         for part in self._sections.of(text):
             ids += (part,) if isinstance(part, int) else self.texts.tokens(space, part, self._tokens)
