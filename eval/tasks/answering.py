@@ -54,7 +54,7 @@ class AnsweringTeam:
         num_answered = 0
         for agent in self._work.team.agents:
             longest = self._work.sampling(agent.name).max_new_tokens
-            values[Slot(agent.name)] = (0,) * longest
+            values[Slot(agent.name)] = ((0,) * longest,)
             num_answered += longest
         prompts = [prompt.fill(values) for prompt in self._prompts.values()]
         return num_answered + sum(len(segment.token_ids) for prompt in prompts for segment in prompt)
