@@ -122,7 +122,7 @@ def drawn(engine: Engine, work: Work, mode: Mode, prompt: Sequence[Segment], row
     if not work.num_samples:
         return {}
     completion = engine.generate(
-        prompt, work.drawing(), policy=mode.policy, variant=mode.variant, reads_cache=mode.reads_cache
+        prompt, work.drawing(), policy=mode.policy, rung=mode.rung, reads_cache=mode.reads_cache
     )
     right = sum(work.score(choice.text, {}, row).is_right for choice in completion.choices)
     return {"drawn": work.num_samples, "right": right}
