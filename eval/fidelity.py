@@ -24,7 +24,7 @@ from eval.shift import shift_figures, shift_texts
 from eval.team_answers import Run, team_runs
 from eval.workload import note, settings
 from kvcomm import Engine, KVCommError, ReusePolicy
-from kvcomm.agents.warming import publish
+from kvcomm.agents.example_runs import publish
 from kvcomm.align.groups import EdgeGroup
 from kvcomm.lab.variant import Variant
 from kvcomm.memory.segments import Segment

@@ -16,7 +16,7 @@ from eval.data_files import rows_of
 from eval.workload import note
 from kvcomm import Engine, ReusePolicy
 from kvcomm.agents.team import load_team
-from kvcomm.agents.warming import run_all
+from kvcomm.agents.example_runs import run_all
 from kvcomm.memory.segments import Segment
 
 BATCH = 16

@@ -42,14 +42,11 @@ class RenderedPrompt:
     parts: tuple[Segment | Slot, ...]
 
     def fill(self, values: Mapping[Slot, Sequence[int]]) -> tuple[Segment, ...]:
-        """The prompt's segments; slots without tokens leave none. Missing slots count as empty."""
-        segments: list[Segment] = []
-        for part in self.parts:
-            if isinstance(part, Segment):
-                segments.append(part)
-            elif ids := values.get(part, ()):
-                segments.append(Segment(tuple(ids), name=part.label))
-        return tuple(segments)
+        """The prompt's segments; one without tokens for each slot without a value, since the reader is the same."""
+        return tuple(
+            part if isinstance(part, Segment) else Segment(tuple(values.get(part, ())), name=part.label)
+            for part in self.parts
+        )
 
 
 class PromptRenderer:

@@ -259,6 +259,13 @@ class ReaderBook:
         calibration = self._calibration(namespace, reader, best.level, best.ladder)
         return Grounds(best.level, calibration, self.watch(namespace, reader, best.level, bound))
 
+    def find_watch(self, namespace: str, reader: Reader, level: Level, bound: Bound) -> Watch | None:
+        """The watch over a level as far as a reader's requests are concerned; None: nobody was served by it yet."""
+        if level is not Level.OWN:
+            return self._tenant(namespace).watches.get((level, bound))
+        found = self.find(namespace, reader.digest)
+        return None if found is None else found.watches.get(bound)
+
     def watch(self, namespace: str, reader: Reader, level: Level, bound: Bound) -> Watch:
         """The watch over a level as far as a reader's requests are concerned."""
         if level is Level.OWN:
@@ -343,18 +350,19 @@ class ReaderBook:
 
     def is_barred(self, namespace: str, reader: Reader, level: Level, bound: Bound) -> bool:
         """Whether a breaker has tripped that keeps a level from deciding about a reader."""
-        if self.watch(namespace, reader, level, bound).breaker.tripped:
-            return True
-        under = self.standing(namespace, reader).barred.get((bound, level))
-        return under is not None and under.breaker.tripped
+        found = self.find(namespace, reader.digest)
+        over = self.find_watch(namespace, reader, level, bound)
+        under = None if found is None else found.barred.get((bound, level))
+        return any(watch is not None and watch.breaker.tripped for watch in (over, under))
 
     def _calibration(self, namespace: str, reader: Reader, level: Level, ladder: Ladder) -> Calibration:
         tenant = self._tenant(namespace)
         key = (reader.digest if level is Level.OWN else "", level, ladder)
         version, made = tenant.known.get(key, (-1, None))
         if made is None or (version != tenant.version and level is not Level.PRIOR):
+            found = self.find(namespace, reader.digest)  # whoever only asks makes nobody known
             pairs: Mapping[Level, Sequence[Pair]] = {
-                Level.OWN: tuple(self.standing(namespace, reader).pairs),
+                Level.OWN: () if found is None else tuple(found.pairs),
                 Level.POOL: tuple(tenant.pool),
                 Level.PRIOR: self.prior if tenant.has_prior else (),
             }

@@ -20,7 +20,7 @@ from kvcomm.agents.tuning.profile import (
 )
 from kvcomm.agents.tuning.replays import EngineMaker, Measured, Replays, measure
 from kvcomm.agents.tuning.rows import Row
-from kvcomm.agents.warming import Note
+from kvcomm.agents.example_runs import Note
 from kvcomm.align.calibration import Calibration
 from kvcomm.align.intervals import violation_limit, wilson
 from kvcomm.config import EngineConfig

@@ -50,7 +50,7 @@ from kvcomm.agents.tuning.replays import (
 )
 from kvcomm.agents.tuning.rows import RULE, Row, Split, split_rows
 from kvcomm.agents.tuning.state import append_line, claim, damaged, read_kept
-from kvcomm.agents.warming import BATCH, Note
+from kvcomm.agents.example_runs import BATCH, Note
 from kvcomm.align.bank import BankSnapshot
 from kvcomm.align.bound import Bound
 from kvcomm.align.groups import EdgeGroup
