@@ -342,19 +342,21 @@ class ReaderBook:
         self._tenants.pop(namespace, None)
 
     def is_barred(self, namespace: str, reader: Reader, level: Level, bound: Bound) -> bool:
-        """Whether a breaker has tripped that keeps a level from deciding about a reader."""
-        if self.watch(namespace, reader, level, bound).breaker.tripped:
-            return True
-        under = self.standing(namespace, reader).barred.get((bound, level))
-        return under is not None and under.breaker.tripped
+        """Whether a breaker has tripped that keeps a level from deciding about a reader; asking remembers nobody."""
+        standing = self.find(namespace, reader.digest)
+        watches = [] if level is Level.OWN else [self._tenant(namespace).watches.get((level, bound))]
+        if standing is not None:
+            watches.append(standing.watches.get(bound) if level is Level.OWN else standing.barred.get((bound, level)))
+        return any(watch is not None and watch.breaker.tripped for watch in watches)
 
     def _calibration(self, namespace: str, reader: Reader, level: Level, ladder: Ladder) -> Calibration:
         tenant = self._tenant(namespace)
         key = (reader.digest if level is Level.OWN else "", level, ladder)
         version, made = tenant.known.get(key, (-1, None))
         if made is None or (version != tenant.version and level is not Level.PRIOR):
+            standing = tenant.standings.get(reader.digest)
             pairs: Mapping[Level, Sequence[Pair]] = {
-                Level.OWN: tuple(self.standing(namespace, reader).pairs),
+                Level.OWN: () if standing is None else tuple(standing.pairs),
                 Level.POOL: tuple(tenant.pool),
                 Level.PRIOR: self.prior if tenant.has_prior else (),
             }
