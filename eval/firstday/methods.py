@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from eval.baselines.methods import METHODS
 from kvcomm import Engine, ReusePolicy
 from kvcomm.errors import InvalidRequest
-from kvcomm.lab import methods as published
+from kvcomm.lab.methods import METHODS, add_to
 from kvcomm.memory.segments import Segment
 
 PAPER = "paper"
@@ -32,7 +31,7 @@ class Laboratory:
         require_known(names)
         self._engine = engine
         self._names = tuple(names)
-        published.add_to(engine)
+        add_to(engine)
 
     def measure(self, prompt: Sequence[Segment], answer: Sequence[int], share: float) -> dict[str, float]:
         """Nats from the exact answer, by method; those that know nothing about some of the prompt are left out.
