@@ -536,6 +536,9 @@ class Engine:
         num_tokens = sum(len(segment.token_ids) for segment in segments)
         assert num_tokens == sequence.num_tokens, f"segments of {num_tokens} tokens, {sequence.num_tokens} in sequence"
         self._reader.require_fits(sequence.num_tokens, sampling.max_new_tokens)
+        wanted = _policy(policy) or self.policy
+        if not wanted.is_exact:
+            self.reuse.planner.require_known(wanted.rungs)
         request_id = next(self._request_ids)
         handle = RequestHandle(request_id, cancel=lambda: self.scheduler.cancel(request))
         entropy = secrets.randbits(62)
@@ -559,7 +562,7 @@ class Engine:
             handle=handle,
             branches=branches,
             segments=segments,
-            policy=_policy(policy) or self.policy,
+            policy=wanted,
             is_lent=lent_by is not None,
         )
         with self.lock:
@@ -819,10 +822,14 @@ class Engine:
 
         Done in idle time; the future gives how many tokens were kept. Requests under a policy that learns do this by
         themselves, until the anchors suffice.
+
+        Raises:
+            InvalidRequest: the prompt is empty, or this engine has no such estimator.
         """
-        segments = self.read_prompt(prompt, is_start=True)
+        segments, names = self.read_prompt(prompt, is_start=True), tuple(estimators)
+        self.reuse.planner.require_known(map(Rung, names))
         weights = self._adapters.weights(adapter)
-        future = self.reuse.learner.learn(self._namespace(weights, tenant), weights, segments, tuple(estimators))
+        future = self.reuse.learner.learn(self._namespace(weights, tenant), weights, segments, names)
         self._loop.wake()
         return future
 
@@ -845,9 +852,10 @@ class Engine:
             policy: says which rungs.
 
         Raises:
-            InvalidRequest: the prompt or the answer is empty.
+            InvalidRequest: the prompt or the answer is empty, or a rung names what this engine does not have.
         """
         segments, tokens = self._read_case(prompt, answer)
+        self.reuse.planner.require_known(policy.rungs)
         weights = self._adapters.weights(adapter)
         future = self.reuse.learner.calibrate(self._namespace(weights, tenant), weights, segments, tokens, policy)
         self._loop.wake()

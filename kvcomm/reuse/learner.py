@@ -222,11 +222,11 @@ class Learner:
         While nobody can move anything yet, those of the ladder that is nearest to it: that pays soonest.
         """
         ladders = trial.policy.ladders
-        pool = self._book.pool(trial.namespace)
-        counts = {ladder: sum(all(rung in pair.measured for rung in ladder) for pair in pool) for ladder in ladders}
         bound = Bound(trial.policy.max_divergence, trial.policy.delta)
         with self._lock:
+            pool = self._book.pool(trial.namespace)
             grounds = self._book.grounds(trial.namespace, trial.reader, ladders, bound, trial.policy.levels)
+        counts = {ladder: sum(all(rung in pair.measured for rung in ladder) for pair in pool) for ladder in ladders}
         if grounds is None:
             return max(reversed(ladders), key=lambda ladder: counts[ladder])
         wanted = [ladder for ladder in ladders if ladder == ladders[0] or counts[ladder] < ENOUGH_PAIRS]
