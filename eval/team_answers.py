@@ -18,7 +18,7 @@ from eval.workload import note
 from kvcomm import Engine, ReusePolicy
 from kvcomm.agents.results import GroupResult
 from kvcomm.agents.team import load_team
-from kvcomm.agents.warming import publish, run_all
+from kvcomm.agents.example_runs import publish, run_all
 from kvcomm.memory.segments import Segment
 
 BATCH = 16

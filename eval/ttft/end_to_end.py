@@ -9,8 +9,8 @@ whatever would end them. Stock is given the very prompts, as token ids, that a r
 exact rehearsal's. Both are 1 in float32; in bfloat16 even another batch can change an answer and what others read then,
 though not how long it is.
 
-A folder of --anchors that is not there yet is learned on the questions behind those that are measured: every reader is
-measured, and by the first --warm of them taught. A quarter of the others is answered under the bound itself, so that
+A folder of --anchors that is not there yet is learned on the questions behind those that are measured, --warm and
+--calibration together: the team warms up on them. A quarter of the latter is answered under the bound itself, so that
 what audits find of agents who read answers given on moved KV counts, too. What the bound forbids is computed: the
 reasons are among the figures.
 
@@ -33,14 +33,13 @@ from typing import NamedTuple
 
 from eval.figures import Figure, Report
 from eval.stock import Stock
-from eval.team_answers import in_order, run_of
 from eval.ttft.team import tokens_of
 from eval.workload import note, settings
 from kvcomm import Engine, KVCommAgentGroup, ReusePolicy, SamplingParams
 from kvcomm.agents.comparison import read_roles
 from kvcomm.agents.results import AgentResult, GroupResult
 from kvcomm.agents.team import Team, load_team
-from kvcomm.agents.warming import BATCH, examples, run_all
+from kvcomm.agents.example_runs import BATCH, examples, run_all
 from kvcomm.errors import InvalidRequest
 from kvcomm.lab.timings import Samples, TakeTokens
 
@@ -153,14 +152,11 @@ def _earn(engine: Engine, team: Team, others: Sequence[Inputs], policy: ReusePol
         note(f"anchors and pairs of {len(profile.knowledge.readers)} readers taken from {options.anchors}")
         return
     num_exact = options.warm + -(-3 * options.calibration // 4)
-    results = run_all(team.group(engine, policy=ReusePolicy.exact()), others[:num_exact], team, note)
-    for index, result in enumerate(results):
-        note(f"learning from run {index + 1} of {num_exact}")
-        for _, reading in in_order(engine, run_of(result)):
-            engine.calibrate(reading.prompt, reading.answer, policy).result()
-            if index < options.warm:
-                engine.learn(reading.prompt).result()
-    run_all(team.group(engine, policy=policy), others[num_exact:], team, note)
+    note(f"learning from {num_exact} questions")
+    group = team.group(engine, policy=policy)
+    rows = [{**team.inputs, **each} for each in others[:num_exact]]
+    group.warm(rows, rounds=team.rounds, progress=True)
+    run_all(group, others[num_exact:], team, note)
     note("learning in idle time")
     engine.wait_idle()
     engine.clear_cache()

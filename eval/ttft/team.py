@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from eval.workload import note
 from kvcomm import Engine, SamplingParams
-from kvcomm.agents.warming import publish
+from kvcomm.agents.example_runs import publish
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.errors import InvalidRequest
 from kvcomm.lab.timings import TakeTokens
