@@ -1,13 +1,14 @@
 """Exact runs of a team of agents, kept in a file: prompts as segments, answers as token ids.
 
 Fidelity is measured on what agents really read and write. Generating that takes most of the time, so it is done once:
-a file of answers given to the next run is read instead, and continued where it ends.
+a file of answers given to the next run is read instead, and continued where it ends. Whoever looks at a run goes
+through it `in_order`, so that every reader finds what ran before it, as it did then, and nothing of later ones.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from eval.data_files import rows_of
 from eval.workload import note
 from kvcomm import Engine, ReusePolicy
 from kvcomm.agents.team import load_team
-from kvcomm.agents.warming import run_all
+from kvcomm.agents.warming import publish, run_all
 from kvcomm.memory.segments import Segment
 
 BATCH = 16
@@ -31,9 +32,9 @@ class Reading:
     answer: tuple[int, ...]
 
     @property
-    def is_moved_into(self) -> bool:
-        """Whether any of it could come from another context: it has a slot behind its role."""
-        return any(segment.name is not None for segment in self.prompt)
+    def num_movable(self) -> int:
+        """Prompt tokens that could come from other contexts."""
+        return sum(len(segment.token_ids) for segment in self.prompt if segment.name is not None)
 
 
 Run = dict[str, Reading]
@@ -54,6 +55,19 @@ def team_runs(engine: Engine, team: str, questions: Sequence[str], file: Path | 
                 with file.open("a") as out:
                     out.write(_line(question, run) + "\n")
     return [known[question] for question in questions]
+
+
+def in_order(engine: Engine, run: Run) -> Iterator[tuple[str, Reading]]:
+    """Every agent that reads others and has answered, each as long as the cache holds what ran before it and no more.
+
+    Begins with an empty cache and ends with one.
+    """
+    engine.clear_cache()
+    for index, (name, reading) in enumerate(run.items()):
+        if index and reading.answer and reading.num_movable:
+            yield name, reading
+        publish(engine, [(reading.prompt, reading.answer)])
+    engine.clear_cache()
 
 
 def _answer(engine: Engine, team: str, questions: Sequence[str]) -> list[Run]:

@@ -44,7 +44,7 @@ class Rung:
             raise InvalidRequest(f"share must be between 0 and 1, got {self.share!r}")
 
     def __str__(self) -> str:
-        return self.estimator if not self.share else f"{self.estimator} {self.share:.0%} {self.chooser}"
+        return self.estimator if not self.share else f"{self.estimator} {100 * self.share:g} % {self.chooser}"
 
 
 Ladder = tuple[Rung, ...]
@@ -58,13 +58,13 @@ DEFAULT_RUNGS = (*CORRECTED, *TURNED)
 
 
 def ladders_of(rungs: Sequence[Rung]) -> tuple[Ladder, ...]:
-    """The rungs by estimator; ladders and rungs in the order given."""
+    """The rungs by estimator; ladders and rungs in the order given, each rung once."""
     names = dict.fromkeys(rung.estimator for rung in rungs)
-    return tuple(tuple(rung for rung in rungs if rung.estimator == name) for name in names)
+    return tuple(tuple(rung for rung in dict.fromkeys(rungs) if rung.estimator == name) for name in names)
 
 
 def moved_positions(moves: Sequence[Move]) -> IntArray:
-    """Every moved position, ascending."""
+    """Every moved position, ascending; of at least one move."""
     return np.concatenate([np.arange(move.start, move.end, dtype=np.int32) for move in moves])
 
 

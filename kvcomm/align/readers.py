@@ -1,7 +1,7 @@
 """Readers: who reads a prompt, told by the template before, between and behind its slots.
 
-Calibration belongs to readers. Which texts fill the slots, how many documents stand in a row, where their KV comes from
-and whether that is exact is not part of a reader: prompts that differ in these are examples of one thing.
+Calibration belongs to readers. Not part of one are the texts in the slots, the number of documents in a row, where
+their KV comes from and whether that is exact: prompts that differ in these are examples of the same thing.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
 from kvcomm.memory.segments import Segment
 
 _DOMAIN = b"kvcomm reader 1\0"
-_NUMBERED = re.compile(r"^(.*?[^\W\d_])[\W_]*\d+$")
+_NUMBERED = re.compile(r"(.*[^\W\d_])[\W_]*\d+", re.DOTALL)  # a letter, whatever is no letter, a number
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,8 @@ class Reader:
 
 def reader_of(segments: Sequence[Segment]) -> Reader:
     """The reader of a prompt. Cutting static text differently changes nothing."""
-    running, slots = hashlib.sha256(_DOMAIN), []
+    running = hashlib.sha256(_DOMAIN)
+    slots: list[str] = []
     for part in template_of(segments):
         if isinstance(part, str):
             slots.append(part)
@@ -46,9 +46,10 @@ def reader_of(segments: Sequence[Segment]) -> Reader:
 
 
 def template_of(segments: Sequence[Segment]) -> Iterator[str | np.ndarray]:
-    """Static text and kinds of slots in turn; slots of one kind in a row, and what stands between them, count once.
+    """Static text as token ids, int32, and kinds of slots in turn; first and last is static text, maybe none.
 
-    So three documents and five are read by the same reader, whatever numbers stand before them.
+    Slots of one kind in a row count once, and what stands between them not at all: three documents and five are read by
+    the same reader, whatever numbers stand before them.
     """
     static: list[int] = []
     last: str | None = None
@@ -64,10 +65,12 @@ def template_of(segments: Sequence[Segment]) -> Iterator[str | np.ndarray]:
     yield np.array(static, dtype="<i4")
 
 
-@lru_cache(maxsize=4096)
 def kind_of(slot: str) -> str:
-    """What kind of slot a name stands for: "document_3" and "document 12" are both a "document"."""
-    found = _NUMBERED.match(slot)
+    """What kind of slot a name stands for: "document_3" and "document 12" are both a "document".
+
+    A name without a letter before its number is a kind of its own.
+    """
+    found = _NUMBERED.fullmatch(slot)
     return found.group(1) if found else slot
 
 

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +28,7 @@ from kvcomm.align.prior import Prior, find_prior, require_prior_fits
 from kvcomm.align.profile_file import Profile
 from kvcomm.config import EngineConfig
 from kvcomm.engine.adapters import Adapters
+from kvcomm.engine.chat import ChatPrompts, Messages
 from kvcomm.engine.context import Context, sampling_params
 from kvcomm.engine.detokenize import Detokenizer
 from kvcomm.engine.encoding import TextEncoder
@@ -153,6 +154,7 @@ class Engine:
         self._reader = PromptReader(
             self.encoder, vocab_size=self.geometry.vocab_size, max_context=self.geometry.max_context
         )
+        self._chats = ChatPrompts(tokenizer, self.encoder, self._reader, self._texts)
         self._cached_pages: dict[str, int] = {}
         self._request_ids = itertools.count()
         self._budget = Budget(self.config.learning_share)
@@ -428,6 +430,61 @@ class Engine:
             **settings,
         )
         return handle.result()
+
+    def chat(
+        self,
+        messages: Messages,
+        sampling: SamplingParams | None = None,
+        *,
+        tools: Iterable[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
+        tenant: str = DEFAULT_TENANT,
+        policy: ReusePolicy | None = None,
+        reads_cache: bool = True,
+        **settings: object,
+    ) -> Completion:
+        """`generate` of `chat_prompt`; raises what those raise. To stream, submit the prompt."""
+        prompt = self.chat_prompt(messages, tools=tools, variables=variables)
+        params = sampling_params(sampling, settings)
+        return self.generate(prompt, params, adapter=adapter, tenant=tenant, policy=policy, reads_cache=reads_cache)
+
+    def chat_prompt(
+        self,
+        messages: Messages,
+        *,
+        tools: Iterable[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> tuple[Segment, ...]:
+        """The prompt of a conversation, as the model's chat template writes it: for `submit`, `context`, `learn` etc.
+
+        The content of a message is one part, or a list of parts; these are joined with nothing in between.
+
+        - A `Segment` is a passage: the same ids wherever it stands, so its KV can be moved. Passages of one name are
+          of one kind; one without a name is a "passage".
+        - {"type": "text", "text": ...} with a "name", or with "dynamic": True, is a passage as well.
+        - `Static(text)`, and in system messages every other text, is a part of the template. What is known about moving
+          text belongs to a template, so nothing that differs from request to request should be there.
+        - Every other text is the turn's own, a segment named "text". Only this may be trimmed by the chat template.
+
+        Control tokens spelled out in messages are ordinary text.
+
+        Args:
+            messages: dicts with "role", "content", and what else the chat template looks at.
+            tools: JSON schemas of functions, for the chat template.
+            variables: what else it may look at, such as {"enable_thinking": False}.
+            add_generation_prompt: put the beginning of an answer behind them.
+
+        Raises:
+            TemplateError: there is no chat template, or it rejects, drops, repeats, moves or changes something of these
+                messages; names the message and the part.
+            InvalidRequest: messages or parts that are none, or a segment with a control token in it; names them.
+        """
+        segments = self._chats.segments(
+            messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt
+        )
+        return self.read_prompt(segments, is_start=True)
 
     def explain(
         self,
@@ -855,6 +912,10 @@ class Engine:
         within, or closing the engine, would never end.
         """
         return self._loop.held()
+
+    def wake(self) -> None:
+        """Make sure that what has been queued beside requests is worked on."""
+        self._loop.wake()
 
     def close(self) -> None:
         """Fail what is in flight and end the engine's thread. Idempotent."""

@@ -63,8 +63,9 @@ class Acceptance:
 
 def accept(grounds: Grounds, bound: Bound) -> Acceptance | None:
     """On these grounds, at which rung a request is served; None: no rung keeps the bound."""
-    index = grounds.calibration.choose(bound.max_divergence, grounds.watch.working_delta)
-    return None if index is None else Acceptance(grounds.level, grounds.calibration, index, bound.confidence)
+    return (
+        None if grounds.rung is None else Acceptance(grounds.level, grounds.calibration, grounds.rung, bound.confidence)
+    )
 
 
 class Replayed(Protocol):

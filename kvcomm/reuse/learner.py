@@ -25,7 +25,6 @@ from kvcomm.memory.segments import Segment
 from kvcomm.model.live import Weights
 from kvcomm.reuse.asked import Asked
 from kvcomm.reuse.audit import Auditor
-from kvcomm.reuse.decision import accept
 from kvcomm.reuse.idle_work import Steps, Urgency
 from kvcomm.reuse.planner import Planner
 from kvcomm.reuse.policy import ReusePolicy
@@ -232,9 +231,8 @@ class Learner:
         bound = Bound(policy.max_divergence, policy.delta)
         ladders = [ladder for ladder in policy.ladders if all(rung in pair.measured for rung in ladder)]
         grounds = self._book.grounds(trial.namespace, trial.reader, ladders, bound, policy.levels)
-        if grounds is not None:
-            accepted = accept(grounds, bound)
-            grounds.watch.would_give(0.0 if accepted is None else pair.measured[accepted.rung].divergence)
+        if grounds is not None and grounds.tried is not None:
+            grounds.watch.would_give(pair.measured[grounds.calibration.ladder[grounds.tried]].divergence)
 
     def _teach(self, trial: Trial, name: str, moves: Sequence[Move]) -> int:
         """Let an estimator learn from moves whose source is exact; the sequence holds the truth."""
