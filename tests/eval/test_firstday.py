@@ -111,10 +111,11 @@ def test_text_that_became_known_while_the_request_waited_counts_where_it_was_mov
     prompt = prompt_of((None, 5), ("old", 9), (None, 2))
     spans = [
         Span(SpanKind.EXACT, 0, 5),
-        Span(SpanKind.ALIGNED, 5, 14),
+        Span(SpanKind.ALIGNED, 5, 12),
+        Span(SpanKind.COMPUTE, 12, 14, Reason.RUNG),
         Span(SpanKind.COMPUTE, 14, 16, Reason.GLUE),
     ]
-    assert movable_of(prompt, spans, frozenset()) == Movable(9, 9)
+    assert movable_of(prompt, spans, frozenset()) == Movable(9, 7)
 
 
 # ---- figures ----
