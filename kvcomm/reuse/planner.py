@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from kvcomm.align.bound import Bound
+from kvcomm.align.calibration import sources_of
 from kvcomm.align.estimators import Correction, Estimator
 from kvcomm.align.ladder import Ladder, Rung
 from kvcomm.align.levels import ReaderBook
@@ -203,7 +204,9 @@ class Planner:
         usable = self._usable(asked, moves)
         if not usable:
             return Decision(reason=Reason.NO_ANCHORS)
-        grounds = self.book.grounds(asked.namespace, reader, usable, bound, policy.levels)
+        grounds = self.book.grounds(
+            asked.namespace, reader, usable, bound, policy.levels, have_read_all=sources_of(moves).have_read_all
+        )
         if grounds is None:
             return Decision(reason=self._why_no_grounds(asked, reader, bound))
         accepted = accept(grounds, bound)
