@@ -5,14 +5,14 @@ readers of the tenant (`pool`), and those that ship with the model (`prior`). Wh
 pairs and never by what they show, so choosing costs nothing of the promise. What each promises, over the draw of its
 pairs and of a request like them (exchangeable with them):
 
-- own: P(divergence > epsilon) <= delta among this reader's requests;
-- pool: the same over the mix of the tenant's readers that the pairs were drawn from, not reader by reader; among
-  prompts whose sources had read all that stands before them, and among the others, each by itself;
-- prior: the same over the mix of workloads that it was measured on; nothing about other ones. That is why requests at
-  this level are watched the closest, and why a caller may ask for more (`ReusePolicy.basis`).
+- own: P(accepted and divergence > epsilon) <= delta for this reader's requests;
+- pool: the same over the mix of the tenant's readers that the pairs were drawn from, not reader by reader; of prompts
+  whose sources had read all that stands before them, and of the others, each by itself;
+- prior: the same over the mix of workloads that it was measured on, and nothing about other ones. So a caller may ask
+  for more (`ReusePolicy.basis`).
 
-A `Watch` goes with each level: one per reader for `own`, one per tenant for the others. Knows no engine and no pages.
-Guarded by its owner's lock.
+A `Watch` goes with each reader, level and bound; at pool and prior it lies within one over all requests of the tenant
+at this level. Knows no engine and no pages. Guarded by its owner's lock.
 """
 
 from __future__ import annotations
