@@ -353,8 +353,9 @@ class ReaderBook:
         key = (reader.digest if level is Level.OWN else "", level, ladder)
         version, made = tenant.known.get(key, (-1, None))
         if made is None or (version != tenant.version and level is not Level.PRIOR):
+            own = self.find(namespace, reader.digest)  # looking makes nobody known
             pairs: Mapping[Level, Sequence[Pair]] = {
-                Level.OWN: tuple(self.standing(namespace, reader).pairs),
+                Level.OWN: () if own is None else tuple(own.pairs),
                 Level.POOL: tuple(tenant.pool),
                 Level.PRIOR: self.prior if tenant.has_prior else (),
             }
