@@ -39,7 +39,7 @@ from kvcomm import Engine, KVCommAgentGroup, ReusePolicy, SamplingParams
 from kvcomm.agents.comparison import read_roles
 from kvcomm.agents.results import AgentResult, GroupResult
 from kvcomm.agents.team import Team, load_team
-from kvcomm.agents.warming import BATCH, examples, run_all, warm_up
+from kvcomm.agents.example_runs import BATCH, examples, run_all, warm_up
 from kvcomm.errors import InvalidRequest
 from kvcomm.lab.timings import Samples, TakeTokens
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from eval.workload import note
 from kvcomm import Engine, ReusePolicy, SamplingParams
-from kvcomm.agents.warming import publish
+from kvcomm.agents.example_runs import publish
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.request import NUM_CONTINUATION
 from kvcomm.errors import InvalidRequest

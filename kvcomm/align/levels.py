@@ -355,6 +355,11 @@ class ReaderBook:
         """Whether a breaker has tripped that keeps a level from deciding about a reader."""
         return self.watch(namespace, reader, level, bound).is_tripped
 
+    def find_watch(self, namespace: str, reader: Reader, level: Level, bound: Bound) -> Watch | None:
+        """The watch over a reader's requests at a level; None: the reader is not known."""
+        known = self.find(namespace, reader.digest) is not None
+        return self.watch(namespace, reader, level, bound) if known else None
+
     def watch(self, namespace: str, reader: Reader, level: Level, bound: Bound) -> Watch:
         """The watch over a reader's requests at a level, within that over all of the tenant's at this level.
 

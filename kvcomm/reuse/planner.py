@@ -112,7 +112,7 @@ class Planner:
             for other in running
             if not other.is_prefilled and other.namespace == asked.namespace
             for segment in other.segments
-            if segment.name is not None
+            if segment.name is not None and segment.token_ids
         }
         is_read = any(
             segment.name is not None
