@@ -392,8 +392,12 @@ class ReaderBook:
         return self.watch(namespace, reader, level, bound) if known else None
 
     def watch(self, namespace: str, reader: Reader, level: Level, bound: Bound) -> Watch:
-        """The watch over a reader's requests at a level, within that over all of the tenant's at this level."""
-        found = self.standing(namespace, reader).watches.get(level, bound)
+        """The watch over a reader's requests at a level, within that over all of the tenant's at this level.
+
+        Of a reader that is not known it is a fresh one, and the reader is not known afterwards either.
+        """
+        standing = self.find(namespace, reader.digest)
+        found = Watch(bound) if standing is None else standing.watches.get(level, bound)
         found.within = None if level is Level.OWN else self._tenant(namespace).watches.get(level, bound)
         return found
 
