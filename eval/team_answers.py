@@ -16,9 +16,9 @@ from typing import Any
 from eval.data_files import rows_of
 from eval.workload import note
 from kvcomm import Engine, ReusePolicy
+from kvcomm.agents.example_runs import publish, run_all
 from kvcomm.agents.results import GroupResult
 from kvcomm.agents.team import load_team
-from kvcomm.agents.example_runs import publish, run_all
 from kvcomm.memory.segments import Segment
 
 BATCH = 16
