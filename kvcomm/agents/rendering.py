@@ -50,14 +50,14 @@ class RenderedPrompt:
     separator: Segment
 
     def fill(self, values: Mapping[Slot, Filling]) -> tuple[Segment, ...]:
-        """The prompt's segments; texts without tokens leave none. Missing slots count as empty."""
+        """The prompt's segments; one without tokens for each slot without a value, since the reader is the same."""
         segments: list[Segment] = []
         for part in self.parts:
             if isinstance(part, Segment):
                 segments.append(part)
                 continue
             texts = [Segment(tuple(ids), name=part.label) for ids in values.get(part, ()) if ids]
-            for index, text in enumerate(texts):
+            for index, text in enumerate(texts or [Segment((), name=part.label)]):
                 segments += [self.separator, text] if index else [text]
         return tuple(segments)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from kvcomm.align.moves import Move, num_moved
 from kvcomm.errors import InvalidRequest
 from kvcomm.model.attention.contract import IntArray
+from kvcomm.values import real_number, text
 
 ATTENTION = "attention"
 
@@ -32,7 +33,7 @@ class Rung:
         chooser: which ones.
 
     Raises:
-        InvalidRequest: the share is no number in [0, 1].
+        InvalidRequest: the share is no number in [0, 1], or a name is no text.
     """
 
     estimator: str = "token"
@@ -40,6 +41,9 @@ class Rung:
     chooser: str = ATTENTION
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "estimator", text("estimator", self.estimator))
+        object.__setattr__(self, "share", real_number("share", self.share))
+        object.__setattr__(self, "chooser", text("chooser", self.chooser))
         if not (math.isfinite(self.share) and 0 <= self.share <= 1):
             raise InvalidRequest(f"share must be between 0 and 1, got {self.share!r}")
 

@@ -132,6 +132,7 @@ class ReaderRecord(_Strict):
 
     digest: Digest
     slots: tuple[str, ...]
+    targets: tuple[str, ...]
     pairs: tuple[PairRecord, ...]
 
 
@@ -165,7 +166,8 @@ class ReadersHeader(_Strict):
         """
         rungs = [Rung(each.estimator, each.share, each.chooser) for each in self.rungs]
         readers = tuple(
-            (Reader(each.digest, each.slots), tuple(pair.pair(rungs) for pair in each.pairs)) for each in self.readers
+            (Reader(each.digest, each.slots, each.targets), tuple(pair.pair(rungs) for pair in each.pairs))
+            for each in self.readers
         )
         return Knowledge(readers, tuple(each.kept() for each in self.watches), self.head_weights)
 
@@ -234,6 +236,7 @@ def header_of(namespace: str, knowledge: Knowledge, banks: Mapping[str, str]) ->
             ReaderRecord(
                 digest=reader.digest,
                 slots=reader.slots,
+                targets=reader.targets,
                 pairs=tuple(PairRecord.of(pair, places) for pair in pairs),
             )
             for reader, pairs in knowledge.readers

@@ -7,16 +7,16 @@ their KV comes from and whether that is exact: prompts that differ in these are 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from kvcomm.align.edges import signatures
+from kvcomm.align.slots import kind_of
 from kvcomm.memory.segments import Segment
 
 _DOMAIN = b"kvcomm reader 1\0"
-_NUMBERED = re.compile(r"(.*[^\W\d_])[\W_]*\d+", re.DOTALL)  # a letter, whatever is no letter, a number
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,19 @@ class Reader:
     Attributes:
         digest: hex SHA-256 of its template.
         slots: kinds of its slots in order, a row of the same kind once; for people.
+        targets: signatures of these slots, to which the edges of what is moved into them lead.
     """
 
     digest: str
     slots: tuple[str, ...] = ()
+    targets: tuple[str, ...] = field(default=(), compare=False)
 
 
 def reader_of(segments: Sequence[Segment]) -> Reader:
-    """The reader of a prompt. Cutting static text differently changes nothing."""
+    """The reader of a prompt. Cutting static text differently changes nothing, nor does what stands in the slots.
+
+    A slot in which nothing stands has to be there as a segment without tokens: without it this is another template.
+    """
     running = hashlib.sha256(_DOMAIN)
     slots: list[str] = []
     for part in template_of(segments):
@@ -42,7 +47,9 @@ def reader_of(segments: Sequence[Segment]) -> Reader:
             running.update(b"slot" + _sized(part.encode()))
         else:
             running.update(b"text" + _sized(part.tobytes()))
-    return Reader(running.hexdigest(), tuple(slots))
+    named = zip(segments, signatures(segments), strict=True)
+    targets = dict.fromkeys(signature for segment, signature in named if segment.name is not None)
+    return Reader(running.hexdigest(), tuple(slots), tuple(targets))
 
 
 def template_of(segments: Sequence[Segment]) -> Iterator[str | np.ndarray]:
@@ -63,15 +70,6 @@ def template_of(segments: Sequence[Segment]) -> Iterator[str | np.ndarray]:
             yield kind
         static, last = [], kind
     yield np.array(static, dtype="<i4")
-
-
-def kind_of(slot: str) -> str:
-    """What kind of slot a name stands for: "document_3" and "document 12" are both a "document".
-
-    A name without a letter before its number is a kind of its own.
-    """
-    found = _NUMBERED.fullmatch(slot)
-    return found.group(1) if found else slot
 
 
 def _sized(data: bytes) -> bytes:

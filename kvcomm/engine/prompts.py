@@ -37,7 +37,7 @@ class PromptReader:
         return Segment(self._encoder.piece(values.text("a segment", text)), checked)
 
     def read(self, prompt: Prompt, *, is_start: bool) -> tuple[Segment, ...]:
-        """The segments of a prompt.
+        """The segments of a prompt; those without tokens only where they have a name, as slots that nothing stands in.
 
         Args:
             is_start: nothing stands before it, so the tokenizer's start tokens (if any) belong to a text or segments.
@@ -50,7 +50,7 @@ class PromptReader:
         segments = self._segments(prompt, is_start)
         if not any(segment.token_ids for segment in segments):
             raise EmptyPrompt(f"the prompt has no tokens: {values.shown(prompt)}")
-        return tuple(segment for segment in segments if segment.token_ids)
+        return tuple(segment for segment in segments if segment.token_ids or segment.name is not None)
 
     def require_fits(self, num_tokens: int, max_new_tokens: int) -> None:
         """Raises PromptTooLong when prompt and answer exceed the model's limit; gives the numbers."""

@@ -57,8 +57,10 @@ class Acceptance:
 
     def escalate(self) -> bool:
         """Go to the next safer rung; False if there is none: everything is to be computed."""
+        if not self.index:
+            return False
         self.index -= 1
-        return self.index >= 0
+        return True
 
 
 def accept(grounds: Grounds, bound: Bound) -> Acceptance | None:

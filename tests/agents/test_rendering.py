@@ -86,7 +86,11 @@ def test_plain_format_without_a_chat_template() -> None:
 
 def test_every_piece_is_a_segment_tokenized_on_its_own() -> None:
     segments = rendered(CHATML)
-    assert [segment.name for segment in segments] == [None, "topic", None, "question", None, "solver", None]
+    assert [segment.name for segment in segments] == [
+        *(None, "topic", None, "question", None, "solver"),
+        *("solver@previous", None),
+    ]
+    assert segments[6].token_ids == ()
     engine = FakeEngine()
     for segment in segments:
         assert segment.token_ids == engine.segment(text_of((segment,))).token_ids
