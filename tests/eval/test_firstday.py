@@ -200,6 +200,13 @@ def test_methods_are_held_against_what_was_served_in_their_place() -> None:
     assert values["compared_epic"] == 2
 
 
+def test_methods_compute_as_much_of_what_is_moved_as_was_computed_here() -> None:
+    """Of 20 moved tokens 5: what was not moved at all is in the prompts of the methods no moved text either."""
+    made = call(aligned=15, reasons={"rung": 3, "escalated": 2, "displaced": 40, "new": 7})
+    assert made.recomputed_share == 0.25
+    assert call(reasons={"new": 7}).recomputed_share == 0
+
+
 def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     file = ServedFile(tmp_path / "part.jsonl")
     served = Served(1, 2.5, 0.25, (call(reasons={"new": 80}), moving(10, 5, "own", 0.01, methods={"epic": 0.5})))
@@ -551,10 +558,11 @@ def test_the_twin_gets_the_prompts_of_the_served_engine(data: Path, engine: Engi
 @pytest.fixture
 def easy_prior(engine: Engine, tmp_path: Path) -> Path:
     """A prior by which nothing ever costs anything, so that text is moved from the first request on."""
-    pair = Pair({rung: Measured(0.0, 1e6) for rung in TURNED}, {}, Sources(1, 0, 0, 10))
+    measured = {rung: Measured(0.0, 1e6) for rung in TURNED}
+    pairs = [Pair(measured, {}, Sources(1, 0, num_unread, 10)) for num_unread in (0, 1)] * 40
     file = tmp_path / "prior.json"
     with engine:
-        write_prior(Prior(engine.prior_model, {"gsm8k": [pair] * 40, "rag": [pair] * 40}), file, name="tiny")
+        write_prior(Prior(engine.prior_model, {"gsm8k": pairs, "rag": pairs}), file, name="tiny")
     return file
 
 
