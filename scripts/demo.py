@@ -46,7 +46,7 @@ from kvcomm.agents import (
     load_team,
 )
 from kvcomm.agents.comparison import AgentReuse, Comparison, read_roles, watched
-from kvcomm.agents.warming import examples, limited, warm_up
+from kvcomm.agents.example_runs import examples, limited, warm_up
 from kvcomm.cli.bench_reuse import agent_values, conclusion, reuse_table
 from kvcomm.errors import InvalidRequest
 from kvcomm.files.reading import BadContent, read_lines

@@ -23,7 +23,7 @@ from tests.tiny import TinyModel
 EXPORTING = (kvcomm, kvcomm.agents, kvcomm.agents.tuning)
 MORE = (
     "kvcomm.agents.tuning.rows:read_rows",
-    "kvcomm.agents.warming:examples",
+    "kvcomm.agents.example_runs:examples",
     "kvcomm.align.archive:export_archive",
     "kvcomm.align.archive:import_archive",
     "kvcomm.lab.timings:measure_restore",

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
+from kvcomm.agents.example_runs import limited
 from kvcomm.agents.results import GroupResult
 from kvcomm.agents.team import Team
-from kvcomm.agents.warming import limited
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.results import Usage
 from kvcomm.errors import InvalidRequest
@@ -43,7 +43,7 @@ class AgentReuse:
     @property
     def rungs(self) -> list[float]:
         """Shares of the moved tokens that were recomputed at most, of approximated requests."""
-        return [usage.approximation.rung for usage in self.usages if usage.approximation is not None]
+        return [usage.approximation.share for usage in self.usages if usage.approximation is not None]
 
     @property
     def predicted(self) -> list[float]:
@@ -89,16 +89,16 @@ class Comparison:
             agent.dense_s.append(dense[name].usage.ttft_s)
             agent.exact_s.append(exact[name].usage.ttft_s)
             if usage.approximation is not None:
-                agent.audited += self._audited_since(usage.approximation.group)
+                agent.audited += self._audited_since(usage.approximation.reader)
         self._num_audited = self._count_audits()
 
     def _count_audits(self) -> dict[str, int]:
-        return {group.key.digest: group.num_audited for group in self._engine.edge_groups()}
+        return {standing.reader.digest: standing.num_audited for standing in self._engine.readers()}
 
-    def _audited_since(self, digest: str) -> list[float]:
-        (group,) = (group for group in self._engine.edge_groups() if group.key.digest == digest)
-        count = group.num_audited - self._num_audited.get(digest, 0)
-        return [audit.divergence for audit in list(group.audits)[-count:]] if count else []
+    def _audited_since(self, reader: str) -> list[float]:
+        (standing,) = (each for each in self._engine.readers() if each.reader.digest == reader)
+        count = standing.num_audited - self._num_audited.get(reader, 0)
+        return [audit.divergence for audit in list(standing.audits)[-count:]] if count else []
 
 
 def watched(policy: ReusePolicy) -> ReusePolicy:

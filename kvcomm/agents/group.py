@@ -8,26 +8,27 @@ scheduling of its own.
 
 from __future__ import annotations
 
-import asyncio
-import queue
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
 from contextlib import aclosing, closing
 from types import TracebackType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, cast, overload
 
 from kvcomm.agents.agent import Agent, check_one_answer
 from kvcomm.agents.graph import AgentGraph
-from kvcomm.agents.rendering import PromptRenderer
+from kvcomm.agents.rendering import Input, PromptRenderer
 from kvcomm.agents.results import GroupEvent, GroupFinished, GroupResult
-from kvcomm.agents.running import Failure, GroupRun, RunPlan
+from kvcomm.agents.running import RunPlan, follow, follow_async
 from kvcomm.engine.sampling import SamplingParams
-from kvcomm.errors import InvalidRequest
+from kvcomm.errors import InvalidRequest, PromptTooLong, TemplateError
 from kvcomm.reuse.policy import ReusePolicy
+from kvcomm.values import told as told_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from kvcomm.engine.engine import Engine
+    from kvcomm.engine.warming import Gained, Progress
+    from kvcomm.reuse.status import ReaderStatus
 
 MAX_SHOWN = 6
 
@@ -95,7 +96,7 @@ class KVCommAgentGroup:
         self._graph = AgentGraph((*self._graph.agents, agent))
         return self
 
-    def run(self, /, rounds: int = 1, **inputs: str) -> GroupResult:
+    def run(self, /, rounds: int = 1, **inputs: Input) -> GroupResult:
         """Let every agent answer once a round and return all answers.
 
         Agents whose inputs are ready run in one batch. In each round every agent answers anew; what it reads
@@ -103,7 +104,9 @@ class KVCommAgentGroup:
 
         Args:
             rounds: at least 1.
-            inputs: a text for every placeholder that is not an agent.
+            inputs: for every placeholder that is not an agent a text, or a list of passages (texts, or segments of
+                `Engine.segment`). Each passage is a segment of its own, named as the placeholder: the same ids in any
+                order, so that its KV can be moved. Between two of them stands an empty line.
 
         Raises:
             TemplateError: placeholders, agents and inputs do not fit together. Nothing has run.
@@ -117,16 +120,16 @@ class KVCommAgentGroup:
                     return event.result
         raise AssertionError("a run ended without a result or an error")
 
-    def stream(self, /, rounds: int = 1, **inputs: str) -> Generator[GroupEvent, None, None]:
+    def stream(self, /, rounds: int = 1, **inputs: Input) -> Generator[GroupEvent, None, None]:
         """Run the group and yield what happens as it happens; the last event is GroupFinished.
 
         Inputs are checked now, the run starts with the first event asked for. Closing the iterator (or an
         exception in the loop over it, with `contextlib.closing`) cancels everything in flight. Raises as
         `run` does.
         """
-        return _follow(self._plan(rounds, inputs))
+        return follow(self._plan(rounds, inputs))
 
-    async def arun(self, /, rounds: int = 1, **inputs: str) -> GroupResult:
+    async def arun(self, /, rounds: int = 1, **inputs: Input) -> GroupResult:
         """Like `run`, without blocking the event loop; cancelling the task cancels the run."""
         async with aclosing(self.astream(rounds, **inputs)) as events:
             async for event in events:
@@ -134,9 +137,68 @@ class KVCommAgentGroup:
                     return event.result
         raise AssertionError("a run ended without a result or an error")
 
-    def astream(self, /, rounds: int = 1, **inputs: str) -> AsyncGenerator[GroupEvent, None]:
+    def astream(self, /, rounds: int = 1, **inputs: Input) -> AsyncGenerator[GroupEvent, None]:
         """Like `stream`, as an async generator; `aclose()` cancels everything in flight."""
-        return _follow_async(self._plan(rounds, inputs))
+        return follow_async(self._plan(rounds, inputs))
+
+    def warm(
+        self, examples: Iterable[Mapping[str, str]], *, rounds: int = 1, progress: Progress = False
+    ) -> dict[str, Gained]:
+        """Learn from examples at once what runs like them would teach by and by.
+
+        Every example is run exactly, and every agent's prompt is learned from completely: first measured for all rungs
+        of the group's policy, then its anchors are taught. Answers are not kept. Requests of others come first.
+
+        Args:
+            examples: inputs of one run each, as `run` takes them.
+            rounds: of each run.
+            progress: True: a bar on stderr; or what to call with how much is done.
+
+        Returns:
+            What each agent that reads anything has gained, by name.
+
+        Raises:
+            InvalidRequest: there are no examples, one is no mapping, or the policy is exact. Nothing has run.
+            TemplateError: an example's inputs are not what the placeholders ask for; names both. Nothing has run.
+            PromptTooLong, UnknownAdapter, AgentFailed: as `run`.
+            EngineClosed: the engine has been closed, before or meanwhile.
+        """
+        from kvcomm.agents.learning import warm
+        from kvcomm.engine.warming import require_something, told
+
+        plans = [self._plan_example(number, each, rounds) for number, each in enumerate(examples, start=1)]
+        self._engine.require_open()
+        require_something(self._engine, self.policy, len(plans))
+        with told(progress) as tell:
+            return warm(plans, self.policy, tell)
+
+    @overload
+    def status(self, agent: None = None) -> dict[str, ReaderStatus]: ...
+
+    @overload
+    def status(self, agent: str) -> ReaderStatus: ...
+
+    def status(self, agent: str | None = None) -> ReaderStatus | dict[str, ReaderStatus]:
+        """What an agent has, and what is missing until its text is moved, under the group's policy, in numbers.
+
+        Args:
+            agent: its name; None: every agent that reads anything, by name.
+
+        Raises:
+            InvalidRequest: there is no such agent, or it reads nothing.
+        """
+        known = {each.name: each for each in self.agents}
+        if agent is None:
+            return {name: self._status(each) for name, each in known.items() if each.slots}
+        if agent not in known:
+            raise InvalidRequest(f"the group has no agent {agent!r}; it has {', '.join(known) or 'none'}")
+        if not known[agent].slots:
+            raise InvalidRequest(f"agent {agent!r} has no placeholder: it reads nothing that could be moved")
+        return self._status(known[agent])
+
+    def _status(self, agent: Agent) -> ReaderStatus:
+        prompt = self._renderer.render(agent).fill({})
+        return self._engine.reuse_status(prompt, policy=self.policy, tenant=self._tenant, adapter=agent.adapter)
 
     def close(self) -> None:
         """Close the engine if the group made it; an engine that was given stays open."""
@@ -151,7 +213,16 @@ class KVCommAgentGroup:
     ) -> None:
         self.close()
 
-    def _plan(self, rounds: object, inputs: dict[str, str]) -> RunPlan:
+    def _plan_example(self, number: int, inputs: object, rounds: int) -> RunPlan:
+        """The plan of an example's run; errors say which example it is."""
+        if not isinstance(inputs, Mapping):
+            raise InvalidRequest(f"example {number} must be a mapping of inputs to texts, not {told_of(inputs)}")
+        try:
+            return self._plan(rounds, dict(inputs))
+        except (TemplateError, PromptTooLong) as error:
+            raise type(error)(f"example {number}: {error}") from error
+
+    def _plan(self, rounds: object, inputs: dict[str, Input]) -> RunPlan:
         if not isinstance(rounds, int) or rounds < 1:
             raise InvalidRequest(f"rounds must be a whole number >= 1, got {rounds!r}")
         self._graph.check_inputs(inputs)
@@ -160,7 +231,7 @@ class KVCommAgentGroup:
             renderer=self._renderer,
             graph=self._graph,
             prompts={agent.name: self._renderer.render(agent) for agent in self._graph.agents},
-            inputs={name: self._renderer.encode_input(name, text) for name, text in inputs.items()},
+            inputs={name: self._renderer.read_input(name, value) for name, value in inputs.items()},
             num_rounds=rounds,
             sampling=self._sampling,
             tenant=self._tenant,
@@ -186,42 +257,3 @@ def _as_engine(
     from kvcomm.engine.engine import Engine
 
     return Engine(cast("PreTrainedModel", given), tokenizer, policy=policy), True
-
-
-def _follow(plan: RunPlan) -> Generator[GroupEvent, None, None]:
-    events: queue.SimpleQueue[GroupEvent | Failure] = queue.SimpleQueue()
-    run = GroupRun(plan, events.put)
-    try:
-        run.start()
-        finished = False
-        while not finished:
-            event = _raised(events.get())
-            yield event
-            finished = isinstance(event, GroupFinished)
-    finally:
-        run.close()
-
-
-async def _follow_async(plan: RunPlan) -> AsyncGenerator[GroupEvent, None]:
-    events: asyncio.Queue[GroupEvent | Failure] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-
-    def emit(event: GroupEvent | Failure) -> None:
-        loop.call_soon_threadsafe(events.put_nowait, event)
-
-    run = GroupRun(plan, emit)
-    try:
-        run.start()
-        finished = False
-        while not finished:
-            event = _raised(await events.get())
-            yield event
-            finished = isinstance(event, GroupFinished)
-    finally:
-        await asyncio.to_thread(run.close)
-
-
-def _raised(event: GroupEvent | Failure) -> GroupEvent:
-    if isinstance(event, Failure):
-        raise event.error
-    return event

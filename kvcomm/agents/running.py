@@ -9,15 +9,17 @@ knows the engine only through `submit` and its lock.
 
 from __future__ import annotations
 
+import asyncio
+import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvcomm.agents.agent import Agent
 from kvcomm.agents.graph import AgentGraph, Task
-from kvcomm.agents.rendering import PromptRenderer, RenderedPrompt
+from kvcomm.agents.rendering import Filling, PromptRenderer, RenderedPrompt
 from kvcomm.agents.results import (
     AgentFinished,
     AgentResult,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from kvcomm.engine.engine import Engine
     from kvcomm.engine.handle import RequestHandle
     from kvcomm.engine.results import Completion
+    from kvcomm.engine.warming import Lessons
 
 NUM_SLOTS_NAMED = 3  # in the error about a prompt that is too long
 
@@ -59,20 +62,23 @@ class RunPlan:
 
     Attributes:
         prompts: agent name -> its rendered prompt.
-        inputs: input name -> token ids.
+        inputs: input name -> token ids of its texts.
         num_rounds: rounds to run, at least 1.
         sampling: for agents that bring none of their own.
+        lessons: takes what is to be learned from every request, which is served exactly then; None: requests teach as
+            the policy says.
     """
 
     engine: Engine
     renderer: PromptRenderer
     graph: AgentGraph
     prompts: Mapping[str, RenderedPrompt]
-    inputs: Mapping[str, tuple[int, ...]]
+    inputs: Mapping[str, Filling]
     num_rounds: int
     sampling: SamplingParams
     tenant: str
     policy: ReusePolicy
+    lessons: Lessons | None = None
 
     def check_adapters(self) -> None:
         """Raise UnknownAdapter for an agent whose adapter the engine does not have."""
@@ -106,15 +112,16 @@ class RunPlan:
             raise PromptTooLong(self._describe_excess(agent, num_tokens, values))
         return prompt
 
-    def _value(self, slot: Slot, task: Task, results: Mapping[Task, AgentResult]) -> tuple[int, ...]:
+    def _value(self, slot: Slot, task: Task, results: Mapping[Task, AgentResult]) -> Filling:
         if not slot.previous and slot.name in self.inputs:
             return self.inputs[slot.name]
         answer = results.get(Task(slot.name, task.round - slot.previous))
-        return answer.token_ids if answer else ()
+        return (answer.token_ids,) if answer else ()
 
-    def _describe_excess(self, agent: Agent, num_tokens: int, values: Mapping[Slot, tuple[int, ...]]) -> str:
-        largest = sorted(values.items(), key=lambda item: -len(item[1]))[:NUM_SLOTS_NAMED]
-        slots = ", ".join(f"{slot.placeholder} {len(ids)}" for slot, ids in largest) or "none"
+    def _describe_excess(self, agent: Agent, num_tokens: int, values: Mapping[Slot, Filling]) -> str:
+        lengths = {slot: sum(map(len, texts)) for slot, texts in values.items()}
+        largest = sorted(lengths.items(), key=lambda item: -item[1])[:NUM_SLOTS_NAMED]
+        slots = ", ".join(f"{slot.placeholder} {length}" for slot, length in largest) or "none"
         return (
             f"agent {agent.name!r}: its prompt of {num_tokens} tokens plus "
             f"max_new_tokens={self.sampling_of(agent).max_new_tokens} exceeds the model's "
@@ -181,14 +188,12 @@ class GroupRun:
 
     def _submit(self, task: Task, prompt: tuple[Segment, ...]) -> None:
         sampling = self._plan.sampling_of(self._agents[task.agent])
-        started_s = self._now_s()
-        handle = self._plan.engine.submit(
-            prompt,
-            sampling,
-            adapter=self._agents[task.agent].adapter,
-            tenant=self._plan.tenant,
-            policy=self._plan.policy,
-        )
+        plan, adapter, started_s = self._plan, self._agents[task.agent].adapter, self._now_s()
+        if plan.lessons is None:
+            handle = plan.engine.submit(prompt, sampling, adapter=adapter, tenant=plan.tenant, policy=plan.policy)
+        else:
+            lesson = plan.lessons.begin(prompt, adapter)
+            handle = plan.engine.submit(prompt, sampling, adapter=adapter, tenant=plan.tenant, lesson=lesson)
         del self._pending[task]
         self._handles[task] = handle
         self._emit(AgentStarted(*task, sum(len(segment.token_ids) for segment in prompt)))
@@ -251,3 +256,45 @@ class GroupRun:
 
     def _now_s(self) -> float:
         return time.monotonic() - self._began_s
+
+
+def follow(plan: RunPlan) -> Generator[GroupEvent, None, None]:
+    """Run a plan and yield what happens; the last event is GroupFinished. Raises what ends the run early."""
+    events: queue.SimpleQueue[GroupEvent | Failure] = queue.SimpleQueue()
+    run = GroupRun(plan, events.put)
+    try:
+        run.start()
+        finished = False
+        while not finished:
+            event = raised(events.get())
+            yield event
+            finished = isinstance(event, GroupFinished)
+    finally:
+        run.close()
+
+
+async def follow_async(plan: RunPlan) -> AsyncGenerator[GroupEvent, None]:
+    """The same as an async generator."""
+    events: asyncio.Queue[GroupEvent | Failure] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def emit(event: GroupEvent | Failure) -> None:
+        loop.call_soon_threadsafe(events.put_nowait, event)
+
+    run = GroupRun(plan, emit)
+    try:
+        run.start()
+        finished = False
+        while not finished:
+            event = raised(await events.get())
+            yield event
+            finished = isinstance(event, GroupFinished)
+    finally:
+        await asyncio.to_thread(run.close)
+
+
+def raised(event: GroupEvent | Failure) -> GroupEvent:
+    """The event; raises the error of a failure."""
+    if isinstance(event, Failure):
+        raise event.error
+    return event

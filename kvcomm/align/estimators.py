@@ -134,6 +134,11 @@ class TokenEstimator:
         self._sketcher = sketcher
         self._ops = ops
 
+    @property
+    def num_enough(self) -> int:
+        """Anchor tokens of an edge from which on none are added."""
+        return min(self.settings.mature_tokens, self.anchors.max_bank_tokens)
+
     def is_ready(self, namespace: str, edge: Edge) -> bool:
         """Whether the edge's own bank is mature or full.
 
@@ -142,7 +147,7 @@ class TokenEstimator:
         """
         if edge.source == edge.target:
             return True
-        return self.evidence(namespace, edge) >= min(self.settings.mature_tokens, self.anchors.max_bank_tokens)
+        return self.evidence(namespace, edge) >= self.num_enough
 
     def evidence(self, namespace: str, edge: Edge) -> int:
         """Tokens in the edge's own bank."""

@@ -97,7 +97,7 @@ class WatchRecord(_Strict):
     reader: Digest | Literal[""]
     epsilon: NonNegative
     delta: Annotated[float, Field(gt=0, lt=1)]
-    working_delta: Finite
+    debt: NonNegative
     num_observed: NonNegativeInt
     num_violations: NonNegativeInt
     log_ratios: tuple[Finite, ...]
@@ -112,7 +112,7 @@ class WatchRecord(_Strict):
             reader=kept.reader,
             epsilon=bound.max_divergence,
             delta=bound.delta,
-            working_delta=kept.watch.working_delta,
+            debt=kept.watch.debt,
             num_observed=breaker.num_observed,
             num_violations=breaker.num_violations,
             log_ratios=breaker.log_ratios,
@@ -122,10 +122,9 @@ class WatchRecord(_Strict):
     def kept(self) -> KeptWatch:
         """The watch as it was. Raises InvalidRequest where its numbers do not fit each other."""
         watch = Watch(Bound(self.epsilon, self.delta))
-        watch.working_delta = min(self.working_delta, self.delta)
+        watch.debt = self.debt
         watch.breaker.resume(self.log_ratios, self.num_observed, self.num_violations, tripped=self.tripped)
-        level = Level(self.level)
-        return KeptWatch(level, self.reader, bool(self.reader) and level is not Level.OWN, watch)
+        return KeptWatch(Level(self.level), self.reader, watch)
 
 
 class ReaderRecord(_Strict):
@@ -133,6 +132,7 @@ class ReaderRecord(_Strict):
 
     digest: Digest
     slots: tuple[str, ...]
+    targets: tuple[str, ...]
     pairs: tuple[PairRecord, ...]
 
 
@@ -166,7 +166,8 @@ class ReadersHeader(_Strict):
         """
         rungs = [Rung(each.estimator, each.share, each.chooser) for each in self.rungs]
         readers = tuple(
-            (Reader(each.digest, each.slots), tuple(pair.pair(rungs) for pair in each.pairs)) for each in self.readers
+            (Reader(each.digest, each.slots, each.targets), tuple(pair.pair(rungs) for pair in each.pairs))
+            for each in self.readers
         )
         return Knowledge(readers, tuple(each.kept() for each in self.watches), self.head_weights)
 
@@ -235,6 +236,7 @@ def header_of(namespace: str, knowledge: Knowledge, banks: Mapping[str, str]) ->
             ReaderRecord(
                 digest=reader.digest,
                 slots=reader.slots,
+                targets=reader.targets,
                 pairs=tuple(PairRecord.of(pair, places) for pair in pairs),
             )
             for reader, pairs in knowledge.readers

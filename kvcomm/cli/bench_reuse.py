@@ -61,8 +61,8 @@ def reuse_command(
 ) -> None:
     """First tokens of a team without a cache, with exact prefixes, and with moved KV; every moved answer is audited."""
     from kvcomm.agents.comparison import compare
+    from kvcomm.agents.example_runs import examples, limited, warm_up
     from kvcomm.agents.team import load_team
-    from kvcomm.agents.warming import examples, limited, warm_up
     from kvcomm.cli.store import folder_errors
     from kvcomm.config import EngineConfig
     from kvcomm.engine.engine import Engine

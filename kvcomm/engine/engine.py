@@ -11,10 +11,11 @@ import secrets
 import weakref
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, overload
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,8 +26,10 @@ from kvcomm.align.ladder import Rung
 from kvcomm.align.levels import Standing
 from kvcomm.align.prior import Prior, find_prior, require_prior_fits
 from kvcomm.align.profile_file import Profile
+from kvcomm.align.readers import Reader, reader_of
 from kvcomm.config import EngineConfig
 from kvcomm.engine.adapters import Adapters
+from kvcomm.engine.chat import ChatPrompts, Messages
 from kvcomm.engine.context import Context, sampling_params
 from kvcomm.engine.detokenize import Detokenizer
 from kvcomm.engine.encoding import TextEncoder
@@ -40,6 +43,7 @@ from kvcomm.engine.results import Completion
 from kvcomm.engine.sampling import Sampler, SamplingParams
 from kvcomm.engine.scheduler import Scheduler
 from kvcomm.engine.token_texts import TokenTexts
+from kvcomm.engine.warming import Gained, Progress, require_movable, warm
 from kvcomm.errors import InvalidRequest, UnknownAdapter, WeightsChanged
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
@@ -56,10 +60,12 @@ from kvcomm.model.namespace import model_identity
 from kvcomm.model.runner import ModelRunner
 from kvcomm.plain import MAX_TEXT
 from kvcomm.reuse.budget import Budget
+from kvcomm.reuse.lesson import Lesson
 from kvcomm.reuse.parts import ReuseParts
 from kvcomm.reuse.plan import Explanation
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.reuse.replay import Outcome
+from kvcomm.reuse.status import ReaderStatus, status_of
 
 DEFAULT_TENANT = "default"
 
@@ -152,6 +158,7 @@ class Engine:
         self._reader = PromptReader(
             self.encoder, vocab_size=self.geometry.vocab_size, max_context=self.geometry.max_context
         )
+        self._chats = ChatPrompts(tokenizer, self.encoder, self._reader, self._texts)
         self._cached_pages: dict[str, int] = {}
         self._request_ids = itertools.count()
         self._budget = Budget(self.config.learning_share)
@@ -373,6 +380,7 @@ class Engine:
         tenant: str = DEFAULT_TENANT,
         policy: ReusePolicy | None = None,
         rung: Rung | None = None,
+        lesson: Lesson | None = None,
         reads_cache: bool = True,
         **settings: object,
     ) -> RequestHandle:
@@ -383,6 +391,7 @@ class Engine:
             policy: how far reuse may depart from the exact answer; None: the engine's. Only segments with a name are
                 ever moved.
             rung: for comparisons: reuse at exactly this rung, with no bound, instead of as the policy allows.
+            lesson: serve exactly, and learn all of this from it in idle time; see `warm`.
             reads_cache: False: compute the whole prompt, whatever is cached; what was computed is cached all the same.
 
         Raises:
@@ -399,6 +408,8 @@ class Engine:
         if rung is not None:
             self.reuse.planner.require_known([rung])
         request.rung = rung
+        if lesson is not None:
+            request.policy, request.lesson = ReusePolicy.exact(), lesson
         request.reads_cache = reads_cache
         self._loop.submit(request)
         return request.handle
@@ -423,10 +434,66 @@ class Engine:
             tenant=tenant,
             policy=policy,
             rung=rung,
+            lesson=None,
             reads_cache=reads_cache,
             **settings,
         )
         return handle.result()
+
+    def chat(
+        self,
+        messages: Messages,
+        sampling: SamplingParams | None = None,
+        *,
+        tools: Iterable[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
+        tenant: str = DEFAULT_TENANT,
+        policy: ReusePolicy | None = None,
+        reads_cache: bool = True,
+        **settings: object,
+    ) -> Completion:
+        """`generate` of `chat_prompt`; raises what those raise. To stream, submit the prompt."""
+        prompt = self.chat_prompt(messages, tools=tools, variables=variables)
+        params = sampling_params(sampling, settings)
+        return self.generate(prompt, params, adapter=adapter, tenant=tenant, policy=policy, reads_cache=reads_cache)
+
+    def chat_prompt(
+        self,
+        messages: Messages,
+        *,
+        tools: Iterable[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> tuple[Segment, ...]:
+        """The prompt of a conversation, as the model's chat template writes it: for `submit`, `context`, `learn` etc.
+
+        The content of a message is one part, or a list of parts; these are joined with nothing in between.
+
+        - A `Segment` is a passage: the same ids wherever it stands, so its KV can be moved. Passages of one name are
+          of one kind; one without a name is a "passage".
+        - {"type": "text", "text": ...} with a "name", or with "dynamic": True, is a passage as well.
+        - `Static(text)`, and in system messages every other text, is a part of the template. What is known about moving
+          text belongs to a template, so nothing that differs from request to request should be there.
+        - Every other text is the turn's own, a segment named "text". Only this may be trimmed by the chat template.
+
+        Control tokens spelled out in messages are ordinary text.
+
+        Args:
+            messages: dicts with "role", "content", and what else the chat template looks at.
+            tools: JSON schemas of functions, for the chat template.
+            variables: what else it may look at, such as {"enable_thinking": False}.
+            add_generation_prompt: put the beginning of an answer behind them.
+
+        Raises:
+            TemplateError: there is no chat template, or it rejects, drops, repeats, moves or changes something of these
+                messages; names the message and the part.
+            InvalidRequest: messages or parts that are none, or a segment with a control token in it; names them.
+        """
+        segments = self._chats.segments(
+            messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt
+        )
+        return self.read_prompt(segments, is_start=True)
 
     def explain(
         self,
@@ -469,6 +536,9 @@ class Engine:
         num_tokens = sum(len(segment.token_ids) for segment in segments)
         assert num_tokens == sequence.num_tokens, f"segments of {num_tokens} tokens, {sequence.num_tokens} in sequence"
         self._reader.require_fits(sequence.num_tokens, sampling.max_new_tokens)
+        wanted = _policy(policy) or self.policy
+        if not wanted.is_exact:
+            self.reuse.planner.require_known(wanted.rungs)
         request_id = next(self._request_ids)
         handle = RequestHandle(request_id, cancel=lambda: self.scheduler.cancel(request))
         entropy = secrets.randbits(62)
@@ -492,7 +562,7 @@ class Engine:
             handle=handle,
             branches=branches,
             segments=segments,
-            policy=_policy(policy) or self.policy,
+            policy=wanted,
             is_lent=lent_by is not None,
         )
         with self.lock:
@@ -752,10 +822,14 @@ class Engine:
 
         Done in idle time; the future gives how many tokens were kept. Requests under a policy that learns do this by
         themselves, until the anchors suffice.
+
+        Raises:
+            InvalidRequest: the prompt is empty, or this engine has no such estimator.
         """
-        segments = self.read_prompt(prompt, is_start=True)
+        segments, names = self.read_prompt(prompt, is_start=True), tuple(estimators)
+        self.reuse.planner.require_known(map(Rung, names))
         weights = self._adapters.weights(adapter)
-        future = self.reuse.learner.learn(self._namespace(weights, tenant), weights, segments, tuple(estimators))
+        future = self.reuse.learner.learn(self._namespace(weights, tenant), weights, segments, names)
         self._loop.wake()
         return future
 
@@ -778,9 +852,10 @@ class Engine:
             policy: says which rungs.
 
         Raises:
-            InvalidRequest: the prompt or the answer is empty.
+            InvalidRequest: the prompt or the answer is empty, or a rung names what this engine does not have.
         """
         segments, tokens = self._read_case(prompt, answer)
+        self.reuse.planner.require_known(policy.rungs)
         weights = self._adapters.weights(adapter)
         future = self.reuse.learner.calibrate(self._namespace(weights, tenant), weights, segments, tokens, policy)
         self._loop.wake()
@@ -813,6 +888,94 @@ class Engine:
         self._loop.wake()
         return future
 
+    def warm(
+        self,
+        prompts: Iterable[Prompt],
+        policy: ReusePolicy | None = None,
+        *,
+        progress: Progress = False,
+        adapter: str | None = None,
+        tenant: str = DEFAULT_TENANT,
+    ) -> list[Gained]:
+        """Learn from examples at once what requests like them would teach by and by.
+
+        Every prompt is answered exactly; then it is measured for all rungs of the policy, and after that its anchors
+        are taught, so no prompt is judged by its own anchors. Sources are the prompts before it. Requests of others go
+        on meanwhile and come first.
+
+        Args:
+            policy: that requests will come under; None: the engine's.
+            progress: True: a bar on stderr; or what to call with how much is done, see `Done`.
+
+        Returns:
+            What each reader has gained, in the order of their first prompts.
+
+        Raises:
+            InvalidRequest: there are no prompts, one holds nothing that could be moved, or the policy is exact; names
+                it, and nothing has run.
+            EngineClosed: the engine has been closed, before or meanwhile.
+        """
+        return warm(self, prompts, _policy(policy) or self.policy, progress, adapter=adapter, tenant=tenant)
+
+    @overload
+    def reuse_status(
+        self,
+        reader: None = None,
+        *,
+        policy: ReusePolicy | None = None,
+        tenant: str = DEFAULT_TENANT,
+        adapter: str | None = None,
+    ) -> list[ReaderStatus]: ...
+
+    @overload
+    def reuse_status(
+        self,
+        reader: Reader | Prompt,
+        *,
+        policy: ReusePolicy | None = None,
+        tenant: str = DEFAULT_TENANT,
+        adapter: str | None = None,
+    ) -> ReaderStatus: ...
+
+    def reuse_status(
+        self,
+        reader: Reader | Prompt | None = None,
+        *,
+        policy: ReusePolicy | None = None,
+        tenant: str = DEFAULT_TENANT,
+        adapter: str | None = None,
+    ) -> ReaderStatus | list[ReaderStatus]:
+        """What a reader has, and what is missing until its text is moved, in numbers.
+
+        Args:
+            reader: a reader, the first digits of its digest, or the segments of a prompt, whose reader need not have
+                been seen; None: every reader there is, the one used last at the end.
+            policy: that requests come under; None: the engine's.
+
+        Raises:
+            InvalidRequest: a reader that the tenant does not have, or a prompt that holds nothing to be moved.
+        """
+        wanted = _policy(policy) or self.policy
+        found = None if reader is None or isinstance(reader, str | Reader) else reader_of(self._movable(reader))
+        with self._lock:
+            namespace = self.namespace(tenant, adapter=adapter)
+            known = [standing.reader for standing in self.reuse.book.standings(namespace)]
+            if reader is None:
+                return [status_of(self.reuse, namespace, each, wanted) for each in known]
+            if found is None:
+                digest = reader.digest if isinstance(reader, Reader) else str(reader)
+                matching = [each for each in known if digest and each.digest.startswith(digest)]
+                if len(matching) != 1:
+                    raise InvalidRequest(_unknown_reader(digest, len(matching), len(known), tenant))
+                (found,) = matching
+            return status_of(self.reuse, namespace, found, wanted)
+
+    def _movable(self, prompt: Prompt) -> tuple[Segment, ...]:
+        """The segments of a prompt. Raises InvalidRequest unless one has a name."""
+        segments = self.read_prompt(prompt, is_start=True)
+        require_movable(segments, "this prompt")
+        return segments
+
     def readers(self, tenant: str = DEFAULT_TENANT, *, adapter: str | None = None) -> list[Standing]:
         """What is known about everybody into whose prompts text was moved, or could have been; live objects."""
         with self._lock:
@@ -843,9 +1006,25 @@ class Engine:
             raise InvalidRequest("an empty answer cannot be replayed; generate at least one token")
         return segments, tokens
 
+    def require_open(self) -> None:
+        """Raises EngineClosed once the engine has been closed."""
+        self._loop.require_open()
+
     def wait_idle(self, timeout_s: float | None = None) -> bool:
         """Wait until no request runs and all idle work is done; False after `timeout_s`."""
         return self._loop.wait_idle(timeout_s)
+
+    def held(self) -> AbstractContextManager[None]:
+        """Let the engine stand still: within, nothing is computed and nothing learned, whatever is asked of it.
+
+        For measurements, and for whoever needs the machine for a moment. Requests can be submitted; waiting for one
+        within, or closing the engine, would never end.
+        """
+        return self._loop.held()
+
+    def wake(self) -> None:
+        """Make sure that what has been queued beside requests is worked on."""
+        self._loop.wake()
 
     def close(self) -> None:
         """Fail what is in flight and end the engine's thread. Idempotent."""
@@ -894,6 +1073,14 @@ def _policy(policy: ReusePolicy | None) -> ReusePolicy | None:
             f"policy must be a ReusePolicy, not {values.told(policy)}; exact reuse is ReusePolicy.exact()"
         )
     return policy
+
+
+def _unknown_reader(digest: str, num_matching: int, num_known: int, tenant: str) -> str:
+    which = "no reader" if not num_matching else f"{num_matching} readers"
+    return (
+        f"{which} {digest[:MAX_TEXT]!r} among {num_known} of tenant {tenant!r}; reuse_status() lists those that have "
+        "been asked, and segments of a prompt tell about one that has not"
+    )
 
 
 def _limit(name: str, value: int | None) -> int | None:

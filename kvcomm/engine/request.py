@@ -21,6 +21,7 @@ from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
 from kvcomm.model.live import Weights
 from kvcomm.reuse.attempt import Attempt, ToCompute
+from kvcomm.reuse.lesson import Lesson
 from kvcomm.reuse.plan import BoundInForce, Plan, SpanKind
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.reuse.replay import NUM_CONTINUATION
@@ -94,6 +95,7 @@ class Request:
         segments: what the sequence is made of; empty where nobody asked for moved segments.
         policy: how far reuse may depart from the exact answer.
         rung: reuse at exactly this rung with no bound, whatever the policy says; None: as the policy allows.
+        lesson: what is to be learned from it whatever its policy says; None: as that says.
         reads_cache: whether anything known before may be used at all. What it computes is published either way.
         pending: `[start, end)` of prompt tokens still to be computed, ascending.
         attempt: how moved KV is reused; None: not at all.
@@ -120,6 +122,7 @@ class Request:
     segments: tuple[Segment, ...] = ()
     policy: ReusePolicy = field(default_factory=ReusePolicy.exact)
     rung: Rung | None = None
+    lesson: Lesson | None = None
     reads_cache: bool = True
     plan: Plan = field(default_factory=Plan)
     pending: list[tuple[int, int]] = field(default_factory=list)

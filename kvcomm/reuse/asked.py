@@ -9,6 +9,7 @@ from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
 from kvcomm.model.live import Weights
 from kvcomm.reuse.attempt import Attempt
+from kvcomm.reuse.lesson import Lesson
 from kvcomm.reuse.plan import Plan
 from kvcomm.reuse.policy import ReusePolicy
 
@@ -59,6 +60,11 @@ class Asked(Protocol):
     @property
     def reads_cache(self) -> bool:
         """Whether anything known before may be used."""
+        ...
+
+    @property
+    def lesson(self) -> Lesson | None:
+        """What is to be learned from it whatever its policy says; None: as that says."""
         ...
 
     @property

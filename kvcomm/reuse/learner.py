@@ -9,15 +9,15 @@ is known changes under it.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 
 from kvcomm.align.bound import Bound
-from kvcomm.align.calibration import Measured, Pair, Sources
+from kvcomm.align.calibration import Measured, Pair, sources_of
 from kvcomm.align.estimators import Correction
 from kvcomm.align.ladder import Rung
 from kvcomm.align.levels import ReaderBook
-from kvcomm.align.moves import Move, num_moved
+from kvcomm.align.moves import Move
 from kvcomm.align.ops.contract import LayerStore
 from kvcomm.align.spans import place_of
 from kvcomm.errors import InvalidRequest
@@ -25,8 +25,8 @@ from kvcomm.memory.segments import Segment
 from kvcomm.model.live import Weights
 from kvcomm.reuse.asked import Asked
 from kvcomm.reuse.audit import Auditor
-from kvcomm.reuse.decision import accept
 from kvcomm.reuse.idle_work import Steps, Urgency
+from kvcomm.reuse.lesson import Lesson
 from kvcomm.reuse.planner import Planner
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.reuse.replay import Case, Exact, Measurement, Outcome
@@ -51,6 +51,9 @@ class Learner:
 
     def after(self, asked: Asked) -> None:
         """A request has succeeded and still holds its pages: queue what can be learned from it. Under the lock."""
+        if asked.lesson is not None:
+            self._queue_lesson(asked, asked.lesson)
+            return
         policy, attempt = asked.policy, asked.attempt
         if policy.is_exact or asked.rung is not None or asked.num_choices > 1 or self._planner.immovable:
             return
@@ -134,13 +137,41 @@ class Learner:
 
     def _queue(self, asked: Asked, served: Served | None) -> None:
         """Queue an audit of what was served, or else a study if there is anything that could have been moved."""
+        trial = self._trial(asked, asked.policy, served)
+        if served is not None:
+            self.auditor.queue(trial)
+        elif trial.moves:
+            self._queue_study(trial)
+        else:
+            trial.sequence.release()
+
+    def _queue_lesson(self, asked: Asked, lesson: Lesson) -> None:
+        """Queue what a request is to teach before all other studies; its lesson is settled however that ends."""
+        try:
+            is_movable = any(segment.name is not None for segment in asked.segments)
+            if self._planner.immovable or not is_movable or asked.sequence.approximate_from is not None:
+                lesson.settle(None)
+                return
+            trial = self._trial(asked, lesson.policy, None)
+            if not trial.moves:
+                trial.sequence.release()
+                lesson.settle(None)
+                return
+            steps = self._study(trial, trial.policy.rungs, on_pair=lesson.settle)
+            self._trials.queue(trial, steps, Urgency.STUDY, pays_after=-1, on_end=lambda: lesson.settle(None))
+        except BaseException:
+            lesson.settle(None)
+            raise
+
+    def _trial(self, asked: Asked, policy: ReusePolicy, served: Served | None) -> Trial:
+        """A request's prompt and answer with its KV, and what could be moved into it."""
         trial = Trial(
             asked.namespace,
             asked.weights,
             asked.segments,
             asked.sequence.fork(),
             asked.num_prompt_tokens,
-            asked.policy,
+            policy,
             guess=asked.answer_ids,
             served=served,
         )
@@ -151,26 +182,38 @@ class Learner:
         except BaseException:
             trial.sequence.release()
             raise
-        if served is not None:
-            self.auditor.queue(trial)
-        elif trial.moves:
-            self._queue_study(trial)
-        else:
-            trial.sequence.release()
+        return trial
 
     def _queue_study(self, trial: Trial) -> None:
         bound = Bound(trial.policy.max_divergence, trial.policy.delta)
-        counts = self._book.counts(trial.namespace, trial.reader, trial.policy.ladders, bound, trial.policy.levels)
+        counts = self._book.counts(
+            trial.namespace,
+            trial.reader,
+            trial.policy.ladders,
+            bound,
+            trial.policy.levels,
+            have_read_all=sources_of(trial.moves).have_read_all,
+        )
         missing = [each.num_needed - each.num_pairs for each in counts if each.num_pairs < each.num_needed]
         self._trials.queue(trial, self._study(trial), Urgency.STUDY, pays_after=min(missing, default=math.inf))
 
-    def _study(self, trial: Trial) -> Steps:
-        """Measure what is wanted of a prompt, let it bear on the working delta, and teach its edges."""
+    def _study(
+        self,
+        trial: Trial,
+        wanted: Sequence[Rung] | None = None,
+        on_pair: Callable[[Pair | None], None] = lambda pair: None,
+    ) -> Steps:
+        """Measure what is wanted of a prompt, let it bear on the working delta, and teach its edges.
+
+        Args:
+            wanted: rungs to measure; None: those that tell something new.
+            on_pair: told what came of it, at the end.
+        """
         found = yield from self._trials.exact_case(trial)
         if found is None:
             return
         case, exact = found
-        yield from self._pair(trial, case, exact, self._wanted(trial))
+        pair = yield from self._pair(trial, case, exact, self._wanted(trial) if wanted is None else wanted)
         yield
         estimators = dict.fromkeys(rung.estimator for rung in trial.policy.rungs)
         for name in estimators:
@@ -178,18 +221,21 @@ class Learner:
                 move for move in trial.moves if not self._planner.estimators[name].is_ready(trial.namespace, move.edge)
             ]
             self._teach(trial, name, young)
+        on_pair(pair)
 
     def _wanted(self, trial: Trial) -> tuple[Rung, ...]:
         """Rungs to measure: all, but for ladders of which enough is known for whoever cannot do better.
 
         While nobody can move anything yet, those of the ladder that is nearest to it: that pays soonest.
         """
-        ladders = trial.policy.ladders
-        pool = self._book.pool(trial.namespace)
-        counts = {ladder: sum(all(rung in pair.measured for rung in ladder) for pair in pool) for ladder in ladders}
+        ladders, have_read_all = trial.policy.ladders, sources_of(trial.moves).have_read_all
         bound = Bound(trial.policy.max_divergence, trial.policy.delta)
         with self._lock:
-            grounds = self._book.grounds(trial.namespace, trial.reader, ladders, bound, trial.policy.levels)
+            alike = [pair for pair in self._book.pool(trial.namespace) if pair.sources.have_read_all == have_read_all]
+            grounds = self._book.grounds(
+                trial.namespace, trial.reader, ladders, bound, trial.policy.levels, have_read_all=have_read_all
+            )
+        counts = {ladder: sum(all(rung in pair.measured for rung in ladder) for pair in alike) for ladder in ladders}
         if grounds is None:
             return max(reversed(ladders), key=lambda ladder: counts[ladder])
         wanted = [ladder for ladder in ladders if ladder == ladders[0] or counts[ladder] < ENOUGH_PAIRS]
@@ -231,10 +277,12 @@ class Learner:
             return
         bound = Bound(policy.max_divergence, policy.delta)
         ladders = [ladder for ladder in policy.ladders if all(rung in pair.measured for rung in ladder)]
-        grounds = self._book.grounds(trial.namespace, trial.reader, ladders, bound, policy.levels)
-        if grounds is not None:
-            accepted = accept(grounds, bound)
-            grounds.watch.would_give(0.0 if accepted is None else pair.measured[accepted.rung].divergence)
+        have_read_all = pair.sources.have_read_all
+        grounds = self._book.grounds(
+            trial.namespace, trial.reader, ladders, bound, policy.levels, have_read_all=have_read_all
+        )
+        if grounds is not None and grounds.tried is not None:
+            grounds.watch.would_give(pair.measured[grounds.calibration.ladder[grounds.tried]].divergence)
 
     def _teach(self, trial: Trial, name: str, moves: Sequence[Move]) -> int:
         """Let an estimator learn from moves whose source is exact; the sequence holds the truth."""
@@ -252,10 +300,5 @@ def _pair_of(measured: Measurement, moves: Sequence[Move]) -> Pair:
     return Pair(
         {rung: Measured(outcome.divergence, outcome.residual) for rung, outcome in outcomes.items()},
         {rung.estimator: outcome.distance for rung, outcome in outcomes.items()},
-        Sources(
-            num_segments=len(moves),
-            num_approximate=sum(not move.is_exact for move in moves),
-            num_unread=sum(move.num_unread > 0 for move in moves),
-            num_tokens=num_moved(moves),
-        ),
+        sources_of(moves),
     )

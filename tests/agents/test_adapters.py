@@ -9,7 +9,7 @@ import pytest
 
 from kvcomm import Agent, Engine, KVCommAgentGroup
 from kvcomm.agents import load_team
-from kvcomm.agents.warming import require_no_adapters
+from kvcomm.agents.example_runs import require_no_adapters
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import InvalidRequest, UnknownAdapter
 from tests.lora import save_lora

@@ -95,11 +95,12 @@ def test_rounds_read_the_round_before() -> None:
     assert result["critic"].round == 3
 
 
-def test_an_empty_answer_leaves_no_segment() -> None:
+def test_an_empty_answer_leaves_an_empty_segment() -> None:
+    """So its reader is the same as with an answer."""
     engine = plain_engine(lambda text: "" if text == "a" else text)
     result = group_of(engine, first="a", second="b{first}").run()
     assert result["second"].text == "b"
-    assert len(result["second"].prompt) == 1
+    assert [(segment.name, len(segment.token_ids)) for segment in result["second"].prompt] == [(None, 1), ("first", 0)]
 
 
 def test_the_same_group_runs_again() -> None:
@@ -356,7 +357,7 @@ def test_ctrl_c_while_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
         def get(self) -> object:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvcomm.agents.group.queue.SimpleQueue", Interrupted)
+    monkeypatch.setattr("kvcomm.agents.running.queue.SimpleQueue", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         group_of(engine, a="a", b="b").run()
     assert len(engine.handles) == 2

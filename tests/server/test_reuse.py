@@ -21,6 +21,8 @@ LOOSE = {"mode": "approximate", "max_divergence": 50.0, "confidence": 0.5}
 """A bound that a random model keeps: what is tested here is the way to it, not how well it does."""
 ROLES = ("You check every step of what others have written. ", "You write a short summary for a child of ten years. ")
 NUM_ROUNDS = 6
+TASK = [{"role": "system", "content": "how many coins is that in all?"}]
+"""Static text: a turn's own text would be one more slot."""
 
 
 def document(number: int) -> str:
@@ -38,7 +40,8 @@ def segments(role: int, number: int) -> list[dict[str, Any]]:
 
 def ask(client: TestClient, role: int, number: int, **fields: Any) -> dict[str, Any]:
     """Let a role read a document; the usage."""
-    response = client.post(CHAT, json=chat(segments=segments(role, number), include_plan=True, **fields))
+    told = {"messages": TASK, "include_plan": True} | fields
+    response = client.post(CHAT, json=chat(segments=segments(role, number), **told))
     assert response.status_code == 200, response.text
     usage: dict[str, Any] = response.json()["usage"]
     return usage
@@ -97,7 +100,7 @@ def test_the_server_says_what_is_accepted_where_a_request_does_not(make_client: 
 
 def learn_from_others(client: TestClient, engine: Engine) -> None:
     """Pairs of prompts that end otherwise than those of the tests."""
-    ending = [{"role": "user", "content": "name the dearest item"}]
+    ending = [{"role": "system", "content": "name the dearest item"}]
     for number in range(NUM_ROUNDS):
         for role in range(len(ROLES)):
             ask(client, role, number, reuse=LOOSE, messages=ending)
@@ -141,7 +144,7 @@ def test_nobody_gets_moved_text_who_has_not_asked(client: TestClient, reuse: dic
 
 def test_explain_tells_what_will_be_moved(client: TestClient) -> None:
     ask(client, 0, 99, reuse=LOOSE)
-    response = client.post("/v1/cache/explain", json=chat(segments=segments(1, 99), reuse=LOOSE))
+    response = client.post("/v1/cache/explain", json=chat(segments=segments(1, 99), messages=TASK, reuse=LOOSE))
     (explained,) = response.json()["prompts"]
     usage = ask(client, 1, 99, reuse=LOOSE)
     assert explained["plan"] == usage["plan"]

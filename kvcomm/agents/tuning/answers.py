@@ -12,11 +12,11 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from kvcomm.agents.agent import Agent
+from kvcomm.agents.example_runs import BATCH, Note, require_no_adapters, run_all
 from kvcomm.agents.graph import AgentGraph
 from kvcomm.agents.team import Team
 from kvcomm.agents.tuning.rows import Row
 from kvcomm.agents.tuning.state import Kept, append_line, read_kept
-from kvcomm.agents.warming import BATCH, Note, require_no_adapters, run_all
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.request import NUM_CONTINUATION
 from kvcomm.engine.sampling import SamplingParams

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from kvcomm.agents.example_runs import Note
 from kvcomm.agents.team import Team
 from kvcomm.agents.tuning.answers import exact_runs, greedy, team_digest
 from kvcomm.agents.tuning.profile import (
@@ -20,7 +21,6 @@ from kvcomm.agents.tuning.profile import (
 )
 from kvcomm.agents.tuning.replays import EngineMaker, Measured, Replays, measure
 from kvcomm.agents.tuning.rows import Row
-from kvcomm.agents.warming import Note
 from kvcomm.align.calibration import Calibration
 from kvcomm.align.intervals import violation_limit, wilson
 from kvcomm.config import EngineConfig

@@ -6,12 +6,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvcomm.agents.example_runs import Note
 from kvcomm.agents.team import Team
 from kvcomm.agents.tuning.answers import exact_runs, readers
 from kvcomm.agents.tuning.plan import SAMPLE, Costs
 from kvcomm.agents.tuning.replays import Replays, learn, publish_run
 from kvcomm.agents.tuning.rows import Row
-from kvcomm.agents.warming import Note
 from kvcomm.engine.engine import Engine
 from kvcomm.lab.variant import Variant
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from pydantic import NonNegativeInt
 
+from kvcomm.agents.example_runs import Note, publish
 from kvcomm.agents.tuning.answers import TeamRun, readers
 from kvcomm.agents.tuning.rows import Row
 from kvcomm.agents.tuning.state import Kept, append_line, damaged, read_kept
-from kvcomm.agents.warming import Note, publish
 from kvcomm.align.bank import BankSnapshot
 from kvcomm.align.groups import EdgeGroup
 from kvcomm.config import EngineConfig

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from kvcomm.agents.example_runs import BATCH, Note
 from kvcomm.agents.team import Team
 from kvcomm.agents.tuning import search
 from kvcomm.agents.tuning.answers import TeamRun, exact_runs, greedy, team_digest
@@ -50,7 +51,6 @@ from kvcomm.agents.tuning.replays import (
 )
 from kvcomm.agents.tuning.rows import RULE, Row, Split, split_rows
 from kvcomm.agents.tuning.state import append_line, claim, damaged, read_kept
-from kvcomm.agents.warming import BATCH, Note
 from kvcomm.align.bank import BankSnapshot
 from kvcomm.align.bound import Bound
 from kvcomm.align.groups import EdgeGroup

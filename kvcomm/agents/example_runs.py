@@ -1,8 +1,6 @@
-"""Warming up: a team earns approximation on example inputs before anybody waits for an answer.
+"""Many runs of a team: example inputs for them, the runs themselves, and letting an engine read what they gave.
 
-What requests teach by and by in idle time is done here at once and in a fixed order: first the anchors of every edge
-are taught, then groups decide how strongly to correct, then they are calibrated. Every text is used for one of these
-only.
+`KVCommAgentGroup.warm` learns from examples by itself; what is here serves evaluations and tuning, which keep runs.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from kvcomm.agents.group import KVCommAgentGroup
-from kvcomm.agents.results import AgentResult, GroupResult
+from kvcomm.agents.results import GroupResult
 from kvcomm.agents.team import Team
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.sampling import SamplingParams
@@ -31,57 +29,13 @@ BATCH = 16
 Note = Callable[[str], None]
 
 
-def warm_up(
-    engine: Engine,
-    team: Team,
-    inputs: Sequence[Mapping[str, str]],
-    policy: ReusePolicy,
-    *,
-    num_anchors: int,
-    note: Note = lambda text: None,
-) -> None:
-    """Let a team earn approximation under a policy.
-
-    The last quarter of the inputs is answered under the policy itself, so that agents who read answers given on moved
-    KV are calibrated, too; what they still need they learn in idle time. Empties the engine's cache.
-
-    Args:
-        inputs: of one run each.
-        num_anchors: inputs that teach; the others decide and calibrate.
-        note: told what is being done, for people.
-
-    Raises:
-        InvalidRequest: nothing is left to calibrate on, or an agent has an adapter.
-    """
-    require_no_adapters(team)
-    num_exact = num_anchors + max(1, 3 * (len(inputs) - num_anchors) // 4)
-    if len(inputs) <= num_exact or num_anchors < 1:
-        raise InvalidRequest(f"{len(inputs)} inputs are too few: {num_anchors} teach, at least 2 more calibrate")
-    exact = team.group(engine, policy=ReusePolicy.exact())
-    results = run_all(exact, inputs[:num_exact], team, note)
-    engine.clear_cache()
-    for index, result in enumerate(results):
-        note(f"learning from run {index + 1} of {num_exact}")
-        publish(engine, [(reading.prompt, reading.token_ids) for reading in result.values()])
-        for reading in readers(result):
-            if index < num_anchors:
-                engine.learn(reading.prompt, estimators=(policy.estimator,)).result()
-            else:
-                engine.calibrate(reading.prompt, reading.token_ids, policy).result()
-        engine.clear_cache()
-    run_all(team.group(engine, policy=policy), inputs[num_exact:], team, note)
-    note("learning in idle time")
-    engine.wait_idle()
-    engine.clear_cache()
-
-
 def require_no_adapters(team: Team) -> None:
     """Raise InvalidRequest for a team of which an agent has an adapter: what is learned here is learned without."""
     for agent in team.agents:
         if agent.adapter is not None:
             raise InvalidRequest(
-                f"agent {agent.name!r} has the adapter {agent.adapter!r}; teams with adapters cannot be warmed up or"
-                " tuned: their requests learn by themselves, under a policy that lets them"
+                f"agent {agent.name!r} has the adapter {agent.adapter!r}; teams with adapters cannot be tuned: "
+                "warm them up with group.warm, or let their requests teach under a policy that allows it"
             )
 
 
@@ -141,8 +95,3 @@ def publish(engine: Engine, readings: Iterable[tuple[Sequence[Segment], Sequence
     for prompt, token_ids in readings:
         answer = (Segment(tuple(token_ids), "answer"),) if token_ids else ()
         engine.context((*prompt, *answer), policy=ReusePolicy.exact()).release()
-
-
-def readers(result: GroupResult) -> list[AgentResult]:
-    """Every agent but the first one, who has nobody to take text from, that has answered."""
-    return [reading for reading in list(result.values())[1:] if reading.token_ids]
