@@ -82,7 +82,6 @@ def test_the_least_that_a_caller_accepts(make_client: MakeClient, engine: Engine
     ask(client, 0, 99, reuse=LOOSE)
     own = ask(client, 1, 99, reuse=LOOSE | {"basis": "own"})
     assert (own["aligned_tokens"], own["bound"]["level"], own["bound"]["num_pairs"]) == (0, None, 0)
-    assert own["miss_reasons"]["uncalibrated"] > 50
     engine.clear_cache()
     ask(client, 0, 98, reuse=LOOSE)
     pool = ask(client, 1, 98, reuse=LOOSE | {"basis": "pool"})
