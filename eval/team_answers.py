@@ -15,8 +15,8 @@ from typing import Any
 from eval.data_files import rows_of
 from eval.workload import note
 from kvcomm import Engine, ReusePolicy
-from kvcomm.agents.team import load_team
 from kvcomm.agents.example_runs import run_all
+from kvcomm.agents.team import load_team
 from kvcomm.memory.segments import Segment
 
 BATCH = 16

@@ -37,9 +37,9 @@ from eval.ttft.team import tokens_of
 from eval.workload import note, settings
 from kvcomm import Engine, KVCommAgentGroup, ReusePolicy, SamplingParams
 from kvcomm.agents.comparison import read_roles
+from kvcomm.agents.example_runs import BATCH, examples, run_all, warm_up
 from kvcomm.agents.results import AgentResult, GroupResult
 from kvcomm.agents.team import Team, load_team
-from kvcomm.agents.example_runs import BATCH, examples, run_all, warm_up
 from kvcomm.errors import InvalidRequest
 from kvcomm.lab.timings import Samples, TakeTokens
 

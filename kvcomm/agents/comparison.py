@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
+from kvcomm.agents.example_runs import limited
 from kvcomm.agents.results import GroupResult
 from kvcomm.agents.team import Team
-from kvcomm.agents.example_runs import limited
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.results import Usage
 from kvcomm.errors import InvalidRequest
