@@ -2,44 +2,54 @@
 
     python -m eval.fidelity --data ANCHORS.jsonl --test TEST.jsonl [--bound] [--shift [FILE ...]] [--answers FILE]
 
-A team of agents answers every question exactly. Anchors are learned from the first questions of the one file, and the
-next ones decide how strongly to correct; on questions of the other file every prompt is replayed with its moved
-segments in several ways, and the divergence from the exact answer is taken: mean KL in nats over the next 32 tokens,
-teacher-forced. An edge group is one agent's prompt. With --bound further questions calibrate each group, and what would
-be accepted for two bounds is held against them; with --shift the team reads other texts on these banks.
+A team of agents answers every question exactly. Anchors are learned from the first questions of the one file; on
+questions of the other file every reader's prompt is replayed at many rungs, its text moved from what ran before it, and
+the divergence from the exact answer is taken: mean KL in nats over the next 32 tokens, teacher-forced. With --bound
+further questions of the one file are replayed, too: they calibrate each reader, so many pairs each, and choose the best
+plan, and both are held against the tests. With --shift the team reads other texts on these banks.
+
+What was measured is kept beside --out, or in --keep, line by line: an interrupted run goes on there, and a run with
+more questions adds to it.
 """
 
 from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
-from eval.bound import BOUNDS, Rungs, bound_figures
+from eval.bound import BOUNDS, bound_figures
 from eval.data_files import rows_of
 from eval.figures import Figure, Report
+from eval.plans import alike, best_plan, judge
+from eval.replayed import ByAgent, OutcomeFile
 from eval.shift import shift_figures, shift_texts
-from eval.team_answers import Run, team_runs
+from eval.team_answers import Run, in_order, team_runs
 from eval.workload import note, settings
 from kvcomm import Engine, KVCommError, ReusePolicy
-from kvcomm.agents.example_runs import publish
-from kvcomm.align.groups import EdgeGroup
-from kvcomm.lab.variant import Variant
-from kvcomm.memory.segments import Segment
+from kvcomm.align.calibration import Calibration
+from kvcomm.align.ladder import CORRECTED, TURNED, Rung
+from kvcomm.lab.methods import add_to
 
-POLICY = ReusePolicy(max_divergence=BOUNDS[0][0], confidence=1 - BOUNDS[0][1])
-"""Says how groups are calibrated; the bounds themselves are applied afterwards."""
-LADDER = tuple(Variant("token", share) for share in POLICY.rungs)
-"""Corrected as strongly as the contest of the group says."""
-TOKEN, RUNG25, RUNG50 = LADDER[0], Variant("token", 0.25), Variant("token", 0.5)
-ROTATE, PAPER = Variant("rotate"), Variant("paper")
-OTHERS = (ROTATE, PAPER, Variant("rotate", 0.15, "deviation"), Variant("rotate", 0.5, "deviation"))
-SELECTORS = (Variant("token", 0.25, "influence"), Variant("token", 0.5, "influence"), Variant("token", 0.25, "head"))
+SHARES = (0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05, 0.0)
+PLANNED = tuple(Rung(estimator, share) for estimator in ("token", "rotate") for share in SHARES)
+"""Rungs that plans are made of."""
+TOKEN, RUNG25, RUNG50 = Rung("token"), Rung("token", 0.25), Rung("token", 0.5)
+ROTATE, PAPER = Rung("rotate"), Rung("paper")
+CACHEBLEND = (Rung("rotate", 0.15, "deviation"), Rung("rotate", 0.25, "deviation"))
+SELECTORS = (
+    Rung("rotate", 0.5, "deviation"),
+    Rung("token", 0.25, "influence"),
+    Rung("token", 0.5, "influence"),
+    Rung("token", 0.25, "head"),
+)
 """Other ways to choose the tokens of a rung, on request."""
-COMPARED = tuple(dict.fromkeys((*LADDER, RUNG25, RUNG50, *OTHERS, *SELECTORS)))
-ESSENTIAL = COMPARED[: -len(SELECTORS)]
+ESSENTIAL = tuple(dict.fromkeys((*CORRECTED, *TURNED, *PLANNED, PAPER, *CACHEBLEND)))
+BEST = 0.25
+"""Share of the moved tokens that the best plan may compute."""
+LOOKING = ReusePolicy(max_divergence=1.0, rungs=(ROTATE,))
+"""By which a prompt shows what its answer reads, from which the weights of heads are learned."""
 GOALS = {
     "token_over_rotate": "<= 0.25",
     "token_over_paper": "<= 0.40",
@@ -47,59 +57,71 @@ GOALS = {
     "rung25_top1": ">= 0.985",
     "rung50_over_rotate": "<= 0.05",
     "rung50_top1": ">= 0.99",
-    "worse_edges_in_use": "0",
+    "worse_readers": "0",
+    "best25_over_rotate": "<= 0.06",
 }
 SHIFTED = ("humaneval/humaneval_public.jsonl.gz", "rag/documents_public.jsonl.gz")
 """Files of other texts, beside the folder of the questions."""
-
-Tested = Mapping[str, Sequence[Rungs]]
-"""Agent -> for every prompt one outcome per variant in `COMPARED`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        with Engine.load(options.model, progress=True) as engine:
+        with Engine.load(options.model, prior=None, progress=True) as engine:
+            add_to(engine)
             report = measure(engine, options)
         report.emit(as_json=options.json)
         report.save(options.out)
     except (KVCommError, OSError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command continues here\n")
+        return 130
     return 0
 
 
 def measure(engine: Engine, options: Namespace) -> Report:
-    """All figures of an engine."""
+    """All figures of an engine that knows the methods of `kvcomm.lab.methods` and has no prior.
+
+    Raises:
+        InvalidRequest: a file that cannot be used.
+    """
     train, test = _questions(options.data), _questions(options.test)
     shifted = None if options.shift is None else shift_texts(_shift_files(options), options.shift_texts)
-    num_calibrated = engine.config.contest_prompts + (
-        options.calibration if options.bound or shifted is not None else 0
-    )
+    num_calibrated = options.calibration if options.bound or shifted is not None else 0
     wanted = [*train[: options.anchors + num_calibrated], *test[: options.tests]]
     runs = team_runs(engine, options.team, wanted, options.answers)
-    anchors, rest = runs[: options.anchors], runs[options.anchors :]
-    for index, run in enumerate(anchors):
-        note(f"anchors: question {index + 1} of {len(anchors)}")
-        _learn(engine, run)
-    groups = _calibrate(engine, rest[:num_calibrated])
-    compared = COMPARED if options.selectors else ESSENTIAL
-    tested = _measure(engine, rest[num_calibrated:], groups, compared)
-    figures = _comparison(tested, groups, compared)
+    teaching, rest = runs[: options.anchors], runs[options.anchors :]
+    calibrating, testing = rest[:num_calibrated], rest[num_calibrated:]
+    compared = ESSENTIAL + (SELECTORS if options.selectors else ())
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    outcomes = OutcomeFile(options.keep or options.out.with_suffix(".outcomes.jsonl"), engine, compared, teaching)
+    if shifted is not None or not outcomes.is_whole(rest):
+        _teach(engine, teaching)
+    calibrated = outcomes.measure(calibrating, "calibration")
+    tested = outcomes.measure(testing, "test")
+    figures = _comparison(tested, compared)
+    if calibrated:
+        figures += _best_plan(calibrated, tested)
     if options.bound:
-        calibrations = {agent: group.calibration for agent, group in groups.items()}
-        ladder = {agent: [_ladder(prompt) for prompt in prompts] for agent, prompts in tested.items()}
         for bound in BOUNDS:
-            figures += bound_figures(ladder, calibrations, bound)
+            for ladder, prefix in ((CORRECTED, ""), (TURNED, "turned_")):
+                calibrations = {
+                    agent: Calibration(ladder, [each.pair for each in calibrated.get(agent, ())]) for agent in tested
+                }
+                along = {agent: [each.along(ladder) for each in prompts] for agent, prompts in tested.items()}
+                figures += bound_figures(along, calibrations, bound, prefix)
     if shifted is not None:
+        _calibrate(engine, calibrated)
         figures += shift_figures(engine, options.team, shifted)
     samples = {
-        f"{agent} {_label(variant)}": [prompt.outcomes[index].divergence for prompt in prompts]
+        f"{agent} {rung}": [prompt.outcomes[rung].divergence for prompt in prompts]
         for agent, prompts in tested.items()
-        for index, variant in enumerate(compared)
+        for rung in compared
     }
-    config = settings(engine, options, test=options.test.name, answers=None, shift=shifted is not None)
+    config = settings(engine, options, test=options.test.name, answers=None, keep=None, shift=shifted is not None)
     return Report("fidelity", figures, config, samples)
 
 
@@ -119,6 +141,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--shift-texts", type=int, default=10, metavar="N", help="of each such file [%(default)s]")
     parser.add_argument("--selectors", action="store_true", help="compare other ways to choose what is recomputed")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="keep the exact runs in this file, or take them")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="keep what was measured in this file [beside --out]")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--out", type=Path, default=Path("out/fidelity.json"), help="file of the run [%(default)s]")
     return parser
@@ -128,75 +151,34 @@ def _questions(file: Path) -> list[str]:
     return rows_of(file, lambda row: str(row["question"]), 'an object with the text "question"')
 
 
-def _learn(engine: Engine, run: Run) -> None:
-    publish(engine, _pairs(run))
-    futures = [engine.learn(reading.prompt, estimators=("token", "paper")) for reading in _readers(run).values()]
-    for future in futures:
-        future.result()
-    engine.clear_cache()
-
-
-def _pairs(run: Run) -> list[tuple[tuple[Segment, ...], tuple[int, ...]]]:
-    return [(reading.prompt, reading.answer) for reading in run.values()]
-
-
-def _readers(run: Run) -> Run:
-    """Every agent but the first one, who has nobody to take text from."""
-    return {name: reading for name, reading in list(run.items())[1:] if reading.answer}
-
-
-def _calibrate(engine: Engine, runs: Sequence[Run]) -> dict[str, EdgeGroup]:
-    """Let every prompt take part in what its group is at; returns the groups."""
-    groups: dict[str, EdgeGroup] = {}
+def _teach(engine: Engine, runs: Sequence[Run]) -> None:
+    """Learn anchors, and by which heads a rung is to choose."""
     for index, run in enumerate(runs):
-        note(f"calibration: question {index + 1} of {len(runs)}")
-        publish(engine, _pairs(run))
-        for agent, reading in _readers(run).items():
-            group = engine.calibrate(reading.prompt, reading.answer, POLICY).result()
-            if group is None or groups.setdefault(agent, group) is not group:
-                note(f"question {index + 1}: other segments than usual can be moved for agent {agent}; left out")
-        engine.clear_cache()
-    return groups
+        note(f"anchors: question {index + 1} of {len(runs)}")
+        for _, reading in in_order(engine, run):
+            engine.calibrate(reading.prompt, reading.answer, LOOKING).result()
+            engine.learn(reading.prompt, estimators=("token", "paper")).result()
 
 
-def _measure(
-    engine: Engine, runs: Sequence[Run], groups: Mapping[str, EdgeGroup], compared: Sequence[Variant]
-) -> Tested:
-    found: dict[str, list[Rungs]] = {}
-    for index, run in enumerate(runs):
-        note(f"test: question {index + 1} of {len(runs)}")
-        publish(engine, _pairs(run))
-        for agent, reading in _readers(run).items():
-            variants = [replace(each, strength=_strength(each, groups[agent])) for each in compared]
-            outcomes = engine.measure(reading.prompt, reading.answer, variants).result()
-            moved = sum(len(segment.token_ids) for segment in reading.prompt if segment.name is not None)
-            found.setdefault(agent, []).append(Rungs(moved, outcomes))
-        engine.clear_cache()
-    return found
+def _calibrate(engine: Engine, calibrated: ByAgent) -> None:
+    """Give an engine's readers the pairs that were measured."""
+    for prompts in calibrated.values():
+        for each in prompts:
+            engine.reuse.book.add(engine.namespace(), each.reader, each.pair)
 
 
-def _strength(variant: Variant, group: EdgeGroup) -> float:
-    return group.strength if variant.estimator == "token" else 1.0
-
-
-def _ladder(prompt: Rungs) -> Rungs:
-    return prompt._replace(outcomes=prompt.outcomes[: len(LADDER)])
-
-
-def _comparison(tested: Tested, groups: Mapping[str, EdgeGroup], compared: Sequence[Variant]) -> list[Figure]:
-    """Ratios of mean divergences over all prompts, and the means of every edge group."""
+def _comparison(tested: ByAgent, compared: Sequence[Rung]) -> list[Figure]:
+    """Ratios of mean divergences over all prompts, and the means of every reader."""
     everything = [prompt for prompts in tested.values() for prompt in prompts]
 
-    def mean(variant: Variant, among: Sequence[Rungs] = everything) -> float:
-        return sum(each.outcomes[COMPARED.index(variant)].divergence for each in among) / len(among)
+    def mean(rung: Rung, agent: str | None = None) -> float:
+        among = everything if agent is None else tested[agent]
+        return sum(each.outcomes[rung].divergence for each in among) / len(among)
 
-    def agreement(variant: Variant) -> float:
-        return sum(each.outcomes[COMPARED.index(variant)].agreement for each in everything) / len(everything)
+    def agreement(rung: Rung) -> float:
+        return sum(each.outcomes[rung].agreement for each in everything) / len(everything)
 
     rotate = mean(ROTATE)
-    worse = sum(
-        groups[agent].strength > 0 and mean(TOKEN, prompts) > mean(ROTATE, prompts) for agent, prompts in tested.items()
-    )
     figures = [
         _figure("token_over_rotate", mean(TOKEN) / rotate),
         _figure("token_over_paper", mean(TOKEN) / mean(PAPER)),
@@ -204,19 +186,37 @@ def _comparison(tested: Tested, groups: Mapping[str, EdgeGroup], compared: Seque
         _figure("rung25_top1", agreement(RUNG25), "share"),
         _figure("rung50_over_rotate", mean(RUNG50) / rotate),
         _figure("rung50_top1", agreement(RUNG50), "share"),
-        _figure("worse_edges_in_use", worse, "groups"),
+        _figure("worse_readers", sum(mean(TOKEN, agent) > mean(ROTATE, agent) for agent in tested), "readers"),
+        *(_figure(f"cacheblend{each.share * 100:.0f}_over_rotate", mean(each) / rotate) for each in CACHEBLEND),
+        _figure("prompts", len(everything), "prompts"),
     ]
-    figures += [
-        _figure(f"all {_label(each)} over rotate", mean(each) / rotate) for each in compared[compared.index(PAPER) :]
-    ]
-    for agent, prompts in tested.items():
-        figures.append(_figure(f"{agent} strength", groups[agent].strength))
-        figures += [_figure(f"{agent} {_label(each)}", mean(each, prompts), "nats") for each in compared]
+    figures += [_figure(f"all {each} over rotate", mean(each) / rotate) for each in compared]
+    figures += [_figure(f"{agent} {each}", mean(each, agent), "nats") for agent in tested for each in compared]
     return figures
 
 
-def _label(variant: Variant) -> str:
-    return variant.estimator if not variant.share else f"{variant.estimator} {variant.share:.0%} {variant.selector}"
+def _best_plan(calibrated: ByAgent, tested: ByAgent) -> list[Figure]:
+    """The best plan on the calibration questions, of one rung for each reader and of one for all, as the tests see it.
+
+    Raises ValueError for a reader that was tested and not calibrated.
+    """
+    if unknown := tested.keys() - calibrated.keys():
+        raise ValueError(f"nothing calibrates agent {min(unknown)!r}; give more --calibration")
+    rotate, _ = judge(tested, alike(tested, ROTATE))
+    plan = best_plan(calibrated, PLANNED, BEST)
+    one = min(
+        (each for each in PLANNED if each.share <= BEST),
+        key=lambda rung: judge(calibrated, alike(calibrated, rung))[0],
+    )
+    divergence, computed = judge(tested, plan)
+    for agent, rung in plan.items():
+        note(f"best plan: agent {agent} at {rung}")
+    return [
+        _figure("best25_over_rotate", divergence / rotate),
+        _figure("best25_computed", computed, "share"),
+        _figure("best25_alike_over_rotate", judge(tested, alike(tested, one))[0] / rotate),
+        *(_figure(f"best25 {agent}: {rung}", rung.share, "share") for agent, rung in plan.items()),
+    ]
 
 
 def _shift_files(options: Namespace) -> list[Path]:

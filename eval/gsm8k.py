@@ -18,12 +18,15 @@ from eval.tasks.gsm8k import Gsm8k
 from eval.tasks.modes import DENSE, KVCOMM
 from eval.tasks.program import add_isolation_option
 
+MAX_COMPUTED = 0.14
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate and print; returns the exit code."""
-    return command.main(
-        command.Evaluation("gsm8k", make_task, figures, 100, add_options=add_isolation_option), arguments
+    evaluation = command.Evaluation(
+        "gsm8k", make_task, figures, 100, add_options=add_isolation_option, max_computed=MAX_COMPUTED
     )
+    return command.main(evaluation, arguments)
 
 
 def make_task(options: Namespace) -> Gsm8k:

@@ -18,8 +18,8 @@ from pathlib import Path
 from eval import mmlu
 from eval.tasks.gsm8k import Gsm8k
 from eval.tasks.humaneval import HumanEval
-from eval.tasks.options import chosen, positive
-from eval.tasks.rows import load_rows, load_train_rows
+from eval.tasks.options import positive
+from eval.tasks.rows import chosen, load_rows, load_train_rows
 from eval.tasks.task import Row, Task
 from eval.workload import note
 from kvcomm import KVCommError

@@ -12,6 +12,7 @@ from eval.workload import note
 from kvcomm import Engine, ReusePolicy
 from kvcomm.agents.example_runs import run_all
 from kvcomm.agents.team import load_team
+from kvcomm.align.ladder import CORRECTED
 from kvcomm.errors import InvalidRequest
 from kvcomm.reuse.plan import Reason
 
@@ -19,8 +20,8 @@ MAX_CHARACTERS = 1200
 """Of each text; documents are longer."""
 FIELDS = ("prompt", "text", "question")
 """Where files have the text, the first one that is there."""
-POLICY = ReusePolicy(max_divergence=1.0, confidence=0.95, learn=False, audit=0.0)
-"""So loose that only the distance of the text stands between a calibrated group and approximation."""
+POLICY = ReusePolicy(max_divergence=1.0, confidence=0.95, basis="own", rungs=CORRECTED, learn=False, audit=0.0)
+"""So loose that only the distance of the text stands between a calibrated reader and approximation."""
 
 
 def shift_texts(files: Sequence[Path], count: int) -> list[str]:
@@ -33,7 +34,7 @@ def shift_texts(files: Sequence[Path], count: int) -> list[str]:
 
 
 def shift_figures(engine: Engine, team: str, texts: Sequence[str]) -> list[Figure]:
-    """Let the team read the texts on an engine whose edge groups are calibrated."""
+    """Let the team read the texts on an engine whose readers are calibrated."""
     chosen = load_team(team)
     results = run_all(chosen.group(engine, policy=POLICY), [{"question": text} for text in texts], chosen, note)
     engine.clear_cache()

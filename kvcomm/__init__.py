@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvcomm.agents import Agent, KVCommAgentGroup
     from kvcomm.config import EngineConfig
+    from kvcomm.engine.chat import Static
     from kvcomm.engine.context import Context
     from kvcomm.engine.engine import Engine
     from kvcomm.engine.results import Completion, Usage
@@ -33,6 +34,7 @@ _HOMES = {
     "ReusePolicy": "kvcomm.reuse.policy",
     "SamplingParams": "kvcomm.engine.sampling",
     "Segment": "kvcomm.memory.segments",
+    "Static": "kvcomm.engine.chat",
     "Usage": "kvcomm.engine.results",
 }
 
@@ -47,6 +49,7 @@ __all__ = [
     "ReusePolicy",
     "SamplingParams",
     "Segment",
+    "Static",
     "Usage",
     "__version__",
 ]

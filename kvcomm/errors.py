@@ -191,3 +191,7 @@ class AnchorFileForeign(AnchorFileError):
 
 class AnchorFileTooNew(AnchorFileError):
     """Written by a newer format version than this one reads."""
+
+
+class AnchorFileTooOld(AnchorFileError):
+    """Written by an earlier version, about what is not kept in this way any more."""

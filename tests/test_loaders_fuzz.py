@@ -28,13 +28,15 @@ from kvcomm.agents.tuning.rows import read_rows
 from kvcomm.agents.tuning.state import claim, read_kept
 from kvcomm.align.archive import export_archive, import_archive
 from kvcomm.align.bank_file import load_bank, read_bank_header, save_bank
-from kvcomm.align.profile_file import GROUPS_FILE, load_profile, read_groups
+from kvcomm.align.prior import read_prior, write_prior
+from kvcomm.align.profile_file import READERS_FILE, load_profile, read_readers
 from kvcomm.cli.options import read_text
 from kvcomm.cli.store import Store, context_entry
 from kvcomm.errors import KVCommError
 from kvcomm.lab.load.trace_file import read_trace
 from kvcomm.server.keys import KeyFile, add_key
 from kvcomm.server.settings import load_settings
+from tests.align.test_prior import prior
 from tests.align.test_profile_file import EDGES, SHAPE, bank, saved
 from tests.cli.test_store import stored_segment
 from tests.files.special import SPECIAL, make_special
@@ -106,9 +108,9 @@ def _claim(file: Path) -> None:
     claim(file.parent, {"model": "m", "team": "t"})
 
 
-def _groups(file: Path) -> None:
+def _readers(file: Path) -> None:
     with TemporaryDirectory() as folder:
-        file.write_bytes((saved(Path(folder)) / GROUPS_FILE).read_bytes())
+        file.write_bytes((saved(Path(folder)) / READERS_FILE).read_bytes())
 
 
 RUN = {"row": "r", "agents": {"a": [[[None, [1, 2]], ["slot", [3]]], [4, 5]]}}
@@ -124,10 +126,13 @@ LOADERS = {
         lambda file: save_bank(bank(EDGES[0], 1), SHAPE, "n", file),
         lambda file: (read_bank_header(file), load_bank(file, namespace="n", shape=SHAPE)),
     ),
-    "edge groups": Loader(GROUPS_FILE, _groups, lambda file: read_groups(file.parent)),
+    "readers": Loader(READERS_FILE, _readers, lambda file: read_readers(file.parent)),
     "anchors": Loader(
-        GROUPS_FILE, lambda file: saved(file.parent), lambda file: load_profile(file.parent, namespace="n", shape=SHAPE)
+        READERS_FILE,
+        lambda file: saved(file.parent),
+        lambda file: load_profile(file.parent, namespace="n", shape=SHAPE),
     ),
+    "prior": Loader("prior.json", lambda file: write_prior(prior(), file, name="tiny"), read_prior),
     "archive": Loader("x.tar", _archive, _unpack),
     "keys": Loader("keys.json", lambda file: add_key(file, "ann"), KeyFile.read),
     "segment": Loader("x.segment.json", _segment, lambda file: Store(file.parent).segment("x")),
@@ -288,7 +293,7 @@ def test_damaged_files(kind: str, scratch: Path, data: st.DataObject) -> None:
     require_sound(kind, file)
 
 
-@pytest.mark.parametrize("kind", ["snapshot", "snapshot entry", "bank", "edge groups", "anchors"])
+@pytest.mark.parametrize("kind", ["snapshot", "snapshot entry", "bank", "readers", "anchors"])
 @settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_sealed_files_with_headers_of_other_values(kind: str, scratch: Path, data: st.DataObject) -> None:
@@ -310,7 +315,7 @@ def test_sealed_files_with_headers_of_other_values(kind: str, scratch: Path, dat
 
 
 def test_the_length_of_a_safetensors_header_is_not_believed(tmp_path: Path) -> None:
-    for kind in ("snapshot", "bank", "edge groups"):
+    for kind in ("snapshot", "bank", "readers"):
         content = whole(kind)[LOADERS[kind].name]
         for length in (2**63, 2**40, 0, len(content) * 2):
             assert not require_sound(kind, lay(kind, tmp_path, struct.pack("<Q", length) + content[8:]))

@@ -26,6 +26,7 @@ from eval.tasks.progress import Phases
 from eval.workload import note
 from kvcomm import Engine, KVCommError
 from kvcomm.align.bound import Bound
+from kvcomm.align.prior import find_prior, read_prior, require_prior_fits
 from kvcomm.errors import InvalidRequest
 
 ALL = "all"
@@ -50,10 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def evaluate(options: Namespace) -> Report:
     """Every part that is asked for, as far as it is not there yet."""
     bounds, methods = _checked(options)
-    with Engine.load(options.model, progress=True, config=CONFIG) as twin, Phases() as phases:
+    with Engine.load(options.model, progress=True, config=CONFIG, prior=None) as twin, Phases() as phases:
         workloads = _workloads(options, twin)
-        parts = parts_of(workloads, bounds, options.prior, twin.prior)
-        evaluation = Evaluation(twin, workloads, methods, options.out, fresh=options.fresh)
+        prior = find_prior(twin.prior_model) if options.prior_file is None else read_prior(options.prior_file)
+        if prior is not None:
+            require_prior_fits(prior, twin.prior_model)
+        parts = parts_of(workloads, bounds, options.prior, prior)
+        evaluation = Evaluation(twin, workloads, prior, methods, options.out, fresh=options.fresh)
         served = {part: evaluation.serve(part, phases) for part in parts}
     return Report("firstday", figures_of(served), _settings(options, parts), samples_of(served))
 
@@ -68,6 +72,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--prior", action=BooleanOptionalAction, help="with the model's prior, without the workload [both]"
     )
+    parser.add_argument("--prior-file", type=Path, metavar="FILE", help="a prior [the one that ships with the model]")
     parser.add_argument(
         "--bound",
         action="append",
@@ -129,7 +134,7 @@ def _workloads(options: Namespace, engine: Engine) -> dict[str, Workload]:
 
 
 def _settings(options: Namespace, parts: Sequence[Part]) -> dict[str, object]:
-    left_out = {"json", "out", "fresh", "data", "workload", "bound"}
+    left_out = {"json", "out", "fresh", "data", "workload", "bound", "prior_file"}
     given = {name: value for name, value in vars(options).items() if name not in left_out}
     return {**given, "data": None if options.data is None else options.data.name, "parts": [p.label for p in parts]}
 

@@ -48,5 +48,5 @@ def _prompt_cache(context: Context, num_prompt: int) -> DynamicCache:
 @torch.inference_mode()
 def _log_probs(model: PreTrainedModel, cache: DynamicCache, forced: Sequence[int]) -> Tensor:
     token_ids = torch.tensor([list(forced)], device=model.device)
-    logits = model(input_ids=token_ids, past_key_values=cache, use_cache=True).logits
+    logits: Tensor = model(input_ids=token_ids, past_key_values=cache, use_cache=True).logits
     return logits[0].float().log_softmax(-1)

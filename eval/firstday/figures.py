@@ -76,8 +76,8 @@ def violations(parts: Parts) -> list[Figure]:
     for delta, levels in found.items():
         behind = f" at {1 - delta:g}" if len(found) > 1 else ""
         for level in sorted(levels, key=LEVELS.index):
-            count, broken = len(levels[level]), sum(levels[level])
-            share = wilson(broken, count)
+            count = len(levels[level])
+            share = wilson(sum(levels[level]), count)
             limit = f"<= {violation_limit(delta, count):.3g}"
             figures.append(Figure(f"violations_{level}{behind}", share.value, "share", (share.low, share.high), limit))
             figures.append(Figure(f"approximate_{level}{behind}", count, "requests", goal=f">= {FEW}"))

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from kvcomm.memory.segments import Segment
 from kvcomm.reuse.plan import Reason, Span, SpanKind
 
-NOT_MOVABLE = frozenset({Reason.NO_SOURCE, Reason.GLUE, Reason.NEW, Reason.LAST_TOKEN, Reason.IMMOVABLE})
-"""Reasons that speak of no source; all others say why a text was not moved although there is one."""
+NO_SOURCE = frozenset({Reason.NO_SOURCE, Reason.LAST_TOKEN, Reason.IMMOVABLE})
+"""Reasons by which text is computed that could not have been moved, also if it was known."""
 
 TokenIds = tuple[int, ...]
 
@@ -31,8 +31,9 @@ def movable_of(prompt: Sequence[Segment], spans: Iterable[Span], known: frozense
 
     Args:
         spans: of the prompt, in order and without gaps, as usage reports them.
-        known: texts that somebody had read or written when the request was made. An engine may give one reason for a
-            whole prompt, also where some of its texts are new; those do not count.
+        known: texts that somebody had read or written when the request was made. Of what is computed only these count:
+            an engine may give one reason for a whole prompt, some texts of which are new, and for a text that the exact
+            prefix reaches into it gives that of the template.
     """
     num_movable = num_moved = 0
     spans = list(spans)
@@ -45,7 +46,7 @@ def movable_of(prompt: Sequence[Segment], spans: Iterable[Span], known: frozense
                 if num_tokens <= 0:
                     continue
                 is_moved = span.kind is SpanKind.ALIGNED
-                is_kept_back = span.kind is SpanKind.COMPUTE and span.reason not in NOT_MOVABLE
+                is_kept_back = span.kind is SpanKind.COMPUTE and span.reason not in NO_SOURCE
                 num_moved += num_tokens * is_moved
                 num_movable += num_tokens * (is_moved or (is_kept_back and segment.token_ids in known))
         start = end

@@ -6,6 +6,7 @@ finished is read from its file.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from eval.tasks.rows import digest_of
 from eval.workload import note
 from kvcomm import Engine, EngineConfig, ReusePolicy
 from kvcomm.align.bound import Bound
+from kvcomm.align.prior import Prior
 from kvcomm.errors import InvalidRequest
 
 CONFIG = EngineConfig(pool_bytes=4 * 2**30)
@@ -37,16 +39,25 @@ class Evaluation:
     """Serves parts, beside one twin for all of them."""
 
     def __init__(
-        self, twin: Engine, workloads: Mapping[str, Workload], methods: Sequence[str], folder: Path, *, fresh: bool
+        self,
+        twin: Engine,
+        workloads: Mapping[str, Workload],
+        prior: Prior | None,
+        methods: Sequence[str],
+        folder: Path,
+        *,
+        fresh: bool,
     ) -> None:
         """Args:
         twin: of the model that is evaluated; used by nobody else.
+        prior: of the model; parts that use it leave out what was measured in their workload.
         methods: to be compared with on `RAG`.
         folder: where requests are kept.
         fresh: keep nothing of an earlier run.
         """
         self._twin = twin
         self._workloads = workloads
+        self._prior = prior
         self._methods = tuple(methods)
         self._folder = folder
         self._fresh = fresh
@@ -56,7 +67,10 @@ class Evaluation:
         workload = self._workloads[part.workload]
         methods = self._methods if part.workload == RAG else ()
         self._folder.mkdir(parents=True, exist_ok=True)
-        file = part.file(self._folder, _settings(self._twin, workload, methods))
+        settings = _settings(self._twin, workload, methods)
+        if part.uses_prior and self._prior is not None:
+            settings["prior"] = hashlib.sha256(repr(self._prior.without(part.workload)).encode()).hexdigest()
+        file = part.file(self._folder, settings)
         with phases.phase(part.label, len(workload.inputs)) as advance:
             found = [] if self._fresh else file.read()
             if len(found) == len(workload.inputs):
@@ -77,8 +91,7 @@ class Evaluation:
     @contextmanager
     def _engine(self, part: Part) -> Iterator[Engine]:
         """A fresh one."""
-        prior = self._twin.prior
-        known = prior.without(part.workload) if part.uses_prior and prior is not None else None
+        known = self._prior.without(part.workload) if part.uses_prior and self._prior is not None else None
         config = replace(CONFIG, idle_after_s=NEVER_S)
         with Engine(self._twin.model, self._twin.tokenizer, config=config, prior=known) as engine:
             yield engine
@@ -92,7 +105,9 @@ class Evaluation:
             yield Laboratory(engine, methods)
 
 
-def parts_of(workloads: Iterable[str], bounds: Sequence[Bound], uses_prior: bool | None, prior: Any) -> list[Part]:
+def parts_of(
+    workloads: Iterable[str], bounds: Sequence[Bound], uses_prior: bool | None, prior: Prior | None
+) -> list[Part]:
     """Every part that is asked for.
 
     Args:
@@ -111,8 +126,8 @@ def parts_of(workloads: Iterable[str], bounds: Sequence[Bound], uses_prior: bool
 
 
 def learning_s(engine: Engine) -> float:
-    """Seconds that an engine has spent on learning beside requests."""
-    return engine.reuse_status().learning_s
+    """Seconds that an engine has spent beside requests: on anchors, pairs and audits."""
+    return engine.reuse.idle.worked_s
 
 
 def _settings(twin: Engine, workload: Workload, methods: Sequence[str]) -> dict[str, Any]:

@@ -2,15 +2,15 @@
 
 Beside the served engine stands its twin, which allows exact reuse only and gets the very same prompts in turn: what the
 agents of the served engine have answered. The twin's first tokens are what exact reuse takes, its answers are the exact
-continuations. While the twin works and divergences are measured, the served engine's lock is held: it learns nothing in
-that time, its clock stands, and for it the next request comes at once.
+continuations. While the twin works and divergences are measured, the served engine is held: it learns nothing in that
+time, its clock stands, and for it the next request comes at once. What it still does after an answer the next request
+has to wait for, as it would without the pause.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,8 +23,8 @@ from kvcomm import Completion, Context, Engine, KVCommAgentGroup, ReusePolicy, S
 from kvcomm.agents.graph import AgentGraph, Task
 from kvcomm.agents.results import AgentResult
 from kvcomm.engine.handle import RequestHandle
-from kvcomm.engine.request import NUM_CONTINUATION
 from kvcomm.memory.segments import Segment
+from kvcomm.reuse.replay import NUM_CONTINUATION
 
 EXACT = ReusePolicy.exact()
 
@@ -117,30 +117,28 @@ class Server:
     def serve(self) -> Iterator[Served]:
         """Serve all requests; the served engine stands still while the caller works on what is yielded."""
         learned_s = self._learning_s(self._engine)
-        with self._engine.lock:
-            for number, inputs in enumerate(self._workload.inputs, start=1):
-                with self._running():
-                    began_s = time.perf_counter()
-                    result = self._group.run(rounds=1, **{**self._workload.team.inputs, **inputs})
-                    seconds = time.perf_counter() - began_s
+        waited_s = 0.0
+        for number, inputs in enumerate(self._workload.inputs, start=1):
+            began_s = time.perf_counter()
+            result = self._group.run(rounds=1, **{**self._workload.team.inputs, **inputs})
+            answered_s = time.perf_counter()
+            with self._engine.held():
+                held_s = time.perf_counter()
+                before_s, learned_s = learned_s, self._learning_s(self._engine)
                 try:
-                    before_s, learned_s = learned_s, self._learning_s(self._engine)
-                    calls = self._calls(result)
+                    calls = self._calls(result, waited_s)
                 finally:
                     self._here.release()
-                yield Served(number, seconds, learned_s - before_s, calls)
+                waited_s = held_s - answered_s
+                num_pairs = sum(len(standing.pairs) for standing in self._engine.readers())
+                yield Served(number, held_s - began_s, learned_s - before_s, calls, num_pairs)
 
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        """Let the served engine work within."""
-        self._engine.lock.release()
-        try:
-            yield
-        finally:
-            self._engine.lock.acquire()
+    def _calls(self, results: Mapping[str, AgentResult], waited_s: float) -> tuple[Call, ...]:
+        """What became of every agent's call, held against the twin's, wave by wave.
 
-    def _calls(self, results: Mapping[str, AgentResult]) -> tuple[Call, ...]:
-        """What became of every agent's call, held against the twin's, wave by wave."""
+        Args:
+            waited_s: for what the engine still did when the request could have come; the first wave waits for it.
+        """
         calls = []
         for wave in self._waves:
             kept = [next(each for each in self._here.kept if each.prompt is results[agent].prompt) for agent in wave]
@@ -148,9 +146,11 @@ class Server:
             try:
                 twins = self._ask_twin(kept, [usage.aligned_tokens > 0 for usage in usages])
                 for agent, own, usage, twin in zip(wave, kept, usages, twins, strict=True):
-                    calls.append(self._call(agent, own, usage, twin))
+                    call = self._call(agent, own, usage, twin)
+                    calls.append(replace(call, ttft_s=call.ttft_s + waited_s))
             finally:
                 self._twin.release()
+            waited_s = 0.0
             for agent in wave:
                 texts = {segment.token_ids for segment in results[agent].prompt if segment.name is not None}
                 self._known |= texts | {results[agent].token_ids}

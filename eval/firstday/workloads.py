@@ -6,12 +6,10 @@ tools. Rows are those that are asked, not those that others learn from.
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eval import mmlu
 from eval.data_files import rows_of
 from eval.firstday import tools
 from eval.firstday.cutting import CountTokens, cut
@@ -19,9 +17,8 @@ from eval.firstday.data_folder import files
 from eval.firstday.retrieval import Passages, passages_of
 from eval.tasks.gsm8k import Gsm8k
 from eval.tasks.humaneval import HumanEval
-from eval.tasks.mmlu import NUM_SHOTS
-from eval.tasks.options import chosen
-from eval.tasks.rows import load_rows
+from eval.tasks.mmlu import Mmlu
+from eval.tasks.rows import chosen, load_rows
 from eval.tasks.task import Task
 from eval.tasks.topology import wire
 from kvcomm import Agent, Engine, SamplingParams
@@ -129,8 +126,8 @@ def _gsm8k(wanted: Wanted) -> Workload:
 
 
 def _mmlu(wanted: Wanted) -> Workload:
-    task = mmlu.make_task(Namespace(data=wanted.data, shots=NUM_SHOTS))
-    return _of_task("mmlu", task, load_team("mmlu"), wanted)
+    examples = load_rows(Mmlu.source, Mmlu.shots, wanted.data)
+    return _of_task("mmlu", Mmlu(examples), load_team("mmlu"), wanted)
 
 
 def _humaneval(wanted: Wanted) -> Workload:

@@ -51,13 +51,18 @@ class Contents:
         }
 
 
-def bound_figures(results: Mapping[str, ModeResult]) -> list[Figure]:
-    """What all tasks are held against: divergences, what is computed, and the bound where one was in force."""
+def bound_figures(results: Mapping[str, ModeResult], max_computed: float | None = None) -> list[Figure]:
+    """What all tasks are held against: divergences, what is computed, and the bound where one was in force.
+
+    Args:
+        max_computed: share of the prompt tokens that kvcomm is to compute at most; None: there is no such goal.
+    """
     found = []
     for name, result in results.items():
         if (divergence := result.damage.mean_divergence) is not None:
             found.append(Figure(f"divergence_{name}", divergence, "nats"))
-        found.append(Figure(f"computed_{name}", result.reuse.computed_share, "share"))
+        goal = f"<= {max_computed:g}" if name == KVCOMM and max_computed is not None else ""
+        found.append(Figure(f"computed_{name}", result.reuse.computed_share, "share", goal=goal))
     own = results.get(KVCOMM)
     if own is not None and own.damage.violations is not None:
         share, limit = own.damage.violations, own.damage.violation_limit

@@ -122,7 +122,7 @@ def _reuse(results: Sequence[ModeResult]) -> Table:
             ]
         )
     head = ["mode", "tokens exact", "moved", "computed", "requests that moved", "exact prefix only", "nothing reused"]
-    note = "Rungs: share of the moved tokens that was computed after all, with the number of requests."
+    note = "Rungs: how moved KV was corrected, the share of it that was computed, and the number of requests."
     return Table("Reuse", [*head, "of those that read others", "rungs"], rows, note)
 
 

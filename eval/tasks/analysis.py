@@ -61,7 +61,7 @@ class Reuse:
         tokens: prompt tokens that were exact, aligned, computed.
         requests: those that moved text, those that only had an exact prefix, those that computed everything.
         reasons: computed tokens by reason.
-        rungs: requests that moved text, by the share of it that was recomputed.
+        rungs: requests that moved text, by rung.
         approximated: share of the requests that read others which moved text.
     """
 
@@ -256,7 +256,7 @@ def _reuse(pairs: Sequence[_Pair]) -> Reuse:
         {kind: sum(usage[kind] for usage in usages) for kind in ("exact", "aligned", "computed")},
         {"moved": len(moved), "exact prefix": prefixed, "computed": len(usages) - len(moved) - prefixed},
         dict(reasons.most_common()),
-        dict(sorted(Counter(f"{usage['moved']['rung']:.0%}" for usage in moved).items())),
+        dict(sorted(Counter(usage["moved"]["rung"] for usage in moved).items())),
         wilson(len(moved), num_readers),
     )
 

@@ -11,7 +11,7 @@ from eval.tasks.task import Row
 from eval.tasks.topology import role_of
 from eval.tasks.work import Work
 from kvcomm import Completion, Engine, ReusePolicy
-from kvcomm.agents.rendering import PromptRenderer
+from kvcomm.agents.rendering import Filling, PromptRenderer
 from kvcomm.agents.templates import Slot
 from kvcomm.engine.request import ANSWER
 from kvcomm.engine.sampling import TokenLogprob
@@ -54,7 +54,7 @@ class AnsweringTeam:
         num_answered = 0
         for agent in self._work.team.agents:
             longest = self._work.sampling(agent.name).max_new_tokens
-            values[Slot(agent.name)] = (0,) * longest
+            values[Slot(agent.name)] = ((0,) * longest,)
             num_answered += longest
         prompts = [prompt.fill(values) for prompt in self._prompts.values()]
         return num_answered + sum(len(segment.token_ids) for prompt in prompts for segment in prompt)
@@ -73,9 +73,9 @@ class AnsweringTeam:
         extra = {"group": self._work.task.group(row), **drawn(self._engine, self._work, self._mode, last.segments, row)}
         return Sample(index, answers, self._work.score(last.text, last.first, row), extra)
 
-    def _inputs(self, row: Row) -> dict[Slot, Sequence[int]]:
+    def _inputs(self, row: Row) -> dict[Slot, Filling]:
         texts = {**self._work.team.inputs, **self._work.task.inputs(row)}
-        return {Slot(name): self._renderer.encode_input(name, text) for name, text in texts.items()}
+        return {Slot(name): self._renderer.read_input(name, text) for name, text in texts.items()}
 
     def _answers(self, row: Row, around: Around) -> dict[str, Answer]:
         values = self._inputs(row)
@@ -92,7 +92,7 @@ class AnsweringTeam:
             parts = tuple((segment.token_ids, segment.name) for segment in prompt)
             usage, first = usage_values(completion.usage), first_texts(self._engine, self._work, completion)
             answers[agent.name] = Answer(token_ids, completion.text, usage, parts, result, first)
-            values[Slot(agent.name)] = answers[agent.name].passed_on
+            values[Slot(agent.name)] = (answers[agent.name].passed_on,)
             if agent.name != self._work.referee:
                 publish_answer(self._engine, answers[agent.name])
         return answers
@@ -122,7 +122,7 @@ def drawn(engine: Engine, work: Work, mode: Mode, prompt: Sequence[Segment], row
     if not work.num_samples:
         return {}
     completion = engine.generate(
-        prompt, work.drawing(), policy=mode.policy, variant=mode.variant, reads_cache=mode.reads_cache
+        prompt, work.drawing(), policy=mode.policy, rung=mode.rung, reads_cache=mode.reads_cache
     )
     right = sum(work.score(choice.text, {}, row).is_right for choice in completion.choices)
     return {"drawn": work.num_samples, "right": right}

@@ -25,6 +25,7 @@ from eval.tasks.progress import Phases
 from eval.tasks.run_folder import RunFolder
 from eval.tasks.task import Task
 from kvcomm import Engine, KVCommError, ReusePolicy
+from kvcomm.lab.methods import add_to
 
 Figures = Callable[[Mapping[str, ModeResult]], list[Figure]]
 
@@ -39,6 +40,7 @@ class Evaluation:
         limit: questions by default.
         num_samples: answers drawn by default, besides the greedy one.
         add_options: options of the task's own.
+        max_computed: share of the prompt tokens that kvcomm is to compute at most, at the default bound.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Evaluation:
     limit: int
     num_samples: int = 0
     add_options: Callable[[ArgumentParser], None] = lambda parser: None
+    max_computed: float | None = None
 
 
 def main(evaluation: Evaluation, arguments: Sequence[str] | None = None) -> int:
@@ -78,7 +81,8 @@ def _evaluate(evaluation: Evaluation, options: Namespace) -> Report:
     settings = settings_of(work, options)
     folder = RunFolder.open(options.out, settings)
     try:
-        with Engine.load(options.model, config=CONFIG) as engine, Phases() as phases:
+        with Engine.load(options.model, config=CONFIG, prior=None) as engine, Phases() as phases:
+            add_to(engine)
             with Engine(engine.model, engine.tokenizer, config=COLD_CONFIG) as cold:
                 run = Run(engine, cold, work, modes, folder, phases)
                 run.compute(num_timed=options.timed, num_replayed=options.divergence)
@@ -90,7 +94,7 @@ def _evaluate(evaluation: Evaluation, options: Namespace) -> Report:
     results = run.results()
     figures = [
         *evaluation.figures(results),
-        *bound_figures(results),
+        *bound_figures(results, evaluation.max_computed),
         Figure("minutes", minutes, "min", goal="< 60"),
     ]
     contents = Contents(task, figures, list(results.values()), settings, facts, folder.times.read())

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from eval.baselines.methods import METHODS
 from kvcomm import ReusePolicy
 from kvcomm.align.bound import Bound
+from kvcomm.align.ladder import Rung
 from kvcomm.errors import InvalidRequest
-from kvcomm.lab.variant import Variant
+from kvcomm.lab.methods import METHODS
 
 DENSE, EXACT, KVCOMM = "dense", "exact", "kvcomm"
 STOCK, STOCK_PREFIX = "stock", "stock_prefix"
@@ -20,12 +20,12 @@ class Mode(NamedTuple):
 
     Attributes:
         policy: what the caller accepts.
-        variant: reuse in this way with no bound; None: as the policy allows.
+        rung: reuse at exactly this rung, with no bound; None: as the policy allows.
     """
 
     name: str
     policy: ReusePolicy
-    variant: Variant | None = None
+    rung: Rung | None = None
 
     @property
     def is_stock(self) -> bool:
@@ -40,14 +40,19 @@ class Mode(NamedTuple):
     @property
     def moves(self) -> bool:
         """Whether text is moved between contexts."""
-        return self.variant is not None or not self.policy.is_exact
+        return self.rung is not None or not self.policy.is_exact
 
     @property
-    def estimator(self) -> str | None:
-        """How moved KV is corrected; None: nothing is moved."""
-        if self.variant is not None:
-            return self.variant.estimator
-        return None if self.policy.is_exact else self.policy.estimator
+    def rungs(self) -> tuple[Rung, ...]:
+        """At which its requests may be served; none: nothing is moved."""
+        if self.rung is not None:
+            return (self.rung,)
+        return () if self.policy.is_exact else self.policy.rungs
+
+    @property
+    def estimators(self) -> frozenset[str]:
+        """How moved KV is corrected; none: nothing is moved."""
+        return frozenset(rung.estimator for rung in self.rungs)
 
     @property
     def bound(self) -> Bound | None:
@@ -56,10 +61,10 @@ class Mode(NamedTuple):
 
     def describe(self) -> dict[str, Any]:
         """For reports."""
-        if self.variant is not None:
-            return {"served by": "engine", **vars(self.variant)}
+        if self.rung is not None:
+            return {"served by": "engine", **vars(self.rung)}
         if not self.policy.is_exact:
-            return {"served by": "engine", **vars(self.policy)}
+            return {"served by": "engine", **vars(self.policy), "rungs": list(map(str, self.policy.rungs))}
         described = {
             DENSE: {"served by": "engine", "cached": "nothing"},
             EXACT: {"served by": "engine", "cached": "exact prefixes"},

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from eval.tasks.modes import MODES
-from eval.tasks.rows import digest_of, load_rows, load_train_rows
+from eval.tasks.rows import chosen, digest_of, load_rows, load_train_rows
 from eval.tasks.task import Row, Task
 from eval.tasks.topology import AGENTS, TOPOLOGIES, wire
 from eval.tasks.work import Work
@@ -18,7 +17,7 @@ from kvcomm.agents.example_runs import limited
 from kvcomm.agents.team import Team, load_team
 from kvcomm.errors import InvalidRequest
 
-CONFIG = EngineConfig(contest_prompts=4, pool_bytes=6 * 2**30, idle_after_s=0.0)
+CONFIG = EngineConfig(pool_bytes=6 * 2**30, idle_after_s=0.0)
 """Of the engine that reuses. The pool holds the prompts of many questions; untouched pages cost no memory on a CPU."""
 COLD_CONFIG = EngineConfig(cache=False)
 """Of the engine on which dense requests are timed."""
@@ -60,7 +59,13 @@ def make_parser(name: str, limit: int, num_samples: int) -> ArgumentParser:
     parser.add_argument("--max-divergence", type=float, default=0.02, metavar="NATS", help="of kvcomm [%(default)s]")
     parser.add_argument("--confidence", type=float, default=0.95, metavar="P", help="of kvcomm [%(default)s]")
     parser.add_argument("--anchors", type=positive, default=16, metavar="N", help="questions that teach [%(default)s]")
-    parser.add_argument("--calibration", type=positive, default=24, metavar="N", help="and calibrate [%(default)s]")
+    parser.add_argument(
+        "--calibration",
+        type=positive,
+        default=28,
+        metavar="N",
+        help="further ones that are only measured [%(default)s]",
+    )
     parser.add_argument(
         "--divergence", type=_count, default=20, metavar="N", help="questions to replay for divergences [%(default)s]"
     )
@@ -89,7 +94,7 @@ def make_work(task: Task, options: Namespace, *, learns: bool) -> Work:
     rows = chosen(every, options.limit, options.seed)
     if not rows:
         raise InvalidRequest(f"there are no questions in {options.data or task.source.hub[0]}")
-    num_train = options.anchors + CONFIG.contest_prompts + options.calibration if learns else 0
+    num_train = options.anchors + options.calibration if learns else 0
     train = _train(task, options, every, rows)[:num_train] if num_train else []
     if len(train) < num_train:
         raise InvalidRequest(
@@ -119,11 +124,6 @@ def _train(task: Task, options: Namespace, every: Sequence[Row], asked: Sequence
         left_out = {digest_of([row]) for row in asked}
         return [row for row in every if digest_of([row]) not in left_out]
     return task.arrange(load_train_rows(source, options.train, options.data))
-
-
-def chosen(rows: Sequence[Row], limit: int, seed: int) -> list[Row]:
-    """The first rows, or for another seed than 0 a random choice of so many."""
-    return list(rows[:limit]) if not seed else random.Random(seed).sample(list(rows), min(limit, len(rows)))
 
 
 def _require_greedy(team: Team) -> None:

@@ -64,7 +64,7 @@ class Run:
                 divergences=[each for each in divergences if each.mode == mode.name],
                 times=[each for each in times if each.mode == mode.name],
                 bound=mode.bound,
-                anchor_bytes=held.get(mode.estimator or "", 0),
+                anchor_bytes=sum(held.get(name, 0) for name in mode.estimators),
             )
             for mode in self._modes
         }

@@ -18,10 +18,12 @@ from eval.tasks.records import RecordFile
 from eval.tasks.samples import Answer, Sample
 from eval.tasks.serving import Advance, Samples
 from kvcomm import Engine
-from kvcomm.engine.request import NUM_CONTINUATION
+from kvcomm.align.calibration import Calibration, Pair
+from kvcomm.align.ladder import Rung
+from kvcomm.align.levels import Level
 from kvcomm.lab.anatomy import Anatomy, Dissection, dissect
-from kvcomm.lab.variant import Variant
 from kvcomm.memory.segments import Segment
+from kvcomm.reuse.replay import NUM_CONTINUATION
 
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Confidences at which what calibration predicts is held against what is measured."""
@@ -122,8 +124,8 @@ def _request(
     by_stock = [each for each in others if each.mode.is_stock]
     continuation = whole.token_ids[:NUM_CONTINUATION]
     if moved or by_stock:
-        variants = [_variant(engine, each) for each in moved]
-        dissection = dissect(engine, whole.segments, continuation, variants).result()
+        rungs = [_rung(each) for each in moved]
+        dissection = dissect(engine, whole.segments, continuation, rungs).result()
         for each, anatomy in zip(moved, dissection.anatomies, strict=True):
             # A text that other questions had, too, may have been moved from one of those; that is not to be had again.
             if anatomy is not None:
@@ -135,23 +137,30 @@ def _request(
             yield each.mode, {"divergences": (0.0,) * len(continuation), "agreement": 1.0, "is_moved": False}
 
 
-def _variant(engine: Engine, served: Served) -> Variant:
-    """The way in which a request was served."""
-    if served.mode.variant is not None:
-        return served.mode.variant
-    moved = served.answer.usage["moved"]
-    (strength,) = (group.strength for group in engine.edge_groups() if group.key.digest == moved["group"])
-    return Variant(served.mode.policy.estimator, moved["rung"], strength=strength)
+def _rung(served: Served) -> Rung:
+    """The one that a request was served at."""
+    return next(rung for rung in served.mode.rungs if str(rung) == served.answer.usage["moved"]["rung"])
 
 
 def _predicted(engine: Engine, served: Served) -> dict[str, float]:
-    """What the calibration of a request's group expects at its rung, by confidence."""
+    """What the pairs that decided about a request expect at its rung, by confidence."""
     if served.mode.bound is None:
         return {}
-    moved = served.answer.usage["moved"]
-    (group,) = (group for group in engine.edge_groups() if group.key.digest == moved["group"])
-    rung = group.key.shares.index(moved["rung"])
-    return {str(level): group.calibration.predicted(rung, level) for level in LEVELS}
+    moved, rung = served.answer.usage["moved"], _rung(served)
+    (ladder,) = (ladder for ladder in served.mode.policy.ladders if rung in ladder)
+    calibration = Calibration(ladder, _pairs(engine, moved["reader"], Level(moved["level"])))
+    return {str(level): calibration.predicted(ladder.index(rung), level) for level in LEVELS}
+
+
+def _pairs(engine: Engine, reader: str, level: Level) -> Sequence[Pair]:
+    """Those of a level, for one reader."""
+    book, namespace = engine.reuse.book, engine.namespace()
+    if level is Level.POOL:
+        return book.pool(namespace)
+    if level is Level.PRIOR:
+        return tuple(book.prior)
+    standing = book.find(namespace, reader)
+    return () if standing is None else tuple(standing.pairs)
 
 
 def _values(anatomy: Anatomy) -> dict[str, Any]:

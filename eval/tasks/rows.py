@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 from collections.abc import Sequence
 from logging import CRITICAL
 from pathlib import Path
@@ -92,6 +93,11 @@ def beside(split: Split, data: Path | None) -> Path | None:
     if data is None or not data.is_file():
         return data
     return next((file for file in _files_of(split, data.parent) if file != data), None)
+
+
+def chosen(rows: Sequence[Row], limit: int, seed: int) -> list[Row]:
+    """The first rows, or for another seed than 0 a random choice of so many."""
+    return list(rows[:limit]) if not seed else random.Random(seed).sample(list(rows), min(limit, len(rows)))
 
 
 def digest_of(rows: Sequence[Row]) -> str:

@@ -67,6 +67,8 @@ def usage_values(usage: Usage) -> dict[str, Any]:
     """A request's usage as JSON values."""
     report = usage.approximation
     moved = None if report is None else {k: _finite(v) for k, v in report._asdict().items()}
+    if moved is not None:
+        moved["level"] = None if usage.bound is None else usage.bound.level
     return {
         "prompt": usage.prompt_tokens,
         "exact": usage.exact_tokens,

@@ -205,7 +205,7 @@ class Reading:
     def _begin(self, mode: Mode, agent: str, prompt: Sequence[Segment]) -> Begun:
         """Wait for the first token; of the referee draw further answers while what they are drawn from is there."""
         sampling = self.work.first_sampling(agent)
-        handle = self.engine.submit(prompt, sampling, policy=mode.policy, variant=mode.variant)
+        handle = self.engine.submit(prompt, sampling, policy=mode.policy, rung=mode.rung)
         chunks = iter(handle)
         next(chunks, None)
         extra: dict[str, Any] = {"group": self.work.task.group(self.row)}

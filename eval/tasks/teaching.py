@@ -1,7 +1,9 @@
-"""Earning approximation: anchors and calibration from questions of their own, answered exactly beforehand.
+"""Earning approximation: anchors and pairs from questions of their own, answered exactly beforehand.
 
-What was learned is kept in the run's folder, so that an interrupted run does not learn anew. Only the texts of the
-published estimator are not among it; they are read once more where they are needed.
+Every reader of such a question is measured with what is known then, and the first questions teach after that, as in
+traffic; what it reads comes from what ran before it. What was learned is kept in the run's folder, so that an
+interrupted run does not learn anew. Only the texts of the published estimator are not among it; they are read once more
+where they are needed.
 """
 
 from __future__ import annotations
@@ -11,16 +13,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval.tasks.answering import AnsweringTeam, publish_all
+from eval.tasks.answering import AnsweringTeam, publish_answer
 from eval.tasks.at_once import at_once
 from eval.tasks.modes import Mode
 from eval.tasks.samples import Answer, Sample, SampleFile
 from eval.tasks.serving import WIDTH, Advance
 from eval.tasks.work import Work
 from kvcomm import Engine, ReusePolicy
-from kvcomm.align.estimators import PaperEstimator
+from kvcomm.lab.paper import PaperEstimator
 
-PAPER, ROTATE = PaperEstimator.name, "rotate"
+PAPER, TOKEN, ROTATE = PaperEstimator.name, "token", "rotate"
 FLOAT32_BYTES = 4
 
 
@@ -30,7 +32,7 @@ class Lesson:
 
     Attributes:
         estimators: that learn from questions.
-        policies: that are calibrated.
+        policies: at whose rungs readers are measured.
         paper_tokens: of every question, those of which the published estimator keeps KV and offsets, all edges.
     """
 
@@ -41,22 +43,19 @@ class Lesson:
     @classmethod
     def of(cls, modes: Sequence[Mode], *, is_known: bool) -> Lesson:
         """What modes need; all but the published estimator's texts may be known already."""
-        estimators = {mode.estimator for mode in modes if mode.estimator is not None} - {ROTATE}
-        policies = [mode.policy for mode in modes if mode.moves and mode.variant is None]
+        estimators = {name for mode in modes for name in mode.estimators} - {ROTATE}
+        policies = [mode.policy for mode in modes if mode.moves and mode.rung is None]
         return cls(estimators & {PAPER}, []) if is_known else cls(estimators, policies)
 
-    def teach(self, engine: Engine, answer: Answer) -> int:
-        """Let an engine learn from one prompt; returns tokens kept by the published estimator."""
+    def read(self, engine: Engine, answer: Answer, *, teaches: bool) -> int:
+        """Measure one prompt, and then let an engine learn from it; returns tokens kept by the published estimator."""
+        for policy in self.policies if answer.token_ids else ():
+            engine.calibrate(answer.segments, answer.token_ids, policy).result()
         kept = 0
-        for name in sorted(self.estimators):
+        for name in sorted(self.estimators) if teaches else ():
             found = engine.learn(answer.segments, estimators=[name]).result()
             kept += found if name == PAPER else 0
         return kept
-
-    def calibrate(self, engine: Engine, answer: Answer) -> None:
-        """Let one prompt take part in contest and calibration."""
-        for policy in self.policies if answer.token_ids else ():
-            engine.calibrate(answer.segments, answer.token_ids, policy).result()
 
 
 def teach(
@@ -78,12 +77,14 @@ def teach(
     num_questions = len(work.train) if lesson.policies else work.num_anchors if lesson.estimators else 0
     advance(len(work.train) - num_questions)
     for sample in _answered(engine, work, file, num_questions):
-        readers = list(sample.answers.values())[1:]
-        if sample.index < work.num_anchors:
-            lesson.paper_tokens.append(sum(lesson.teach(engine, answer) for answer in readers))
-        else:
-            for answer in readers:
-                lesson.calibrate(engine, answer)
+        teaches, kept = sample.index < work.num_anchors, 0
+        for place, answer in enumerate(sample.answers.values()):
+            if place:  # the first agent reads nobody
+                kept += lesson.read(engine, answer, teaches=teaches)
+            publish_answer(engine, answer)
+        if teaches:
+            lesson.paper_tokens.append(kept)
+        engine.clear_cache()
         advance(1)
     if lesson.policies:
         _keep(engine, folder)
@@ -91,7 +92,7 @@ def teach(
 
 
 def _answered(engine: Engine, work: Work, file: SampleFile, num_questions: int) -> Iterator[Sample]:
-    """The exact runs of the first questions to learn from, each with its KV known while it is looked at."""
+    """The exact runs of the first questions to learn from, each on an empty cache."""
     known, team = file.by_index(), AnsweringTeam(engine, work)
     for first in range(0, num_questions, WIDTH):
         indices = range(first, min(first + WIDTH, num_questions))
@@ -99,10 +100,9 @@ def _answered(engine: Engine, work: Work, file: SampleFile, num_questions: int) 
         for sample in at_once(engine, lambda index: team.answer(index, work.train[index]), missing, WIDTH):
             file.add([sample])
             known[sample.index] = sample
-        for index in indices:
-            publish_all(engine, known[index].answers)
-            yield known[index]
         engine.clear_cache()
+        for index in indices:
+            yield known[index]
 
 
 def _keep(engine: Engine, folder: Path) -> None:
@@ -118,4 +118,4 @@ def _held_bytes(engine: Engine, lesson: Lesson) -> dict[str, int]:
     banks = engine.reuse.anchors.banks(engine.namespace())
     kv_bytes = FLOAT32_BYTES * engine.geometry.kv_bytes_per_token // engine.geometry.dtype.itemsize
     kept = sum(lesson.paper_tokens[-PaperEstimator.max_texts :])
-    return {"token": sum(bank.snapshot().num_bytes for bank in banks), PAPER: 2 * kv_bytes * kept, ROTATE: 0}
+    return {TOKEN: sum(bank.snapshot().num_bytes for bank in banks), PAPER: 2 * kv_bytes * kept, ROTATE: 0}

@@ -97,7 +97,7 @@ def _time_team(servers: Servers, work: Work, mode: Mode, truth: Sample, limit: i
 
 def _ask(engine: Engine, mode: Mode, whole: Answer, num_tokens: int) -> dict[str, Any]:
     sampling = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)
-    handle = engine.submit(whole.segments, sampling, policy=mode.policy, variant=mode.variant)
+    handle = engine.submit(whole.segments, sampling, policy=mode.policy, rung=mode.rung)
     held = 0
     for _ in handle:
         if not held:  # at the first token; the pages of the whole answer are taken by then

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from eval.tasks.task import Row, Score, Task
 from kvcomm import SamplingParams
 from kvcomm.agents.team import Team
-from kvcomm.engine.request import NUM_CONTINUATION
+from kvcomm.reuse.replay import NUM_CONTINUATION
 
 NUM_LOGPROBS = 100
 """First tokens among which a task's texts are looked for."""
@@ -20,8 +20,8 @@ class Work:
 
     Attributes:
         rows: the questions.
-        train: further ones, for anchors and calibration.
-        num_anchors: of `train`, those that teach.
+        train: further ones, to learn from.
+        num_anchors: of `train`, those that teach anchors when they have been measured.
         num_samples: answers of the referee that are drawn besides the greedy one.
         temperature: of those.
         seed: of those.

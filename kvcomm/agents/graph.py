@@ -16,6 +16,7 @@ from typing import NamedTuple
 from kvcomm.agents.agent import Agent
 from kvcomm.agents.templates import Slot
 from kvcomm.errors import TemplateError
+from kvcomm.memory.segments import Segment
 
 RESERVED_INPUTS = frozenset({"rounds"})
 
@@ -75,7 +76,7 @@ class AgentGraph:
 
         Raises:
             TemplateError: no agents, an input named like an agent, a placeholder without a value, an input
-                nobody reads, or a value that is not text. Names the agent and the placeholder.
+                nobody reads, or a value that is neither text nor passages. Names the agent and the placeholder.
         """
         if not self.agents:
             raise TemplateError("the group has no agents; add one with group.add(Agent(...))")
@@ -126,8 +127,15 @@ class AgentGraph:
                 f"input {name!r} is read by no agent{_suggest(name, self.inputs)}; the placeholders ask for: "
                 f"{_listed(self.inputs)}"
             )
-        if not isinstance(value, str):
-            raise TemplateError(f"input {name!r} must be text (str), got {type(value).__name__}")
+        if isinstance(value, str | Segment):
+            return
+        if not isinstance(value, list | tuple):
+            raise TemplateError(f"input {name!r} must be text (str) or a list of passages, got {type(value).__name__}")
+        for index, item in enumerate(value):
+            if not isinstance(item, str | Segment):
+                raise TemplateError(
+                    f"input {name!r}, passage {index}: must be text (str) or a Segment, got {type(item).__name__}"
+                )
 
 
 def _suggest(name: str, known: tuple[str, ...]) -> str:

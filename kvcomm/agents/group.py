@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast, overload
 
 from kvcomm.agents.agent import Agent, check_one_answer
 from kvcomm.agents.graph import AgentGraph
-from kvcomm.agents.rendering import PromptRenderer
+from kvcomm.agents.rendering import Input, PromptRenderer
 from kvcomm.agents.results import GroupEvent, GroupFinished, GroupResult
 from kvcomm.agents.running import RunPlan, follow, follow_async
 from kvcomm.engine.sampling import SamplingParams
@@ -96,7 +96,7 @@ class KVCommAgentGroup:
         self._graph = AgentGraph((*self._graph.agents, agent))
         return self
 
-    def run(self, /, rounds: int = 1, **inputs: str) -> GroupResult:
+    def run(self, /, rounds: int = 1, **inputs: Input) -> GroupResult:
         """Let every agent answer once a round and return all answers.
 
         Agents whose inputs are ready run in one batch. In each round every agent answers anew; what it reads
@@ -104,7 +104,9 @@ class KVCommAgentGroup:
 
         Args:
             rounds: at least 1.
-            inputs: a text for every placeholder that is not an agent.
+            inputs: for every placeholder that is not an agent a text, or a list of passages (texts, or segments of
+                `Engine.segment`). Each passage is a segment of its own, named as the placeholder: the same ids in any
+                order, so that its KV can be moved. Between two of them stands an empty line.
 
         Raises:
             TemplateError: placeholders, agents and inputs do not fit together. Nothing has run.
@@ -118,7 +120,7 @@ class KVCommAgentGroup:
                     return event.result
         raise AssertionError("a run ended without a result or an error")
 
-    def stream(self, /, rounds: int = 1, **inputs: str) -> Generator[GroupEvent, None, None]:
+    def stream(self, /, rounds: int = 1, **inputs: Input) -> Generator[GroupEvent, None, None]:
         """Run the group and yield what happens as it happens; the last event is GroupFinished.
 
         Inputs are checked now, the run starts with the first event asked for. Closing the iterator (or an
@@ -127,7 +129,7 @@ class KVCommAgentGroup:
         """
         return follow(self._plan(rounds, inputs))
 
-    async def arun(self, /, rounds: int = 1, **inputs: str) -> GroupResult:
+    async def arun(self, /, rounds: int = 1, **inputs: Input) -> GroupResult:
         """Like `run`, without blocking the event loop; cancelling the task cancels the run."""
         async with aclosing(self.astream(rounds, **inputs)) as events:
             async for event in events:
@@ -135,7 +137,7 @@ class KVCommAgentGroup:
                     return event.result
         raise AssertionError("a run ended without a result or an error")
 
-    def astream(self, /, rounds: int = 1, **inputs: str) -> AsyncGenerator[GroupEvent, None]:
+    def astream(self, /, rounds: int = 1, **inputs: Input) -> AsyncGenerator[GroupEvent, None]:
         """Like `stream`, as an async generator; `aclose()` cancels everything in flight."""
         return follow_async(self._plan(rounds, inputs))
 
@@ -220,7 +222,7 @@ class KVCommAgentGroup:
         except (TemplateError, PromptTooLong) as error:
             raise type(error)(f"example {number}: {error}") from error
 
-    def _plan(self, rounds: object, inputs: dict[str, str]) -> RunPlan:
+    def _plan(self, rounds: object, inputs: dict[str, Input]) -> RunPlan:
         if not isinstance(rounds, int) or rounds < 1:
             raise InvalidRequest(f"rounds must be a whole number >= 1, got {rounds!r}")
         self._graph.check_inputs(inputs)
@@ -229,7 +231,7 @@ class KVCommAgentGroup:
             renderer=self._renderer,
             graph=self._graph,
             prompts={agent.name: self._renderer.render(agent) for agent in self._graph.agents},
-            inputs={name: self._renderer.encode_input(name, text) for name, text in inputs.items()},
+            inputs={name: self._renderer.read_input(name, value) for name, value in inputs.items()},
             num_rounds=rounds,
             sampling=self._sampling,
             tenant=self._tenant,

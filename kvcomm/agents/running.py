@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from kvcomm.agents.agent import Agent
 from kvcomm.agents.graph import AgentGraph, Task
-from kvcomm.agents.rendering import PromptRenderer, RenderedPrompt
+from kvcomm.agents.rendering import Filling, PromptRenderer, RenderedPrompt
 from kvcomm.agents.results import (
     AgentFinished,
     AgentResult,
@@ -62,7 +62,7 @@ class RunPlan:
 
     Attributes:
         prompts: agent name -> its rendered prompt.
-        inputs: input name -> token ids.
+        inputs: input name -> token ids of its texts.
         num_rounds: rounds to run, at least 1.
         sampling: for agents that bring none of their own.
         lessons: takes what is to be learned from every request, which is served exactly then; None: requests teach as
@@ -73,7 +73,7 @@ class RunPlan:
     renderer: PromptRenderer
     graph: AgentGraph
     prompts: Mapping[str, RenderedPrompt]
-    inputs: Mapping[str, tuple[int, ...]]
+    inputs: Mapping[str, Filling]
     num_rounds: int
     sampling: SamplingParams
     tenant: str
@@ -112,15 +112,16 @@ class RunPlan:
             raise PromptTooLong(self._describe_excess(agent, num_tokens, values))
         return prompt
 
-    def _value(self, slot: Slot, task: Task, results: Mapping[Task, AgentResult]) -> tuple[int, ...]:
+    def _value(self, slot: Slot, task: Task, results: Mapping[Task, AgentResult]) -> Filling:
         if not slot.previous and slot.name in self.inputs:
             return self.inputs[slot.name]
         answer = results.get(Task(slot.name, task.round - slot.previous))
-        return answer.token_ids if answer else ()
+        return (answer.token_ids,) if answer else ()
 
-    def _describe_excess(self, agent: Agent, num_tokens: int, values: Mapping[Slot, tuple[int, ...]]) -> str:
-        largest = sorted(values.items(), key=lambda item: -len(item[1]))[:NUM_SLOTS_NAMED]
-        slots = ", ".join(f"{slot.placeholder} {len(ids)}" for slot, ids in largest) or "none"
+    def _describe_excess(self, agent: Agent, num_tokens: int, values: Mapping[Slot, Filling]) -> str:
+        lengths = {slot: sum(map(len, texts)) for slot, texts in values.items()}
+        largest = sorted(lengths.items(), key=lambda item: -item[1])[:NUM_SLOTS_NAMED]
+        slots = ", ".join(f"{slot.placeholder} {length}" for slot, length in largest) or "none"
         return (
             f"agent {agent.name!r}: its prompt of {num_tokens} tokens plus "
             f"max_new_tokens={self.sampling_of(agent).max_new_tokens} exceeds the model's "

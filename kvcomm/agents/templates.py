@@ -12,18 +12,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from kvcomm.engine.chat import Static
 from kvcomm.errors import TemplateError
 
 NAME_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 _TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _SUFFIX = "previous"
-
-
-@dataclass(frozen=True)
-class Static:
-    """Text that is the same in every run of the agent."""
-
-    text: str
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from kvcomm.align.bank_file import SUFFIX, verify_bank
-from kvcomm.align.profile_file import READERS_FILE, bank_files, looking, read_readers
+from kvcomm.align.profile_file import EARLIER_FILE, READERS_FILE, bank_files, looking, read_readers, too_old
 from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, InvalidRequest
 from kvcomm.files.reading import open_regular
 from kvcomm.files.writing import NameTaken, replacing
@@ -90,6 +90,8 @@ def _verified(file: Path, unpacked: Path) -> list[Path]:
 
 def _unpack(file: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
     """One member, under its own name and as an ordinary file: no paths, links or devices."""
+    if member.name == EARLIER_FILE:
+        raise too_old(file / member.name)
     is_anchor = member.name == READERS_FILE or member.name.endswith(SUFFIX)
     is_plain = member.isreg() and not member.issparse()
     if not is_plain or not is_anchor or Path(member.name).name != member.name or member.name.startswith("."):

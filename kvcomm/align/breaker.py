@@ -19,7 +19,7 @@ FACTORS = (1.5, 2.0, 3.0, 5.0, 10.0)
 
 
 class Breaker:
-    """The evidence against one (epsilon, delta) of one edge group. Guarded by its owner's lock."""
+    """The evidence against one bound at one level. Guarded by its owner's lock."""
 
     def __init__(self, delta: float, alpha: float = ALPHA) -> None:
         """Args:

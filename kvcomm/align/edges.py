@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,12 +18,12 @@ _TAGGED_TOKEN = np.dtype([("tag", "S1"), ("id", "<i4")])
 
 
 def signatures(segments: Sequence[Segment]) -> tuple[str, ...]:
-    """The signature of every segment of a prompt.
+    """The signature of every segment of a prompt, hex SHA-256 over the template up to its end.
 
-    Hex SHA-256 over the static text before it and its own slot: token ids of segments without a name (template text),
-    only the kind of those with one (slots, see `kind_of`). Dynamic text never enters. A static segment's own tokens
-    count as before it, so cutting static text differently changes nothing behind it. Slots of one kind in a row have
-    one signature, that of the first: a passage is the same passage in any of them.
+    Of segments without a name (template text) token ids count, of those with one (slots) only the kind (`kind_of`):
+    dynamic text never enters. Cutting static text differently changes nothing behind it. Slots of one kind in a row
+    have the signature of the first one, and what stands between them does not count behind the row either: a passage
+    is the same passage in any of them.
     """
     running = hashlib.sha256(_SIGNATURE_DOMAIN)
     found = []
@@ -57,7 +57,7 @@ class Edge:
     def digest(self) -> str:
         """Hex SHA-256 over the length-prefixed fields."""
         fields = (self.source, self.target, self.slot, self.source_slot)
-        return _digest(_EDGE_DOMAIN, map(_sized, fields))
+        return hashlib.sha256(_EDGE_DOMAIN + b"".join(map(_sized, fields))).hexdigest()
 
     @property
     def general(self) -> Edge:
@@ -73,7 +73,3 @@ class Edge:
 def _sized(text: str) -> bytes:
     data = text.encode()
     return struct.pack("<Q", len(data)) + data
-
-
-def _digest(domain: bytes, parts: Iterable[bytes]) -> str:
-    return hashlib.sha256(domain + b"".join(parts)).hexdigest()

@@ -55,21 +55,21 @@ class HeadFit:
         self._cross: Tensor | None = None
 
     def add(self, attention: Tensor, attended: Tensor) -> None:
-        """Add one prompt, unless learning has ended.
+        """Add one prompt, unless learning has ended or a number of it is none.
 
         Args:
             attention: [num_heads, num_tokens], of the prompt's tail.
             attended: [num_tokens], what the exact answer's tokens attended to.
         """
-        if not self.is_learning:
-            return
         features, target = _features(attention).double().cpu(), _features(attended[None])[0].double().cpu()
+        if not (self.is_learning and features.isfinite().all() and target.isfinite().all()):
+            return
         gram, cross = features @ features.T, features @ target
         self._gram = gram if self._gram is None else self._gram + gram
         self._cross = cross if self._cross is None else self._cross + cross
         self.num_prompts += 1
         if self.num_prompts in EPOCHS:
-            ridge = RIDGE * self._gram.diag().mean() * torch.eye(len(self._gram), dtype=torch.float64)
+            ridge = RIDGE * self._gram.diag().mean().clamp_min(1) * torch.eye(len(self._gram), dtype=torch.float64)
             self.weights = tuple(torch.linalg.solve(self._gram + ridge, self._cross).tolist())
             self.is_learning = self.num_prompts < EPOCHS[-1]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from kvcomm.align.moves import Move, num_moved
 from kvcomm.errors import InvalidRequest
 from kvcomm.model.attention.contract import IntArray
+from kvcomm.values import real_number, text
 
 ATTENTION = "attention"
 
@@ -32,7 +33,7 @@ class Rung:
         chooser: which ones.
 
     Raises:
-        InvalidRequest: the share is no number in [0, 1].
+        InvalidRequest: the share is no number in [0, 1], or a name is no text.
     """
 
     estimator: str = "token"
@@ -40,11 +41,14 @@ class Rung:
     chooser: str = ATTENTION
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "estimator", text("estimator", self.estimator))
+        object.__setattr__(self, "share", real_number("share", self.share))
+        object.__setattr__(self, "chooser", text("chooser", self.chooser))
         if not (math.isfinite(self.share) and 0 <= self.share <= 1):
             raise InvalidRequest(f"share must be between 0 and 1, got {self.share!r}")
 
     def __str__(self) -> str:
-        return self.estimator if not self.share else f"{self.estimator} {self.share:.0%} {self.chooser}"
+        return self.estimator if not self.share else f"{self.estimator} {100 * self.share:g} % {self.chooser}"
 
 
 Ladder = tuple[Rung, ...]
@@ -58,13 +62,13 @@ DEFAULT_RUNGS = (*CORRECTED, *TURNED)
 
 
 def ladders_of(rungs: Sequence[Rung]) -> tuple[Ladder, ...]:
-    """The rungs by estimator; ladders and rungs in the order given."""
+    """The rungs by estimator; ladders and rungs in the order given, each rung once."""
     names = dict.fromkeys(rung.estimator for rung in rungs)
-    return tuple(tuple(rung for rung in rungs if rung.estimator == name) for name in names)
+    return tuple(tuple(rung for rung in dict.fromkeys(rungs) if rung.estimator == name) for name in names)
 
 
 def moved_positions(moves: Sequence[Move]) -> IntArray:
-    """Every moved position, ascending."""
+    """Every moved position, ascending; of at least one move."""
     return np.concatenate([np.arange(move.start, move.end, dtype=np.int32) for move in moves])
 
 

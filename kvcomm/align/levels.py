@@ -5,20 +5,20 @@ readers of the tenant (`pool`), and those that ship with the model (`prior`). Wh
 pairs and never by what they show, so choosing costs nothing of the promise. What each promises, over the draw of its
 pairs and of a request like them (exchangeable with them):
 
-- own: P(divergence > epsilon) <= delta among this reader's requests;
-- pool: the same over the mix of the tenant's readers that the pairs were drawn from, not reader by reader;
-- prior: the same over the mix of workloads that it was measured on; nothing about other ones. That is why requests at
-  this level are watched the closest, and why a caller may ask for more (`ReusePolicy.basis`).
+- own: P(accepted and divergence > epsilon) <= delta for this reader's requests;
+- pool: the same over the mix of the tenant's readers that the pairs were drawn from, not reader by reader; of prompts
+  whose sources had read all that stands before them, and of the others, each by itself;
+- prior: the same over the mix of workloads that it was measured on, and nothing about other ones. So a caller may ask
+  for more (`ReusePolicy.basis`).
 
-A `Watch` goes with each level: one per reader for `own`, one per tenant for the others. Knows no engine and no pages.
-Guarded by its owner's lock.
+A `Watch` goes with each reader, level and bound; at pool and prior it lies within one over all requests of the tenant
+at this level. Knows no engine and no pages. Guarded by its owner's lock.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -36,6 +36,10 @@ MAX_OWN_PAIRS = 200
 MAX_POOL_PAIRS = 600
 """The newest ones; older ones were measured with fewer anchors."""
 MAX_AUDITS = 200
+MAX_WATCHES = 48
+"""Of a reader, and of a tenant."""
+MAX_LADDERS = 16
+"""Along which pairs are kept in order for the next request."""
 YOUNG_AUDITS = 8
 """A reader's first approximate requests that are all audited."""
 
@@ -75,31 +79,119 @@ class Audit(NamedTuple):
         return not self.divergence <= self.bound.max_divergence
 
 
+class Pairs:
+    """The newest pairs of one level, and what they say along the ladders that were asked for.
+
+    Guarded by its owner's lock.
+    """
+
+    def __init__(self, max_pairs: int | None = None) -> None:
+        """Args:
+        max_pairs: beyond which the oldest go; None: all are kept.
+        """
+        self._pairs: deque[tuple[str, Pair]] = deque(maxlen=max_pairs)
+        self._seen: dict[tuple[Ladder, bool | None], Calibration] = {}
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __iter__(self) -> Iterator[Pair]:
+        """The oldest first."""
+        return (pair for _, pair in self._pairs)
+
+    def add(self, pair: Pair, reader: str = "") -> None:
+        """Add one; where there is no more room, the oldest goes.
+
+        Args:
+            reader: digest of the reader that it is of.
+        """
+        self._pairs.append((reader, pair))
+        self._seen.clear()
+
+    def clear(self) -> None:
+        """Forget them all."""
+        self._pairs.clear()
+        self._seen.clear()
+
+    def drop(self, reader: str) -> None:
+        """Forget those of a reader."""
+        self._pairs = deque((each for each in self._pairs if each[0] != reader), self._pairs.maxlen)
+        self._seen.clear()
+
+    def along(self, ladder: Ladder, have_read_all: bool | None = None) -> Calibration:
+        """These pairs, seen along a ladder.
+
+        Args:
+            have_read_all: only those of which this holds, see `Sources`; None: all.
+        """
+        key = ladder, have_read_all
+        if key not in self._seen:
+            if len(self._seen) >= MAX_LADDERS:
+                self._seen.clear()
+            chosen = [pair for pair in self if have_read_all in (None, pair.sources.have_read_all)]
+            self._seen[key] = Calibration(ladder, chosen)
+        return self._seen[key]
+
+
+class Watches:
+    """Watches by level and bound; those used last are kept, so that ever new bounds fill no memory.
+
+    Guarded by its owner's lock.
+    """
+
+    def __init__(self) -> None:
+        self._watches: OrderedDict[tuple[Level, Bound], Watch] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._watches)
+
+    def __iter__(self) -> Iterator[tuple[Level, Watch]]:
+        """The one used last at the end."""
+        return iter([(level, watch) for (level, _), watch in self._watches.items()])
+
+    def get(self, level: Level, bound: Bound) -> Watch:
+        """The watch over a bound at a level; it is there from now on."""
+        found = self._watches.pop((level, bound), None) or Watch(bound)
+        self._watches[level, bound] = found
+        if len(self._watches) > MAX_WATCHES:
+            self._watches.popitem(last=False)
+        return found
+
+    def put(self, level: Level, watch: Watch) -> None:
+        """Take in a copy of a watch, in place of the one over the same bound."""
+        self._watches[level, watch.bound] = watch.alone()
+
+    def drop(self, level: Level) -> None:
+        """Forget those over a level, whatever the bound."""
+        for key in [key for key in self._watches if key[0] is level]:
+            del self._watches[key]
+
+
 @dataclass(eq=False)
 class Standing:
     """What is known of one reader.
 
     Attributes:
-        pairs: its own, the oldest first.
-        watches: over its own level, by bound.
-        barred: levels that audits of this reader's requests have shown not to hold for it, by bound.
+        pairs: its own.
+        watches: over its requests, by the level that decided about them.
         audits: the latest.
         num_requests, num_approximated, num_audited: since it was first seen.
+        num_watched: approximate requests up to which all are audited.
     """
 
     reader: Reader
-    pairs: deque[Pair] = field(default_factory=lambda: deque(maxlen=MAX_OWN_PAIRS))
-    watches: dict[Bound, Watch] = field(default_factory=dict)
-    barred: dict[tuple[Bound, Level], Watch] = field(default_factory=dict)
+    pairs: Pairs = field(default_factory=lambda: Pairs(MAX_OWN_PAIRS))
+    watches: Watches = field(default_factory=Watches)
     audits: deque[Audit] = field(default_factory=lambda: deque(maxlen=MAX_AUDITS))
     num_requests: int = 0
     num_approximated: int = 0
     num_audited: int = 0
+    num_watched: int = YOUNG_AUDITS
 
     @property
     def is_young(self) -> bool:
-        """Whether its approximate requests are still audited one by one."""
-        return self.num_approximated <= YOUNG_AUDITS
+        """Whether its latest approximate request, counted already, is one of those that are audited one by one."""
+        return self.num_approximated <= self.num_watched
 
 
 class Grounds(NamedTuple):
@@ -108,12 +200,27 @@ class Grounds(NamedTuple):
     Attributes:
         level: whose pairs decide.
         calibration: these pairs, along the ladder that is to be used.
-        watch: over the level; says by which delta the rung is chosen.
+        watch: over this reader's requests at this level; says by which delta the rung is chosen.
     """
 
     level: Level
     calibration: Calibration
     watch: Watch
+
+    @property
+    def rung(self) -> int | None:
+        """Index of the rung that the request may be served at; None: exactly only."""
+        return self.calibration.choose(self.watch.bound.max_divergence, self.watch.working_delta)
+
+    @property
+    def tried(self) -> int | None:
+        """Index of the rung whose outcome `Watch.would_give` wants of a prompt that was computed exactly.
+
+        It is `rung`, or where there is none the one that the caller's own delta would choose: so the working delta
+        comes back up where what it comes back to holds. None where the pairs are not good enough for either.
+        """
+        rung = self.rung
+        return self.calibration.choose(*self.watch.bound) if rung is None else rung
 
 
 class Count(NamedTuple):
@@ -126,15 +233,10 @@ class Count(NamedTuple):
 
 
 class KeptWatch(NamedTuple):
-    """A watch with its place: `reader` is a digest, empty for watches of no single reader.
-
-    Attributes:
-        is_barring: it keeps a level from a reader; else it is over the level itself.
-    """
+    """A watch with its place: `reader` is a digest, empty for watches over all of a tenant's requests at a level."""
 
     level: Level
     reader: str
-    is_barring: bool
     watch: Watch
 
 
@@ -158,27 +260,27 @@ class Knowledge(NamedTuple):
 
 @dataclass(eq=False)
 class _Tenant:
-    """One namespace. `pool` holds the newest pairs of all readers."""
+    """One namespace. `pool` holds the newest pairs of all readers; `has_prior`: the prior may decide, too."""
 
     standings: OrderedDict[str, Standing] = field(default_factory=OrderedDict)
-    pool: deque[Pair] = field(default_factory=lambda: deque(maxlen=MAX_POOL_PAIRS))
-    watches: dict[tuple[Level, Bound], Watch] = field(default_factory=dict)
+    pool: Pairs = field(default_factory=lambda: Pairs(MAX_POOL_PAIRS))
+    watches: Watches = field(default_factory=Watches)
     heads: HeadFit = field(default_factory=HeadFit)
     has_prior: bool = False
-    version: int = 0
-    known: dict[tuple[str, Level, Ladder], tuple[int, Calibration]] = field(default_factory=dict)
 
 
 class ReaderBook:
     """Every reader, tenant by tenant, and the prior of the model."""
 
-    def __init__(self, prior: Sequence[Pair] = (), head_weights: tuple[float, ...] | None = None) -> None:
+    def __init__(self, prior: Iterable[Pair] = (), head_weights: tuple[float, ...] | None = None) -> None:
         """Args:
         prior: pairs that ship with the model; none: there is no such level.
         head_weights: that ship with it, see `HeadFit`.
         """
-        self.prior = tuple(prior)
         self.head_weights = head_weights
+        self.prior = Pairs()
+        for pair in prior:
+            self.prior.add(pair)
         self._tenants: dict[str, _Tenant] = {}
 
     def standing(self, namespace: str, reader: Reader) -> Standing:
@@ -186,7 +288,7 @@ class ReaderBook:
         standings = self._tenant(namespace).standings
         found = standings.pop(reader.digest, None) or Standing(reader)
         standings[reader.digest] = found
-        while len(standings) > MAX_READERS:
+        if len(standings) > MAX_READERS:
             standings.popitem(last=False)
         return found
 
@@ -195,10 +297,10 @@ class ReaderBook:
         tenant = self._tenants.get(namespace)
         return None if tenant is None else tenant.standings.get(digest)
 
-    def standings(self, namespace: str) -> Iterator[Standing]:
+    def standings(self, namespace: str) -> list[Standing]:
         """Every reader of a tenant, the one used last at the end."""
         tenant = self._tenants.get(namespace)
-        yield from () if tenant is None else list(tenant.standings.values())
+        return [] if tenant is None else list(tenant.standings.values())
 
     def pool(self, namespace: str) -> tuple[Pair, ...]:
         """The pairs of all readers of a tenant, the oldest first."""
@@ -211,27 +313,48 @@ class ReaderBook:
 
     def add(self, namespace: str, reader: Reader, pair: Pair) -> None:
         """A prompt of a reader has been measured: it counts for its own level and for the pool."""
-        tenant = self._tenant(namespace)
-        self.standing(namespace, reader).pairs.append(pair)
-        tenant.pool.append(pair)
-        tenant.version += 1
+        self.standing(namespace, reader).pairs.add(pair)
+        self._tenant(namespace).pool.add(pair, reader.digest)
 
     def counts(
-        self, namespace: str, reader: Reader, ladders: Iterable[Ladder], bound: Bound, levels: Iterable[Level]
+        self,
+        namespace: str,
+        reader: Reader,
+        ladders: Iterable[Ladder],
+        bound: Bound,
+        levels: Iterable[Level] = LEVELS,
+        *,
+        have_read_all: bool | None = None,
     ) -> list[Count]:
-        """What each level has for a reader, in the order in which they are asked: level by level, ladder by ladder."""
+        """What each level has for a reader, in the order in which they are asked: level by level, ladder by ladder.
+
+        A reader that is not known has no pairs, and is not known afterwards either.
+
+        Args:
+            have_read_all: of the sources of a prompt; of pooled pairs only those count of which the same holds. None:
+                all count.
+        """
         ladders = tuple(ladders)
-        found = []
-        for level in levels:
-            for ladder in ladders:
-                num_needed = pairs_needed(bound.delta / 2 if level is not Level.PRIOR else bound.delta)
-                found.append(
-                    Count(level, ladder, self._calibration(namespace, reader, level, ladder).num_pairs, num_needed)
-                )
-        return found
+        return [
+            Count(
+                level,
+                ladder,
+                self._calibration(namespace, reader, level, ladder, have_read_all).num_pairs,
+                _needed(level, bound),
+            )
+            for level in levels
+            for ladder in ladders
+        ]
 
     def grounds(
-        self, namespace: str, reader: Reader, ladders: Iterable[Ladder], bound: Bound, levels: Iterable[Level] = LEVELS
+        self,
+        namespace: str,
+        reader: Reader,
+        ladders: Iterable[Ladder],
+        bound: Bound,
+        levels: Iterable[Level] = LEVELS,
+        *,
+        have_read_all: bool | None = None,
     ) -> Grounds | None:
         """What decides about a request: the most specific level with enough pairs.
 
@@ -241,79 +364,93 @@ class ReaderBook:
         Args:
             ladders: that could be used for the request, the one that costs least first.
             levels: that the caller accepts, the most specific first.
+            have_read_all: see `counts`.
 
         Returns:
             None where no level that holds has enough.
         """
-        least, best = pairs_needed(bound.delta), None
-        for each in self.counts(namespace, reader, ladders, bound, levels):
-            if each.num_pairs < least or self.is_barred(namespace, reader, each.level, bound):
-                continue
-            if best is None or each.num_pairs > best.num_pairs:
-                best = each
-            if each.num_pairs >= each.num_needed:
-                best = each
-                break
-        if best is None:
+        least = pairs_needed(bound.delta)
+        counts = [
+            count
+            for count in self.counts(namespace, reader, ladders, bound, levels, have_read_all=have_read_all)
+            if count.num_pairs >= least and not self.watch(namespace, reader, count.level, bound).is_tripped
+        ]
+        if not counts:
             return None
-        calibration = self._calibration(namespace, reader, best.level, best.ladder)
+        most = max(counts, key=lambda count: count.num_pairs)
+        best = next((count for count in counts if count.num_pairs >= count.num_needed), most)
+        calibration = self._calibration(namespace, reader, best.level, best.ladder, have_read_all)
         return Grounds(best.level, calibration, self.watch(namespace, reader, best.level, bound))
 
+    def is_barred(self, namespace: str, reader: Reader, level: Level, bound: Bound) -> bool:
+        """Whether a breaker has tripped that keeps a level from deciding about a reader."""
+        return self.watch(namespace, reader, level, bound).is_tripped
+
     def find_watch(self, namespace: str, reader: Reader, level: Level, bound: Bound) -> Watch | None:
-        """The watch over a level as far as a reader's requests are concerned; None: nobody was served by it yet."""
-        if level is not Level.OWN:
-            return self._tenant(namespace).watches.get((level, bound))
-        found = self.find(namespace, reader.digest)
-        return None if found is None else found.watches.get(bound)
+        """The watch over a reader's requests at a level; None: the reader is not known."""
+        known = self.find(namespace, reader.digest) is not None
+        return self.watch(namespace, reader, level, bound) if known else None
 
     def watch(self, namespace: str, reader: Reader, level: Level, bound: Bound) -> Watch:
-        """The watch over a level as far as a reader's requests are concerned."""
-        if level is Level.OWN:
-            return self.standing(namespace, reader).watches.setdefault(bound, Watch(bound))
-        return self._tenant(namespace).watches.setdefault((level, bound), Watch(bound))
+        """The watch over a reader's requests at a level, within that over all of the tenant's at this level.
+
+        Of a reader that is not known it is a fresh one, and the reader is not known afterwards either.
+        """
+        standing = self.find(namespace, reader.digest)
+        found = Watch(bound) if standing is None else standing.watches.get(level, bound)
+        found.within = None if level is Level.OWN else self._tenant(namespace).watches.get(level, bound)
+        return found
 
     def watches(self, namespace: str) -> Iterator[tuple[Level, Reader | None, Watch]]:
-        """Every watch of a tenant; those of its pool and prior belong to no single reader."""
+        """Every watch of a tenant; those over all its requests at a level belong to no single reader."""
         tenant = self._tenants.get(namespace)
         if tenant is None:
             return
-        for (level, _), watch in tenant.watches.items():
+        for level, watch in tenant.watches:
             yield level, None, watch
-        for standing in tenant.standings.values():
-            for watch in standing.watches.values():
-                yield Level.OWN, standing.reader, watch
+        for standing in self.standings(namespace):
+            for level, watch in standing.watches:
+                yield level, standing.reader, watch
 
     def audited(self, namespace: str, reader: Reader, audit: Audit) -> bool:
-        """Count an audit; returns whether a breaker trips with it, of the level or of the reader under that level.
+        """Count an audit; returns whether a breaker trips with it, of the reader or of all at the level.
 
-        A level that trips decides for nobody any more; a reader under whom one trips is not served by it. Where it is
-        the reader's own, its pairs are of another time: it begins anew.
+        A reader of which one trips is not served by that level any more, and where all do, nobody is. Pairs of the
+        tenant's own traffic are of another time then: they are forgotten and the level begins anew.
         """
         standing = self.standing(namespace, reader)
         standing.audits.append(audit)
         standing.num_audited += 1
-        trips = self.watch(namespace, reader, audit.level, audit.bound).audited(audit.divergence)
-        if audit.level is Level.OWN:
-            if trips:
-                self.restart(namespace, reader)
-            return trips
-        under = standing.barred.setdefault((audit.bound, audit.level), Watch(audit.bound))
-        return under.audited(audit.divergence) or trips
+        watch = self.watch(namespace, reader, audit.level, audit.bound)
+        trips = watch.audited(audit.divergence)
+        if audit.level is Level.OWN and trips:
+            self.restart(namespace, reader)
+        elif audit.level is Level.POOL and watch.within is not None and watch.within.is_tripped:
+            self._restart_pool(namespace)
+        return trips
 
     def restart(self, namespace: str, reader: Reader) -> None:
-        """Forget a reader's own pairs and what was watched about them."""
+        """Forget a reader's pairs, in the pool too, and what was watched about its own level; it is young again."""
+        self._tenant(namespace).pool.drop(reader.digest)
         standing = self.standing(namespace, reader)
         standing.pairs.clear()
-        standing.watches.clear()
-        self._tenant(namespace).version += 1
+        standing.watches.drop(Level.OWN)
+        standing.num_watched = standing.num_approximated + YOUNG_AUDITS
+
+    def admit_prior(self, namespace: str) -> None:
+        """Let the prior decide about a tenant: it was measured on the weights that its requests are computed with."""
+        tenant = self._tenant(namespace)
+        if not tenant.has_prior:
+            tenant.has_prior = True
+            if self.head_weights is not None and not tenant.heads.num_prompts:
+                tenant.heads = HeadFit(self.head_weights)
 
     def knowledge(self, namespace: str) -> Knowledge:
         """A copy of all that is known of a tenant's readers; follows nothing."""
         tenant = self._tenant(namespace)
-        watches = [KeptWatch(level, "", False, deepcopy(watch)) for (level, _), watch in tenant.watches.items()]
+        watches = [KeptWatch(level, "", watch.alone()) for level, watch in tenant.watches]
         for digest, standing in tenant.standings.items():
-            watches += [KeptWatch(Level.OWN, digest, False, deepcopy(watch)) for watch in standing.watches.values()]
-            watches += [KeptWatch(level, digest, True, deepcopy(each)) for (_, level), each in standing.barred.items()]
+            watches += [KeptWatch(level, digest, watch.alone()) for level, watch in standing.watches]
         readers = tuple((standing.reader, tuple(standing.pairs)) for standing in tenant.standings.values())
         return Knowledge(readers, tuple(watches), tenant.heads.weights)
 
@@ -321,59 +458,51 @@ class ReaderBook:
         """Take over what was kept, in place of what is known of the same readers; their pairs join the pool."""
         tenant = self._tenant(namespace)
         for reader, pairs in knowledge.readers:
+            tenant.pool.drop(reader.digest)
             tenant.standings[reader.digest] = Standing(reader)
             for pair in pairs:
                 self.add(namespace, reader, pair)
         for kept in knowledge.watches:
-            standing = tenant.standings.get(kept.reader)
             if not kept.reader:
-                tenant.watches[kept.level, kept.watch.bound] = deepcopy(kept.watch)
-            elif standing is not None and kept.is_barring:
-                standing.barred[kept.watch.bound, kept.level] = deepcopy(kept.watch)
-            elif standing is not None:
-                standing.watches[kept.watch.bound] = deepcopy(kept.watch)
+                tenant.watches.put(kept.level, kept.watch)
+            elif kept.reader in tenant.standings:
+                tenant.standings[kept.reader].watches.put(kept.level, kept.watch)
         if knowledge.head_weights is not None:
             tenant.heads = HeadFit(knowledge.head_weights)
-
-    def admit_prior(self, namespace: str) -> None:
-        """Let the prior decide about a tenant: it was measured on the weights that its requests are computed with."""
-        tenant = self._tenant(namespace)
-        if not tenant.has_prior:
-            tenant.has_prior = True
-            tenant.known.clear()
-            if self.head_weights is not None and not tenant.heads.num_prompts:
-                tenant.heads = HeadFit(self.head_weights)
 
     def forget(self, namespace: str) -> None:
         """Forget every reader of a tenant."""
         self._tenants.pop(namespace, None)
 
-    def is_barred(self, namespace: str, reader: Reader, level: Level, bound: Bound) -> bool:
-        """Whether a breaker has tripped that keeps a level from deciding about a reader."""
-        found = self.find(namespace, reader.digest)
-        over = self.find_watch(namespace, reader, level, bound)
-        under = None if found is None else found.barred.get((bound, level))
-        return any(watch is not None and watch.breaker.tripped for watch in (over, under))
+    def _calibration(
+        self, namespace: str, reader: Reader, level: Level, ladder: Ladder, have_read_all: bool | None
+    ) -> Calibration:
+        # A reader's own pairs are of one mix already, and few.
+        return self._pairs(namespace, reader, level).along(ladder, None if level is Level.OWN else have_read_all)
 
-    def _calibration(self, namespace: str, reader: Reader, level: Level, ladder: Ladder) -> Calibration:
+    def _restart_pool(self, namespace: str) -> None:
+        """Forget the pool of a tenant and what was watched about it; readers that it did not suit stay without."""
         tenant = self._tenant(namespace)
-        key = (reader.digest if level is Level.OWN else "", level, ladder)
-        version, made = tenant.known.get(key, (-1, None))
-        if made is None or (version != tenant.version and level is not Level.PRIOR):
-            found = self.find(namespace, reader.digest)  # whoever only asks makes nobody known
-            pairs: Mapping[Level, Sequence[Pair]] = {
-                Level.OWN: () if found is None else tuple(found.pairs),
-                Level.POOL: tuple(tenant.pool),
-                Level.PRIOR: self.prior if tenant.has_prior else (),
-            }
-            made = Calibration(ladder, pairs[level])
-            if len(tenant.known) > MAX_READERS:
-                tenant.known.clear()
-            tenant.known[key] = tenant.version, made
-        return made
+        tenant.pool.clear()
+        tenant.watches.drop(Level.POOL)
+
+    def _pairs(self, namespace: str, reader: Reader, level: Level) -> Pairs:
+        if level is Level.PRIOR:
+            admitted = namespace in self._tenants and self._tenants[namespace].has_prior
+            return self.prior if admitted else Pairs()
+        if level is Level.POOL:
+            tenant = self._tenants.get(namespace)
+            return Pairs() if tenant is None else tenant.pool
+        standing = self.find(namespace, reader.digest)
+        return Pairs() if standing is None else standing.pairs
 
     def _tenant(self, namespace: str) -> _Tenant:
         return self._tenants.setdefault(namespace, _Tenant())
+
+
+def _needed(level: Level, bound: Bound) -> int:
+    """Pairs from which on a level decides although others have more."""
+    return pairs_needed(bound.delta if level is Level.PRIOR else bound.delta / 2)
 
 
 def _turned(pair: Pair) -> Pair:

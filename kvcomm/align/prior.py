@@ -7,26 +7,25 @@ rungs choose tokens, since heads are the model's. The file is JSON, see `anchors
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from kvcomm.align.calibration import Measured, Pair, Sources
 from kvcomm.align.ladder import Rung
-from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign, AnchorFileTooNew
-from kvcomm.files.reading import BadContent, first_fault, parse_json, read_bytes
+from kvcomm.align.profile_file import RungRecord, require_once
+from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign, AnchorFileTooNew, InvalidRequest
+from kvcomm.files.reading import CONFIG_BYTES, BadContent, first_fault, parse_json, read_bytes
 from kvcomm.files.writing import replacing
 
 FORMAT = 1
 FILE = "prior.json"
 
 Nats = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -61,12 +60,6 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class _RungRecord(_Strict):
-    estimator: str
-    share: Share
-    chooser: str
-
-
 class _PairRecord(_Strict):
     """`divergences` and `residuals` in the order of the file's rungs."""
 
@@ -79,9 +72,20 @@ class _PriorRecord(_Strict):
     format: Literal[1]
     model: str
     name: str
-    rungs: tuple[_RungRecord, ...]
+    rungs: tuple[RungRecord, ...]
     head_weights: tuple[Finite, ...] | None
-    workloads: dict[str, tuple[_PairRecord, ...]]
+    workloads: dict[str, Annotated[tuple[_PairRecord, ...], Field(min_length=1)]]
+
+    @model_validator(mode="after")
+    def _require_fit(self) -> Self:
+        require_once("rung", [(each.estimator, each.share, each.chooser) for each in self.rungs])
+        for workload, pairs in self.workloads.items():
+            for pair in pairs:
+                if not len(pair.divergences) == len(pair.residuals) == len(self.rungs):
+                    raise ValueError(
+                        f"a pair of {workload!r} does not have a value for each of {len(self.rungs)} rungs"
+                    )
+        return self
 
 
 def shipped_priors() -> Iterator[Path]:
@@ -100,56 +104,50 @@ def read_prior(file: str | Path) -> Prior:
     """
     file = Path(file)
     try:
-        value = parse_json(read_bytes(file))
+        content = read_bytes(file, max_bytes=CONFIG_BYTES)
+        value = parse_json(content)
     except OSError as error:
         raise AnchorFileError(f"{file} cannot be read: {error.strerror or error}") from error
     except BadContent as error:
         raise AnchorFileCorrupt(f"{file} is not a JSON file: {error}") from error
     found = value.get("format") if isinstance(value, dict) else None
     if isinstance(found, int) and found > FORMAT:
-        raise AnchorFileTooNew(f"{file} has format {found}; this version reads format {FORMAT}")
+        raise AnchorFileTooNew(
+            f"{file} has a format later than {FORMAT}, the last one that this version reads; update it"
+        )
     try:
-        record = _PriorRecord.model_validate_json(json.dumps(value))
+        record = _PriorRecord.model_validate_json(content)
     except ValidationError as error:
         raise AnchorFileCorrupt(f"{file} does not fit the format of priors: {first_fault(error)}") from error
     rungs = [Rung(each.estimator, each.share, each.chooser) for each in record.rungs]
-    if any(
-        len(pair.divergences) != len(rungs) or len(pair.residuals) != len(rungs)
-        for pairs in record.workloads.values()
-        for pair in pairs
-    ):
-        raise AnchorFileCorrupt(f"{file}: a pair does not have a value for each of {len(rungs)} rungs")
-    pairs = {name: tuple(_pair(each, rungs) for each in found) for name, found in record.workloads.items()}
+    pairs = {workload: tuple(_pair(each, rungs) for each in listed) for workload, listed in record.workloads.items()}
     return Prior(record.model, pairs, record.head_weights)
 
 
 def write_prior(prior: Prior, file: Path, *, name: str) -> None:
-    """Write a prior; it appears whole or not at all. All its pairs must have the same rungs.
+    """Write a prior; it appears whole or not at all. Distances are left out: rungs that need no anchors have none.
 
     Args:
         name: of the model, for people.
 
     Raises:
+        InvalidRequest: a workload has no pairs, or a pair not the rungs of the others.
         AnchorFileError: it cannot be written.
     """
-    rungs = list(prior.all_pairs[0].measured) if prior.all_pairs else []
+    rungs = list(next((pair.measured for pairs in prior.pairs.values() for pair in pairs), {}))
+    for workload, pairs in prior.pairs.items():
+        if not pairs or any(pair.measured.keys() != set(rungs) for pair in pairs):
+            raise InvalidRequest(
+                f"the pairs of {workload!r} cannot be part of a prior: every workload has some, and all pairs have the "
+                f"same rungs, here {', '.join(map(str, rungs)) or 'none'}"
+            )
     record = _PriorRecord(
         format=1,
         model=prior.model,
         name=name,
-        rungs=tuple(_RungRecord(estimator=each.estimator, share=each.share, chooser=each.chooser) for each in rungs),
+        rungs=tuple(RungRecord(estimator=each.estimator, share=each.share, chooser=each.chooser) for each in rungs),
         head_weights=prior.head_weights,
-        workloads={
-            workload: tuple(
-                _PairRecord(
-                    divergences=tuple(pair.measured[rung].divergence for rung in rungs),
-                    residuals=tuple(pair.measured[rung].residual for rung in rungs),
-                    sources=pair.sources,
-                )
-                for pair in pairs
-            )
-            for workload, pairs in prior.pairs.items()
-        },
+        workloads={workload: tuple(_record(pair, rungs) for pair in pairs) for workload, pairs in prior.pairs.items()},
     )
     try:
         with replacing(file) as temporary:
@@ -174,6 +172,15 @@ def require_prior_fits(prior: Prior, model: str) -> None:
             f"this prior was measured on another model ({prior.model[:12]}, not {model[:12]}); leave it out, and the "
             "engine learns from its own requests"
         )
+
+
+def _record(pair: Pair, rungs: Sequence[Rung]) -> _PairRecord:
+    measured = [pair.measured[rung] for rung in rungs]
+    return _PairRecord(
+        divergences=tuple(each.divergence for each in measured),
+        residuals=tuple(each.residual for each in measured),
+        sources=pair.sources,
+    )
 
 
 def _pair(record: _PairRecord, rungs: Sequence[Rung]) -> Pair:

@@ -1,20 +1,21 @@
 """What a tenant has learned, as a folder: one file per anchor bank, and one for the readers.
 
 The format is described in `anchors/FORMAT.md`. What pairs say about rungs that need anchors holds for the anchors they
-were measured with, so the file names every bank by digest, and where one is missing or another one that is left out on
-loading. Nothing is taken over unless all of it could be read. Who changes a folder locks it, so two who save at once
-leave what one of them had.
+were measured with. So the file of readers names every bank by digest; where one is missing, or another one, that part
+of the pairs is left out on loading. Nothing is taken over unless all of it could be read. Who changes a folder locks
+it, so two who save at once leave what one of them had.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from kvcomm.align.bank import BankShape, BankSnapshot
 from kvcomm.align.bank_file import SUFFIX, load_bank, read_bank_header, require_namespace, save_bank
@@ -25,16 +26,19 @@ from kvcomm.align.ladder import Rung
 from kvcomm.align.levels import KeptWatch, Knowledge, Level
 from kvcomm.align.readers import Reader
 from kvcomm.align.watch import Watch
-from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileTooNew, InvalidRequest
+from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileTooNew, AnchorFileTooOld, InvalidRequest
 from kvcomm.files.reading import MAX_SHOWN, first_fault
 from kvcomm.files.writing import locked, sweep
 from kvcomm.memory.sealed_file import SealedFormat
 
 FORMAT = SealedFormat("file of readers", "kvcomm_readers", 1, AnchorFileError, AnchorFileCorrupt, AnchorFileTooNew)
 READERS_FILE = "readers.safetensors"
+EARLIER_FILE = "edge-groups.safetensors"
+"""Where earlier versions kept calibrations, edge by edge; nothing of them can be used for readers."""
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class _Strict(BaseModel):
@@ -64,6 +68,11 @@ class PairRecord(_Strict):
     distances: dict[str, NonNegative]
     sources: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt, NonNegativeInt]
 
+    @model_validator(mode="after")
+    def _require_each_once(self) -> Self:
+        require_once("rung", [each.rung for each in self.measured])
+        return self
+
     @classmethod
     def of(cls, pair: Pair, places: Mapping[Rung, int]) -> PairRecord:
         """A pair, and where its rungs are in the file."""
@@ -82,14 +91,13 @@ class PairRecord(_Strict):
 
 
 class WatchRecord(_Strict):
-    """What audits say about one bound at one level; `reader` is empty for those of no single reader."""
+    """What audits say about one bound at one level; `reader` is empty for those of all requests at the level."""
 
     level: Literal["own", "pool", "prior"]
-    reader: str
-    is_barring: bool
+    reader: Digest | Literal[""]
     epsilon: NonNegative
     delta: Annotated[float, Field(gt=0, lt=1)]
-    working_delta: Finite
+    debt: NonNegative
     num_observed: NonNegativeInt
     num_violations: NonNegativeInt
     log_ratios: tuple[Finite, ...]
@@ -102,10 +110,9 @@ class WatchRecord(_Strict):
         return cls(
             level=kept.level.value,
             reader=kept.reader,
-            is_barring=kept.is_barring,
             epsilon=bound.max_divergence,
             delta=bound.delta,
-            working_delta=kept.watch.working_delta,
+            debt=kept.watch.debt,
             num_observed=breaker.num_observed,
             num_violations=breaker.num_violations,
             log_ratios=breaker.log_ratios,
@@ -115,15 +122,15 @@ class WatchRecord(_Strict):
     def kept(self) -> KeptWatch:
         """The watch as it was. Raises InvalidRequest where its numbers do not fit each other."""
         watch = Watch(Bound(self.epsilon, self.delta))
-        watch.working_delta = min(self.working_delta, self.delta)
+        watch.debt = self.debt
         watch.breaker.resume(self.log_ratios, self.num_observed, self.num_violations, tripped=self.tripped)
-        return KeptWatch(Level(self.level), self.reader, self.is_barring, watch)
+        return KeptWatch(Level(self.level), self.reader, watch)
 
 
 class ReaderRecord(_Strict):
     """One reader and its own pairs, the oldest first."""
 
-    digest: str
+    digest: Digest
     slots: tuple[str, ...]
     targets: tuple[str, ...]
     pairs: tuple[PairRecord, ...]
@@ -138,7 +145,18 @@ class ReadersHeader(_Strict):
     readers: tuple[ReaderRecord, ...]
     watches: tuple[WatchRecord, ...]
     head_weights: tuple[Finite, ...] | None
-    banks: dict[str, str]
+    banks: dict[Digest, Digest]
+
+    @model_validator(mode="after")
+    def _require_fit(self) -> Self:
+        require_once("rung", [(each.estimator, each.share, each.chooser) for each in self.rungs])
+        require_once("reader", [each.digest for each in self.readers])
+        require_once("watch", [(each.level, each.reader, each.epsilon, each.delta) for each in self.watches])
+        known = {each.digest for each in self.readers}
+        for each in self.watches:
+            if (each.reader not in known) if each.reader else Level(each.level) is Level.OWN:
+                raise ValueError(f"a watch at level {each.level} is of reader {each.reader[:12]!r}, which is not there")
+        return self
 
     def knowledge(self) -> Knowledge:
         """What was known.
@@ -177,6 +195,13 @@ class Profile(NamedTuple):
     def num_pairs(self) -> int:
         """Pairs of all readers."""
         return self.knowledge.num_pairs
+
+
+def require_once(what: str, values: Iterable[object]) -> None:
+    """Raises ValueError where something is listed twice."""
+    twice = [value for value, number in Counter(values).items() if number > 1]
+    if twice:
+        raise ValueError(f"{what} {twice[0]!r} is listed twice")
 
 
 def save_profile(
@@ -267,15 +292,18 @@ def load_profile(folder: Path, *, namespace: str, shape: BankShape) -> Profile:
 
     Raises:
         AnchorFileForeign: of another namespace, or made with other sketches.
-        AnchorFileCorrupt, AnchorFileTooNew, AnchorFileError: as the names say.
+        AnchorFileCorrupt, AnchorFileTooNew, AnchorFileTooOld, AnchorFileError: as the names say.
     """
     with looking(folder):
         header = read_readers(folder)
         require_namespace(folder / READERS_FILE, header.namespace, namespace)
         files = bank_files(folder)
         banks = tuple(load_bank(file, namespace=namespace, shape=shape) for file in files)
-        digests = {read_bank_header(file).payload_blake3 for file in files}
-    num_missing = sum(digest not in digests for digest in header.banks.values())
+        headers = [read_bank_header(file) for file in files]
+    found = {each.edge.digest: each.payload_blake3 for each in headers}
+    if len(found) < len(headers):
+        raise AnchorFileCorrupt(f"{folder} holds several banks of one edge; remove all but the one that is meant")
+    num_missing = sum(found.get(edge) != payload for edge, payload in header.banks.items())
     knowledge = header.knowledge()
     return Profile(banks, knowledge.without_anchors() if num_missing else knowledge, num_missing)
 
@@ -284,9 +312,12 @@ def read_readers(folder: Path) -> ReadersHeader:
     """The file of readers of a folder, whosever they are.
 
     Raises:
+        AnchorFileTooOld: there is only what an earlier version has left.
         AnchorFileCorrupt, AnchorFileTooNew, AnchorFileError: as the names say.
     """
     file = folder / READERS_FILE
+    if (folder / EARLIER_FILE).exists() and not file.exists():
+        raise too_old(folder / EARLIER_FILE)
 
     def read() -> ReadersHeader:
         with FORMAT.opened(file) as opened:
@@ -301,6 +332,14 @@ def read_readers(folder: Path) -> ReadersHeader:
         return header
 
     return FORMAT.settled(file, read)
+
+
+def too_old(file: Path) -> AnchorFileTooOld:
+    """What to say about a file of an earlier version."""
+    return AnchorFileTooOld(
+        f"{file} is of an earlier version, which calibrated edges instead of readers: nothing of it can be used; let "
+        "the engine learn anew and save into another folder"
+    )
 
 
 def bank_files(folder: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """Readers: who reads a prompt, told by the template before, between and behind its slots.
 
-Calibration belongs to readers. Which texts fill the slots, how many documents stand in a row, where their KV comes from
-and whether that is exact is not part of a reader: prompts that differ in these are examples of one thing.
+Calibration belongs to readers. Not part of one are the texts in the slots, the number of documents in a row, where
+their KV comes from and whether that is exact: prompts that differ in these are examples of the same thing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def reader_of(segments: Sequence[Segment]) -> Reader:
 
     A slot in which nothing stands has to be there as a segment without tokens: without it this is another template.
     """
-    running, slots = hashlib.sha256(_DOMAIN), []
+    running = hashlib.sha256(_DOMAIN)
+    slots: list[str] = []
     for part in template_of(segments):
         if isinstance(part, str):
             slots.append(part)
@@ -52,9 +53,10 @@ def reader_of(segments: Sequence[Segment]) -> Reader:
 
 
 def template_of(segments: Sequence[Segment]) -> Iterator[str | np.ndarray]:
-    """Static text and kinds of slots in turn; slots of one kind in a row, and what stands between them, count once.
+    """Static text as token ids, int32, and kinds of slots in turn; first and last is static text, maybe none.
 
-    So three documents and five are read by the same reader, whatever numbers stand before them.
+    Slots of one kind in a row count once, and what stands between them not at all: three documents and five are read by
+    the same reader, whatever numbers stand before them.
     """
     static: list[int] = []
     last: str | None = None

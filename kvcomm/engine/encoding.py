@@ -116,6 +116,25 @@ class TextEncoder:
         self._require_plain(tuple(span.token_id for span in spans), "the text")
         return spans
 
+    def control_in(self, ids: tuple[int, ...]) -> str | None:
+        """A control token that is among the ids, or None."""
+        if self._control_ids.isdisjoint(ids):
+            return None
+        return next(content for content, token_id in self.controls.items() if token_id in ids)
+
+    def require_ordinary(self, ids: tuple[int, ...], *, label: str) -> tuple[int, ...]:
+        """The ids of somebody's segment, if no control token is among them.
+
+        Raises:
+            InvalidRequest: one is; names it.
+        """
+        if (real := self.control_in(ids)) is not None:
+            raise InvalidRequest(
+                f"{label} is a segment with the control token {real!r}, which would be real in the prompt; give its "
+                "text instead (in messages as {'type': 'text', 'text': ..., 'name': ...}), where it is ordinary text"
+            )
+        return ids
+
     def has_start(self, ids: tuple[int, ...]) -> bool:
         """Whether ids begin with the tokenizer's start tokens, or it has none."""
         return ids[: len(self.start_ids)] == self.start_ids
@@ -214,9 +233,9 @@ class TextEncoder:
         yield text[start:]
 
     def _require_plain(self, ids: tuple[int, ...], label: str) -> None:
-        if self._control_ids.isdisjoint(ids):
+        real = self.control_in(ids)
+        if real is None:
             return
-        real = next(content for content, token_id in self.controls.items() if token_id in ids)
         raise InvalidRequest(
             f"{label} contains the control token {real!r}, and this tokenizer cannot take it as ordinary text; "
             "remove it"

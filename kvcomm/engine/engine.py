@@ -11,10 +11,11 @@ import secrets
 import weakref
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
-from typing import Literal, NamedTuple, Self, overload
+from typing import Any, Literal, NamedTuple, Self, overload
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +29,7 @@ from kvcomm.align.profile_file import Profile
 from kvcomm.align.readers import Reader, reader_of
 from kvcomm.config import EngineConfig
 from kvcomm.engine.adapters import Adapters
+from kvcomm.engine.chat import ChatPrompts, Messages
 from kvcomm.engine.context import Context, sampling_params
 from kvcomm.engine.detokenize import Detokenizer
 from kvcomm.engine.encoding import TextEncoder
@@ -156,6 +158,7 @@ class Engine:
         self._reader = PromptReader(
             self.encoder, vocab_size=self.geometry.vocab_size, max_context=self.geometry.max_context
         )
+        self._chats = ChatPrompts(tokenizer, self.encoder, self._reader, self._texts)
         self._cached_pages: dict[str, int] = {}
         self._request_ids = itertools.count()
         self._budget = Budget(self.config.learning_share)
@@ -437,6 +440,61 @@ class Engine:
         )
         return handle.result()
 
+    def chat(
+        self,
+        messages: Messages,
+        sampling: SamplingParams | None = None,
+        *,
+        tools: Iterable[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
+        tenant: str = DEFAULT_TENANT,
+        policy: ReusePolicy | None = None,
+        reads_cache: bool = True,
+        **settings: object,
+    ) -> Completion:
+        """`generate` of `chat_prompt`; raises what those raise. To stream, submit the prompt."""
+        prompt = self.chat_prompt(messages, tools=tools, variables=variables)
+        params = sampling_params(sampling, settings)
+        return self.generate(prompt, params, adapter=adapter, tenant=tenant, policy=policy, reads_cache=reads_cache)
+
+    def chat_prompt(
+        self,
+        messages: Messages,
+        *,
+        tools: Iterable[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> tuple[Segment, ...]:
+        """The prompt of a conversation, as the model's chat template writes it: for `submit`, `context`, `learn` etc.
+
+        The content of a message is one part, or a list of parts; these are joined with nothing in between.
+
+        - A `Segment` is a passage: the same ids wherever it stands, so its KV can be moved. Passages of one name are
+          of one kind; one without a name is a "passage".
+        - {"type": "text", "text": ...} with a "name", or with "dynamic": True, is a passage as well.
+        - `Static(text)`, and in system messages every other text, is a part of the template. What is known about moving
+          text belongs to a template, so nothing that differs from request to request should be there.
+        - Every other text is the turn's own, a segment named "text". Only this may be trimmed by the chat template.
+
+        Control tokens spelled out in messages are ordinary text.
+
+        Args:
+            messages: dicts with "role", "content", and what else the chat template looks at.
+            tools: JSON schemas of functions, for the chat template.
+            variables: what else it may look at, such as {"enable_thinking": False}.
+            add_generation_prompt: put the beginning of an answer behind them.
+
+        Raises:
+            TemplateError: there is no chat template, or it rejects, drops, repeats, moves or changes something of these
+                messages; names the message and the part.
+            InvalidRequest: messages or parts that are none, or a segment with a control token in it; names them.
+        """
+        segments = self._chats.segments(
+            messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt
+        )
+        return self.read_prompt(segments, is_start=True)
+
     def explain(
         self,
         prompt: Prompt,
@@ -478,6 +536,9 @@ class Engine:
         num_tokens = sum(len(segment.token_ids) for segment in segments)
         assert num_tokens == sequence.num_tokens, f"segments of {num_tokens} tokens, {sequence.num_tokens} in sequence"
         self._reader.require_fits(sequence.num_tokens, sampling.max_new_tokens)
+        wanted = _policy(policy) or self.policy
+        if not wanted.is_exact:
+            self.reuse.planner.require_known(wanted.rungs)
         request_id = next(self._request_ids)
         handle = RequestHandle(request_id, cancel=lambda: self.scheduler.cancel(request))
         entropy = secrets.randbits(62)
@@ -501,7 +562,7 @@ class Engine:
             handle=handle,
             branches=branches,
             segments=segments,
-            policy=_policy(policy) or self.policy,
+            policy=wanted,
             is_lent=lent_by is not None,
         )
         with self.lock:
@@ -761,10 +822,14 @@ class Engine:
 
         Done in idle time; the future gives how many tokens were kept. Requests under a policy that learns do this by
         themselves, until the anchors suffice.
+
+        Raises:
+            InvalidRequest: the prompt is empty, or this engine has no such estimator.
         """
-        segments = self.read_prompt(prompt, is_start=True)
+        segments, names = self.read_prompt(prompt, is_start=True), tuple(estimators)
+        self.reuse.planner.require_known(map(Rung, names))
         weights = self._adapters.weights(adapter)
-        future = self.reuse.learner.learn(self._namespace(weights, tenant), weights, segments, tuple(estimators))
+        future = self.reuse.learner.learn(self._namespace(weights, tenant), weights, segments, names)
         self._loop.wake()
         return future
 
@@ -787,9 +852,10 @@ class Engine:
             policy: says which rungs.
 
         Raises:
-            InvalidRequest: the prompt or the answer is empty.
+            InvalidRequest: the prompt or the answer is empty, or a rung names what this engine does not have.
         """
         segments, tokens = self._read_case(prompt, answer)
+        self.reuse.planner.require_known(policy.rungs)
         weights = self._adapters.weights(adapter)
         future = self.reuse.learner.calibrate(self._namespace(weights, tenant), weights, segments, tokens, policy)
         self._loop.wake()
@@ -947,6 +1013,18 @@ class Engine:
     def wait_idle(self, timeout_s: float | None = None) -> bool:
         """Wait until no request runs and all idle work is done; False after `timeout_s`."""
         return self._loop.wait_idle(timeout_s)
+
+    def held(self) -> AbstractContextManager[None]:
+        """Let the engine stand still: within, nothing is computed and nothing learned, whatever is asked of it.
+
+        For measurements, and for whoever needs the machine for a moment. Requests can be submitted; waiting for one
+        within, or closing the engine, would never end.
+        """
+        return self._loop.held()
+
+    def wake(self) -> None:
+        """Make sure that what has been queued beside requests is worked on."""
+        self._loop.wake()
 
     def close(self) -> None:
         """Fail what is in flight and end the engine's thread. Idempotent."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from kvcomm.engine.request import Request
 from kvcomm.engine.scheduler import Scheduler
@@ -32,6 +34,7 @@ class EngineLoop:
         self._idle_after_s = idle_after_s
         self._busy_until = -float("inf")
         self._wake = threading.Condition()
+        self._stepping = threading.Lock()
         self._is_closing = False
         self._thread: threading.Thread | None = None
 
@@ -57,6 +60,12 @@ class EngineLoop:
         """Wait until there is nothing to do, not even idle work; False after `timeout_s`."""
         with self._wake:
             return self._wake.wait_for(lambda: self._is_closing or not self._has_work, timeout_s)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Begin no step within; entered when none runs any more."""
+        with self._stepping:
+            yield
 
     @property
     def _has_work(self) -> bool:
@@ -93,9 +102,11 @@ class EngineLoop:
                 return
             try:
                 if self._scheduler.has_work:
-                    self._serve()
+                    with self._stepping:
+                        self._serve()
                 elif not self._is_awaiting_request():
-                    self._idle.step()
+                    with self._stepping:
+                        self._idle.step()
             except BaseException as error:
                 # A broken invariant of our own: nobody may wait for ever, and no state is trusted any more.
                 closed = EngineClosed(f"the engine stopped after an internal error: {error!r}")

@@ -1,7 +1,8 @@
 """One pass of the model for the work of several requests, and who pays when it fails.
 
-Whatever is raised in a pass belongs to whoever's work raised it: what looks on for one request fails that request, and
-a pass that the model does not survive is computed again request by request, so that only those fail which fail alone.
+Whatever is raised in a pass belongs to whoever's work raised it: where what looks on for one request fails, that
+request gives up what it looked for, and a pass that the model does not survive is computed again request by request, so
+that only those fail which fail alone.
 Computing twice is harmless: every run writes the same keys and values to the same slots. Knows neither queues nor
 answers; called outside the engine's lock.
 """
@@ -9,7 +10,7 @@ answers; called outside the engine's lock.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from kvcomm.engine.request import Branch, Request
 from kvcomm.errors import UnsupportedModel, WeightsChanged
 from kvcomm.memory.sequences import Sequence as KVSequence
 from kvcomm.model.runner import ModelRunner, Run, Watch
+from kvcomm.reuse.attempt import Attempt
 
 logger = logging.getLogger("kvcomm.engine")
 
@@ -81,7 +83,7 @@ def compute(runner: ModelRunner, batch: Sequence[Work]) -> tuple[list[Computed],
     """
     requests = list({id(work.request): work.request for work in batch}.values())
     try:
-        return _pass(runner, batch)
+        return _pass(runner, batch), []
     except (UnsupportedModel, WeightsChanged) as error:
         return [], [Failure(request, error) for request in requests]
     except BaseException as error:
@@ -92,74 +94,71 @@ def compute(runner: ModelRunner, batch: Sequence[Work]) -> tuple[list[Computed],
     for request in requests:
         own = [work for work in batch if work.request is request]
         try:
-            found, failed = _pass(runner, own)
+            computed += _pass(runner, own)
         except BaseException as error:
-            found, failed = [], [Failure(request, error)]
-        computed += found
-        failures += failed
+            failures.append(Failure(request, error))
     return computed, failures
 
 
-def _pass(runner: ModelRunner, batch: Sequence[Work]) -> tuple[list[Computed], list[Failure]]:
-    lookers = _Lookers(batch)
+def _pass(runner: ModelRunner, batch: Sequence[Work]) -> list[Computed]:
+    watches = list(_watches(batch))
     with runner.serving(batch[0].request.weights):
-        logits = runner.forward([run for work in batch for run in work.runs], watch=lookers.watch)
+        logits = runner.forward([run for work in batch for run in work.runs], watch=_all_of(watches))
     num_rows = sum(work.num_logits for work in batch)
     if logits.ndim != 2 or len(logits) != num_rows:
         raise ValueError(f"the model gave logits of shape {list(logits.shape)} for {num_rows} rows")
     finite = finite_rows(logits)
-    failed = {id(failure.request) for failure in lookers.failures}
     computed, row = [], 0
     for work in batch:
         first, row = row, row + work.num_logits
-        if id(work.request) not in failed:
-            computed.append(Computed(work, logits[first:row], finite[first:row]))
-    return computed, lookers.failures
+        computed.append(Computed(work, logits[first:row], finite[first:row]))
+    return computed
 
 
-class _Lookers:
+def _watches(batch: Sequence[Work]) -> Iterator[Watch]:
     """What looks on during one pass, for requests that choose their rung's tokens by it."""
+    row = 0
+    for work in batch:
+        attempt = work.request.attempt if work.branch is None else None
+        for run in work.runs:
+            if attempt is not None:
+                try:
+                    watch = attempt.watch(run, row)
+                except Exception as error:
+                    attempt.spoil(error)
+                else:
+                    if watch is not None:
+                        yield _guarded(watch, attempt)
+            row += len(run.token_ids)
 
-    def __init__(self, batch: Sequence[Work]) -> None:
-        self.failures: list[Failure] = []
-        self._watches: list[tuple[Request, Watch]] = []
-        row = 0
-        for work in batch:
-            self._add(work, row)
-            row += work.num_tokens
 
-    @property
-    def watch(self) -> Watch | None:
-        """For the runner; None where nobody looks on."""
-        return self._look if self._watches else None
+def _guarded(watch: Watch, attempt: Attempt) -> Watch:
+    """The same, but that the attempt is told of errors, and nobody else."""
+    has_failed = False
 
-    def _add(self, work: Work, row: int) -> None:
-        if work.branch is not None:
+    def look(layer_id: int, query: Tensor, scale: float) -> None:
+        nonlocal has_failed
+        if has_failed:
             return
         try:
-            found = list(_watches(work, row))
-        except BaseException as error:
-            self.failures.append(Failure(work.request, error))
-        else:
-            self._watches += [(work.request, watch) for watch in found]
+            watch(layer_id, query, scale)
+        except Exception as error:
+            has_failed = True
+            attempt.spoil(error)
 
-    def _look(self, layer_id: int, query: Tensor, scale: float) -> None:
-        for entry in list(self._watches):
-            request, watch = entry
-            try:
-                watch(layer_id, query, scale)
-            except BaseException as error:
-                self._watches.remove(entry)
-                self.failures.append(Failure(request, error))
+    return look
 
 
-def _watches(work: Work, row: int) -> Iterable[Watch]:
-    attempt = work.request.attempt
-    for run in work.runs if attempt is not None else ():
-        watch = attempt.watch(run, row) if attempt is not None else None
-        if watch is not None:
-            yield watch
-        row += len(run.token_ids)
+def _all_of(watches: Sequence[Watch]) -> Watch | None:
+    """For the runner; None where nobody looks on."""
+    if not watches:
+        return None
+
+    def look(layer_id: int, query: Tensor, scale: float) -> None:
+        for watch in watches:
+            watch(layer_id, query, scale)
+
+    return look
 
 
 def finite_rows(logits: Tensor) -> list[bool]:

@@ -60,28 +60,33 @@ class PromptReader:
                 f"{self._max_context}; shorten the prompt or lower max_new_tokens"
             )
 
-    def _segments(self, prompt: Prompt, is_start: bool) -> Sequence[Segment]:
-        if isinstance(prompt, str):
-            text = values.text("the prompt", prompt)
-            return [self._checked(Segment(self._encoder.start(text) if is_start else self._encoder.piece(text)))]
-        found = values.items("the prompt", prompt, "a text, a list of token ids or a list of segments")
-        segments = [item for item in found if isinstance(item, Segment)]
-        if segments and len(segments) < len(found):
-            raise InvalidRequest("a prompt is a text, a list of token ids or a list of segments, not a mixture")
-        if not segments:
-            return [self._checked(Segment(found))]  # type: ignore[arg-type]  # which is what is checked
-        segments = [self._checked(segment) for segment in segments]
-        first = next((segment.token_ids for segment in segments if segment.token_ids), ())
-        before = self._encoder.before(first) if is_start and first else ()
-        return [Segment(before), *segments] if before else segments
+    def checked(self, segment: Segment) -> Segment:
+        """The same segment with ids of Python's own, all of them known to the model.
 
-    def _checked(self, segment: Segment) -> Segment:
-        """The same segment with ids of Python's own, all of them known to the model."""
+        Raises:
+            UnknownToken: an id outside the vocabulary.
+            InvalidRequest: ids or a name that are none.
+        """
         ids = tuple(_token_id(item) for item in values.items("a segment", segment.token_ids, "a tuple of token ids"))
         unknown = next((token for token in ids if not 0 <= token < self._vocab_size), None)
         if unknown is not None:
             raise UnknownToken(f"token id {values.shown(unknown)} is outside the vocabulary of {self._vocab_size}")
         return Segment(ids, None if segment.name is None else values.text("a segment's name", segment.name))
+
+    def _segments(self, prompt: Prompt, is_start: bool) -> Sequence[Segment]:
+        if isinstance(prompt, str):
+            text = values.text("the prompt", prompt)
+            return [self.checked(Segment(self._encoder.start(text) if is_start else self._encoder.piece(text)))]
+        found = values.items("the prompt", prompt, "a text, a list of token ids or a list of segments")
+        segments = [item for item in found if isinstance(item, Segment)]
+        if segments and len(segments) < len(found):
+            raise InvalidRequest("a prompt is a text, a list of token ids or a list of segments, not a mixture")
+        if not segments:
+            return [self.checked(Segment(found))]  # type: ignore[arg-type]  # which is what is checked
+        segments = [self.checked(segment) for segment in segments]
+        first = next((segment.token_ids for segment in segments if segment.token_ids), ())
+        before = self._encoder.before(first) if is_start and first else ()
+        return [Segment(before), *segments] if before else segments
 
 
 def _token_id(item: object) -> int:

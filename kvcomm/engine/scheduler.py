@@ -45,7 +45,7 @@ from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
 from kvcomm.model.attention.contract import IntArray
 from kvcomm.model.runner import ModelRunner, Run
-from kvcomm.reuse.attempt import Stage, ToCompute
+from kvcomm.reuse.attempt import Attempt, Stage, ToCompute
 from kvcomm.reuse.idle_work import IdleWork
 from kvcomm.reuse.learner import Learner
 from kvcomm.reuse.plan import Explanation, Reason, exact_plan
@@ -205,17 +205,21 @@ class Scheduler:
             attempt = request.attempt
             if attempt is None or attempt.stage is not Stage.PLANNED:
                 continue
-            failed = False
             try:
                 with self._runner.serving(request.weights):
                     attempt.assemble(request.sequence)
-            except Exception as error:  # the caller can be served without
-                logger.exception("moving KV failed: %r; request %d is computed exactly", error, request.request_id)
-                failed = True
+                todo = attempt.begin()
+            except Exception as error:
+                todo = self._without_moving(request, attempt, error)
             with self.lock:
                 if not request.handle.done:
                     with self._on_behalf_of(request):
-                        self._follow(request, attempt.retreat(Reason.FAILED) if failed else attempt.begin())
+                        self._follow(request, todo)
+
+    def _without_moving(self, request: Request, attempt: Attempt, error: Exception) -> ToCompute:
+        """Moving has failed, and the caller can be served without."""
+        logger.error("moving KV failed: %r; request %d is computed exactly", error, request.request_id, exc_info=error)
+        return attempt.retreat(Reason.FAILED)
 
     def _follow(self, request: Request, todo: ToCompute) -> None:
         """Compute what an attempt at moved KV asks for next; one that gives up needs its sources no more."""
@@ -499,11 +503,17 @@ class Scheduler:
             return
         if not finite[0]:
             raise _not_finite(request, work.end)
-        todo = None if request.attempt is None else request.attempt.advance()
+        todo = None if request.attempt is None else self._advance(request, request.attempt)
         if todo is None:
             self._begin_answers(request, logits[0])
         else:
             self._follow(request, todo)
+
+    def _advance(self, request: Request, attempt: Attempt) -> ToCompute | None:
+        try:
+            return attempt.advance()
+        except Exception as error:
+            return self._without_moving(request, attempt, error)
 
     def _begin_answers(self, request: Request, logits: Tensor) -> None:
         """The prompt is computed: fork the sequence for further choices and draw everybody's first token."""

@@ -1,39 +1,35 @@
 """Where the damage of moved KV sits: by token of the continuation, and by layer.
 
-`Engine.measure` gives one number per way to reuse a prompt. An `Anatomy` takes the same replay apart: the divergence at
-every token of the exact continuation, and how far the KV that is read there is from the exact one, layer by layer. For
-evaluations; nothing is served or learned from it.
+`Engine.measure` gives one number per rung. An `Anatomy` takes the same replay apart: the divergence at every token of
+the exact continuation, and how far the KV that is read there is from the exact one, layer by layer. For evaluations;
+nothing is served or learned from it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvcomm.align.ladder import moved_positions
-from kvcomm.align.moves import Move
+from kvcomm.align.estimators import Correction
+from kvcomm.align.ladder import Rung, moved_positions
 from kvcomm.align.spans import layer_stores
-from kvcomm.engine.engine import DEFAULT_TENANT, Engine, end_token_ids
+from kvcomm.engine.engine import DEFAULT_TENANT, Engine
 from kvcomm.engine.prompts import Prompt
-from kvcomm.engine.request import NUM_CONTINUATION
 from kvcomm.errors import InvalidRequest
-from kvcomm.lab.variant import Variant
-from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence as KVSequence
-from kvcomm.model.live import Weights
-from kvcomm.model.runner import Run
-from kvcomm.reuse.idle_work import Steps
-from kvcomm.reuse.learner import NOTHING, Learner, _Trial
-from kvcomm.reuse.replay import Case, Replay, assemble, computed_stretches
+from kvcomm.model.attention.contract import IntArray
+from kvcomm.reuse.policy import ReusePolicy
+from kvcomm.reuse.replay import Case, Look, assemble, computed_stretches
+from kvcomm.reuse.trials import Trial
 
 
 class Anatomy(NamedTuple):
-    """One way to reuse a prompt.
+    """One rung on one prompt.
 
     Attributes:
         divergences: KL(exact || reused), nats, at every token of the continuation; infinite where not finite.
@@ -63,7 +59,7 @@ class Dissection(NamedTuple):
 
     Attributes:
         exact: log-probabilities over the continuation, [num_continuation, vocab_size] float32.
-        anatomies: one per variant; None where its estimator knows nothing about some segment of the prompt; none at all
+        anatomies: one per rung; None where its estimator knows nothing about some segment of the prompt; none at all
             where nothing of it can be moved.
     """
 
@@ -72,90 +68,70 @@ class Dissection(NamedTuple):
 
 
 def dissect(
-    engine: Engine, prompt: Prompt, answer: Iterable[int], variants: Iterable[Variant], *, tenant: str = DEFAULT_TENANT
+    engine: Engine, prompt: Prompt, answer: Iterable[int], rungs: Iterable[Rung], *, tenant: str = DEFAULT_TENANT
 ) -> Future[Dissection]:
-    """Replay a prompt, followed by its exact greedy answer, in every way asked for. Done in idle time.
+    """Replay a prompt, followed by its exact greedy answer, at every rung asked for. Done in idle time.
 
     Args:
         answer: token ids of the exact greedy answer; the first 32 are looked at.
 
     Raises:
-        InvalidRequest: the prompt or the answer is empty.
+        InvalidRequest: the prompt or the answer is empty, or a rung names what the engine does not have.
     """
-    segments, tokens = engine.read_prompt(prompt, is_start=True), tuple(answer)[:NUM_CONTINUATION]
+    segments, tokens, wanted = engine.read_prompt(prompt, is_start=True), tuple(answer), tuple(rungs)
     if not tokens:
         raise InvalidRequest("an empty answer cannot be replayed; generate at least one token")
-    weights = engine.live.now(closely=True)
-    future = _Dissector(engine).dissect(engine.namespace(tenant), weights, segments, tokens, tuple(variants))
-    engine._loop.wake()
+    engine.reuse.planner.require_known(wanted)
+    dissector = _Dissector(engine)
+
+    def steps(trial: Trial) -> Generator[None, None, Dissection]:
+        return (yield from dissector.steps(trial, tokens, wanted))
+
+    namespace, weights = engine.namespace(tenant), engine.live.now(closely=True)
+    future = engine.reuse.trials.promise(namespace, weights, segments, steps, ReusePolicy.exact())
+    engine.wake()
     return future
 
 
-class _Dissector(Learner):
-    """A second maker of jobs on the parts of an engine."""
+class _Dissector:
+    """Takes replays of one engine apart."""
 
     def __init__(self, engine: Engine) -> None:
-        layers, reuse = layer_stores(engine.pool, engine.geometry), engine.reuse
-        super().__init__(
-            engine.memory,
-            layers,
-            reuse.planner,
-            reuse.replayer,
-            reuse.idle,
-            chunk=engine.config.prefill_chunk,
-            end_token_ids=end_token_ids(engine.model, engine.tokenizer),
-        )
-        self._pool = engine.pool
-        self._runner = engine.runner
+        self._memory = engine.memory
+        self._layers = layer_stores(engine.pool, engine.geometry)
+        self._reuse = engine.reuse
 
-    def dissect(
-        self,
-        namespace: str,
-        weights: Weights,
-        segments: tuple[Segment, ...],
-        answer: tuple[int, ...],
-        variants: Sequence[Variant],
-    ) -> Future[Dissection]:
-        """See `dissect`."""
-        future: Future[Any] = Future()
-
-        def steps(trial: _Trial) -> Steps:
-            yield from self._complete(trial)
-            case = self._case(trial, answer)
-            exact = self._replayer.exact(case)
-            yield
-            found: list[Anatomy | None] = []
-            unchanged: dict[tuple[str, float], Replay] = {}
-            for variant in variants if case.moves else ():
-                found.append(self._anatomy(trial, case, exact, variant, unchanged))
+    def steps(self, trial: Trial, answer: Sequence[int], rungs: Sequence[Rung]) -> Generator[None, None, Dissection]:
+        """Pass by pass: the exact side, then every rung."""
+        trials, replayer = self._reuse.trials, self._reuse.replayer
+        yield from trials.complete(trial)
+        case = trials.case(trial, answer, trial.moves)
+        exact = replayer.exact(case).log_probs
+        yield
+        found: list[Anatomy | None] = []
+        looks: dict[str, Look] = {}
+        for rung in rungs if case.moves else ():
+            with trials.lock:
+                known = self._reuse.planner.corrections(trial.namespace, rung.estimator, case.moves)
+                weights = self._reuse.book.heads(trial.namespace).weights
+            if known is None:
+                found.append(None)
+                continue
+            if rung.share and replayer.choosers[rung.chooser].looks and rung.estimator not in looks:
+                looks[rung.estimator] = replayer.look(case, known)
                 yield
-            future.set_result(Dissection(exact, tuple(found)))
+            recomputed = replayer.recomputed(case, rung, looks.get(rung.estimator), weights)
+            found.append(self._anatomy(case, exact, known, recomputed))
+            yield
+        return Dissection(exact, tuple(found))
 
-        self._add_trial(namespace, weights, segments, steps, future)
-        return future
-
-    def _anatomy(
-        self,
-        trial: _Trial,
-        case: Case,
-        exact: Tensor,
-        variant: Variant,
-        unchanged: dict[tuple[str, float], Replay],
-    ) -> Anatomy | None:
-        corrections = self._reuse.corrections(trial.namespace, variant.estimator, case.moves, variant.strength)
-        if corrections is None:
-            return None
-        recomputed = NOTHING
-        if variant.share:
-            recomputed = self._recomputed(trial, case, exact, variant, unchanged)
-        forced = case.forced
-        sequence = KVSequence(self._pool, forced)
-        with self._replayer.borrowed(sequence, case.sequence, case.moves[0].start, 0):
-            assemble(self._memory, self._layers, sequence, case.moves, corrections, with_errors=False)
-            stretches = computed_stretches(case.moves, recomputed, len(forced))
-            reused = self._runner.forward(_runs(sequence, stretches, len(case.continuation)))
-            reused = reused.float().log_softmax(-1)
-            errors = self._errors(case, sequence, case.moves)
+    def _anatomy(self, case: Case, exact: Tensor, known: Sequence[Correction], recomputed: IntArray) -> Anatomy:
+        forced, moves, replayer = case.forced, case.moves, self._reuse.replayer
+        sequence = KVSequence(self._memory.pool, forced)
+        with replayer.borrowed(sequence, case.sequence, moves[0].start, 0):
+            assemble(self._memory, self._layers, sequence, moves, known, with_errors=False)
+            reused = replayer.log_probs(case, sequence, computed_stretches(moves, recomputed, len(forced)))
+            errors = self._errors(case, sequence)
         divergences = (exact.exp() * (exact - reused)).sum(-1).tolist()
         return Anatomy(
             tuple(each if math.isfinite(each) else math.inf for each in divergences),
@@ -163,27 +139,17 @@ class _Dissector(Learner):
             *errors,
         )
 
-    def _errors(
-        self, case: Case, sequence: KVSequence, moves: Sequence[Move]
-    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def _errors(self, case: Case, sequence: KVSequence) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Relative errors of keys and of values, layer by layer. Both stand at the same positions: no turning back."""
-        positions = torch.from_numpy(moved_positions(moves)).long()
+        pool, positions = self._memory.pool, torch.from_numpy(moved_positions(case.moves)).long()
         true, moved = (
-            _slots_at(self._pool.slots(each.pages, case.num_prompt), positions) for each in (case.sequence, sequence)
+            _slots_at(pool.slots(each.pages, case.num_prompt), positions) for each in (case.sequence, sequence)
         )
         keys, values = (
             tuple(_relative(layer[moved].float(), layer[true].float()) for layer in layers)
-            for layers in (self._pool.keys, self._pool.values)
+            for layers in (pool.keys, pool.values)
         )
         return keys, values
-
-
-def _runs(sequence: KVSequence, stretches: Sequence[tuple[int, int]], num_logits: int) -> list[Run]:
-    """The last stretch is the one that gives logits."""
-    return [
-        Run(sequence.token_ids[start:end], sequence.pages, start, num_logits if end == sequence.num_tokens else 0)
-        for start, end in stretches
-    ]
 
 
 def _slots_at(slots: slice | Tensor, positions: Tensor) -> Tensor:

@@ -446,20 +446,33 @@ class SegmentStore:
         limits = [self._max_bytes] if space.max_bytes is None else [space.max_bytes, self._max_bytes]
         if num_pages * self._pool.page_bytes > min(limits):
             return False
-        for entry in list(self._order):
-            if self._fits(space.num_pages + num_pages, space.max_bytes):
-                break
-            if entry[0] == space.name:
-                self._drop_unpinned(entry, sparing)
-        for entry in list(self._order):
-            if self._fits(self._num_pages + num_pages, self._max_bytes):
-                break
-            self._drop_unpinned(entry, sparing)
-        own = self._fits(space.num_pages + num_pages, space.max_bytes)
-        return own and self._fits(self._num_pages + num_pages, self._max_bytes)
+        own = self._shrink(space.num_pages + num_pages, space.max_bytes, sparing, space.name)
+        return self._shrink(self._num_pages + num_pages, self._max_bytes, sparing) and own
 
-    def _fits(self, num_pages: int, max_bytes: int | None) -> bool:
-        return max_bytes is None or num_pages * self._pool.page_bytes <= max_bytes
+    def _shrink(self, num_pages: int, max_bytes: int | None, sparing: str | None, namespace: str | None = None) -> bool:
+        """Drop what is least recently used, of one namespace or of all, until `num_pages` are few enough for a budget.
+
+        Looks at no more than it drops and passes over: among thousands of passages keeping one more takes no longer.
+        Returns False if what is pinned leaves too many.
+        """
+        excess = self._num_over(num_pages, max_bytes)
+        dropped = []
+        for entry in self._order:
+            if excess <= 0:
+                break
+            record = self._spaces[entry[0]].records[entry[1]]
+            if namespace in (None, entry[0]) and not record.num_pins:
+                dropped.append(entry)
+                excess -= record.renditions[entry[2]].pages.size
+        for entry in dropped:
+            self._drop_unpinned(entry, sparing)
+        return excess <= 0
+
+    def _num_over(self, num_pages: int, max_bytes: int | None) -> int:
+        """Pages beyond a budget."""
+        if max_bytes is None or not self._pool.page_bytes:
+            return 0
+        return num_pages - max_bytes // self._pool.page_bytes
 
     def _drop_unpinned(self, entry: tuple[str, str, _Key], sparing: str | None) -> None:
         namespace, digest, key = entry

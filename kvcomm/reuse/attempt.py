@@ -1,9 +1,9 @@
 """One attempt to serve a request on moved KV: a state machine from the plan to the first token.
 
-    planned -> assembled -> looking -> computing -> accepted
-                   |            |          |  ^
-                   |            |          +--+  a safer rung, while recomputed tokens are too far off
-                   +------------+----------+----> retreated: everything is computed
+    planned -> looking -> computing -> accepted
+       |          |         |  ^
+       |          |         +--+  a safer rung, while recomputed tokens are too far off
+       +----------+---------+----> retreated: everything is computed
 
 An attempt says what is to be computed next (`ToCompute`); whoever drives it changes the request and its sequence
 accordingly. It writes nothing but moved KV into the sequence's own pages, while it is assembled.
@@ -11,6 +11,7 @@ accordingly. It writes nothing but moved KV into the sequence's own pages, while
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ from kvcomm.reuse.decision import Acceptance
 from kvcomm.reuse.finder import parts_of
 from kvcomm.reuse.plan import ApproximationReport, Part, Plan, Reason, plan_of
 from kvcomm.reuse.replay import NOTHING, assemble, computed_stretches
+
+logger = logging.getLogger("kvcomm.engine")
 
 
 class Stage(StrEnum):
@@ -89,7 +92,7 @@ class Prompt:
     num_exact: int
     otherwise: Reason
     unmoved: Reason
-    is_displaced: bool
+    is_displaced: bool = False
 
     def parts(self, moved: Sequence[tuple[int, int]]) -> list[Part]:
         """What there is to say about it, behind its exact prefix."""
@@ -101,6 +104,13 @@ class Prompt:
             unmoved=self.unmoved,
             is_displaced=self.is_displaced,
         )
+
+
+class _Choice(NamedTuple):
+    """The moved tokens that a rung computes, and their estimates."""
+
+    positions: IntArray
+    probes: Probes
 
 
 class Attempt:
@@ -141,8 +151,8 @@ class Attempt:
         self._written: Written | None = None
         self._looking: AttentionMass | None = None
         self._view: View | None = None
-        self._recomputed = NOTHING
-        self._probes: Probes | None = None
+        self._choices: dict[Rung, _Choice] = {}
+        self._is_spoiled = False
 
     @property
     def rung(self) -> Rung:
@@ -151,16 +161,6 @@ class Attempt:
             return self._forced
         assert self.acceptance is not None
         return self.acceptance.rung
-
-    @property
-    def is_bounded(self) -> bool:
-        """Whether it keeps to a calibrated bound, or gives way to exact computation."""
-        return self.acceptance is not None
-
-    @property
-    def is_assembled(self) -> bool:
-        """Whether its moved KV is in place."""
-        return self.stage is not Stage.PLANNED
 
     @property
     def is_accepted(self) -> bool:
@@ -193,15 +193,13 @@ class Attempt:
         assert self.stage is Stage.PLANNED, self.stage
         tools, chooser = self._tools, self._chooser
         self._view = View(self.moves, self.prompt.num_exact, sequence)
-        if self.num_recomputed and not chooser.looks:
-            self._recomputed = chooser.choose(self._view, self.rung.share)
+        positions = {} if chooser.looks or not self.num_recomputed else self._positions()
         with_errors = chooser.looks and self.num_recomputed > 0
         self._written = assemble(
             tools.memory, tools.layers, sequence, self.moves, self._corrections, with_errors=with_errors
         )
         self.distance = self._written.distance
-        if len(self._recomputed):
-            self._probes = Probes(tools.memory.pool, tools.layers, sequence.pages, self._recomputed)
+        self._choices = self._with_estimates(positions)
 
     def begin(self) -> ToCompute:
         """Behind `assemble`: what the first pass computes, or everything if the text is too far off."""
@@ -224,27 +222,34 @@ class Attempt:
             return None
         return self._looking.watch(self._tools.memory.pool.slots(run.pages, run.end), row, run.start, run.end)
 
+    def spoil(self, error: Exception) -> None:
+        """What looks on has failed: the pass goes on, and behind it everything is computed."""
+        logger.error("looking on while KV is moved failed: %r", error, exc_info=error)
+        self._is_spoiled = True
+
     def advance(self) -> ToCompute | None:
         """Behind a pass: what is to be computed next; None: the answer may begin."""
+        if self._is_spoiled:
+            return self.retreat(Reason.FAILED)
         if self.stage is Stage.LOOKING:
             self._score()
+            self._choices = self._with_estimates(self._positions())
             self.stage = Stage.COMPUTING
             return self._climb(Reason.RUNG)
         assert self.stage is Stage.COMPUTING, self.stage
-        if self._probes is not None:
-            self.residual = self._probes.residual()
+        choice = self._choices.get(self.rung)
+        if choice is not None:
+            self.residual = choice.probes.residual()
         if self.acceptance is None or self.acceptance.holds(self.residual):
             self.stage = Stage.ACCEPTED
             return None
-        if self.acceptance.escalate():
-            return self._climb(Reason.ESCALATED)
-        self.acceptance.index = 0
-        return self.retreat(Reason.ESCALATED)
+        return self._climb(Reason.ESCALATED) if self.acceptance.escalate() else self.retreat(Reason.ESCALATED)
 
     def retreat(self, reason: Reason) -> ToCompute:
         """Give up: everything behind the exact prefix is computed."""
         self.stage = Stage.RETREATED
-        self._looking = self._probes = None
+        self._looking = None
+        self._choices = {}
         num_exact, num_tokens = self.prompt.num_exact, self.prompt.num_tokens
         plan = plan_of(num_exact, [Part(num_exact, num_tokens, reason)])
         return ToCompute(plan, plan.stretches, num_exact, None)
@@ -263,14 +268,28 @@ class Attempt:
         self._view = self._view._replace(scores=scores)
         self._looking = None
 
+    def _positions(self) -> dict[Rung, IntArray]:
+        """What the rung, and every safer one that may be tried behind it, computes of the moved tokens."""
+        assert self._view is not None
+        choosers = self._tools.choosers
+        return {rung: choosers[rung.chooser].choose(self._view, rung.share) for rung in self._rungs}
+
+    def _with_estimates(self, positions: Mapping[Rung, IntArray]) -> dict[Rung, _Choice]:
+        """Their estimates are taken together: a safer rung computes tokens that one before it has overwritten."""
+        assert self._view is not None
+        pool, layers, pages = self._tools.memory.pool, self._tools.layers, self._view.sequence.pages
+        chosen = ((rung, each) for rung, each in positions.items() if len(each))
+        return {rung: _Choice(each, Probes(pool, layers, pages, each)) for rung, each in chosen}
+
+    @property
+    def _rungs(self) -> tuple[Rung, ...]:
+        """The one it is at and those that are tried behind it, in this order."""
+        return (self.rung,) if self.acceptance is None else self.acceptance.ladder[self.acceptance.index :: -1]
+
     def _climb(self, reason: Reason) -> ToCompute:
         """Compute the tokens of the rung, for a reason, and what stands behind the first of them once more."""
-        assert self._view is not None
-        tools = self._tools
-        self._recomputed = recomputed = self._chooser.choose(self._view, self.rung.share)
-        self._probes = Probes(tools.memory.pool, tools.layers, self._view.sequence.pages, recomputed)
         plan = self._plan(reason)
-        first = int(recomputed[0])
+        first = int(self._choices[self.rung].positions[0])
         behind = tuple((max(start, first), end) for start, end in plan.stretches if end > first)
         # Nothing behind the first moved token counts before the rung is computed: a fork must not take it along.
         return ToCompute(plan, behind, self.moves[0].start, self.moves[0].start)
@@ -280,7 +299,9 @@ class Attempt:
         prompt = self.prompt
         moved = [(move.start, move.end) for move in self.moves]
         parts = prompt.parts(moved)
-        return plan_of(prompt.num_exact, _with_rung(parts, self._recomputed, reason))
+        choice = self._choices.get(self.rung)
+        recomputed = NOTHING if choice is None else choice.positions
+        return plan_of(prompt.num_exact, _with_rung(parts, recomputed, reason))
 
 
 def passes_of(moves: Sequence[Move], share: float, num_tokens: int) -> list[list[tuple[int, int]]]:

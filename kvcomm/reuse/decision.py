@@ -57,14 +57,17 @@ class Acceptance:
 
     def escalate(self) -> bool:
         """Go to the next safer rung; False if there is none: everything is to be computed."""
+        if not self.index:
+            return False
         self.index -= 1
-        return self.index >= 0
+        return True
 
 
 def accept(grounds: Grounds, bound: Bound) -> Acceptance | None:
     """On these grounds, at which rung a request is served; None: no rung keeps the bound."""
-    index = grounds.calibration.choose(bound.max_divergence, grounds.watch.working_delta)
-    return None if index is None else Acceptance(grounds.level, grounds.calibration, index, bound.confidence)
+    return (
+        None if grounds.rung is None else Acceptance(grounds.level, grounds.calibration, grounds.rung, bound.confidence)
+    )
 
 
 class Replayed(Protocol):

@@ -69,6 +69,7 @@ class MoveFinder:
         own: KVSequence,
         *,
         before_s: float = math.inf,
+        max_risk: float = math.inf,
         is_use: bool = True,
     ) -> list[Move]:
         """What could be moved behind the first `num_exact` tokens; retains the pages of the sources.
@@ -77,6 +78,7 @@ class MoveFinder:
 
         Args:
             before_s: only renditions made before this moment, on the monotonic clock.
+            max_risk: nats; only renditions of which no more is to be expected.
             is_use: count what is found as used now.
         """
         last = sum(len(segment.token_ids) for segment in segments) - 1
@@ -86,7 +88,7 @@ class MoveFinder:
         for each in reversed(list(occurrences(segments))):
             if each.segment.name is None or each.end <= num_exact:
                 continue
-            known = self._renditions(namespace, each, own, before_s)
+            known = [found for found in self._renditions(namespace, each, own, before_s) if found.risk <= max_risk]
             neighbor = _best(each, known, neighbor)
             if neighbor is None:
                 continue

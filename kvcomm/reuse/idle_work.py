@@ -69,6 +69,7 @@ class IdleWork:
         self._jobs: list[Job] = []
         self._begun: Job | None = None
         self._running: Job | None = None
+        self._is_closed = False
         self.num_done = 0
         self.num_failed = 0
         self.num_dropped = 0
@@ -88,7 +89,9 @@ class IdleWork:
         """Queue a job; of too many studies the one that pays latest is dropped."""
         with self._lock:
             self._jobs.append(job)
-            if len(list(self._droppable())) > MAX_STUDIES:
+            if self._is_closed:
+                self._remove(job)
+            elif len(list(self._droppable())) > MAX_STUDIES:
                 self._drop()
 
     def step(self) -> float:
@@ -115,7 +118,7 @@ class IdleWork:
             self.num_failed += 1
         with self._lock:
             self._running = None
-            if ended and job in self._jobs:
+            if (ended or self._is_closed) and job in self._jobs:
                 self._remove(job)
         took_s = time.perf_counter() - begun_s
         self.worked_s += took_s
@@ -132,10 +135,12 @@ class IdleWork:
             return [pages for job in self._droppable() for pages in job.pages()]
 
     def close(self) -> None:
-        """Drop every job."""
+        """Drop every job; one in the middle of a pass behind that."""
         with self._lock:
+            self._is_closed = True
             for job in list(self._jobs):
-                self._remove(job)
+                if job is not self._running:
+                    self._remove(job)
 
     def pages_held(self) -> Iterator[PageIds]:
         """Page references of all jobs."""

@@ -58,6 +58,7 @@ class ReuseParts:
     choosers: dict[str, Chooser]
     planner: Planner
     replayer: Replayer
+    trials: Trials
     learner: Learner
     repairer: Repairer
     idle: IdleWork
@@ -116,6 +117,7 @@ class ReuseParts:
             choosers,
             planner,
             replayer,
+            trials,
             Learner(trials, planner, layers),
             Repairer(trials),
             idle,

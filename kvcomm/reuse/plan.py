@@ -61,7 +61,7 @@ class Reason(StrEnum):
     OUT_OF_DISTRIBUTION = "out_of_distribution"
     """This text is too far from what the bound was calibrated on."""
     SOURCE_RISK = "source_risk"
-    """The source is approximate itself, and the risk of both is more than the caller accepts."""
+    """The source is approximate itself, and may be further off than the caller accepts."""
     COST = "cost"
     """Moving would take longer than computing."""
     ESCALATED = "escalated"

@@ -7,10 +7,12 @@ learner's matter. Called under the engine's lock.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from kvcomm.align.bound import Bound
+from kvcomm.align.calibration import sources_of
 from kvcomm.align.estimators import Correction, Estimator
 from kvcomm.align.ladder import Ladder, Rung
 from kvcomm.align.levels import ReaderBook
@@ -63,20 +65,24 @@ class Planner:
         Args:
             otherwise: why what is not cached exactly has to be computed.
         """
-        moves = [] if self.immovable else self._find(asked)
+        if self.immovable:
+            return self._computed(asked, otherwise, Reason.IMMOVABLE), None
+        moves, unmoved = self._find(asked)
         if not moves:
-            return self._computed(asked, otherwise, Reason.IMMOVABLE if self.immovable else Reason.NO_SOURCE), None
-        sound = [move for move in moves if self._is_sound(asked, move)]
+            return self._computed(asked, otherwise, unmoved), None
         reader = reader_of(asked.segments)
-        decision = self._decide(asked, reader, sound) if sound else Decision(reason=Reason.SOURCE_RISK)
+        try:
+            decision = self._decide(asked, reader, moves)
+        except BaseException:
+            self.finder.release(moves)
+            raise
         if decision.wanted is None:
             self.finder.release(moves)
             assert decision.reason is not None
             return self._computed(asked, otherwise, decision.reason), None
-        self.finder.release([move for move in moves if move not in sound])
-        prompt = self._prompt(asked, otherwise, Reason.SOURCE_RISK if len(sound) < len(moves) else Reason.NO_SOURCE)
+        prompt = self._prompt(asked, otherwise, unmoved)
         weights = self.book.heads(asked.namespace).weights
-        attempt = Attempt(self._tools, prompt, reader, sound, decision.corrections, decision.wanted, weights)
+        attempt = Attempt(self._tools, prompt, reader, moves, decision.corrections, decision.wanted, weights)
         return attempt.plan, attempt
 
     def explain(self, asked: Asked) -> Explanation:
@@ -119,7 +125,8 @@ class Planner:
 
     def publish(self, asked: Asked, segments: Sequence[Segment]) -> None:
         """Let others move what this request has computed."""
-        risk = 0.0 if asked.attempt is None else asked.attempt.risk
+        # What stands on approximate KV that nobody foresaw (a restored context's) may be off by anything.
+        risk = math.inf if asked.attempt is None else asked.attempt.risk
         self.finder.publish(asked.namespace, segments, asked.sequence, start=asked.num_kept_tokens, risk=risk)
 
     def release(self, attempt: Attempt | None) -> None:
@@ -165,17 +172,26 @@ class Planner:
         prompt = self._prompt(asked, otherwise, unmoved)
         return plan_of(prompt.num_exact, prompt.parts([]))
 
-    def _find(self, asked: Asked) -> list[Move]:
-        if not self.may_reuse(asked):
-            return []
-        sequence = asked.sequence
-        return self.finder.find(
-            asked.namespace, asked.segments, sequence.num_computed, sequence, is_use=not asked.is_trial
-        )
+    def _find(self, asked: Asked) -> tuple[list[Move], Reason]:
+        """What may be moved, and why other slots are not; holds the pages of the sources.
 
-    def _is_sound(self, asked: Asked, move: Move) -> bool:
-        """Whether a source may be used at all: not if it may be further off than the caller accepts by itself."""
-        return asked.rung is not None or move.risk <= asked.policy.max_divergence
+        No source that may be further off than the caller accepts by itself. Where one is left out, others are chosen
+        anew: which of them fit depends on their neighbors.
+        """
+        if not self.may_reuse(asked):
+            return [], Reason.NO_SOURCE
+        moves = self._sources(asked, math.inf)
+        max_risk = math.inf if asked.rung is not None else asked.policy.max_divergence
+        if all(move.risk <= max_risk for move in moves):
+            return moves, Reason.NO_SOURCE
+        self.finder.release(moves)
+        return self._sources(asked, max_risk), Reason.SOURCE_RISK
+
+    def _sources(self, asked: Asked, max_risk: float) -> list[Move]:
+        sequence, is_use = asked.sequence, not asked.is_trial
+        return self.finder.find(
+            asked.namespace, asked.segments, sequence.num_computed, sequence, max_risk=max_risk, is_use=is_use
+        )
 
     def _decide(self, asked: Asked, reader: Reader, moves: Sequence[Move]) -> Decision:
         if asked.rung is not None:
@@ -188,7 +204,9 @@ class Planner:
         usable = self._usable(asked, moves)
         if not usable:
             return Decision(reason=Reason.NO_ANCHORS)
-        grounds = self.book.grounds(asked.namespace, reader, usable, bound, policy.levels)
+        grounds = self.book.grounds(
+            asked.namespace, reader, usable, bound, policy.levels, have_read_all=sources_of(moves).have_read_all
+        )
         if grounds is None:
             return Decision(reason=self._why_no_grounds(asked, reader, bound))
         accepted = accept(grounds, bound)

@@ -30,8 +30,8 @@ class ReusePolicy:
             the tenant's own traffic) or "own" (pairs of the same reader). What each promises: `kvcomm.align.levels`.
         rungs: ways to reuse moved text; those of one estimator form a ladder, the safest first.
         learn: whether exact requests teach anchors and pairs.
-        audit: share of approximate requests that are computed exactly afterwards to watch over the bound; those of a
-            new reader all are.
+        audit: share of approximate requests that are computed exactly afterwards to watch over the bound; the first
+            ones of a new reader all are, unless it is 0.
 
     Raises:
         InvalidRequest: a value outside its range; the message names it.
@@ -70,6 +70,11 @@ class ReusePolicy:
             if not all(safer.share >= bolder.share for safer, bolder in pairwise(ladder)):
                 raise InvalidRequest(
                     f"rungs of one estimator go from the safest to the boldest, got {', '.join(map(str, ladder))}"
+                )
+            if len({rung.chooser for rung in ladder if rung.share}) > 1:
+                raise InvalidRequest(
+                    f"rungs of one estimator have one chooser, got {', '.join(map(str, ladder))}: only then each holds "
+                    "what bolder ones compute"
                 )
             if len(set(ladder)) < len(ladder) or ladder[0].share >= 1:
                 raise InvalidRequest(f"every rung once, with a share below 1 (all is exact), got {self.rungs!r}")

@@ -178,7 +178,7 @@ class Replayer:
         forced, start = case.forced, case.num_prompt - 1
         mass = AttentionMass(self._layers, damaged_layers(len(self._layers)), start, len(forced))
         with self._scratch(case, forced, start) as sequence:
-            log_probs = self._log_probs(case, sequence, [(start, len(forced))], mass)
+            log_probs = self.log_probs(case, sequence, [(start, len(forced))], mass)
         return Exact(log_probs, _by_head(mass, case.moves).sum(0) if case.moves else None)
 
     def measure(
@@ -198,21 +198,28 @@ class Replayer:
         outcomes: dict[Rung, Outcome] = {}
         wanted = [rung for rung in rungs if rung.estimator in corrections]
         for rung in sorted(wanted, key=lambda each: each.share):  # where nothing is computed, rungs above look, too
-            known, chooser = corrections[rung.estimator], self.choosers[rung.chooser]
-            scores, recomputed = None, NOTHING
-            if rung.share:
-                if chooser.looks:
-                    if rung.estimator not in looks:
-                        looks[rung.estimator] = self.look(case, known)
-                        yield
-                    scores = looks[rung.estimator].scores(head_weights)
-                view = View(case.moves, case.moves[0].start, case.sequence, scores, exact=case.sequence)
-                recomputed = chooser.choose(view, rung.share)
+            known = corrections[rung.estimator]
+            if rung.share and self.choosers[rung.chooser].looks and rung.estimator not in looks:
+                looks[rung.estimator] = self.look(case, known)
+                yield
+            recomputed = self.recomputed(case, rung, looks.get(rung.estimator), head_weights)
             outcomes[rung], look = self.moved(case, exact.log_probs, known, recomputed, looks=not rung.share)
             if look is not None:
                 looks[rung.estimator] = look
             yield
         return Measurement(outcomes, looks)
+
+    def recomputed(self, case: Case, rung: Rung, look: Look | None, head_weights: Sequence[float] | None) -> IntArray:
+        """The moved positions that a rung computes after all, ascending.
+
+        Args:
+            look: by what it chooses, if its chooser looks.
+        """
+        if not rung.share:
+            return NOTHING
+        scores = None if look is None else look.scores(head_weights)
+        view = View(case.moves, case.moves[0].start, case.sequence, scores, exact=case.sequence)
+        return self.choosers[rung.chooser].choose(view, rung.share)
 
     def moved(
         self, case: Case, exact: Tensor, corrections: Sequence[Correction], recomputed: IntArray, *, looks: bool
@@ -230,7 +237,7 @@ class Replayer:
         with self._scratch(case, forced, moves[0].start) as sequence:
             written = assemble(self._memory, self._layers, sequence, moves, corrections, with_errors=looks)
             probes = Probes(self._pool, self._layers, sequence.pages, recomputed) if len(recomputed) else None
-            got = self._log_probs(case, sequence, computed_stretches(moves, recomputed, len(forced)), mass)
+            got = self.log_probs(case, sequence, computed_stretches(moves, recomputed, len(forced)), mass)
             residual = None if probes is None else probes.residual()
         agreement = (exact.argmax(-1) == got.argmax(-1)).float().mean()
         outcome = Outcome(divergence_of(exact, got), float(agreement), written.distance, residual, len(recomputed))
@@ -259,7 +266,7 @@ class Replayer:
         """Divergence of a sequence as it is, moved KV and all, from the exact log-probabilities."""
         forced = case.forced
         with self._scratch(case, forced, case.num_prompt - 1) as sequence:
-            return divergence_of(exact, self._log_probs(case, sequence, [(case.num_prompt - 1, len(forced))]))
+            return divergence_of(exact, self.log_probs(case, sequence, [(case.num_prompt - 1, len(forced))]))
 
     @contextmanager
     def borrowed(self, sequence: KVSequence, owner: KVSequence, num_shared: int, num_more: int) -> Iterator[None]:
@@ -328,7 +335,7 @@ class Replayer:
             sequence.append([token_id])
             yield token_id
 
-    def _log_probs(
+    def log_probs(
         self,
         case: Case,
         sequence: KVSequence,

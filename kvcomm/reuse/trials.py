@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -104,9 +105,18 @@ class Trials:
         urgency: Urgency,
         *,
         pays_after: float = math.inf,
+        on_error: Callable[[Exception], None] = lambda error: None,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
         """Let steps on a trial be done; its pages are given back when they end, or are dropped."""
+
+        def told() -> Steps:
+            with closing(self.replayer.serving(trial.weights, steps)) as served:
+                try:
+                    yield from served
+                except Exception as error:
+                    on_error(error)
+                    raise
 
         def release() -> None:
             for sequence in trial.sequences:
@@ -118,7 +128,7 @@ class Trials:
         def pages() -> list[PageIds]:
             return [*(sequence.pages for sequence in trial.sequences), *(move.source_pages for move in trial.moves)]
 
-        self._idle.add(Job(self.replayer.serving(trial.weights, steps), release, pages, urgency, pays_after))
+        self._idle.add(Job(told(), release, pages, urgency, pays_after))
 
     def promise(
         self,
@@ -131,23 +141,19 @@ class Trials:
         """Let steps on a prompt be done that somebody waits for; the future gives what they return, or their error."""
         future: Future[Result] = Future()
 
-        def guarded(trial: Trial) -> Steps:
-            try:
-                result = yield from make(trial)
-            except Exception as error:
-                future.set_exception(error)
-                raise
-            future.set_result(result)
+        def steps(trial: Trial) -> Steps:
+            future.set_result((yield from make(trial)))
 
-        def settle() -> None:
+        def fail(error: Exception) -> None:
             if not future.done():
-                future.set_exception(EngineClosed("the engine was closed before it came to this"))
+                future.set_exception(error)
 
         with self.lock:
             token_ids = [token for segment in segments for token in segment.token_ids]
             sequence = KVSequence(self.memory.pool, token_ids)
             trial = Trial(namespace, weights, segments, sequence, len(token_ids), policy)
-            self.queue(trial, guarded(trial), Urgency.AWAITED, on_end=settle)
+            closed = EngineClosed("the engine was closed before it came to this")
+            self.queue(trial, steps(trial), Urgency.AWAITED, on_error=fail, on_end=lambda: fail(closed))
         return future
 
     def find(self, trial: Trial, num_exact: int, before_s: float = math.inf) -> list[Move]:

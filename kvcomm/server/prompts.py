@@ -3,36 +3,50 @@
 A conversation is rendered by the model's chat template and tokenized as one text, so requests that begin alike share
 their KV exactly, whoever rendered them. Control tokens spelled out in messages or tools are ordinary text and cannot
 end a turn; the template's own ones are real, and what its code looks for in answers, such as the end of thoughts, is
-left to it there. A plain completion's text is taken as it is. Segments stand in front of
-either.
+left to it there. A plain completion's text is taken as it is. Segments stand in front of either.
+
+Where a request brings segments, in front or as parts of its messages, the texts of its messages other than system ones
+are segments, too, by the rule of `kvcomm.engine.chat`: what differs from request to request is no part of the template.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from functools import partial
+from itertools import accumulate
+from typing import Any
 
-from kvcomm.agents.rendering import PromptRenderer
+from kvcomm.engine.chat import (
+    ROLES,
+    TEXT,
+    ChatTemplate,
+    Message,
+    Placed,
+    Rendered,
+    joined,
+    pieces_of,
+    placed_text,
+    rendered_ids,
+    segments_of,
+)
 from kvcomm.engine.engine import Engine
+from kvcomm.engine.marks import Marks
+from kvcomm.errors import TemplateError
 from kvcomm.memory.segments import Segment
 from kvcomm.server.errors import ApiError
 from kvcomm.server.json_text import JsonCaps, JsonRefused, read_json
-from kvcomm.server.marks import Marks
 from kvcomm.server.sampling import ttl_of
 from kvcomm.server.schemas.cache import WarmRequest
 from kvcomm.server.schemas.chat import ChatRequest
 from kvcomm.server.schemas.completions import CompletionRequest
 from kvcomm.server.schemas.messages import AssistantMessage, TextPart, ToolCall, ToolMessage
-from kvcomm.server.schemas.segments import SegmentedRequest
+from kvcomm.server.schemas.segments import MAX_SEGMENTS
 from kvcomm.server.sections import Sections
-from kvcomm.server.segments.prepared import PreparedPrompt
+from kvcomm.server.segments.prepared import PlacedSegment, PreparedPrompt
 from kvcomm.server.segments.reading import SegmentReader, Tail
 from kvcomm.server.segments.registry import SegmentRegistries
 from kvcomm.server.text_limit import TextLimit
 from kvcomm.server.token_cache import Space, TokenCache
-
-ROLES = {"developer": "system"}
-"""Roles that chat templates know by an older name."""
 
 
 class PromptMaker:
@@ -40,11 +54,12 @@ class PromptMaker:
 
     def __init__(self, engine: Engine, registries: SegmentRegistries) -> None:
         self._engine = engine
-        self._renderer = PromptRenderer(engine)
+        self._encoder = engine.encoder
+        self._template = ChatTemplate(engine.tokenizer)
         self._sections = Sections(engine.encoder)
         self.texts = TokenCache()
         self._limit = TextLimit(engine.tokenizer, engine.max_context)
-        self.segments = SegmentReader(engine, self._renderer, registries, self._limit)
+        self.segments = SegmentReader(engine, registries, self._limit)
 
     def chat(self, request: ChatRequest, tenant: str) -> PreparedPrompt:
         """The prompt of a conversation, up to where the assistant speaks.
@@ -61,9 +76,26 @@ class PromptMaker:
         for message in request.messages:
             if message.role != "assistant":  # of an answer, templates may leave out what was thought
                 self._require_short(message.content)
-        messages = [message_values(message) for message in request.messages]
-        text = self.render(marks.hide_messages(messages), marks.hide(shown_tools(request)), template_variables(request))
-        return self._prepare(request, marks, text, tenant)
+        messages = self.read(marks, request.messages, apart=bool(request.segments))
+        rendered = self.render(
+            marks, messages, tools=marks.hide(shown_tools(request)), variables=template_variables(request)
+        )
+        self._limit.require(rendered.whole)
+        space = (tenant, request.cache_salt)
+        if not request.segments and not marks.slots:
+            ids = rendered_ids(self._encoder, marks, rendered.text, partial(self._known_tokens, space))
+            return PreparedPrompt(self._engine.read_prompt([Segment(ids)], is_start=True)).living(ttl_of(request))
+        pieces = self.cut(marks, rendered.text, rendered.whole)
+        if not request.segments:
+            segments, placed = self._segments(marks, pieces, space)
+            prompt = PreparedPrompt(self._engine.read_prompt(segments, is_start=True))
+            num_own = sum(len(segment.token_ids) for segment in segments)
+            return prompt.holding(placed, prompt.num_tokens - num_own).living(ttl_of(request))
+        head = self._head(marks, pieces[0]) if pieces and isinstance(pieces[0], str) else ""
+        if head:
+            pieces[0] = pieces[0][len(head) :]  # type: ignore[index]  # a text, as was seen
+        tail = Tail(head, None, *self._segments(marks, pieces, space))
+        return self.segments.prepare(request.segments, request.boundary, tail, tenant).living(ttl_of(request))
 
     def _require_short(self, content: str | Sequence[Any] | None) -> None:
         """Raises PromptTooLong for a message that alone cannot fit, before anything longer is made of it."""
@@ -77,8 +109,10 @@ class PromptMaker:
         if not request.segments:
             return PreparedPrompt(self._engine.read_prompt(prompt, is_start=True)).living(ttl_of(request))
         if isinstance(prompt, str):
-            return self._prepare(request, Marks(), prompt, tenant)
-        tail = Tail(token_ids=tuple(prompt))
+            head = self._head(self.marks(), prompt)
+            tail = Tail(head, TEXT, (Segment(self._tokens(prompt[len(head) :]), TEXT),))
+        else:
+            tail = Tail(segments=(Segment(tuple(prompt), TEXT),))
         return self.segments.prepare(request.segments, request.boundary, tail, tenant).living(ttl_of(request))
 
     def warm(self, request: WarmRequest, tenant: str) -> PreparedPrompt:
@@ -95,45 +129,83 @@ class PromptMaker:
             self._limit.require(text)
         return self._engine.read_prompt(text, is_start=is_start)
 
-    def marks(self, stem: str | None = None, hidden: Sequence[str] = ()) -> Marks:
+    def marks(self, stem: str | None = None, hidden: Sequence[str] = ()) -> Marks[Placed]:
         """Stand-ins for control tokens of this model, new ones or those made before."""
-        encoder = self._engine.encoder
-        return Marks(encoder.control_pattern, stem, hidden, in_answers=encoder.answer_pattern)
+        return Marks(self._encoder.control_pattern, stem, hidden, in_answers=self._encoder.answer_pattern)
 
-    def encode(self, text: str, marks: Marks, *, is_start: bool) -> tuple[Segment, ...]:
-        """The tokens of rendered text, control tokens that a client spelled out as ordinary text.
+    def read(self, marks: Marks[Placed], messages: Sequence[Any], *, apart: bool = False) -> list[Message]:
+        """A request's messages as they are to be rendered.
 
         Args:
+            apart: put texts apart from the template even if no part of a message is a segment.
+
+        Raises:
+            ApiError: 400 when too many parts are.
+            InvalidRequest: they cannot fit, or the tokenizer cannot take a control token as ordinary text.
+        """
+        parts = (part for message in messages for part in _parts(message.content))
+        texts = [part.text for part in parts if part.segment_name is not None]
+        if len(texts) > MAX_SEGMENTS:
+            told = f"messages have {len(texts)} parts that are segments; a request may have {MAX_SEGMENTS} at most"
+            raise ApiError(400, "invalid_value", told, param="messages")
+        self._limit.require("".join(texts))
+        return [
+            self._message(marks, message, f"messages[{index}].content", apart or bool(texts))
+            for index, message in enumerate(messages)
+        ]
+
+    def _message(self, marks: Marks[Placed], message: Any, label: str, apart: bool) -> Message:
+        fields = marks.hide(message_fields(message))
+        if not apart:
+            text = marks.hide_text(text_of(message.content), fields["role"])
+            return Message(fields, (text,) if text else ())
+        make = partial(placed_text, self._encoder, marks)
+        if isinstance(message.content, str):
+            return Message(fields, joined([make(message.content, fields["role"], None, label)]))
+        parts = [
+            make(part.text, fields["role"], part.segment_name, f"{label}[{index}]")
+            for index, part in enumerate(_parts(message.content))
+        ]
+        return Message(fields, joined(parts))
+
+    def encode(self, text: str, whole: str, marks: Marks[Placed], *, is_start: bool) -> tuple[Segment, ...]:
+        """The segments of rendered text, control tokens that a client spelled out as ordinary text.
+
+        Args:
+            text, whole: as in `Rendered`, or the end of both.
             is_start: nothing stands before it.
 
         Raises:
+            ApiError: 400 when the template does not leave a segment as it is.
             InvalidRequest: it has none, too many, or cannot be tokenized.
         """
-        self._limit.require(text)
-        return self._engine.read_prompt([Segment(self._encode(marks, text))], is_start=is_start)
+        self._limit.require(whole)
+        segments = segments_of(self._encoder, marks, self.cut(marks, text, whole))
+        return self._engine.read_prompt(list(segments), is_start=is_start)
 
-    def _prepare(self, request: SegmentedRequest, marks: Marks, text: str, tenant: str) -> PreparedPrompt:
-        """The prompt of rendered text, behind the request's segments if it brings any."""
-        self._limit.require(text)
-        if not request.segments:
-            ids = self._encode_again(marks, text, (tenant, request.cache_salt))
-            return PreparedPrompt(self._engine.read_prompt([Segment(ids)], is_start=True)).living(ttl_of(request))
-        head = self._head(marks, text)
-        tail = Tail(head, self._encode(marks, text[len(head) :]))
-        return self.segments.prepare(request.segments, request.boundary, tail, tenant).living(ttl_of(request))
+    def cut(self, marks: Marks[Placed], text: str, whole: str) -> list[str | Placed]:
+        """See `pieces_of`; raises ApiError 400 where that raises TemplateError."""
+        try:
+            return pieces_of(marks, text, whole)
+        except TemplateError as error:
+            raise _rejected(error) from error
 
-    def _encode(self, marks: Marks, text: str) -> tuple[int, ...]:
-        ids: list[int] = []
-        for piece, control in marks.split(text):
-            ids += self._tokens(piece)
-            if control is not None:
-                ids += self._renderer.encode_input("messages", control)
-        return tuple(ids)
+    def _segments(
+        self, marks: Marks[Placed], pieces: Sequence[str | Placed], space: Space
+    ) -> tuple[tuple[Segment, ...], tuple[PlacedSegment, ...]]:
+        """The segments of pieces, and where among them the client's own ones are."""
+        tokens = partial(self._known_tokens, space)
+        segments = tuple(segments_of(self._encoder, marks, pieces, tokens))
+        ends = accumulate(len(segment.token_ids) for segment in segments)
+        placed = [
+            PlacedSegment(piece.name, self.segments.digest(segment, space[0]), end - len(segment.token_ids), end)
+            for piece, segment, end in zip(pieces, segments, ends, strict=True)
+            if isinstance(piece, Placed) and piece.segment is not None
+        ]
+        return segments, tuple(placed)
 
-    def _encode_again(self, marks: Marks, text: str, space: Space) -> tuple[int, ...]:
-        """As `_encode`, from what is known of messages that this namespace has sent before."""
-        if marks.hidden:
-            return self._encode(marks, text)
+    def _known_tokens(self, space: Space, text: str) -> tuple[int, ...]:
+        """Tokens of text without hidden control tokens, from what is known of texts that this namespace has sent."""
         ids: list[int] = []
         for part in self._sections.of(text):
             ids += (part,) if isinstance(part, int) else self.texts.tokens(space, part, self._tokens)
@@ -142,33 +214,41 @@ class PromptMaker:
     def _tokens(self, text: str) -> tuple[int, ...]:
         return self._engine.segment(text).token_ids
 
-    def _head(self, marks: Marks, text: str) -> str:
+    def _head(self, marks: Marks[Any], text: str) -> str:
         """Text up to the first control token, real or spelled out: what may share a token with text before it."""
         head = marks.split(text)[0][0]
-        pattern = self._engine.encoder.control_pattern
+        pattern = self._encoder.control_pattern
         control = None if pattern is None else pattern.search(head)
         return head if control is None else head[: control.start()]
 
-    def render(self, messages: Any, tools: Any, variables: Mapping[str, Any], *, speaks: bool = True) -> str:
-        """A conversation as the chat template writes it; `speaks` puts the beginning of an answer behind it.
+    def render(
+        self,
+        marks: Marks[Placed],
+        messages: Sequence[Message],
+        *,
+        before: Sequence[dict[str, Any]] = (),
+        tools: Any = None,
+        variables: Mapping[str, Any] | None = None,
+        speaks: bool = True,
+    ) -> Rendered:
+        """A conversation as the chat template writes it; see `ChatTemplate.render_parts`.
 
         Raises:
             ApiError: 400 when the model has no chat template, or the template rejects the conversation.
         """
-        from jinja2 import TemplateError
-
-        tokenizer = self._engine.tokenizer
-        if not tokenizer.chat_template:
+        if not self._template.exists:
             message = "this model has no chat template; use /v1/completions with a prompt of your own"
             raise ApiError(400, "no_chat_template", message)
         try:
-            text = tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=speaks, **variables
+            return self._template.render_parts(
+                marks, messages, before=before, tools=tools, variables=variables, speaks=speaks
             )
         except TemplateError as error:
-            message = f"the model's chat template rejects these messages: {error}"
-            raise ApiError(400, "template_error", message, param="messages") from error
-        return cast("str", text)
+            raise _rejected(error) from error
+
+
+def _rejected(error: TemplateError) -> ApiError:
+    return ApiError(400, "template_error", str(error), param="messages")
 
 
 def shown_tools(request: ChatRequest) -> list[dict[str, Any]] | None:
@@ -183,16 +263,16 @@ def template_variables(request: ChatRequest) -> dict[str, Any]:
     return {} if request.reasoning_effort is None else {"reasoning_effort": request.reasoning_effort}
 
 
-def message_values(message: Any) -> dict[str, Any]:
-    """A message as chat templates expect it."""
-    values: dict[str, Any] = {"role": ROLES.get(message.role, message.role), "content": text_of(message.content)}
+def message_fields(message: Any) -> dict[str, Any]:
+    """A message as chat templates expect it, without its content."""
+    fields: dict[str, Any] = {"role": ROLES.get(message.role, message.role)}
     if getattr(message, "name", None) is not None:
-        values["name"] = message.name
+        fields["name"] = message.name
     if isinstance(message, ToolMessage):
-        values["tool_call_id"] = message.tool_call_id
+        fields["tool_call_id"] = message.tool_call_id
     if isinstance(message, AssistantMessage) and message.tool_calls:
-        values["tool_calls"] = [_call_values(call) for call in message.tool_calls]
-    return values
+        fields["tool_calls"] = [_call_values(call) for call in message.tool_calls]
+    return fields
 
 
 def _call_values(call: ToolCall) -> dict[str, Any]:
@@ -208,6 +288,9 @@ def _call_values(call: ToolCall) -> dict[str, Any]:
 
 def text_of(content: str | list[TextPart] | None) -> str:
     """A message's text."""
-    if content is None:
-        return ""
-    return content if isinstance(content, str) else "".join(part.text for part in content)
+    return content if isinstance(content, str) else "".join(part.text for part in _parts(content))
+
+
+def _parts(content: str | list[TextPart] | None) -> Sequence[TextPart]:
+    """The parts of a message's content, if it has such."""
+    return () if content is None or isinstance(content, str) else content

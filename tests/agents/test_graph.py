@@ -78,7 +78,7 @@ def test_an_agent_that_reads_itself() -> None:
             "input 'hint' is read by no agent; the placeholders ask for: question",
         ),
         ({"question": "x", "critic": "y"}, "input 'critic' has the name of an agent"),
-        ({"question": 3}, r"input 'question' must be text \(str\), got int"),
+        ({"question": 3}, r"input 'question' must be text \(str\) or a list of passages, got int"),
     ],
 )
 def test_inputs_that_do_not_fit(inputs: dict[str, object], message: str) -> None:

@@ -27,7 +27,7 @@ from kvcomm.config import EngineConfig
 from kvcomm.engine.context import Context
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.sampling import SamplingParams
-from kvcomm.errors import PoolTooSmall, PromptTooLong
+from kvcomm.errors import PoolTooSmall, PromptTooLong, TemplateError
 from kvcomm.model.runner import ModelRunner
 from tests.agents.fakes import byte_tokenizer
 
@@ -182,6 +182,30 @@ def test_control_tokens_in_the_question_do_not_end_a_turn(engine: Engine) -> Non
     ids = [token for segment in result["solver"].prompt for token in segment.token_ids]
     end = engine.tokenizer.convert_tokens_to_ids("<|end|>")
     assert ids.count(end) == 2  # of the system turn and of the user turn
+
+
+def test_documents_in_another_order_are_the_same_segments(engine: Engine) -> None:
+    """And as texts the same as made segments; the answer is that to the whole prompt, computed cold."""
+    group = KVCommAgentGroup(engine, sampling=GREEDY).add(Agent("reader", prompt="Read:\n{documents}\n{question}"))
+    texts = ["The dog sleeps. ", "A fox <|end|> jumps.", "Nobody minds."]
+    made = [engine.segment(texts[0], name="web"), texts[1], engine.segment(texts[2])]
+    first = group.run(question="why?", documents=made)["reader"]
+    second = group.run(question="how?", documents=texts[::-1])["reader"]
+    passages = [[each for each in one.prompt if each.name == "documents"] for one in (first, second)]
+    assert passages[0] == passages[1][::-1]
+    assert [engine.decode(each.token_ids) for each in passages[0]] == texts
+    static = [{each for each in one.prompt if each.name is None} for one in (first, second)]
+    assert static[0] == static[1]
+    assert all(engine.memory.segments.renditions_of(engine.namespace(), each) for each in passages[0])
+    cold = engine.generate(second.prompt, GREEDY, reads_cache=False)
+    assert second.text == cold.text
+
+
+@pytest.mark.parametrize("documents", [["a", 3], {"a"}, ["a", ["b"]]])
+def test_passages_that_are_none(engine: Engine, documents: Any) -> None:
+    group = KVCommAgentGroup(engine).add(Agent("reader", prompt="{documents}"))
+    with pytest.raises(TemplateError, match=r"input 'documents'.* must be text"):
+        group.run(documents=documents)
 
 
 def test_model_and_tokenizer_instead_of_an_engine() -> None:

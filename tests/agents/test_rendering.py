@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from kvcomm.agents.agent import Agent
 from kvcomm.agents.rendering import PromptRenderer
 from kvcomm.agents.templates import Slot
-from kvcomm.errors import TemplateError
+from kvcomm.errors import InvalidRequest, TemplateError
 from kvcomm.memory.segments import Segment
 from tests.agents.fakes import CHATML, FakeEngine, byte_tokenizer
 
@@ -41,7 +41,7 @@ VALUES = {
 def rendered(template: str | None, *, agent: Agent = AGENT, adds_bos: bool = False) -> tuple[Segment, ...]:
     engine = FakeEngine(tokenizer=byte_tokenizer(template, adds_bos=adds_bos))
     renderer = PromptRenderer(engine)
-    values = {slot: renderer.encode_input(slot.name, text) for slot, text in VALUES.items()}
+    values = {slot: renderer.read_input(slot.name, text) for slot, text in VALUES.items()}
     return renderer.render(agent).fill(values)
 
 
@@ -134,12 +134,31 @@ def test_an_empty_prompt() -> None:
         rendered(None, agent=Agent("a", prompt=""))
 
 
-def test_a_marker_in_the_agents_own_text_is_not_taken_for_a_slot() -> None:
-    from kvcomm.agents.rendering import _Marks
+def test_passages_are_segments_of_their_own_in_any_order() -> None:
+    renderer = PromptRenderer(FakeEngine())
+    prompt = renderer.render(Agent("a", prompt="Read:\n{documents}\nAnswer {question}"))
+    first, second = Segment(renderer.encode_input("x", "One. "), "web"), " Two <|end|>"
+    fillings = [
+        renderer.read_input("documents", texts) for texts in ([first, second], [second, first], [], ["", first])
+    ]
+    both, turned, none, one = (
+        prompt.fill({Slot("documents"): filling, Slot("question"): renderer.read_input("question", "why?")})
+        for filling in fillings
+    )
+    assert text_of(both) == stock(CHATML, "", "Read:\nOne. \n\n Two <|end|>\nAnswer why?")
+    assert text_of(turned) == stock(CHATML, "", "Read:\n Two <|end|>\n\nOne. \nAnswer why?")
+    assert text_of(none) == stock(CHATML, "", "Read:\n\nAnswer why?")
+    assert text_of(one) == stock(CHATML, "", "Read:\nOne. \nAnswer why?")
+    passages = [[segment for segment in each if segment.name == "documents"] for each in (both, turned, one)]
+    assert passages[0] == passages[1][::-1]
+    assert passages[2] == passages[0][:1]
+    assert [segment.name for segment in both] == [None, "documents", None, "documents", None, "question", None]
 
-    stem = _Marks("ab").insert((Slot("x"),), first=0)
-    seed = stem.removeprefix("SLOT")[:24]
-    assert seed not in _Marks("ab" + seed).insert((Slot("x"),), first=0)
+
+def test_a_segment_with_a_control_token_is_refused() -> None:
+    renderer = PromptRenderer(FakeEngine())
+    with pytest.raises(InvalidRequest, match=r"input 'documents' is a segment with the control token '<\|end\|>'"):
+        renderer.read_input("documents", ["fine", FakeEngine().segment("a<|end|>")])
 
 
 def test_control_tokens_in_an_input_are_ordinary_text() -> None:

@@ -48,6 +48,26 @@ def test_template_text_slot_names_and_order_count() -> None:
     assert base not in {signatures(segments)[-1] for segments in others}
 
 
+@given(st.integers(1, 5), st.integers(0, 20))
+def test_a_row_of_slots_of_one_kind_has_one_signature(count: int, first: int) -> None:
+    row = [part for at in range(count) for part in (static(8, at), slot(f"document_{first + at}", at + 1))]
+    found = signatures([static(1), *row[1:], static(9), slot("question", 4)])
+    alone = signatures([static(1), slot("document 0", 7), static(9), slot("question", 4)])
+    assert set(found[1::2][:count]) == {alone[1]}
+    assert found[-2:] == alone[-2:]
+
+
+def test_text_between_slots_of_one_kind_has_signatures_of_its_own() -> None:
+    found = signatures([static(1), slot("a_1", 9), static(2), slot("a_2", 9), static(3), slot("a_3", 9)])
+    assert len(set(found)) == 4
+    assert found[2] == signatures([static(1), slot("a_7", 9), static(2)])[-1]
+
+
+def test_another_kind_ends_a_row() -> None:
+    broken = signatures([static(1), slot("a_1", 9), slot("b", 9), slot("a_2", 9)])
+    assert len(set(broken)) == 4
+
+
 def test_a_name_cannot_be_mistaken_for_its_neighbors() -> None:
     assert signatures([slot("ab", 1), slot("c", 1)])[-1] != signatures([slot("a", 1), slot("bc", 1)])[-1]
 

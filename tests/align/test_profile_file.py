@@ -1,29 +1,45 @@
-"""Profiles: what comes back is what was saved, and nothing else ever does."""
+"""What a tenant has learned, as files: what comes back is what was saved, and nothing else ever does."""
 
 from __future__ import annotations
 
 import errno
+import json
+from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from kvcomm.align.bank import AnchorBank, BankShape, BankSnapshot
 from kvcomm.align.bank_file import SUFFIX
-from kvcomm.align.calibration import Pair
+from kvcomm.align.bound import Bound
+from kvcomm.align.calibration import Measured, Pair, Sources
 from kvcomm.align.edges import Edge
-from kvcomm.align.groups import EdgeGroup, GroupKey
+from kvcomm.align.ladder import Rung
+from kvcomm.align.levels import KeptWatch, Knowledge, Level
 from kvcomm.align.offsets import OffsetRows, OffsetTable
-from kvcomm.align.profile_file import GROUPS_FILE, bank_name, load_profile, save_profile
-from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign
+from kvcomm.align.profile_file import EARLIER_FILE, READERS_FILE, bank_name, load_profile, read_readers, save_profile
+from kvcomm.align.readers import Reader
+from kvcomm.align.watch import Watch
+from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign, AnchorFileTooOld
+from tests.limits import PATIENCE_S
 
 SHAPE = BankShape((None, 8), (None, 6), 2, 5)
 EDGES = (Edge("s1", "t", "question", "question"), Edge("s2", "t", "solver", "answer"))
+TURNED, CORRECTED = Rung("rotate", 0.3), Rung("token", 0.0)
+SOLVER, CHECKER = Reader("5a" * 32, ("question",)), Reader("c4" * 32, ("question", "solver"))
+BOUND = Bound(0.02, 0.05)
 
 
 def bank(edge: Edge, seed: int) -> BankSnapshot:
+    """Seven anchor tokens."""
     generator = torch.Generator().manual_seed(seed)
     made = AnchorBank(edge, SHAPE)
 
@@ -34,55 +50,125 @@ def bank(edge: Edge, seed: int) -> BankSnapshot:
     return made.snapshot()
 
 
-def group() -> EdgeGroup:
-    made = EdgeGroup(GroupKey(tuple((edge, True) for edge in EDGES), "token", (0.0, 0.5)), (1.0, 0.0))
-    for index in range(9):
-        made.contest.add((0.01 * index, 0.02 * index))
-        made.calibration.add(Pair((0.01 * index, 0.001 * index), 0.3, (None, 0.1)))
-    made.head_weights = (0.5, -0.25, 1e-9)
-    breaker = made.breaker((0.02, 0.05))
-    for _ in range(3):
-        breaker.observe(True)
+def pair(number: int) -> Pair:
+    """The pair of one prompt; every third one was measured along the turned ladder alone."""
+    measured = {TURNED: Measured(0.01 * number, 0.1)}
+    distances = {"rotate": 0.0}
+    if number % 3:
+        measured[CORRECTED] = Measured(0.001 * number)
+        distances["token"] = 0.25
+    return Pair(measured, distances, Sources(3, 1, 2, 100 + number))
+
+
+def watch(*divergences: float, bound: Bound = BOUND) -> Watch:
+    """A watch that has seen some audits."""
+    made = Watch(bound)
+    for divergence in divergences:
+        made.audited(divergence)
     return made
 
 
+def knowledge() -> Knowledge:
+    """Two readers, one with nine pairs and one with two, and what audits say at every level."""
+    readers = ((SOLVER, tuple(map(pair, range(1, 10)))), (CHECKER, (pair(10), pair(11))))
+    watches = (
+        KeptWatch(Level.PRIOR, "", False, watch(1.0, 0.0)),
+        KeptWatch(Level.POOL, "", False, watch(0.0, bound=Bound(0.05, 0.1))),
+        KeptWatch(Level.OWN, SOLVER.digest, False, watch(0.0, 0.01)),
+        KeptWatch(Level.PRIOR, CHECKER.digest, True, watch(1.0, 1.0, 1.0)),
+    )
+    return Knowledge(readers, watches, (0.5, -0.25, 1e-9))
+
+
 def saved(folder: Path) -> Path:
-    save_profile(folder, "n", SHAPE, [bank(edge, seed) for seed, edge in enumerate(EDGES)], [group()])
+    """A folder with all of it."""
+    save_profile(folder, "n", SHAPE, [bank(edge, seed) for seed, edge in enumerate(EDGES)], knowledge())
+    return folder
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """The same folder after somebody has written other values into the file of readers, with right digests."""
+    file = folder / READERS_FILE
+    with safe_open(file, framework="pt") as opened:
+        metadata = dict(opened.metadata())
+    header = json.loads(metadata["header"])
+    change(header)
+    metadata["header"] = json.dumps(header)
+    metadata["header_blake3"] = blake3(metadata["header"].encode()).hexdigest()
+    save_file({}, file, metadata)
     return folder
 
 
 def test_what_comes_back_is_what_was_saved(tmp_path: Path) -> None:
     profile = load_profile(saved(tmp_path / "a"), namespace="n", shape=SHAPE)
-    assert (len(profile.banks), profile.num_tokens, profile.num_pairs, profile.num_dropped) == (2, 14, 9, 0)
-    (loaded,), original = profile.groups, group()
-    assert loaded.key == original.key
-    assert loaded.strength == original.strength == 1.0
-    assert loaded.contest == original.contest
+    assert (len(profile.banks), profile.num_tokens, profile.num_pairs, profile.num_missing) == (2, 14, 11, 0)
+    loaded, original = profile.knowledge, knowledge()
+    assert loaded.readers == original.readers
     assert loaded.head_weights == original.head_weights
-    assert loaded.calibration.pairs == original.calibration.pairs
-    one, other = loaded.breakers[0.02, 0.05], original.breakers[0.02, 0.05]
-    assert one.tripped is other.tripped is True
-    assert one.log_evidence == other.log_evidence
-    assert (one.num_observed, one.num_violations) == (3, 3)
+    for mine, theirs in zip(loaded.watches, original.watches, strict=True):
+        assert mine[:3] == theirs[:3]
+        assert mine.watch.bound == theirs.watch.bound
+        assert mine.watch.working_delta == theirs.watch.working_delta
+        ours, others = mine.watch.breaker, theirs.watch.breaker
+        assert (ours.num_observed, ours.num_violations, ours.tripped) == (
+            others.num_observed,
+            others.num_violations,
+            others.tripped,
+        )
+        assert ours.log_evidence == others.log_evidence
+    assert [kept.watch.breaker.tripped for kept in loaded.watches] == [False, False, False, True]
     for edge in EDGES:
-        (mine,) = [each for each in profile.banks if each.edge == edge]
-        theirs = bank(edge, EDGES.index(edge))
-        assert torch.equal(mine.sketches, theirs.sketches)
-        assert mine.offsets.keys[1] is not None
-        assert theirs.offsets.keys[1] is not None
-        assert torch.equal(mine.offsets.keys[1].codes, theirs.offsets.keys[1].codes)
+        (mine_,) = [each for each in profile.banks if each.edge == edge]
+        theirs_ = bank(edge, EDGES.index(edge))
+        assert torch.equal(mine_.sketches, theirs_.sketches)
+        assert mine_.offsets.keys[1] is not None
+        assert theirs_.offsets.keys[1] is not None
+        assert torch.equal(mine_.offsets.keys[1].codes, theirs_.offsets.keys[1].codes)
 
 
-def test_a_group_goes_with_its_banks(tmp_path: Path) -> None:
-    """A calibration says nothing about other anchors than those it was made with."""
-    folder = saved(tmp_path)
+def test_a_working_delta_never_rises_by_being_loaded(tmp_path: Path) -> None:
+    folder = rewritten(saved(tmp_path), lambda header: header["watches"][0].update(working_delta=0.9))
+    assert load_profile(folder, namespace="n", shape=SHAPE).knowledge.watches[0].watch.working_delta <= BOUND.delta
+
+
+def _without(folder: Path) -> None:
     (folder / bank_name(EDGES[0])).unlink()
-    assert load_profile(folder, namespace="n", shape=SHAPE).num_dropped == 1
-    other = tmp_path / "other"
-    save_profile(other, "n", SHAPE, [bank(EDGES[0], 99)], [])
+
+
+def _other(folder: Path) -> None:
+    """Other anchors of the same edge."""
+    other = folder.parent / "other"
+    save_profile(other, "n", SHAPE, [bank(EDGES[0], 99)], Knowledge())
     (other / bank_name(EDGES[0])).rename(folder / bank_name(EDGES[0]))
+
+
+def _swapped(folder: Path) -> None:
+    """The anchors are all there, but of the other edge."""
+    save_profile(folder, "n", SHAPE, [bank(edge, 1 - seed) for seed, edge in enumerate(EDGES)], Knowledge())
+
+
+@pytest.mark.parametrize(("change", "num_banks", "num_missing"), [(_without, 1, 1), (_other, 2, 1), (_swapped, 2, 2)])
+def test_corrected_rungs_go_with_their_banks(
+    change: Callable[[Path], None], num_banks: int, num_missing: int, tmp_path: Path
+) -> None:
+    """A pair says nothing about other anchors than those it was measured with; turned keys have none."""
+    folder = saved(tmp_path / "a")
+    kept = (folder / READERS_FILE).read_bytes()
+    change(folder)
+    (folder / READERS_FILE).write_bytes(kept)
     profile = load_profile(folder, namespace="n", shape=SHAPE)
-    assert (len(profile.banks), profile.groups, profile.num_dropped) == (2, (), 1)
+    assert (len(profile.banks), profile.num_missing, profile.num_pairs) == (num_banks, num_missing, 11)
+    for (_, pairs), (_, originals) in zip(profile.knowledge.readers, knowledge().readers, strict=True):
+        for mine, original in zip(pairs, originals, strict=True):
+            assert mine.measured == {TURNED: original.measured[TURNED]}
+            assert mine.sources == original.sources
+
+
+def test_two_banks_of_one_edge_are_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    (folder / f"copy{SUFFIX}").write_bytes((folder / bank_name(EDGES[0])).read_bytes())
+    with pytest.raises(AnchorFileCorrupt, match="several banks of one edge"):
+        load_profile(folder, namespace="n", shape=SHAPE)
 
 
 def test_another_models_is_refused_by_name(tmp_path: Path) -> None:
@@ -98,6 +184,13 @@ def test_a_missing_or_unreadable_folder_is_named(tmp_path: Path) -> None:
         load_profile(tmp_path / "nowhere", namespace="n", shape=SHAPE)
 
 
+def test_what_an_earlier_version_left_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / EARLIER_FILE).write_bytes(b"groups of edges")
+    with pytest.raises(AnchorFileTooOld, match=rf"{EARLIER_FILE} is of an earlier version.* learn anew"):
+        load_profile(tmp_path, namespace="n", shape=SHAPE)
+    assert load_profile(saved(tmp_path), namespace="n", shape=SHAPE).num_pairs == 11  # it was saved into all the same
+
+
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(tmp_path)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -110,7 +203,36 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
         saved(folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     with pytest.raises(AnchorFileError, match="cannot be written"):
-        saved(folder / GROUPS_FILE / "below a file")
+        saved(folder / READERS_FILE / "below a file")
+
+
+def test_two_who_save_at_once_leave_what_one_of_them_had(tmp_path: Path) -> None:
+    """Whatever is loaded meanwhile belongs together: banks of one and pairs of the other would not fit."""
+    folder, trouble = tmp_path / "shared", []
+    saved(folder)
+
+    def save(seed: int) -> None:
+        try:
+            for _ in range(5):
+                banks = [bank(edge, seed + number) for number, edge in enumerate(EDGES)]
+                save_profile(folder, "n", SHAPE, banks, Knowledge(((SOLVER, (pair(seed),)),)))
+        except Exception as error:  # told by the test
+            trouble.append(error)
+
+    threads = [Thread(target=save, args=(seed,)) for seed in (4, 7)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        profile = load_profile(folder, namespace="n", shape=SHAPE)
+        assert profile.num_missing == 0
+        if len(profile.knowledge.readers) == 1:
+            ((_, (measured,)),) = profile.knowledge.readers
+            seed = measured.sources.num_tokens - 100
+            mine = {each.edge: each for each in profile.banks}
+            assert torch.equal(mine[EDGES[0]].sketches, bank(EDGES[0], seed).sketches)
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert trouble == []
 
 
 @settings(max_examples=60, deadline=None)
@@ -128,14 +250,53 @@ def test_no_damaged_file_is_ever_taken(data: st.DataObject, tmp_path_factory: py
         load_profile(folder, namespace="n", shape=SHAPE)
 
 
-def test_a_file_that_contradicts_itself_is_corrupt(tmp_path: Path) -> None:
-    made = group()
-    made.contest.totals = [1.0]
-    save_profile(tmp_path, "n", SHAPE, [], [made])
-    with pytest.raises(AnchorFileCorrupt, match="a total for every strength"):
-        load_profile(tmp_path, namespace="n", shape=SHAPE)
+def _first_pair(header: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = header["readers"][0]["pairs"][0]
+    return found
+
+
+CONTRADICTIONS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "a rung that is not listed": (
+        lambda header: _first_pair(header)["measured"][0].update(rung=9),
+        "beyond the 2 listed",
+    ),
+    "a rung twice in a pair": (
+        lambda header: _first_pair(header)["measured"].append(_first_pair(header)["measured"][0]),
+        "rung 0 is listed twice",
+    ),
+    "a rung listed twice": (lambda header: header["rungs"].append(header["rungs"][0]), "rung .* is listed twice"),
+    "a reader twice": (lambda header: header["readers"].append(header["readers"][0]), "reader .* is listed twice"),
+    "a watch twice": (lambda header: header["watches"].append(header["watches"][0]), "watch .* is listed twice"),
+    "a watch of nobody": (lambda header: header["watches"][2].update(reader="0" * 64), "is not there"),
+    "an own level of all readers": (lambda header: header["watches"][2].update(reader=""), "level own"),
+    "more violations than audits": (
+        lambda header: header["watches"][2].update(num_violations=99),
+        "no more violations",
+    ),
+    "a ratio too few": (lambda header: header["watches"][2]["log_ratios"].pop(), "needs 5 ratios"),
+    "a divergence that is no number": (
+        lambda header: _first_pair(header)["measured"][0].update(divergence=float("nan")),
+        "divergence",
+    ),
+    "a negative distance": (lambda header: _first_pair(header)["distances"].update(token=-0.1), "distances"),
+    "a count as text": (lambda header: _first_pair(header).update(sources=["3", 1, 2, 3]), "sources"),
+    "a digest that is none": (lambda header: header["readers"][0].update(digest="../x"), "digest"),
+    "an unknown field": (lambda header: header.update(more=1), "more"),
+    "a field that is missing": (lambda header: header.pop("banks"), "banks"),
+    "a share above 1": (lambda header: header["rungs"][0].update(share=1.5), "share"),
+}
+
+
+@pytest.mark.parametrize("contradiction", CONTRADICTIONS)
+def test_a_file_that_contradicts_itself_is_corrupt(contradiction: str, tmp_path: Path) -> None:
+    change, why = CONTRADICTIONS[contradiction]
+    folder = rewritten(saved(tmp_path), change)
+    with pytest.raises(AnchorFileCorrupt, match=rf"{READERS_FILE} does not fit the format: .*{why}"):
+        read_readers(folder)
+    with pytest.raises(AnchorFileCorrupt):
+        load_profile(folder, namespace="n", shape=SHAPE)
 
 
 def test_files_are_named_by_edge(tmp_path: Path) -> None:
     names = {file.name for file in saved(tmp_path).iterdir()}
-    assert names == {GROUPS_FILE, *(edge.digest[:24] + SUFFIX for edge in EDGES)}
+    assert names == {READERS_FILE, *(edge.digest[:24] + SUFFIX for edge in EDGES)}

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +20,13 @@ from eval.firstday.figures import figures_of, first_moved, moved_share
 from eval.firstday.movable import Movable, movable_of
 from eval.firstday.records import Call, Part, Served, ServedFile
 from eval.firstday.retrieval import Passages, passages_of
-from eval.firstday.serving import waves_of
+from eval.firstday.serving import Kept, Server, Twin, waves_of
 from eval.firstday.workloads import Wanted, make_workload
-from kvcomm import Agent, Engine, EngineConfig, KVCommAgentGroup
+from kvcomm import Agent, Engine, EngineConfig, KVCommAgentGroup, ReusePolicy, Usage
 from kvcomm.align.bound import Bound
+from kvcomm.align.calibration import Measured, Pair, Sources
+from kvcomm.align.ladder import TURNED
+from kvcomm.align.prior import Prior, write_prior
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.segments import Segment
 from kvcomm.reuse.plan import Reason, Span, SpanKind
@@ -44,7 +48,10 @@ def prompt_of(*sizes: tuple[str | None, int]) -> list[Segment]:
 
 
 def test_movable_tokens_are_counted_by_hand() -> None:
-    """Role 10, question 8 (exact up to 14), template 2, old text 20 (rung takes 5), template 3, new text 7, tail 4."""
+    """Role 10, question 8 (exact up to 14), template 2, old text 20 (rung takes 5), template 3, new text 7, tail 4.
+
+    Of the question 4 known tokens are computed, of the old text 15 are moved and 5 are not, the new text is new.
+    """
     prompt = prompt_of((None, 10), ("question", 8), (None, 2), ("old", 20), (None, 3), ("new", 7), (None, 4))
     spans = [
         Span(SpanKind.EXACT, 0, 14),
@@ -57,7 +64,7 @@ def test_movable_tokens_are_counted_by_hand() -> None:
         Span(SpanKind.COMPUTE, 50, 54, Reason.GLUE),
     ]
     known = frozenset({prompt[1].token_ids, prompt[3].token_ids})
-    assert movable_of(prompt, spans, known) == Movable(num_movable=20, num_moved=15)
+    assert movable_of(prompt, spans, known) == Movable(num_movable=24, num_moved=15)
 
 
 @pytest.mark.parametrize(
@@ -80,9 +87,23 @@ def test_a_whole_prompt_that_is_refused_counts_as_far_as_its_texts_were_known(re
     assert movable_of(prompt, spans, frozenset()) == Movable(0, 0)
 
 
+def test_the_rest_of_a_known_text_that_the_exact_prefix_reaches_into_is_movable() -> None:
+    """Two tools begin alike: 4 of 9 tokens are exact, the other 5 could be moved, whatever reason stands there."""
+    prompt = prompt_of((None, 5), ("old", 9), (None, 2))
+    spans = [Span(SpanKind.EXACT, 0, 9), Span(SpanKind.COMPUTE, 9, 16, Reason.NEW)]
+    assert movable_of(prompt, spans, frozenset({prompt[1].token_ids})) == Movable(5, 0)
+    assert movable_of(prompt, spans, frozenset()) == Movable(0, 0)
+
+
 def test_text_in_the_exact_prefix_is_not_movable() -> None:
     prompt = prompt_of((None, 5), ("old", 9), (None, 2))
     spans = [Span(SpanKind.EXACT, 0, 15), Span(SpanKind.COMPUTE, 15, 16, Reason.LAST_TOKEN)]
+    assert movable_of(prompt, spans, frozenset({prompt[1].token_ids})) == Movable(0, 0)
+
+
+def test_known_text_of_which_no_rendition_is_left_is_not_movable() -> None:
+    prompt = prompt_of((None, 5), ("old", 9), (None, 2))
+    spans = [Span(SpanKind.EXACT, 0, 5), Span(SpanKind.COMPUTE, 5, 16, Reason.NO_SOURCE)]
     assert movable_of(prompt, spans, frozenset({prompt[1].token_ids})) == Movable(0, 0)
 
 
@@ -402,3 +423,194 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: pytes
     assert error.startswith("error: ")
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.fixture
+def arguments(roomy_folder: Path, data: Path, tmp_path: Path) -> list[str]:
+    return [
+        f"--model={roomy_folder}",
+        f"--data={data}",
+        f"--out={tmp_path / 'run'}",
+        "--workload=gsm8k",
+        "--no-prior",
+        "--requests=3",
+        "--max-new-tokens=4",
+        "--json",
+    ]
+
+
+def test_an_interrupted_part_begins_anew_and_a_finished_one_is_kept(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Server.serve
+
+    def until_the_third(self: Server) -> Iterator[Served]:
+        for served in whole(self):
+            if served.number == 3:
+                raise KeyboardInterrupt
+            yield served
+
+    monkeypatch.setattr(Server, "serve", until_the_third)
+    assert command.main(arguments) == 130
+    (kept,) = (tmp_path / "run").glob("gsm8k_*.jsonl")
+    assert [served.number for served in ServedFile(kept).read()] == [1, 2]
+    monkeypatch.setattr(Server, "serve", whole)
+    capsys.readouterr()
+    assert command.main(arguments) == 0
+    first = capsys.readouterr().out
+    assert [served.number for served in ServedFile(kept).read()] == [1, 2, 3]
+
+    def nothing(self: Server) -> Iterator[Served]:
+        raise AssertionError("served again")
+
+    monkeypatch.setattr(Server, "serve", nothing)
+    assert command.main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["figures"] == json.loads(first)["figures"]
+    with pytest.raises(AssertionError, match="served again"):
+        command.main([*arguments, "--fresh"])
+
+
+def test_a_part_of_other_answers_is_not_taken_for_this_one(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(arguments) == 0
+    assert command.main([*arguments, "--max-new-tokens=5"]) == 0
+    assert len(list((tmp_path / "run").glob("gsm8k_*.jsonl"))) == 2
+    values = {
+        figure["id"]: figure["value"]
+        for figure in json.loads((tmp_path / "run" / "report.json").read_text())["figures"]
+    }
+    assert values["requests"] == 3
+    assert values["calls"] == 15
+
+
+def test_of_all_workloads_those_are_taken_whose_data_are_there(
+    arguments: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = tmp_path / "part"
+    part.mkdir()
+    (part / "rag").symlink_to(data / "rag")
+    assert command.main([*arguments, f"--data={part}", "--workload=all"]) == 0
+    captured = capsys.readouterr()
+    assert "left out: gsm8k: " in captured.err
+    assert json.loads(captured.out)["config"]["parts"] == ["rag no-prior 0.05,0.9"]
+    (part / "rag").unlink()
+    assert command.main([*arguments, f"--data={part}", "--workload=all"]) == 1
+    assert "no workload has its data" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_served_engine_stands_still_between_requests(data: Path, engine: Engine) -> None:
+    """What is asked of it while the caller works on what was yielded is answered afterwards only."""
+    made_like = {"model": engine.model, "tokenizer": engine.tokenizer, "config": EngineConfig(pool_tokens=8192)}
+    with engine, Engine(**made_like) as served, Engine(**made_like) as twin:
+        workload = make_workload("tools", Wanted(engine, data, 2, max_new_tokens=3))
+        numbers, asked = [], []
+        for request in Server(served, twin, workload, ReusePolicy(0.05, 0.9), lambda engine: 0.0).serve():
+            numbers.append(request.number)
+            assert served.contexts == ()
+            assert twin.contexts == ()
+            assert all(handle.done for handle in asked)
+            asked.append(served.submit("something else", max_new_tokens=1))
+            assert not asked[-1].wait(0.2)
+        assert numbers == [1, 2]
+        assert asked[-1].wait(30)
+        served.check_integrity()
+        twin.check_integrity()
+
+
+def test_the_twin_gets_the_prompts_of_the_served_engine(data: Path, engine: Engine) -> None:
+    """Answers included: of every call it reports the same prompt, all of which it has read then."""
+    made_like = {"model": engine.model, "tokenizer": engine.tokenizer, "config": EngineConfig(pool_tokens=8192)}
+    with engine, Engine(**made_like) as served, Engine(**made_like) as twin:
+        workload = make_workload("gsm8k", Wanted(engine, data, 1, max_new_tokens=6))
+        prompts: list[tuple[Segment, ...]] = []
+        keeper = Server(served, twin, workload, ReusePolicy(0.05, 0.9), lambda engine: 0.0)
+        original = keeper._call
+
+        def noting(agent: str, own: Kept, usage: Usage, twin_answer: Twin) -> Call:
+            assert own.prompt is twin_answer.kept.prompt
+            assert own.context.tokens[: own.num_prompt] == twin_answer.kept.context.tokens[: own.num_prompt]
+            prompts.append(own.prompt)
+            return original(agent, own, usage, twin_answer)
+
+        keeper._call = noting  # type: ignore[method-assign]
+        (request,) = keeper.serve()
+        assert [made.agent for made in request.calls] == [agent.name for agent in workload.team.agents]
+        assert [made.prompt for made in request.calls] == [sum(len(s.token_ids) for s in p) for p in prompts]
+        page = twin.config.page_size
+        assert all(
+            twin.num_cached(prompt) // page >= made.prompt // page - 1
+            for prompt, made in zip(prompts, request.calls, strict=True)
+        )
+
+
+# ---- text that is really moved ----
+
+
+@pytest.fixture
+def easy_prior(engine: Engine, tmp_path: Path) -> Path:
+    """A prior by which nothing ever costs anything, so that text is moved from the first request on."""
+    pair = Pair({rung: Measured(0.0, 1e6) for rung in TURNED}, {}, Sources(1, 0, 0, 10))
+    file = tmp_path / "prior.json"
+    with engine:
+        write_prior(Prior(engine.prior_model, {"gsm8k": [pair] * 40, "rag": [pair] * 40}), file, name="tiny")
+    return file
+
+
+def test_moved_text_is_held_against_exact_computation_and_other_methods(
+    arguments: list[str], easy_prior: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*arguments, "--workload=rag", "--prior", f"--prior-file={easy_prior}", "--requests=5"]
+    options.remove("--workload=gsm8k")
+    assert command.main([*options, "--methods=cacheblend,epic,paper", "--bound=0.00001,0.9"]) == 0
+    values = {figure["id"]: figure["value"] for figure in json.loads(capsys.readouterr().out)["figures"]}
+    (kept,) = (tmp_path / "run").glob("rag_*.jsonl")
+    calls = [made for served in ServedFile(kept).read() for made in served.calls]
+    moved = [made for made in calls if made.aligned]
+    assert moved
+    assert moved[0].level == "prior"
+    assert moved[0].num_pairs == 40  # those of gsm8k: rag's own are left out
+    assert all(0 < made.moved == made.aligned <= made.movable for made in moved)
+    assert all(made.divergence is not None and made.divergence >= 0 for made in moved)
+    assert any(made.divergence for made in moved), "a random model notices moved text"
+    assert all(made.divergence is None and not made.methods for made in calls if not made.aligned)
+    at_prior = [made for made in moved if made.level == "prior"]
+    assert values["approximate_prior"] == len(at_prior)
+    assert values["violations_prior"] == sum((made.divergence or 0) > 1e-5 for made in at_prior) / len(at_prior)
+    assert values["first_moved"] == 1 + next(index for index, made in enumerate(calls) if made.aligned)
+    compared = [made for made in moved if "epic" in made.methods]
+    assert values["compared_epic"] == len(compared) > 0
+    assert values["nats_epic"] == pytest.approx(sum(made.methods["epic"] for made in compared) / len(compared))
+
+
+def test_without_the_prior_nothing_is_moved_that_early(
+    arguments: list[str], easy_prior: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main([*arguments, f"--prior-file={easy_prior}"]) == 0
+    values = {figure["id"]: figure["value"] for figure in json.loads(capsys.readouterr().out)["figures"]}
+    assert values["first_moved"] == 4  # never
+    assert "violations_prior" not in values
+
+
+def test_a_prior_that_is_not_there_or_of_another_model_is_refused(
+    arguments: list[str], easy_prior: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [*arguments, "--prior"]
+    assert command.main(asked) == 1
+    assert "none ships for this model" in capsys.readouterr().err.splitlines()[-1]
+    assert command.main([*asked, f"--prior-file={tmp_path / 'none.json'}"]) == 1
+    assert "none.json cannot be read" in capsys.readouterr().err.splitlines()[-1]
+    value = json.loads(easy_prior.read_text())
+    easy_prior.write_text(json.dumps({**value, "model": "f" * 64}))
+    assert command.main([*asked, f"--prior-file={easy_prior}"]) == 1
+    assert "measured on another model" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_both_ways_are_parts_of_one_run(
+    arguments: list[str], easy_prior: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments.remove("--no-prior")
+    assert command.main([*arguments, f"--prior-file={easy_prior}"]) == 0
+    values = {figure["id"]: figure["value"] for figure in json.loads(capsys.readouterr().out)["figures"]}
+    assert values["gsm8k no-prior 0.05,0.9 first_moved"] == 4
+    assert values["gsm8k prior 0.05,0.9 first_moved"] == 1

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvcomm.align.spans import layer_stores
 from kvcomm.engine.engine import Engine
 from kvcomm.reuse.cost import CostModel, ReuseCost, _non_negative_fit, cached_cost, measure_cost
 
@@ -65,7 +66,7 @@ def test_the_fit_finds_what_the_times_were_made_from() -> None:
 def test_measuring_leaves_nothing_behind(engine: Engine) -> None:
     free = engine.pool.num_free
     parts = engine.reuse
-    layers = parts.planner._layers
+    layers = layer_stores(engine.pool, engine.geometry)
     model = measure_cost(engine.memory, parts.replayer._runner, layers, parts.ops.rotate, 128)
     assert model.compute_s([(0, 10)]) > 0
     assert engine.pool.num_free == free

@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from kvcomm.align.bound import Bound
+from kvcomm.align.ladder import CORRECTED, DEFAULT_RUNGS, TURNED, Rung
+from kvcomm.align.levels import Level
 from kvcomm.errors import InvalidRequest
 from kvcomm.reuse.policy import ReusePolicy
 
@@ -12,7 +15,9 @@ from kvcomm.reuse.policy import ReusePolicy
 def test_exact_is_the_default() -> None:
     assert ReusePolicy.exact() == ReusePolicy() == ReusePolicy(max_divergence=0.0, confidence=0.95)
     assert ReusePolicy.exact().is_exact
+    assert ReusePolicy.exact().bound is None
     assert not ReusePolicy(max_divergence=1e-9).is_exact
+    assert ReusePolicy(max_divergence=0.5, confidence=0.75).bound == Bound(0.5, 0.25)
 
 
 @pytest.mark.parametrize("value", [-1e-9, float("nan"), float("inf")])
@@ -37,9 +42,13 @@ def test_confidence_must_be_a_probability_short_of_certainty(value: float) -> No
         ("confidence", 10**400),
         ("rungs", 0.5),
         ("rungs", "abc"),
-        ("rungs", (0.0, "x")),
+        ("rungs", (0.0, 0.3)),
+        ("rungs", ()),
+        ("basis", 3),
+        ("basis", "hearsay"),
         ("learn", 1),
         ("audit", "often"),
+        ("audit", 1.01),
     ],
 )
 def test_values_of_the_wrong_type_are_refused_by_name(field: str, value: object) -> None:
@@ -48,6 +57,57 @@ def test_values_of_the_wrong_type_are_refused_by_name(field: str, value: object)
 
 
 def test_numbers_are_taken_as_what_they_say() -> None:
-    policy = ReusePolicy(max_divergence=np.float32(0.5), rungs=[0, np.float64(0.5)], audit=1)  # type: ignore[arg-type]
-    assert policy == ReusePolicy(max_divergence=0.5, rungs=(0.0, 0.5), audit=1.0)
-    assert [type(share) for share in policy.rungs] == [float, float]
+    policy = ReusePolicy(max_divergence=np.float32(0.5), rungs=[Rung("rotate")], audit=1)  # type: ignore[arg-type]
+    assert policy == ReusePolicy(max_divergence=0.5, rungs=(Rung("rotate"),), audit=1.0)
+    assert type(policy.max_divergence) is float
+
+
+@pytest.mark.parametrize(
+    ("rungs", "message"),
+    [
+        (
+            (Rung("token", 0.1), Rung("token", 0.3)),
+            "from the safest to the boldest, got token 10% attention, token 30%",
+        ),
+        ((Rung("token", 0.1), Rung("rotate"), Rung("token", 0.1)), "every rung once"),
+        ((Rung("token", 1.0), Rung("token")), r"with a share below 1 \(all is exact\)"),
+        ((Rung("token", 0.3, "head"), Rung("token", 0.1)), "rungs of one estimator have one chooser"),
+    ],
+)
+def test_rungs_that_are_no_ladder_are_refused(rungs: tuple[Rung, ...], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        ReusePolicy(rungs=rungs)
+
+
+def test_rungs_of_several_estimators_are_ladders_of_their_own() -> None:
+    assert ReusePolicy().ladders == (CORRECTED, TURNED)
+    mixed = [rung for pair in zip(CORRECTED, TURNED, strict=False) for rung in pair]
+    rest = [rung for rung in DEFAULT_RUNGS if rung not in mixed]
+    assert ReusePolicy(rungs=(*mixed, *rest)).ladders == (CORRECTED, TURNED)
+    assert ReusePolicy(rungs=(Rung("rotate", 0.3, "head"), Rung("rotate"))).ladders[0][0].chooser == "head"
+
+
+def test_the_basis_is_the_least_that_is_accepted() -> None:
+    levels = {basis: ReusePolicy(basis=basis).levels for basis in ("own", "pool", "prior")}
+    assert levels == {
+        "own": (Level.OWN,),
+        "pool": (Level.OWN, Level.POOL),
+        "prior": (Level.OWN, Level.POOL, Level.PRIOR),
+    }
+    assert ReusePolicy().basis == "prior"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"share": 1.5}, "share must be between 0 and 1, got 1.5"),
+        ({"share": float("nan")}, "share must be between 0 and 1, got nan"),
+        ({"share": "half"}, "share must be a number, not"),
+        ({"share": True}, "share must be a number, not"),
+        ({"estimator": 3}, "estimator must be"),
+        ({"chooser": None}, "chooser must be"),
+    ],
+)
+def test_rungs_of_the_wrong_type_are_refused(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        Rung(**wrong)  # type: ignore[arg-type]

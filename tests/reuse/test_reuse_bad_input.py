@@ -2,100 +2,224 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
+from kvcomm.align.attention_mass import AttentionMass
 from kvcomm.align.estimators import TokenEstimator
+from kvcomm.align.ladder import Rung
+from kvcomm.align.levels import ReaderBook
+from kvcomm.align.probes import Probes
 from kvcomm.engine.engine import Engine
-from kvcomm.errors import InvalidRequest
+from kvcomm.engine.sampling import SamplingParams
+from kvcomm.errors import EngineClosed, InvalidRequest
 from kvcomm.memory.segments import Segment
+from kvcomm.reuse.attempt import Attempt
+from kvcomm.reuse.choosing import AttentionChooser
 from kvcomm.reuse.cost import CostModel
 from tests.engine.conftest import greedy, some_tokens
 from tests.limits import PATIENCE_S
-from tests.reuse.test_reuse import LOOSE, ROLE_A, ROLE_B, SAMPLING, TAIL, ask, earn, engine, prompt
+from tests.reuse.reading import LOOSE, ROLE_A, ROLE_B, SAMPLING, TAIL, TOKEN, ask, earn, prompt, tokens_of
 
-__all__ = ["engine"]  # the fixture
-
-
-def tokens_of(segments: list[Segment]) -> list[int]:
-    return [token for segment in segments for token in segment.token_ids]
+LOOKING = replace(LOOSE, rungs=(Rung("token", 0.3),))
+"""A rung that looks at the prompt's end before it chooses."""
 
 
-def test_an_empty_segment_is_nothing_to_move(engine: Engine) -> None:
+class Injected(Exception):
+    """What a test raises somewhere inside."""
+
+
+def test_an_empty_segment_is_nothing_to_move(learning: Engine) -> None:
     read = [Segment(ROLE_B), Segment((), "question"), Segment(TAIL)]
     for _ in range(2):
-        served = engine.generate(read, SAMPLING, policy=LOOSE)
-        assert list(served.token_ids) == greedy(engine.model, tokens_of(read), 8)
-    assert engine.wait_idle(PATIENCE_S)
-    assert not engine.edge_groups()
+        served = learning.generate(read, SAMPLING, policy=LOOSE)
+        assert list(served.token_ids) == greedy(learning.model, tokens_of(read), 8)
+    assert learning.wait_idle(PATIENCE_S)
+    assert not learning.readers()
 
 
-def test_a_segment_longer_than_the_window_is_refused(engine: Engine) -> None:
+def test_a_segment_longer_than_the_window_is_refused(learning: Engine) -> None:
     with pytest.raises(InvalidRequest, match="639 prompt tokens"):
-        ask(engine, ROLE_B, 1, LOOSE, length=600)
-    assert ask(engine, ROLE_B, 1, LOOSE).finish_reason == "length"
+        ask(learning, ROLE_B, 1, LOOSE, length=600)
+    assert ask(learning, ROLE_B, 1, LOOSE).finish_reason == "length"
 
 
-def test_learning_that_dies_costs_no_request(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "ask_with",
+    [
+        lambda engine, rung: engine.submit(prompt(ROLE_B, 1), SAMPLING, policy=replace(LOOSE, rungs=(rung,))),
+        lambda engine, rung: engine.submit(prompt(ROLE_B, 1), SAMPLING, rung=rung),
+        lambda engine, rung: engine.explain(prompt(ROLE_B, 1), policy=replace(LOOSE, rungs=(rung,))),
+        lambda engine, rung: engine.measure(prompt(ROLE_B, 1), [5], [rung]),
+        lambda engine, rung: engine.calibrate(prompt(ROLE_B, 1), [5], replace(LOOSE, rungs=(rung,))),
+    ],
+)
+@pytest.mark.parametrize(
+    ("rung", "message"),
+    [(Rung("magic"), "unknown estimator 'magic'"), (Rung("token", 0.5, "magic"), "unknown chooser 'magic'")],
+)
+def test_rungs_that_this_engine_does_not_have_are_refused_before_anything_is_computed(
+    learning: Engine, ask_with: Callable[[Engine, Rung], object], rung: Rung, message: str
+) -> None:
+    """Bug: the request, or the job, failed with a KeyError of the engine's own, and kept its sources' pages."""
+    ask(learning, ROLE_A, 1, LOOSE)
+    with pytest.raises(InvalidRequest, match=message):
+        ask_with(learning, rung)
+    with pytest.raises(InvalidRequest, match="unknown estimator 'magic'"):
+        learning.learn(prompt(ROLE_B, 1), estimators=["magic"])
+
+
+def test_learning_that_dies_costs_no_request(learning: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     def dies(*_: object) -> int:
         raise MemoryError("no room for anchors")
 
     monkeypatch.setattr(TokenEstimator, "learn", dies)
     for seed in range(3):
-        ask(engine, ROLE_A, seed, LOOSE)
-        served = ask(engine, ROLE_B, seed, LOOSE)
-        assert list(served.token_ids) == greedy(engine.model, tokens_of(prompt(ROLE_B, seed)), 8)
-        assert engine.wait_idle(PATIENCE_S)
-    assert engine.reuse.idle.num_failed == 3
+        ask(learning, ROLE_A, seed, TOKEN)
+        served = ask(learning, ROLE_B, seed, TOKEN)
+        assert list(served.token_ids) == greedy(learning.model, tokens_of(prompt(ROLE_B, seed)), 8)
+        assert learning.wait_idle(PATIENCE_S)
+    assert learning.reuse.idle.num_failed == 3
     with pytest.raises(MemoryError, match="no room for anchors"):
-        engine.learn(prompt(ROLE_B, 2)).result(PATIENCE_S)
+        learning.learn(prompt(ROLE_B, 2)).result(PATIENCE_S)
     monkeypatch.undo()
-    assert engine.learn(prompt(ROLE_B, 2)).result(PATIENCE_S) > 0  # the next one is not harmed
+    assert learning.learn(prompt(ROLE_B, 2)).result(PATIENCE_S) > 0  # the next one is not harmed
 
 
-def test_moving_that_fails_computes_exactly(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    earn(engine, LOOSE)
-    ask(engine, ROLE_A, 99, LOOSE)
+MOVING = {
+    "turning and correcting": ("kvcomm.reuse.attempt.assemble", "failed"),
+    "the first step": (f"{Attempt.__module__}.Attempt.begin", "failed"),
+    "taking up looking on": (f"{Attempt.__module__}.Attempt.watch", "failed"),
+    "looking on": (f"{AttentionMass.__module__}.AttentionMass._add", "failed"),
+    "scoring": (f"{AttentionMass.__module__}.AttentionMass.by_head", "failed"),
+    "choosing": (f"{AttentionChooser.__module__}.AttentionChooser.choose", "failed"),
+    "the check": (f"{Probes.__module__}.Probes.residual", "failed"),
+}
 
-    def fails(*_: object) -> None:
-        raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("kvcomm.reuse.planner.assemble", fails)
-    served = ask(engine, ROLE_B, 99, LOOSE)
+@pytest.mark.parametrize("place", MOVING)
+def test_moving_that_fails_is_told_and_the_answer_is_exact(
+    learning: Engine, place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Told as such, in the usage and in the log; whoever is served in the same steps does not notice."""
+    earn(learning, LOOKING)
+    ask(learning, ROLE_A, 99, LOOKING)
+    neighbor = some_tokens(40, seed=7)
+
+    def fails(*_: object, **__: object) -> None:
+        raise Injected("out of memory")
+
+    name, reason = MOVING[place]
+    with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
+        patch.setattr(name, fails)
+        with learning.lock:
+            other = learning.submit(neighbor, SamplingParams(max_new_tokens=8, ignore_eos=True))
+            handle = learning.submit(prompt(ROLE_B, 99), SAMPLING, policy=LOOKING)
+        served = handle.result(PATIENCE_S)
+    assert list(other.result(PATIENCE_S).token_ids) == greedy(learning.model, neighbor, 8)
     assert served.usage.aligned_tokens == 0
-    assert list(served.token_ids) == greedy(engine.model, tokens_of(prompt(ROLE_B, 99)), 8)
+    assert served.usage.approximation is None
+    assert served.usage.reasons == {reason: 90 + len(TAIL)}
+    assert list(served.token_ids) == greedy(learning.model, tokens_of(prompt(ROLE_B, 99)), 8)
+    assert any("Injected" in str(record.exc_info) for record in caplog.records)
+    learning.check_integrity()
+    ask(learning, ROLE_A, 98, LOOKING)
+    assert ask(learning, ROLE_B, 98, LOOKING).usage.aligned_tokens == 63  # the next one is not harmed
 
 
-def test_anchors_that_are_not_finite_are_never_kept(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = engine.reuse.estimators["token"]
+def test_a_decision_that_fails_gives_its_sources_back(learning: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: pages of what had been found stayed retained for good."""
+    earn(learning, LOOSE)
+    ask(learning, ROLE_A, 99, LOOSE)
+
+    def fails(*_: Any) -> None:
+        raise Injected("no decision")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ReaderBook, "grounds", fails)
+        handle = learning.submit(prompt(ROLE_B, 99), SAMPLING, policy=LOOSE)
+        with pytest.raises(Injected):
+            handle.result(PATIENCE_S)
+    learning.check_integrity()
+    assert ask(learning, ROLE_B, 99, LOOSE).usage.aligned_tokens == 90
+
+
+def test_logits_of_moved_kv_that_are_no_numbers_end_that_request_alone(
+    learning: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earn(learning, LOOSE)
+    ask(learning, ROLE_A, 99, LOOSE)
+    keep = Attempt.assemble
+
+    def spoils(self: Attempt, sequence: Any) -> None:
+        keep(self, sequence)
+        pool = learning.pool
+        slots = pool.slots(sequence.pages, self.moves[0].end)
+        pool.values[0][slots][self.moves[0].start] = torch.nan
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Attempt, "assemble", spoils)
+        handle = learning.submit(prompt(ROLE_B, 99), SAMPLING, policy=LOOSE)
+        with pytest.raises(Exception, match="NaN or infinite"):
+            handle.result(PATIENCE_S)
+    exact = ask(learning, ROLE_B, 99, replace(LOOSE, max_divergence=0.0))
+    assert list(exact.token_ids) == greedy(learning.model, tokens_of(prompt(ROLE_B, 99)), 8)
+
+
+def test_anchors_that_are_not_finite_are_never_kept(learning: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = learning.reuse.estimators["token"]
     assert isinstance(real, TokenEstimator)
-    dim = engine.reuse.anchors.shape.dim
-    monkeypatch.setattr(real, "_sketcher", lambda layers, move: torch.full((2, move.num_tokens, dim), torch.nan))
-    ask(engine, ROLE_A, 1, LOOSE)
-    ask(engine, ROLE_B, 1, LOOSE)
+    dim, groups = learning.reuse.anchors.shape.dim, learning.reuse.anchors.shape.num_groups
+
+    def broken(layers: object, move: Any) -> Tensor:
+        return torch.full((groups, move.num_tokens, dim), torch.nan)
+
+    monkeypatch.setattr(real, "_sketcher", broken)
+    ask(learning, ROLE_A, 1, LOOSE)
+    ask(learning, ROLE_B, 1, LOOSE)
     with pytest.raises(InvalidRequest, match="anchors must be finite"):
-        engine.learn(prompt(ROLE_B, 1)).result(PATIENCE_S)
+        learning.learn(prompt(ROLE_B, 1)).result(PATIENCE_S)
+    assert not sum(bank.snapshot().num_tokens for bank in learning.reuse.anchors.banks(learning.namespace()))
 
 
-def test_answers_end_when_the_engine_closes_while_learning(engine: Engine) -> None:
+def test_answers_end_when_the_engine_closes_while_learning(learning: Engine) -> None:
     for seed in range(4):
-        ask(engine, ROLE_A, seed, LOOSE)
-        ask(engine, ROLE_B, seed, LOOSE)
-    pending = engine.calibrate(prompt(ROLE_B, 1), some_tokens(5, seed=3), LOOSE)
-    engine.close()
+        ask(learning, ROLE_A, seed, LOOSE)
+        ask(learning, ROLE_B, seed, LOOSE)
+    pending = learning.calibrate(prompt(ROLE_B, 1), some_tokens(5, seed=3), LOOSE)
+    learning.close()
     assert pending.done()
 
 
-def test_a_machine_that_cannot_be_measured_computes_everything(engine: Engine) -> None:
+def test_closing_from_a_callback_of_idle_work_ends_everything(learning: Engine) -> None:
+    """Bug: the job in whose pass that happened could not be dropped, and those behind it never heard of the end."""
+    with learning.lock:
+        first = learning.measure(prompt(ROLE_B, 1), [5, 6], [Rung("rotate")])
+        second = learning.measure(prompt(ROLE_B, 2), [5, 6], [Rung("rotate")])
+        first.add_done_callback(lambda _: learning.close())
+    assert first.result(PATIENCE_S) == []
+    with pytest.raises(EngineClosed):
+        second.result(PATIENCE_S)
+
+
+def test_a_machine_that_cannot_be_measured_computes_everything(learning: Engine) -> None:
     calls = []
 
     def fails() -> CostModel:
         calls.append(1)
         raise RuntimeError("no compiler")
 
-    engine.reuse.cost.model, engine.reuse.cost._measure = None, fails
-    for seed in range(2):
-        ask(engine, ROLE_A, seed, LOOSE)
-        served = ask(engine, ROLE_B, seed, LOOSE)
-        assert list(served.token_ids) == greedy(engine.model, tokens_of(prompt(ROLE_B, seed)), 8)
+    earn(learning, LOOSE)
+    learning.reuse.cost.model, learning.reuse.cost._measure = None, fails
+    for seed in range(100, 102):
+        ask(learning, ROLE_A, seed, LOOSE)
+        served = ask(learning, ROLE_B, seed, LOOSE)
+        assert served.usage.reasons["cost"] == 90
+        assert list(served.token_ids) == greedy(learning.model, tokens_of(prompt(ROLE_B, seed)), 8)
     assert calls == [1]

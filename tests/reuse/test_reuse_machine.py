@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvcomm.align.calibration import Calibration
+from kvcomm.align.ladder import Rung
 from kvcomm.config import EngineConfig
 from kvcomm.engine.context import Context
 from kvcomm.engine.engine import Engine
@@ -16,11 +16,14 @@ from kvcomm.memory.segments import Segment
 from kvcomm.reuse.policy import ReusePolicy
 from tests.engine.conftest import ROWS_ONLY, greedy, some_tokens
 from tests.limits import PATIENCE_S
+from tests.reuse.reading import widen
 from tests.tiny import tiny_model
 
 CONFIG = EngineConfig(anchor_bytes=150_000, pool_tokens=2048)
 SAMPLING = SamplingParams(max_new_tokens=3, ignore_eos=True)
 LOOSE = ReusePolicy(max_divergence=50.0, confidence=0.5, audit=0.5)
+RUNG = ReusePolicy(max_divergence=50.0, confidence=0.5, rungs=(Rung("token", 0.4), Rung("rotate", 0.3)))
+"""One that looks first, and computes some of what is moved after all."""
 ROLES = [tuple(some_tokens(number, seed=number)) for number in (9, 14, 23)]
 TINY = tiny_model()
 
@@ -49,9 +52,9 @@ class ReuseMachine(RuleBasedStateMachine):
         assert list(completion.token_ids) == greedy(TINY.model, tokens, 3)
         assert completion.usage.aligned_tokens == 0
 
-    @rule(role=roles, seed=seeds)
-    def ask_approximately(self, role: int, seed: int) -> None:
-        usage = self.engine.generate(self.prompt(role, seed), SAMPLING, policy=LOOSE).usage
+    @rule(role=roles, seed=seeds, policy=st.sampled_from([LOOSE, RUNG]))
+    def ask_approximately(self, role: int, seed: int, policy: ReusePolicy = LOOSE) -> None:
+        usage = self.engine.generate(self.prompt(role, seed), SAMPLING, policy=policy).usage
         assert usage.exact_tokens + usage.aligned_tokens + usage.computed_tokens == usage.prompt_tokens
         self.num_aligned += usage.aligned_tokens
 
@@ -75,13 +78,21 @@ class ReuseMachine(RuleBasedStateMachine):
 
     @rule()
     def earn(self) -> None:
-        for seed in range(6, 22):
+        for seed in range(6, 12):
             for role in (0, 1):
                 self.engine.generate(self.prompt(role, seed), SAMPLING, policy=LOOSE)
         assert self.engine.wait_idle(PATIENCE_S)
-        for group in self.engine.reuse.groups.groups(self.engine.namespace()):
-            pairs = [pair._replace(distance=10.0) for pair in group.calibration.pairs]
-            group.calibration = Calibration(len(group.key.shares), pairs)
+        widen(self.engine)
+
+    @rule(index=st.integers(0, 3))
+    def repair(self, index: int) -> None:
+        if index < len(self.contexts):
+            context = self.contexts[index]
+            assert context.repair().result(PATIENCE_S)
+            assert context.fidelity is Fidelity.EXACT
+            with context.fork() as child:
+                tokens = list(child.tokens)
+                assert list(child.generate(SAMPLING).token_ids) == greedy(TINY.model, tokens, 3)
 
     @rule()
     def rest(self) -> None:
@@ -94,6 +105,20 @@ class ReuseMachine(RuleBasedStateMachine):
     @invariant()
     def every_reference_has_an_owner(self) -> None:
         self.engine.check_integrity()
+
+    @rule(role=roles, seed=seeds, share=st.sampled_from([0.0, 0.5, 1.0]))
+    def ask_at_a_rung(self, role: int, seed: int, share: float) -> None:
+        prompt = self.prompt(role, seed)
+        completion = self.engine.generate(prompt, SAMPLING, rung=Rung("rotate", share))
+        if share == 1:
+            tokens = [token for segment in prompt for token in segment.token_ids]
+            assert list(completion.token_ids) == greedy(TINY.model, tokens, 3)
+
+    @invariant()
+    def nothing_approximate_passes_for_exact(self) -> None:
+        """What is moved comes with a risk, or is a cold run's to the last number."""
+        for rendition in self.engine.memory.segments.renditions(self.engine.namespace()):
+            assert (rendition.risk == 0) <= (rendition.fidelity is Fidelity.EXACT)
 
     @invariant()
     def nothing_approximate_is_in_the_tree(self) -> None:

@@ -18,6 +18,8 @@ LOOSE = {"mode": "approximate", "max_divergence": 50.0, "confidence": 0.5}
 """A bound that a random model keeps: what is tested here is the way to it, not how well it does."""
 ROLES = ("You check every step of what others have written. ", "You write a short summary for a child of ten years. ")
 NUM_ROUNDS = 20
+TASK = [{"role": "system", "content": "how many coins is that in all?"}]
+"""Static text: a turn's own text would be one more slot."""
 
 
 def document(number: int) -> str:
@@ -35,7 +37,7 @@ def segments(role: int, number: int) -> list[dict[str, Any]]:
 
 def ask(client: TestClient, role: int, number: int, **fields: Any) -> dict[str, Any]:
     """Let a role read a document; the usage."""
-    response = client.post(CHAT, json=chat(segments=segments(role, number), include_plan=True, **fields))
+    response = client.post(CHAT, json=chat(segments=segments(role, number), messages=TASK, include_plan=True, **fields))
     assert response.status_code == 200, response.text
     usage: dict[str, Any] = response.json()["usage"]
     return usage
@@ -80,7 +82,7 @@ def test_nobody_gets_moved_text_who_has_not_asked(client: TestClient, reuse: dic
 
 def test_explain_tells_what_will_be_moved(client: TestClient) -> None:
     ask(client, 0, 99, reuse=LOOSE)
-    response = client.post("/v1/cache/explain", json=chat(segments=segments(1, 99), reuse=LOOSE))
+    response = client.post("/v1/cache/explain", json=chat(segments=segments(1, 99), messages=TASK, reuse=LOOSE))
     (explained,) = response.json()["prompts"]
     usage = ask(client, 1, 99, reuse=LOOSE)
     assert explained["plan"] == usage["plan"]

@@ -17,14 +17,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from kvcomm.errors import SnapshotCorrupt
 from kvcomm.memory.segments import Segment
 from kvcomm.server.errors import ApiError
-from kvcomm.server.prompts import PromptMaker, message_values
+from kvcomm.server.prompts import PromptMaker
 
 
 class Conversation(BaseModel):
     """The messages of a context, and the text that stands for them.
 
     Attributes:
-        messages, tools, variables: what the chat template has seen; control tokens and answers are stand-ins.
+        messages, tools, variables: what the chat template has seen; control tokens, segments and answers are stand-ins.
         rendered: what it wrote, to the context's end.
         stem, hidden: of the stand-ins; see `Marks`.
     """
@@ -110,9 +110,10 @@ def continue_conversation(
     marks = maker.marks(before.stem, before.hidden)
     shown = before.tools if tools is None else marks.hide(tools)
     given = {**before.variables, **(variables or {})}
-    whole = [*before.messages, *marks.hide_messages([message_values(message) for message in messages])]
-    text = maker.render(whole, shown, given, speaks=speaks)
-    if not text.startswith(before.rendered):
+    rendered = maker.render(
+        marks, maker.read(marks, messages), before=before.messages, tools=shown, variables=given, speaks=speaks
+    )
+    if not all(text.startswith(before.rendered) for text in (rendered.text, rendered.whole)):
         raise ApiError(
             400,
             "context_not_continued",
@@ -120,12 +121,14 @@ def continue_conversation(
             "differently; leave tools and settings as they were, or send all messages without context_id",
             param="messages",
         )
-    prompt = maker.encode(text[len(before.rendered) :], marks, is_start=is_start)
+    num_before = len(before.rendered)
+    prompt = maker.encode(rendered.text[num_before:], rendered.whole[num_before:], marks, is_start=is_start)
+    shown_messages, text = list(rendered.messages), rendered.text
     if speaks:
         answer = marks.stand_in("")
-        whole.append({"role": "assistant", "content": answer})
+        shown_messages.append({"role": "assistant", "content": answer})
         text += answer
     after = Conversation(
-        messages=whole, tools=shown, variables=given, rendered=text, stem=marks.stem, hidden=list(marks.hidden)
+        messages=shown_messages, tools=shown, variables=given, rendered=text, stem=marks.stem, hidden=list(marks.hidden)
     )
     return Continued(prompt, KeptConversation(after))

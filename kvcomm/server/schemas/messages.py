@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
+from kvcomm.engine.chat import PASSAGE
 from kvcomm.server.schemas.common import (
     IGNORED,
     CacheControl,
@@ -16,6 +17,7 @@ from kvcomm.server.schemas.common import (
     one_or_many,
     only,
 )
+from kvcomm.server.schemas.segments import SEGMENT_NAME
 
 MAX_MESSAGES, MAX_TOOLS = 4096, 1024
 """In one request."""
@@ -41,8 +43,25 @@ class TextPart(RequestModel):
 
     type: Literal["text"]
     text: str
+    name: Annotated[
+        str | None,
+        Field(
+            pattern=SEGMENT_NAME,
+            description="Makes the part a dynamic segment of this kind, tokenized alone: it may be moved to wherever "
+            "else it stands. What else the request's messages say is then tokenized apart from the chat template.",
+        ),
+    ] = None
+    dynamic: Annotated[
+        bool | None, Field(description=f"The same without a name of its own (it is {PASSAGE!r}); false: no segment.")
+    ] = None
     cache_control: CacheControl | None = None
     prompt_cache_breakpoint: PromptCacheBreakpoint | None = None
+
+    @property
+    def segment_name(self) -> str | None:
+        """Of the dynamic segment that the part is, or None."""
+        is_dynamic = self.name is not None if self.dynamic is None else self.dynamic
+        return (self.name or PASSAGE) if is_dynamic else None
 
     @property
     def breakpoints(self) -> tuple[CacheControl | PromptCacheBreakpoint, ...]:

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from kvcomm.agents.rendering import PromptRenderer
-from kvcomm.engine.encoding import TokenSpan
+from kvcomm.engine.encoding import TextEncoder, TokenSpan
 from kvcomm.memory.segments import Segment
 from kvcomm.server.errors import ApiError
 
@@ -35,8 +34,8 @@ class Joined(NamedTuple):
 class Joiner:
     """Puts pieces together. Safe to use from several threads."""
 
-    def __init__(self, renderer: PromptRenderer) -> None:
-        self._renderer = renderer
+    def __init__(self, encoder: TextEncoder) -> None:
+        self._encoder = encoder
 
     def join(self, pieces: Sequence[Piece], rule: str) -> Joined:
         """The pieces by the rule `separate`, `strict` or `merge`; raises what those raise."""
@@ -86,7 +85,7 @@ class Joiner:
         return Joined(tuple(segments), tuple(sum(span.end <= end for span in spans) for end in boundaries))
 
     def _spans(self, pieces: Sequence[Piece]) -> list[TokenSpan]:
-        return self._renderer.encode_spans("".join(piece.text for piece in pieces))
+        return self._encoder.spans("".join(piece.text for piece in pieces))
 
 
 def _text_ends(pieces: Sequence[Piece]) -> list[int]:

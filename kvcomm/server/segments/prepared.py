@@ -53,6 +53,11 @@ class PreparedPrompt:
         """All its token ids."""
         return [token for segment in self.segments for token in segment.token_ids]
 
+    def holding(self, placed: Sequence[PlacedSegment], start: int) -> Self:
+        """The same prompt, with more of the client's segments, whose positions are counted from `start`."""
+        moved = (each._replace(start=start + each.start, end=start + each.end) for each in placed)
+        return replace(self, placed=(*self.placed, *moved))
+
     def living(self, ttl_s: float | None) -> Self:
         """The same prompt, all of which should stay cached for `ttl_s`; None: as long as the engine says."""
         if ttl_s is None:

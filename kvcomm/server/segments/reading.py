@@ -8,9 +8,9 @@ one is named by its id, a static one by its text too, since static text tells co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
-from kvcomm.agents.rendering import PromptRenderer
 from kvcomm.engine.engine import Engine
 from kvcomm.memory.segments import Segment
 from kvcomm.server.errors import ApiError
@@ -23,10 +23,17 @@ from kvcomm.server.text_limit import TextLimit
 
 
 class Tail(NamedTuple):
-    """What stands behind the segments: text that may be joined with them, then tokens that begin with a boundary."""
+    """What stands behind the segments: text that may be joined with them, then tokens that begin with a boundary.
+
+    Attributes:
+        name: of the text; None: static.
+        placed: the client's own among `segments`, with positions from their start.
+    """
 
     text: str = ""
-    token_ids: tuple[int, ...] = ()
+    name: str | None = None
+    segments: tuple[Segment, ...] = ()
+    placed: tuple[PlacedSegment, ...] = ()
 
 
 class _Read(NamedTuple):
@@ -41,12 +48,10 @@ class _Read(NamedTuple):
 class SegmentReader:
     """Reads segments for one engine. Safe to use from several threads."""
 
-    def __init__(
-        self, engine: Engine, renderer: PromptRenderer, registries: SegmentRegistries, limit: TextLimit
-    ) -> None:
+    def __init__(self, engine: Engine, registries: SegmentRegistries, limit: TextLimit) -> None:
         self._engine = engine
-        self._renderer = renderer
-        self._joiner = Joiner(renderer)
+        self._encoder = engine.encoder
+        self._joiner = Joiner(engine.encoder)
         self._registries = registries
         self._limit = limit
 
@@ -58,7 +63,7 @@ class SegmentReader:
             InvalidRequest: it cannot be tokenized, or has more tokens than the model takes.
         """
         self._limit.require(text)
-        segment = Segment(self._renderer.encode_input(name, text), name)
+        segment = Segment(self._encoder.plain(text, label=f"segment {name!r}"), name)
         if not segment.token_ids:
             raise ApiError(400, "empty_segment", f"the text of segment {name!r} has no tokens", param="content")
         return segment
@@ -80,12 +85,12 @@ class SegmentReader:
         read = [self._read(each, index, tenant) for index, each in enumerate(inputs)]
         pieces = [each.piece for each in read]
         if tail.text:
-            alone = Segment(self._renderer.encode_input("prompt", tail.text))
+            alone = Segment(self._encoder.plain(tail.text, label="the prompt"), tail.name)
             pieces.append(Piece("what follows the segments", tail.text, alone))
         joined = self._joiner.join(pieces, rule)
-        first = Segment(self._renderer.start_ids)
-        rest = Segment(_without(tail.token_ids, first.token_ids))
-        segments = self._engine.read_prompt([first, *joined.segments, rest], is_start=True)
+        first = Segment(self._encoder.start_ids)
+        rest = _without(tail.segments, first.token_ids)
+        segments = self._engine.read_prompt([first, *joined.segments, *rest], is_start=True)
         starts = [0, *joined.ends]
         offset = len(first.token_ids)
         placed = [
@@ -95,7 +100,8 @@ class SegmentReader:
         lifetimes = [
             Lifetime(place.end, each.ttl_s) for each, place in zip(read, placed, strict=True) if each.ttl_s is not None
         ]
-        return PreparedPrompt(segments, tuple(lifetimes), tuple(placed))
+        prompt = PreparedPrompt(segments, tuple(lifetimes), tuple(placed))
+        return prompt.holding(tail.placed, prompt.num_tokens - _num_tokens(tail.segments))
 
     def _read(self, given: SegmentInput, index: int, tenant: str) -> _Read:
         label = f"segments[{index}] ({given.id!r})"
@@ -121,6 +127,12 @@ class SegmentReader:
         return _Read(piece, given.id, digest, None if lasting is None else seconds(lasting))
 
 
-def _without(token_ids: tuple[int, ...], start: tuple[int, ...]) -> tuple[int, ...]:
-    """Tokens without the start tokens that a chat template wrote: they stand before the segments already."""
-    return token_ids[len(start) :] if token_ids[: len(start)] == start else token_ids
+def _without(segments: tuple[Segment, ...], start: tuple[int, ...]) -> tuple[Segment, ...]:
+    """Segments without the start tokens that a chat template wrote: they stand before everything else already."""
+    if not segments or not start or segments[0].token_ids[: len(start)] != start:
+        return segments
+    return (replace(segments[0], token_ids=segments[0].token_ids[len(start) :]), *segments[1:])
+
+
+def _num_tokens(segments: Sequence[Segment]) -> int:
+    return sum(len(segment.token_ids) for segment in segments)

@@ -1,0 +1,160 @@
+"""What moved KV would have cost every reader of a team's exact runs, rung by rung, kept line by line.
+
+A run is gone through in the order in which its agents answered, so a reader's text comes from what ran before it. What
+is measured of a run depends on the model, the rungs and the runs that taught the banks; a file keeps all of it under a
+digest of these, so an interrupted measurement goes on where it was, and with other settings begins anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from eval.tasks.records import RecordFile
+from eval.team_answers import Reading, Run, in_order
+from eval.workload import note
+from kvcomm import Engine
+from kvcomm.align.calibration import Measured, Pair
+from kvcomm.align.ladder import Ladder, Rung
+from kvcomm.align.readers import Reader, reader_of
+from kvcomm.errors import InvalidRequest
+from kvcomm.reuse.decision import Rungs
+from kvcomm.reuse.replay import Outcome
+
+WORST = 1e6
+"""Nats that are written down where a divergence is not finite."""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One reader's prompt, replayed at every rung.
+
+    Attributes:
+        num_moved: tokens that were moved before a rung computed some of them.
+        outcomes: by rung; those that could be measured.
+    """
+
+    agent: str
+    reader: Reader
+    num_moved: int
+    outcomes: Mapping[Rung, Outcome]
+
+    def along(self, ladder: Ladder) -> Rungs:
+        """What the rungs of a ladder gave, in its order."""
+        return Rungs(self.num_moved, [self.outcomes[rung] for rung in ladder])
+
+    @property
+    def pair(self) -> Pair:
+        """As an example to calibrate on."""
+        return Pair(
+            {rung: Measured(each.divergence, each.residual) for rung, each in self.outcomes.items()},
+            {rung.estimator: each.distance for rung, each in self.outcomes.items()},
+        )
+
+
+ByAgent = Mapping[str, Sequence[Replayed]]
+"""Agent -> what was measured of its prompts, run by run."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A line of the file: one run under one digest.
+
+    Attributes:
+        agents: name -> (tokens moved, outcomes in the order of the rungs).
+    """
+
+    digest: str
+    agents: dict[str, Any]
+
+    @classmethod
+    def of(cls, digest: str, found: Sequence[Replayed]) -> Self:
+        """The line of a run."""
+        return cls(digest, {each.agent: (each.num_moved, list(each.outcomes.values())) for each in found})
+
+    def replayed(self, run: Run, rungs: Sequence[Rung]) -> list[Replayed]:
+        """What was measured of the run, at these rungs."""
+        return [
+            Replayed(
+                agent,
+                reader_of(run[agent].prompt),
+                num_moved,
+                {rung: Outcome(*values) for rung, values in zip(rungs, outcomes, strict=True)},
+            )
+            for agent, (num_moved, outcomes) in self.agents.items()
+        ]
+
+
+class OutcomeFile:
+    """Outcomes of runs, measured once. One set of rungs, and banks that certain runs have taught."""
+
+    def __init__(self, file: Path, engine: Engine, rungs: Sequence[Rung], teaching: Sequence[Run]) -> None:
+        """Raises InvalidRequest where the file is there and cannot be read."""
+        self._file = RecordFile(file, lambda value: Kept(**value))
+        self._engine = engine
+        self._rungs = tuple(rungs)
+        taught = [_content(run) for run in teaching]
+        self._setting = json.dumps([engine.namespace(), list(map(str, rungs)), taught])
+        self._known = {each.digest: each for each in self._file.read()}
+
+    def is_whole(self, runs: Sequence[Run]) -> bool:
+        """Whether nothing is left to measure of some runs."""
+        return all(self._digest(run) in self._known for run in runs)
+
+    def measure(self, runs: Sequence[Run], what: str) -> dict[str, list[Replayed]]:
+        """What each rung gave for every reader of the runs; what is not known is measured now, run by run.
+
+        Args:
+            what: for people, what the runs are for.
+        """
+        found: dict[str, list[Replayed]] = {}
+        for index, run in enumerate(runs):
+            digest = self._digest(run)
+            if digest not in self._known:
+                note(f"{what}: question {index + 1} of {len(runs)}")
+                self._known[digest] = Kept.of(digest, self._measure(run))
+                self._file.add([self._known[digest]])
+            for each in self._known[digest].replayed(run, self._rungs):
+                found.setdefault(each.agent, []).append(each)
+        return found
+
+    def _measure(self, run: Run) -> list[Replayed]:
+        found = []
+        for agent, reading in in_order(self._engine, run):
+            try:
+                outcomes = self._engine.measure(reading.prompt, reading.answer, self._rungs).result()
+            except InvalidRequest as error:
+                note(f"agent {agent} is left out here: {error}")
+                continue
+            if outcomes:
+                by_rung = {
+                    rung: outcome._replace(divergence=min(outcome.divergence, WORST))
+                    for rung, outcome in zip(self._rungs, outcomes, strict=True)
+                }
+                found.append(Replayed(agent, reader_of(reading.prompt), num_moved(reading, by_rung), by_rung))
+        return found
+
+    def _digest(self, run: Run) -> str:
+        return hashlib.sha256(f"{self._setting}{_content(run)}".encode()).hexdigest()
+
+
+def num_moved(reading: Reading, outcomes: Mapping[Rung, Outcome]) -> int:
+    """Tokens of a prompt that were moved: all of its slots, or fewer where a segment had no source.
+
+    A rung takes its share of the moved tokens, rounded down, so none of those that it left can have been more.
+    """
+    limits = [int((outcome.num_recomputed + 1) / rung.share - 1e-9) for rung, outcome in outcomes.items() if rung.share]
+    return min([reading.num_movable, *limits])
+
+
+def _content(run: Run) -> str:
+    """Everything that was read and written."""
+    values = {
+        name: [[(each.name, each.token_ids) for each in reading.prompt], reading.answer]
+        for name, reading in run.items()
+    }
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

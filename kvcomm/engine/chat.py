@@ -1,0 +1,393 @@
+"""From messages to the segments of a prompt.
+
+The model's chat template is rendered with stand-ins in place of every text that is not its own, and cut at them: so
+what the template writes keeps its exact form, and every text is a segment that is tokenized on its own, with the same
+ids wherever it stands. What a part of a message is, is decided by one rule: the strings of system messages and
+`Static` are the template, the same in every request; other strings are their turn's own text; segments and named parts
+are passages.
+
+Always holds: the prompt reads exactly as the chat template writes these messages (it is rendered a second time, with
+the texts in place, and compared), and control tokens that somebody's text spells out are ordinary text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
+
+from kvcomm import values
+from kvcomm.engine.encoding import TextEncoder
+from kvcomm.engine.marks import Marks
+from kvcomm.engine.prompts import PromptReader
+from kvcomm.engine.token_texts import TokenTexts
+from kvcomm.errors import InvalidRequest, TemplateError
+from kvcomm.memory.segments import Segment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PASSAGE, TEXT = "passage", "text"
+"""Names of passages that bring none, and of turns' own texts."""
+
+ROLES = {"developer": "system"}
+"""Roles that chat templates know by an older name."""
+
+PART_FIELDS = ("type", "text", "name", "dynamic")
+
+
+@dataclass(frozen=True)
+class Static:
+    """Text that is the same in every prompt of its kind: it is a part of the template."""
+
+    text: str
+
+
+Part: TypeAlias = str | Static | Segment | Mapping[str, object]
+"""What stands in a message: see `Engine.chat_prompt`."""
+
+Messages: TypeAlias = Sequence[Mapping[str, Any]]
+"""Dicts with "role", "content" (a part or a list of them), and what else a chat template looks at."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A text in a message that becomes a segment of its own.
+
+    Attributes:
+        label: what errors call it.
+        shown: the text with control tokens hidden.
+        name: of its segment.
+        segment: ready made, to be taken as it is or not at all; None: the turn's own text, which the chat template may
+            trim or shorten.
+    """
+
+    label: str
+    shown: str
+    name: str
+    segment: Segment | None = None
+
+
+class Message(NamedTuple):
+    """A message as it will be rendered.
+
+    Attributes:
+        fields: all but the content, control tokens hidden.
+        parts: of its content; strings are static text with control tokens hidden.
+    """
+
+    fields: Mapping[str, Any]
+    parts: tuple[str | Placed, ...]
+
+    def with_marks(self, marks: Marks[Placed]) -> dict[str, Any]:
+        """For the chat template, with stand-ins for what is placed."""
+        return self._with("".join(part if isinstance(part, str) else marks.open(part) for part in self.parts))
+
+    def with_texts(self) -> dict[str, Any]:
+        """The same with the texts themselves."""
+        return self._with("".join(part if isinstance(part, str) else part.shown for part in self.parts))
+
+    def _with(self, content: str) -> dict[str, Any]:
+        return {"role": self.fields["role"], "content": content, **self.fields}
+
+
+class Rendered(NamedTuple):
+    """What a chat template writes.
+
+    Attributes:
+        text: with stand-ins for what is placed.
+        whole: with the texts themselves; control tokens are hidden in both.
+        messages: as the template saw them for `text`.
+    """
+
+    text: str
+    whole: str
+    messages: list[dict[str, Any]]
+
+
+class ChatTemplate:
+    """The chat template of a model. Safe to use from several threads."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def exists(self) -> bool:
+        """Whether the model has one."""
+        return bool(self._tokenizer.chat_template)
+
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Any = None,
+        variables: Mapping[str, Any] | None = None,
+        speaks: bool = True,
+    ) -> str:
+        """A conversation as the template writes it; `speaks` puts the beginning of an answer behind it.
+
+        Raises:
+            TemplateError: the template rejects the conversation; the cause is the template's own error.
+        """
+        from jinja2 import TemplateError as Rejected
+
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages), tools=tools, tokenize=False, add_generation_prompt=speaks, **(variables or {})
+            )
+        except Rejected as error:
+            raise TemplateError(f"the model's chat template rejects these messages: {error}") from error
+        return cast("str", text)
+
+    def render_parts(
+        self,
+        marks: Marks[Placed],
+        messages: Sequence[Message],
+        *,
+        before: Sequence[dict[str, Any]] = (),
+        tools: Any = None,
+        variables: Mapping[str, Any] | None = None,
+        speaks: bool = True,
+    ) -> Rendered:
+        """Messages behind those of `before`, which are as the template saw them then; raises as `render`."""
+
+        def render(shown: list[dict[str, Any]]) -> str:
+            return self.render(shown, tools=tools, variables=variables, speaks=speaks)
+
+        marked = [*before, *(message.with_marks(marks) for message in messages)]
+        text = render(marked)
+        whole = render([*before, *(message.with_texts() for message in messages)]) if marks.slots else text
+        return Rendered(text, whole, marked)
+
+    @property
+    def takes_system(self) -> bool:
+        """Whether the template neither refuses nor silently drops a system message."""
+        return self._probed is not None and "SYSTEMTEXT" in self._probed
+
+    @property
+    def drops_system(self) -> bool:
+        """Whether it does the latter."""
+        return self._probed is not None and "SYSTEMTEXT" not in self._probed
+
+    @cached_property
+    def _probed(self) -> str | None:
+        try:
+            return self.render([{"role": "system", "content": "SYSTEMTEXT"}, {"role": "user", "content": "USERTEXT"}])
+        except TemplateError:
+            return None
+
+
+def pieces_of(marks: Marks[Placed], text: str, whole: str) -> list[str | Placed]:
+    """Rendered text in turn with what is placed in it; all of it together is `whole`.
+
+    Args:
+        text, whole: as in `Rendered`, or the end of both.
+
+    Raises:
+        TemplateError: the chat template drops, repeats, moves or changes a text that may only be taken as it is.
+    """
+    pieces = marks.cut(text, lambda placed: placed.label)
+    if not marks.slots:
+        return pieces
+    found: list[str | Placed] = []
+    at, label = 0, "messages"
+    for index, piece in enumerate(pieces):
+        behind = next(map(_shown, pieces[index + 1 : index + 2]), None)
+        written = _shown(piece)
+        if isinstance(piece, Placed):
+            label = piece.label
+            if piece.segment is None:  # a turn's own text: whatever the template makes of it
+                written = _written(written, behind, whole, at)
+                piece = Placed(label, written, piece.name)
+        if not whole.startswith(written, at):
+            raise _changed(label)
+        at += len(written)
+        found += [piece] if written or (isinstance(piece, Placed) and piece.segment is not None) else []
+    if at != len(whole):
+        raise _changed(label)
+    return found
+
+
+def _written(shown: str, behind: str | None, whole: str, at: int) -> str:
+    """What stands for a text at that place of the whole, in front of what is behind it."""
+    if behind is None:
+        return whole[at:]
+    if whole.startswith(shown + behind, at):
+        return shown
+    end = whole.find(behind, at)
+    return whole[at:] if end < 0 else whole[at:end]
+
+
+def _shown(piece: str | Placed) -> str:
+    return piece if isinstance(piece, str) else piece.shown
+
+
+def _changed(label: str) -> TemplateError:
+    return TemplateError(
+        f"{label}: the chat template writes it differently there, and it has to stay as it is; take white space from "
+        "its ends, or put other text around it"
+    )
+
+
+Tokens: TypeAlias = Callable[[str], tuple[int, ...]]
+
+
+def rendered_ids(encoder: TextEncoder, marks: Marks[Any], text: str, tokens: Tokens | None = None) -> tuple[int, ...]:
+    """Token ids of rendered text: its control tokens are real, hidden ones ordinary text.
+
+    Args:
+        tokens: tokenizes text without hidden ones; None: the encoder.
+
+    Raises:
+        InvalidRequest: the tokenizer cannot take a hidden one as ordinary text.
+    """
+    ids: list[int] = []
+    for piece, control in marks.split(text):
+        ids += (tokens or encoder.piece)(piece)
+        if control is not None:
+            ids += encoder.plain(control, label="a message")
+    return tuple(ids)
+
+
+def segments_of(
+    encoder: TextEncoder, marks: Marks[Placed], pieces: Sequence[str | Placed], tokens: Tokens | None = None
+) -> Iterator[Segment]:
+    """A segment for each piece; see `rendered_ids`. Static ones have no name."""
+    for piece in pieces:
+        if isinstance(piece, str):
+            yield Segment(rendered_ids(encoder, marks, piece, tokens))
+        elif piece.segment is None:
+            yield Segment(rendered_ids(encoder, marks, piece.shown, tokens), piece.name)
+        else:
+            yield piece.segment
+
+
+class ChatPrompts:
+    """Reads conversations for one model. Safe to use from several threads."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder, reader: PromptReader, texts: TokenTexts
+    ) -> None:
+        self._template = ChatTemplate(tokenizer)
+        self._encoder = encoder
+        self._reader = reader
+        self._texts = texts
+
+    def segments(
+        self,
+        messages: Messages,
+        *,
+        tools: Iterable[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> tuple[Segment, ...]:
+        """The segments of a conversation; see `Engine.chat_prompt`.
+
+        Raises:
+            TemplateError: the model has no chat template, or this one rejects, drops, repeats, moves or changes
+                something; names the message and the part.
+            InvalidRequest: messages that are none; names what is wrong where.
+        """
+        if not self._template.exists:
+            raise TemplateError("this model has no chat template; give generate() a text or segments of your own")
+        marks: Marks[Placed] = Marks(self._encoder.control_pattern, in_answers=self._encoder.answer_pattern)
+        given = values.items("messages", messages, "a list of messages")
+        read = [self._message(marks, message, f"messages[{index}]") for index, message in enumerate(given)]
+        rendered = self._template.render_parts(
+            marks,
+            read,
+            tools=None if tools is None else marks.hide(list(tools)),
+            variables=variables,
+            speaks=values.truth_value("add_generation_prompt", add_generation_prompt),
+        )
+        if self._template.drops_system and any(each.parts and each.fields["role"] == "system" for each in read):
+            raise TemplateError("the chat template drops system messages; put their text into the first user message")
+        pieces = pieces_of(marks, rendered.text, rendered.whole)
+        return tuple(segments_of(self._encoder, marks, pieces))
+
+    def _message(self, marks: Marks[Placed], message: object, label: str) -> Message:
+        if not isinstance(message, Mapping):
+            raise InvalidRequest(
+                f"{label} must be a message such as {{'role': 'user', 'content': 'hello'}}, not {values.told(message)}"
+            )
+        role = values.text(f"{label}['role']", message.get("role"))
+        role = ROLES.get(role, role)
+        others = {str(name): value for name, value in message.items() if name not in ("role", "content")}
+        parts = self._parts(marks, message.get("content"), role, f"{label}['content']")
+        return Message({"role": role, **marks.hide(others)}, parts)
+
+    def _parts(self, marks: Marks[Placed], content: object, role: str, label: str) -> tuple[str | Placed, ...]:
+        if content is None:
+            return ()
+        if isinstance(content, str | Static | Segment | Mapping):
+            items: Sequence[object] = (content,)
+        else:
+            items = values.items(label, content, "a text, a Segment, or a list of such parts")
+        one = len(items) == 1
+        parts = [
+            self._part(marks, item, role, label if one else f"{label}[{index}]") for index, item in enumerate(items)
+        ]
+        return joined(parts)
+
+    def _part(self, marks: Marks[Placed], part: object, role: str, label: str) -> str | Placed:
+        if isinstance(part, Static):
+            return marks.hide_text(values.text(f"the text of {label}", part.text), role)
+        if isinstance(part, Segment):
+            return self._passage(marks, part, role, label)
+        if isinstance(part, Mapping):
+            text, name = _named_text(part, label)
+        elif isinstance(part, str):
+            text, name = values.text(label, part), None
+        else:
+            raise InvalidRequest(
+                f"{label} must be a text, Static(text), a Segment or {{'type': 'text', 'text': ...}}, not "
+                f"{values.told(part)}"
+            )
+        return placed_text(self._encoder, marks, text, role, name, label)
+
+    def _passage(self, marks: Marks[Placed], given: Segment, role: str, label: str) -> Placed:
+        given = self._reader.checked(given)
+        if role != "assistant":
+            self._encoder.require_ordinary(given.token_ids, label=label)
+        name = PASSAGE if given.name is None else given.name
+        shown = marks.hide_text(self._texts.behind(given.token_ids), role)
+        return Placed(label, shown, name, Segment(given.token_ids, name))
+
+
+def placed_text(
+    encoder: TextEncoder, marks: Marks[Placed], text: str, role: str, name: str | None, label: str
+) -> str | Placed:
+    """A text in a message by the one rule: with a name a passage, in system messages static, else the turn's own."""
+    shown = marks.hide_text(text, role)
+    if name is not None:
+        return Placed(label, shown, name, Segment(encoder.plain(text, label=label), name))
+    return shown if role == "system" else Placed(label, shown, TEXT)
+
+
+def joined(parts: Sequence[str | Placed]) -> tuple[str | Placed, ...]:
+    """Parts without empty ones; a turn's own texts that touch are one."""
+    found: list[str | Placed] = []
+    for part in parts:
+        last = found[-1] if found else None
+        if not _shown(part) and (isinstance(part, str) or part.segment is None or not part.segment.token_ids):
+            continue
+        if isinstance(part, Placed) and isinstance(last, Placed) and part.segment is None is last.segment:
+            found[-1] = Placed(last.label, last.shown + part.shown, last.name)
+        else:
+            found.append(part)
+    return tuple(found)
+
+
+def _named_text(part: Mapping[Any, object], label: str) -> tuple[str, str | None]:
+    """Text and name of a part as OpenAI has it, with what is added here: name, dynamic."""
+    unknown = [name for name in part if name not in PART_FIELDS]
+    if unknown:
+        raise InvalidRequest(f"{label} has the unknown field {unknown[0]!r}; there are {', '.join(PART_FIELDS)}")
+    if part.get("type") != "text":
+        raise InvalidRequest(f"{label} must be of type 'text', not {values.shown(part.get('type'))}")
+    text = values.text(f"{label}['text']", part.get("text"))
+    name, dynamic = part.get("name"), part.get("dynamic")
+    checked = None if name is None else values.text(f"{label}['name']", name)
+    is_dynamic = name is not None if dynamic is None else values.truth_value(f"{label}['dynamic']", dynamic)
+    return text, (checked or PASSAGE) if is_dynamic else None
