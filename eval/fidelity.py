@@ -22,7 +22,7 @@ from pathlib import Path
 from eval.bound import BOUNDS, bound_figures
 from eval.data_files import rows_of
 from eval.figures import Figure, Report
-from eval.plans import best_plan, judge
+from eval.plans import alike, best_plan, judge
 from eval.replayed import ByAgent, OutcomeFile
 from eval.shift import shift_figures, shift_texts
 from eval.team_answers import Run, in_order, team_runs
@@ -202,11 +202,11 @@ def _best_plan(calibrated: ByAgent, tested: ByAgent) -> list[Figure]:
     """
     if unknown := tested.keys() - calibrated.keys():
         raise ValueError(f"nothing calibrates agent {min(unknown)!r}; give more --calibration")
-    rotate, _ = judge(tested, dict.fromkeys(tested, ROTATE))
+    rotate, _ = judge(tested, alike(tested, ROTATE))
     plan = best_plan(calibrated, PLANNED, BEST)
-    alike = min(
+    one = min(
         (each for each in PLANNED if each.share <= BEST),
-        key=lambda rung: judge(calibrated, dict.fromkeys(calibrated, rung))[0],
+        key=lambda rung: judge(calibrated, alike(calibrated, rung))[0],
     )
     divergence, computed = judge(tested, plan)
     for agent, rung in plan.items():
@@ -214,7 +214,7 @@ def _best_plan(calibrated: ByAgent, tested: ByAgent) -> list[Figure]:
     return [
         _figure("best25_over_rotate", divergence / rotate),
         _figure("best25_computed", computed, "share"),
-        _figure("best25_alike_over_rotate", judge(tested, dict.fromkeys(tested, alike))[0] / rotate),
+        _figure("best25_alike_over_rotate", judge(tested, alike(tested, one))[0] / rotate),
         *(_figure(f"best25 {agent}: {rung}", rung.share, "share") for agent, rung in plan.items()),
     ]
 

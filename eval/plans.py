@@ -60,6 +60,11 @@ def best_plan(measured: ByAgent, rungs: Sequence[Rung], max_share: float) -> Pla
     return min(partial, key=lambda each: each.cost.divergence).plan
 
 
+def alike(measured: ByAgent, rung: Rung) -> Plan:
+    """The plan of one rung for all."""
+    return dict.fromkeys(measured, rung)
+
+
 def cost_of(prompts: Sequence[Replayed], rung: Rung) -> Cost:
     """Of one agent's prompts at a rung."""
     outcomes = [each.outcomes[rung] for each in prompts]

@@ -10,8 +10,8 @@ from eval.data_files import rows_of
 from eval.figures import Figure
 from eval.workload import note
 from kvcomm import Engine, ReusePolicy
+from kvcomm.agents.example_runs import run_all
 from kvcomm.agents.team import load_team
-from kvcomm.agents.warming import run_all
 from kvcomm.align.ladder import CORRECTED
 from kvcomm.errors import InvalidRequest
 from kvcomm.reuse.plan import Reason

@@ -16,8 +16,9 @@ from typing import Any
 from eval.data_files import rows_of
 from eval.workload import note
 from kvcomm import Engine, ReusePolicy
+from kvcomm.agents.example_runs import publish, run_all
+from kvcomm.agents.results import GroupResult
 from kvcomm.agents.team import load_team
-from kvcomm.agents.warming import publish, run_all
 from kvcomm.memory.segments import Segment
 
 BATCH = 16
@@ -30,6 +31,11 @@ class Reading:
 
     prompt: tuple[Segment, ...]
     answer: tuple[int, ...]
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Names of its slots; those of agents are what they answered."""
+        return frozenset(segment.name for segment in self.prompt if segment.name is not None)
 
     @property
     def num_movable(self) -> int:
@@ -57,17 +63,31 @@ def team_runs(engine: Engine, team: str, questions: Sequence[str], file: Path | 
     return [known[question] for question in questions]
 
 
+def run_of(result: GroupResult) -> Run:
+    """What the agents of a group's run read and answered, in its last round."""
+    return {name: Reading(result[name].prompt, result[name].token_ids) for name in result}
+
+
 def in_order(engine: Engine, run: Run) -> Iterator[tuple[str, Reading]]:
     """Every agent that reads others and has answered, each as long as the cache holds what ran before it and no more.
 
-    Begins with an empty cache and ends with one.
+    Whoever reads others comes after them, wherever it stands in the team. Begins with an empty cache, ends with one.
     """
     engine.clear_cache()
-    for index, (name, reading) in enumerate(run.items()):
+    for index, (name, reading) in enumerate(_ordered(run)):
         if index and reading.answer and reading.num_movable:
             yield name, reading
         publish(engine, [(reading.prompt, reading.answer)])
     engine.clear_cache()
+
+
+def _ordered(run: Run) -> Iterator[tuple[str, Reading]]:
+    """As a team answers: in its order, but nobody before those whose answers stand in its prompt."""
+    left = dict(run)
+    while left:
+        free = (name for name, reading in left.items() if not reading.reads & left.keys() - {name})
+        name = next(free, next(iter(left)))  # in a ring somebody begins
+        yield name, left.pop(name)
 
 
 def _answer(engine: Engine, team: str, questions: Sequence[str]) -> list[Run]:
@@ -75,7 +95,7 @@ def _answer(engine: Engine, team: str, questions: Sequence[str]) -> list[Run]:
     group = chosen.group(engine, policy=ReusePolicy.exact())
     results = run_all(group, [{"question": question} for question in questions], chosen)
     engine.clear_cache()
-    return [{name: Reading(result[name].prompt, result[name].token_ids) for name in result} for result in results]
+    return [run_of(result) for result in results]
 
 
 def _line(question: str, run: Run) -> str:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from kvcomm.agents.example_runs import examples
 from kvcomm.agents.team import load_team
 from kvcomm.agents.tuning.answers import KeptRun
 from kvcomm.agents.tuning.plan import KeptCosts
@@ -25,7 +26,6 @@ from kvcomm.agents.tuning.profile import read_profile
 from kvcomm.agents.tuning.replays import KeptOutcomes
 from kvcomm.agents.tuning.rows import read_rows
 from kvcomm.agents.tuning.state import claim, read_kept
-from kvcomm.agents.example_runs import examples
 from kvcomm.align.archive import export_archive, import_archive
 from kvcomm.align.bank_file import load_bank, read_bank_header, save_bank
 from kvcomm.align.prior import read_prior, write_prior

@@ -53,6 +53,7 @@ class Served:
         number: from 1 on.
         seconds: from asking to the last answer, learning that came in between included.
         learning_s: of them spent on learning.
+        num_pairs: that all readers had after it.
         calls: of the agents, in the order in which they were made.
     """
 
@@ -60,6 +61,7 @@ class Served:
     seconds: float
     learning_s: float
     calls: tuple[Call, ...]
+    num_pairs: int = 0
 
     @property
     def moves(self) -> bool:

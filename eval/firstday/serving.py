@@ -130,7 +130,8 @@ class Server:
                 finally:
                     self._here.release()
                 waited_s = held_s - answered_s
-                yield Served(number, held_s - began_s, learned_s - before_s, calls)
+                num_pairs = sum(len(standing.pairs) for standing in self._engine.readers())
+                yield Served(number, held_s - began_s, learned_s - before_s, calls, num_pairs)
 
     def _calls(self, results: Mapping[str, AgentResult], waited_s: float) -> tuple[Call, ...]:
         """What became of every agent's call, held against the twin's, wave by wave.

@@ -22,8 +22,8 @@ from eval.tasks.rows import chosen, load_rows
 from eval.tasks.task import Task
 from eval.tasks.topology import wire
 from kvcomm import Agent, Engine, SamplingParams
-from kvcomm.agents.team import Team, load_team
 from kvcomm.agents.example_runs import limited
+from kvcomm.agents.team import Team, load_team
 from kvcomm.errors import InvalidRequest
 
 MAX_PROMPT = 1200

@@ -62,7 +62,7 @@ class Mode(NamedTuple):
     def describe(self) -> dict[str, Any]:
         """For reports."""
         if self.rung is not None:
-            return {"served by": "engine", "rung": str(self.rung)}
+            return {"served by": "engine", **vars(self.rung)}
         if not self.policy.is_exact:
             return {"served by": "engine", **vars(self.policy), "rungs": list(map(str, self.policy.rungs))}
         described = {

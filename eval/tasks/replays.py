@@ -158,7 +158,7 @@ def _pairs(engine: Engine, reader: str, level: Level) -> Sequence[Pair]:
     if level is Level.POOL:
         return book.pool(namespace)
     if level is Level.PRIOR:
-        return book.prior
+        return tuple(book.prior)
     standing = book.find(namespace, reader)
     return () if standing is None else tuple(standing.pairs)
 

@@ -9,10 +9,10 @@ whatever would end them. Stock is given the very prompts, as token ids, that a r
 exact rehearsal's. Both are 1 in float32; in bfloat16 even another batch can change an answer and what others read then,
 though not how long it is.
 
-A folder of --anchors that is not there yet is learned on the questions behind those that are measured. A quarter of
-these is answered on moved KV, so that agents who read such answers are calibrated, too; for (0.05, 0.05) about a
-hundred are needed until they are (`--calibration 100`). Until then, and for what else the bound forbids, text is
-computed: the reasons are among the figures.
+A folder of --anchors that is not there yet is learned on the questions behind those that are measured, --warm and
+--calibration together: the team warms up on them. A quarter of the latter is answered under the bound itself, so that
+what audits find of agents who read answers given on moved KV counts, too. What the bound forbids is computed: the
+reasons are among the figures.
 
 One question at a time, each unknown to the cache, role prompts known as in a team at work; stock and kvcomm take turns
 in one process, each going first every other time. `batched` lets several questions into one engine at once, against the
@@ -37,9 +37,9 @@ from eval.ttft.team import tokens_of
 from eval.workload import note, settings
 from kvcomm import Engine, KVCommAgentGroup, ReusePolicy, SamplingParams
 from kvcomm.agents.comparison import read_roles
+from kvcomm.agents.example_runs import BATCH, examples, run_all
 from kvcomm.agents.results import AgentResult, GroupResult
 from kvcomm.agents.team import Team, load_team
-from kvcomm.agents.example_runs import BATCH, examples, run_all, warm_up
 from kvcomm.errors import InvalidRequest
 from kvcomm.lab.timings import Samples, TakeTokens
 
@@ -135,7 +135,7 @@ def _questions(team: Team, engine: Engine, options: Namespace) -> tuple[list[dic
     """Inputs to measure on, and those behind them to earn approximation with."""
     num_others = 0
     if options.anchors is not None and not options.anchors.exists():
-        num_others = options.warm + engine.config.contest_prompts + options.calibration
+        num_others = options.warm + options.calibration
     every = examples(team, options.questions)
     if len(every) < options.repeats + num_others:
         raise InvalidRequest(
@@ -149,9 +149,17 @@ def _earn(engine: Engine, team: Team, others: Sequence[Inputs], policy: ReusePol
     """Take what was learned from the folder, or learn and keep it there."""
     if options.anchors.exists():
         profile = engine.load_anchors(options.anchors)
-        note(f"anchors and calibration of {len(profile.groups)} edge groups taken from {options.anchors}")
+        note(f"anchors and pairs of {len(profile.knowledge.readers)} readers taken from {options.anchors}")
         return
-    warm_up(engine, team, others, policy, num_anchors=options.warm, note=note)
+    num_exact = options.warm + -(-3 * options.calibration // 4)
+    note(f"learning from {num_exact} questions")
+    group = team.group(engine, policy=policy)
+    rows = [{**team.inputs, **each} for each in others[:num_exact]]
+    group.warm(rows, rounds=team.rounds, progress=True)
+    run_all(group, others[num_exact:], team, note)
+    note("learning in idle time")
+    engine.wait_idle()
+    engine.clear_cache()
     engine.save_anchors(options.anchors)
 
 

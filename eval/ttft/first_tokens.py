@@ -2,7 +2,7 @@
 
 `dense`: transformers' own forward over the whole prompt. `exact`: kvcomm with exact reuse only; its role is all that a
 prompt shares with earlier ones. `kvcomm`: everything but roles and glue moved, corrected by banks that were taught
-before, with no bound (`Variant`), so that shapes need no calibration: these are times and say nothing of divergences;
+before, with no bound (`MOVED`), so that shapes need no calibration: these are times and say nothing of divergences;
 `--setting paper` and `eval.fidelity` measure those. The engine is timed as its callers see it, from submission to the
 first token. Dense goes first in every other case. The exact request comes after the moved one, since it leaves in the
 cache what the next agents move; nothing of a moved prompt enters the cache but its role, which was there before. The
@@ -20,14 +20,14 @@ from eval.ttft.grid import Row
 from eval.ttft.team import ONE_TOKEN, Team, Texts, num_slot_tokens, tokens_of
 from eval.workload import note
 from kvcomm import ReusePolicy
+from kvcomm.align.ladder import Rung
 from kvcomm.lab.timings import Samples
-from kvcomm.lab.variant import Variant
 
 WAYS = ("dense", "exact", "kvcomm")
 COLUMNS = ("agent", "prompt tokens", *(f"{way} s" for way in WAYS), "dense/exact", "dense/kvcomm")
 """Of the rows that `FirstTokens.rows` gives."""
 
-MOVED = Variant("token")
+MOVED = Rung("token")
 
 
 @dataclass
@@ -99,7 +99,7 @@ def _agent(team: Team, stock: Stock, texts: Texts, agent: int, found: FirstToken
     seconds = {}
     if dense_first:
         seconds["dense"] = stock.prefill_s(tokens, use_cache=True)
-    moved = team.engine.generate(prompt, ONE_TOKEN, policy=exact, variant=MOVED).usage
+    moved = team.engine.generate(prompt, ONE_TOKEN, policy=exact, rung=MOVED).usage
     seconds["kvcomm"] = moved.ttft_s
     if not agent:
         team.restart()  # nothing was moved, so the prompt is cached now

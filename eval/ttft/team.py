@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from eval.workload import note
-from kvcomm import Engine, ReusePolicy, SamplingParams
+from kvcomm import Engine, SamplingParams
 from kvcomm.agents.example_runs import publish
 from kvcomm.engine.handle import RequestHandle
-from kvcomm.engine.request import NUM_CONTINUATION
 from kvcomm.errors import InvalidRequest
 from kvcomm.lab.timings import TakeTokens
 from kvcomm.memory.segments import Segment
+from kvcomm.reuse.policy import ReusePolicy
+from kvcomm.reuse.replay import NUM_CONTINUATION
 
 ONE_TOKEN = SamplingParams(max_new_tokens=1, ignore_eos=True)
 
@@ -79,22 +80,21 @@ class Team:
         """Teach the banks one run."""
         texts = self.texts()
         for agent in self.agents:
-            self.publish(agent, texts)
             if agent:
                 self.engine.learn(self.prompt(agent, texts)).result()
+            self.publish(agent, texts)
         self.restart()
 
     def calibrate(self, policy: ReusePolicy) -> None:
-        """Let one run take part in what the agents' groups are at."""
+        """Measure one run at a policy's rungs: a pair for every reader. Each sees what ran before it and no more."""
         texts = self.texts()
-        for agent in self.agents:
-            self.publish(agent, texts)
         prompts = [self.prompt(agent, texts) for agent in self.agents]
         answers = [answer.result().token_ids for answer in [self._answer(prompt) for prompt in prompts[1:]]]
-        for agent, answer in enumerate(answers, start=1):
-            group = self.engine.calibrate(prompts[agent], answer, policy).result()
-            if group is None:
+        self.restart()
+        for agent in self.agents:
+            if agent and self.engine.calibrate(prompts[agent], answers[agent - 1], policy).result() is None:
                 raise InvalidRequest(f"nothing of agent {agent + 1}'s prompt can be moved")
+            self.publish(agent, texts)
         self.restart()
 
     def continuation(self, prompt: Sequence[Segment]) -> tuple[int, ...]:

@@ -7,11 +7,11 @@ from itertools import count
 import pytest
 import torch
 
-from eval.baselines.methods import METHODS
 from eval.baselines.stock import StockServer
 from eval.tasks.modes import DENSE, KVCOMM, MODES, make_modes
 from kvcomm import ReusePolicy
 from kvcomm.errors import InvalidRequest
+from kvcomm.lab.methods import METHODS
 from kvcomm.memory.segments import Segment
 from tests.tiny import TinyModel, tiny_model
 

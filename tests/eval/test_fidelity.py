@@ -19,7 +19,7 @@ from eval.bound import bound_figures
 from eval.plans import best_plan, judge
 from eval.replayed import Replayed, num_moved
 from eval.shift import shift_texts
-from eval.team_answers import Reading
+from eval.team_answers import Reading, in_order
 from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import Calibration, Measured, Pair
 from kvcomm.align.ladder import Rung
@@ -29,6 +29,7 @@ from kvcomm.engine.engine import Engine
 from kvcomm.memory.segments import Segment
 from kvcomm.reuse.decision import Rungs
 from kvcomm.reuse.replay import Outcome
+from tests.tiny import tiny_model
 
 TEAM = """
 name = "tiny"
@@ -260,3 +261,16 @@ def test_texts_are_found_by_field_and_cut(tmp_path: Path) -> None:
 def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert fidelity.main([*arguments, f"--data={tmp_path / 'missing.jsonl'}"]) == 1
     assert "missing.jsonl" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_who_reads_others_comes_after_them() -> None:
+    tiny = tiny_model()
+
+    def reading(*slots: str) -> Reading:
+        return Reading((Segment((1, 2)), *(Segment(tuple(range(5, 60)), slot) for slot in slots)), (7, 8))
+
+    run = {"last": reading("q", "one", "two"), "one": reading("q"), "two": reading("q", "one")}
+    with Engine(tiny.model, tiny.tokenizer) as engine:
+        assert [name for name, _ in in_order(engine, run)] == ["two", "last"]  # the first of all has nothing to move
+        ring = {"one": reading("two"), "two": reading("one")}
+        assert [name for name, _ in in_order(engine, ring)] == ["two"]

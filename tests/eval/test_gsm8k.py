@@ -41,7 +41,7 @@ name = "last"
 system = "Say who is right."
 prompt = "{question}\\n\\nWhat is the answer?"
 """
-NUM_TRAIN = 18
+NUM_TRAIN = 14
 
 
 def rows(stem: str, count: int) -> str:
@@ -221,7 +221,7 @@ class Interrupted:
         (answering.AnsweringTeam, "_answers", 3),  # of the questions to learn from
         (answering.AnsweringTeam, "_answers", 4 + 10),
         (answering.AnsweringTeam, "_answers", NUM_TRAIN + 3),  # in the dense run
-        (teaching.Lesson, "calibrate", 3),
+        (teaching.Lesson, "read", 3),
         (serving, "_serve_question", 3),
         (timing, "_time_team", 6),
         (replays, "_replayed", 2),

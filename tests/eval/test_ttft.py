@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from eval.ttft import __main__ as ttft
-from kvcomm.align.profile_file import GROUPS_FILE
+from kvcomm.align.profile_file import READERS_FILE
 from kvcomm.reuse.cost import ReuseCost
 
 SIZES = {"agents": 3, "role-tokens": 16, "question-tokens": 48, "output-tokens": 32, "warm": 3, "calibration": 19}
@@ -32,10 +32,10 @@ def generous(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_calibrated_team(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = figures(tiny_folder, tmp_path, capsys)
-    assert (tmp_path / "anchors" / GROUPS_FILE).exists()
-    assert "calibration: text 1 of 27" in first["notes"]
+    assert (tmp_path / "anchors" / READERS_FILE).exists()
+    assert "calibration: text 1 of 19" in first["notes"]
     again = figures(tiny_folder, tmp_path, capsys)
-    assert "of 2 edge groups taken from" in again["notes"]
+    assert "of 2 readers taken from" in again["notes"]
     assert "calibration: text" not in again["notes"]
     for values in (first, again):
         assert values["aligned"] == 1.0
@@ -47,7 +47,7 @@ def test_a_calibrated_team(tiny_folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert again["divergence"] == pytest.approx(first["divergence"], rel=1e-3)
 
     assert ttft.main([f"--model={tiny_folder}", f"--anchors={tmp_path / 'anchors'}", "--agents=5"]) == 1
-    assert "holds 2 edge groups, not one for each of agents 2 to 5" in capsys.readouterr().err
+    assert "holds 2 readers, not one for each of agents 2 to 5" in capsys.readouterr().err
 
 
 def test_quick(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

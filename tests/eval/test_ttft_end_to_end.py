@@ -15,7 +15,7 @@ from eval.ttft import __main__ as ttft
 from eval.ttft.end_to_end import WARM_UP_TOKENS, waiting_s
 from kvcomm.agents.results import AgentResult
 from kvcomm.align.calibration import Calibration
-from kvcomm.align.profile_file import GROUPS_FILE
+from kvcomm.align.profile_file import READERS_FILE
 from kvcomm.reuse.cost import ReuseCost
 
 REFEREE = """
@@ -119,12 +119,12 @@ def test_moved_kv(
     sizes = ["--warm=8", "--calibration=8", "--repeats=2", "--in-flight=2"]
     assert run(tiny_folder, tmp_path, f"--data={file}", f"--anchors={anchors}", *bound, *sizes) == 0
     first = figures_of(capsys)
-    assert (anchors / GROUPS_FILE).exists()
-    assert "learning from run" in first["notes"]
+    assert (anchors / READERS_FILE).exists()
+    assert "learning from " in first["notes"]
     assert run(tiny_folder, tmp_path, f"--data={file}", f"--anchors={anchors}", *bound, *sizes) == 0
     again = figures_of(capsys)
-    assert "edge groups taken from" in again["notes"]
-    assert "learning from run" not in again["notes"]
+    assert "readers taken from" in again["notes"]
+    assert "learning from " not in again["notes"]
     for found in (first, again):
         assert found["moved"] > 0
         assert found["computed_glue"] > 0
@@ -141,7 +141,7 @@ def test_too_few_questions_and_too_many_at_once(
     assert run(tiny_folder, tmp_path, f"--data={file}", "--repeats=4") == 1
     assert "error: 3 questions are too few: 4 are measured, 0 warm up" in capsys.readouterr().err
     assert run(tiny_folder, tmp_path, f"--data={file}", "--repeats=2", f"--anchors={tmp_path / 'new'}") == 1
-    assert "2 are measured, 40 warm up" in capsys.readouterr().err
+    assert "2 are measured, 32 warm up" in capsys.readouterr().err
     assert run(tiny_folder, tmp_path, f"--data={file}", "--repeats=2", "--in-flight=17") == 1
     assert "--in-flight 17 is more than the 16 runs that are made at once" in capsys.readouterr().err
 

@@ -63,7 +63,7 @@ def test_every_way_computes_what_it_says(tiny_folder: Path, tmp_path: Path, monk
         completion = generate(self, prompt, *arguments, **settings)
         if "policy" in settings:
             tokens = [token for segment in prompt for token in segment.token_ids]
-            served.append((settings.get("variant") is not None, tokens, completion))
+            served.append((settings.get("rung") is not None, tokens, completion))
         return completion
 
     def spy_stock(self: Stock, prompt: Any, *, use_cache: bool) -> float:
