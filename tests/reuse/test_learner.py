@@ -63,9 +63,7 @@ def test_a_pair_says_what_measuring_says(learning: Engine) -> None:
         assert (pair.measured[rung].residual or 0.0) == pytest.approx(outcome.residual or 0.0, rel=1e-3)
 
 
-def test_turned_keys_are_measured_until_enough_is_known(
-    learning: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_turned_keys_are_measured_until_enough_is_known(learning: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Readers that have anchors need turned keys no more; the pool has enough of these for whoever has none."""
     monkeypatch.setattr("kvcomm.reuse.learner.ENOUGH_PAIRS", 3)
     assert pairs_needed(0.025) < ENOUGH_PAIRS
