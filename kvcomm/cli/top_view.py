@@ -134,7 +134,7 @@ def _bounds(stats: Stats) -> Table:
             each.level,
             f"{each.max_divergence:g}",
             f"{each.confidence:.4g}",
-            f"{each.num_pairs} of {each.num_wanted}" if each.num_pairs < each.num_wanted else each.num_pairs,
+            f"{each.num_pairs} of {each.num_needed}" if each.num_pairs < each.num_needed else each.num_pairs,
             each.num_audited,
             each.num_violations,
             _state(each),

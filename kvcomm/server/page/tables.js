@@ -41,7 +41,7 @@ function boundState(bound) {
   return bound.working_delta > 0 ? "holds" : "paused";
 }
 
-const ofWanted = (number, wanted) => (number < wanted ? `${count(number)} of ${count(wanted)}` : count(number));
+const ofNeeded = (number, needed) => (number < needed ? `${count(number)} of ${count(needed)}` : count(number));
 
 function showBounds(bounds) {
   if (!bounds.length) return [];
@@ -52,7 +52,7 @@ function showBounds(bounds) {
   ];
   const rows = bounds.map((each) => [
     readerName(each.reader, each.slots), make("span", { title: LEVELS[each.level] }, each.level),
-    String(each.max_divergence), `${+(100 * each.confidence).toFixed(2)} %`, ofWanted(each.num_pairs, each.num_wanted),
+    String(each.max_divergence), `${+(100 * each.confidence).toFixed(2)} %`, ofNeeded(each.num_pairs, each.num_needed),
     count(each.num_audited), count(each.num_violations), boundState(each),
   ]);
   return [table("Bounds, the pairs they rest on, and their audits", columns, rows)];
