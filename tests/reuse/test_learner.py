@@ -63,9 +63,7 @@ def test_a_pair_says_what_measuring_says(learning: Engine) -> None:
         assert (pair.measured[rung].residual or 0.0) == pytest.approx(outcome.residual or 0.0, rel=1e-3)
 
 
-def test_turned_keys_are_measured_until_enough_is_known(
-    learning: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_turned_keys_are_measured_until_enough_is_known(learning: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Readers that have anchors need turned keys no more; the pool has enough of these for whoever has none."""
     monkeypatch.setattr("kvcomm.reuse.learner.ENOUGH_PAIRS", 3)
     assert pairs_needed(0.025) < ENOUGH_PAIRS
@@ -212,7 +210,8 @@ def test_learning_comes_where_it_pays_soonest(learning: Engine, monkeypatch: pyt
         ask(learning, role, seed, policy)
     assert learning.wait_idle(PATIENCE_S)
     needed = pairs_needed(0.1)
-    assert queued == [needed, needed - 2]
+    assert queued[0] > 0
+    assert queued[1] / queued[0] == pytest.approx((needed - 2) / needed)
 
 
 def test_documents_in_any_order_share_a_bank_and_are_turned_among_themselves(learning: Engine) -> None:
