@@ -1,4 +1,4 @@
-"""Methods of others, handed to an engine: served as stock forwards say, and every chooser against another derivation."""
+"""Methods of others, handed to an engine: served as stock forwards say, every chooser against another derivation."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ def source_risk(engine: Engine) -> dict[str, int]:
     ask(engine, ROLE_A, 1, EXACT)
     with engine.context(prompt(ROLE_B, 1), policy=POLICY) as context:  # what stands behind it, nobody has foreseen
         context.extend(prompt((), 2)[1:])
-        return dict(ask(engine, ROLE_A, 2, POLICY).usage.reasons)
+        return dict(engine.generate([*prompt(ROLE_A, 1), *prompt((), 2)[1:]], SAMPLING, policy=POLICY).usage.reasons)
 
 
 def failed(engine: Engine) -> dict[str, int]:
