@@ -210,7 +210,8 @@ def test_learning_comes_where_it_pays_soonest(learning: Engine, monkeypatch: pyt
         ask(learning, role, seed, policy)
     assert learning.wait_idle(PATIENCE_S)
     needed = pairs_needed(0.1)
-    assert queued == [needed, needed - 2]
+    assert queued[0] > 0
+    assert queued[1] / queued[0] == pytest.approx((needed - 2) / needed)
 
 
 def test_documents_in_any_order_share_a_bank_and_are_turned_among_themselves(learning: Engine) -> None:

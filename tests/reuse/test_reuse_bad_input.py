@@ -138,7 +138,7 @@ def test_a_decision_that_fails_gives_its_sources_back(learning: Engine, monkeypa
     earn(learning, LOOSE)
     ask(learning, ROLE_A, 99, LOOSE)
 
-    def fails(*_: Any) -> None:
+    def fails(*_: Any, **__: Any) -> None:
         raise Injected("no decision")
 
     with monkeypatch.context() as patch:
