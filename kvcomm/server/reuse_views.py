@@ -101,7 +101,7 @@ def _watched(engine: Engine, namespace: str, level: Level, reader: Reader | None
         working_delta=watch.working_delta,
         num_audited=watch.breaker.num_observed,
         num_violations=watch.breaker.num_violations,
-        tripped=watch.breaker.tripped,
+        tripped=watch.is_tripped,
     )
 
 
