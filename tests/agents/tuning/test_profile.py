@@ -17,7 +17,14 @@ from kvcomm.agents.tuning.profile import (
     state_folder,
 )
 from kvcomm.align.ladder import Rung
-from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign, AnchorFileTooNew, InvalidRequest
+from kvcomm.errors import (
+    AnchorFileCorrupt,
+    AnchorFileError,
+    AnchorFileForeign,
+    AnchorFileTooNew,
+    AnchorFileTooOld,
+    InvalidRequest,
+)
 from tests.profiles import READER, save_profile
 
 
@@ -81,7 +88,7 @@ def test_other_models_teams_and_formats_are_refused(file: Path) -> None:
     text = file.read_text()
     for number, error, message in (
         (3, AnchorFileTooNew, "has format 3"),
-        (1, AnchorFileError, "has format 1.*tune anew"),
+        (1, AnchorFileTooOld, "has format 1.*tune anew"),
     ):
         file.write_text(text.replace("format = 2", f"format = {number}"))
         with pytest.raises(error, match=message):
