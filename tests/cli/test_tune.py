@@ -80,7 +80,7 @@ def test_a_profile_is_made_checked_and_refused(
     assert profile.verification["rotate"].accepted == 4  # corrected ones may be too far from the four calibrated
     assert profile.agents["second"].num_pairs == 4
     labels = {point.setting for point in profile.pareto}
-    assert {"token", "rotate", "token 30% attention", "token, k=4"} <= labels
+    assert {"token", "rotate", "token 30 % attention", "token, k=4"} <= labels
     assert any(label.endswith("sketch_layers=2") for label in labels)
     assert profile.policy().bound == (50, pytest.approx(0.3))
     assert profile.policy().basis == "pool"

@@ -20,7 +20,14 @@ from kvcomm.align.ladder import Rung
 from kvcomm.align.levels import Knowledge
 from kvcomm.align.profile_file import ReadersHeader, header_of
 from kvcomm.config import EngineConfig
-from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign, AnchorFileTooNew, InvalidRequest
+from kvcomm.errors import (
+    AnchorFileCorrupt,
+    AnchorFileError,
+    AnchorFileForeign,
+    AnchorFileTooNew,
+    AnchorFileTooOld,
+    InvalidRequest,
+)
 from kvcomm.files.reading import MAX_SHOWN, BadContent, first_fault, open_regular, read_bytes, read_toml
 from kvcomm.files.writing import replacing
 from kvcomm.reuse.policy import ReusePolicy
@@ -181,6 +188,7 @@ def read_profile(file: str | Path) -> TuningProfile:
     Raises:
         AnchorFileError: it cannot be read.
         AnchorFileTooNew: of a later format.
+        AnchorFileTooOld: of format 1.
         AnchorFileCorrupt: not TOML, or not what the format says; names the field.
     """
     file = Path(file)
@@ -194,7 +202,7 @@ def read_profile(file: str | Path) -> TuningProfile:
     if isinstance(found, int) and found > FORMAT:
         raise AnchorFileTooNew(f"{file} has format {found}; this version reads format {FORMAT}")
     if found == 1:
-        raise AnchorFileError(
+        raise AnchorFileTooOld(
             f"{file} has format 1, whose calibration belonged to tuples of edges; tune anew with `kvcomm tune --out`"
         )
     try:
