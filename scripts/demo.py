@@ -1,13 +1,10 @@
-"""Five agents answer word problems, without and with KV reuse, and tables show what reuse saves.
+"""Five agents answer word problems in three ways: without a cache, with exact prefixes, and on moved KV.
 
-Every question is answered by the same team on the same model in two ways. *cold*: an engine whose cache is off, so
-every prompt token is computed. *with reuse*: an engine whose cache is on and empty before the first question. Both
-start the agents in the same order and batch them in the same way, and greedy answers must come out the same, so both
-see the same prompts; the demo checks that and fails if they differ. Which of the two goes first alternates.
-
-Then *moved KV*: the team warms up on other problems, which teaches how to move text from one agent's prompt into
-another's and what that costs, and answers the same questions once more under a bound. So few examples allow no sure
-promise: the bound holds with a confidence of 0.65 here. Every approximated answer is audited.
+The ways take turns, question by question, on the same model. *no cache*: every prompt token is computed. *exact
+prefixes*: what begins alike is computed once; answers must be those without a cache, and the demo fails if they differ.
+*moved KV*: what one agent has read or written is moved into the prompts of others, under a bound that rests on pairs
+which were measured beforehand and ship with the model, so nothing is warmed up. Every prompt into which text was moved
+is audited, that is computed exactly afterwards and held against. A picture and a sentence tell what came out.
 """
 
 from __future__ import annotations
@@ -19,16 +16,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.error import URLError
-from urllib.request import Request, urlopen
+from typing import Any
 
 # Before anything imports torch: with threads that spin, a second process starves this one.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from demo_report import Pair, conclusions, figures, num_answers, num_equal, raw_rows, render
+from demo_report import (
+    BLOCKS,
+    LETTERS,
+    Report,
+    figures,
+    notes,
+    picture,
+    raw_rows,
+    seconds_table,
+    sentence,
+)
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
@@ -36,7 +40,6 @@ from rich.text import Text
 from kvcomm import Engine, EngineConfig, KVCommAgentGroup, KVCommError, ReusePolicy
 from kvcomm.agents import (
     AgentFinished,
-    AgentResult,
     AgentStarted,
     AgentText,
     GroupEvent,
@@ -45,50 +48,24 @@ from kvcomm.agents import (
     Team,
     load_team,
 )
-from kvcomm.agents.comparison import AgentReuse, Comparison, read_roles, watched
-from kvcomm.agents.example_runs import examples, limited, warm_up
-from kvcomm.cli.bench_reuse import agent_values, conclusion, reuse_table
+from kvcomm.agents.comparison import Comparison, Way, in_turns
+from kvcomm.agents.example_runs import examples, limited
+from kvcomm.align.prior import read_prior
+from kvcomm.cli.bench_reuse import agent_values
 from kvcomm.errors import InvalidRequest
-from kvcomm.files.reading import BadContent, read_lines
 
-PIPE_WIDTH = 200
-POLICY = ReusePolicy(max_divergence=0.05, confidence=0.65, rungs=(0.0, 0.25, 0.5))
-"""With a rung less than usual: every rung is one more thing to calibrate."""
-NUM_ANCHORS = 3
-"""Of the problems to warm up on, those that teach."""
-HUB_DATASET = "openai/gsm8k"
-HUB_TIMEOUT_S = 5.0
-WARM_UP = "This text only makes the first measured pass as quick as the second one. " * 12
-
-
-class Question(NamedTuple):
-    """A word problem and its worked answer, whose last number is the result."""
-
-    question: str
-    answer: str
-
-
-OWN_QUESTIONS = (
-    Question(
-        "A library lends 45 books on Monday and twice as many on Tuesday. On Wednesday 38 of these books come back. "
-        "How many of them are still out?",
-        "45 + 2 * 45 = 135 books were lent. 135 - 38 = 97 are still out.\n#### 97",
-    ),
-    Question(
-        "A ferry carries 14 cars on each trip and makes 6 trips a day. On Saturdays it makes 3 extra trips. "
-        "How many cars can it carry on a Saturday?",
-        "On a Saturday it makes 6 + 3 = 9 trips. It can carry 9 * 14 = 126 cars.\n#### 126",
-    ),
-    Question(
-        "Nadia earns 12 dollars an hour for the first 8 hours of a day and half as much again for every further hour. "
-        "How many dollars does she earn on a day of 11 hours?",
-        "8 * 12 = 96 dollars. A further hour brings 12 + 6 = 18 dollars. 96 + 3 * 18 = 150.\n#### 150",
-    ),
-)
+PIPE_WIDTH = 100
+POLICY = ReusePolicy(max_divergence=0.05, confidence=0.9)
+CONFIG = EngineConfig(learning_share=0.0)
+"""Audits wait until the run that they are about is over: here, first tokens are timed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo; 0 if both ways gave the same answers, 1 if not or on an error, 2 for wrong input, 130 on Ctrl-C."""
+    """Run the demo.
+
+    Returns:
+        0 if the two exact ways gave the same answers, 1 if not or on an error, 2 for wrong input, 130 on Ctrl-C.
+    """
     options = _parser().parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     try:
@@ -101,16 +78,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="scripts/demo", description="Five agents, with and without KV reuse.")
-    parser.add_argument("--data", type=Path, metavar="FILE.jsonl", help="questions: fields question and answer")
-    parser.add_argument("--questions", type=int, default=3, metavar="N", help="questions to answer (default 3)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write figures, settings and raw rows there")
-    parser.add_argument("--model", default="smollm2-135m", help="packaged name, folder or hub id (default %(default)s)")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=48, metavar="N", help="tokens of an answer at most (default %(default)s)"
+    parser = argparse.ArgumentParser(
+        prog="scripts/demo", description="Five agents: without a cache, with exact prefixes, on moved KV."
     )
     parser.add_argument(
-        "--warm", type=int, default=9, metavar="N", help="problems to warm up on for moved KV; 0: skip that part"
+        "--data", type=Path, metavar="FILE.jsonl", help="questions, in the field question; default: packaged problems"
+    )
+    parser.add_argument(
+        "--questions", type=int, default=3, metavar="N", help="questions to answer (default %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write figures, settings and raw rows there")
+    parser.add_argument("--model", default="smollm2-135m", help="packaged name, folder or hub id (default %(default)s)")
+    parser.add_argument("--prior", type=Path, metavar="FILE", help="a prior in place of the one that ships")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=48, metavar="N", help="tokens of an answer at most (default %(default)s)"
     )
     return parser
 
@@ -119,184 +100,84 @@ def _demo(options: argparse.Namespace, console: Console) -> int:
     began_s = time.monotonic()
     if options.questions < 1:
         raise InvalidRequest(f"--questions must be at least 1, not {options.questions}")
-    fewest = NUM_ANCHORS + 2
-    if options.warm and options.warm < fewest:
-        raise InvalidRequest(f"--warm must be 0 or at least {fewest}, not {options.warm}")
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise InvalidRequest(f"--json {options.json}: there is no folder {options.json.absolute().parent}")
     team = limited(load_team("gsm8k"), options.max_new_tokens)
-    questions, source = choose_questions(options.data, options.questions)
-    console.print(Text(f"Questions: {len(questions)} {source}"))
-    with Engine.load(options.model, config=EngineConfig(contest_prompts=2), progress=True) as engine:
-        settings = describe(engine, options, team, questions, source)
+    inputs = examples(team, options.data)[: options.questions]
+    if not inputs:
+        raise InvalidRequest(f"--data {options.data} is empty")
+    console.print(Text(f"Questions: {len(inputs)} {_origin(options)}"))
+    prior = "shipped" if options.prior is None else read_prior(options.prior)
+    with Engine.load(options.model, config=CONFIG, progress=True, prior=prior) as engine:
+        settings = describe(engine, options, team, len(inputs))
         console.print(
             Text(
                 f"Model: {options.model} ({settings['architecture']}, {settings['dtype']}, {settings['device']}); "
                 f"greedy answers of at most {options.max_new_tokens} tokens\n"
             )
         )
-        pairs = answer_all(engine, team, questions, console)
-        console.print()
-        console.print(render(pairs))
-        console.print()
-        for line in conclusions(pairs):
-            console.print(Text(line))
-        agents = []
-        if options.warm:
-            console.print()
-            agents = move_all(engine, team, questions, pairs, options.warm, console)
-            console.print()
-            console.print(reuse_table(agents, POLICY))
-            console.print()
-            console.print(conclusion(agents))
+        report = run_all(engine, team, inputs, console)
+        engine.check_integrity()
+    show(report, console)
     elapsed_s = time.monotonic() - began_s
-    console.print(Text(f"This took {elapsed_s:.0f} s."))
+    console.print(Text(f"\nThis took {elapsed_s:.0f} s.", style="dim"))
     if options.json is not None:
-        write_json(options.json, pairs, agents, settings | {"elapsed_s": elapsed_s})
-    return 0 if num_equal(pairs) == num_answers(pairs) else 1
+        write_json(options.json, report, settings | {"elapsed_s": elapsed_s})
+    return 0 if report.num_equal == report.num_answers else 1
 
 
-# -- questions --------------------------------------------------------------------------------------------------------
-
-
-def choose_questions(data: Path | None, num_questions: int) -> tuple[list[Question], str]:
-    """The questions, and where they come from in words: a file, else the hub, else this script.
-
-    Raises:
-        InvalidRequest: the file given cannot be used.
-    """
-    if data is not None:
-        return read_questions(data, num_questions), f"from {data}"
-    found, why_not = questions_from_hub(num_questions)
-    if found:
-        return found, f"from {HUB_DATASET} on the hub"
-    return list(OWN_QUESTIONS[:num_questions]), f"written for this demo (GSM8K from the hub: {why_not}; see --data)"
-
-
-def read_questions(file: Path, num_questions: int) -> list[Question]:
-    """The first questions of a JSON-lines file.
-
-    Raises:
-        InvalidRequest: not readable, empty, or a line without the fields question and answer; names file and line.
-    """
-    try:
-        lines = islice(read_lines(file), num_questions)
-        questions = [_question(value, f"{file}, line {number}") for number, value in lines]
-    except OSError as error:
-        raise InvalidRequest(f"--data {file} cannot be read: {error}") from error
-    except BadContent as error:
-        raise InvalidRequest(f"--data {file} cannot be read: {error}") from error
-    if not questions:
-        raise InvalidRequest(f"--data {file} is empty")
-    return questions
-
-
-def _question(fields: Any, where: str) -> Question:
-    texts = [fields.get(name) for name in Question._fields] if isinstance(fields, dict) else [None]
-    if not all(isinstance(text, str) and text for text in texts):
-        raise InvalidRequest(f'{where}: needs an object with the texts "question" and "answer"')
-    return Question(*texts)
-
-
-def questions_from_hub(num_questions: int) -> tuple[list[Question], str]:
-    """Questions of the GSM8K test split, or none and the reason; gives up at once without a network."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        return [], "HF_HUB_OFFLINE is set"
-    try:
-        from datasets import load_dataset
-        from huggingface_hub import constants
-    except ImportError:
-        return [], "the datasets package is not installed"
-    try:
-        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT_S).close()
-        rows = load_dataset(HUB_DATASET, "main", split=f"test[:{num_questions}]")
-        return [Question(row["question"], row["answer"]) for row in rows], ""
-    except (URLError, TimeoutError):
-        return [], "not reachable"
-    except (OSError, ValueError, RuntimeError) as error:
-        return [], f"refused with {type(error).__name__}"
+def _origin(options: argparse.Namespace) -> str:
+    return "word problems that come with kvcomm" if options.data is None else f"from {options.data}"
 
 
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
-def answer_all(engine: Engine, team: Team, questions: Sequence[Question], console: Console) -> list[Pair]:
-    """Every question twice, on `engine` and on one that shares its model and has no cache."""
-    pairs = []
-    with Engine(engine.model, engine.tokenizer, config=EngineConfig(cache=False)) as cold_engine:
-        for each in (cold_engine, engine):
-            each.generate(WARM_UP, max_new_tokens=8)
-            each.clear_cache()
-        groups = {"cold": team.group(cold_engine), "with reuse": team.group(engine)}
-        for number, question in enumerate(questions, start=1):
-            results = {}
-            for way in sorted(groups, reverse=number % 2 == 0):
-                title = f"question {number} of {len(questions)}, {way}"
-                results[way] = answer(groups[way], question.question, title, console)
-            pairs.append(Pair(question.answer, results["cold"], results["with reuse"]))
-        cold_engine.check_integrity()
-        engine.check_integrity()
-    return pairs
+def run_all(engine: Engine, team: Team, inputs: Sequence[Mapping[str, str]], console: Console) -> Report:
+    """Every question in the three ways, and the audits of what was moved."""
 
+    def run(group: KVCommAgentGroup, given: Mapping[str, str], index: int, way: Way) -> GroupResult:
+        title = f"question {index + 1} of {len(inputs)}, {way}"
+        with shown(console, title) as see, closing(group.stream(team.rounds, **given)) as events:
+            for event in events:
+                see(event)
+                if isinstance(event, GroupFinished):
+                    console.print(_finished_line(title, event.result))
+                    return event.result
+        raise AssertionError("a run ended without a result or an error")
 
-def move_all(
-    engine: Engine,
-    team: Team,
-    questions: Sequence[Question],
-    pairs: Sequence[Pair],
-    num_warm: int,
-    console: Console,
-) -> list[AgentReuse]:
-    """Warm up, and answer every question once more on moved KV."""
-    warm = [each for each in examples(team) if each["question"] not in {each.question for each in questions}]
-    if num_warm > len(warm):
-        raise InvalidRequest(f"--warm {num_warm}: there are {len(warm)} problems to warm up on")
-    with console.status("warming up") as status:
-        warm_up(engine, team, warm[:num_warm], POLICY, num_anchors=NUM_ANCHORS, note=status.update)
-        read_roles(engine, team, warm[0])
-    console.print(Text(f"Warmed up on {num_warm} problems."))
+    console.print(Text("Getting ready: role prompts are read once, in every way.", style="dim"))
     comparison = Comparison(engine, team)
-    group = team.group(engine, policy=watched(POLICY))
-    for number, (question, pair) in enumerate(zip(questions, pairs, strict=True), start=1):
-        moved = answer(group, question.question, f"question {number} of {len(questions)}, moved KV", console)
-        comparison.add(pair.cold, pair.reuse, moved)
-    engine.check_integrity()
-    return comparison.agents
-
-
-def answer(group: KVCommAgentGroup, question: str, title: str, console: Console) -> GroupResult:
-    """One run of the team, shown while it goes on."""
-    with shown(console, title) as show, closing(group.stream(question=question)) as events:
-        for event in events:
-            show(event)
-            if isinstance(event, GroupFinished):
-                return event.result
-    raise AssertionError("a run ended without a result or an error")
+    runs = []
+    for results in in_turns(engine, team, inputs, POLICY, run):
+        comparison.add(results)
+        runs.append(results)
+    return Report(runs, comparison.agents, POLICY)
 
 
 @contextmanager
 def shown(console: Console, title: str) -> Iterator[Callable[[GroupEvent], None]]:
-    """Show a run: a line for every agent that has finished and, on a terminal, the end of every text as it grows."""
+    """On a terminal, show the end of every answer as it grows."""
     texts: dict[str, str] = {}
 
-    def show(event: GroupEvent) -> None:
+    def see(event: GroupEvent) -> None:
         if isinstance(event, AgentStarted):
             texts[event.agent] = ""
         elif isinstance(event, AgentText):
             texts[event.agent] += event.text
         elif isinstance(event, AgentFinished):
             texts.pop(event.agent)
-            console.print(_finished_line(title, event.result))
 
     def growing() -> Group:
         width = max(20, console.width - 16)
-        return Group(*(Text(f"{agent:>12}  {_tail(text, width)}", style="dim") for agent, text in list(texts.items())))
+        lines = [Text(f"{agent:>12}  {_tail(text, width)}", style="dim") for agent, text in list(texts.items())]
+        return Group(Text(title, style="dim"), *lines)
 
     if not console.is_terminal:
-        yield show
+        yield see
         return
     with Live(console=console, get_renderable=growing, refresh_per_second=8, transient=True):
-        yield show
+        yield see
 
 
 def _tail(text: str, width: int) -> str:
@@ -304,19 +185,33 @@ def _tail(text: str, width: int) -> str:
     return flat[-width:]
 
 
-def _finished_line(title: str, result: AgentResult) -> Text:
-    usage = result.usage
-    moved = f"and {usage.aligned_tokens} moved, " if usage.aligned_tokens else ""
+def _finished_line(title: str, result: GroupResult) -> Text:
+    usages = [answer.usage for answer in result.values()]
+    computed, first_s = sum(usage.computed_tokens for usage in usages), sum(usage.ttft_s for usage in usages)
     return Text.assemble(
-        (f"{title:<29}", "dim"),
-        f"{result.name:<11} {usage.exact_tokens:>4} of {usage.prompt_tokens:>4} prompt tokens reused, {moved}"
-        f"first token {usage.ttft_s:.2f} s",
+        (f"{title:<32}", "dim"), f"first tokens {first_s:6.2f} s, {computed:>5} prompt tokens computed"
     )
 
 
-def describe(
-    engine: Engine, options: argparse.Namespace, team: Team, questions: Sequence[Question], source: str
-) -> dict[str, Any]:
+# -- telling ----------------------------------------------------------------------------------------------------------
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the table, the picture and the sentence."""
+    symbols = BLOCKS if console.encoding.lower().startswith("utf") else LETTERS
+    console.print()
+    console.print(seconds_table(report))
+    console.print()
+    for line in notes(report):
+        console.print(Text(line, style="dim"))
+    console.print()
+    for drawn in picture(report, console.width, symbols):
+        console.print(drawn, no_wrap=True)
+    console.print()
+    console.print(Text(sentence(report), style="bold"))
+
+
+def describe(engine: Engine, options: argparse.Namespace, team: Team, num_questions: int) -> dict[str, Any]:
     """The settings of the demo as JSON values."""
     return {
         "model": options.model,
@@ -325,23 +220,25 @@ def describe(
         "device": str(engine.model.device),
         "page_size": engine.config.page_size,
         "team": team.name,
-        "num_questions": len(questions),
-        "questions": source,
+        "num_questions": num_questions,
+        "questions": _origin(options),
         "max_new_tokens": options.max_new_tokens,
+        "bound": {"max_divergence": POLICY.max_divergence, "confidence": POLICY.confidence},
     }
 
 
-def write_json(file: Path, pairs: Sequence[Pair], agents: Sequence[AgentReuse], settings: Mapping[str, Any]) -> None:
+def write_json(file: Path, report: Report, settings: Mapping[str, Any]) -> None:
     """Write figures, settings, one raw row for each question, way and agent, and what moved KV gave each agent.
 
     Raises:
         InvalidRequest: the file cannot be written.
     """
     value = {
-        "figures": figures(pairs),
+        "figures": figures(report),
         "config": dict(settings),
-        "rows": raw_rows(pairs),
-        "moved": [agent_values(agent) for agent in agents],
+        "rows": raw_rows(report),
+        "moved": [agent_values(agent) for agent in report.agents],
+        "sentence": sentence(report),
     }
     try:
         file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,194 +1,323 @@
-"""What the demo found: a table, some sentences and figures, all from the same pairs of runs."""
+"""What the demo found: a picture, a table, a sentence and figures, all from the same runs."""
 
 from __future__ import annotations
 
-import re
 import statistics
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from rich.table import Table
+from rich.text import Text
 
-from kvcomm import Usage
-from kvcomm.agents import GroupResult
+from kvcomm import ReusePolicy, Usage
+from kvcomm.agents import AgentResult
+from kvcomm.agents.comparison import AgentReuse, Results, Way
+from kvcomm.cli.output import table
+from kvcomm.figures import Figure
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-
-
-class Pair(NamedTuple):
-    """One question's wanted answer, and those of the whole team without and with reuse."""
-
-    answer: str
-    cold: GroupResult
-    reuse: GroupResult
+NAME_WIDTH, COUNT_WIDTH, MIN_BAR_WIDTH = 11, 11, 12
+LEVELS = {"prior": "that ship with the model", "pool": "of this engine's requests", "own": "of each agent's own"}
+NOT_ABOUT_MOVING = frozenset({"new", "glue", "rung", "last_token"})
+"""Reasons to compute what could not have been moved anyway, or is computed for the bound's sake."""
 
 
-class Row(NamedTuple):
-    """An agent's means over some questions; counts are those with reuse."""
+class Symbols(NamedTuple):
+    """What a bar is drawn with."""
 
-    agent: str
-    prompt_tokens: float
-    exact_tokens: float
-    computed_tokens: float
-    ttft_cold_s: float
-    ttft_reuse_s: float
-    tokens_per_s: float
+    exact: str
+    moved: str
+    computed: str
+
+
+BLOCKS, LETTERS = Symbols("█", "▒", "·"), Symbols("#", "=", ".")
+STYLES = Symbols("green", "cyan", "red")
+
+
+class Tokens(NamedTuple):
+    """Where the tokens of prompts came from."""
+
+    exact: float
+    moved: float
+    computed: float
 
     @property
-    def ratio(self) -> float:
-        """How many times sooner the first token comes with reuse."""
-        return self.ttft_cold_s / self.ttft_reuse_s
+    def shares(self) -> Tokens:
+        """Of all of them."""
+        return Tokens(*(count / sum(self) for count in self))
 
 
-def summarize(pairs: Sequence[Pair]) -> list[Row]:
-    """A row for every agent: means over the questions."""
-    return [_row(name, [(pair.cold[name].usage, pair.reuse[name].usage) for pair in pairs]) for name in pairs[0].cold]
+@dataclass(frozen=True)
+class Report:
+    """All that was run.
 
+    Attributes:
+        runs: one per question.
+        agents: the same agent by agent, in the team's order. The first one reads every question before anybody else;
+            all others read what was read before them.
+        policy: of the runs on moved KV.
+    """
 
-def _row(agent: str, usages: Sequence[tuple[Usage, Usage]]) -> Row:
-    cold, reuse = zip(*usages, strict=True)
-    return Row(
-        agent,
-        prompt_tokens=statistics.fmean(usage.prompt_tokens for usage in reuse),
-        exact_tokens=statistics.fmean(usage.exact_tokens for usage in reuse),
-        computed_tokens=statistics.fmean(usage.computed_tokens for usage in reuse),
-        ttft_cold_s=statistics.fmean(usage.ttft_s for usage in cold),
-        ttft_reuse_s=statistics.fmean(usage.ttft_s for usage in reuse),
-        tokens_per_s=statistics.fmean(usage.decode_tokens_per_s for usage in reuse),
-    )
+    runs: Sequence[Results]
+    agents: Sequence[AgentReuse]
+    policy: ReusePolicy
 
+    @property
+    def readers(self) -> Sequence[AgentReuse]:
+        """Agents that read what another one has read before."""
+        return self.agents[1:]
 
-def total(rows: Sequence[Row]) -> Row:
-    """The sum over agents; tokens/s is their mean."""
-    return Row(
-        "team",
-        prompt_tokens=sum(row.prompt_tokens for row in rows),
-        exact_tokens=sum(row.exact_tokens for row in rows),
-        computed_tokens=sum(row.computed_tokens for row in rows),
-        ttft_cold_s=sum(row.ttft_cold_s for row in rows),
-        ttft_reuse_s=sum(row.ttft_reuse_s for row in rows),
-        tokens_per_s=statistics.fmean(row.tokens_per_s for row in rows),
-    )
+    @property
+    def num_movers(self) -> int:
+        """Readers into whose prompts text was moved, at one question at least."""
+        return sum(bool(agent.rungs) for agent in self.readers)
 
+    @property
+    def num_moved(self) -> int:
+        """Prompts into which text was moved."""
+        return sum(len(agent.rungs) for agent in self.agents)
 
-def num_answers(pairs: Sequence[Pair]) -> int:
-    """Answers that were given in both ways."""
-    return sum(len(pair.cold) for pair in pairs)
+    @property
+    def audited(self) -> list[float]:
+        """Nats, of every audited answer."""
+        return [nats for agent in self.agents for nats in agent.audited]
 
+    @property
+    def num_violations(self) -> int:
+        """Audited answers that broke the bound."""
+        return sum(not nats <= self.policy.max_divergence for nats in self.audited)
 
-def num_equal(pairs: Sequence[Pair]) -> int:
-    """Answers that are the same, token by token, to the same prompt."""
-    return sum(
-        (cold.token_ids, cold.prompt) == (pair.reuse[name].token_ids, pair.reuse[name].prompt)
-        for pair in pairs
-        for name, cold in pair.cold.items()
-    )
+    @property
+    def tokens(self) -> Tokens:
+        """Of the whole team's prompts on moved KV, mean of the questions."""
+        each = [_tokens(agent.usages) for agent in self.agents]
+        return Tokens(*map(sum, zip(*each, strict=True)))
 
+    def first_tokens_s(self, way: Way) -> float:
+        """Seconds to the first token, summed over the team: mean of the questions."""
+        return statistics.fmean(first_tokens_s(results, way) for results in self.runs)
 
-def num_right(pairs: Sequence[Pair]) -> int:
-    """Questions whose last agent's last number is the wanted one."""
-    return sum(last_number(pair.reuse.final[-1].text) == last_number(pair.answer) for pair in pairs)
+    def gain(self, way: Way, over: Way) -> float:
+        """How many times sooner the team's first tokens come in one way than in another."""
+        return self.first_tokens_s(over) / self.first_tokens_s(way)
 
+    @property
+    def num_answers(self) -> int:
+        """Answers that were given without a cache, and with exact prefixes."""
+        return sum(len(results[Way.DENSE]) for results in self.runs)
 
-def last_number(text: str) -> float | None:
-    """The last number of a text, None if it has none."""
-    found = NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
-
-
-def render(pairs: Sequence[Pair]) -> Table:
-    """The table for people."""
-    title = f"Mean over {len(pairs)} questions" if len(pairs) > 1 else "One question"
-    view = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        pad_edge=False,
-        show_footer=True,
-        footer_style="bold",
-    )
-    rows = summarize(pairs)
-    cells = [_cells(row) for row in [*rows, total(rows)]]
-    columns = ("agent", "prompt tokens", "exact", "computed", "TTFT cold", "TTFT with reuse", "ratio", "tokens/s")
-    for at, column in enumerate(columns):
-        view.add_column(column, cells[-1][at], justify="right" if at else "left", header_style="dim")
-    for row in cells[:-1]:
-        view.add_row(*row)
-    return view
-
-
-def _cells(row: Row) -> list[str]:
-    counts = [f"{count:.0f}" for count in (row.prompt_tokens, row.exact_tokens, row.computed_tokens)]
-    times = [f"{row.ttft_cold_s:.2f} s", f"{row.ttft_reuse_s:.2f} s", f"{row.ratio:.1f}x"]
-    return [row.agent, *counts, *times, f"{row.tokens_per_s:.1f}"]
-
-
-def conclusions(pairs: Sequence[Pair]) -> list[str]:
-    """What the table does not say."""
-    lines = [
-        "TTFT: from the complete prompt to the first token, waiting for agents beside it included; team: sum.",
-        "cold: without a cache; with reuse: with a cache that is empty before question 1; same model and prompts.",
-        "tokens/s: of one answer behind its first token, with reuse.",
-    ]
-    if len(pairs) > 1:
-        first, later = (total(summarize(part)) for part in (pairs[:1], pairs[1:]))
-        lines.append(
-            f"Question 1 fills the cache: {first.ratio:.1f}x. From question 2 on role prompts are reused: "
-            f"{later.ratio:.1f}x ({later.ttft_cold_s:.2f} s, {later.ttft_reuse_s:.2f} s)."
+    @property
+    def num_equal(self) -> int:
+        """Of these, the ones that are the same in both, token by token, to the same prompt."""
+        return sum(
+            (dense.token_ids, dense.prompt) == (results[Way.EXACT][name].token_ids, results[Way.EXACT][name].prompt)
+            for results in self.runs
+            for name, dense in results[Way.DENSE].items()
         )
-    equal, answers = num_equal(pairs), num_answers(pairs)
-    if equal == answers:
-        lines.append(f"All {answers} prompts and answers are the same in both, token by token.")
-    else:
-        lines.append(f"ONLY {equal} OF {answers} ANSWERS ARE THE SAME IN BOTH: the comparison does not hold.")
-    lines.append(f"The last number is right in {num_right(pairs)} of {len(pairs)} (a small model solves few of these).")
-    return lines
 
 
-def figures(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """What the table says, as id, value, unit and spread (quartiles over questions)."""
-    team = [total(summarize([pair])) for pair in pairs]
-    mean, later = total(summarize(pairs)), team[1:]
-    found = [
-        _figure("ttft_cold_s", mean.ttft_cold_s, "s", [row.ttft_cold_s for row in team]),
-        _figure("ttft_reuse_s", mean.ttft_reuse_s, "s", [row.ttft_reuse_s for row in team]),
-        _figure("ttft_ratio", mean.ratio, "x", [row.ratio for row in team]),
-        _figure("exact_share", mean.exact_tokens / mean.prompt_tokens, "", []),
-        _figure("equal_answers", num_equal(pairs) / num_answers(pairs), "", []),
-        _figure("right_answers", num_right(pairs) / len(pairs), "", []),
+def first_tokens_s(results: Results, way: Way) -> float:
+    """Seconds to the first token, summed over the team."""
+    return sum(result.usage.ttft_s for result in results[way].values())
+
+
+def _tokens(usages: Sequence[Usage]) -> Tokens:
+    """Mean of some prompts."""
+    counts = [(usage.exact_tokens, usage.aligned_tokens, usage.computed_tokens) for usage in usages]
+    return Tokens(*map(statistics.fmean, zip(*counts, strict=True)))
+
+
+# -- the picture ------------------------------------------------------------------------------------------------------
+
+
+def picture(report: Report, width: int, symbols: Symbols) -> list[Text]:
+    """A bar per agent, and one for the team: what of its prompt came from the cache, was moved, was computed.
+
+    Args:
+        width: of a line at most, in characters. Where they are too few for numbers and bars, there are no numbers.
+    """
+    counts_width = 3 * COUNT_WIDTH + 2
+    if width < NAME_WIDTH + counts_width + MIN_BAR_WIDTH:
+        counts_width = 0
+    bar_width = max(1, width - NAME_WIDTH - counts_width)
+    head = Text(" " * NAME_WIDTH)
+    for symbol, name, style in zip(symbols, Symbols._fields, STYLES, strict=True):
+        legend = f"{symbol} {name}"
+        head.append(legend.rjust(COUNT_WIDTH) if counts_width else f"{legend}  ", style)
+    head.truncate(width)
+    rows = [(agent.agent, _tokens(agent.usages)) for agent in report.agents] + [("team", report.tokens)]
+    return [head, *(_bar_line(name, tokens, bar_width, symbols, bool(counts_width)) for name, tokens in rows)]
+
+
+def _bar_line(name: str, tokens: Tokens, bar_width: int, symbols: Symbols, with_counts: bool) -> Text:
+    line = Text(f"{name[: NAME_WIDTH - 1]:<{NAME_WIDTH}}")
+    if with_counts:
+        line.append("".join(f"{count:>{COUNT_WIDTH}.0f}" for count in tokens) + "  ")
+    for symbol, style, length in zip(symbols, STYLES, bar_lengths(tokens, bar_width), strict=True):
+        line.append(symbol * length, style)
+    return line
+
+
+def bar_lengths(tokens: Tokens, width: int) -> list[int]:
+    """Characters of a bar for each kind of token: `width` in all, and one at least for what there is any of."""
+    lengths = [max(1, round(share * width)) if share else 0 for share in tokens.shares]
+    lengths[lengths.index(max(lengths))] += width - sum(lengths)
+    return lengths
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def seconds_table(report: Report) -> Table:
+    """First tokens agent by agent, how often text was moved, and by how much answers were off."""
+    rows = [_seconds_row(agent, len(report.runs)) for agent in report.agents]
+    rows.append(("team", *(f"{report.first_tokens_s(way):.2f} s" for way in Way), "", "", ""))
+    columns = ("first token", *Way, "moved in", "expected", "audited")
+    return table(columns, rows, numeric=set(columns[1:]))
+
+
+def _seconds_row(agent: AgentReuse, num_runs: int) -> tuple[str, ...]:
+    times = [f"{statistics.fmean(each):.2f} s" for each in (agent.dense_s, agent.exact_s, agent.kvcomm_s)]
+    nats = [f"{max(each):.4f}" if each else "" for each in (agent.predicted, agent.audited)]
+    return (agent.agent, *times, f"{len(agent.rungs)} of {num_runs}", *nats)
+
+
+def notes(report: Report) -> list[str]:
+    """What picture and table do not say."""
+    equal, answers = report.num_equal, report.num_answers
+    same = (
+        f"Without a cache and with exact prefixes all {answers} prompts and answers are the same, token by token."
+        if equal == answers
+        else f"ONLY {equal} OF {answers} ANSWERS ARE THE SAME WITHOUT A CACHE AND WITH EXACT PREFIXES."
+    )
+    return [
+        "Means over the questions; team: the sum. expected, audited: the largest divergence from the exact answer in "
+        "nats, as calibration had foretold and as exact computation has shown.",
+        same,
+        *(f"{agent.agent} computed all of its text in {why}." for agent in report.readers for why in _unmoved(agent)),
     ]
-    if later:
-        ratio = total(summarize(pairs[1:])).ratio
-        found.append(_figure("ttft_ratio_from_question_2", ratio, "x", [row.ratio for row in later]))
-    found += [_figure(f"ttft_ratio_{row.agent}", row.ratio, "x", []) for row in summarize(pairs)]
-    return found
 
 
-def _figure(figure_id: str, value: float, unit: str, samples: Sequence[float]) -> dict[str, Any]:
-    spread = statistics.quantiles(samples, n=4, method="inclusive")[::2] if len(samples) > 1 else None
-    return {"id": figure_id, "value": value, "unit": unit, "spread": spread}
+def _unmoved(agent: AgentReuse) -> list[str]:
+    """Of how many prompts nothing was moved, by the reason for most of their tokens."""
+    whys = Counter(_why(usage) for usage in agent.usages if usage.approximation is None)
+    return [f"{count} of {len(agent.usages)} prompts (reason: {why})" for why, count in whys.items()]
 
 
-def raw_rows(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+def _why(usage: Usage) -> str:
+    told = {reason: count for reason, count in usage.reasons.items() if reason not in NOT_ABOUT_MOVING}
+    return max(told or dict(usage.reasons) or {"new": 0}, key=lambda reason: (told or usage.reasons).get(reason, 0))
+
+
+# -- the sentence -----------------------------------------------------------------------------------------------------
+
+
+def sentence(report: Report) -> str:
+    """What a newcomer takes home."""
+    if not report.num_moved:
+        exact = report.gain(Way.EXACT, over=Way.DENSE)
+        return (
+            f"Nothing was moved here; with exact prefixes alone the team's first tokens come {exact:.1f} times as fast "
+            "as without a cache."
+        )
+    policy = report.policy
+    return (
+        f"On moved KV the first tokens of this team come {report.gain(Way.MOVED, over=Way.DENSE):.1f} times as fast as "
+        f"without a cache and {report.gain(Way.MOVED, over=Way.EXACT):.1f} times as fast as with exact prefixes: "
+        f"{report.num_movers} of {len(report.readers)} readers moved text out of other prompts, so that "
+        f"{1 - report.tokens.shares.computed:.0%} of all prompt tokens were not computed, under a bound of "
+        f"{policy.max_divergence:g} nats in {policy.confidence:.0%} of cases{_grounds(report)}; {_audits(report)}."
+    )
+
+
+def _grounds(report: Report) -> str:
+    """What the bound rests on."""
+    bounds = [usage.bound for agent in report.agents for usage in agent.usages if usage.bound is not None]
+    used = [(bound.level, bound.num_pairs) for bound in bounds if bound.level is not None]
+    told = " and ".join(LEVELS[level] for level in sorted({level for level, _ in used}))
+    return f" that rests on at least {min(count for _, count in used)} measured prompts {told}" if used else ""
+
+
+def _audits(report: Report) -> str:
+    """What exact computation has shown."""
+    if not report.audited:
+        return "no answer could be audited"
+    mean, broken = statistics.fmean(report.audited), report.num_violations or "none"
+    of_all = f"{len(report.audited)} of {report.num_moved}"
+    return f"audits of {of_all} moved prompts found {mean:.4f} nats on average, {broken} above the bound"
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def figures(report: Report) -> list[dict[str, Any]]:
+    """What picture, table and sentence say, as id, value, unit and spread (quartiles over questions)."""
+    seconds = {way: [first_tokens_s(results, way) for results in report.runs] for way in Way}
+    dense, exact, moved = seconds[Way.DENSE], seconds[Way.EXACT], seconds[Way.MOVED]
+    shares = report.tokens.shares
+    found = [
+        _figure("ttft_cold_s", report.first_tokens_s(Way.DENSE), "s", dense),
+        _figure("ttft_reuse_s", report.first_tokens_s(Way.EXACT), "s", exact),
+        _figure("ttft_moved_s", report.first_tokens_s(Way.MOVED), "s", moved),
+        _figure("ttft_ratio", report.gain(Way.EXACT, over=Way.DENSE), "x", _ratios(dense, exact)),
+        _figure("ttft_moved_ratio", report.gain(Way.MOVED, over=Way.DENSE), "x", _ratios(dense, moved)),
+        _figure("ttft_moved_over_exact", report.gain(Way.MOVED, over=Way.EXACT), "x", _ratios(exact, moved)),
+        _figure("exact_share", shares.exact, ""),
+        _figure("moved_share", shares.moved, ""),
+        _figure("not_computed_share", shares.exact + shares.moved, ""),
+        _figure("equal_answers", report.num_equal / report.num_answers, ""),
+        _figure("readers", len(report.readers), ""),
+        _figure("readers_moving", report.num_movers, ""),
+        _figure("prompts_moved", report.num_moved, ""),
+        _figure("prompts_audited", len(report.audited), ""),
+        _figure("violations", report.num_violations, ""),
+    ]
+    if report.audited:
+        found.append(_figure("audited_nats", statistics.fmean(report.audited), "nats", report.audited))
+    for agent in report.agents:
+        gain = statistics.fmean(agent.dense_s) / statistics.fmean(agent.kvcomm_s)
+        found.append(_figure(f"ttft_moved_ratio_{agent.agent}", gain, "x", _ratios(agent.dense_s, agent.kvcomm_s)))
+    return [figure._asdict() for figure in found]
+
+
+def _ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
+    return [one / other for one, other in zip(over, under, strict=True)]
+
+
+def _figure(figure_id: str, value: float, unit: str, samples: Sequence[float] = ()) -> Figure:
+    if len(samples) < 2:
+        return Figure(figure_id, value, unit)
+    first, _, third = statistics.quantiles(samples, n=4, method="inclusive")
+    return Figure(figure_id, value, unit, (first, third))
+
+
+def raw_rows(report: Report) -> list[dict[str, Any]]:
     """Every answer with its counts and times."""
     return [
-        {
-            "question": number,
-            "way": way,
-            "agent": name,
-            "text": result.text,
-            "prompt_tokens": result.usage.prompt_tokens,
-            "exact_tokens": result.usage.exact_tokens,
-            "computed_tokens": result.usage.computed_tokens,
-            "generated_tokens": result.usage.generated_tokens,
-            "queue_s": result.usage.queue_s,
-            "ttft_s": result.usage.ttft_s,
-            "total_s": result.usage.total_s,
-            "tokens_per_s": result.usage.decode_tokens_per_s,
-            "reasons": dict(result.usage.reasons),
-        }
-        for number, pair in enumerate(pairs, start=1)
-        for way, results in (("cold", pair.cold), ("with reuse", pair.reuse))
-        for name, result in results.items()
+        _raw_row(number, way, result)
+        for number, results in enumerate(report.runs, start=1)
+        for way in Way
+        for result in results[way].values()
     ]
+
+
+def _raw_row(number: int, way: Way, result: AgentResult) -> dict[str, Any]:
+    usage = result.usage
+    return {
+        "question": number,
+        "way": way.value,
+        "agent": result.name,
+        "text": result.text,
+        "prompt_tokens": usage.prompt_tokens,
+        "exact_tokens": usage.exact_tokens,
+        "aligned_tokens": usage.aligned_tokens,
+        "computed_tokens": usage.computed_tokens,
+        "generated_tokens": usage.generated_tokens,
+        "queue_s": usage.queue_s,
+        "ttft_s": usage.ttft_s,
+        "total_s": usage.total_s,
+        "tokens_per_s": usage.decode_tokens_per_s,
+        "reasons": dict(usage.reasons),
+        "rung": None if usage.approximation is None else usage.approximation.rung,
+    }

@@ -40,16 +40,19 @@ class Laboratory:
             answer: token ids of the exact greedy continuation.
             share: of the moved tokens that are computed.
         """
-        found = {}
-        for name in self._names:
-            rung = replace(METHODS[name], share=share)
-            try:
-                outcomes = self._engine.measure(prompt, answer, [rung]).result()
-            except InvalidRequest:  # no anchors on one of its edges yet
-                continue
-            if outcomes:  # none: nothing of the prompt can be moved here
-                found[name] = outcomes[0].divergence
-        return found
+        try:
+            return self._measure(self._names, prompt, answer, share)
+        except InvalidRequest:  # no anchors on one of its edges yet
+            return self._measure([name for name in self._names if name != PAPER], prompt, answer, share)
+
+    def _measure(
+        self, names: Sequence[str], prompt: Sequence[Segment], answer: Sequence[int], share: float
+    ) -> dict[str, float]:
+        rungs = [replace(METHODS[name], share=share) for name in names]
+        outcomes = self._engine.measure(prompt, answer, rungs).result()
+        if not outcomes:  # nothing of the prompt can be moved here
+            return {}
+        return {name: outcome.divergence for name, outcome in zip(names, outcomes, strict=True)}
 
     def read(self, prompt: Sequence[Segment]) -> None:
         """Read a prompt exactly: its texts can be moved from here, and the method with anchors learns from it."""

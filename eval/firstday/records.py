@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eval.firstday.movable import RECOMPUTED
 from eval.tasks.records import RecordFile
 from kvcomm.align.bound import Bound
 
@@ -44,6 +45,12 @@ class Call:
     divergence: float | None = None
     methods: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def recomputed_share(self) -> float:
+        """Of the tokens for which moved KV was written, that were computed after all."""
+        recomputed = sum(self.reasons.get(reason.value, 0) for reason in RECOMPUTED)
+        return recomputed / max(1, self.aligned + recomputed)
+
 
 @dataclass(frozen=True)
 class Served:
@@ -53,6 +60,7 @@ class Served:
         number: from 1 on.
         seconds: from asking to the last answer, learning that came in between included.
         learning_s: of them spent on learning.
+        num_pairs: that all readers had after it.
         calls: of the agents, in the order in which they were made.
     """
 
@@ -60,6 +68,7 @@ class Served:
     seconds: float
     learning_s: float
     calls: tuple[Call, ...]
+    num_pairs: int = 0
 
     @property
     def moves(self) -> bool:

@@ -130,7 +130,8 @@ class Server:
                 finally:
                     self._here.release()
                 waited_s = held_s - answered_s
-                yield Served(number, held_s - began_s, learned_s - before_s, calls)
+                num_pairs = sum(len(standing.pairs) for standing in self._engine.readers())
+                yield Served(number, held_s - began_s, learned_s - before_s, calls, num_pairs)
 
     def _calls(self, results: Mapping[str, AgentResult], waited_s: float) -> tuple[Call, ...]:
         """What became of every agent's call, held against the twin's, wave by wave.
@@ -199,8 +200,7 @@ class Server:
         measured = divergence(self._engine.model, own.context, twin.kept.context, own.num_prompt, answer)
         methods: Mapping[str, float] = {}
         if self._laboratory is not None:
-            share = 1 - call.moved / max(1, call.movable)
-            methods = self._laboratory.measure(own.prompt, answer, share)
+            methods = self._laboratory.measure(own.prompt, answer, call.recomputed_share)
         return replace(call, divergence=measured, methods=dict(methods))
 
 

@@ -6,17 +6,37 @@ The three do not see quite the same prompts: answers given on moved KV may diffe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 from kvcomm.agents.example_runs import limited
+from kvcomm.agents.group import KVCommAgentGroup
 from kvcomm.agents.results import GroupResult
 from kvcomm.agents.team import Team
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.results import Usage
 from kvcomm.errors import InvalidRequest
 from kvcomm.reuse.policy import ReusePolicy
+
+UNLIKE = "Ready?"
+"""What is asked before anything is timed."""
+
+
+class Way(StrEnum):
+    """How a run reuses KV."""
+
+    DENSE = "no cache"
+    EXACT = "exact prefixes"
+    MOVED = "moved KV"
+
+
+Results = Mapping[Way, GroupResult]
+"""One run of a team in the three ways."""
+
+Answer = Callable[[KVCommAgentGroup, Mapping[str, str], int, Way], GroupResult]
+"""Runs a group on the inputs of run number N, from 0 on, in a way."""
 
 
 @dataclass
@@ -80,14 +100,14 @@ class Comparison:
         """What was collected so far."""
         return list(self._agents.values())
 
-    def add(self, dense: GroupResult, exact: GroupResult, moved: GroupResult) -> None:
+    def add(self, results: Results) -> None:
         """Add one run of the whole team in the three ways; waits for the audits of the last one."""
         self._engine.wait_idle()
         for name, agent in self._agents.items():
-            usage = moved[name].usage
+            usage = results[Way.MOVED][name].usage
             agent.usages.append(usage)
-            agent.dense_s.append(dense[name].usage.ttft_s)
-            agent.exact_s.append(exact[name].usage.ttft_s)
+            agent.dense_s.append(results[Way.DENSE][name].usage.ttft_s)
+            agent.exact_s.append(results[Way.EXACT][name].usage.ttft_s)
             if usage.approximation is not None:
                 agent.audited += self._audited_since(usage.approximation.reader)
         self._num_audited = self._count_audits()
@@ -123,32 +143,65 @@ def compare(
     Raises:
         InvalidRequest: there are no inputs.
     """
+
+    def answer(group: KVCommAgentGroup, given: Mapping[str, str], index: int, way: Way) -> GroupResult:
+        note(f"run {index + 1} of {len(inputs)}: {way}")
+        return group.run(rounds=team.rounds, **given)
+
+    comparison = Comparison(engine, team)
+    for results in in_turns(engine, team, inputs, policy, answer):
+        comparison.add(results)
+    return comparison.agents
+
+
+def in_turns(
+    engine: Engine, team: Team, inputs: Sequence[Mapping[str, str]], policy: ReusePolicy, answer: Answer
+) -> Iterator[Results]:
+    """Run a team on inputs in the three ways, one after the other; which one begins changes with every input.
+
+    What happens only once is done before: role prompts are in the cache, and text has been moved. Every approximated
+    answer is audited behind its run, while nothing else goes on.
+
+    Args:
+        engine, inputs: as `compare`.
+        answer: runs the group; called once for each input and way.
+
+    Raises:
+        InvalidRequest: there are no inputs.
+    """
     if not inputs:
         raise InvalidRequest("there are no inputs to compare on")
     with ExitStack() as stack:
         dense = stack.enter_context(Engine(engine.model, engine.tokenizer, config=replace(engine.config, cache=False)))
         exact = stack.enter_context(Engine(engine.model, engine.tokenizer, config=engine.config))
-        ways = {
-            "dense": team.group(dense, policy=ReusePolicy.exact()),
-            "exact prefixes": team.group(exact, policy=ReusePolicy.exact()),
-            "moved KV": team.group(engine, policy=watched(policy)),
+        groups = {
+            Way.DENSE: team.group(dense, policy=ReusePolicy.exact()),
+            Way.EXACT: team.group(exact, policy=ReusePolicy.exact()),
+            Way.MOVED: team.group(engine, policy=watched(policy)),
         }
         engine.clear_cache()
-        for each_engine in (exact, engine):
+        for each_engine in (dense, exact, engine):
             read_roles(each_engine, team, inputs[0])
-        comparison = Comparison(engine, team)
+        _move_once(engine, team, inputs[0], policy)
         for index, each in enumerate(inputs):
-            results = []
-            for way, group in ways.items():
-                note(f"run {index + 1} of {len(inputs)}: {way}")
-                results.append(group.run(rounds=team.rounds, **{**team.inputs, **each}))
-            note(f"run {index + 1} of {len(inputs)}: audits")
-            comparison.add(*results)
-    return comparison.agents
+            first = index % len(Way)
+            results = {}
+            for way in [*Way][first:] + [*Way][:first]:
+                results[way] = answer(groups[way], {**team.inputs, **each}, index, way)
+                engine.wait_idle()  # audits: not beside what is timed next
+            yield results
 
 
 def read_roles(engine: Engine, team: Team, inputs: Mapping[str, str]) -> None:
     """Leave the role prompts in the cache, as in a team at work: by one run on other inputs with these names."""
-    short = limited(team, 1)
-    unlike = dict.fromkeys(inputs, "Ready?")
-    short.group(engine, policy=ReusePolicy.exact()).run(rounds=1, **{**team.inputs, **unlike})
+    _run_short(engine, team, dict.fromkeys(inputs, UNLIKE), ReusePolicy.exact())
+
+
+def _move_once(engine: Engine, team: Team, inputs: Mapping[str, str], policy: ReusePolicy) -> None:
+    """Where the policy allows it, move text like that which is asked: the first time, code is compiled or loaded."""
+    unlike = {name: " ".join([UNLIKE, *reversed(text.split())]) for name, text in inputs.items()}
+    _run_short(engine, team, unlike, replace(policy, audit=0.0, learn=False))
+
+
+def _run_short(engine: Engine, team: Team, inputs: Mapping[str, str], policy: ReusePolicy) -> None:
+    limited(team, 1).group(engine, policy=policy).run(rounds=1, **{**team.inputs, **inputs})

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcomm.align.ladder import Ladder, Rung
+from kvcomm.align.moves import Move, num_moved
 from kvcomm.errors import InvalidRequest
 
 DISTANCE_LEVEL = 0.99
@@ -58,6 +59,25 @@ class Sources(NamedTuple):
     num_approximate: int = 0
     num_unread: int = 0
     num_tokens: int = 0
+
+    @property
+    def have_read_all(self) -> bool:
+        """Whether every source had read all that stands before it in the prompt.
+
+        Known before anything is moved, and telling like nothing else: prompts of both kinds are told apart wherever
+        pairs of several readers are pooled.
+        """
+        return not self.num_unread
+
+
+def sources_of(moves: Sequence[Move]) -> Sources:
+    """Where moved text comes from."""
+    return Sources(
+        num_segments=len(moves),
+        num_approximate=sum(not move.is_exact for move in moves),
+        num_unread=sum(move.num_unread > 0 for move in moves),
+        num_tokens=num_moved(moves),
+    )
 
 
 @dataclass(frozen=True)

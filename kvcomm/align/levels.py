@@ -5,13 +5,14 @@ readers of the tenant (`pool`), and those that ship with the model (`prior`). Wh
 pairs and never by what they show, so choosing costs nothing of the promise. What each promises, over the draw of its
 pairs and of a request like them (exchangeable with them):
 
-- own: P(divergence > epsilon) <= delta among this reader's requests;
-- pool: the same over the mix of the tenant's readers that the pairs were drawn from, not reader by reader;
-- prior: the same over the mix of workloads that it was measured on; nothing about other ones. That is why requests at
-  this level are watched the closest, and why a caller may ask for more (`ReusePolicy.basis`).
+- own: P(accepted and divergence > epsilon) <= delta for this reader's requests;
+- pool: the same over the mix of the tenant's readers that the pairs were drawn from, not reader by reader; of prompts
+  whose sources had read all that stands before them, and of the others, each by itself;
+- prior: the same over the mix of workloads that it was measured on, and nothing about other ones. So a caller may ask
+  for more (`ReusePolicy.basis`).
 
-A `Watch` goes with each level: one per reader for `own`, one per tenant for the others. Knows no engine and no pages.
-Guarded by its owner's lock.
+A `Watch` goes with each reader, level and bound; at pool and prior it lies within one over all requests of the tenant
+at this level. Knows no engine and no pages. Guarded by its owner's lock.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Pairs:
         max_pairs: beyond which the oldest go; None: all are kept.
         """
         self._pairs: deque[tuple[str, Pair]] = deque(maxlen=max_pairs)
-        self._seen: dict[Ladder, Calibration] = {}
+        self._seen: dict[tuple[Ladder, bool | None], Calibration] = {}
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -117,13 +118,19 @@ class Pairs:
         self._pairs = deque((each for each in self._pairs if each[0] != reader), self._pairs.maxlen)
         self._seen.clear()
 
-    def along(self, ladder: Ladder) -> Calibration:
-        """These pairs, seen along a ladder."""
-        if ladder not in self._seen:
+    def along(self, ladder: Ladder, have_read_all: bool | None = None) -> Calibration:
+        """These pairs, seen along a ladder.
+
+        Args:
+            have_read_all: only those of which this holds, see `Sources`; None: all.
+        """
+        key = ladder, have_read_all
+        if key not in self._seen:
             if len(self._seen) >= MAX_LADDERS:
                 self._seen.clear()
-            self._seen[ladder] = Calibration(ladder, tuple(self))
-        return self._seen[ladder]
+            chosen = [pair for pair in self if have_read_all in (None, pair.sources.have_read_all)]
+            self._seen[key] = Calibration(ladder, chosen)
+        return self._seen[key]
 
 
 class Watches:
@@ -310,21 +317,44 @@ class ReaderBook:
         self._tenant(namespace).pool.add(pair, reader.digest)
 
     def counts(
-        self, namespace: str, reader: Reader, ladders: Iterable[Ladder], bound: Bound, levels: Iterable[Level] = LEVELS
+        self,
+        namespace: str,
+        reader: Reader,
+        ladders: Iterable[Ladder],
+        bound: Bound,
+        levels: Iterable[Level] = LEVELS,
+        *,
+        have_read_all: bool | None = None,
     ) -> list[Count]:
         """What each level has for a reader, in the order in which they are asked: level by level, ladder by ladder.
 
         A reader that is not known has no pairs, and is not known afterwards either.
+
+        Args:
+            have_read_all: of the sources of a prompt; of pooled pairs only those count of which the same holds. None:
+                all count.
         """
         ladders = tuple(ladders)
         return [
-            Count(level, ladder, self._pairs(namespace, reader, level).along(ladder).num_pairs, _needed(level, bound))
+            Count(
+                level,
+                ladder,
+                self._calibration(namespace, reader, level, ladder, have_read_all).num_pairs,
+                _needed(level, bound),
+            )
             for level in levels
             for ladder in ladders
         ]
 
     def grounds(
-        self, namespace: str, reader: Reader, ladders: Iterable[Ladder], bound: Bound, levels: Iterable[Level] = LEVELS
+        self,
+        namespace: str,
+        reader: Reader,
+        ladders: Iterable[Ladder],
+        bound: Bound,
+        levels: Iterable[Level] = LEVELS,
+        *,
+        have_read_all: bool | None = None,
     ) -> Grounds | None:
         """What decides about a request: the most specific level with enough pairs.
 
@@ -334,6 +364,7 @@ class ReaderBook:
         Args:
             ladders: that could be used for the request, the one that costs least first.
             levels: that the caller accepts, the most specific first.
+            have_read_all: see `counts`.
 
         Returns:
             None where no level that holds has enough.
@@ -341,14 +372,14 @@ class ReaderBook:
         least = pairs_needed(bound.delta)
         counts = [
             count
-            for count in self.counts(namespace, reader, ladders, bound, levels)
+            for count in self.counts(namespace, reader, ladders, bound, levels, have_read_all=have_read_all)
             if count.num_pairs >= least and not self.watch(namespace, reader, count.level, bound).is_tripped
         ]
         if not counts:
             return None
         most = max(counts, key=lambda count: count.num_pairs)
         best = next((count for count in counts if count.num_pairs >= count.num_needed), most)
-        calibration = self._pairs(namespace, reader, best.level).along(best.ladder)
+        calibration = self._calibration(namespace, reader, best.level, best.ladder, have_read_all)
         return Grounds(best.level, calibration, self.watch(namespace, reader, best.level, bound))
 
     def is_barred(self, namespace: str, reader: Reader, level: Level, bound: Bound) -> bool:
@@ -361,8 +392,12 @@ class ReaderBook:
         return self.watch(namespace, reader, level, bound) if known else None
 
     def watch(self, namespace: str, reader: Reader, level: Level, bound: Bound) -> Watch:
-        """The watch over a reader's requests at a level, within that over all of the tenant's at this level."""
-        found = self.standing(namespace, reader).watches.get(level, bound)
+        """The watch over a reader's requests at a level, within that over all of the tenant's at this level.
+
+        Of a reader that is not known it is a fresh one, and the reader is not known afterwards either.
+        """
+        standing = self.find(namespace, reader.digest)
+        found = Watch(bound) if standing is None else standing.watches.get(level, bound)
         found.within = None if level is Level.OWN else self._tenant(namespace).watches.get(level, bound)
         return found
 
@@ -438,6 +473,12 @@ class ReaderBook:
     def forget(self, namespace: str) -> None:
         """Forget every reader of a tenant."""
         self._tenants.pop(namespace, None)
+
+    def _calibration(
+        self, namespace: str, reader: Reader, level: Level, ladder: Ladder, have_read_all: bool | None
+    ) -> Calibration:
+        # A reader's own pairs are of one mix already, and few.
+        return self._pairs(namespace, reader, level).along(ladder, None if level is Level.OWN else have_read_all)
 
     def _restart_pool(self, namespace: str) -> None:
         """Forget the pool of a tenant and what was watched about it; readers that it did not suit stay without."""

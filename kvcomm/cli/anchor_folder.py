@@ -1,4 +1,4 @@
-"""A folder of anchors as the command line sees it: entries that are usable, and those that are refused by name."""
+"""A folder of anchors as the command line sees it: banks and readers that are usable, and those refused by name."""
 
 from __future__ import annotations
 
@@ -6,14 +6,31 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from kvcomm.align.bank_file import SUFFIX, BankHeader, read_bank_header
-from kvcomm.align.profile_file import GROUPS_FILE, GroupRecord, bank_files, changing, read_groups, save_groups
+from kvcomm.align.bound import Bound
+from kvcomm.align.calibration import Pair
+from kvcomm.align.ladder import DEFAULT_RUNGS, Ladder, ladders_of
+from kvcomm.align.levels import Count, Knowledge, Level, ReaderBook
+from kvcomm.align.profile_file import (
+    EARLIER_FILE,
+    READERS_FILE,
+    ReadersHeader,
+    bank_files,
+    changing,
+    header_of,
+    read_readers,
+    save_readers,
+    too_old,
+)
+from kvcomm.align.readers import Reader
 from kvcomm.errors import AnchorFileError, InvalidRequest
 
+Entry = TypeVar("Entry")
+
 NUM_DIGITS = 12
-"""Of an edge, shown."""
+"""Of an edge or a reader, shown."""
 
 
 class BankEntry(NamedTuple):
@@ -36,6 +53,26 @@ class BankEntry(NamedTuple):
         return self.header
 
 
+class ReaderEntry(NamedTuple):
+    """One reader and its own pairs."""
+
+    reader: Reader
+    pairs: tuple[Pair, ...]
+
+    @property
+    def digest(self) -> str:
+        """The first digits."""
+        return self.reader.digest[:NUM_DIGITS]
+
+
+class Pruned(NamedTuple):
+    """What went, or would go: banks, readers, and pairs of readers that stay but were measured with other banks too."""
+
+    num_banks: int
+    num_readers: int
+    num_cut: int
+
+
 class AnchorFolder:
     """What lies in one folder."""
 
@@ -51,30 +88,66 @@ class AnchorFolder:
         return [_entry(file) for file in bank_files(self.folder)]
 
     @cached_property
-    def groups(self) -> tuple[GroupRecord, ...]:
-        """Every edge group; none where their file is missing. Raises AnchorFileError for a damaged one."""
-        return self._groups_now()[1]
+    def knowledge(self) -> Knowledge:
+        """What is known of readers; nothing where their file is missing. Raises AnchorFileError for a damaged one."""
+        header = self._header_now()
+        return Knowledge() if header is None else header.knowledge()
 
-    def groups_of(self, entry: BankEntry) -> list[GroupRecord]:
-        """The groups that rest on a bank."""
-        digest = None if entry.header is None else entry.header.payload_blake3
-        return [group for group in self.groups if digest in {each.bank for each in group.edges}]
+    @cached_property
+    def refusal(self) -> str | None:
+        """Why readers cannot be looked at; None: they can."""
+        try:
+            _ = self.knowledge
+        except AnchorFileError as error:
+            return str(error)
+        return None
 
-    def entry(self, prefix: str) -> BankEntry:
-        """The one bank whose edge begins so.
+    @property
+    def readers(self) -> list[ReaderEntry]:
+        """Every reader, the one used last at the end. Raises AnchorFileError for a damaged file."""
+        return [ReaderEntry(reader, pairs) for reader, pairs in self.knowledge.readers]
+
+    @property
+    def leftover(self) -> str | None:
+        """What to say about a file of an earlier version that lies beside a newer one."""
+        earlier = self.folder / EARLIER_FILE
+        return str(too_old(earlier)) if earlier.exists() else None
+
+    @cached_property
+    def ladders(self) -> tuple[Ladder, ...]:
+        """The rungs that pairs speak of, by estimator, safest first; those of a default policy where none speaks."""
+        rungs = dict.fromkeys(rung for _, pairs in self.knowledge.readers for pair in pairs for rung in pair.measured)
+        return ladders_of(sorted(rungs or DEFAULT_RUNGS, key=lambda rung: -rung.share))
+
+    def banks_of(self, reader: Reader) -> list[BankEntry]:
+        """The usable banks of edges that lead to a reader, in order of its slots."""
+        found = [(entry, entry.header.target) for entry in self.entries if entry.header is not None]
+        return [entry for slot in reader.targets for entry, target in found if target == slot]
+
+    def counts(self, reader: Reader, bound: Bound, levels: Iterable[Level]) -> list[Count]:
+        """How many pairs each level has along each ladder, and how many it takes."""
+        return self._book.counts("", reader, self.ladders, bound, levels)
+
+    def entry(self, prefix: str) -> BankEntry | ReaderEntry:
+        """The one bank or reader whose digest begins so.
 
         Raises:
             InvalidRequest: none, or several.
         """
-        found = [entry for entry in self.entries if entry.edge.startswith(prefix[:NUM_DIGITS])]
-        if len(found) != 1:
-            which = "no bank" if not found else f"{len(found)} banks"
-            raise InvalidRequest(f"{which} in {self.folder} for edge {prefix!r}; `kvcomm anchors ls` shows them")
-        return found[0]
+        found: list[BankEntry | ReaderEntry] = [*self._banks_at(prefix), *self._readers_at(prefix)]
+        return self._the_one(prefix, found, "bank or reader")
+
+    def bank(self, prefix: str) -> BankEntry:
+        """The one bank whose edge begins so. Raises InvalidRequest: none, or several."""
+        return self._the_one(prefix, self._banks_at(prefix), "bank")
+
+    def reader(self, prefix: str) -> ReaderEntry:
+        """The one reader whose digest begins so. Raises InvalidRequest: none, or several."""
+        return self._the_one(prefix, self._readers_at(prefix), "reader")
 
     def choose(self, edges: Iterable[str], older_than_days: float | None, keep_bytes: int | None) -> list[BankEntry]:
-        """Those to remove: the ones named, those saved longer ago, and the oldest beyond `keep_bytes`."""
-        chosen = {entry.file: entry for entry in map(self.entry, edges)}
+        """Banks to remove: the ones named, those saved longer ago, and the oldest beyond `keep_bytes`."""
+        chosen = {entry.file: entry for entry in map(self.bank, edges)}
         oldest_first = sorted(self.entries, key=_saved)
         if older_than_days is not None:
             limit = datetime.now(UTC) - timedelta(days=older_than_days)
@@ -87,34 +160,75 @@ class AnchorFolder:
                     left -= entry.num_bytes
         return list(chosen.values())
 
-    def prune(self, chosen: Sequence[BankEntry], *, dry_run: bool) -> int:
-        """Remove banks and the groups that rest on them; returns how many groups.
+    def prune(self, banks: Sequence[BankEntry], readers: Sequence[ReaderEntry], *, dry_run: bool) -> Pruned:
+        """Remove banks, what pairs say about rungs that need anchors if one of theirs goes, and readers.
 
         Raises:
             AnchorFileError: the folder cannot be written.
         """
-        gone = {entry.header.payload_blake3 for entry in chosen if entry.header}
         if dry_run:
-            return sum(_rests_on(group, gone) for group in self.groups)
+            header = self._header_now()
+            return Pruned(len(banks), len(readers), 0 if header is None else _without(header, banks, readers)[1])
         with changing(self.folder):
-            namespace, groups = self._groups_now()  # others may have saved since they were shown
-            kept = [group for group in groups if not _rests_on(group, gone)]
-            if len(kept) < len(groups):  # first: a group without its bank would be left out anyway
-                save_groups(self.folder, namespace, kept)
-            for entry in chosen:
+            header, num_cut = self._header_now(), 0  # others may have saved since they were shown
+            if header is not None:
+                kept, num_cut = _without(header, banks, readers)
+                if kept != header:  # first: a bank that is named and missing would only be refused
+                    save_readers(self.folder, kept)
+            for entry in banks:
                 _remove(entry)
-        return len(groups) - len(kept)
+        return Pruned(len(banks), len(readers), num_cut)
 
-    def _groups_now(self) -> tuple[str, tuple[GroupRecord, ...]]:
-        """Namespace and groups; none where their file is missing."""
-        if not (self.folder / GROUPS_FILE).exists():
-            return "", ()
-        header = read_groups(self.folder)
-        return header.namespace, header.groups
+    @cached_property
+    def _book(self) -> ReaderBook:
+        book = ReaderBook()
+        book.put("", self.knowledge)
+        return book
+
+    def _banks_at(self, prefix: str) -> list[BankEntry]:
+        return [entry for entry in self.entries if entry.edge.startswith(prefix[:NUM_DIGITS])]
+
+    def _readers_at(self, prefix: str) -> list[ReaderEntry]:
+        if self.refusal is not None:  # `ls` says so
+            return []
+        return [entry for entry in self.readers if entry.reader.digest.startswith(prefix)]
+
+    def _the_one(self, prefix: str, found: Sequence[Entry], what: str) -> Entry:
+        if len(found) != 1:
+            number = f"no {what}" if not found else f"{len(found)} of them"
+            raise InvalidRequest(f"{number} in {self.folder} at {prefix!r}; `kvcomm anchors ls` shows them")
+        return found[0]
+
+    def _header_now(self) -> ReadersHeader | None:
+        if not any((self.folder / name).exists() for name in (READERS_FILE, EARLIER_FILE)):
+            return None
+        return read_readers(self.folder)
 
 
-def _rests_on(group: GroupRecord, banks: set[str]) -> bool:
-    return not banks.isdisjoint({each.bank for each in group.edges})
+def _without(
+    header: ReadersHeader, banks: Iterable[BankEntry], readers: Iterable[ReaderEntry]
+) -> tuple[ReadersHeader, int]:
+    """The same without banks and readers, and how many pairs are cut by it."""
+    names = {entry.file.name for entry in banks}  # a damaged bank has no edge, but a name
+    edges = {entry.header.edge.digest for entry in banks if entry.header}
+    gone_banks = {edge for edge in header.banks if edge in edges or edge[:24] + SUFFIX in names}
+    gone_readers = {entry.reader.digest for entry in readers}
+    knowledge = header.knowledge()
+    knowledge = knowledge._replace(
+        readers=tuple(each for each in knowledge.readers if each[0].digest not in gone_readers),
+        watches=tuple(each for each in knowledge.watches if each.reader not in gone_readers),
+    )
+    num_cut = 0
+    if gone_banks:
+        before, knowledge = knowledge, knowledge.without_anchors()
+        num_cut = sum(
+            old.measured.keys() != new.measured.keys()
+            for (_, olds), (_, news) in zip(before.readers, knowledge.readers, strict=True)
+            for old, new in zip(olds, news, strict=True)
+        )
+    left = {edge: payload for edge, payload in header.banks.items() if edge not in gone_banks}
+    kept = header_of(header.namespace, knowledge, left)
+    return kept.model_copy(update={"created": header.created}), num_cut
 
 
 def _remove(entry: BankEntry) -> None:

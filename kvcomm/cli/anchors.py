@@ -17,73 +17,76 @@ from kvcomm.cli.text import age_of, counted, printable
 from kvcomm.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from kvcomm.align.profile_file import GroupRecord
-    from kvcomm.cli.anchor_folder import AnchorFolder, BankEntry
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from kvcomm.align.ladder import Ladder
+    from kvcomm.align.levels import KeptWatch
+    from kvcomm.cli.anchor_folder import AnchorFolder, BankEntry, ReaderEntry
 
 app = typer.Typer(
-    help="What was learned about moving text: anchor banks and calibrations, as `Engine.save_anchors` writes them.",
+    help="What was learned about moving text: anchor banks, and pairs of every reader, as `Engine.save_anchors` writes "
+    "them. A reader is a kind of prompt, told by its template.",
     no_args_is_help=True,
-    epilog="Banks are safetensors files; nothing in them is ever executed. Their format: anchors/FORMAT.md.",
+    epilog="All files are safetensors; nothing in them is ever executed. Their format: anchors/FORMAT.md.",
 )
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder of anchors.")]
-EdgePrefix = Annotated[str, typer.Argument(metavar="EDGE", help="The first digits of an edge; `ls` shows them.")]
-BOUNDS = ((0.02, 0.05), (0.05, 0.05))
+Prefix = Annotated[
+    str, typer.Argument(metavar="DIGEST", help="The first digits of a bank's edge or of a reader; `ls` shows them.")
+]
+BOUNDS = ((0.02, 0.95), (0.05, 0.95), (0.05, 0.9))
+"""Nats and confidence."""
+CONFIDENCES = (0.9, 0.95)
 TRANSFER_TIMEOUT_S = 300.0
 
 
 @app.command("ls", epilog="Example: kvcomm anchors ls anchors/")
 def list_command(folder: Folder, as_json: JsonFlag = False) -> int:
-    """Show every bank, and how well it is calibrated.
+    """Show every bank and every reader, and what is missing for the next level.
 
-    Foreign and damaged files are refused in their row, and the exit code is 1.
+    Pairs are exact prompts that were measured: `7 of 9` at a confidence says that from 9 on text may be moved with it,
+    if none of them breaks the bound. Foreign and damaged files are refused by name, and the exit code is 1.
     """
     from kvcomm.cli.anchor_folder import AnchorFolder
 
     found = AnchorFolder(folder)
-    rows = [_row(entry, found) for entry in found.entries]
-    columns = ["edge", "text", "tokens", "size", "age", "pairs"]
-    if any(entry.refusal for entry in found.entries):
-        columns.append("refused because")
-    view = table(columns, [row[: len(columns)] for row in rows], numeric={"tokens", "size", "pairs"})
-    value = {"banks": [_values(entry, found) for entry in found.entries], "num_groups": len(found.groups)}
-    emit(value, view if rows else Text("no anchors there"), as_json=as_json)
-    return int(any(entry.refusal for entry in found.entries))
+    refusals = list(dict.fromkeys(each for each in (found.refusal, found.leftover) if each))
+    readers = [] if found.refusal else [_reader_values(entry, found) for entry in found.readers]
+    pool = [] if found.refusal else _counts(found, None)
+    views: list[RenderableType] = [_bank_table(found.entries)] if found.entries else []
+    if readers:
+        views += [_reader_table(readers), Text(f"all readers together: {_in_words(pool)}")]
+    views += [Text(printable(each), style="red") for each in refusals]
+    banks = [_bank_values(entry) for entry in found.entries]
+    value = {"banks": banks, "readers": readers, "pool": pool, "refusals": refusals}
+    emit(value, *(views or [Text("no anchors there")]), as_json=as_json)
+    return int(bool(refusals) or any(entry.refusal for entry in found.entries))
 
 
 @app.command("show", epilog="Example: kvcomm anchors show anchors/ 3fa9")
-def show_command(folder: Folder, edge: EdgePrefix, as_json: JsonFlag = False) -> None:
-    """Show one bank: where it leads from and to, and what its groups promise."""
-    from kvcomm.cli.anchor_folder import AnchorFolder
+def show_command(folder: Folder, digest: Prefix, as_json: JsonFlag = False) -> None:
+    """Show one bank, or one reader: what each rung cost its prompts, and which one would be chosen."""
+    from kvcomm.cli.anchor_folder import AnchorFolder, ReaderEntry
 
     found = AnchorFolder(folder)
-    entry = found.entry(edge)
+    entry = found.entry(digest)
+    if isinstance(entry, ReaderEntry):
+        _show_reader(entry, found, as_json=as_json)
+        return
     header = entry.require()
-    value = _values(entry, found) | header.model_dump(mode="json", exclude={"keys", "values"})
-    groups = found.groups_of(entry)
-    value["groups"] = [_group_values(group) for group in groups]
-    facts = table(
-        None, [(name, value[name]) for name in ("file", "slot", "source_slot", "source", "target", "created")]
-    )
-    columns = (
-        "group",
-        "agents' segments",
-        "strength",
-        "pairs",
-        "rung",
-        "median nats",
-        "95 % within",
-        *_bound_columns(),
-    )
-    rows = [row for group in groups for row in _group_rows(group)]
-    view = table(columns, rows, title="groups", numeric=set(columns[2:])) if rows else Text("no group rests on it")
-    emit(value, facts, view, as_json=as_json)
+    value = _bank_values(entry) | header.model_dump(mode="json", exclude={"keys", "values"})
+    names = ("file", "edge", "slot", "source_slot", "source", "target", "num_tokens", "created")
+    emit(value, table(None, [(name, printable(str(value[name]))) for name in names]), as_json=as_json)
 
 
 @app.command("prune", epilog="Example: kvcomm anchors prune anchors/ --edge 3fa9 --dry-run")
 def prune_command(
     folder: Folder,
     edge: Annotated[list[str] | None, typer.Option("--edge", metavar="EDGE", help="These banks. Repeatable.")] = None,
+    reader: Annotated[
+        list[str] | None, typer.Option("--reader", metavar="READER", help="These readers. Repeatable.")
+    ] = None,
     older_than: Annotated[
         float | None, typer.Option("--older-than", min=0, metavar="DAYS", help="Banks saved longer ago.")
     ] = None,
@@ -93,24 +96,29 @@ def prune_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Remove banks, and the groups that rest on them: their calibration means nothing without."""
+    """Remove banks or readers. Without one of its banks, what pairs say about rungs that need anchors goes, too.
+
+    What pairs say about turned keys needs no bank and stays.
+    """
     from kvcomm.cli.anchor_folder import AnchorFolder
 
-    if not edge and older_than is None and keep_bytes is None:
-        raise InvalidRequest("say what to prune: --edge, --older-than or --keep-bytes")
+    if not edge and not reader and older_than is None and keep_bytes is None:
+        raise InvalidRequest("say what to prune: --edge, --reader, --older-than or --keep-bytes")
     found = AnchorFolder(folder)
-    chosen = found.choose(edge or (), older_than, keep_bytes)
-    num_groups = found.prune(chosen, dry_run=dry_run)
-    freed = sum(entry.num_bytes for entry in chosen)
+    banks, readers = found.choose(edge or (), older_than, keep_bytes), [found.reader(each) for each in reader or ()]
+    pruned = found.prune(banks, readers, dry_run=dry_run)
+    freed = sum(entry.num_bytes for entry in banks)
     value = {
-        "removed": [entry.edge for entry in chosen],
+        "removed": [entry.edge for entry in banks],
+        "removed_readers": [entry.digest for entry in readers],
         "freed_bytes": freed,
-        "removed_groups": num_groups,
+        "cut_pairs": pruned.num_cut,
         "dry_run": dry_run,
     }
     did = "would remove" if dry_run else "removed"
-    banks, groups = counted(len(chosen), "bank"), counted(num_groups, "group")
-    emit(value, f"{did} {banks}, {format_bytes(freed)}, and {groups}", as_json=as_json)
+    parts = [f"{counted(len(banks), 'bank')}, {format_bytes(freed)}", counted(len(readers), "reader")]
+    cut = f"; {counted(pruned.num_cut, 'pair')} without rungs that need anchors" if pruned.num_cut else ""
+    emit(value, f"{did} {' and '.join(parts)}{cut}", as_json=as_json)
 
 
 @app.command("export", epilog="Example: kvcomm anchors export anchors/ team.tar")
@@ -185,10 +193,13 @@ def send_command(
         file = Path(name) / "archive"
         export_archive(AnchorFolder(folder).folder, file)
         taken = json.loads(ask("PUT", url, file.read_bytes(), headers, key=key, timeout_s=TRANSFER_TIMEOUT_S))
-    emit(taken, f"{server} has taken {counted(taken['num_banks'], 'bank')}", as_json=as_json)
+    words = [counted(taken["num_banks"], "bank"), counted(taken["num_pairs"], "pair")]
+    emit(taken, f"{server} has taken {' and '.join(words)}", as_json=as_json)
 
 
-def _values(entry: BankEntry, found: AnchorFolder) -> dict[str, Any]:
+def _bank_values(entry: BankEntry) -> dict[str, Any]:
+    from kvcomm.align.estimators import TokenSettings
+
     value: dict[str, Any] = {
         "edge": entry.edge,
         "file": str(entry.file),
@@ -196,59 +207,180 @@ def _values(entry: BankEntry, found: AnchorFolder) -> dict[str, Any]:
         "refusal": entry.refusal,
     }
     if entry.header is not None:
+        settings = TokenSettings()
         value |= {"num_tokens": entry.header.num_tokens, "created": entry.header.created}
-        value["num_pairs"] = sum(len(group.pairs) for group in found.groups_of(entry))
+        value |= {"num_needed": settings.min_tokens, "num_enough": settings.mature_tokens}
     return value
 
 
-def _row(entry: BankEntry, found: AnchorFolder) -> tuple[object, ...]:
+def _bank_table(entries: list[BankEntry], *, title: str = "banks") -> Table:
+    columns = ["bank", "text", "anchor tokens", "size", "age"]
+    if any(entry.refusal for entry in entries):
+        columns.append("refused because")
+    rows = [_bank_row(entry)[: len(columns)] for entry in entries]
+    return table(columns, rows, title=title, numeric={"anchor tokens", "size"})
+
+
+def _bank_row(entry: BankEntry) -> tuple[object, ...]:
     size = format_bytes(entry.num_bytes)
     if (header := entry.header) is None:
-        return (entry.edge, None, None, size, None, None, printable(entry.refusal or ""))
+        return (entry.edge, None, None, size, None, printable(entry.refusal or ""))
     where = "any context" if header.edge.is_general else "one context"
     text = printable(f"{header.source_slot} -> {header.slot}, {where}")
-    num_pairs = sum(len(group.pairs) for group in found.groups_of(entry))
-    return (entry.edge, text, header.num_tokens, size, age_of(header.created), num_pairs, None)
+    value = _bank_values(entry)
+    return (entry.edge, text, _of(value["num_tokens"], value["num_enough"]), size, age_of(header.created), None)
 
 
-def _group_values(record: GroupRecord) -> dict[str, Any]:
-    group = record.group()
-    value: dict[str, Any] = {
-        "group": group.key.digest[:12],
-        "slots": [each.slot for each in record.edges],
-        "estimator": record.estimator,
-        "strength": group.strength,
-        "num_pairs": group.calibration.num_pairs,
-        "tripped": [list(bound) for bound, breaker in group.breakers.items() if breaker.tripped],
-        "rungs": [],
+def _reader_values(entry: ReaderEntry, found: AnchorFolder) -> dict[str, Any]:
+    return {
+        "reader": entry.digest,
+        "slots": list(entry.reader.slots),
+        "num_pairs": len(entry.pairs),
+        "own": _counts(found, entry),
+        "banks": [_bank_values(bank) for bank in found.banks_of(entry.reader)],
     }
-    for rung, share in enumerate(record.shares):
-        divergences = sorted(pair.divergences[rung] for pair in group.calibration.pairs)
-        median = divergences[len(divergences) // 2] if divergences else None
-        predicted = group.calibration.predicted(rung, 0.95) if divergences else None
-        value["rungs"].append({"share": share, "median": median, "predicted_95": predicted})
-    value["chosen"] = {_bound_name(bound): _chosen(record, group.calibration.choose(*bound)) for bound in BOUNDS}
-    return value
 
 
-def _group_rows(record: GroupRecord) -> list[tuple[object, ...]]:
-    value = _group_values(record)
-    rows: list[tuple[object, ...]] = []
-    for index, rung in enumerate(value["rungs"]):
-        first = (value["group"], ", ".join(map(printable, value["slots"])), value["strength"], value["num_pairs"])
-        chosen = ["chosen" if value["chosen"][_bound_name(bound)] == rung["share"] else "" for bound in BOUNDS]
-        numbers = [None if number is None else f"{number:.4f}" for number in (rung["median"], rung["predicted_95"])]
-        rows.append((*(first if not index else ("",) * 4), f"{rung['share']:.0%}", *numbers, *chosen))
-    return rows
+def _reader_table(readers: list[dict[str, Any]]) -> Table:
+    columns = ["reader", "slots", *(f"pairs at {confidence:g}" for confidence in CONFIDENCES), "anchor tokens"]
+    rows = [
+        (
+            each["reader"],
+            printable(", ".join(each["slots"])),
+            *(_of(count["num_pairs"], count["num_needed"]) for count in each["own"]),
+            _anchors_in_words(each["banks"]),
+        )
+        for each in readers
+    ]
+    return table(columns, rows, title="readers", numeric=set(columns[2:]))
 
 
-def _chosen(record: GroupRecord, rung: int | None) -> float | None:
-    return None if rung is None else record.shares[rung]
+def _counts(found: AnchorFolder, entry: ReaderEntry | None) -> list[dict[str, Any]]:
+    """What a reader has of its own, or None: all of them together, at each confidence."""
+    from kvcomm.align.bound import Bound
+    from kvcomm.align.calibration import pairs_needed
+    from kvcomm.align.levels import Level
+    from kvcomm.align.readers import Reader
+
+    level, reader = (Level.POOL, Reader("")) if entry is None else (Level.OWN, entry.reader)
+    values = []
+    for confidence in CONFIDENCES:
+        bound = Bound(0.0, 1 - confidence)  # how many it takes does not depend on the nats
+        best = max(found.counts(reader, bound, (level,)), key=lambda count: count.num_pairs)
+        values.append(
+            {
+                "confidence": confidence,
+                "estimator": best.ladder[0].estimator,
+                "num_pairs": best.num_pairs,
+                "num_needed": pairs_needed(bound.delta),
+                "num_settled": best.num_needed,
+            }
+        )
+    return values
+
+
+def _in_words(counts: list[dict[str, Any]]) -> str:
+    words = [f"{_of(each['num_pairs'], each['num_needed'])} at {each['confidence']:g}" for each in counts]
+    return f"pairs {', '.join(words)}"
+
+
+def _of(number: int, needed: int) -> str:
+    return f"{number} of {needed}" if number < needed else str(number)
+
+
+def _anchors_in_words(banks: list[dict[str, Any]]) -> str | None:
+    """Of the bank that has least."""
+    least = min(banks, key=lambda bank: int(bank["num_tokens"]), default=None)
+    return None if least is None else f"{_of(least['num_tokens'], least['num_enough'])} or more"
+
+
+def _show_reader(entry: ReaderEntry, found: AnchorFolder, *, as_json: bool) -> None:
+    rungs = [value for ladder in found.ladders for value in _rung_values(entry, ladder)]
+    watches = [_watch_values(each) for each in found.knowledge.watches if each.reader == entry.reader.digest]
+    value = _reader_values(entry, found) | {"digest": entry.reader.digest, "rungs": rungs, "watches": watches}
+    facts = [
+        ("reader", entry.reader.digest),
+        ("slots", printable(", ".join(entry.reader.slots))),
+        ("own", _in_words(value["own"])),
+        ("all readers", _in_words(_counts(found, None))),
+    ]
+    columns = ["rung", "pairs", "median nats", "95 % within", *map(_bound_name, BOUNDS)]
+    rows = [
+        (
+            printable(each["rung"]),
+            each["num_pairs"],
+            _nats(each["median"]),
+            _nats(each["within_95"]),
+            *("chosen" if each["chosen"][_bound_name(bound)] else "" for bound in BOUNDS),
+        )
+        for each in rungs
+    ]
+    views: list[RenderableType] = [
+        table(None, facts),
+        table(
+            columns, rows, title="rungs, and which one its own pairs choose at (nats, confidence)", numeric=columns[1:4]
+        ),
+    ]
+    if value["banks"]:
+        views.append(_bank_table(found.banks_of(entry.reader), title="banks that lead to it"))
+    if watches:
+        names = ["level", "bound", "audits", "above", "working delta", "state"]
+        shown = [
+            (
+                each["level"],
+                _bound_name((each["max_divergence"], each["confidence"])),
+                each["num_audited"],
+                each["num_violations"],
+                f"{each['working_delta']:.3g}",
+                "tripped" if each["tripped"] else "holds",
+            )
+            for each in watches
+        ]
+        views.append(table(names, shown, title="audits", numeric=names[2:5]))
+    emit(value, *views, as_json=as_json)
+
+
+def _rung_values(entry: ReaderEntry, ladder: Ladder) -> list[dict[str, Any]]:
+    """What each rung cost; whether it is chosen at a bound, along its ladder as a whole."""
+    from kvcomm.align.calibration import Calibration
+
+    whole = Calibration(ladder, entry.pairs)
+    chosen = {_bound_name(bound): whole.choose(bound[0], 1 - bound[1]) for bound in BOUNDS}
+    values = []
+    for index, rung in enumerate(ladder):
+        alone = Calibration((rung,), entry.pairs)
+        has_pairs = alone.num_pairs > 0
+        values.append(
+            {
+                "rung": str(rung),
+                "estimator": rung.estimator,
+                "share": rung.share,
+                "chooser": rung.chooser,
+                "num_pairs": alone.num_pairs,
+                "median": alone.predicted(0, 0.5) if has_pairs else None,
+                "within_95": alone.predicted(0, 0.95) if has_pairs else None,
+                "chosen": {name: place == index for name, place in chosen.items()},
+            }
+        )
+    return values
+
+
+def _watch_values(kept: KeptWatch) -> dict[str, Any]:
+    watch = kept.watch
+    return {
+        "level": kept.level.value,
+        "max_divergence": watch.bound.max_divergence,
+        "confidence": watch.bound.confidence,
+        "working_delta": watch.working_delta,
+        "num_audited": watch.breaker.num_observed,
+        "num_violations": watch.breaker.num_violations,
+        "tripped": watch.breaker.tripped,
+    }
+
+
+def _nats(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4f}"
 
 
 def _bound_name(bound: tuple[float, float]) -> str:
-    return f"({bound[0]}, {bound[1]})"
-
-
-def _bound_columns() -> list[str]:
-    return [f"at {_bound_name(bound)}" for bound in BOUNDS]
+    return f"({bound[0]:g}, {bound[1]:g})"

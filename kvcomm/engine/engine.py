@@ -1018,7 +1018,7 @@ class Engine:
         """Let the engine stand still: within, nothing is computed and nothing learned, whatever is asked of it.
 
         For measurements, and for whoever needs the machine for a moment. Requests can be submitted; waiting for one
-        within would never end.
+        within, or closing the engine, would never end.
         """
         return self._loop.held()
 

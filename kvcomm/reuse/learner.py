@@ -13,11 +13,11 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 
 from kvcomm.align.bound import Bound
-from kvcomm.align.calibration import Measured, Pair, Sources
+from kvcomm.align.calibration import Measured, Pair, sources_of
 from kvcomm.align.estimators import Correction
 from kvcomm.align.ladder import Rung
 from kvcomm.align.levels import ReaderBook
-from kvcomm.align.moves import Move, num_moved
+from kvcomm.align.moves import Move
 from kvcomm.align.ops.contract import LayerStore
 from kvcomm.align.spans import place_of
 from kvcomm.errors import InvalidRequest
@@ -29,7 +29,7 @@ from kvcomm.reuse.idle_work import Steps, Urgency
 from kvcomm.reuse.lesson import Lesson
 from kvcomm.reuse.planner import Planner
 from kvcomm.reuse.policy import ReusePolicy
-from kvcomm.reuse.replay import Case, Exact, Measurement, Outcome
+from kvcomm.reuse.replay import NUM_CONTINUATION, Case, Exact, Measurement, Outcome
 from kvcomm.reuse.trials import Served, Trial, Trials
 
 ENOUGH_PAIRS = 60
@@ -186,9 +186,19 @@ class Learner:
 
     def _queue_study(self, trial: Trial) -> None:
         bound = Bound(trial.policy.max_divergence, trial.policy.delta)
-        counts = self._book.counts(trial.namespace, trial.reader, trial.policy.ladders, bound, trial.policy.levels)
-        missing = [each.num_needed - each.num_pairs for each in counts if each.num_pairs < each.num_needed]
-        self._trials.queue(trial, self._study(trial), Urgency.STUDY, pays_after=min(missing, default=math.inf))
+        counts = self._book.counts(
+            trial.namespace,
+            trial.reader,
+            trial.policy.ladders,
+            bound,
+            trial.policy.levels,
+            have_read_all=sources_of(trial.moves).have_read_all,
+        )
+        missing = min(
+            (each.num_needed - each.num_pairs for each in counts if each.num_pairs < each.num_needed), default=0
+        )
+        pays_after = missing * _num_rows(trial, trial.policy.rungs) if missing else math.inf
+        self._trials.queue(trial, self._study(trial), Urgency.STUDY, pays_after=pays_after)
 
     def _study(
         self,
@@ -221,12 +231,14 @@ class Learner:
 
         While nobody can move anything yet, those of the ladder that is nearest to it: that pays soonest.
         """
-        ladders = trial.policy.ladders
+        ladders, have_read_all = trial.policy.ladders, sources_of(trial.moves).have_read_all
         bound = Bound(trial.policy.max_divergence, trial.policy.delta)
         with self._lock:
-            pool = self._book.pool(trial.namespace)
-            grounds = self._book.grounds(trial.namespace, trial.reader, ladders, bound, trial.policy.levels)
-        counts = {ladder: sum(all(rung in pair.measured for rung in ladder) for pair in pool) for ladder in ladders}
+            alike = [pair for pair in self._book.pool(trial.namespace) if pair.sources.have_read_all == have_read_all]
+            grounds = self._book.grounds(
+                trial.namespace, trial.reader, ladders, bound, trial.policy.levels, have_read_all=have_read_all
+            )
+        counts = {ladder: sum(all(rung in pair.measured for rung in ladder) for pair in alike) for ladder in ladders}
         if grounds is None:
             return max(reversed(ladders), key=lambda ladder: counts[ladder])
         wanted = [ladder for ladder in ladders if ladder == ladders[0] or counts[ladder] < ENOUGH_PAIRS]
@@ -268,7 +280,10 @@ class Learner:
             return
         bound = Bound(policy.max_divergence, policy.delta)
         ladders = [ladder for ladder in policy.ladders if all(rung in pair.measured for rung in ladder)]
-        grounds = self._book.grounds(trial.namespace, trial.reader, ladders, bound, policy.levels)
+        have_read_all = pair.sources.have_read_all
+        grounds = self._book.grounds(
+            trial.namespace, trial.reader, ladders, bound, policy.levels, have_read_all=have_read_all
+        )
         if grounds is not None and grounds.tried is not None:
             grounds.watch.would_give(pair.measured[grounds.calibration.ladder[grounds.tried]].divergence)
 
@@ -283,15 +298,17 @@ class Learner:
         return total
 
 
+def _num_rows(trial: Trial, rungs: Sequence[Rung]) -> float:
+    """Rows of the passes that measuring takes, about."""
+    num_moved = sum(move.num_tokens for move in trial.moves)
+    num_others = trial.num_prompt - trial.moves[0].start - num_moved + NUM_CONTINUATION
+    return sum(num_others + rung.share * num_moved for rung in rungs)
+
+
 def _pair_of(measured: Measurement, moves: Sequence[Move]) -> Pair:
     outcomes = measured.outcomes
     return Pair(
         {rung: Measured(outcome.divergence, outcome.residual) for rung, outcome in outcomes.items()},
         {rung.estimator: outcome.distance for rung, outcome in outcomes.items()},
-        Sources(
-            num_segments=len(moves),
-            num_approximate=sum(not move.is_exact for move in moves),
-            num_unread=sum(move.num_unread > 0 for move in moves),
-            num_tokens=num_moved(moves),
-        ),
+        sources_of(moves),
     )

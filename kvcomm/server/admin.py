@@ -33,7 +33,7 @@ def metrics(state: StateDep) -> Response:
 
 
 @router.get("/admin/status", operation_id="serverStatus", responses=documented(401, 403, 500))
-async def server_status(state: StateDep) -> ServerStatus:
+def server_status(state: StateDep) -> ServerStatus:  # in a thread: it waits for the engine's lock
     """How full the server is."""
     stats = state.engine.memory_stats()
     return ServerStatus(

@@ -15,18 +15,29 @@ from typing import Annotated
 
 import anyio
 import anyio.to_thread
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi import Path as PathParam
 from starlette.responses import Response
 
 from kvcomm.align.archive import export_archive, import_archive
 from kvcomm.engine.engine import Engine
-from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign, AnchorFileTooNew
+from kvcomm.errors import (
+    AnchorFileCorrupt,
+    AnchorFileError,
+    AnchorFileForeign,
+    AnchorFileTooNew,
+    AnchorFileTooOld,
+)
 from kvcomm.files.reading import read_bytes
+from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.server.access import security
 from kvcomm.server.errors import ApiError, documented, failed_file
 from kvcomm.server.keys import NAME_PATTERN
+from kvcomm.server.reuse_views import anchor_status
+from kvcomm.server.sampling import default_policy
 from kvcomm.server.schemas.admin import AnchorsTaken
+from kvcomm.server.schemas.anchors import AnchorStatus
+from kvcomm.server.schemas.common import LevelName, Reuse
 from kvcomm.server.state import StateDep, TenantDep
 from kvcomm.server.workers import LONG_BYTES
 
@@ -44,9 +55,37 @@ BINARY = {"schema": {"type": "string", "format": "binary"}}
     responses={200: {"content": {TAR: BINARY}}, **documented(401, 403, 429, 500, 503)},
 )
 async def export_anchors(state: StateDep, tenant: TenantDep) -> Response:
-    """Every bank and calibration of the caller, a tar archive that `kvcomm anchors` reads."""
+    """Every bank and all pairs of the caller, a tar archive that `kvcomm anchors` reads."""
     archive = await state.workers.run(tenant.name, LONG_BYTES, partial(_archive, state.engine, tenant.name))
     return Response(archive, media_type=TAR)
+
+
+@router.get(
+    "/v1/anchors/status",
+    operation_id="anchorStatus",
+    tags=["insight"],
+    responses=documented(400, 401, 403, 429, 500),
+)
+async def get_anchor_status(
+    state: StateDep,
+    tenant: TenantDep,
+    max_divergence: Annotated[
+        float | None, Query(gt=0, allow_inf_nan=False, description="In nats; by default what the server promises.")
+    ] = None,
+    confidence: Annotated[float | None, Query(gt=0, lt=1)] = None,
+    basis: Annotated[LevelName | None, Query(description="The least that is accepted as grounds.")] = None,
+) -> AnchorStatus:
+    """What is known of moving your text, and what is missing for a bound: pairs of each level, anchors of each edge."""
+    policy = default_policy(state.settings)
+    if policy.is_exact:  # then it promises nothing else; this is what a request gets that only says "approximate"
+        policy = Reuse().policy()
+    policy = ReusePolicy(
+        max_divergence=policy.max_divergence if max_divergence is None else max_divergence,
+        confidence=policy.confidence if confidence is None else confidence,
+        basis=policy.basis if basis is None else basis,
+    )
+    work = partial(anchor_status, state.engine, tenant.name, list(tenant.salts), policy)
+    return await state.workers.run(tenant.name, 0, work)
 
 
 def _archive(engine: Engine, tenant: str) -> bytes:
@@ -67,7 +106,7 @@ def _archive(engine: Engine, tenant: str) -> bytes:
 async def import_anchors(
     tenant: Annotated[str, PathParam(pattern=NAME_PATTERN)], request: Request, state: StateDep
 ) -> AnchorsTaken:
-    """Put an archive's banks and calibrations in place of what a tenant has of the same edges, all of it or nothing."""
+    """Put an archive's banks and pairs in place of what a tenant has of the same kinds, all of it or nothing."""
     with _scratch() as scratch:
         async with await anyio.open_file(scratch / "archive", "wb") as file:  # it may be as large as the memory
             async for piece in request.stream():
@@ -80,10 +119,15 @@ def _take(engine: Engine, tenant: str, scratch: Path) -> AnchorsTaken:
     try:
         num_banks = import_archive(file, folder)
         profile = engine.load_anchors(folder, tenant=tenant)
-    except (AnchorFileCorrupt, AnchorFileForeign, AnchorFileTooNew) as error:
+    except (AnchorFileCorrupt, AnchorFileForeign, AnchorFileTooNew, AnchorFileTooOld) as error:
         # Messages name files; where this server unpacks them is nobody's business.
         raise ApiError(400, "bad_anchors", str(error).replace(f"{scratch}/", "")) from error
-    return AnchorsTaken(num_banks=num_banks, num_groups=len(profile.groups))
+    return AnchorsTaken(
+        num_banks=num_banks,
+        num_readers=len(profile.knowledge.readers),
+        num_pairs=profile.num_pairs,
+        num_missing=profile.num_missing,
+    )
 
 
 @contextmanager

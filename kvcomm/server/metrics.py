@@ -35,8 +35,11 @@ REFUSALS = frozenset(
         Reason.BREAKER,
         Reason.OUT_OF_DISTRIBUTION,
         Reason.SOURCE_RISK,
+        Reason.DISPLACED,
         Reason.COST,
         Reason.ESCALATED,
+        Reason.NO_ROOM,
+        Reason.FAILED,
     }
 )
 """Reasons for computing text that could have been moved."""
@@ -59,7 +62,10 @@ class Metrics:
         self._generated = self._counter("generation_tokens", "Tokens generated.")
         self._misses = self._counter("miss", "Prompt tokens computed, by reason.", "reason")
         self._decisions = self._counter(
-            "anchor_decisions", "Requests that allowed approximation, by what came of it.", "decision", "reason"
+            "anchor_decisions",
+            "Requests that allowed approximation: refused by reason, accepted by the level of the pairs that decided.",
+            "decision",
+            "reason",
         )
         self._requests = self._counter("http_requests", "Requests answered.", "method", "route", "status")
         self._refused = self._counter("refused_requests", "Requests over a limit or share, by reason.", "reason")
@@ -103,8 +109,9 @@ class Metrics:
 
     def _decided(self, completion: Completion) -> None:
         refusals = sorted(REFUSALS & completion.usage.reasons.keys())
-        if completion.usage.approximation is not None:
-            self._decisions.labels("accepted", "calibrated").inc()
+        bound = completion.usage.bound
+        if completion.usage.approximation is not None and bound is not None and bound.level is not None:
+            self._decisions.labels("accepted", bound.level.value).inc()
         for reason in refusals:
             self._decisions.labels("refused", reason).inc()
 
@@ -139,7 +146,7 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily(
             "kvcomm:audit_violations",
             "Audits in which moved KV broke the bound.",
-            value=engine.reuse.learner.num_violations,
+            value=engine.reuse.learner.auditor.num_violations,
         )
         yield self._evicted()
         yield from self._ages()

@@ -61,7 +61,7 @@ def policy_of(request: GenerationRequest | WarmRequest, settings: ServerSettings
 
 def default_policy(settings: ServerSettings) -> ReusePolicy:
     """How far reuse may depart from exact results where a request does not say."""
-    return ReusePolicy(max_divergence=settings.max_divergence, confidence=settings.confidence)
+    return ReusePolicy(max_divergence=settings.max_divergence, confidence=settings.confidence, basis=settings.basis)
 
 
 def ttl_of(request: GenerationRequest) -> float | None:

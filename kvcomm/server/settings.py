@@ -158,6 +158,7 @@ class ServerSettings(BaseModel):
         max_segment_bytes: of the texts of one tenant's named segments, all versions together; over it, 429.
         limits: of tenants whose key brings none of its own.
         max_divergence, confidence: the bound in force where a request does not say; 0 is exact reuse only.
+        basis: the least that is accepted as grounds there: prior, pool or own.
         log_level: of the structured log.
         log_prompts: write prompts and answers into the log.
         traces: URL of a collector of OpenTelemetry traces (OTLP over HTTP), for `kvcomm serve`; None: no traces.
@@ -206,6 +207,7 @@ class ServerSettings(BaseModel):
     limits: Limits = Limits()
     max_divergence: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    basis: Literal["own", "pool", "prior"] = "prior"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_prompts: bool = False
     traces: Annotated[str, Field(pattern=r"^https?://[^\s@]+$")] | None = None

@@ -1,29 +1,31 @@
 """`GET /v1/stats`: one tenant's own numbers, for the dashboard and `kvcomm top`.
 
-Everything here is read from what belongs to the caller's tenant: its tally, its namespaces of the tree, its edge
-groups. How full the pool is or how long the queue is depends on others, so it is the operator's to know.
+Everything here is read from what belongs to the caller's tenant: its tally, its namespaces of the tree, its readers.
+How full the pool is or how long the queue is depends on others, so it is the operator's to know. What stands under the
+engine's lock is read in a worker thread, so that no other request waits for it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 from fastapi import APIRouter, Depends
 
-from kvcomm.align.bound import Bound
-from kvcomm.align.groups import Audit, EdgeGroup
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.results import Usage
 from kvcomm.memory.tree import Drop
 from kvcomm.server.access import security
 from kvcomm.server.errors import documented
+from kvcomm.server.reuse_views import MAX_SHOWN, audit_records, reader_standings, watched_bounds
 from kvcomm.server.schemas.stats import (
     AuditRecord,
     CacheUse,
     Eviction,
     FinishedRequest,
     Kept,
+    ReaderStanding,
     Stats,
     TokensBySource,
     TtftHistogram,
@@ -33,34 +35,53 @@ from kvcomm.server.state import ServerState, StateDep, TenantDep
 from kvcomm.server.tally import SECONDS, Finished, Tally
 from kvcomm.server.tenants import Tenant
 
-MAX_SHOWN = 40
-"""Evictions and audits in one answer."""
-
 router = APIRouter(tags=["insight"], dependencies=[Depends(security)])
 
 
 @router.get("/v1/stats", operation_id="stats", responses=documented(401, 403, 429, 500))
 async def stats(tenant: TenantDep, state: StateDep) -> Stats:
     """What your own requests came to, what of them is cached, what was dropped, and how audits judge your bounds."""
-    tally, engine, now_s = tenant.tally, state.engine, state.clock()
+    work = partial(_look, state.engine, list(tenant.salts), tenant.limits.cached_tokens, state.clock)
+    seen = await state.workers.run(tenant.name, 0, work)
+    tally = tenant.tally
+    return Stats(
+        model=state.settings.name,
+        uptime_s=state.clock() - state.started_s,
+        requests=tally.num_requests,
+        requests_in_flight=tenant.num_requests,
+        generated_tokens=tally.generated_tokens,
+        tokens=_sources(tally.tokens["exact"], tally.tokens["aligned"], tally.tokens["computed"]),
+        miss_reasons=dict(tally.misses),
+        ttft=TtftHistogram(bounds_s=list(SECONDS), counts=tally.ttft_counts, sum_s=tally.ttft_sum_s),
+        recent=_recent(tally),
+        cache=seen.cache,
+        kept=_kept(state, tenant),
+        evictions=seen.evictions,
+        readers=seen.readers,
+        bounds=seen.bounds,
+        audits=seen.audits,
+    )
+
+
+class _Seen(NamedTuple):
+    """What the engine knows of a tenant."""
+
+    cache: CacheUse
+    evictions: list[Eviction]
+    readers: list[ReaderStanding]
+    bounds: list[WatchedBound]
+    audits: list[AuditRecord]
+
+
+def _look(engine: Engine, spaces: Sequence[str], quota_tokens: int | None, clock: Callable[[], float]) -> _Seen:
     with engine.lock:
-        namespaces = [each for space in tenant.salts for each in engine.namespaces(space)]
-        groups = [group for namespace in namespaces for group in engine.reuse.groups.groups(namespace)]
-        return Stats(
-            model=state.settings.name,
-            uptime_s=now_s - state.started_s,
-            requests=tally.num_requests,
-            requests_in_flight=tenant.num_requests,
-            generated_tokens=tally.generated_tokens,
-            tokens=_sources(tally.tokens["exact"], tally.tokens["aligned"], tally.tokens["computed"]),
-            miss_reasons=dict(tally.misses),
-            ttft=TtftHistogram(bounds_s=list(SECONDS), counts=tally.ttft_counts, sum_s=tally.ttft_sum_s),
-            recent=_recent(tally),
-            cache=_cache(engine, tenant),
-            kept=_kept(state, tenant),
-            evictions=_evictions(engine, tenant),
-            bounds=[bound for group in groups for bound in _bounds(group)],
-            audits=_audits(groups, now_s),
+        namespaces = [each for space in spaces for each in engine.namespaces(space)]
+        return _Seen(
+            _cache(engine, namespaces, quota_tokens),
+            _evictions(engine, namespaces),
+            reader_standings(engine, namespaces),
+            watched_bounds(engine, namespaces),
+            audit_records(engine, namespaces, clock()),
         )
 
 
@@ -85,12 +106,12 @@ def _finished(finished: Finished, now_s: float) -> FinishedRequest:
     )
 
 
-def _cache(engine: Engine, tenant: Tenant) -> CacheUse:
-    usages = [engine.tree.usage(each) for space in tenant.salts for each in engine.namespaces(space)]
+def _cache(engine: Engine, namespaces: Sequence[str], quota_tokens: int | None) -> CacheUse:
+    usages = [engine.tree.usage(each) for each in namespaces]
     return CacheUse(
         tokens=sum(usage.num_tokens for usage in usages),
         bytes=sum(usage.num_pages for usage in usages) * engine.pool.page_bytes,
-        quota_tokens=tenant.limits.cached_tokens,
+        quota_tokens=quota_tokens,
         evicted_tokens=sum(usage.evicted_tokens for usage in usages),
         expired_tokens=sum(usage.expired_tokens for usage in usages),
         over_quota_tokens=sum(usage.quota_tokens for usage in usages),
@@ -112,8 +133,7 @@ def _kept(state: ServerState, tenant: Tenant) -> Kept:
     )
 
 
-def _evictions(engine: Engine, tenant: Tenant) -> list[Eviction]:
-    namespaces = [each for space in tenant.salts for each in engine.namespaces(space)]
+def _evictions(engine: Engine, namespaces: Sequence[str]) -> list[Eviction]:
     drops = [drop for namespace in namespaces for drop in engine.tree.recent_drops(namespace)]
     drops.sort(key=lambda each: each[0])
     return [_eviction(engine, ago_s, drop) for ago_s, drop in drops[:MAX_SHOWN]]
@@ -122,38 +142,3 @@ def _evictions(engine: Engine, tenant: Tenant) -> list[Eviction]:
 def _eviction(engine: Engine, ago_s: float, drop: Drop) -> Eviction:
     label = engine.decode(drop.head)
     return Eviction(ago_s=ago_s, start=drop.start, tokens=drop.num_tokens, reason=drop.reason, label=label)
-
-
-def _bounds(group: EdgeGroup) -> Iterable[WatchedBound]:
-    for bound, breaker in group.breakers.items():
-        yield WatchedBound(
-            group=group.key.digest,
-            max_divergence=bound.max_divergence,
-            confidence=bound.confidence,
-            num_audited=breaker.num_observed,
-            num_violations=breaker.num_violations,
-            tripped=breaker.tripped,
-        )
-
-
-def _audits(groups: Iterable[EdgeGroup], now_s: float) -> list[AuditRecord]:
-    audits = [(audit, group) for group in groups for audit in group.audits]
-    audits.sort(key=lambda each: each[0].at_s, reverse=True)
-    return [_audit(audit, group, now_s) for audit, group in audits[:MAX_SHOWN]]
-
-
-def _audit(audit: Audit, group: EdgeGroup, now_s: float) -> AuditRecord:
-    bound = Bound(*audit.bound)
-    return AuditRecord(
-        ago_s=now_s - audit.at_s,
-        group=group.key.digest,
-        divergence=_finite(audit.divergence),
-        predicted=_finite(audit.predicted),
-        max_divergence=bound.max_divergence,
-        confidence=bound.confidence,
-        violated=audit.is_violation,
-    )
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

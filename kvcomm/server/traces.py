@@ -143,7 +143,8 @@ def _prefill(usage: Usage) -> dict[str, AttributeValue]:
     }
     if usage.approximation is not None:
         attributes |= {
-            "kvcomm.rung": usage.approximation.rung,
+            "kvcomm.rung": usage.approximation.share,
+            "kvcomm.rung_name": usage.approximation.rung,
             "kvcomm.predicted_divergence": usage.approximation.predicted,
         }
     return attributes

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+from kvcomm.align.levels import LEVELS
 from kvcomm.engine.results import Usage as EngineUsage
-from kvcomm.reuse.plan import Span, SpanKind
+from kvcomm.reuse.plan import BoundInForce, Span, SpanKind
 from kvcomm.server.schemas.usage import Bound, PlanSpan, PromptTokensDetails, Timings, Usage
 
 SOURCES: dict[SpanKind, Literal["exact", "aligned", "computed"]] = {
@@ -25,8 +26,8 @@ def usage_of(usages: Sequence[EngineUsage], *, cache_breakpoints: int = 0) -> Us
     reasons: Counter[str] = Counter()
     for usage in usages:
         reasons.update(usage.reasons)
-    bound = usages[0].bound
-    rungs = [usage.approximation.rung for usage in usages if usage.approximation is not None]
+    moved = [usage.approximation for usage in usages if usage.approximation is not None]
+    rung = max(moved, key=lambda report: report.share, default=None)
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=generated,
@@ -38,14 +39,29 @@ def usage_of(usages: Sequence[EngineUsage], *, cache_breakpoints: int = 0) -> Us
         aligned_tokens=sum(usage.aligned_tokens for usage in usages),
         computed_tokens=sum(usage.computed_tokens for usage in usages),
         miss_reasons=dict(reasons),
-        rung=max(rungs, default=None),
-        bound=None if bound is None else Bound(max_divergence=bound.max_divergence, confidence=bound.confidence),
+        rung=None if rung is None else rung.share,
+        rung_name=None if rung is None else rung.rung,
+        bound=_bound([usage.bound for usage in usages if usage.bound is not None]),
         cache_breakpoints=cache_breakpoints,
         timings=Timings(
             queue_s=max(usage.queue_s for usage in usages),
             ttft_s=max(usage.ttft_s for usage in usages),
             total_s=max(usage.total_s for usage in usages),
         ),
+    )
+
+
+def _bound(bounds: Sequence[BoundInForce]) -> Bound | None:
+    """Of several: the one that rests on least, by level and then by pairs."""
+    if not bounds:
+        return None
+    moved = [bound for bound in bounds if bound.level is not None]
+    least = min(moved, key=lambda each: (-LEVELS.index(each.level), each.num_pairs), default=bounds[0])
+    return Bound(
+        max_divergence=least.max_divergence,
+        confidence=least.confidence,
+        level=None if least.level is None else least.level.value,
+        num_pairs=least.num_pairs,
     )
 
 

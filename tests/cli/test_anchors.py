@@ -16,10 +16,14 @@ from hypothesis import strategies as st
 
 from kvcomm.align.archive import export_archive, import_archive
 from kvcomm.align.bank_file import SUFFIX
-from kvcomm.align.profile_file import GROUPS_FILE, load_profile
+from kvcomm.align.calibration import Measured, Pair
+from kvcomm.align.estimators import TokenSettings
+from kvcomm.align.ladder import Rung
+from kvcomm.align.levels import Knowledge
+from kvcomm.align.profile_file import EARLIER_FILE, READERS_FILE, load_profile, save_profile
 from kvcomm.cli.app import run
 from kvcomm.errors import AnchorFileError
-from tests.align.test_profile_file import EDGES, SHAPE, saved
+from tests.align.test_profile_file import CHECKER, CORRECTED, EDGES, SHAPE, SOLVER, TURNED, saved
 
 FIRST = EDGES[0].digest[:12]
 
@@ -43,25 +47,77 @@ def error(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int)
     return err
 
 
-def test_ls_and_show(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ls_says_what_is_missing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = call(capsys, "ls", folder)
-    assert found["num_groups"] == 1
     assert {bank["edge"] for bank in found["banks"]} == {edge.digest[:12] for edge in EDGES}
-    assert [(bank["num_tokens"], bank["num_pairs"], bank["refusal"]) for bank in found["banks"]] == [(7, 9, None)] * 2
+    assert [(bank["num_tokens"], bank["num_needed"], bank["refusal"]) for bank in found["banks"]] == [(7, 64, None)] * 2
+    assert {bank["num_enough"] for bank in found["banks"]} == {TokenSettings().mature_tokens}
+    solver, checker = found["readers"]
+    assert (solver["reader"], solver["slots"], solver["num_pairs"]) == (SOLVER.digest[:12], ["question"], 9)
+    assert ([bank["edge"] for bank in solver["banks"]], checker["banks"]) == ([FIRST], [])  # that lead to it
+    # Nine pairs along the turned ladder: enough to begin with at 0.9; with 19 they decide whatever others have.
+    assert [tuple(each.values()) for each in solver["own"]] == [(0.9, "rotate", 9, 9, 19), (0.95, "rotate", 9, 19, 39)]
+    assert [(each["num_pairs"], each["num_needed"]) for each in checker["own"]] == [(2, 9), (2, 19)]
+    assert [(each["num_pairs"], each["num_needed"]) for each in found["pool"]] == [(11, 9), (11, 19)]
+    assert found["refusals"] == []
+
+
+def test_show_a_bank(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = call(capsys, "show", folder, FIRST[:5])
-    (group,) = shown["groups"]
-    assert (shown["slot"], group["slots"], group["strength"]) == ("question", ["question", "solver"], 1.0)
-    assert [rung["share"] for rung in group["rungs"]] == [0.0, 0.5]
-    assert group["rungs"][0]["median"] == pytest.approx(0.04)
-    assert group["chosen"] == {"(0.02, 0.05)": None, "(0.05, 0.05)": None}  # nine pairs promise nothing at 0.05
-    assert group["tripped"] == [[0.02, 0.05]]
+    assert (shown["edge"], shown["slot"], shown["source"], shown["num_tokens"]) == (FIRST, "question", "s1", 7)
+
+
+def test_show_a_reader(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What each rung cost is read off by hand: the n-th prompt broke by 0.01 n turned, and by 0.001 n corrected."""
+    shown = call(capsys, "show", folder, SOLVER.digest[:4])
+    turned, corrected = shown["rungs"]
+    assert (turned["rung"], turned["num_pairs"]) == (str(TURNED), 9)
+    assert (turned["median"], turned["within_95"]) == pytest.approx((0.05, 0.09))
+    assert (corrected["rung"], corrected["num_pairs"]) == (str(CORRECTED), 6)  # 1, 2, 4, 5, 7, 8
+    assert (corrected["median"], corrected["within_95"]) == pytest.approx((0.005, 0.008))
+    assert not any(each for rung in shown["rungs"] for each in rung["chosen"].values())  # four of nine are over 0.05
+    (watched,) = shown["watches"]
+    assert (watched["level"], watched["num_audited"], watched["tripped"]) == ("own", 2, False)
+    (watched,) = call(capsys, "show", folder, CHECKER.digest)["watches"]
+    assert (watched["level"], watched["num_violations"], watched["tripped"]) == ("prior", 3, True)
+
+
+def test_show_says_what_would_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nine prompts within the bound: enough for 0.9, not for 0.95; the boldest rung that holds, rung by rung."""
+    safe, bold, loose = (Rung("rotate", share) for share in (0.3, 0.15, 0.0))
+    pairs = tuple(Pair({safe: Measured(0.01), bold: Measured(0.04), loose: Measured(0.3)}) for _ in range(9))
+    save_profile(tmp_path, "n", SHAPE, [], Knowledge(((SOLVER, pairs),)))
+    chosen = {each["rung"]: each["chosen"] for each in call(capsys, "show", tmp_path, "5a")["rungs"]}
+    assert chosen[str(safe)] == {"(0.02, 0.95)": False, "(0.05, 0.95)": False, "(0.05, 0.9)": False}
+    assert chosen[str(bold)] == {"(0.02, 0.95)": False, "(0.05, 0.95)": False, "(0.05, 0.9)": True}
+    assert set(chosen[str(loose)].values()) == {False}
 
 
 def test_tables_for_people(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["anchors", "ls", str(folder)]) == 0
-    assert "question -> question, one context" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    for words in (
+        "question -> question, one context",
+        "7 of 512 or more",
+        "2 of 9",
+        "all readers together: pairs 11 at 0.9, 11 of 19 at 0.95",
+    ):
+        assert words in shown
     assert run(["anchors", "show", str(folder), FIRST]) == 0
-    assert "question, solver" in capsys.readouterr().out
+    assert "s1" in capsys.readouterr().out
+    assert run(["anchors", "show", str(folder), SOLVER.digest[:6]]) == 0
+    assert "banks that lead to it" in capsys.readouterr().out
+    assert run(["anchors", "show", str(folder), CHECKER.digest[:6]]) == 0
+    shown = capsys.readouterr().out
+    for words in ("question, solver", "pairs 2 of 9 at 0.9", "tripped"):
+        assert words in shown
+
+
+def test_what_is_not_there_or_not_the_only_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no bank or reader" in error(capsys, "show", folder, "zz", code=2)
+    assert "4 of them" in error(capsys, "show", folder, "", code=2)
+    assert "no reader" in error(capsys, "prune", folder, "--reader", FIRST, code=2)
+    assert "no bank" in error(capsys, "prune", folder, "--edge", SOLVER.digest[:12], code=2)
 
 
 def test_a_damaged_bank_is_refused_in_its_row(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,13 +128,64 @@ def test_a_damaged_bank_is_refused_in_its_row(folder: Path, capsys: pytest.Captu
     assert "not a whole safetensors file" in error(capsys, "show", folder, "bad", code=1)
 
 
-def test_prune_takes_the_groups_along(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_readers_are_refused_beside_the_banks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / READERS_FILE).write_bytes(b"no readers")
+    found = call(capsys, "ls", folder, code=1)
+    assert (len(found["banks"]), found["readers"], len(found["refusals"])) == (2, [], 1)
+    assert READERS_FILE in found["refusals"][0]
+    assert run(["anchors", "ls", str(folder)]) == 1
+    assert "not a whole safetensors file" in capsys.readouterr().out
+    assert call(capsys, "show", folder, FIRST)["edge"] == FIRST
+    assert READERS_FILE in error(capsys, "prune", folder, "--edge", FIRST, code=1)
+    assert (folder / f"{EDGES[0].digest[:24]}{SUFFIX}").exists()
+
+
+def test_what_an_earlier_version_left_is_named_with_the_way_out(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / EARLIER_FILE).write_bytes(b"groups of edges")
+    found = call(capsys, "ls", folder, code=1)
+    assert (len(found["readers"]), len(found["refusals"])) == (2, 1)
+    (folder / READERS_FILE).unlink()
+    found = call(capsys, "ls", folder, code=1)
+    assert (found["readers"], len(found["refusals"])) == ([], 1)
+    assert "learn anew" in found["refusals"][0]
+    assert "learn anew" in error(capsys, "export", folder, tmp_path / "a.tar", code=1)
+    with tarfile.open(tmp_path / "old.tar", "w") as out:
+        out.add(folder / EARLIER_FILE, EARLIER_FILE)
+    assert "learn anew" in error(capsys, "import", tmp_path / "old.tar", tmp_path / "new", code=1)
+    assert not (tmp_path / "new").exists()
+
+
+def test_prune_takes_corrected_rungs_along(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = load_profile(folder, namespace="n", shape=SHAPE).knowledge
     dry = call(capsys, "prune", folder, "--edge", FIRST, "--dry-run")
-    assert (dry["removed"], dry["removed_groups"]) == ([FIRST], 1)
-    assert load_profile(folder, namespace="n", shape=SHAPE).num_pairs == 9
-    call(capsys, "prune", folder, "--edge", FIRST)
+    assert (dry["removed"], dry["removed_readers"], dry["cut_pairs"]) == ([FIRST], [], 8)
+    assert load_profile(folder, namespace="n", shape=SHAPE).knowledge.readers == before.readers
+    assert call(capsys, "prune", folder, "--edge", FIRST)["cut_pairs"] == 8
     left = load_profile(folder, namespace="n", shape=SHAPE)
-    assert ([bank.edge for bank in left.banks], left.groups, left.num_dropped) == ([EDGES[1]], (), 0)
+    assert ([bank.edge for bank in left.banks], left.num_missing, left.num_pairs) == ([EDGES[1]], 0, 11)
+    assert {rung for _, pairs in left.knowledge.readers for pair in pairs for rung in pair.measured} == {TURNED}
+    assert [(each.level, each.reader) for each in left.knowledge.watches] == [
+        (each.level, each.reader) for each in before.watches
+    ]
+
+
+def test_prune_a_reader_with_what_was_watched_about_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = call(capsys, "prune", folder, "--reader", CHECKER.digest[:8])
+    assert (gone["removed"], gone["removed_readers"], gone["cut_pairs"]) == ([], [CHECKER.digest[:12]], 0)
+    left = load_profile(folder, namespace="n", shape=SHAPE)
+    assert (len(left.banks), left.num_missing) == (2, 0)
+    assert [reader for reader, _ in left.knowledge.readers] == [SOLVER]
+    assert {each.reader for each in left.knowledge.watches} == {"", SOLVER.digest}
+
+
+def test_a_damaged_bank_that_pairs_rest_on_can_be_pruned(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = folder / f"{EDGES[0].digest[:24]}{SUFFIX}"
+    file.write_bytes(b"no bank any more")
+    assert call(capsys, "prune", folder, "--edge", FIRST)["cut_pairs"] == 8
+    left = load_profile(folder, namespace="n", shape=SHAPE)
+    assert ([bank.edge for bank in left.banks], left.num_missing) == ([EDGES[1]], 0)
 
 
 def test_prune_by_age_and_size(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +212,7 @@ def test_there_and_back(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     [
         ("../x" + SUFFIX, tarfile.REGTYPE),
         ("/tmp/x" + SUFFIX, tarfile.REGTYPE),
-        ("a/" + GROUPS_FILE, tarfile.REGTYPE),
+        ("a/" + READERS_FILE, tarfile.REGTYPE),
         ("x" + SUFFIX, tarfile.SYMTYPE),
         ("x" + SUFFIX, tarfile.LNKTYPE),
         ("x" + SUFFIX, tarfile.CHRTYPE),
@@ -169,4 +276,4 @@ def test_a_flipped_archive_is_an_error_or_what_it_was(flips: list[tuple[int, int
     except AnchorFileError:
         assert not (root / "new").exists()
     else:
-        assert load_profile(root / "new", namespace="n", shape=SHAPE).num_dropped == 0
+        assert load_profile(root / "new", namespace="n", shape=SHAPE).num_missing == 0

@@ -7,8 +7,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from kvcomm import __version__
+from kvcomm.align.levels import Level
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.results import ApproximationReport, Choice, Completion, Usage
+from kvcomm.reuse.plan import BoundInForce
 from kvcomm.reuse.policy import ReusePolicy
 from tests.server.conftest import MakeClient, chat, completion
 
@@ -92,15 +94,16 @@ def test_how_long_pages_live(client: TestClient, engine: Engine) -> None:
 def test_what_became_of_approximation(client: TestClient) -> None:
     metrics = client.app.state.kvcomm.metrics  # type: ignore[attr-defined]
     policy = ReusePolicy(max_divergence=0.02)
-    report = ApproximationReport("group", 0.15, 0.01, 0.5, None)
-    moved = Usage(10, 2, 5, 3, 1, 0.0, 0.1, 0.2, {"rung": 3}, (0.02, 0.05), report)
-    refused = Usage(10, 2, 0, 8, 1, 0.0, 0.1, 0.2, {"uncalibrated": 6, "glue": 2}, (0.02, 0.05), None)
+    report = ApproximationReport("reader", "token 15 % attention", 0.15, 0.01, 0.5, None)
+    moved = Usage(10, 2, 5, 3, 1, 0.0, 0.1, 0.2, {"rung": 3}, BoundInForce(0.02, 0.05, Level.POOL, 40), report)
+    nothing = BoundInForce(0.02, 0.05)
+    refused = Usage(10, 2, 0, 8, 1, 0.0, 0.1, 0.2, {"uncalibrated": 6, "glue": 2}, nothing, None)
     for usage in (moved, refused):
         metrics.completed(Completion((Choice(0, "x", (1,), "stop", None),), usage), policy)
     metrics.completed(Completion((Choice(0, "x", (1,), "stop", None),), refused), ReusePolicy.exact())
     found = samples(client)
     name = "kvcomm:anchor_decisions_total"
-    assert found[name, (("decision", "accepted"), ("reason", "calibrated"))] == 1
+    assert found[name, (("decision", "accepted"), ("reason", "pool"))] == 1
     assert found[name, (("decision", "refused"), ("reason", "uncalibrated"))] == 1
     assert sum(value for (each, _), value in found.items() if each == name) == 2
     assert found["kvcomm:audit_violations_total", ()] == 0

@@ -53,6 +53,7 @@ OPERATIONS = (
     "POST /v1/cache/explain",
     "GET /v1/cache/tree",
     "GET /v1/anchors",
+    "GET /v1/anchors/status",
     "PUT /admin/tenants/{tenant}/anchors",
     "GET /metrics",
     "GET /admin/status",

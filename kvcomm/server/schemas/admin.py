@@ -85,4 +85,8 @@ class AnchorsTaken(ResponseModel):
     """What was put in place."""
 
     num_banks: int
-    num_groups: int
+    num_readers: int
+    num_pairs: Annotated[int, Field(description="Exact prompts that were measured.")]
+    num_missing: Annotated[
+        int, Field(description="Banks that pairs were measured with and that are not there; rungs that need them wait.")
+    ]

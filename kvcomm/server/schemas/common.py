@@ -46,6 +46,9 @@ MAX_LABEL, MAX_STOP = 4096, 4096
 MAX_TTL_S = 24 * 3600
 UNIT_S = {"s": 1, "m": 60, "h": 3600}
 
+LevelName = Literal["own", "pool", "prior"]
+"""Whose pairs decide: the reader's own, those of all readers of the tenant, those that come with the model."""
+
 IGNORED = "Accepted as OpenAI documents it; has no effect here."
 
 
@@ -148,12 +151,19 @@ class Reuse(RequestModel):
     confidence: Annotated[
         float, Field(gt=0, lt=1, description="Probability with which the bound holds among accepted requests.")
     ] = 0.95
+    basis: Annotated[
+        LevelName,
+        Field(
+            description="The least that is accepted as grounds: pairs that come with the model (prior), of your own "
+            "traffic (pool), or of the same kind of prompt (own)."
+        ),
+    ] = "prior"
 
     def policy(self) -> ReusePolicy:
         """The same for the engine."""
         if self.mode == "exact":
             return ReusePolicy.exact()
-        return ReusePolicy(max_divergence=self.max_divergence, confidence=self.confidence)
+        return ReusePolicy(max_divergence=self.max_divergence, confidence=self.confidence, basis=self.basis)
 
 
 class StreamOptions(RequestModel):

@@ -6,7 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from kvcomm.server.schemas.common import ResponseModel
+from kvcomm.server.schemas.common import LevelName, ResponseModel
+
+NEEDED_PAIRS = "From which on the level may decide, if none of them breaks the bound."
+WORKING_DELTA = "Probability of a violation that rungs are chosen by now; at 0 or less nothing is moved."
 
 
 class TokensBySource(ResponseModel):
@@ -71,22 +74,42 @@ class Eviction(ResponseModel):
     label: Annotated[str, Field(description="How the dropped text begins.")]
 
 
-class WatchedBound(ResponseModel):
-    """A bound under which text of one kind of prompt is moved, and how audits judge it."""
+class ReaderStanding(ResponseModel):
+    """One kind of prompt, told by its template, and what is known of it."""
 
-    group: Annotated[str, Field(description="Digest of the kind of prompt.")]
+    reader: Annotated[str, Field(description="Digest of the template.")]
+    slots: Annotated[list[str], Field(description="Kinds of what fills the template, in order.")]
+    num_requests: Annotated[int, Field(description="In which text could have been moved.")]
+    num_approximated: Annotated[int, Field(description="In which text was moved within a bound.")]
+    num_audited: int
+    num_pairs: Annotated[int, Field(description="Exact prompts of it that were measured.")]
+    is_young: Annotated[bool, Field(description="Its approximate requests are still audited one by one.")]
+
+
+class WatchedBound(ResponseModel):
+    """A bound that was asked for, at one level, and how audits judge it."""
+
+    reader: Annotated[str | None, Field(description="Digest of the kind of prompt; null: all of them together.")]
+    slots: list[str]
+    level: LevelName
     max_divergence: float
     confidence: float
+    num_pairs: Annotated[int, Field(description="That the level has, of the rungs of which it has most.")]
+    num_needed: Annotated[int, Field(description=NEEDED_PAIRS)]
+    working_delta: Annotated[float, Field(description=WORKING_DELTA)]
     num_audited: int
     num_violations: int
-    tripped: Annotated[bool, Field(description="Too many violations: computed exactly from now on.")]
+    tripped: Annotated[
+        bool, Field(description="Too many violations: computed exactly from now on, unless another level decides.")
+    ]
 
 
 class AuditRecord(ResponseModel):
     """An approximate answer held against exact computation; divergences in nats."""
 
     ago_s: float
-    group: str
+    reader: str
+    level: LevelName
     divergence: Annotated[float | None, Field(description="Measured; null where it is no number.")]
     predicted: Annotated[float | None, Field(description="Expected at most; null where nobody knew.")]
     max_divergence: float
@@ -110,5 +133,6 @@ class Stats(ResponseModel):
     cache: CacheUse
     kept: Annotated[Kept | None, Field(description="Null from servers that do not say.")] = None
     evictions: Annotated[list[Eviction], Field(description="The latest ones, newest first.")]
-    bounds: list[WatchedBound]
+    readers: Annotated[list[ReaderStanding], Field(description="The latest ones, newest first.")]
+    bounds: Annotated[list[WatchedBound], Field(description="Of all kinds of prompt together, then of each.")]
     audits: Annotated[list[AuditRecord], Field(description="The latest ones, newest first.")]

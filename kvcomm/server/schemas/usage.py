@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from kvcomm.server.schemas.common import ResponseModel
+from kvcomm.server.schemas.common import LevelName, ResponseModel
 
 
 class PromptTokensDetails(ResponseModel):
@@ -20,6 +20,14 @@ class Bound(ResponseModel):
 
     max_divergence: float
     confidence: float
+    level: Annotated[
+        LevelName | None,
+        Field(
+            description="Whose pairs it rests on: the same kind of prompt (own), your other traffic (pool), those that "
+            "come with the model (prior). Null: nothing was moved."
+        ),
+    ]
+    num_pairs: Annotated[int, Field(ge=0, description="How many those are.")]
 
 
 class Timings(ResponseModel):
@@ -57,6 +65,9 @@ class Usage(ResponseModel):
     ]
     rung: Annotated[
         float | None, Field(description="Share of the moved tokens recomputed at most; null where nothing was moved.")
+    ]
+    rung_name: Annotated[
+        str | None, Field(description="How moved text was reused, such as `token 10 % attention`; null as above.")
     ]
     bound: Annotated[Bound | None, Field(description="The bound in force; null for exact requests.")]
     cache_breakpoints: Annotated[

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from kvcomm.engine.explanation import Explanation
-from kvcomm.reuse.plan import SpanKind
+from kvcomm.reuse.plan import Explanation, SpanKind
 from kvcomm.server.sampling import policy_of
 from kvcomm.server.schemas.cache import CacheExplanation, Cost, ExplainedPrompt
 from kvcomm.server.schemas.chat import ChatRequest
