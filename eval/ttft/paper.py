@@ -2,13 +2,14 @@
 
 512-token roles, a 1,000-token question, 512-token outputs; each agent reads its role, the question and all outputs
 before its own. Deviations: real text where the publication has synthetic one, and outputs are taken from the text
-instead of decoded, which a first token does not depend on. Roles are cached and banks are warm, as in a team at work.
-Dense is transformers' own forward over the whole prompt. The engine is timed as its callers see it, whole requests
-through its queue, in turns with dense and in one process. What is served rests on pairs that the run measures itself,
-at the same rungs for both callers: one who accepts everything, and so gets the boldest corrected rung (glue only), and
-one with (0.05, 0.05). Measuring takes by far the longest, and times do not depend on when it was done: with --anchors
-it is kept in a folder, and taken from there by the next run of the same sizes and texts. With --quick sizes are small
-and nothing is measured: glue only is served with no bound, and under (0.05, 0.05) everything is computed exactly.
+instead of decoded, which a first token does not depend on. Roles are cached, banks are warm, and what was published is
+sketched, as in a team at work, where answers are decoded in between. Dense is transformers' own forward over the whole
+prompt. The engine is timed as its callers see it, whole requests through its queue, in turns with dense and in one
+process. What is served rests on pairs that the run measures itself: for a caller who accepts everything, and so gets
+the boldest corrected rung (glue only), and for one with (0.05, 0.05). Measuring takes by far the longest, and times do
+not depend on when it was done: with --anchors it is kept in a folder, and taken from there by the next run of the same
+sizes and texts. With --quick sizes are small and nothing is measured: glue only is served with no bound, and under
+(0.05, 0.05) everything is computed exactly.
 """
 
 from __future__ import annotations

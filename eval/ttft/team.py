@@ -72,9 +72,13 @@ class Team:
         return tuple(parts)
 
     def publish(self, agent: int, texts: Texts) -> None:
-        """Compute an agent's prompt exactly, and its output if anybody reads it: the next ones move it from here."""
+        """Compute an agent's prompt exactly, and its output if anybody reads it: the next ones move it from here.
+
+        What the engine does with it beside requests is done when this returns, so nothing is timed together with it.
+        """
         output = texts.outputs[agent].token_ids if agent < self.agents[-1] else ()
         publish(self.engine, [(self.prompt(agent, texts), output)])
+        self.engine.wait_idle()
 
     def learn(self) -> None:
         """Teach the banks one run."""

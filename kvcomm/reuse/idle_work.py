@@ -1,8 +1,9 @@
 """What an engine does beside requests: audit, learn, repair, measure.
 
 A job is a generator that yields between forward passes, so that an arriving request waits for one pass at most. Jobs
-run on the engine's thread: first those somebody waits for, then audits, which the bound depends on, then studies, those
-first that bring a reader to its next level soonest. Studies are bounded in number; the one that pays latest goes first.
+run on the engine's thread: first those somebody waits for, then what the next request is quicker for, then audits,
+which the bound depends on, then studies, those first that bring a reader to its next level soonest. Studies are bounded
+in number; the one that pays latest goes first.
 A job holds references on the pages it needs and gives them back however it ends. A job that fails is logged, counted
 and forgotten: nobody waits for it, and no request depends on it.
 """
@@ -33,9 +34,11 @@ class Urgency(IntEnum):
 
     AWAITED = 0
     """Somebody waits for it."""
-    AUDIT = 1
+    AHEAD = 1
+    """The next request may be quicker for it; it is soon done."""
+    AUDIT = 2
     """The bound depends on it."""
-    STUDY = 2
+    STUDY = 3
     """Nobody misses it if it is dropped."""
 
 

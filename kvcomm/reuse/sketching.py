@@ -19,7 +19,7 @@ from kvcomm.align.spans import place_of
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
 from kvcomm.memory.segments import Rendition, Segment
-from kvcomm.reuse.idle_work import IdleWork, Job, Steps
+from kvcomm.reuse.idle_work import IdleWork, Job, Steps, Urgency
 
 MAX_WAITING = 64
 """Texts that wait for their sketches; beyond that the oldest one goes without."""
@@ -57,7 +57,7 @@ class SketchAhead:
         self._waiting.append((namespace, segment, rendition))
         if not self._is_queued:
             self._is_queued = True
-            self._idle.add(Job(self._steps(), self._end, lambda: self._held, pays_after=0.0))
+            self._idle.add(Job(self._steps(), self._end, lambda: self._held, Urgency.AHEAD))
 
     def _steps(self) -> Steps:
         while True:

@@ -15,6 +15,7 @@ from kvcomm.align.readers import reader_of
 from kvcomm.engine.engine import Engine
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.segments import Segment
+from kvcomm.reuse.idle_work import Job, Urgency
 from kvcomm.reuse.learner import ENOUGH_PAIRS
 from kvcomm.reuse.policy import ReusePolicy
 from tests.engine.conftest import greedy, some_tokens
@@ -205,7 +206,13 @@ def test_learning_comes_where_it_pays_soonest(learning: Engine, monkeypatch: pyt
         pass
     queued: list[float] = []
     keep = learning.reuse.idle.add
-    monkeypatch.setattr(learning.reuse.idle, "add", lambda job: (queued.append(job.pays_after), keep(job)))
+
+    def watched(job: Job) -> None:
+        if job.urgency is Urgency.STUDY:
+            queued.append(job.pays_after)
+        keep(job)
+
+    monkeypatch.setattr(learning.reuse.idle, "add", watched)
     for seed, role in itertools.product((50,), (ROLE_A, role_c, ROLE_B)):
         ask(learning, role, seed, policy)
     assert learning.wait_idle(PATIENCE_S)
