@@ -233,6 +233,8 @@ def _best_plan(calibrated: ByAgent, tested: ByAgent) -> list[Figure]:
         note(f"best plan: agent {agent} at {rung}")
     return [
         _figure("best25_over_rotate", divergence / rotate),
+        _figure("best25_nats", divergence, "nats"),
+        _figure("rotate_nats", rotate, "nats"),
         _figure("best25_computed", computed, "share"),
         _figure("best25_alike_over_rotate", judge(tested, alike(tested, one))[0] / rotate),
         *(_figure(f"best25 {agent}: {rung}", rung.share, "share") for agent, rung in plan.items()),
