@@ -14,6 +14,7 @@ more questions adds to it.
 
 from __future__ import annotations
 
+import math
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from eval.bound import BOUNDS, bound_figures
 from eval.data_files import rows_of
 from eval.figures import Figure, Report
 from eval.plans import alike, best_plan, judge
-from eval.replayed import ByAgent, OutcomeFile
+from eval.replayed import ByAgent, OutcomeFile, Replayed
 from eval.shift import shift_figures, shift_texts
 from eval.team_answers import Run, in_order, team_runs
 from eval.workload import note, settings
@@ -46,6 +47,8 @@ SELECTORS = (
 )
 """Other ways to choose the tokens of a rung, on request."""
 ESSENTIAL = tuple(dict.fromkeys((*CORRECTED, *TURNED, *PLANNED, PAPER, *CACHEBLEND)))
+OWN = frozenset(rung for rung in ESSENTIAL if rung != PAPER)
+"""Rungs that a prompt must have been measured at."""
 BEST = 0.25
 """Share of the moved tokens that the best plan may compute."""
 LOOKING = ReusePolicy(max_divergence=1.0, rungs=(ROTATE,))
@@ -100,9 +103,9 @@ def measure(engine: Engine, options: Namespace) -> Report:
     outcomes = OutcomeFile(options.keep or options.out.with_suffix(".outcomes.jsonl"), engine, compared, teaching)
     if shifted is not None or not outcomes.is_whole(rest):
         _teach(engine, teaching)
-    calibrated = outcomes.measure(calibrating, "calibration")
-    tested = outcomes.measure(testing, "test")
-    figures = _comparison(tested, compared)
+    calibrated, _ = _usable(outcomes.measure(calibrating, "calibration"))
+    tested, num_left_out = _usable(outcomes.measure(testing, "test"))
+    figures = [*_comparison(tested, compared), _figure("left_out", num_left_out, "prompts")]
     if calibrated:
         figures += _best_plan(calibrated, tested)
     if options.bound:
@@ -117,7 +120,7 @@ def measure(engine: Engine, options: Namespace) -> Report:
         _calibrate(engine, calibrated)
         figures += shift_figures(engine, options.team, shifted)
     samples = {
-        f"{agent} {rung}": [prompt.outcomes[rung].divergence for prompt in prompts]
+        f"{agent} {rung}": [prompt.outcomes[rung].divergence for prompt in prompts if rung in prompt.outcomes]
         for agent, prompts in tested.items()
         for rung in compared
     }
@@ -167,32 +170,49 @@ def _calibrate(engine: Engine, calibrated: ByAgent) -> None:
             engine.reuse.book.add(engine.namespace(), each.reader, each.pair)
 
 
-def _comparison(tested: ByAgent, compared: Sequence[Rung]) -> list[Figure]:
-    """Ratios of mean divergences over all prompts, and the means of every reader."""
-    everything = [prompt for prompts in tested.values() for prompt in prompts]
+def _usable(measured: ByAgent) -> tuple[dict[str, list[Replayed]], int]:
+    """Prompts at which our own rungs could be measured, and how many could not; the others may lack what they like."""
+    found = {agent: [each for each in prompts if each.outcomes.keys() >= OWN] for agent, prompts in measured.items()}
+    num_left_out = sum(map(len, measured.values())) - sum(map(len, found.values()))
+    return {agent: prompts for agent, prompts in found.items() if prompts}, num_left_out
 
-    def mean(rung: Rung, agent: str | None = None) -> float:
-        among = everything if agent is None else tested[agent]
-        return sum(each.outcomes[rung].divergence for each in among) / len(among)
+
+def _comparison(tested: ByAgent, compared: Sequence[Rung]) -> list[Figure]:
+    """Ratios of mean divergences over all prompts, and the means of every reader.
+
+    Raises ValueError where nothing could be measured.
+    """
+    everything = [prompt for prompts in tested.values() for prompt in prompts]
+    if not everything:
+        raise ValueError("no prompt of the tests could be measured; give more --tests, or more --anchors")
+
+    def ratio(rung: Rung, other: Rung) -> float:
+        """Over prompts that have both; 0 where there are none."""
+        both = [each.outcomes for each in everything if {rung, other} <= each.outcomes.keys()]
+        total = sum(each[other].divergence for each in both)
+        return sum(each[rung].divergence for each in both) / total if total else 0.0
+
+    def mean(rung: Rung, agent: str) -> float:
+        values = [each.outcomes[rung].divergence for each in tested[agent] if rung in each.outcomes]
+        return sum(values) / len(values) if values else math.nan
 
     def agreement(rung: Rung) -> float:
         return sum(each.outcomes[rung].agreement for each in everything) / len(everything)
 
-    rotate = mean(ROTATE)
     figures = [
-        _figure("token_over_rotate", mean(TOKEN) / rotate),
-        _figure("token_over_paper", mean(TOKEN) / mean(PAPER)),
-        _figure("rung25_over_rotate", mean(RUNG25) / rotate),
+        _figure("token_over_rotate", ratio(TOKEN, ROTATE)),
+        _figure("token_over_paper", ratio(TOKEN, PAPER)),
+        _figure("rung25_over_rotate", ratio(RUNG25, ROTATE)),
         _figure("rung25_top1", agreement(RUNG25), "share"),
-        _figure("rung50_over_rotate", mean(RUNG50) / rotate),
+        _figure("rung50_over_rotate", ratio(RUNG50, ROTATE)),
         _figure("rung50_top1", agreement(RUNG50), "share"),
         _figure("worse_readers", sum(mean(TOKEN, agent) > mean(ROTATE, agent) for agent in tested), "readers"),
-        *(_figure(f"cacheblend{each.share * 100:.0f}_over_rotate", mean(each) / rotate) for each in CACHEBLEND),
+        *(_figure(f"cacheblend{each.share * 100:.0f}_over_rotate", ratio(each, ROTATE)) for each in CACHEBLEND),
         _figure("prompts", len(everything), "prompts"),
     ]
-    figures += [_figure(f"all {each} over rotate", mean(each) / rotate) for each in compared]
-    figures += [_figure(f"{agent} {each}", mean(each, agent), "nats") for agent in tested for each in compared]
-    return figures
+    figures += [_figure(f"all {each} over rotate", ratio(each, ROTATE)) for each in compared]
+    means = {f"{agent} {each}": mean(each, agent) for agent in tested for each in compared}
+    return figures + [_figure(name, value, "nats") for name, value in means.items() if not math.isnan(value)]
 
 
 def _best_plan(calibrated: ByAgent, tested: ByAgent) -> list[Figure]:

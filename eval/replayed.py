@@ -19,7 +19,7 @@ from eval.team_answers import Reading, Run, in_order
 from eval.workload import note
 from kvcomm import Engine
 from kvcomm.align.calibration import Measured, Pair
-from kvcomm.align.ladder import Ladder, Rung
+from kvcomm.align.ladder import Ladder, Rung, ladders_of
 from kvcomm.align.readers import Reader, reader_of
 from kvcomm.errors import InvalidRequest
 from kvcomm.reuse.decision import Rungs
@@ -65,7 +65,7 @@ class Kept:
     """A line of the file: one run under one digest.
 
     Attributes:
-        agents: name -> (tokens moved, outcomes in the order of the rungs).
+        agents: name -> (tokens moved, outcomes by rung).
     """
 
     digest: str
@@ -74,7 +74,11 @@ class Kept:
     @classmethod
     def of(cls, digest: str, found: Sequence[Replayed]) -> Self:
         """The line of a run."""
-        return cls(digest, {each.agent: (each.num_moved, list(each.outcomes.values())) for each in found})
+        agents = {
+            each.agent: (each.num_moved, {str(rung): tuple(outcome) for rung, outcome in each.outcomes.items()})
+            for each in found
+        }
+        return cls(digest, agents)
 
     def replayed(self, run: Run, rungs: Sequence[Rung]) -> list[Replayed]:
         """What was measured of the run, at these rungs."""
@@ -83,7 +87,7 @@ class Kept:
                 agent,
                 reader_of(run[agent].prompt),
                 num_moved,
-                {rung: Outcome(*values) for rung, values in zip(rungs, outcomes, strict=True)},
+                {rung: Outcome(*outcomes[str(rung)]) for rung in rungs if str(rung) in outcomes},
             )
             for agent, (num_moved, outcomes) in self.agents.items()
         ]
@@ -125,18 +129,30 @@ class OutcomeFile:
     def _measure(self, run: Run) -> list[Replayed]:
         found = []
         for agent, reading in in_order(self._engine, run):
-            try:
-                outcomes = self._engine.measure(reading.prompt, reading.answer, self._rungs).result()
-            except InvalidRequest as error:
-                note(f"agent {agent} is left out here: {error}")
-                continue
+            outcomes = self._outcomes(agent, reading)
             if outcomes:
-                by_rung = {
-                    rung: outcome._replace(divergence=min(outcome.divergence, WORST))
-                    for rung, outcome in zip(self._rungs, outcomes, strict=True)
-                }
-                found.append(Replayed(agent, reader_of(reading.prompt), num_moved(reading, by_rung), by_rung))
+                found.append(Replayed(agent, reader_of(reading.prompt), num_moved(reading, outcomes), outcomes))
         return found
+
+    def _outcomes(self, agent: str, reading: Reading) -> dict[Rung, Outcome]:
+        """By rung, but for those whose estimator knows nothing about some segment of the prompt."""
+        try:
+            return self._at(self._rungs, reading)
+        except InvalidRequest:
+            found: dict[Rung, Outcome] = {}
+            for ladder in ladders_of(self._rungs):
+                try:
+                    found |= self._at(ladder, reading)
+                except InvalidRequest as error:
+                    note(f"agent {agent}: {error}")
+            return found
+
+    def _at(self, rungs: Sequence[Rung], reading: Reading) -> dict[Rung, Outcome]:
+        outcomes = self._engine.measure(reading.prompt, reading.answer, rungs).result()
+        return {
+            rung: outcome._replace(divergence=min(outcome.divergence, WORST))
+            for rung, outcome in zip(rungs, outcomes, strict=bool(outcomes))
+        }
 
     def _digest(self, run: Run) -> str:
         return hashlib.sha256(f"{self._setting}{_content(run)}".encode()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import struct
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from kvcomm.agents.example_runs import examples
 from kvcomm.agents.team import load_team
 from kvcomm.agents.tuning.answers import KeptRun
 from kvcomm.agents.tuning.plan import KeptCosts
-from kvcomm.agents.tuning.profile import read_profile
+from kvcomm.agents.tuning.profile import PairsTable, read_pairs, read_profile
 from kvcomm.agents.tuning.replays import KeptOutcomes
 from kvcomm.agents.tuning.rows import read_rows
 from kvcomm.agents.tuning.state import claim, read_kept
@@ -42,6 +43,7 @@ from tests.cli.test_store import stored_segment
 from tests.files.special import SPECIAL, make_special
 from tests.lab.load.test_trace_file import AGENTIC, MOONCAKE
 from tests.memory.snapshot_files import read, write_file
+from tests.profiles import save_profile
 
 TEAM = """
 name = "pair"
@@ -71,7 +73,6 @@ alpha = [0.5, 1.0, 1]
 cache_ttl_s = 4
 idle_after_s = 0.5
 """
-SHIPPED = Path(__file__).parents[1] / "anchors" / "smollm2-135m" / "gsm8k.toml"
 
 
 class Loader(NamedTuple):
@@ -104,6 +105,13 @@ def _unpack(file: Path) -> object:
         return import_archive(file, Path(folder) / "new")
 
 
+def _pairs(file: Path) -> object:
+    """Somebody who altered them has the profile name them."""
+    beside = file.with_name("p.toml")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() and not file.is_symlink() else ""
+    return read_pairs(read_profile(beside).model_copy(update={"pairs": PairsTable(digest=digest)}), beside)
+
+
 def _claim(file: Path) -> None:
     claim(file.parent, {"model": "m", "team": "t"})
 
@@ -114,7 +122,7 @@ def _readers(file: Path) -> None:
 
 
 RUN = {"row": "r", "agents": {"a": [[[None, [1, 2]], ["slot", [3]]], [4, 5]]}}
-OUTCOMES = {"row": "r", "key": "k", "agents": {"a": [3, [[0.5, 1.0, 0.25, None, 7], [0.5, 1, 0, 0.1, 0]]]}}
+OUTCOMES = {"row": "r", "key": "k", "agents": {"a": [3, [[0.5, 1.0, 0.25, None, 7], None, [0.5, 1, 0, 0.1, 0]]]}}
 COSTS = {"answer": 1.0, "learn": 0.5, "publish": 1, "replay": 0.0, "sample": 3.0, "num_answered": 4}
 ROWS = [{"question": "how many?", "style": "short"}, {"question": "why?"}]
 
@@ -138,7 +146,10 @@ LOADERS = {
     "segment": Loader("x.segment.json", _segment, lambda file: Store(file.parent).segment("x")),
     "settings": Loader("server.toml", lambda file: file.write_text(SETTINGS), lambda file: load_settings({}, {}, file)),
     "team": Loader("team.toml", lambda file: file.write_text(TEAM), load_team),
-    "profile": Loader("p.toml", lambda file: file.write_bytes(SHIPPED.read_bytes()), read_profile),
+    "profile": Loader("p.toml", save_profile, read_profile),
+    "profile's pairs": Loader(
+        "p.pairs.json", lambda file: save_profile(file.with_name("p.toml")), lambda file: _pairs(file)
+    ),
     "mooncake": Loader("t.jsonl", lambda file: file.write_bytes(_lines(*MOONCAKE)), read_trace),
     "agentic": Loader("t.jsonl", lambda file: file.write_bytes(_lines(*AGENTIC)), read_trace),
     "packed trace": Loader("t.jsonl.gz", lambda file: file.write_bytes(_zipped(*AGENTIC)), read_trace),
@@ -162,7 +173,7 @@ LOADERS = {
     "outcomes": Loader(
         "k.jsonl",
         lambda file: file.write_bytes(_lines(OUTCOMES)),
-        lambda file: [kept.outcomes for kept in read_kept(file, KeptOutcomes)],
+        lambda file: [kept.agents for kept in read_kept(file, KeptOutcomes)],
     ),
 }
 

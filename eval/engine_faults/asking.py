@@ -13,13 +13,13 @@ from eval.engine_faults.patience import SLICE_S
 from eval.engine_faults.values import REFUSED, TAKEN, resolve
 from eval.engine_faults.world import Flight, Hung, World, named
 from kvcomm import ReusePolicy, SamplingParams
+from kvcomm.align.ladder import Rung
 from kvcomm.engine.handle import RequestHandle
-from kvcomm.lab.variant import Variant
 
 WAYS: Mapping[str, Mapping[str, Any]] = {
     "none": {},
     "policy": {"policy": ReusePolicy(max_divergence=5.0, confidence=0.5)},
-    "variant": {"variant": Variant("rotate", 0.25, "head")},
+    "rung": {"rung": Rung("rotate", 0.25)},
 }
 """How far a caller lets moved KV be used."""
 

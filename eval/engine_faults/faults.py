@@ -40,8 +40,7 @@ from kvcomm.engine.context import Context
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.errors import PoolExhausted
 from kvcomm.memory import pool, sealed_file, tree
-from kvcomm.reuse import learner
-from kvcomm.reuse import planner as reuse
+from kvcomm.reuse import attempt, learner, planner
 
 
 class InjectedFault(Exception):
@@ -86,6 +85,8 @@ POINTS: dict[str, Point] = {
     "tree.insert": Point(OWN_CODE, ASKING, 2),
     "reuse.plan": Point(OWN_CODE, ("ask_moved",)),
     "reuse.assemble": Point(OWN_CODE, ("ask_moved",)),
+    "reuse.look": Point(OWN_CODE, ("ask_moved",)),
+    "reuse.advance": Point(OWN_CODE, ("ask_moved",)),
     "reuse.publish": Point(OWN_CODE, ("ask_moved",), 2),
     "learner.after": Point(OWN_CODE, ASKING),
     "model.forward": Point(ALSO_ASSERTIONS, ASKING, 6, hits_one=False),
@@ -321,9 +322,11 @@ def _wrapped() -> Iterator[tuple[str, Any, str]]:
     yield "context.complete", Context, "complete"
     yield "tree.match", tree.RadixTree, "match"
     yield "tree.insert", tree.RadixTree, "insert"
-    yield "reuse.plan", reuse.Reuse, "plan"
-    yield "reuse.assemble", reuse.Reuse, "assemble"
-    yield "reuse.publish", reuse.Reuse, "publish"
+    yield "reuse.plan", planner.Planner, "plan"
+    yield "reuse.assemble", attempt.Attempt, "assemble"
+    yield "reuse.look", attempt.Attempt, "watch"
+    yield "reuse.advance", attempt.Attempt, "advance"
+    yield "reuse.publish", planner.Planner, "publish"
     yield "learner.after", learner.Learner, "after"
     yield "pool.allocate", pool.PagePool, "allocate"
     yield "pool.copy_page", pool.PagePool, "copy_page"

@@ -174,7 +174,7 @@ def draw_operation(draw: random.Random, name: str, shares: Mapping[str, int]) ->
             drawn = _drawn(draw) if draw.random() < 0.5 else _greedy(draw)
             settings = {**prompt, "sampling": {**drawn, "logprobs": draw.choice((0, 1, 3, 100))}}
         case "ask_moved":
-            way = draw.choice(("policy", "variant", "variant", "none"))
+            way = draw.choice(("policy", "rung", "rung", "none"))
             settings = {**prompt, **greedy, "prompt": _segments(draw), "tenant": draw.choice(TENANTS[:2]), "way": way}
         case "ask_unusual":
             settings = {**prompt, "sampling": _unusual(draw)}

@@ -16,6 +16,9 @@ from kvcomm.reuse.plan import Reason, Span, SpanKind
 NO_SOURCE = frozenset({Reason.NO_SOURCE, Reason.LAST_TOKEN, Reason.IMMOVABLE})
 """Reasons by which text is computed that could not have been moved, also if it was known."""
 
+RECOMPUTED = frozenset({Reason.RUNG, Reason.ESCALATED})
+"""Reasons by which moved text is computed after all, in a prompt of which some stays moved."""
+
 TokenIds = tuple[int, ...]
 
 
@@ -31,12 +34,13 @@ def movable_of(prompt: Sequence[Segment], spans: Iterable[Span], known: frozense
 
     Args:
         spans: of the prompt, in order and without gaps, as usage reports them.
-        known: texts that somebody had read or written when the request was made. Of what is computed only these count:
-            an engine may give one reason for a whole prompt, some texts of which are new, and for a text that the exact
-            prefix reaches into it gives that of the template.
+        known: texts that somebody had read or written when the request was made. Of what is computed only these count,
+            and what was moved first: an engine may give one reason for a whole prompt, some texts of which are new, and
+            for a text that the exact prefix reaches into it gives that of the template.
     """
     num_movable = num_moved = 0
     spans = list(spans)
+    moves = any(span.kind is SpanKind.ALIGNED for span in spans)
     start = 0
     for segment in prompt:
         end = start + len(segment.token_ids)
@@ -46,8 +50,9 @@ def movable_of(prompt: Sequence[Segment], spans: Iterable[Span], known: frozense
                 if num_tokens <= 0:
                     continue
                 is_moved = span.kind is SpanKind.ALIGNED
-                is_kept_back = span.kind is SpanKind.COMPUTE and span.reason not in NO_SOURCE
+                is_had = segment.token_ids in known or (moves and span.reason in RECOMPUTED)
+                is_computed = span.kind is SpanKind.COMPUTE and span.reason not in NO_SOURCE
                 num_moved += num_tokens * is_moved
-                num_movable += num_tokens * (is_moved or (is_kept_back and segment.token_ids in known))
+                num_movable += num_tokens * (is_moved or (is_computed and is_had))
         start = end
     return Movable(num_movable, num_moved)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eval.firstday.movable import RECOMPUTED
 from eval.tasks.records import RecordFile
 from kvcomm.align.bound import Bound
 
@@ -43,6 +44,12 @@ class Call:
     predicted: float | None = None
     divergence: float | None = None
     methods: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def recomputed_share(self) -> float:
+        """Of the tokens for which moved KV was written, that were computed after all."""
+        recomputed = sum(self.reasons.get(reason.value, 0) for reason in RECOMPUTED)
+        return recomputed / max(1, self.aligned + recomputed)
 
 
 @dataclass(frozen=True)

@@ -200,8 +200,7 @@ class Server:
         measured = divergence(self._engine.model, own.context, twin.kept.context, own.num_prompt, answer)
         methods: Mapping[str, float] = {}
         if self._laboratory is not None:
-            share = 1 - call.moved / max(1, call.movable)
-            methods = self._laboratory.measure(own.prompt, answer, share)
+            methods = self._laboratory.measure(own.prompt, answer, call.recomputed_share)
         return replace(call, divergence=measured, methods=dict(methods))
 
 

@@ -56,6 +56,10 @@ class Estimator(Protocol):
         """The name the user chooses it by."""
         ...
 
+    def corrects(self, edge: Edge) -> bool:
+        """Whether it does with this edge what no other estimator does."""
+        ...
+
     def is_ready(self, namespace: str, edge: Edge) -> bool:
         """Whether enough has been learned about an edge, so that further examples change nothing."""
         ...
@@ -80,6 +84,10 @@ class RotateEstimator:
 
     def __init__(self, ops: Ops) -> None:
         self._ops = ops
+
+    def corrects(self, edge: Edge) -> bool:
+        """Turning is what it does."""
+        return True
 
     def is_ready(self, namespace: str, edge: Edge) -> bool:
         """There is nothing to learn."""
@@ -139,13 +147,20 @@ class TokenEstimator:
         """Anchor tokens of an edge from which on none are added."""
         return min(self.settings.mature_tokens, self.anchors.max_bank_tokens)
 
+    def corrects(self, edge: Edge) -> bool:
+        """Not between slots of one row (documents).
+
+        What their KV lacks depends on the neighbors of the moment, and offsets of others made it worse.
+        """
+        return edge.source != edge.target
+
     def is_ready(self, namespace: str, edge: Edge) -> bool:
         """Whether the edge's own bank is mature or full.
 
         The one for its slots in any context does not count: it mixes contexts, and an edge that rested on it would
         never get a bank of its own.
         """
-        if edge.source == edge.target:
+        if not self.corrects(edge):
             return True
         return self.evidence(namespace, edge) >= self.num_enough
 
@@ -156,6 +171,8 @@ class TokenEstimator:
 
     def learn(self, namespace: str, layers: Sequence[LayerStore], move: Move, truth: Place) -> int:
         """Add the offsets between source and truth to the edge's bank and to the one for its slots in any context."""
+        if not self.corrects(move.edge):
+            return 0
         known = read_span(layers, move.source)
         # Layer 0 sees the token and its position only: there is nothing to correct.
         offsets = read_span(layers, truth).minus(known, range(1, len(layers)))
@@ -164,12 +181,8 @@ class TokenEstimator:
         return max([bank.learn(sketches, offsets) for bank in banks])
 
     def correction(self, namespace: str, edge: Edge) -> Correction | None:
-        """The snapshot of the most specific bank that is old enough.
-
-        Between slots of one row (documents) nothing is corrected: what their KV lacks depends on the neighbors of the
-        moment, and offsets of others made it worse.
-        """
-        if edge.source == edge.target:
+        """The snapshot of the most specific bank that is old enough."""
+        if not self.corrects(edge):
             return RotateEstimator(self._ops)
         snapshot = self.anchors.find(namespace, edge, self.settings.min_tokens)
         return None if snapshot is None else _TokenCorrection(snapshot, self._sketcher, self._ops, self.settings)

@@ -132,7 +132,7 @@ class ReaderRecord(_Strict):
 
     digest: Digest
     slots: tuple[str, ...]
-    targets: tuple[str, ...]
+    targets: tuple[Digest, ...]
     pairs: tuple[PairRecord, ...]
 
 

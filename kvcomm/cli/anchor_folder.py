@@ -119,6 +119,11 @@ class AnchorFolder:
         rungs = dict.fromkeys(rung for _, pairs in self.knowledge.readers for pair in pairs for rung in pair.measured)
         return ladders_of(sorted(rungs or DEFAULT_RUNGS, key=lambda rung: -rung.share))
 
+    def banks_of(self, reader: Reader) -> list[BankEntry]:
+        """The usable banks of edges that lead to a reader, in order of its slots."""
+        found = [(entry, entry.header.target) for entry in self.entries if entry.header is not None]
+        return [entry for slot in reader.targets for entry, target in found if target == slot]
+
     def counts(self, reader: Reader, bound: Bound, levels: Iterable[Level]) -> list[Count]:
         """How many pairs each level has along each ladder, and how many it takes."""
         return self._book.counts("", reader, self.ladders, bound, levels)

@@ -54,7 +54,7 @@ def list_command(folder: Folder, as_json: JsonFlag = False) -> int:
     refusals = list(dict.fromkeys(each for each in (found.refusal, found.leftover) if each))
     readers = [] if found.refusal else [_reader_values(entry, found) for entry in found.readers]
     pool = [] if found.refusal else _counts(found, None)
-    views: list[RenderableType] = [_bank_table(found)] if found.entries else []
+    views: list[RenderableType] = [_bank_table(found.entries)] if found.entries else []
     if readers:
         views += [_reader_table(readers), Text(f"all readers together: {_in_words(pool)}")]
     views += [Text(printable(each), style="red") for each in refusals]
@@ -198,7 +198,7 @@ def send_command(
 
 
 def _bank_values(entry: BankEntry) -> dict[str, Any]:
-    from kvcomm.align.wanted import tokens_wanted
+    from kvcomm.align.estimators import TokenSettings
 
     value: dict[str, Any] = {
         "edge": entry.edge,
@@ -207,17 +207,18 @@ def _bank_values(entry: BankEntry) -> dict[str, Any]:
         "refusal": entry.refusal,
     }
     if entry.header is not None:
-        num_tokens = entry.header.num_tokens
-        value |= {"num_tokens": num_tokens, "num_wanted": tokens_wanted(num_tokens), "created": entry.header.created}
+        settings = TokenSettings()
+        value |= {"num_tokens": entry.header.num_tokens, "created": entry.header.created}
+        value |= {"num_needed": settings.min_tokens, "num_enough": settings.mature_tokens}
     return value
 
 
-def _bank_table(found: AnchorFolder) -> Table:
+def _bank_table(entries: list[BankEntry], *, title: str = "banks") -> Table:
     columns = ["bank", "text", "anchor tokens", "size", "age"]
-    if any(entry.refusal for entry in found.entries):
+    if any(entry.refusal for entry in entries):
         columns.append("refused because")
-    rows = [_bank_row(entry)[: len(columns)] for entry in found.entries]
-    return table(columns, rows, title="banks", numeric={"anchor tokens", "size"})
+    rows = [_bank_row(entry)[: len(columns)] for entry in entries]
+    return table(columns, rows, title=title, numeric={"anchor tokens", "size"})
 
 
 def _bank_row(entry: BankEntry) -> tuple[object, ...]:
@@ -227,7 +228,7 @@ def _bank_row(entry: BankEntry) -> tuple[object, ...]:
     where = "any context" if header.edge.is_general else "one context"
     text = printable(f"{header.source_slot} -> {header.slot}, {where}")
     value = _bank_values(entry)
-    return (entry.edge, text, _of(value["num_tokens"], value["num_wanted"]), size, age_of(header.created), None)
+    return (entry.edge, text, _of(value["num_tokens"], value["num_enough"]), size, age_of(header.created), None)
 
 
 def _reader_values(entry: ReaderEntry, found: AnchorFolder) -> dict[str, Any]:
@@ -236,16 +237,18 @@ def _reader_values(entry: ReaderEntry, found: AnchorFolder) -> dict[str, Any]:
         "slots": list(entry.reader.slots),
         "num_pairs": len(entry.pairs),
         "own": _counts(found, entry),
+        "banks": [_bank_values(bank) for bank in found.banks_of(entry.reader)],
     }
 
 
 def _reader_table(readers: list[dict[str, Any]]) -> Table:
-    columns = ["reader", "slots", *(f"pairs at {confidence:g}" for confidence in CONFIDENCES)]
+    columns = ["reader", "slots", *(f"pairs at {confidence:g}" for confidence in CONFIDENCES), "anchor tokens"]
     rows = [
         (
             each["reader"],
             printable(", ".join(each["slots"])),
-            *(_of(count["num_pairs"], count["num_wanted"]) for count in each["own"]),
+            *(_of(count["num_pairs"], count["num_needed"]) for count in each["own"]),
+            _anchors_in_words(each["banks"]),
         )
         for each in readers
     ]
@@ -255,33 +258,40 @@ def _reader_table(readers: list[dict[str, Any]]) -> Table:
 def _counts(found: AnchorFolder, entry: ReaderEntry | None) -> list[dict[str, Any]]:
     """What a reader has of its own, or None: all of them together, at each confidence."""
     from kvcomm.align.bound import Bound
+    from kvcomm.align.calibration import pairs_needed
     from kvcomm.align.levels import Level
     from kvcomm.align.readers import Reader
-    from kvcomm.align.wanted import best_count, pairs_wanted
 
     level, reader = (Level.POOL, Reader("")) if entry is None else (Level.OWN, entry.reader)
     values = []
     for confidence in CONFIDENCES:
         bound = Bound(0.0, 1 - confidence)  # how many it takes does not depend on the nats
-        best = best_count(found.counts(reader, bound, (level,)))
+        best = max(found.counts(reader, bound, (level,)), key=lambda count: count.num_pairs)
         values.append(
             {
                 "confidence": confidence,
                 "estimator": best.ladder[0].estimator,
                 "num_pairs": best.num_pairs,
-                "num_wanted": pairs_wanted(best, bound),
+                "num_needed": pairs_needed(bound.delta),
+                "num_settled": best.num_needed,
             }
         )
     return values
 
 
 def _in_words(counts: list[dict[str, Any]]) -> str:
-    words = [f"{_of(each['num_pairs'], each['num_wanted'])} at {each['confidence']:g}" for each in counts]
+    words = [f"{_of(each['num_pairs'], each['num_needed'])} at {each['confidence']:g}" for each in counts]
     return f"pairs {', '.join(words)}"
 
 
-def _of(number: int, wanted: int) -> str:
-    return f"{number} of {wanted}" if number < wanted else str(number)
+def _of(number: int, needed: int) -> str:
+    return f"{number} of {needed}" if number < needed else str(number)
+
+
+def _anchors_in_words(banks: list[dict[str, Any]]) -> str | None:
+    """Of the bank that has least."""
+    least = min(banks, key=lambda bank: int(bank["num_tokens"]), default=None)
+    return None if least is None else f"{_of(least['num_tokens'], least['num_enough'])} or more"
 
 
 def _show_reader(entry: ReaderEntry, found: AnchorFolder, *, as_json: bool) -> None:
@@ -311,6 +321,8 @@ def _show_reader(entry: ReaderEntry, found: AnchorFolder, *, as_json: bool) -> N
             columns, rows, title="rungs, and which one its own pairs choose at (nats, confidence)", numeric=columns[1:4]
         ),
     ]
+    if value["banks"]:
+        views.append(_bank_table(found.banks_of(entry.reader), title="banks that lead to it"))
     if watches:
         names = ["level", "bound", "audits", "above", "working delta", "state"]
         shown = [

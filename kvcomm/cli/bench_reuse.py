@@ -43,16 +43,17 @@ def reuse_command(
         Path | None, typer.Option("--data", metavar="FILE", help="One input a line, as text or .jsonl with 'question'.")
     ] = None,
     runs: Annotated[int, typer.Option("--runs", min=1, metavar="N", help="Inputs to compare on.")] = 3,
-    warm: Annotated[int, typer.Option("--warm", min=0, metavar="N", help="Inputs to warm up on, behind those.")] = 16,
-    anchors: Annotated[int, typer.Option("--anchors", min=1, metavar="N", help="Of them, inputs that teach.")] = 4,
+    warm: Annotated[
+        int, typer.Option("--warm", min=0, metavar="N", help="Inputs to learn from before, behind those.")
+    ] = 12,
     load: Annotated[
         Path | None, typer.Option("--load", metavar="DIR", help="Anchors learned before, instead of warming up.")
     ] = None,
     save: Annotated[Path | None, typer.Option("--save", metavar="DIR", help="Keep what was learned.")] = None,
     max_divergence: Annotated[float, typer.Option("--max-divergence", min=0, metavar="NATS", help="The bound.")] = 0.05,
     confidence: Annotated[
-        float, typer.Option("--confidence", metavar="P", help="How surely it holds; few examples allow little.")
-    ] = 0.7,
+        float, typer.Option("--confidence", metavar="P", help="How surely it holds; few inputs allow little.")
+    ] = 0.9,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, metavar="N", help="Tokens of an answer at most.")
     ] = 48,
@@ -61,10 +62,9 @@ def reuse_command(
 ) -> None:
     """First tokens of a team without a cache, with exact prefixes, and with moved KV; every moved answer is audited."""
     from kvcomm.agents.comparison import compare
-    from kvcomm.agents.example_runs import examples, limited, warm_up
+    from kvcomm.agents.example_runs import examples, limited
     from kvcomm.agents.team import load_team
     from kvcomm.cli.store import folder_errors
-    from kvcomm.config import EngineConfig
     from kvcomm.engine.engine import Engine
     from kvcomm.reuse.policy import ReusePolicy
 
@@ -78,13 +78,17 @@ def reuse_command(
         with folder_errors("write", save):
             save.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
-    config = EngineConfig(contest_prompts=3)
-    with Engine.load(model, config=config, progress=True) as engine, console.status("") as status:
+    with Engine.load(model, progress=True) as engine, console.status("") as status:
         note = status.update
         if load is not None:
             engine.load_anchors(load)
-        else:
-            warm_up(engine, chosen, inputs[runs:wanted], policy, num_anchors=anchors, note=note)
+        elif warm:
+            known = [{**chosen.inputs, **each} for each in inputs[runs:wanted]]
+            chosen.group(engine, policy=policy).warm(
+                known,
+                rounds=chosen.rounds,
+                progress=lambda done: note(f"{done.text}: {done.num_done} of {done.num_total}"),
+            )
         if save is not None:
             engine.save_anchors(save)
         agents = compare(engine, chosen, inputs[:runs], policy, note=note)

@@ -244,7 +244,7 @@ def _answer_values(answer: AgentResult) -> dict[str, Any]:
 
 
 def _table(answers: Sequence[AgentResult], num_rounds: int) -> Table:
-    columns = ["agent", "prompt tokens", "exact", "computed", "generated", "TTFT", "tokens/s"]
+    columns = ["agent", "prompt tokens", "exact", "moved", "computed", "generated", "TTFT", "tokens/s"]
     numeric = set(columns[1:])
     rows = [[answer.name, *_cells(answer)] for answer in answers]
     if num_rounds > 1:
@@ -262,6 +262,12 @@ def _cells(answer: AgentResult) -> list[object]:
     return [*_counts(answer), f"{usage.ttft_s:.3f} s", f"{usage.decode_tokens_per_s:.1f}"]
 
 
-def _counts(answer: AgentResult) -> tuple[int, int, int, int]:
+def _counts(answer: AgentResult) -> tuple[int, ...]:
     usage = answer.usage
-    return usage.prompt_tokens, usage.exact_tokens, usage.computed_tokens, usage.generated_tokens
+    return (
+        usage.prompt_tokens,
+        usage.exact_tokens,
+        usage.aligned_tokens,
+        usage.computed_tokens,
+        usage.generated_tokens,
+    )

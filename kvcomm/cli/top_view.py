@@ -17,7 +17,7 @@ from rich.text import Text
 
 from kvcomm.cli.output import format_bytes, table
 from kvcomm.cli.text import printable
-from kvcomm.server.schemas.stats import Stats, TokensBySource, TtftHistogram
+from kvcomm.server.schemas.stats import Stats, TokensBySource, TtftHistogram, WatchedBound
 
 BAR_WIDTH = 60
 SHADES = {"exact": ("█", "blue"), "aligned": ("▒", "yellow"), "computed": ("░", "bright_black")}
@@ -130,17 +130,25 @@ def _recent(stats: Stats) -> Table:
 def _bounds(stats: Stats) -> Table:
     rows = [
         [
-            each.group[:8],
+            "all" if each.reader is None else printable(" ".join([each.reader[:8], ", ".join(each.slots)])),
+            each.level,
             f"{each.max_divergence:g}",
             f"{each.confidence:.4g}",
+            f"{each.num_pairs} of {each.num_needed}" if each.num_pairs < each.num_needed else each.num_pairs,
             each.num_audited,
             each.num_violations,
-            "tripped: exact only" if each.tripped else "holds",
+            _state(each),
         ]
         for each in stats.bounds[:NUM_BOUNDS]
     ]
-    columns = ["kind of prompt", "bound", "confidence", "audits", "above", "state"]
-    return table(columns, rows, title="bounds", numeric=columns[1:5])
+    columns = ["kind of prompt", "level", "bound", "confidence", "pairs", "audits", "above", "state"]
+    return table(columns, rows, title="bounds", numeric=columns[2:7])
+
+
+def _state(bound: WatchedBound) -> str:
+    if bound.tripped:
+        return "tripped"
+    return "holds" if bound.working_delta > 0 else "paused"
 
 
 def _evictions(stats: Stats) -> Table:

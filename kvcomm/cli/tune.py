@@ -44,13 +44,18 @@ def tune(
     confidence: Annotated[
         float, typer.Option("--confidence", metavar="P", help="Probability with which the bound has to hold.")
     ] = 0.95,
+    basis: Annotated[
+        str, typer.Option("--basis", metavar="LEVEL", help="On whose pairs it may rest: own, pool or prior.")
+    ] = "pool",
     budget: Annotated[str, typer.Option("--budget", metavar="TIME", help="Wall-clock, as 90s, 20m or 1h.")] = "20m",
     limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Use so many rows at most.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure a sample, print plan and cost, stop.")] = False,
     model: ModelFlag = DEFAULT_MODEL,
     as_json: JsonFlag = False,
 ) -> None:
-    """Choose settings of approximate reuse for a team by measured divergence, calibrate and verify them.
+    """Choose settings and rungs of approximate reuse for a team by measured divergence, calibrate and verify them.
+
+    The profile and the pairs beside it are all that it takes to move text; banks of anchors are used if they are there.
 
     A run that was interrupted goes on where it was; its state is in the folder beside the profile.
     A check keeps nothing and takes as many rows as the budget has room for.
@@ -75,7 +80,7 @@ def tune(
         raise InvalidRequest("give the team to tune for: --workload gsm8k, or a TOML file")
     team = load_team(workload)
     rows = read_rows(data, team)[:limit]
-    policy = ReusePolicy(max_divergence=max_divergence, confidence=confidence)
+    policy = ReusePolicy(max_divergence=max_divergence, confidence=confidence, basis=basis)
     task = Task(_maker(model), model, team, workload, rows, data.name, policy, seconds(budget), out, _note)
     try:
         plan = plan_tuning(task)
@@ -141,8 +146,10 @@ def _emit_profile(profile: TuningProfile, task: Task, *, as_json: bool) -> None:
     points = [_cells(each) for each in profile.pareto]
     columns = ["", "setting", "computed", "nats", "same first token"]
     front = table(columns, points, title="Pareto table", numeric=set(columns[2:]))
-    settings = table(None, [[name, each] for name, each in profile.settings], title=str(task.out))
-    emit(value, front, settings, _judged(profile.verification), as_json=as_json)
+    rungs = [[f"{name} rungs", ", ".join(f"{share:.0%}" for share in each)] for name, each in profile.ladders.items()]
+    settings = table(None, [*([name, each] for name, each in profile.settings), *rungs], title=str(task.out))
+    judged = [_judged(found, ladder) for ladder, found in profile.verification.items()]
+    emit(value, front, settings, *judged, as_json=as_json)
 
 
 def _cells(point: PointTable) -> list[object]:
@@ -166,17 +173,18 @@ def _emit_check(found: Check, file: Path, model: str, data: Path, *, as_json: bo
         "config": {
             "model": model,
             "profile": str(file),
+            "ladder": found.ladder,
             "data": data.name,
             "rows": found.num_rows,
             "rows_left_out": found.num_known,
             "rows_unread": found.num_unread,
         },
     }
-    emit(value, _judged(judged), as_json=as_json)
+    emit(value, _judged(judged, found.ladder), as_json=as_json)
 
 
-def _judged(found: VerificationTable) -> Table:
-    holds = "holds" if found.holds else "does not hold: tune anew"
+def _judged(found: VerificationTable, ladder: str) -> Table:
+    holds = "holds" if found.holds else "does not hold: tune anew, with rows like these"
     if not found.accepted:
         holds = "nothing is accepted: every request is computed exactly"
     rows: list[tuple[str, object]] = [
@@ -187,4 +195,4 @@ def _judged(found: VerificationTable) -> Table:
         ("moved tokens not computed", f"{found.aligned:.1%}"),
         ("the bound", holds),
     ]
-    return table(None, rows, title="on rows by which nothing was chosen")
+    return table(None, rows, title=f"{ladder}, on rows by which nothing was chosen")

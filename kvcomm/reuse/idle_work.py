@@ -113,8 +113,9 @@ class IdleWork:
             logger.info("idle work was given up: %s", error)
             self.num_failed += 1
         except Exception:
-            # Nobody waits for a study, and a request must never suffer from one.
-            logger.exception("idle work failed")
+            # A request must never suffer from it; whoever waits for it has been told.
+            level = logging.DEBUG if job.urgency is Urgency.AWAITED else logging.ERROR
+            logger.log(level, "idle work failed", exc_info=True)
             self.num_failed += 1
         with self._lock:
             self._running = None

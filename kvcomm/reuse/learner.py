@@ -29,7 +29,7 @@ from kvcomm.reuse.idle_work import Steps, Urgency
 from kvcomm.reuse.lesson import Lesson
 from kvcomm.reuse.planner import Planner
 from kvcomm.reuse.policy import ReusePolicy
-from kvcomm.reuse.replay import Case, Exact, Measurement, Outcome
+from kvcomm.reuse.replay import NUM_CONTINUATION, Case, Exact, Measurement, Outcome
 from kvcomm.reuse.trials import Served, Trial, Trials
 
 ENOUGH_PAIRS = 60
@@ -194,8 +194,11 @@ class Learner:
             trial.policy.levels,
             have_read_all=sources_of(trial.moves).have_read_all,
         )
-        missing = [each.num_needed - each.num_pairs for each in counts if each.num_pairs < each.num_needed]
-        self._trials.queue(trial, self._study(trial), Urgency.STUDY, pays_after=min(missing, default=math.inf))
+        missing = min(
+            (each.num_needed - each.num_pairs for each in counts if each.num_pairs < each.num_needed), default=0
+        )
+        pays_after = missing * _num_rows(trial, trial.policy.rungs) if missing else math.inf
+        self._trials.queue(trial, self._study(trial), Urgency.STUDY, pays_after=pays_after)
 
     def _study(
         self,
@@ -293,6 +296,13 @@ class Learner:
                 truth = place_of(pool, pages, move.start, move.num_tokens, position=move.start)
                 total += self._planner.estimators[name].learn(trial.namespace, self._layers, move, truth)
         return total
+
+
+def _num_rows(trial: Trial, rungs: Sequence[Rung]) -> float:
+    """Rows of the passes that measuring takes, about."""
+    num_moved = sum(move.num_tokens for move in trial.moves)
+    num_others = trial.num_prompt - trial.moves[0].start - num_moved + NUM_CONTINUATION
+    return sum(num_others + rung.share * num_moved for rung in rungs)
 
 
 def _pair_of(measured: Measurement, moves: Sequence[Move]) -> Pair:

@@ -142,10 +142,17 @@ class Planner:
                 yield from (move.source_pages for move in asked.attempt.moves)
 
     def corrections(self, namespace: str, estimator: str, moves: Sequence[Move]) -> tuple[Correction, ...] | None:
-        """What is known about each move's edge; None if about one of them nothing is."""
-        found = [self.estimators[estimator].correction(namespace, move.edge) for move in moves]
+        """What is known about each move's edge; None if about one of them nothing is, or about none more than turning.
+
+        Estimators that learn correct nothing between slots of one row; where that is all there is, they are no other
+        way than turning.
+        """
+        chosen = self.estimators[estimator]
+        found = [chosen.correction(namespace, move.edge) for move in moves]
         known = tuple(each for each in found if each is not None)
-        return known if len(known) == len(moves) else None
+        if len(known) < len(moves) or not any(chosen.corrects(move.edge) for move in moves):
+            return None
+        return known
 
     def require_known(self, rungs: Iterable[Rung]) -> None:
         """Raises InvalidRequest for a rung whose estimator or chooser this engine does not have."""

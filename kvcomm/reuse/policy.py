@@ -76,8 +76,8 @@ class ReusePolicy:
                     f"rungs of one estimator have one chooser, got {', '.join(map(str, ladder))}: only then each holds "
                     "what bolder ones compute"
                 )
-            if len(set(ladder)) < len(ladder) or ladder[0].share >= 1:
-                raise InvalidRequest(f"every rung once, with a share below 1 (all is exact), got {self.rungs!r}")
+            if ladder[0].share >= 1:
+                raise InvalidRequest(f"rungs have a share below 1 (all is exact), got {', '.join(map(str, ladder))}")
 
     @classmethod
     def exact(cls) -> ReusePolicy:

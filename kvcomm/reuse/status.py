@@ -155,16 +155,22 @@ class ReaderStatus(Plain):
 
 
 def status_of(parts: ReuseParts, namespace: str, reader: Reader, policy: ReusePolicy) -> ReaderStatus:
-    """A reader, whether it is known or not.
+    """A reader, whether it is known or not; its next request's sources are taken to be like those of its latest pair.
 
     Raises:
         InvalidRequest: a rung of the policy names what the engine does not have.
     """
     parts.planner.require_known(policy.rungs)
     found = parts.book.find(namespace, reader.digest) or Standing(reader)
+    latest = next(reversed([*found.pairs]), None)
+    have_read_all = None if latest is None else latest.sources.have_read_all
     edges = edges_to(parts, namespace, reader)
     bound = policy.bound
-    accepted, reason = (None, None) if bound is None else _next(parts, namespace, reader, policy, bound, edges)
+    accepted, reason = None, None
+    levels: tuple[LevelStatus, ...] = ()
+    if bound is not None:
+        accepted, reason = _next(parts, namespace, reader, policy, bound, edges, have_read_all)
+        levels = tuple(_levels(parts, namespace, reader, policy, bound, have_read_all))
     return ReaderStatus(
         reader=reader.digest,
         slots=reader.slots,
@@ -174,7 +180,7 @@ def status_of(parts: ReuseParts, namespace: str, reader: Reader, policy: ReusePo
         share=None if accepted is None else accepted.rung.share,
         predicted=None if accepted is None else accepted.predicted,
         reason=reason,
-        levels=() if bound is None else tuple(_levels(parts, namespace, reader, policy, bound)),
+        levels=levels,
         edges=tuple(_edge(parts, namespace, edge) for edge in edges),
         num_requests=found.num_requests,
         num_approximated=found.num_approximated,
@@ -192,17 +198,18 @@ def edges_to(parts: ReuseParts, namespace: str, reader: Reader) -> list[Edge]:
 
 
 def _levels(
-    parts: ReuseParts, namespace: str, reader: Reader, policy: ReusePolicy, bound: Bound
+    parts: ReuseParts, namespace: str, reader: Reader, policy: ReusePolicy, bound: Bound, have_read_all: bool | None
 ) -> Iterable[LevelStatus]:
-    for count in parts.book.counts(namespace, reader, policy.ladders, bound, policy.levels):
-        watch = parts.book.find_watch(namespace, reader, count.level, bound)
+    book = parts.book
+    for count in book.counts(namespace, reader, policy.ladders, bound, policy.levels, have_read_all=have_read_all):
+        watch = book.find_watch(namespace, reader, count.level, bound)
         yield LevelStatus(
             level=count.level,
             estimator=count.ladder[0].estimator,
             num_pairs=count.num_pairs,
             num_needed=pairs_needed(bound.delta),
             num_settled=count.num_needed,
-            is_barred=parts.book.is_barred(namespace, reader, count.level, bound),
+            is_barred=book.is_barred(namespace, reader, count.level, bound),
             working_delta=bound.delta if watch is None else watch.working_delta,
             num_audits=0 if watch is None else watch.breaker.num_observed,
             num_violations=0 if watch is None else watch.breaker.num_violations,
@@ -219,7 +226,13 @@ def _edge(parts: ReuseParts, namespace: str, edge: Edge) -> EdgeStatus:
 
 
 def _next(
-    parts: ReuseParts, namespace: str, reader: Reader, policy: ReusePolicy, bound: Bound, edges: Sequence[Edge]
+    parts: ReuseParts,
+    namespace: str,
+    reader: Reader,
+    policy: ReusePolicy,
+    bound: Bound,
+    edges: Sequence[Edge],
+    have_read_all: bool | None,
 ) -> tuple[Acceptance | None, Reason | None]:
     """What a request would be served with that takes its text by these edges, or why it would be computed."""
     if parts.planner.immovable:
@@ -227,7 +240,7 @@ def _next(
     usable = [ladder for ladder in policy.ladders if _is_usable(parts, namespace, ladder, edges)]
     if not usable:
         return None, Reason.NO_ANCHORS
-    grounds = parts.book.grounds(namespace, reader, usable, bound, policy.levels)
+    grounds = parts.book.grounds(namespace, reader, usable, bound, policy.levels, have_read_all=have_read_all)
     if grounds is None:
         barred = any(parts.book.is_barred(namespace, reader, level, bound) for level in policy.levels)
         return None, Reason.BREAKER if barred else Reason.UNCALIBRATED

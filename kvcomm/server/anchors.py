@@ -20,7 +20,6 @@ from fastapi import Path as PathParam
 from starlette.responses import Response
 
 from kvcomm.align.archive import export_archive, import_archive
-from kvcomm.align.bound import Bound
 from kvcomm.engine.engine import Engine
 from kvcomm.errors import (
     AnchorFileCorrupt,
@@ -30,6 +29,7 @@ from kvcomm.errors import (
     AnchorFileTooOld,
 )
 from kvcomm.files.reading import read_bytes
+from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.server.access import security
 from kvcomm.server.errors import ApiError, documented, failed_file
 from kvcomm.server.keys import NAME_PATTERN
@@ -37,7 +37,7 @@ from kvcomm.server.reuse_views import anchor_status
 from kvcomm.server.sampling import default_policy
 from kvcomm.server.schemas.admin import AnchorsTaken
 from kvcomm.server.schemas.anchors import AnchorStatus
-from kvcomm.server.schemas.common import Reuse
+from kvcomm.server.schemas.common import LevelName, Reuse
 from kvcomm.server.state import StateDep, TenantDep
 from kvcomm.server.workers import LONG_BYTES
 
@@ -73,14 +73,18 @@ async def get_anchor_status(
         float | None, Query(gt=0, allow_inf_nan=False, description="In nats; by default what the server promises.")
     ] = None,
     confidence: Annotated[float | None, Query(gt=0, lt=1)] = None,
+    basis: Annotated[LevelName | None, Query(description="The least that is accepted as grounds.")] = None,
 ) -> AnchorStatus:
-    """What is known of moving your text, and what is missing for a bound: pairs of each level, anchors of each bank."""
+    """What is known of moving your text, and what is missing for a bound: pairs of each level, anchors of each edge."""
     policy = default_policy(state.settings)
     if policy.is_exact:  # then it promises nothing else; this is what a request gets that only says "approximate"
         policy = Reuse().policy()
-    epsilon = policy.max_divergence if max_divergence is None else max_divergence
-    bound = Bound(epsilon, policy.delta if confidence is None else 1 - confidence)
-    work = partial(anchor_status, state.engine, list(tenant.salts) or [tenant.name], bound)
+    policy = ReusePolicy(
+        max_divergence=policy.max_divergence if max_divergence is None else max_divergence,
+        confidence=policy.confidence if confidence is None else confidence,
+        basis=policy.basis if basis is None else basis,
+    )
+    work = partial(anchor_status, state.engine, tenant.name, list(tenant.salts), policy)
     return await state.workers.run(tenant.name, 0, work)
 
 

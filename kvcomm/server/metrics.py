@@ -35,6 +35,7 @@ REFUSALS = frozenset(
         Reason.BREAKER,
         Reason.OUT_OF_DISTRIBUTION,
         Reason.SOURCE_RISK,
+        Reason.DISPLACED,
         Reason.COST,
         Reason.ESCALATED,
         Reason.NO_ROOM,

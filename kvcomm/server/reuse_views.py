@@ -7,23 +7,27 @@ called under the engine's lock, so never on the event loop.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
-from kvcomm.align.bound import Bound
-from kvcomm.align.ladder import DEFAULT_RUNGS, Ladder, ladders_of
-from kvcomm.align.levels import LEVELS, Audit, Count, Level, Standing
+from kvcomm.align.calibration import pairs_needed
+from kvcomm.align.ladder import DEFAULT_RUNGS, ladders_of
+from kvcomm.align.levels import Audit, Level, Standing
 from kvcomm.align.readers import Reader
-from kvcomm.align.wanted import best_count, pairs_wanted, tokens_wanted
 from kvcomm.align.watch import Watch
 from kvcomm.engine.engine import Engine
-from kvcomm.server.schemas.anchors import AnchorStatus, BankStanding, PairCount, ReaderCounts
+from kvcomm.plain import fields_of
+from kvcomm.reuse.policy import ReusePolicy
+from kvcomm.reuse.status import ReaderStatus as EngineStatus
+from kvcomm.reuse.status import status_of
+from kvcomm.server.schemas.anchors import AnchorStatus, EdgeStatus, LevelStatus, ReaderStatus
 from kvcomm.server.schemas.stats import AuditRecord, ReaderStanding, WatchedBound
 
 MAX_SHOWN = 40
 """Of each kind in one answer."""
 
 LADDERS = ladders_of(DEFAULT_RUNGS)
-_NOBODY = Reader("")
+NOBODY = Reader("")
+"""Stands for readers of which nothing is known."""
 
 
 def watched_bounds(engine: Engine, namespaces: Iterable[str]) -> list[WatchedBound]:
@@ -47,39 +51,27 @@ def audit_records(engine: Engine, namespaces: Iterable[str], now_s: float) -> li
     return [_audit(audit, reader, now_s) for audit, reader in audits[:MAX_SHOWN]]
 
 
-def anchor_status(engine: Engine, spaces: Sequence[str], bound: Bound) -> AnchorStatus:
-    """What is known of moving a tenant's text, and what is missing for a bound. Takes the lock itself.
+def anchor_status(engine: Engine, name: str, spaces: Sequence[str], policy: ReusePolicy) -> AnchorStatus:
+    """What is known of moving a tenant's text, and what is missing for a policy. Takes the lock itself.
 
     Args:
-        spaces: the engine's tenants that are the server's one.
+        name: of the tenant.
+        spaces: the engine's tenants that are this one's, with salts and without.
     """
-    book = engine.reuse.book
     with engine.lock:
         namespaces = [each for space in spaces for each in engine.namespaces(space)]
-        return AnchorStatus(
-            max_divergence=bound.max_divergence,
-            confidence=bound.confidence,
-            shared=_shared(engine, namespaces, bound),
-            readers=[
-                ReaderCounts(
-                    **_standing(standing).model_dump(),
-                    levels=[_count(each, bound) for each in book.counts(name, standing.reader, LADDERS, bound, LEVELS)],
-                )
-                for name, standing in _latest(engine, namespaces)
-            ],
-            banks=list(_banks(engine, namespaces)),
-        )
-
-
-def _shared(engine: Engine, namespaces: Iterable[str], bound: Bound) -> list[PairCount]:
-    """Pairs of the levels that belong to no single reader; each salt has a pool of its own, so of the one with most."""
-    most: dict[tuple[Level, Ladder], Count] = {}
-    for name in namespaces:
-        for each in engine.reuse.book.counts(name, _NOBODY, LADDERS, bound, (Level.POOL, Level.PRIOR)):
-            known = most.setdefault((each.level, each.ladder), each)
-            if each.num_pairs > known.num_pairs:
-                most[each.level, each.ladder] = each
-    return [_count(each, bound) for each in most.values()]
+        readers = [
+            _status(status_of(engine.reuse, namespace, standing.reader, policy))
+            for namespace, standing in _latest(engine, namespaces)
+        ]
+        newcomer = _status(status_of(engine.reuse, engine.namespace(name), NOBODY, policy))
+    return AnchorStatus(
+        max_divergence=policy.max_divergence,
+        confidence=policy.confidence,
+        basis=Level(policy.basis).value,
+        readers=readers,
+        newcomer=newcomer,
+    )
 
 
 def _latest(engine: Engine, namespaces: Iterable[str]) -> list[tuple[str, Standing]]:
@@ -87,9 +79,27 @@ def _latest(engine: Engine, namespaces: Iterable[str]) -> list[tuple[str, Standi
     return found[::-1][:MAX_SHOWN]
 
 
+def _status(told: EngineStatus) -> ReaderStatus:
+    return ReaderStatus(
+        reader=told.reader,
+        slots=list(told.slots),
+        level=None if told.level is None else told.level.value,
+        rung=told.share,
+        rung_name=told.rung,
+        predicted_divergence=None if told.predicted is None else _finite(told.predicted),
+        reason=None if told.reason is None else told.reason.value,
+        levels=[LevelStatus.model_validate(fields_of(each)) for each in told.levels],
+        edges=[EdgeStatus.model_validate(fields_of(each)) for each in told.edges],
+        num_requests=told.num_requests,
+        num_approximated=told.num_approximated,
+        num_audits=told.num_audits,
+        num_violations=told.num_violations,
+    )
+
+
 def _watched(engine: Engine, namespace: str, level: Level, reader: Reader | None, watch: Watch) -> WatchedBound:
-    counts = engine.reuse.book.counts(namespace, reader or _NOBODY, LADDERS, watch.bound, (level,))
-    most = best_count(counts)
+    counts = engine.reuse.book.counts(namespace, reader or NOBODY, LADDERS, watch.bound, (level,))
+    most = max(counts, key=lambda count: count.num_pairs)
     return WatchedBound(
         reader=None if reader is None else reader.digest,
         slots=[] if reader is None else list(reader.slots),
@@ -97,20 +107,11 @@ def _watched(engine: Engine, namespace: str, level: Level, reader: Reader | None
         max_divergence=watch.bound.max_divergence,
         confidence=watch.bound.confidence,
         num_pairs=most.num_pairs,
-        num_wanted=pairs_wanted(most, watch.bound),
+        num_needed=pairs_needed(watch.bound.delta),
         working_delta=watch.working_delta,
         num_audited=watch.breaker.num_observed,
         num_violations=watch.breaker.num_violations,
-        tripped=watch.breaker.tripped,
-    )
-
-
-def _count(count: Count, bound: Bound) -> PairCount:
-    return PairCount(
-        level=count.level.value,
-        estimator=count.ladder[0].estimator,
-        num_pairs=count.num_pairs,
-        num_wanted=pairs_wanted(count, bound),
+        tripped=watch.is_tripped,
     )
 
 
@@ -124,20 +125,6 @@ def _standing(standing: Standing) -> ReaderStanding:
         num_pairs=len(standing.pairs),
         is_young=standing.is_young,
     )
-
-
-def _banks(engine: Engine, namespaces: Iterable[str]) -> Iterator[BankStanding]:
-    anchors = engine.reuse.anchors
-    snapshots = [bank.snapshot() for name in namespaces for bank in anchors.banks(name)]
-    for each in sorted(snapshots, key=lambda bank: -bank.num_tokens)[:MAX_SHOWN]:
-        yield BankStanding(
-            edge=each.edge.digest,
-            slot=each.edge.slot,
-            source_slot=each.edge.source_slot,
-            in_any_context=each.edge.is_general,
-            num_tokens=each.num_tokens,
-            num_wanted=tokens_wanted(each.num_tokens, max_tokens=anchors.max_bank_tokens),
-        )
 
 
 def _audit(audit: Audit, reader: Reader, now_s: float) -> AuditRecord:

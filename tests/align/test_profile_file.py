@@ -32,9 +32,10 @@ from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign,
 from tests.limits import PATIENCE_S
 
 SHAPE = BankShape((None, 8), (None, 6), 2, 5)
-EDGES = (Edge("s1", "t", "question", "question"), Edge("s2", "t", "solver", "answer"))
+EDGES = (Edge("s1", "11" * 32, "question", "question"), Edge("s2", "t", "solver", "answer"))
 TURNED, CORRECTED = Rung("rotate", 0.3), Rung("token", 0.0)
-SOLVER, CHECKER = Reader("5a" * 32, ("question",)), Reader("c4" * 32, ("question", "solver"))
+SOLVER = Reader("5a" * 32, ("question",), ("11" * 32,))
+CHECKER = Reader("c4" * 32, ("question", "solver"), ("22" * 32, "33" * 32))
 BOUND = Bound(0.02, 0.05)
 
 
@@ -72,10 +73,10 @@ def knowledge() -> Knowledge:
     """Two readers, one with nine pairs and one with two, and what audits say at every level."""
     readers = ((SOLVER, tuple(map(pair, range(1, 10)))), (CHECKER, (pair(10), pair(11))))
     watches = (
-        KeptWatch(Level.PRIOR, "", False, watch(1.0, 0.0)),
-        KeptWatch(Level.POOL, "", False, watch(0.0, bound=Bound(0.05, 0.1))),
-        KeptWatch(Level.OWN, SOLVER.digest, False, watch(0.0, 0.01)),
-        KeptWatch(Level.PRIOR, CHECKER.digest, True, watch(1.0, 1.0, 1.0)),
+        KeptWatch(Level.PRIOR, "", watch(1.0, 0.0)),
+        KeptWatch(Level.POOL, "", watch(0.0, bound=Bound(0.05, 0.1))),
+        KeptWatch(Level.OWN, SOLVER.digest, watch(0.0, 0.01)),
+        KeptWatch(Level.PRIOR, CHECKER.digest, watch(1.0, 1.0, 1.0)),
     )
     return Knowledge(readers, watches, (0.5, -0.25, 1e-9))
 
@@ -104,11 +105,12 @@ def test_what_comes_back_is_what_was_saved(tmp_path: Path) -> None:
     assert (len(profile.banks), profile.num_tokens, profile.num_pairs, profile.num_missing) == (2, 14, 11, 0)
     loaded, original = profile.knowledge, knowledge()
     assert loaded.readers == original.readers
+    assert [reader.targets for reader, _ in loaded.readers] == [SOLVER.targets, CHECKER.targets]
     assert loaded.head_weights == original.head_weights
     for mine, theirs in zip(loaded.watches, original.watches, strict=True):
-        assert mine[:3] == theirs[:3]
+        assert mine[:2] == theirs[:2]
         assert mine.watch.bound == theirs.watch.bound
-        assert mine.watch.working_delta == theirs.watch.working_delta
+        assert mine.watch.debt == theirs.watch.debt
         ours, others = mine.watch.breaker, theirs.watch.breaker
         assert (ours.num_observed, ours.num_violations, ours.tripped) == (
             others.num_observed,
@@ -124,11 +126,6 @@ def test_what_comes_back_is_what_was_saved(tmp_path: Path) -> None:
         assert mine_.offsets.keys[1] is not None
         assert theirs_.offsets.keys[1] is not None
         assert torch.equal(mine_.offsets.keys[1].codes, theirs_.offsets.keys[1].codes)
-
-
-def test_a_working_delta_never_rises_by_being_loaded(tmp_path: Path) -> None:
-    folder = rewritten(saved(tmp_path), lambda header: header["watches"][0].update(working_delta=0.9))
-    assert load_profile(folder, namespace="n", shape=SHAPE).knowledge.watches[0].watch.working_delta <= BOUND.delta
 
 
 def _without(folder: Path) -> None:
@@ -284,6 +281,8 @@ CONTRADICTIONS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "an unknown field": (lambda header: header.update(more=1), "more"),
     "a field that is missing": (lambda header: header.pop("banks"), "banks"),
     "a share above 1": (lambda header: header["rungs"][0].update(share=1.5), "share"),
+    "a debt below 0": (lambda header: header["watches"][0].update(debt=-0.1), "debt"),
+    "a target that is none": (lambda header: header["readers"][0].update(targets=["t"]), "targets"),
 }
 
 

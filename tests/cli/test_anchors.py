@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from kvcomm.align.archive import export_archive, import_archive
 from kvcomm.align.bank_file import SUFFIX
 from kvcomm.align.calibration import Measured, Pair
+from kvcomm.align.estimators import TokenSettings
 from kvcomm.align.ladder import Rung
 from kvcomm.align.levels import Knowledge
 from kvcomm.align.profile_file import EARLIER_FILE, READERS_FILE, load_profile, save_profile
@@ -49,18 +50,15 @@ def error(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int)
 def test_ls_says_what_is_missing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = call(capsys, "ls", folder)
     assert {bank["edge"] for bank in found["banks"]} == {edge.digest[:12] for edge in EDGES}
-    assert [(bank["num_tokens"], bank["num_wanted"], bank["refusal"]) for bank in found["banks"]] == [(7, 64, None)] * 2
+    assert [(bank["num_tokens"], bank["num_needed"], bank["refusal"]) for bank in found["banks"]] == [(7, 64, None)] * 2
+    assert {bank["num_enough"] for bank in found["banks"]} == {TokenSettings().mature_tokens}
     solver, checker = found["readers"]
     assert (solver["reader"], solver["slots"], solver["num_pairs"]) == (SOLVER.digest[:12], ["question"], 9)
-    # Nine pairs along the turned ladder: enough to begin with at 0.9, where 19 decide whatever others have.
-    assert [
-        (each["confidence"], each["estimator"], each["num_pairs"], each["num_wanted"]) for each in solver["own"]
-    ] == [
-        (0.9, "rotate", 9, 19),
-        (0.95, "rotate", 9, 19),
-    ]
-    assert [(each["num_pairs"], each["num_wanted"]) for each in checker["own"]] == [(2, 9), (2, 19)]
-    assert [(each["num_pairs"], each["num_wanted"]) for each in found["pool"]] == [(11, 19), (11, 19)]
+    assert ([bank["edge"] for bank in solver["banks"]], checker["banks"]) == ([FIRST], [])  # that lead to it
+    # Nine pairs along the turned ladder: enough to begin with at 0.9; with 19 they decide whatever others have.
+    assert [tuple(each.values()) for each in solver["own"]] == [(0.9, "rotate", 9, 9, 19), (0.95, "rotate", 9, 19, 39)]
+    assert [(each["num_pairs"], each["num_needed"]) for each in checker["own"]] == [(2, 9), (2, 19)]
+    assert [(each["num_pairs"], each["num_needed"]) for each in found["pool"]] == [(11, 9), (11, 19)]
     assert found["refusals"] == []
 
 
@@ -100,13 +98,15 @@ def test_tables_for_people(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     shown = capsys.readouterr().out
     for words in (
         "question -> question, one context",
-        "7 of 64",
+        "7 of 512 or more",
         "2 of 9",
-        "all readers together: pairs 11 of 19 at 0.9",
+        "all readers together: pairs 11 at 0.9, 11 of 19 at 0.95",
     ):
         assert words in shown
     assert run(["anchors", "show", str(folder), FIRST]) == 0
     assert "s1" in capsys.readouterr().out
+    assert run(["anchors", "show", str(folder), SOLVER.digest[:6]]) == 0
+    assert "banks that lead to it" in capsys.readouterr().out
     assert run(["anchors", "show", str(folder), CHECKER.digest[:6]]) == 0
     shown = capsys.readouterr().out
     for words in ("question, solver", "pairs 2 of 9 at 0.9", "tripped"):

@@ -119,8 +119,18 @@ def test_for_people(capsys: pytest.CaptureFixture[str], team: str) -> None:
         lines = [line for line in printable(found[name]["text"]).split("\n") if line]
         assert f"{name} | {lines[0]}" in answers
     header, *rows = table.splitlines()
-    assert header.split() == ["agent", "prompt", "tokens", "exact", "computed", "generated", "TTFT", "tokens/s"]
-    counts = [[int(cell) for cell in row.split()[1:5]] for row in rows]
+    assert header.split() == [
+        "agent",
+        "prompt",
+        "tokens",
+        "exact",
+        "moved",
+        "computed",
+        "generated",
+        "TTFT",
+        "tokens/s",
+    ]
+    counts = [[int(cell) for cell in row.split()[1:6]] for row in rows]
     assert [row.split()[0] for row in rows] == ["solver", "critic", "all"]
     assert counts[2] == [sum(pair) for pair in zip(*counts[:2], strict=True)]
     usage = found["critic"]["usage"]

@@ -176,9 +176,17 @@ def some_stats(**fields: Any) -> Stats:
         },
         "evictions": [{"ago_s": 2, "start": 0, "tokens": 5, "reason": "evicted", "label": "[red]bad\x1b[2J\ntext"}],
         "bounds": [
-            {"group": "0123456789", "max_divergence": 0.02, "confidence": 0.95, "num_audited": 4,
-             "num_violations": 1, "tripped": True}
+            {"reader": None, "slots": [], "level": "prior", "max_divergence": 0.02, "confidence": 0.95,
+             "num_pairs": 240, "num_needed": 19, "working_delta": 0.05, "num_audited": 0, "num_violations": 0,
+             "tripped": False},
+            {"reader": "0123456789", "slots": ["[red]doc\x1b"], "level": "own", "max_divergence": 0.02,
+             "confidence": 0.95, "num_pairs": 7, "num_needed": 19, "working_delta": 0.01, "num_audited": 4,
+             "num_violations": 1, "tripped": True},
+            {"reader": "9876543210", "slots": [], "level": "own", "max_divergence": 0.02, "confidence": 0.95,
+             "num_pairs": 7, "num_needed": 19, "working_delta": -0.01, "num_audited": 4, "num_violations": 2,
+             "tripped": False},
         ],
+        "readers": [],
         "audits": [],
     }  # fmt: skip
     return Stats.model_validate(values | fields)
@@ -188,8 +196,12 @@ def test_every_part_is_drawn() -> None:
     shown = drawn(some_stats())
     first_bar = shown.splitlines()[2].strip()
     assert [first_bar.count(shade) for shade in "█▒░"] == [30, 18, 12]
-    for words in ("exact 50.0% (50)", "<= 1 s", "9.0 MB", "100 tokens", "01234567", "tripped", "evicted so far"):
+    for words in ("exact 50.0% (50)", "<= 1 s", "9.0 MB", "100 tokens", "evicted so far"):
         assert words in shown
+    rows = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "all prior 0.02 0.95 240 0 0 holds" in rows
+    assert "01234567 [red]doc� own 0.02 0.95 7 of 19 4 1 tripped" in rows
+    assert "98765432 own 0.02 0.95 7 of 19 4 2 paused" in rows
     assert "[red]bad\ufffd[2J text" in shown  # neither markup nor control characters
 
 

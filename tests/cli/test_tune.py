@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,16 @@ def test_a_profile_is_made_checked_and_refused(
     parts = [profile.data.anchors, profile.data.tuning, profile.data.calibration, profile.data.verification]
     assert [len(part) for part in parts] == [6, 4, 4, 4]
     assert len(profile.data.used) == 18
-    assert (profile.verification.requests, profile.verification.accepted) == (4, 4)
+    assert {*profile.ladders} == {*profile.verification} == {"token", "rotate"}
+    for found in profile.verification.values():
+        assert (found.requests, found.violations) == (4, 0)
+    assert profile.verification["rotate"].accepted == 4  # corrected ones may be too far from the four calibrated
     assert profile.agents["second"].num_pairs == 4
     labels = {point.setting for point in profile.pareto}
-    assert {"token", "rotate", "token 30% head", "token, k=4"} <= labels
+    assert {"token", "rotate", "token 30 % attention", "token, k=4"} <= labels
     assert any(label.endswith("sketch_layers=2") for label in labels)
+    assert profile.policy().bound == (50, pytest.approx(0.3))
+    assert profile.policy().basis == "pool"
 
     team = tmp_path / "team.toml"
     fresh = questions(tmp_path / "fresh.jsonl", 5, "b")
@@ -88,6 +94,7 @@ def test_a_profile_is_made_checked_and_refused(
     assert 0 < figures["violations"]["spread"][1] < 0.6
     assert figures["accepted"]["value"] >= 3  # a text further off than the four calibrated ones is not accepted
     assert checked["config"]["rows"] == 5
+    assert checked["config"]["ladder"] == next(iter(profile.ladders))
     mixed = questions(tmp_path / "old.jsonl", 24, "a")
     assert call(capsys, "--check", str(file), "--data", str(mixed))["config"]["rows_left_out"] == 18
     many = questions(tmp_path / "many.jsonl", 20, "c")
@@ -99,8 +106,9 @@ def test_a_profile_is_made_checked_and_refused(
     known.write_text("\n".join(used))
     assert "all 18 rows were used" in call(capsys, "--check", str(file), "--data", str(known), code=2)
 
-    assert run(["run", str(team), "--input", "question=why so?", "--profile", str(file), "--json"]) == 0
-    assert [*json.loads(capsys.readouterr().out)["rounds"][0]] == ["first", "second"]
+    question = json.loads(questions(tmp_path / "one.jsonl", 1, "d").read_text())["question"]
+    assert run(["run", str(team), "--input", f"question={question}", "--profile", str(file), "--json"]) == 0
+    assert moved(capsys) == ["second"]
     assert run(["run", "gsm8k", "--input", "question=why so?", "--profile", str(file)]) == 1
     assert "another team" in capsys.readouterr().err
 
@@ -109,15 +117,56 @@ def test_a_profile_is_made_checked_and_refused(
     team.write_text(TEAM.replace("check", "doubt"))
     assert "another team" in call(capsys, "--check", str(file), "--data", str(fresh), code=1)
     team.write_text(TEAM)
-    bank = next((tmp_path / "p" / "tiny" / "banks").glob("*.anchors.safetensors"))
+    banks = tmp_path / "p" / "tiny" / "banks"
+    bank = next(banks.glob("*.anchors.safetensors"))
     content = bank.read_bytes()
     bank.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert "was altered" in call(capsys, "--check", str(file), "--data", str(fresh), code=1)
+    message = call(capsys, "--check", str(file), "--data", str(fresh), code=1)
+    assert f"was altered; restore it, remove {banks} to go without banks, or tune anew" in message
     bank.unlink()
     assert "is missing" in call(capsys, "--check", str(file), "--data", str(fresh), code=1)
     file.write_text(file.read_text().replace("neighbors = ", "neighbours = "))
     with pytest.raises(AnchorFileError, match="neighbours"):
         read_profile(file)
+
+
+def moved(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Agents of the run just made that moved text."""
+    (answers,) = json.loads(capsys.readouterr().out)["rounds"]
+    return [name for name, answer in answers.items() if answer["usage"]["aligned_tokens"]]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_profile_works_where_its_banks_are_not(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it ships: two small files, and text moves in the first run."""
+    monkeypatch.setattr("kvcomm.agents.tuning.search.num_axes", lambda num_groups: 0)
+    call(capsys, *arguments, *LOOSE, "--budget", "24h")
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    for name in ("tiny.toml", "tiny.pairs.json"):
+        shutil.copy(tmp_path / "p" / name, shipped / name)
+    file, team = shipped / "tiny.toml", tmp_path / "team.toml"
+    asked = ["run", str(team), "--input", "question=why so?", "--profile", str(file), "--json"]
+    assert run(asked) == 0
+    assert moved(capsys) == ["second"]
+    fresh = questions(tmp_path / "fresh.jsonl", 5, "b")
+    checked = call(capsys, "--check", str(file), "--data", str(fresh), "--workload", str(team))
+    assert checked["config"]["ladder"] == "rotate"
+    assert {figure["id"]: figure["value"] for figure in checked["figures"]}["accepted"] == 5
+
+    pairs = shipped / "tiny.pairs.json"
+    content = pairs.read_bytes()
+    pairs.write_bytes(content.replace(b'"residual":', b'"residual": ', 1))
+    assert run(asked) == 1
+    assert f"{pairs} was altered, or belongs to another profile" in capsys.readouterr().err
+    pairs.unlink()
+    assert run(asked) == 1
+    assert "copy it beside tiny.toml, or tune anew" in capsys.readouterr().err
+    file.write_text(file.read_text().replace("format = 2", "format = 1", 1))
+    assert run(asked) == 1
+    assert "has format 1, whose calibration belonged to tuples of edges; tune anew" in capsys.readouterr().err
 
 
 def digest(line: str) -> str:
@@ -126,7 +175,7 @@ def digest(line: str) -> str:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("step", ["learn", "_contest", "measure", "_calibrate", "_verify", "write_profile"])
+@pytest.mark.parametrize("step", ["learn", "measure", "_calibrate", "_verify", "write_pairs", "write_profile"])
 def test_an_interrupted_run_goes_on(
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
@@ -148,7 +197,7 @@ def test_an_interrupted_run_goes_on(
     made = call(capsys, *arguments, *LOOSE, "--budget", "24h")
     assert answers.read_bytes() == before
     assert made["agents"]["second"]["num_pairs"] == 4
-    assert made["verification"]["accepted"] == 4
+    assert made["verification"]["rotate"]["accepted"] == 4
     assert "another bound" in call(capsys, *arguments, "--budget", "24h", code=2)
 
 

@@ -29,7 +29,7 @@ def test_what_is_known_of_a_tenant_goes() -> None:
         assert engine.num_cached(PROMPT, tenant="ann") == 0
         assert engine.segment_tree(tenant="ann") == ()
         assert engine.find_segment("system", tenant="ann") is None
-        assert engine.edge_groups("ann") == []
+        assert engine.readers("ann") == []
         assert engine.tree.usage(engine.namespace("ann")).quota_pages is None
         assert engine.num_cached(PROMPT, tenant="bob") == num_bobs
         assert engine.segment_tree(tenant="bob") == bobs

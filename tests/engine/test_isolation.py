@@ -12,9 +12,11 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from kvcomm.config import EngineConfig
@@ -22,14 +24,16 @@ from kvcomm.engine import scheduler
 from kvcomm.engine.detokenize import Detokenizer
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.handle import RequestHandle
+from kvcomm.engine.passes import Work, compute
 from kvcomm.engine.request import Request
 from kvcomm.engine.sampling import Sampler, SamplingParams
 from kvcomm.errors import PoolExhausted, PoolTooSmall
-from kvcomm.model.runner import ModelRunner, Run
+from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.model.runner import ModelRunner, Run, Watch
 from kvcomm.reuse.learner import Learner
-from kvcomm.reuse.planner import Reuse
+from kvcomm.reuse.planner import Planner
 from kvcomm.reuse.policy import ReusePolicy
-from tests.engine.conftest import greedy, some_tokens
+from tests.engine.conftest import greedy, some_tokens, stock_logits
 from tests.limits import PATIENCE_S
 from tests.tiny import TinyModel
 
@@ -77,11 +81,9 @@ PLACES: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "publishing": (scheduler.Scheduler, "_publish", lambda self, request: is_victims(request)),
     "remembering": (scheduler.Scheduler, "_remember", lambda self, request, *_, **__: is_victims(request)),
     "a fork": (scheduler.Scheduler, "_fork", lambda self, request, *_: is_victims(request)),
-    "the check": (Reuse, "check", lambda self, request: is_victims(request)),
     "guessing": (scheduler.Scheduler, "_guesses", lambda self, request, *_: is_victims(request)),
     "writing to pages": (scheduler.Scheduler, "_can_write", lambda self, request, *_: is_victims(request)),
-    "looking on": (Reuse, "watch", lambda self, request, *_: is_victims(request)),
-    "waiting for a source": (Reuse, "waits_for_source", lambda self, request, *_: is_victims(request)),
+    "waiting for a source": (Planner, "waits_for_source", lambda self, request, *_: is_victims(request)),
 }
 
 
@@ -160,16 +162,46 @@ def test_logits_that_are_none_end_requests_not_the_engine(
     assert list(engine.generate(prompt, ANSWER).token_ids) == greedy(shared_model.model, prompt, 10)
 
 
-def test_whoever_looks_on_fails_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def watch(layer_id: int, query: Tensor, scale: float) -> None:
-        raise Injected("while looking on")
+class Looking:
+    """An attempt of which only looking on is asked; it notes what it is told."""
 
-    monkeypatch.setattr(Reuse, "watch", lambda self, request, *_: watch if is_victims(request) else None)
-    with engine.lock:
-        victim, other = engine.submit(some_tokens(9, seed=3), VICTIM), engine.submit(some_tokens(8), ANSWER)
-    with pytest.raises(Injected, match="while looking on"):
-        victim.result(PATIENCE_S)
-    assert len(other.result(PATIENCE_S).token_ids) == 10
+    def __init__(self, at: str) -> None:
+        self.at, self.errors = at, list[Exception]()
+
+    def watch(self, run: Run, row: int) -> Watch | None:
+        if self.at == "before":
+            raise Injected("before looking on")
+
+        def look(layer_id: int, query: Tensor, scale: float) -> None:
+            if self.at == "meanwhile":
+                raise Injected("while looking on")
+
+        return look
+
+    def spoil(self, error: Exception) -> None:
+        self.errors.append(error)
+
+
+@pytest.mark.parametrize("at", ["before", "meanwhile", "never"])
+def test_who_looks_on_and_fails_is_told_once_and_the_pass_goes_on(at: str, engine: Engine) -> None:
+    """What a request that moves nothing is given does not depend on who looks on beside it."""
+    attempts = [Looking("never"), Looking(at), Looking("never")]
+    prompts = [some_tokens(9, seed=seed) for seed in range(3)]
+    batch, sequences = [], []
+    for attempt, prompt in zip(attempts, prompts, strict=True):
+        sequence = KVSequence(engine.pool, prompt)
+        sequence.make_writable(0, 9)
+        run = Run(sequence.token_ids, sequence.pages, 0, 1)
+        request: Any = SimpleNamespace(attempt=attempt, weights=engine.live.now())
+        batch.append(Work(request, None, sequence, (run,)))
+        sequences.append(sequence)
+    computed, failures = compute(engine.runner, batch)
+    assert failures == []
+    for found, prompt in zip(computed, prompts, strict=True):
+        torch.testing.assert_close(found.logits[0], stock_logits(engine.model, prompt)[-1], atol=1e-4, rtol=0)
+    assert [len(attempt.errors) for attempt in attempts] == [0, int(at != "never"), 0]
+    for sequence in sequences:
+        sequence.release()
 
 
 def test_a_loop_that_is_closed_while_it_is_woken_harms_nobody(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

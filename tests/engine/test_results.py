@@ -9,11 +9,12 @@ import threading
 
 import pytest
 
-from kvcomm.align.bound import Bound
+from kvcomm.align.levels import Level
 from kvcomm.engine.context import Context
 from kvcomm.engine.engine import Engine
-from kvcomm.engine.results import ApproximationReport, Completion, Usage
+from kvcomm.engine.results import Completion, Usage
 from kvcomm.memory.segments import Segment
+from kvcomm.reuse.plan import ApproximationReport, BoundInForce
 from kvcomm.reuse.policy import ReusePolicy
 from tests.engine.conftest import SMALL, some_tokens
 from tests.limits import PATIENCE_S, threads
@@ -68,7 +69,7 @@ def test_a_completion_as_json(completion: Completion) -> None:
         "spans",
     ]
     assert (usage["prompt_tokens"], usage["generated_tokens"]) == (20, 12)
-    assert usage["bound"] == {"max_divergence": 0.02, "delta": pytest.approx(0.05)}
+    assert usage["bound"] == {"max_divergence": 0.02, "delta": pytest.approx(0.05), "level": None, "num_pairs": 0}
     assert usage["approximation"] is None
     assert [list(span) for span in usage["spans"]] == [["kind", "start", "end", "reason"]] * len(usage["spans"])
     assert {span["kind"] for span in usage["spans"]} == {"exact", "compute"}
@@ -78,11 +79,20 @@ def test_a_completion_as_json(completion: Completion) -> None:
 
 
 def test_moved_text_and_numbers_that_are_none(completion: Completion) -> None:
-    report = ApproximationReport("abc", 0.15, float("inf"), 0.5, None)
-    usage = Usage(4, 1, 2, 1, 1, 0.0, 0.1, 0.2, approximation=report)
+    report = ApproximationReport("abc", "rotate 15 % attention", 0.15, float("inf"), 0.5, None)
+    bound = BoundInForce(0.02, 0.05, Level.POOL, 19)
+    usage = Usage(4, 1, 2, 1, 1, 0.0, 0.1, 0.2, approximation=report, bound=bound)
+    assert json.loads(json.dumps(usage.to_dict()["bound"])) == {
+        "max_divergence": 0.02,
+        "delta": 0.05,
+        "level": "pool",
+        "num_pairs": 19,
+    }
+    assert repr(usage).endswith(", bound 0.02 at 0.95 by 19 pairs (pool))")
     assert usage.to_dict()["approximation"] == {
-        "group": "abc",
-        "rung": 0.15,
+        "reader": "abc",
+        "rung": "rotate 15 % attention",
+        "share": 0.15,
         "predicted": None,
         "distance": 0.5,
         "residual": None,
@@ -92,8 +102,8 @@ def test_moved_text_and_numbers_that_are_none(completion: Completion) -> None:
 
 def test_the_bound_names_its_numbers(completion: Completion) -> None:
     bound = completion.usage.bound
-    assert isinstance(bound, Bound)
-    assert bound == (bound.max_divergence, bound.delta) == (0.02, 1 - 0.95)
+    assert isinstance(bound, BoundInForce)
+    assert bound == (bound.max_divergence, bound.delta, bound.level, bound.num_pairs) == (0.02, 1 - 0.95, None, 0)
     assert bound.confidence == pytest.approx(0.95)
     assert ReusePolicy.exact().bound is None
 

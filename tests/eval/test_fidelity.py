@@ -82,10 +82,10 @@ def test_figures(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFix
     mean = {name: sum(each) / 3 for name, each in samples.items()}
     assert values["token_over_rotate"] == pytest.approx(mean["second token"] / mean["second rotate"])
     assert values["token_over_paper"] == pytest.approx(mean["second token"] / mean["second paper"])
-    assert values["rung25_over_rotate"] == pytest.approx(mean["second token 25% attention"] / mean["second rotate"])
-    assert values["rung50_over_rotate"] == pytest.approx(mean["second token 50% attention"] / mean["second rotate"])
+    assert values["rung25_over_rotate"] == pytest.approx(mean["second token 25 % attention"] / mean["second rotate"])
+    assert values["rung50_over_rotate"] == pytest.approx(mean["second token 50 % attention"] / mean["second rotate"])
     assert values["cacheblend25_over_rotate"] == pytest.approx(
-        mean["second rotate 25% deviation"] / mean["second rotate"]
+        mean["second rotate 25 % deviation"] / mean["second rotate"]
     )
     assert values["second paper"] == pytest.approx(mean["second paper"])
     assert "best25_over_rotate" not in values  # no questions to choose it on
@@ -96,8 +96,8 @@ def test_other_selectors_on_request(arguments: list[str], tmp_path: Path, capsys
     values = values_of(capsys.readouterr().out)
     samples = json.loads((tmp_path / "run.json").read_text())["samples"]
     assert len(samples) == len(fidelity.ESSENTIAL) + len(fidelity.SELECTORS)
-    ratio = sum(samples["second token 25% head"]) / sum(samples["second rotate"])
-    assert values["all token 25% head over rotate"] == pytest.approx(ratio)
+    ratio = sum(samples["second token 25 % head"]) / sum(samples["second rotate"])
+    assert values["all token 25 % head over rotate"] == pytest.approx(ratio)
 
 
 def test_an_interrupted_measurement_goes_on_where_it_was(

@@ -111,10 +111,11 @@ def test_text_that_became_known_while_the_request_waited_counts_where_it_was_mov
     prompt = prompt_of((None, 5), ("old", 9), (None, 2))
     spans = [
         Span(SpanKind.EXACT, 0, 5),
-        Span(SpanKind.ALIGNED, 5, 14),
+        Span(SpanKind.ALIGNED, 5, 12),
+        Span(SpanKind.COMPUTE, 12, 14, Reason.RUNG),
         Span(SpanKind.COMPUTE, 14, 16, Reason.GLUE),
     ]
-    assert movable_of(prompt, spans, frozenset()) == Movable(9, 9)
+    assert movable_of(prompt, spans, frozenset()) == Movable(9, 7)
 
 
 # ---- figures ----
@@ -197,6 +198,13 @@ def test_methods_are_held_against_what_was_served_in_their_place() -> None:
     assert values["nats_paper"] == pytest.approx(0.5)
     assert values["nats_ours_beside_paper"] == pytest.approx(0.01)
     assert values["compared_epic"] == 2
+
+
+def test_methods_compute_as_much_of_what_is_moved_as_was_computed_here() -> None:
+    """Of 20 moved tokens 5: what was not moved at all is in the prompts of the methods no moved text either."""
+    made = call(aligned=15, reasons={"rung": 3, "escalated": 2, "displaced": 40, "new": 7})
+    assert made.recomputed_share == 0.25
+    assert call(reasons={"new": 7}).recomputed_share == 0
 
 
 def test_records_come_back_as_they_were(tmp_path: Path) -> None:
@@ -550,10 +558,11 @@ def test_the_twin_gets_the_prompts_of_the_served_engine(data: Path, engine: Engi
 @pytest.fixture
 def easy_prior(engine: Engine, tmp_path: Path) -> Path:
     """A prior by which nothing ever costs anything, so that text is moved from the first request on."""
-    pair = Pair({rung: Measured(0.0, 1e6) for rung in TURNED}, {}, Sources(1, 0, 0, 10))
+    measured = {rung: Measured(0.0, 1e6) for rung in TURNED}
+    pairs = [Pair(measured, {}, Sources(1, 0, num_unread, 10)) for num_unread in (0, 1)] * 40
     file = tmp_path / "prior.json"
     with engine:
-        write_prior(Prior(engine.prior_model, {"gsm8k": [pair] * 40, "rag": [pair] * 40}), file, name="tiny")
+        write_prior(Prior(engine.prior_model, {"gsm8k": pairs, "rag": pairs}), file, name="tiny")
     return file
 
 

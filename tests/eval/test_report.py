@@ -22,7 +22,7 @@ from kvcomm.errors import InvalidRequest
 
 
 def usage(aligned: int = 0, predicted: float = 0.01) -> dict[str, object]:
-    report = {"reader": "r", "rung": "token 15% attention", "share": 0.15, "level": "own", "predicted": predicted}
+    report = {"reader": "r", "rung": "token 15 % attention", "share": 0.15, "level": "own", "predicted": predicted}
     moved = {**report, "distance": 0.1, "residual": None} if aligned else None
     counts = {"prompt": 10, "exact": 4, "aligned": aligned, "computed": 6 - aligned, "generated": 3}
     return {**counts, "reasons": {"glue": 6 - aligned}, "moved": moved}
@@ -78,7 +78,7 @@ def test_where_tokens_came_from() -> None:
     assert reuse.tokens == {"exact": 32, "aligned": 15, "computed": 33}
     assert reuse.requests == {"moved": 3, "exact prefix": 5, "computed": 0}
     assert reuse.reasons == {"glue": 33}
-    assert reuse.rungs == {"token 15% attention": 3}
+    assert reuse.rungs == {"token 15 % attention": 3}
     assert reuse.approximated.value == 0.75
 
 

@@ -65,12 +65,8 @@ def test_numbers_are_taken_as_what_they_say() -> None:
 @pytest.mark.parametrize(
     ("rungs", "message"),
     [
-        (
-            (Rung("token", 0.1), Rung("token", 0.3)),
-            "from the safest to the boldest, got token 10% attention, token 30%",
-        ),
-        ((Rung("token", 0.1), Rung("rotate"), Rung("token", 0.1)), "every rung once"),
-        ((Rung("token", 1.0), Rung("token")), r"with a share below 1 \(all is exact\)"),
+        ((Rung("token", 0.1), Rung("token", 0.3)), "safest to the boldest, got token 10 % attention, token 30 %"),
+        ((Rung("rotate"), Rung("token", 1.0), Rung("token")), r"a share below 1 \(all is exact\), got token 100 %"),
         ((Rung("token", 0.3, "head"), Rung("token", 0.1)), "rungs of one estimator have one chooser"),
     ],
 )

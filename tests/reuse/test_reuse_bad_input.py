@@ -138,7 +138,7 @@ def test_a_decision_that_fails_gives_its_sources_back(learning: Engine, monkeypa
     earn(learning, LOOSE)
     ask(learning, ROLE_A, 99, LOOSE)
 
-    def fails(*_: Any) -> None:
+    def fails(*_: Any, **__: Any) -> None:
         raise Injected("no decision")
 
     with monkeypatch.context() as patch:
@@ -159,9 +159,9 @@ def test_logits_of_moved_kv_that_are_no_numbers_end_that_request_alone(
 
     def spoils(self: Attempt, sequence: Any) -> None:
         keep(self, sequence)
-        pool = learning.pool
-        slots = pool.slots(sequence.pages, self.moves[0].end)
-        pool.values[0][slots][self.moves[0].start] = torch.nan
+        pool, position = learning.pool, self.moves[0].start
+        slot = int(sequence.pages[position // pool.page_size]) * pool.page_size + position % pool.page_size
+        pool.values[0][slot] = torch.nan
 
     with monkeypatch.context() as patch:
         patch.setattr(Attempt, "assemble", spoils)

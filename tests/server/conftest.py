@@ -16,6 +16,7 @@ from kvcomm.engine.engine import Engine
 from kvcomm.server.app import make_app
 from kvcomm.server.keys import KeyRing, Role, add_key
 from kvcomm.server.settings import ServerSettings
+from tests.limits import PATIENCE_S
 from tests.tiny import TinyModel, tiny_model
 
 SMALL = EngineConfig(page_size=4, pool_tokens=4096, max_batch_tokens=64, prefill_chunk=16)
@@ -40,7 +41,8 @@ def engine(shared_model: TinyModel) -> Iterator[Engine]:
 
 
 def require_nothing_left(engine: Engine) -> None:
-    """Nothing in flight, no page lost."""
+    """Nothing in flight, no page lost; what requests have taught may take a moment."""
+    assert engine.wait_idle(PATIENCE_S)
     assert engine.scheduler.requests() == []
     engine.check_integrity()
     engine.clear_cache()

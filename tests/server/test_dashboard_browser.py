@@ -12,7 +12,11 @@ import httpx2
 import pytest
 from selenium.webdriver.common.keys import Keys as Key
 
-from kvcomm.align.groups import Audit, GroupKey
+from kvcomm.align.bound import Bound
+from kvcomm.align.calibration import Measured, Pair
+from kvcomm.align.ladder import TURNED
+from kvcomm.align.levels import Audit, Level
+from kvcomm.align.readers import Reader
 from kvcomm.engine.engine import Engine
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.settings import ServerSettings
@@ -148,7 +152,8 @@ def test_moved_text_in_a_plan(page: Browser) -> None:
             "cached_prefix_tokens": 20,
             "aligned_tokens": 50,
             "computed_tokens": 30,
-            "bound": {"max_divergence": 0.02, "confidence": 0.95},
+            "bound": {"max_divergence": 0.02, "confidence": 0.95, "level": "pool", "num_pairs": 41},
+            "rung_name": "token 10 % attention",
             "timings": {"ttft_s": 0.25},
             "plan": [
                 {"start": 0, "end": 20, "source": "exact", "reason": None},
@@ -162,21 +167,22 @@ def test_moved_text_in_a_plan(page: Browser) -> None:
     assert [span.text for span in spans] == ["exact 20", "aligned 50", "out of distribution 30"]
     widths = [span.size["width"] for span in spans]
     assert [width / sum(widths) for width in widths] == pytest.approx([0.2, 0.5, 0.3], abs=0.02)
-    assert "bound 0.02 nats at 95 %" in page.text("#trial-result")
+    words = "bound 0.02 nats at 95 % by 41 pairs of all your prompts, moved by token 10 % attention"
+    assert words in page.text("#trial-result")
     assert page.text("#trial-result .answer") == XSS
     assert page.run("return document.title") == "kvcomm"
 
 
 def test_audits_against_their_bounds(page: Browser, engine: Engine) -> None:
     assert "has been audited yet" in page.text("#audits")
-    bounds = ((0.02, 0.05), (0.05, 0.05))
-    group = engine.reuse.groups.group(engine.namespace(), GroupKey((), "rotate", (0.0,)), (0.0,))
-    for divergence, bound in ((0.0, bounds[0]), (0.03, bounds[0]), (0.03, bounds[1]), (float("nan"), bounds[1])):
-        audit = Audit(time.monotonic(), divergence, float("inf"), bound)
-        with engine.lock:
-            group.audits.append(audit)
-            group.breaker(bound).observe(audit.is_violation)
-    send(page, "hello")  # a tenant that never asked for anything has no groups
+    bounds, reader = (Bound(0.02, 0.05), Bound(0.05, 0.1)), Reader("5a" * 32, ("document", XSS))
+    with engine.lock:
+        book, namespace = engine.reuse.book, engine.namespace()
+        for divergence, bound in ((0.0, bounds[0]), (0.03, bounds[0]), (0.03, bounds[1]), (float("nan"), bounds[1])):
+            book.audited(namespace, reader, Audit(time.monotonic(), divergence, float("inf"), bound, Level.OWN))
+        for _ in range(9):
+            book.add(namespace, reader, Pair({rung: Measured(0.01) for rung in TURNED}))
+    send(page, "hello")  # a tenant that never asked for anything has no readers
     page.wait(lambda: page.all("#audits svg.audits .kept"))
     marks = page.run(
         "return [...document.querySelectorAll('#audits svg.audits .kept, #audits svg.audits .broken')]"
@@ -186,8 +192,14 @@ def test_audits_against_their_bounds(page: Browser, engine: Engine) -> None:
     limits = [each.location["y"] for each in page.all("#audits svg.audits .limit")]
     for (kind, height), limit in zip(marks, limits, strict=True):
         assert (height < limit) == (kind == "broken")
-    rows = [row.text.split()[1:] for row in page.all("#bounds tbody tr")]
-    assert rows == [["0.02", "95", "%", "2", "1", "holds"], ["0.05", "95", "%", "2", "1", "holds"]]
+    rows = [[cell.text for cell in row.find_elements("tag name", "td")] for row in page.all("#bounds tbody tr")]
+    name = f"5a5a5a5a document, {XSS}"
+    assert sorted(rows) == [
+        [name, "own", "0.02", "95 %", "9 of 19", "2", "1", "holds"],
+        [name, "own", "0.05", "90 %", "9", "2", "1", "holds"],
+    ]
+    (row,) = page.all("#readers tbody tr")
+    assert [cell.text for cell in row.find_elements("tag name", "td")] == [name, "9", "0", "0", "4, each one"]
 
 
 def test_what_was_dropped_and_why(page: Browser, engine: Engine) -> None:

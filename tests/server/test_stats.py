@@ -117,7 +117,7 @@ def test_audits_and_bounds(client: TestClient, engine: Engine) -> None:
     assert (watched["num_audited"], watched["num_violations"], watched["tripped"]) == (3, 2, False)
     assert (watched["max_divergence"], watched["confidence"]) == (0.02, 0.9)
     assert (watched["reader"], watched["slots"], watched["level"]) == (READER.digest, list(READER.slots), "own")
-    assert (watched["num_pairs"], watched["num_wanted"]) == (7, 9)  # nine without a violation make one in ten
+    assert (watched["num_pairs"], watched["num_needed"]) == (7, 9)  # nine without a violation make one in ten
     assert watched["working_delta"] < BOUND.delta
     assert [(each["reader"], each["num_pairs"], each["num_audited"]) for each in found["readers"]] == [
         (READER.digest, 7, 3),
@@ -133,8 +133,7 @@ def test_a_level_that_all_readers_share_stands_first(client: TestClient, engine:
     audit(engine, OTHER, Level.POOL, (0.01, 0.02))
     first = stats_of(client)["bounds"][0]
     assert (first["reader"], first["slots"], first["level"]) == (None, [], "pool")
-    assert (first["num_audited"], first["num_pairs"]) == (1, 12)
-    assert first["num_wanted"] == 19  # from 9 on it may decide; from 19 on it does, whatever others have
+    assert (first["num_audited"], first["num_pairs"], first["num_needed"]) == (1, 12, 9)
 
 
 def test_a_bound_that_does_not_hold_is_told(client: TestClient, engine: Engine) -> None:
@@ -181,21 +180,31 @@ def test_what_is_missing_for_the_next_level(client: TestClient, engine: Engine) 
     learn(engine, READER, 7)
     found = client.get("/v1/anchors/status", params={"max_divergence": 0.05, "confidence": 0.9}).json()
     assert (found["max_divergence"], found["confidence"]) == (0.05, pytest.approx(0.9))
-    readers = {each["reader"]: each for each in found["readers"]}
-    assert list(readers) == [READER.digest, OTHER.digest]  # the latest first
-    counts = {
-        (digest, each["level"]): (each["num_pairs"], each["num_wanted"])
-        for digest, reader in readers.items()
-        for each in reader["levels"]
-        if each["estimator"] == "rotate"
-    }
-    assert counts[READER.digest, "own"] == (7, 9)
-    assert counts[OTHER.digest, "own"] == (12, 19)
-    assert counts[READER.digest, "pool"] == counts[OTHER.digest, "pool"] == (19, 19)
-    assert counts[READER.digest, "prior"] == (0, 9)
-    shared = {(each["level"], each["estimator"]): each["num_pairs"] for each in found["shared"]}
-    assert shared == {("pool", "rotate"): 19, ("pool", "token"): 0, ("prior", "rotate"): 0, ("prior", "token"): 0}
-    assert found["banks"] == []
+    assert [each["reader"] for each in found["readers"]] == [READER.digest, OTHER.digest]  # the latest first
+    (reader, other), newcomer = found["readers"], found["newcomer"]
+    assert pairs_of(reader) == {"own": (7, 9, 19), "pool": (19, 9, 19), "prior": (0, 9, 9)}
+    assert pairs_of(other) == {"own": (12, 9, 19), "pool": (19, 9, 19), "prior": (0, 9, 9)}
+    assert pairs_of(newcomer) == {"own": (0, 9, 19), "pool": (19, 9, 19), "prior": (0, 9, 9)}
+    # The pool has as many as it takes; its pairs say that the boldest turned rung holds.
+    for each in (reader, other, newcomer):
+        assert (each["level"], each["rung"], each["rung_name"], each["reason"]) == ("pool", 0.0, "rotate", None)
+        assert (each["edges"], each["predicted_divergence"]) == ([], pytest.approx(0.001))
+    own = client.get("/v1/anchors/status", params={"max_divergence": 0.05, "confidence": 0.9, "basis": "own"}).json()
+    assert [each["level"] for each in own["readers"]] == [None, "own"]
+    assert (own["newcomer"]["level"], own["newcomer"]["reason"]) == (None, "uncalibrated")
+
+
+def pairs_of(reader: dict[str, Any]) -> dict[str, tuple[int, int, int]]:
+    """Along the turned rungs: pairs there are, from which on the level may decide, from which on it does."""
+    levels = [each for each in reader["levels"] if each["estimator"] == "rotate"]
+    return {each["level"]: (each["num_pairs"], each["num_needed"], each["num_settled"]) for each in levels}
+
+
+def test_looking_at_what_is_missing_makes_nobody_known(client: TestClient, engine: Engine) -> None:
+    for _ in range(2):
+        found = client.get("/v1/anchors/status").json()
+        assert (found["readers"], found["newcomer"]["reason"]) == ([], "uncalibrated")
+    assert engine.readers() == []
 
 
 def test_the_bound_that_is_counted_for(make_client: MakeClient) -> None:
@@ -203,7 +212,10 @@ def test_the_bound_that_is_counted_for(make_client: MakeClient) -> None:
     for settings, bound in (({}, (0.02, 0.95)), ({"max_divergence": 0.1, "confidence": 0.8}, (0.1, 0.8))):
         found = make_client(**settings).get("/v1/anchors/status").json()
         assert (found["max_divergence"], found["confidence"]) == pytest.approx(bound)
-    for field, value in (("confidence", 1), ("confidence", 0), ("max_divergence", "nan"), ("max_divergence", 0)):
+    assert make_client(basis="pool").get("/v1/anchors/status").json()["basis"] == "prior"  # it promises nothing
+    assert make_client(basis="pool", max_divergence=0.1).get("/v1/anchors/status").json()["basis"] == "pool"
+    wrong = (("confidence", 1), ("confidence", 0), ("max_divergence", "nan"), ("max_divergence", 0), ("basis", "all"))
+    for field, value in wrong:
         refused = make_client().get("/v1/anchors/status", params={field: value})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, field)
 

@@ -11,14 +11,12 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
-from kvcomm.agents.agent import Agent
 from kvcomm.agents.example_runs import BATCH, Note, require_no_adapters, run_all
-from kvcomm.agents.graph import AgentGraph
+from kvcomm.agents.learning import shortened
 from kvcomm.agents.team import Team
 from kvcomm.agents.tuning.rows import Row
 from kvcomm.agents.tuning.state import Kept, append_line, read_kept
 from kvcomm.engine.engine import Engine
-from kvcomm.engine.request import NUM_CONTINUATION
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.segments import Segment
@@ -93,7 +91,7 @@ def exact_runs(engine: Engine, team: Team, rows: Sequence[Row], file: Path, note
     """
     known = {kept.row: kept.run for kept in read_kept(file, KeptRun)}
     missing = [row for row in rows if row.digest not in known]
-    team = _shortened(team)
+    team = replace(team, agents=shortened(team.agents))
     group = team.group(engine, policy=ReusePolicy.exact())
     for first in range(0, len(missing), BATCH):
         batch = missing[first : first + BATCH]
@@ -105,21 +103,6 @@ def exact_runs(engine: Engine, team: Team, rows: Sequence[Row], file: Path, note
             append_line(file, {"row": row.digest, "agents": _json(run)})
             known[row.digest] = run
     return [known[row.digest] for row in rows]
-
-
-def readers(run: TeamRun) -> TeamRun:
-    """Every agent but the first one, who has nobody to take text from, that has answered."""
-    return {name: reading for name, reading in list(run.items())[1:] if reading.answer}
-
-
-def _shortened(team: Team) -> Team:
-    unread = AgentGraph(team.agents).final
-    return replace(team, agents=tuple(_shorter(each) if each.name in unread else each for each in team.agents))
-
-
-def _shorter(agent: Agent) -> Agent:
-    sampling = agent.sampling or SamplingParams()
-    return replace(agent, sampling=replace(sampling, max_new_tokens=min(sampling.max_new_tokens, NUM_CONTINUATION)))
 
 
 def _json(run: TeamRun) -> dict[str, object]:

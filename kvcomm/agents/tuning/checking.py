@@ -12,21 +12,24 @@ from kvcomm.agents.example_runs import Note
 from kvcomm.agents.team import Team
 from kvcomm.agents.tuning.answers import exact_runs, greedy, team_digest
 from kvcomm.agents.tuning.profile import (
-    BANKS,
     TuningProfile,
     VerificationTable,
+    fitting_banks,
+    read_pairs,
     read_profile,
     require_fit,
-    state_folder,
 )
 from kvcomm.agents.tuning.replays import EngineMaker, Measured, Replays, measure
 from kvcomm.agents.tuning.rows import Row
+from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import Calibration
 from kvcomm.align.intervals import violation_limit, wilson
+from kvcomm.align.ladder import TURNED, Ladder
+from kvcomm.align.levels import Level
+from kvcomm.align.readers import Reader
 from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
-from kvcomm.errors import AnchorFileCorrupt, InvalidRequest
-from kvcomm.lab.variant import Variant
+from kvcomm.errors import InvalidRequest
 from kvcomm.reuse.decision import serve
 from kvcomm.reuse.policy import ReusePolicy
 
@@ -35,21 +38,28 @@ BATCH = 8
 
 
 class Applied(NamedTuple):
-    """An engine under a profile, and the policy by which its requests are served."""
+    """An engine under a profile, and the policy by which its requests are served.
+
+    Attributes:
+        has_banks: whether anchors came with it; else text is moved by rungs that need none, and anchors are learned.
+    """
 
     engine: Engine
     policy: ReusePolicy
     profile: TuningProfile
+    has_banks: bool
 
 
 class Check(NamedTuple):
-    """What `num_rows` new rows say.
+    """What `num_rows` new rows say of the ladder that requests are served by.
 
     Attributes:
+        ladder: its estimator.
         num_known: rows left out because the profile has seen them.
         num_unread: rows left out because the time was over.
     """
 
+    ladder: str
     found: VerificationTable
     num_rows: int
     num_known: int
@@ -59,7 +69,7 @@ class Check(NamedTuple):
 def apply_profile(
     make_engine: EngineMaker, file: str | Path, *, team: Team | None = None, config: EngineConfig | None = None
 ) -> Applied:
-    """Make an engine with a profile's settings and load its banks and calibrations.
+    """Make an engine with a profile's settings, what is known of the team's readers, and its banks if there are any.
 
     Args:
         make_engine: given the settings; such as `lambda config: Engine.load("smollm2-135m", config=config)`.
@@ -68,19 +78,25 @@ def apply_profile(
 
     Raises:
         AnchorFileForeign: made for another model or team.
-        AnchorFileCorrupt, AnchorFileTooNew, AnchorFileError: profile or banks are damaged, newer, unreadable.
+        AnchorFileCorrupt, AnchorFileTooNew, AnchorFileError: profile, pairs or banks are damaged, newer, unreadable.
     """
     file = Path(file)
     profile = read_profile(file)
     engine = make_engine(profile.config(config))
     try:
-        digest = None if team is None else team_digest(greedy(team))
-        require_fit(profile, file, engine.namespace(), digest)
-        engine.load_anchors(state_folder(file) / BANKS)
+        namespace = engine.namespace()
+        require_fit(profile, file, namespace, None if team is None else team_digest(greedy(team)))
+        banks = fitting_banks(profile, file)
+        if banks is not None:
+            engine.load_anchors(banks)
+        else:
+            known = read_pairs(profile, file)
+            with engine.lock:
+                engine.reuse.book.put(namespace, known)
     except BaseException:
         engine.close()
         raise
-    return Applied(engine, profile.policy(), profile)
+    return Applied(engine, profile.policy(), profile, banks is not None)
 
 
 def check_profile(
@@ -111,21 +127,31 @@ def check_profile(
         fresh = [row for row in rows if row.digest not in profile.data.used]
         if not fresh:
             raise InvalidRequest(f"all {len(rows)} rows were used to make {file}; give --data with others")
-        calibrations, strengths = _calibrations(engine, profile, file)
+        ladder = _served_by(applied)
+        readers = {agent: Reader(each.reader) for agent, each in profile.agents.items()}
+        known = calibrations(engine, readers, ladder, applied.policy)
         # A change of the profile makes other outcomes: their label says whose they are.
         label = f"check {profile.validity.made}"
-        variants = ladder_variants(applied.policy)
         measured: Measured = {}
         num_read = 0
         for batch in _batches_within(fresh, budget_s, note):
             runs = exact_runs(engine, greedy(team), batch, folder / "answers.jsonl", note)
-            replays = Replays(batch, runs)
-            found = measure(engine, replays, variants, strengths, folder / "outcomes.jsonl", label, note)
+            found = measure(engine, Replays(batch, runs), ladder, folder / "outcomes.jsonl", label, note)
             for agent, prompts in found.items():
                 measured.setdefault(agent, []).extend(prompts)
             num_read += len(batch)
-        judged = judge(measured, calibrations, applied.policy, num_requests=num_read * (len(team.agents) - 1))
-    return Check(judged, num_read, len(rows) - len(fresh), len(fresh) - num_read)
+        num_requests = num_read * (len(team.agents) - 1)
+        judged = judge(measured, known, ladder, profile.policy().bound, num_requests=num_requests)
+    return Check(ladder[0].estimator, judged, num_read, len(rows) - len(fresh), len(fresh) - num_read)
+
+
+def _served_by(applied: Applied) -> Ladder:
+    """The ladder of a profile's first requests: the first one that there are anchors for, if it needs any."""
+    free = TURNED[0].estimator
+    for ladder in applied.policy.ladders:
+        if applied.has_banks or ladder[0].estimator == free:
+            return ladder
+    raise InvalidRequest("the profile has no ladder that needs no anchors, and its banks are not there; tune anew")
 
 
 def _batches_within(rows: Sequence[Row], budget_s: float, note: Note) -> Iterator[Sequence[Row]]:
@@ -142,25 +168,42 @@ def _batches_within(rows: Sequence[Row], budget_s: float, note: Note) -> Iterato
         longest_s = max(longest_s, time.monotonic() - begun_s)
 
 
-def ladder_variants(policy: ReusePolicy) -> list[Variant]:
-    """Every rung of a policy."""
-    return [Variant(policy.estimator, share) for share in policy.rungs]
+def calibrations(
+    engine: Engine, readers: Mapping[str, Reader], ladder: Ladder, policy: ReusePolicy
+) -> dict[str, Calibration]:
+    """By what each agent's requests would be decided along a ladder; agents of whom too little is known have none.
+
+    The prior is none of what was tuned, so it does not count.
+    """
+    assert policy.bound is not None
+    levels = [level for level in policy.levels if level is not Level.PRIOR]
+    found = {}
+    with engine.lock:
+        for agent, reader in readers.items():
+            grounds = engine.reuse.book.grounds(engine.namespace(), reader, (ladder,), policy.bound, levels)
+            if grounds is not None:
+                found[agent] = grounds.calibration
+    return found
 
 
 def judge(
-    measured: Measured, calibrations: Mapping[str, Calibration], policy: ReusePolicy, *, num_requests: int
+    measured: Measured, known: Mapping[str, Calibration], ladder: Ladder, bound: Bound | None, *, num_requests: int
 ) -> VerificationTable:
-    """What would have been accepted, and how often that was wrong; agents without calibration are served exactly."""
-    epsilon, delta = policy.max_divergence, policy.delta
+    """What would have been accepted along a ladder, and how often that was wrong.
+
+    Agents without a calibration, and prompts that could not be measured, are computed exactly.
+    """
+    assert bound is not None
     answered = [
-        serve(calibrations[agent], prompt, epsilon, delta)
+        serve(known[agent], along, bound)
         for agent, prompts in measured.items()
-        if agent in calibrations
+        if agent in known
         for prompt in prompts
+        if (along := prompt.along(ladder)) is not None
     ]
     served = [each for each in answered if each is not None]
-    violations = sum(each.divergence > epsilon for each in served)
-    interval, limit = wilson(violations, len(served)), violation_limit(delta, len(served))
+    violations = sum(each.divergence > bound.max_divergence for each in served)
+    interval, limit = wilson(violations, len(served)), violation_limit(bound.delta, len(served))
     return VerificationTable(
         requests=num_requests,
         accepted=len(served),
@@ -171,18 +214,4 @@ def judge(
         limit=limit,
         aligned=sum(each.num_aligned for each in served) / max(1, sum(each.num_moved for each in served)),
         holds=interval.value <= limit,
-    )
-
-
-def _calibrations(
-    engine: Engine, profile: TuningProfile, file: Path
-) -> tuple[dict[str, Calibration], dict[str, float]]:
-    groups = {group.key.digest: group for group in engine.edge_groups()}
-    missing = [agent for agent, each in profile.agents.items() if each.group not in groups]
-    if missing:
-        raise AnchorFileCorrupt(f"{file}: its banks hold no calibration for {', '.join(missing)}; tune anew")
-    known = {agent: groups[each.group] for agent, each in profile.agents.items()}
-    return (
-        {agent: group.calibration for agent, group in known.items()},
-        {agent: group.strength for agent, group in known.items()},
     )

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from kvcomm.agents.example_runs import Note
 from kvcomm.agents.team import Team
-from kvcomm.agents.tuning.answers import exact_runs, readers
+from kvcomm.agents.tuning.answers import exact_runs
 from kvcomm.agents.tuning.plan import SAMPLE, Costs
-from kvcomm.agents.tuning.replays import Replays, learn, publish_run
+from kvcomm.agents.tuning.replays import Replays, learn, replayed
 from kvcomm.agents.tuning.rows import Row
+from kvcomm.align.ladder import TURNED, Rung
 from kvcomm.engine.engine import Engine
-from kvcomm.lab.variant import Variant
 
-FEW = [Variant("rotate", 0.0), Variant("rotate", 0.3)]
-MANY = [*FEW, Variant("rotate", 0.15), Variant("rotate", 0.5)]
+FEW = [Rung(TURNED[0].estimator, share) for share in (0.3, 0.0)]
+MANY = [Rung(TURNED[0].estimator, share) for share in (0.5, 0.3, 0.15, 0.0)]
 
 
 def measure_costs(engine: Engine, team: Team, sample: Sequence[Row], file: Path, note: Note) -> Costs:
@@ -45,11 +45,8 @@ def measure_costs(engine: Engine, team: Team, sample: Sequence[Row], file: Path,
     )
 
 
-def _replay_s(engine: Engine, data: Replays, variants: Sequence[Variant]) -> float:
+def _replay_s(engine: Engine, data: Replays, rungs: Sequence[Rung]) -> float:
     begun = time.perf_counter()
     for run in data.runs:
-        publish_run(engine, run)
-        for reading in readers(run).values():
-            engine.measure(reading.prompt, reading.answer, variants).result()
-        engine.clear_cache()
+        replayed(engine, run, rungs)
     return time.perf_counter() - begun

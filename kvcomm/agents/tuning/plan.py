@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeInt
 from kvcomm.agents.tuning import search
 from kvcomm.agents.tuning.rows import Sizes
 from kvcomm.agents.tuning.state import Kept
-from kvcomm.align.calibration import Calibration
+from kvcomm.align.calibration import pairs_needed
 from kvcomm.errors import InvalidRequest
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -22,10 +22,8 @@ SAMPLE = 4
 """Rows that are taught and replayed to measure costs; they are the first anchors."""
 MIN_ANCHORS, MIN_TUNING = SAMPLE, 4
 MOST = Sizes(anchors=24, tuning=24, calibration=160, verification=160)
-NUM_RUNGS = 4
-"""Rungs of a ladder that planning assumes."""
-NUM_CONTEST = 4
-"""Variants of a contest that planning assumes."""
+NUM_RUNGS = 7
+"""Rungs of both ladders that planning assumes."""
 MARGIN = 0.9
 """Share of the budget that is planned with."""
 
@@ -35,9 +33,9 @@ class Costs(NamedTuple):
 
     Attributes:
         answer: of the team's exact run.
-        learn: of publishing a run and teaching from it.
-        publish: of publishing a run and computing the exact sides of its readers.
-        replay: of one variant for all readers.
+        learn: of reading a run and teaching from it.
+        publish: of reading a run and computing the exact sides of its readers.
+        replay: of one rung for all readers.
         sample: seconds that it took to find all this out.
         num_answered: rows that were answered meanwhile; their answers are kept.
     """
@@ -49,9 +47,9 @@ class Costs(NamedTuple):
     sample: float = 0.0
     num_answered: int = 0
 
-    def measured(self, num_rows: int, num_variants: int) -> float:
+    def measured(self, num_rows: int, num_rungs: int) -> float:
         """Seconds of replaying rows."""
-        return num_rows * (self.publish + num_variants * self.replay)
+        return num_rows * (self.publish + num_rungs * self.replay)
 
 
 class KeptCosts(Kept):
@@ -89,7 +87,7 @@ class Plan(NamedTuple):
             ("costs of a row", self.num_answered, self.sample_s),
             ("exact runs", self.sizes.total - self.num_answered, self.answer_s),
             ("fill banks", self.sizes.anchors, self.learn_s),
-            ("contest, estimators, selectors and ladder", self.sizes.tuning, self.base_s),
+            ("measure rungs, choose ladders", self.sizes.tuning, self.base_s),
             ("search of k, alpha and sketch layers, at most", self.sizes.tuning, self.search_s),
             ("calibrate", self.sizes.calibration, self.calibrate_s),
             ("verify", self.sizes.verification, self.verify_s),
@@ -102,7 +100,7 @@ def least_sizes(delta: float, num_readers: int) -> Sizes:
     Every reader is calibrated by pairs of its own. They are judged together, by requests: twice as many as a single one
     needs, because not every request is accepted.
     """
-    needed = Calibration.pairs_needed(delta)
+    needed = pairs_needed(delta)
     return Sizes(MIN_ANCHORS, MIN_TUNING, needed, min(needed, math.ceil(2 * needed / num_readers)))
 
 
@@ -146,8 +144,8 @@ def _priced(costs: Costs, sizes: Sizes) -> Plan:
         sample_s=costs.sample,
         answer_s=max(0, sizes.total - costs.num_answered) * costs.answer,
         learn_s=sizes.anchors * costs.learn,
-        base_s=costs.measured(sizes.tuning, len(search.BASE) + NUM_CONTEST + 2 * NUM_RUNGS),
-        calibrate_s=costs.measured(sizes.calibration, 1 + NUM_RUNGS),
+        base_s=costs.measured(sizes.tuning, len(search.BASE)),
+        calibrate_s=costs.measured(sizes.calibration, NUM_RUNGS),
         verify_s=costs.measured(sizes.verification, NUM_RUNGS),
         search_s=0.0,
     )

@@ -1,7 +1,9 @@
 """A tuned profile: the settings chosen for a model and a team, what was measured, and what it holds for.
 
-A TOML file beside a folder of the same name whose `banks/` holds what was learned. The format is described in
-`anchors/FORMAT.md`; the file is read strictly, and nothing is taken from it that does not fit the model and the team.
+A TOML file, and beside it the pairs of the team's readers for rungs that need no anchors, as JSON: with these two text
+moves from the first request on. A folder of the same name may hold more: in `banks/` anchors, and pairs that were
+measured with them, which are used where they are there. The format is described in `anchors/FORMAT.md`; files are read
+strictly, and nothing is taken from them that does not fit the model and the team.
 """
 
 from __future__ import annotations
@@ -14,13 +16,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
+from kvcomm.align.ladder import Rung
+from kvcomm.align.levels import Knowledge
+from kvcomm.align.profile_file import ReadersHeader, header_of
 from kvcomm.config import EngineConfig
-from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign, AnchorFileTooNew, InvalidRequest
-from kvcomm.files.reading import MAX_SHOWN, BadContent, first_fault, open_regular, read_toml
+from kvcomm.errors import (
+    AnchorFileCorrupt,
+    AnchorFileError,
+    AnchorFileForeign,
+    AnchorFileTooNew,
+    AnchorFileTooOld,
+    InvalidRequest,
+)
+from kvcomm.files.reading import MAX_SHOWN, BadContent, first_fault, open_regular, read_bytes, read_toml
 from kvcomm.files.writing import replacing
 from kvcomm.reuse.policy import ReusePolicy
 
-FORMAT = 1
+FORMAT = 2
+PAIRS = ".pairs.json"
+"""Ends the name of the file of pairs."""
 BANKS = "banks"
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -66,32 +80,28 @@ class BoundTable(_Strict):
 
     max_divergence: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     confidence: Annotated[float, Field(gt=0, lt=1)]
+    basis: Literal["prior", "pool", "own"]
 
 
 class SettingsTable(_Strict):
-    """What was chosen."""
+    """What was chosen for the engine."""
 
-    estimator: Literal["token", "rotate"]
-    selector: Literal["attention"]
-    rungs: Annotated[tuple[Share, ...], Field(min_length=1)]
     neighbors: PositiveInt
     alpha: Annotated[tuple[Nats, ...], Field(min_length=1)]
     sketch_groups: PositiveInt
     sketch_layers: PositiveInt
-    contest_prompts: PositiveInt
     anchor_bytes: PositiveInt
 
 
 class AgentTable(_Strict):
-    """One agent's edge group, by digest, how strongly it is corrected, and its calibration pairs."""
+    """One agent's reader, by digest, and its calibration pairs."""
 
-    group: str
-    strength: Nats
+    reader: str
     num_pairs: NonNegativeInt
 
 
 class VerificationTable(_Strict):
-    """What would have been accepted on the rows that nothing was chosen by."""
+    """What would have been accepted along one ladder, on the rows that nothing was chosen by."""
 
     requests: NonNegativeInt
     accepted: NonNegativeInt
@@ -123,18 +133,26 @@ class ValidityTable(_Strict):
     versions: dict[str, str]
 
 
-class TuningProfile(_Strict):
-    """The whole file."""
+class PairsTable(_Strict):
+    """The file of pairs: SHA-256 (hex) of its bytes."""
 
-    format: Literal[1]
+    digest: str
+
+
+class TuningProfile(_Strict):
+    """The whole file. `ladders` and `verification`: by estimator, the ladder first that computes least."""
+
+    format: Literal[2]
     model: ModelTable
     team: TeamTable
     bound: BoundTable
     settings: SettingsTable
-    verification: VerificationTable
+    ladders: Annotated[dict[str, Annotated[tuple[Share, ...], Field(min_length=1)]], Field(min_length=1)]
+    verification: dict[str, VerificationTable]
     agents: dict[str, AgentTable]
     validity: ValidityTable
     data: DataTable
+    pairs: PairsTable
     banks: dict[str, str]
     pareto: tuple[PointTable, ...]
 
@@ -142,25 +160,26 @@ class TuningProfile(_Strict):
         """An engine's settings under this profile; what it does not speak of is as in `base`."""
         values = vars(base or EngineConfig()) | {
             name: getattr(self.settings, name)
-            for name in ("neighbors", "alpha", "sketch_groups", "sketch_layers", "contest_prompts", "anchor_bytes")
+            for name in ("neighbors", "alpha", "sketch_groups", "sketch_layers", "anchor_bytes")
         }
         return EngineConfig.from_mapping(values)
 
     def policy(self) -> ReusePolicy:
         """The bound, and how it was earned."""
-        return ReusePolicy(
-            max_divergence=self.bound.max_divergence,
-            confidence=self.bound.confidence,
-            rungs=self.settings.rungs,
-            estimator=self.settings.estimator,
-        )
+        rungs = tuple(Rung(estimator, share) for estimator, shares in self.ladders.items() for share in shares)
+        return ReusePolicy(self.bound.max_divergence, self.bound.confidence, self.bound.basis, rungs)
 
 
 def state_folder(file: Path) -> Path:
-    """The folder beside a profile, with its banks and the state of its making."""
+    """The folder beside a profile, with its banks, if they are there, and the state of its making."""
     if file.suffix != ".toml":
         raise InvalidRequest(f"{file} must end in .toml: a folder of the same name without it keeps the banks")
     return file.with_suffix("")
+
+
+def pairs_file(file: Path) -> Path:
+    """The file of pairs beside a profile."""
+    return file.with_suffix(PAIRS)
 
 
 def read_profile(file: str | Path) -> TuningProfile:
@@ -169,6 +188,7 @@ def read_profile(file: str | Path) -> TuningProfile:
     Raises:
         AnchorFileError: it cannot be read.
         AnchorFileTooNew: of a later format.
+        AnchorFileTooOld: of format 1.
         AnchorFileCorrupt: not TOML, or not what the format says; names the field.
     """
     file = Path(file)
@@ -181,6 +201,10 @@ def read_profile(file: str | Path) -> TuningProfile:
     found = table.get("format")
     if isinstance(found, int) and found > FORMAT:
         raise AnchorFileTooNew(f"{file} has format {found}; this version reads format {FORMAT}")
+    if found == 1:
+        raise AnchorFileTooOld(
+            f"{file} has format 1, whose calibration belonged to tuples of edges; tune anew with `kvcomm tune --out`"
+        )
     try:
         profile = TuningProfile.model_validate_json(json.dumps(table, default=str))
         profile.policy()
@@ -193,27 +217,71 @@ def read_profile(file: str | Path) -> TuningProfile:
 
 
 def require_fit(profile: TuningProfile, file: Path, namespace: str, team_digest: str | None) -> None:
-    """Refuse a profile of another model or team, or banks other than it names.
-
-    Raises:
-        AnchorFileForeign: another model or team.
-        AnchorFileCorrupt: a bank is missing, altered, or not named.
-    """
+    """Raises AnchorFileForeign for a profile of another model or team."""
     if profile.model.namespace != namespace:
         raise AnchorFileForeign(
             f"{file} was tuned for another model than this one: {profile.model.name!r} "
-            f"({profile.model.namespace[:12]}, not {namespace[:12]})"
+            f"({profile.model.namespace[:12]}, not {namespace[:12]}); give that one, or tune anew"
         )
     if team_digest is not None and profile.team.digest != team_digest:
         raise AnchorFileForeign(
             f"{file} was tuned for another team: {profile.team.name!r} as it was then "
             f"({profile.team.digest[:12]}, not {team_digest[:12]}); tune anew"
         )
-    found = bank_digests(state_folder(file) / BANKS)
-    for name in sorted(found.keys() | profile.banks.keys()):
+
+
+def fitting_banks(profile: TuningProfile, file: Path) -> Path | None:
+    """The folder of a profile's banks; None where there are none, which is nothing amiss.
+
+    Raises:
+        AnchorFileCorrupt: there are some, but not those that it names.
+    """
+    folder = state_folder(file) / BANKS
+    found = bank_digests(folder)
+    for name in sorted(found.keys() | profile.banks.keys()) if found else ():
         if found.get(name) != profile.banks.get(name):
             how = "is missing" if name not in found else "is not named" if name not in profile.banks else "was altered"
-            raise AnchorFileCorrupt(f"{file}: bank {name} {how}; restore it, or tune anew")
+            raise AnchorFileCorrupt(
+                f"{file}: bank {name} {how}; restore it, remove {folder} to go without banks, or tune anew"
+            )
+    return folder if found else None
+
+
+def read_pairs(profile: TuningProfile, file: Path) -> Knowledge:
+    """What the file of pairs beside a profile says.
+
+    Raises:
+        AnchorFileError: it cannot be read.
+        AnchorFileCorrupt: it is not the one that the profile names.
+    """
+    beside = pairs_file(file)
+    try:
+        content = read_bytes(beside)
+    except OSError as error:
+        raise AnchorFileError(
+            f"{beside} cannot be read: {error.strerror or error}; copy it beside {file.name}, or tune anew"
+        ) from error
+    if hashlib.sha256(content).hexdigest() != profile.pairs.digest:
+        raise AnchorFileCorrupt(f"{beside} was altered, or belongs to another profile; restore it, or tune anew")
+    try:
+        header = ReadersHeader.model_validate_json(content)
+        return header.knowledge()
+    except ValidationError as error:
+        raise AnchorFileCorrupt(f"{beside} does not fit the format: {first_fault(error)}") from error
+    except (InvalidRequest, ValueError) as error:
+        raise AnchorFileCorrupt(f"{beside} does not fit the format: {str(error)[:MAX_SHOWN]}") from error
+
+
+def write_pairs(file: Path, namespace: str, knowledge: Knowledge) -> PairsTable:
+    """Write what is known of readers without anchors beside a profile. Raises AnchorFileError if that fails."""
+    known = knowledge.without_anchors()._replace(watches=())
+    content = header_of(namespace, known, {}).model_dump_json().encode() + b"\n"
+    try:
+        with replacing(pairs_file(file)) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        raise AnchorFileError(f"{pairs_file(file)} cannot be written: {error.strerror or error}") from error
+    return PairsTable(digest=hashlib.sha256(content).hexdigest())
 
 
 def bank_digests(folder: Path) -> dict[str, str]:
@@ -236,13 +304,16 @@ def _digest(file: Path) -> str:
 COMMENTS = {
     "model": "Digest of weights, dtype, rope, attention settings, tokenizer, chat template and tenant: no other fits.",
     "team": "Digest of all agents' texts and sampling: a changed prompt is another team.",
-    "bound": "At most so many nats, mean KL(exact || reused) over 32 tokens, with this probability.",
-    "settings": "Chosen by divergence on the tuning rows. `rungs` are shares of the moved tokens that are computed.",
-    "verification": "On rows by which nothing was chosen; low and high are the 95 % Wilson interval of violations,\n"
-    "# `limit` is delta + 2 standard errors, `aligned` the share of moved tokens that need not be computed.",
+    "bound": "At most so many nats, mean KL(exact || reused) over 32 tokens, with this probability, on these grounds.",
+    "settings": "Chosen by divergence on the tuning rows.",
+    "ladders": "Shares of the moved tokens that are computed, the safest first; `token` needs the banks.",
+    "verification": "On rows by which nothing was chosen, ladder by ladder; low and high are the 95 % Wilson\n"
+    "# interval of violations, `limit` is delta + 2 standard errors, `aligned` the share of the accepted requests'\n"
+    "# moved tokens that need not be computed.",
     "validity": "A calibration promises nothing about texts of another kind: `kvcomm tune --check` looks at yours.",
     "data": "Which rows were used for what, by digest; a check leaves them out.",
-    "banks": "SHA-256 of the files in the folder beside this one. They are large and not part of this file.",
+    "pairs": "SHA-256 of the file beside this one: what the team's readers have shown on rungs without anchors.",
+    "banks": "SHA-256 of the files in the folder beside this one. They are used where they are there.",
 }
 
 

@@ -1,23 +1,27 @@
-"""A team's readings on an engine: teaching, contests, calibration, and what every reader's prompt costs when moved."""
+"""A team's readings on an engine: teaching, calibrating, and what every reader's prompt costs when text is moved.
+
+Agents read one after the other, and each is looked at before it has read itself: so text flows from its first reader to
+the others, as it does where a team is at work.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import NonNegativeInt
 
 from kvcomm.agents.example_runs import Note, publish
-from kvcomm.agents.tuning.answers import TeamRun, readers
+from kvcomm.agents.tuning.answers import Reading, TeamRun
 from kvcomm.agents.tuning.rows import Row
 from kvcomm.agents.tuning.state import Kept, append_line, damaged, read_kept
 from kvcomm.align.bank import BankSnapshot
-from kvcomm.align.groups import EdgeGroup
+from kvcomm.align.ladder import Ladder, Rung, ladders_of
+from kvcomm.align.readers import Reader, reader_of
 from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
-from kvcomm.lab.variant import Variant
+from kvcomm.errors import InvalidRequest
 from kvcomm.reuse.decision import Rungs
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.reuse.replay import Outcome
@@ -25,25 +29,44 @@ from kvcomm.reuse.replay import Outcome
 EngineMaker = Callable[[EngineConfig], Engine]
 """Makes an engine on the model that is tuned."""
 
+Fields = tuple[float, float, float, float | None, NonNegativeInt]
+"""Of an outcome."""
+
 
 class KeptOutcomes(Kept):
-    """What the prompts of a row cost: agent -> tokens that were moved, and the fields of one outcome per variant."""
+    """What the prompts of a row cost: agent -> tokens that can be moved, and one outcome per rung asked for; null where
+    too little was known of the prompt's edges."""
 
     row: str
     key: str
-    agents: dict[str, tuple[NonNegativeInt, tuple[tuple[float, float, float, float | None, NonNegativeInt], ...]]]
+    agents: dict[str, tuple[NonNegativeInt, tuple[Fields | None, ...]]]
 
-    @property
-    def outcomes(self) -> dict[str, tuple[int, list[Outcome]]]:
-        """The outcomes themselves."""
+    def prompts(self, rungs: Sequence[Rung]) -> dict[str, Prompt]:
+        """The prompts themselves. Raises ValueError where there are not as many outcomes as rungs."""
         return {
-            agent: (num_moved, [Outcome(*each) for each in outcomes])
+            agent: Prompt(
+                num_moved,
+                {rung: Outcome(*each) for rung, each in zip(rungs, outcomes, strict=True) if each is not None},
+            )
             for agent, (num_moved, outcomes) in self.agents.items()
         }
 
 
-Measured = dict[str, list[Rungs]]
-"""Agent -> for every prompt one outcome per variant."""
+class Prompt(NamedTuple):
+    """One prompt of a reader: tokens that can be moved, and what each rung gave; those that could be measured."""
+
+    num_moved: int
+    outcomes: Mapping[Rung, Outcome]
+
+    def along(self, ladder: Ladder) -> Rungs | None:
+        """What a ladder gave; None where one of its rungs could not be measured."""
+        if not all(rung in self.outcomes for rung in ladder):
+            return None
+        return Rungs(self.num_moved, [self.outcomes[rung] for rung in ladder])
+
+
+Measured = dict[str, list[Prompt]]
+"""Agent -> its prompts."""
 
 
 class Replays(NamedTuple):
@@ -53,19 +76,21 @@ class Replays(NamedTuple):
     runs: Sequence[TeamRun]
 
 
-def publish_run(engine: Engine, run: TeamRun) -> None:
-    """Let an engine read a run exactly, so that its texts can be moved."""
-    publish(engine, [(reading.prompt, reading.answer) for reading in run.values()])
+def turns(engine: Engine, run: TeamRun) -> Iterator[tuple[str, Reading]]:
+    """Every agent of a run in its turn, but the first one, who has nobody to take text from; empties the cache."""
+    for index, (agent, reading) in enumerate(run.items()):
+        if index and reading.answer:
+            yield agent, reading
+        publish(engine, [(reading.prompt, reading.answer)])
+    engine.clear_cache()
 
 
 def learn(engine: Engine, data: Replays, note: Note) -> None:
     """Teach the banks of every edge."""
     for index, run in enumerate(data.runs):
         note(f"banks: row {index + 1} of {len(data.runs)}")
-        publish_run(engine, run)
-        for reading in readers(run).values():
+        for _, reading in turns(engine, run):
             engine.learn(reading.prompt).result()
-        engine.clear_cache()
 
 
 def banks_of(engine: Engine) -> list[BankSnapshot]:
@@ -79,68 +104,61 @@ def give_banks(engine: Engine, banks: Sequence[BankSnapshot]) -> None:
         engine.reuse.anchors.bank(engine.namespace(), bank.edge).replace(bank)
 
 
-def calibrate(
-    engine: Engine, data: Replays, policy: ReusePolicy, note: Note, groups: dict[str, EdgeGroup], what: str
-) -> None:
-    """Let every prompt take part in what its group is at; fills `groups`, agent by agent."""
+def calibrate(engine: Engine, data: Replays, policy: ReusePolicy, note: Note) -> dict[str, Reader]:
+    """Add every prompt to the pairs of its reader; returns the readers, agent by agent."""
+    readers: dict[str, Reader] = {}
     for index, run in enumerate(data.runs):
-        note(f"{what}: row {index + 1} of {len(data.runs)}")
-        publish_run(engine, run)
-        for agent, reading in readers(run).items():
-            group = engine.calibrate(reading.prompt, reading.answer, policy).result()
-            if group is not None:
-                groups.setdefault(agent, group)
-        engine.clear_cache()
+        note(f"calibration: row {index + 1} of {len(data.runs)}")
+        for agent, reading in turns(engine, run):
+            if engine.calibrate(reading.prompt, reading.answer, policy).result() is not None:
+                readers[agent] = reader_of(engine.read_prompt(reading.prompt, is_start=True))
+    return readers
 
 
-def measure(
-    engine: Engine,
-    data: Replays,
-    variants: Sequence[Variant],
-    strengths: Mapping[str, float],
-    file: Path,
-    label: str,
-    note: Note,
-) -> Measured:
-    """Replay every reader's prompt in every variant, but for the rows that the file has under this label.
+def measure(engine: Engine, data: Replays, rungs: Sequence[Rung], file: Path, label: str, note: Note) -> Measured:
+    """Replay every reader's prompt at every rung, but for the rows that the file has under this label.
 
     Args:
-        strengths: agent -> factor on the token estimator's correction; agents that are missing are left out.
-        label: for people, and with settings, anchors, variants and strengths it says what a line of the file holds.
+        label: for people, and with settings, anchors and rungs it says what a line of the file holds.
     """
     taught = sorted((bank.edge.digest[:16], bank.num_tokens) for bank in banks_of(engine))
-    asked = [tuple(vars(each).values()) for each in variants]
-    key = f"{label} {vars(engine.config)} {taught} {asked} {sorted(strengths.items())}"
-    known = {kept.row: kept.outcomes for kept in read_kept(file, KeptOutcomes) if kept.key == key}
-    if any(len(each) != len(variants) for agents in known.values() for _, each in agents.values()):
-        raise damaged(file, f"a line does not have the outcomes of {len(variants)} variants")
+    key = f"{label} {vars(engine.config)} {taught} {[(each.estimator, each.share, each.chooser) for each in rungs]}"
+    try:
+        known = {kept.row: kept.prompts(rungs) for kept in read_kept(file, KeptOutcomes) if kept.key == key}
+    except ValueError as error:
+        if isinstance(error, InvalidRequest):
+            raise
+        raise damaged(file, f"a line does not have the outcomes of {len(rungs)} rungs") from error
     found: Measured = {}
     for index, (row, run) in enumerate(zip(data.rows, data.runs, strict=True)):
         if row.digest not in known:
             note(f"{label}: row {index + 1} of {len(data.rows)}")
-            known[row.digest] = _replayed(engine, run, variants, strengths)
-            append_line(file, {"row": row.digest, "key": key, "agents": known[row.digest]})
-        for agent, (num_moved, outcomes) in known[row.digest].items():
-            found.setdefault(agent, []).append(Rungs(num_moved, outcomes))
+            known[row.digest] = replayed(engine, run, rungs)
+            agents = {
+                agent: (prompt.num_moved, [prompt.outcomes.get(rung) for rung in rungs])
+                for agent, prompt in known[row.digest].items()
+            }
+            append_line(file, {"row": row.digest, "key": key, "agents": agents})
+        for agent, prompt in known[row.digest].items():
+            found.setdefault(agent, []).append(prompt)
     return found
 
 
-def _replayed(
-    engine: Engine, run: TeamRun, variants: Sequence[Variant], strengths: Mapping[str, float]
-) -> dict[str, tuple[int, list[Outcome]]]:
-    publish_run(engine, run)
+def replayed(engine: Engine, run: TeamRun, rungs: Sequence[Rung]) -> dict[str, Prompt]:
+    """What every rung gives on the prompts of a run; agents into whose prompts nothing can be moved are left out."""
     found = {}
-    for agent, reading in readers(run).items():
-        if agent not in strengths:
-            continue
-        wanted = list(_with_strength(variants, strengths[agent]))
-        outcomes = engine.measure(reading.prompt, reading.answer, wanted).result()
+    for agent, reading in turns(engine, run):
+        outcomes = _outcomes(engine, reading, rungs)
         if outcomes:
-            found[agent] = (reading.num_moved, outcomes)
-    engine.clear_cache()
+            found[agent] = Prompt(reading.num_moved, outcomes)
     return found
 
 
-def _with_strength(variants: Sequence[Variant], strength: float) -> Iterator[Variant]:
-    for each in variants:
-        yield replace(each, strength=strength) if each.estimator == "token" else each
+def _outcomes(engine: Engine, reading: Reading, rungs: Sequence[Rung]) -> dict[Rung, Outcome]:
+    try:
+        return dict(zip(rungs, engine.measure(reading.prompt, reading.answer, rungs).result(), strict=False))
+    except InvalidRequest:  # one of the estimators knows too little about an edge
+        ladders = ladders_of(rungs)
+        if len(ladders) == 1:
+            return {}
+        return {rung: each for ladder in ladders for rung, each in _outcomes(engine, reading, ladder).items()}

@@ -1,27 +1,23 @@
-"""What to choose among measured ways to reuse: by divergence on the tuning rows, never by errors of KV.
-
-Rungs choose tokens by `attention` and anchors are kept for `token`; what other selectors give is reported beside it.
-"""
+"""What to choose among measured ways to reuse: by divergence on the tuning rows, never by errors of KV."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from kvcomm.agents.tuning.replays import Measured
+from kvcomm.agents.tuning.replays import Measured, Prompt
+from kvcomm.align.bound import Bound
+from kvcomm.align.ladder import CORRECTED, TURNED, Ladder, Rung, ladders_of
 from kvcomm.config import EngineConfig
-from kvcomm.lab.variant import Variant
-from kvcomm.reuse.decision import Rungs
+from kvcomm.reuse.replay import Outcome
 
-SHARES = (0.0, 0.05, 0.15, 0.3, 0.5, 0.7, 0.85)
-TOKEN = tuple(Variant("token", share) for share in SHARES)
-ROTATE_SHARES = (0.0, 0.15, 0.3, 0.5)
-"""Fewer: rotation is an alternative where corrections do not help, and every share costs replays of all tuning rows."""
-ROTATE = tuple(Variant("rotate", share) for share in ROTATE_SHARES)
-SELECTORS = tuple(Variant("token", 0.3, selector) for selector in ("influence", "head", "deviation"))
-BASE = (*TOKEN, *ROTATE, *SELECTORS)
-PROBED = (TOKEN[0], TOKEN[3])
+TOKEN: Ladder = tuple(Rung(CORRECTED[0].estimator, share) for share in (0.7, 0.55, 0.4, 0.3, 0.2, 0.1, 0.05, 0.0))
+ROTATE: Ladder = tuple(Rung(TURNED[0].estimator, share) for share in (0.7, 0.5, 0.3, 0.15, 0.1, 0.0))
+BASE = (*TOKEN, *ROTATE)
+"""Wider and finer than what is served by default."""
+PROBED = (TOKEN[3], TOKEN[-1])
 """By which settings of the engine are compared."""
 MIN_GAIN = 0.02
 """Share of the divergence that another setting has to take away to be chosen."""
@@ -45,17 +41,16 @@ class Point(NamedTuple):
     on_front: bool = False
 
 
-class Ladder(NamedTuple):
+class Choice(NamedTuple):
     """What an estimator can serve.
 
     Attributes:
-        rungs: shares to calibrate.
+        ladder: rungs to calibrate.
         served: agent -> the cheapest share that keeps the bound on the tuning rows; None: none does.
         computed: mean over agents, 1 where none does.
     """
 
-    estimator: str
-    rungs: tuple[float, ...]
+    ladder: Ladder
     served: Mapping[str, float | None]
     computed: float
 
@@ -79,40 +74,42 @@ def num_axes(num_groups: int) -> int:
     return num_groups + 2
 
 
-def choose_ladder(
-    measured: Measured, variants: Sequence[Variant], estimator: str, bound: tuple[float, float]
-) -> Ladder:
-    """The cheapest share of every agent that keeps (epsilon, delta) with all costlier ones, and the next one above it.
+def choose_rungs(measured: Measured, rungs: Sequence[Rung], bound: Bound) -> tuple[Rung, ...]:
+    """The rungs to calibrate, one ladder for each estimator that could be measured: the one that computes least first.
 
-    A share keeps it if at most delta of the tuning prompts violate it: whether that is enough evidence is for the
-    calibration to say.
+    With a ladder that needs no anchors text moves as long as there are none, so none is left out for being dearer.
     """
-    places = [
-        index for index, each in enumerate(variants) if (each.estimator, each.selector) == (estimator, "attention")
-    ]
-    shares = [variants[index].share for index in places]
+    found = [choose_ladder(measured, ladder, bound) for ladder in ladders_of(rungs)]
+    known = sorted((choice for choice in found if choice is not None), key=lambda choice: choice.computed)
+    return tuple(rung for choice in known for rung in choice.ladder)
+
+
+def choose_ladder(measured: Measured, ladder: Ladder, bound: Bound) -> Choice | None:
+    """The cheapest rung of every agent that keeps the bound with all safer ones, and the next safer one to it.
+
+    A rung keeps it if at most delta of the tuning prompts violate it: whether that is enough evidence is for the
+    calibration to say. Where no agent was measured along the ladder, there is nothing to choose: None.
+    """
     served: dict[str, float | None] = {}
-    rungs: set[float] = set()
+    wanted: set[int] = set()
     for agent, prompts in measured.items():
-        kept = _cheapest(prompts, places, bound)
-        served[agent] = None if kept is None else shares[kept]
-        first = len(shares) - 2 if kept is None else kept
-        rungs.update(shares[first : first + 2])
+        along = [each for prompt in prompts if (each := prompt.along(ladder)) is not None]
+        if not along:
+            continue
+        kept = _boldest([[outcome.divergence for outcome in each.outcomes] for each in along], bound)
+        served[agent] = None if kept is None else ladder[kept].share
+        last = 1 if kept is None else kept
+        wanted |= {max(0, last - 1), last}
+    if not served:
+        return None
     costs = [1.0 if share is None else share for share in served.values()]
-    return Ladder(estimator, tuple(sorted(rungs)), served, sum(costs) / max(1, len(costs)))
+    return Choice(tuple(ladder[index] for index in sorted(wanted)), served, sum(costs) / len(costs))
 
 
-def best_ladder(measured: Measured, variants: Sequence[Variant], bound: tuple[float, float]) -> Ladder:
-    """That of the estimator which computes least; of two alike, the one with the smaller divergence."""
-    found = [choose_ladder(measured, variants, name, bound) for name in ("token", "rotate")]
-    return min(found, key=lambda ladder: (ladder.computed, _mean_of(measured, variants, ladder.estimator)))
-
-
-def pareto(measured: Measured, variants: Sequence[Variant], label: str = "") -> list[Point]:
-    """Every variant over the prompts of all agents, with those marked that nothing beats in both."""
+def pareto(measured: Measured, rungs: Sequence[Rung], label: str = "") -> list[Point]:
+    """Every rung over the prompts of all agents, with those marked that nothing beats in both."""
     prompts = [prompt for each in measured.values() for prompt in each]
-    points = [_point(prompts, index, _label(variant, label)) for index, variant in enumerate(variants)]
-    return mark_front(points)
+    return mark_front([point for rung in rungs if (point := _point(prompts, rung, label)) is not None])
 
 
 def mark_front(points: Sequence[Point]) -> list[Point]:
@@ -125,41 +122,41 @@ def mark_front(points: Sequence[Point]) -> list[Point]:
     return found
 
 
-def score(measured: Measured, places: Sequence[int]) -> float:
-    """Mean nats over agents, prompts and the variants at these places."""
-    values = [prompt.outcomes[place].divergence for each in measured.values() for prompt in each for place in places]
-    return sum(values) / max(1, len(values))
+def score(measured: Measured, rungs: Sequence[Rung]) -> float:
+    """Mean nats over agents, prompts and these rungs; infinite where none of them could be measured."""
+    outcomes = [
+        prompt.outcomes[rung]
+        for each in measured.values()
+        for prompt in each
+        for rung in rungs
+        if rung in prompt.outcomes
+    ]
+    return sum(outcome.divergence for outcome in outcomes) / len(outcomes) if outcomes else math.inf
 
 
-def _cheapest(prompts: Sequence[Rungs], places: Sequence[int], bound: tuple[float, float]) -> int | None:
-    epsilon, delta = bound
-    worst, chosen = [0.0] * len(prompts), None
-    for step in reversed(range(len(places))):
-        worst = [
-            max(so_far, prompt.outcomes[places[step]].divergence) for so_far, prompt in zip(worst, prompts, strict=True)
-        ]
-        if sum(value > epsilon for value in worst) <= delta * len(prompts):
-            chosen = step
+def _boldest(divergences: Sequence[Sequence[float]], bound: Bound) -> int | None:
+    """Index of the boldest rung that holds with all safer ones; None: not even the safest does.
+
+    Args:
+        divergences: of every prompt, rung by rung, the safest first.
+    """
+    worst, chosen = [0.0] * len(divergences), None
+    for index in range(len(divergences[0])):
+        worst = [max(so_far, each[index]) for so_far, each in zip(worst, divergences, strict=True)]
+        if sum(value > bound.max_divergence for value in worst) <= bound.delta * len(worst):
+            chosen = index
     return chosen
 
 
-def _mean_of(measured: Measured, variants: Sequence[Variant], estimator: str) -> float:
-    """Over the shares at which both estimators are measured."""
-    wanted = [Variant(estimator, share) for share in ROTATE_SHARES]
-    return score(measured, [index for index, each in enumerate(variants) if each in wanted])
-
-
-def _point(prompts: Sequence[Rungs], index: int, label: str) -> Point:
-    outcomes = [(prompt.num_moved, prompt.outcomes[index]) for prompt in prompts]
-    count = max(1, len(outcomes))
+def _point(prompts: Sequence[Prompt], rung: Rung, label: str) -> Point | None:
+    known: list[tuple[int, Outcome]] = [
+        (prompt.num_moved, prompt.outcomes[rung]) for prompt in prompts if rung in prompt.outcomes
+    ]
+    if not known:
+        return None
     return Point(
-        label,
-        sum(outcome.num_recomputed for _, outcome in outcomes) / max(1, sum(moved for moved, _ in outcomes)),
-        sum(outcome.divergence for _, outcome in outcomes) / count,
-        sum(outcome.agreement for _, outcome in outcomes) / count,
+        f"{rung}, {label}" if label else str(rung),
+        sum(outcome.num_recomputed for _, outcome in known) / max(1, sum(num_moved for num_moved, _ in known)),
+        sum(outcome.divergence for _, outcome in known) / len(known),
+        sum(outcome.agreement for _, outcome in known) / len(known),
     )
-
-
-def _label(variant: Variant, label: str) -> str:
-    chosen = variant.estimator if not variant.share else f"{variant.estimator} {variant.share:.0%} {variant.selector}"
-    return f"{chosen}, {label}" if label else chosen

@@ -10,7 +10,7 @@ import hashlib
 import platform
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,7 +20,7 @@ from kvcomm.agents.example_runs import BATCH, Note
 from kvcomm.agents.team import Team
 from kvcomm.agents.tuning import search
 from kvcomm.agents.tuning.answers import TeamRun, exact_runs, greedy, team_digest
-from kvcomm.agents.tuning.checking import judge, ladder_variants
+from kvcomm.agents.tuning.checking import calibrations, judge
 from kvcomm.agents.tuning.costing import measure_costs
 from kvcomm.agents.tuning.plan import SAMPLE, Costs, KeptCosts, Plan, make_plan
 from kvcomm.agents.tuning.profile import (
@@ -37,6 +37,7 @@ from kvcomm.agents.tuning.profile import (
     VerificationTable,
     bank_digests,
     state_folder,
+    write_pairs,
     write_profile,
 )
 from kvcomm.agents.tuning.replays import (
@@ -53,16 +54,15 @@ from kvcomm.agents.tuning.rows import RULE, Row, Split, split_rows
 from kvcomm.agents.tuning.state import append_line, claim, damaged, read_kept
 from kvcomm.align.bank import BankSnapshot
 from kvcomm.align.bound import Bound
-from kvcomm.align.groups import EdgeGroup
-from kvcomm.align.profile_file import GROUPS_FILE
-from kvcomm.config import NUM_CONTESTED, EngineConfig
+from kvcomm.align.ladder import Rung
+from kvcomm.align.levels import Level
+from kvcomm.align.profile_file import READERS_FILE
+from kvcomm.align.readers import Reader
+from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
 from kvcomm.errors import InvalidRequest
-from kvcomm.lab.variant import Variant
 from kvcomm.reuse.policy import ReusePolicy
 
-CONTEST = ReusePolicy(max_divergence=1.0, rungs=(0.0,))
-"""Only its contest is used; what it calibrates is not kept."""
 HOLDS_FOR = "this model, this team, and inputs of the kind that the rows are of; not for other texts"
 
 
@@ -140,7 +140,7 @@ def plan_tuning(task: Task) -> Plan:
 
 
 def tune(task: Task, plan: Plan) -> TuningProfile:
-    """Do what the plan says and write the profile and its banks.
+    """Do what the plan says and write the profile, its pairs and its banks.
 
     Raises:
         InvalidRequest: nothing of the team's prompts can be moved.
@@ -149,7 +149,7 @@ def tune(task: Task, plan: Plan) -> TuningProfile:
     started = time.monotonic()
     split = split_rows(task.rows, plan.sizes)
     team = greedy(task.team)
-    config = EngineConfig(contest_prompts=min(NUM_CONTESTED, plan.sizes.tuning))
+    config = EngineConfig()
     with task.make_engine(config) as engine:
         namespace = engine.namespace()
         num_groups = engine.reuse.anchors.shape.num_groups
@@ -158,33 +158,34 @@ def tune(task: Task, plan: Plan) -> TuningProfile:
     data = _by_part(split, runs)
     deadline = started + task.budget_s - plan.sample_s - 1.1 * (plan.calibrate_s + plan.verify_s)
     chosen = _search(task, config, num_groups, data, plan, deadline)
-    ladder = search.best_ladder(chosen.measured, search.BASE, task.bound)
     policy = ReusePolicy(
         max_divergence=task.policy.max_divergence,
         confidence=task.policy.confidence,
-        rungs=ladder.rungs,
-        estimator=ladder.estimator,
+        basis=task.policy.basis,
+        rungs=search.choose_rungs(chosen.measured, search.BASE, task.bound),
     )
+    out = Path(task.out)
     with task.make_engine(chosen.config) as engine:
-        groups = _calibrate(task, engine, chosen, data, policy)
-        found = _verify(task, engine, data[3], groups, policy)
+        readers = _calibrate(task, engine, chosen, data[2], policy)
+        found = _verify(task, engine, data[3], readers, policy)
+        pairs = write_pairs(out, namespace, engine.reuse.book.knowledge(namespace))
+        agents = {agent: _agent(engine, reader) for agent, reader in readers.items()}
     profile = TuningProfile(
-        format=1,
+        format=2,
         model=ModelTable(name=task.model, namespace=namespace),
         team=TeamTable(name=task.team_name, digest=team_digest(team)),
-        bound=BoundTable(max_divergence=policy.max_divergence, confidence=policy.confidence),
-        settings=_settings(chosen.config, policy),
+        bound=_bound(policy),
+        settings=_settings(chosen.config),
+        ladders={ladder[0].estimator: tuple(rung.share for rung in ladder) for ladder in policy.ladders},
         verification=found,
-        agents={
-            agent: AgentTable(group=group.key.digest, strength=group.strength, num_pairs=group.calibration.num_pairs)
-            for agent, group in groups.items()
-        },
+        agents=agents,
         validity=_validity(task),
         data=_data(task, split),
+        pairs=pairs,
         banks=bank_digests(task.folder / BANKS),
         pareto=tuple(PointTable(**point._asdict()) for point in search.mark_front(chosen.points)),
     )
-    write_profile(profile, Path(task.out))
+    write_profile(profile, out)
     return profile
 
 
@@ -193,7 +194,7 @@ def _identity(task: Task, engine: Engine) -> dict[str, str]:
         "model": engine.namespace(),
         "team": team_digest(greedy(task.team)),
         "data": hashlib.sha256(" ".join(row.digest for row in task.rows).encode()).hexdigest(),
-        "bound": f"{task.policy.max_divergence!r} {task.policy.confidence!r}",
+        "bound": f"{task.policy.max_divergence!r} {task.policy.confidence!r} {task.policy.basis}",
     }
 
 
@@ -225,7 +226,7 @@ def _search(
 
 def _improve(task: Task, chosen: Chosen, data: list[Replays], plan: Plan, num_groups: int, deadline: float) -> str:
     """Try setting by setting, keep what gains, until the time is over; returns the labels of what was kept."""
-    best = search.score(chosen.measured, [search.BASE.index(each) for each in search.PROBED])
+    best = search.score(chosen.measured, search.PROBED)
     price_s = plan.base_s / 3
     changed = ""
     for axis in range(search.num_axes(num_groups)):
@@ -239,7 +240,7 @@ def _improve(task: Task, chosen: Chosen, data: list[Replays], plan: Plan, num_gr
             found = _trial(task, each.config, given, data, search.PROBED, each.label)
             price_s = max(price_s, time.monotonic() - begun - each.needs_banks * plan.learn_s)
             chosen.points += search.pareto(found, search.PROBED, each.label)
-            value = search.score(found, range(len(search.PROBED)))
+            value = search.score(found, search.PROBED)
             if found and value < (1 - search.MIN_GAIN) * best:
                 best, changed = value, f"{changed} {each.label}".strip()
                 chosen.config, chosen.banks = each.config, given
@@ -248,12 +249,10 @@ def _improve(task: Task, chosen: Chosen, data: list[Replays], plan: Plan, num_gr
 
 def _banks(task: Task, config: EngineConfig, data: Replays) -> list[BankSnapshot]:
     """What the anchor rows teach under these sketches, from the folder where it is there."""
-    config = EngineConfig(
-        contest_prompts=config.contest_prompts, sketch_groups=config.sketch_groups, sketch_layers=config.sketch_layers
-    )
+    config = EngineConfig(sketch_groups=config.sketch_groups, sketch_layers=config.sketch_layers)
     folder = task.folder / f"learned-{config.sketch_groups}-{config.sketch_layers}-{len(data.rows)}"
     with task.make_engine(config) as engine:
-        if (folder / GROUPS_FILE).exists():  # written last
+        if (folder / READERS_FILE).exists():  # written last
             engine.load_anchors(folder)
         else:
             learn(engine, data, task.note)
@@ -266,61 +265,62 @@ def _trial(
     config: EngineConfig,
     banks: Sequence[BankSnapshot],
     data: list[Replays],
-    variants: Sequence[Variant],
+    rungs: Sequence[Rung],
     label: str,
 ) -> Measured:
     with task.make_engine(config) as engine:
         give_banks(engine, banks)
-        groups = _contest(task, engine, data[1], CONTEST)
-        strengths = {agent: group.strength for agent, group in groups.items()}
-        file = task.folder / "outcomes.jsonl"
-        return measure(engine, data[1], variants, strengths, file, label, task.note)
+        return measure(engine, data[1], rungs, task.folder / "outcomes.jsonl", label, task.note)
 
 
-def _contest(task: Task, engine: Engine, tuning: Replays, policy: ReusePolicy) -> dict[str, EdgeGroup]:
-    """How strongly to correct, decided on the first tuning rows; later pairs go to the calibration alone."""
-    count = engine.config.contest_prompts
-    groups: dict[str, EdgeGroup] = {}
-    calibrate(engine, Replays(tuning.rows[:count], tuning.runs[:count]), policy, task.note, groups, "contest")
-    return groups
-
-
-def _calibrate(
-    task: Task, engine: Engine, chosen: Chosen, data: list[Replays], policy: ReusePolicy
-) -> dict[str, EdgeGroup]:
-    """The contest under the chosen policy, then its calibration; both again if they were interrupted."""
+def _calibrate(task: Task, engine: Engine, chosen: Chosen, data: Replays, policy: ReusePolicy) -> dict[str, Reader]:
+    """Pairs of every reader, with the chosen banks and rungs; all of them again if that was interrupted."""
     give_banks(engine, chosen.banks)
-    groups = _contest(task, engine, data[1], policy) if policy.estimator == "token" else {}
-    calibrate(engine, data[2], policy, task.note, groups, "calibration")
+    readers = calibrate(engine, data, policy, task.note)
     folder = task.folder / BANKS
     if folder.exists():
         shutil.rmtree(folder)
     engine.save_anchors(folder)
-    return groups
+    return readers
 
 
 def _verify(
-    task: Task, engine: Engine, data: Replays, groups: dict[str, EdgeGroup], policy: ReusePolicy
-) -> VerificationTable:
-    strengths = {agent: group.strength for agent, group in groups.items()}
-    label = "verification"
-    file = task.folder / "verified.jsonl"
-    measured = measure(engine, data, ladder_variants(policy), strengths, file, label, task.note)
-    calibrations = {agent: group.calibration for agent, group in groups.items()}
+    task: Task, engine: Engine, data: Replays, readers: Mapping[str, Reader], policy: ReusePolicy
+) -> dict[str, VerificationTable]:
+    """Every ladder on rows that nothing was chosen by, as if requests were served along it alone."""
+    measured = measure(engine, data, policy.rungs, task.folder / "verified.jsonl", "verification", task.note)
     num_requests = len(data.rows) * (len(task.team.agents) - 1)
-    return judge(measured, calibrations, policy, num_requests=num_requests)
+    return {
+        ladder[0].estimator: judge(
+            measured,
+            calibrations(engine, readers, ladder, policy),
+            ladder,
+            task.bound,
+            num_requests=num_requests,
+        )
+        for ladder in policy.ladders
+    }
 
 
-def _settings(config: EngineConfig, policy: ReusePolicy) -> SettingsTable:
+def _agent(engine: Engine, reader: Reader) -> AgentTable:
+    found = engine.reuse.book.find(engine.namespace(), reader.digest)
+    return AgentTable(reader=reader.digest, num_pairs=0 if found is None else len(found.pairs))
+
+
+def _bound(policy: ReusePolicy) -> BoundTable:
+    return BoundTable(
+        max_divergence=policy.max_divergence,
+        confidence=policy.confidence,
+        basis=Level(policy.basis).value,
+    )
+
+
+def _settings(config: EngineConfig) -> SettingsTable:
     return SettingsTable(
-        estimator="rotate" if policy.estimator == "rotate" else "token",
-        selector="attention",
-        rungs=policy.rungs,
         neighbors=config.neighbors,
         alpha=config.alpha,
         sketch_groups=config.sketch_groups,
         sketch_layers=config.sketch_layers,
-        contest_prompts=config.contest_prompts,
         anchor_bytes=config.anchor_bytes,
     )
 

@@ -109,6 +109,7 @@ class Dashboard {
     put("recent", showRecent(stats.recent));
     put("audits", showAudits(stats.audits));
     put("bounds", showBounds(stats.bounds));
+    put("readers", showReaders(stats.readers));
     put("evictions", showEvictions(stats));
     const activity = [stats.requests, stats.cache.tokens].join();
     if (performance.now() - this.treesAt > TREES_MS[activity === this.activity ? 1 : 0]) {

@@ -22,15 +22,17 @@ const REASONS = {
   rung: "moved text that this rung of the ladder recomputes",
   no_source: "not seen in another context, or not kept any more",
   immovable: "this model's keys cannot be moved",
-  no_anchors: "nothing learned yet about moving between these contexts",
-  uncalibrated: "too few exact examples yet to promise a bound",
+  no_anchors: "too few anchors between these contexts for the only rungs asked for",
+  uncalibrated: "too few exact examples yet, at the levels that are accepted, to promise a bound",
   bound: "no rung keeps the bound",
   breaker: "audits found more violations than the bound allows",
   out_of_distribution: "too far from what the bound was calibrated on",
   source_risk: "the source is approximate itself, and both risks are too much",
+  displaced: "stands first here, and its only source stood behind others",
   cost: "moving would take longer than computing",
   escalated: "recomputed tokens were too far from their estimates",
   no_room: "the pool could not hold the prompt beside what was found of it",
+  failed: "moving it failed",
 };
 
 const byId = (id) => document.getElementById(id);

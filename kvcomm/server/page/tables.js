@@ -24,17 +24,51 @@ function showSummary(stats) {
   return tiles.map(([name, value, note]) => make("div", {}, make("dt", {}, name), make("dd", {}, value, make("small", {}, note))));
 }
 
+const LEVELS = {
+  own: "pairs of the same kind of prompt",
+  pool: "pairs of all your prompts",
+  prior: "pairs that come with the model",
+};
+
+/** A kind of prompt: the first digits of its digest and what fills it; null is all of them together. */
+function readerName(reader, slots) {
+  if (reader === null) return "all";
+  return make("span", { title: reader }, make("code", {}, reader.slice(0, 8)), slots.length ? ` ${slots.join(", ")}` : "");
+}
+
+function boundState(bound) {
+  if (bound.tripped) return "tripped";
+  return bound.working_delta > 0 ? "holds" : "paused";
+}
+
+const ofNeeded = (number, needed) => (number < needed ? `${count(number)} of ${count(needed)}` : count(number));
+
 function showBounds(bounds) {
   if (!bounds.length) return [];
   const columns = [
-    { name: "kind of prompt" }, { name: "bound", number: true }, { name: "confidence", number: true, wide: true },
-    { name: "audits", number: true }, { name: "above", number: true }, { name: "state" },
+    { name: "kind of prompt" }, { name: "level" }, { name: "bound", number: true },
+    { name: "confidence", number: true, wide: true }, { name: "pairs", number: true }, { name: "audits", number: true },
+    { name: "above", number: true }, { name: "state" },
   ];
   const rows = bounds.map((each) => [
-    make("code", {}, each.group.slice(0, 8)), String(each.max_divergence), `${+(100 * each.confidence).toFixed(2)} %`,
-    count(each.num_audited), count(each.num_violations), each.tripped ? "tripped: exact only" : "holds",
+    readerName(each.reader, each.slots), make("span", { title: LEVELS[each.level] }, each.level),
+    String(each.max_divergence), `${+(100 * each.confidence).toFixed(2)} %`, ofNeeded(each.num_pairs, each.num_needed),
+    count(each.num_audited), count(each.num_violations), boundState(each),
   ]);
-  return [table("Bounds and their audits", columns, rows)];
+  return [table("Bounds, the pairs they rest on, and their audits", columns, rows)];
+}
+
+function showReaders(readers) {
+  if (!readers.length) return [];
+  const columns = [
+    { name: "kind of prompt" }, { name: "pairs", number: true }, { name: "requests", number: true },
+    { name: "with moved text", number: true }, { name: "audits", number: true, wide: true },
+  ];
+  const rows = readers.map((each) => [
+    readerName(each.reader, each.slots), count(each.num_pairs), count(each.num_requests), count(each.num_approximated),
+    each.is_young ? `${count(each.num_audited)}, each one` : count(each.num_audited),
+  ]);
+  return [make("h3", {}, "Kinds of prompts"), table("Kinds of prompts", columns, rows)];
 }
 
 function showEvictions(stats) {

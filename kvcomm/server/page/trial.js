@@ -52,6 +52,13 @@ function trialBody(model, segments) {
 
 const MAX_LISTED = 40;
 
+/** The bound in force, whose pairs it rests on, and how text was moved. */
+function boundWords({ bound, rung_name }) {
+  const words = `bound ${bound.max_divergence} nats at ${+(100 * bound.confidence).toFixed(2)} %`;
+  if (bound.level === null) return `${words}, nothing moved`;
+  return `${words} by ${count(bound.num_pairs)} ${LEVELS[bound.level]}, moved by ${rung_name}`;
+}
+
 /** What an answer says about itself: the strip of spans, the same as a table, the counts, the text. */
 function showTrial(answer) {
   const { usage } = answer;
@@ -68,7 +75,7 @@ function showTrial(answer) {
     `${span.start}–${span.end}`, count(span.tokens), make("span", { class: "kind" }, swatch(span.source), span.source),
     span.reason === null ? MEANING[span.source] : `${plain(span.reason)}: ${REASONS[span.reason] ?? ""}`,
   ]);
-  const bound = usage.bound === null ? "exact" : `bound ${usage.bound.max_divergence} nats at ${+(100 * usage.bound.confidence).toFixed(2)} %`;
+  const bound = usage.bound === null ? "exact" : boundWords(usage);
   const words = `${count(usage.prompt_tokens)} prompt tokens, first token after ${seconds(usage.timings.ttft_s)}, ${bound}`;
   const label = `Plan: ${SOURCES.map((source) => `${tokens[source]} ${source}`).join(", ")}`;
   return [

@@ -7,43 +7,60 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from kvcomm.server.schemas.common import LevelName, ResponseModel
-from kvcomm.server.schemas.stats import WANTED_PAIRS, ReaderStanding
+from kvcomm.server.schemas.stats import NEEDED_PAIRS, WORKING_DELTA
 
 
-class PairCount(ResponseModel):
+class LevelStatus(ResponseModel):
     """Pairs of one level, along the rungs of one estimator."""
 
     level: LevelName
     estimator: Annotated[str, Field(description="rotate: keys are turned only; token: with anchors.")]
     num_pairs: int
-    num_wanted: Annotated[int, Field(description=WANTED_PAIRS)]
+    num_needed: Annotated[int, Field(description=NEEDED_PAIRS)]
+    num_settled: Annotated[int, Field(description="From which on it decides although other levels have more.")]
+    is_barred: Annotated[bool, Field(description="Audits have shown that it does not hold.")]
+    working_delta: Annotated[float, Field(description=WORKING_DELTA)]
+    num_audits: int
+    num_violations: int
 
 
-class ReaderCounts(ReaderStanding):
-    """One reader, and what every level has for it."""
-
-    levels: list[PairCount]
-
-
-class BankStanding(ResponseModel):
-    """Anchors between two contexts of a text."""
+class EdgeStatus(ResponseModel):
+    """Anchors between a source and one of the slots."""
 
     edge: Annotated[str, Field(description="Digest of where text is moved from and to.")]
     slot: str
     source_slot: str
-    in_any_context: Annotated[bool, Field(description="For these slots wherever they stand.")]
-    num_tokens: int
-    num_wanted: Annotated[
-        int, Field(description="Anchor tokens at which something changes next: it may be used, or is full.")
-    ]
+    num_tokens: Annotated[int, Field(description="Anchor tokens.")]
+    num_needed: Annotated[int, Field(description="From which on they are used.")]
+    num_enough: Annotated[int, Field(description="From which on none are added.")]
+
+
+class ReaderStatus(ResponseModel):
+    """One kind of prompt, told by its template."""
+
+    reader: Annotated[str, Field(description="Digest of the template; empty: of none that has been seen.")]
+    slots: list[str]
+    level: Annotated[LevelName | None, Field(description="Whose pairs would decide now; null: it would be computed.")]
+    rung: Annotated[float | None, Field(description="Share of the moved tokens that would be recomputed at most.")]
+    rung_name: str | None
+    predicted_divergence: Annotated[float | None, Field(description="Nats, at most.")]
+    reason: Annotated[str | None, Field(description="Why it would be computed.")]
+    levels: Annotated[list[LevelStatus], Field(description="The most specific first.")]
+    edges: Annotated[list[EdgeStatus], Field(description="That lead to it and have anchors.")]
+    num_requests: Annotated[int, Field(description="In which text could have been moved.")]
+    num_approximated: Annotated[int, Field(description="In which text was moved within a bound.")]
+    num_audits: int
+    num_violations: int
 
 
 class AnchorStatus(ResponseModel):
-    """Readers and banks of the caller, the latest readers and the largest banks first."""
+    """Readers of the caller, the latest first."""
 
     object: Literal["anchors.status"] = "anchors.status"
-    max_divergence: Annotated[float, Field(description="The bound that pairs are counted for.")]
+    max_divergence: Annotated[float, Field(description="The bound that the rest is about.")]
     confidence: float
-    shared: Annotated[list[PairCount], Field(description="Levels that belong to no single reader.")]
-    readers: list[ReaderCounts]
-    banks: list[BankStanding]
+    basis: LevelName
+    readers: list[ReaderStatus]
+    newcomer: Annotated[
+        ReaderStatus, Field(description="A kind of prompt that has never been seen, of requests without a salt.")
+    ]

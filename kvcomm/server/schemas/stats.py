@@ -8,7 +8,8 @@ from pydantic import Field
 
 from kvcomm.server.schemas.common import LevelName, ResponseModel
 
-WANTED_PAIRS = "Pairs at which something changes next: text may be moved, or the level decides whatever others have."
+NEEDED_PAIRS = "From which on the level may decide, if none of them breaks the bound."
+WORKING_DELTA = "Probability of a violation that rungs are chosen by now; at 0 or less nothing is moved."
 
 
 class TokensBySource(ResponseModel):
@@ -94,11 +95,8 @@ class WatchedBound(ResponseModel):
     max_divergence: float
     confidence: float
     num_pairs: Annotated[int, Field(description="That the level has, of the rungs of which it has most.")]
-    num_wanted: Annotated[int, Field(description=WANTED_PAIRS)]
-    working_delta: Annotated[
-        float,
-        Field(description="Probability of a violation that rungs are chosen by now; at 0 or less nothing is moved."),
-    ]
+    num_needed: Annotated[int, Field(description=NEEDED_PAIRS)]
+    working_delta: Annotated[float, Field(description=WORKING_DELTA)]
     num_audited: int
     num_violations: int
     tripped: Annotated[

@@ -13,9 +13,9 @@ from kvcomm import SamplingParams
 from kvcomm.agents.agent import Agent
 from kvcomm.agents.team import Team
 from kvcomm.agents.tuning import answers
-from kvcomm.agents.tuning.answers import exact_runs, readers
+from kvcomm.agents.tuning.answers import exact_runs
 from kvcomm.agents.tuning.rows import Row
-from kvcomm.engine.request import NUM_CONTINUATION
+from kvcomm.reuse.replay import NUM_CONTINUATION
 
 
 def agent(name: str, prompt: str, num_tokens: int | None) -> Agent:
@@ -45,6 +45,5 @@ def test_answers_that_nobody_reads_end_where_divergence_is_measured(
         ),
     )
     engine: Any = SimpleNamespace(clear_cache=lambda: None)
-    runs = exact_runs(engine, team, [Row({"question": "?"}, "abc")], tmp_path / "answers.jsonl", lambda text: None)
+    exact_runs(engine, team, [Row({"question": "?"}, "abc")], tmp_path / "answers.jsonl", lambda text: None)
     assert asked == {"first": 96, "second": NUM_CONTINUATION, "brief": 8, "unset": NUM_CONTINUATION}
-    assert list(readers(runs[0])) == ["second", "brief", "unset"]
