@@ -18,7 +18,7 @@ from kvcomm.cli.output import table
 from kvcomm.figures import Figure
 
 NAME_WIDTH, COUNT_WIDTH, MIN_BAR_WIDTH = 11, 11, 12
-TABLE_WIDTH = 78
+TABLE_WIDTH = 79
 LEVELS = {"prior": "that ship with the model", "pool": "of this engine's requests", "own": "of each agent's own"}
 NOT_ABOUT_MOVING = frozenset({"new", "glue", "rung", "last_token"})
 """Reasons to compute what could not have been moved anyway, or is computed for the bound's sake."""
