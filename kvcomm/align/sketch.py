@@ -69,6 +69,10 @@ class Sketcher:
         repeated = self.settings.repeat_weight * move.repeats.to(of_source.device)
         return torch.cat((of_source, repeated.expand(len(of_source), -1, -1)), dim=2)
 
+    def prepare(self, layers: Sequence[LayerStore], place: Place) -> None:
+        """Make what `__call__` needs of a whole text that somebody may move from here, and keep it with its owner."""
+        self._of_source(layers, place, 0)
+
     def _of_source(self, layers: Sequence[LayerStore], place: Place, first_index: int) -> Tensor:
         """All entries but those of repeats, which depend on the target; not to be written.
 

@@ -12,7 +12,7 @@ stood behind others: the first text is read like no other, and computed once it 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from kvcomm.align.edges import Edge, signatures
@@ -56,9 +56,14 @@ def occurrences(segments: Sequence[Segment]) -> Iterator[Occurrence]:
 
 
 class MoveFinder:
-    """Moves out of, and renditions into, the segment store. Called under the engine's lock."""
+    """Moves out of, and renditions into, the segment store. Called under the engine's lock.
+
+    Attributes:
+        published: is told of every new rendition, if anybody wants to know.
+    """
 
     def __init__(self, memory: Memory) -> None:
+        self.published: Callable[[str, Segment, Rendition], None] | None = None
         self._memory = memory
 
     def find(
@@ -143,7 +148,7 @@ class MoveFinder:
     ) -> None:
         page_size = self._memory.pool.page_size
         first = each.start // page_size
-        self._memory.segments.put(
+        rendition = self._memory.segments.put(
             namespace,
             each.segment,
             signature=each.signature,
@@ -157,6 +162,8 @@ class MoveFinder:
             before=each.before,
             context=sequence.identity,
         )
+        if rendition is not None and self.published is not None:
+            self.published(namespace, each.segment, rendition)
 
     def release(self, moves: Sequence[Move]) -> None:
         """Give back the pages of sources."""

@@ -36,6 +36,7 @@ from kvcomm.reuse.learner import Learner
 from kvcomm.reuse.planner import Planner
 from kvcomm.reuse.repair import Repairer
 from kvcomm.reuse.replay import Replayer
+from kvcomm.reuse.sketching import SketchAhead
 from kvcomm.reuse.trials import Trials
 
 
@@ -105,6 +106,7 @@ class ReuseParts:
         idle = IdleWork(lock)
         book = ReaderBook() if prior is None else ReaderBook(prior.all_pairs, prior.head_weights)
         planner = Planner(Tools(memory, layers, choosers), estimators, book, cost, immovable=geometry.immovable)
+        planner.finder.published = SketchAhead(memory, layers, sketcher, anchors, idle, lock).published
         replayer = Replayer(memory, runner, layers, choosers, lock)
         trials = Trials(memory, planner.finder, replayer, idle, chunk=config.prefill_chunk, end_token_ids=end_token_ids)
         num_heads = sum(geometry.layers[layer_id].num_heads for layer_id in looking_layers(len(layers)))
