@@ -200,7 +200,7 @@ def notes(report: Report) -> list[str]:
     )
     return [
         "Means over the questions; team: the sum. expected, audited: the largest divergence from the exact answer in "
-        "nats, as calibration had foretold and as exact computation has shown.",
+        "nats, as calibration foretold it (that of the sources included) and as exact computation found it.",
         same,
         *(f"{agent.agent} computed all of its text in {why}." for agent in report.readers for why in _unmoved(agent)),
     ]
