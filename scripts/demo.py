@@ -188,9 +188,7 @@ def _tail(text: str, width: int) -> str:
 def _finished_line(title: str, result: GroupResult) -> Text:
     usages = [answer.usage for answer in result.values()]
     computed, first_s = sum(usage.computed_tokens for usage in usages), sum(usage.ttft_s for usage in usages)
-    return Text.assemble(
-        (f"{title:<32}", "dim"), f"first tokens {first_s:6.2f} s, {computed:>5} prompt tokens computed"
-    )
+    return Text.assemble((f"{title:<32}", "dim"), f"first tokens {first_s:6.2f} s, {computed:>5} tokens computed")
 
 
 # -- telling ----------------------------------------------------------------------------------------------------------
@@ -200,7 +198,7 @@ def show(report: Report, console: Console) -> None:
     """Print the table, the picture and the sentence."""
     symbols = BLOCKS if console.encoding.lower().startswith("utf") else LETTERS
     console.print()
-    console.print(seconds_table(report))
+    console.print(seconds_table(report, console.width))
     console.print()
     for line in notes(report):
         console.print(Text(line, style="dim"))

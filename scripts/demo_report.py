@@ -18,6 +18,7 @@ from kvcomm.cli.output import table
 from kvcomm.figures import Figure
 
 NAME_WIDTH, COUNT_WIDTH, MIN_BAR_WIDTH = 11, 11, 12
+TABLE_WIDTH = 79
 LEVELS = {"prior": "that ship with the model", "pool": "of this engine's requests", "own": "of each agent's own"}
 NOT_ABOUT_MOVING = frozenset({"new", "glue", "rung", "last_token"})
 """Reasons to compute what could not have been moved anyway, or is computed for the bound's sake."""
@@ -169,18 +170,24 @@ def bar_lengths(tokens: Tokens, width: int) -> list[int]:
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
-def seconds_table(report: Report) -> Table:
-    """First tokens agent by agent, how often text was moved, and by how much answers were off."""
-    rows = [_seconds_row(agent, len(report.runs)) for agent in report.agents]
-    rows.append(("team", *(f"{report.first_tokens_s(way):.2f} s" for way in Way), "", "", ""))
+def seconds_table(report: Report, width: int) -> Table:
+    """First tokens agent by agent, how often text was moved, and by how much answers were off.
+
+    Args:
+        width: characters there are; where they are too few for all, only the first tokens are told.
+    """
     columns = ("first token", *Way, "moved in", "expected", "audited")
-    return table(columns, rows, numeric=set(columns[1:]))
+    rows = [_seconds_row(agent, report) for agent in report.agents]
+    rows.append(("team", *(f"{report.first_tokens_s(way):.2f} s" for way in Way), "", "", ""))
+    num_columns = len(columns) if width >= TABLE_WIDTH else 1 + len(Way)
+    return table(columns[:num_columns], [row[:num_columns] for row in rows], numeric=set(columns[1:]))
 
 
-def _seconds_row(agent: AgentReuse, num_runs: int) -> tuple[str, ...]:
+def _seconds_row(agent: AgentReuse, report: Report) -> tuple[str, ...]:
     times = [f"{statistics.fmean(each):.2f} s" for each in (agent.dense_s, agent.exact_s, agent.kvcomm_s)]
+    often = f"{len(agent.rungs)} of {len(report.runs)}" if agent in report.readers else "reads first"
     nats = [f"{max(each):.4f}" if each else "" for each in (agent.predicted, agent.audited)]
-    return (agent.agent, *times, f"{len(agent.rungs)} of {num_runs}", *nats)
+    return (agent.agent, *times, often, *nats)
 
 
 def notes(report: Report) -> list[str]:
@@ -193,7 +200,7 @@ def notes(report: Report) -> list[str]:
     )
     return [
         "Means over the questions; team: the sum. expected, audited: the largest divergence from the exact answer in "
-        "nats, as calibration had foretold and as exact computation has shown.",
+        "nats, as calibration foretold it (that of the sources included) and as exact computation found it.",
         same,
         *(f"{agent.agent} computed all of its text in {why}." for agent in report.readers for why in _unmoved(agent)),
     ]

@@ -6,7 +6,7 @@ The three do not see quite the same prompts: answers given on moved KV may diffe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -156,7 +156,7 @@ def compare(
 
 def in_turns(
     engine: Engine, team: Team, inputs: Sequence[Mapping[str, str]], policy: ReusePolicy, answer: Answer
-) -> Iterator[Results]:
+) -> Generator[Results, None, None]:
     """Run a team on inputs in the three ways, one after the other; which one begins changes with every input.
 
     What happens only once is done before: role prompts are in the cache, and text has been moved. Every approximated

@@ -281,6 +281,7 @@ class Learner:
         bound = Bound(policy.max_divergence, policy.delta)
         ladders = [ladder for ladder in policy.ladders if all(rung in pair.measured for rung in ladder)]
         have_read_all = pair.sources.have_read_all
+        self._book.standing(trial.namespace, trial.reader)  # from now on it has a watch of its own
         grounds = self._book.grounds(
             trial.namespace, trial.reader, ladders, bound, policy.levels, have_read_all=have_read_all
         )

@@ -28,6 +28,10 @@ from kvcomm.reuse.decision import Acceptance, accept
 from kvcomm.reuse.finder import MoveFinder
 from kvcomm.reuse.plan import Explanation, Plan, Reason, plan_of
 
+MAX_SOURCE_RISK = 2.0
+"""Of what the caller accepts. Risks are what most prompts stay well below, and along generations they add up; what a
+source is off by shows in the pairs of its readers, so this only ends chains that nobody has measured."""
+
 
 class Decision(NamedTuple):
     """What is to become of the moves that were found: `corrections` and `wanted` where they are used, else why not."""
@@ -182,13 +186,13 @@ class Planner:
     def _find(self, asked: Asked) -> tuple[list[Move], Reason]:
         """What may be moved, and why other slots are not; holds the pages of the sources.
 
-        No source that may be further off than the caller accepts by itself. Where one is left out, others are chosen
-        anew: which of them fit depends on their neighbors.
+        No source that may be much further off than the caller accepts. Where one is left out, others are chosen anew:
+        which of them fit depends on their neighbors.
         """
         if not self.may_reuse(asked):
             return [], Reason.NO_SOURCE
         moves = self._sources(asked, math.inf)
-        max_risk = math.inf if asked.rung is not None else asked.policy.max_divergence
+        max_risk = math.inf if asked.rung is not None else MAX_SOURCE_RISK * asked.policy.max_divergence
         if all(move.risk <= max_risk for move in moves):
             return moves, Reason.NO_SOURCE
         self.finder.release(moves)

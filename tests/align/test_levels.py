@@ -33,6 +33,8 @@ def pair(divergence: float = 0.01, *ladders: Ladder) -> Pair:
 def book(own: int = 0, pool: int = 0, prior: int = 0) -> ReaderBook:
     """With so many pairs of `ONE`, of all readers, and shipped."""
     made = ReaderBook([pair() for _ in range(prior)])
+    for namespace in "ab" if prior else "":
+        made.admit_prior(namespace)
     for index in range(pool):
         made.add("a", ONE if index < own else OTHER, pair())
     return made
@@ -322,6 +324,8 @@ class AgainstANaiveModel(RuleBasedStateMachine):
     def begin(self, num_prior: int) -> None:
         self.num_prior = num_prior
         self.book = ReaderBook([pair() for _ in range(num_prior)])
+        for tenant in TENANTS:
+            self.book.admit_prior(tenant)
         self.own: dict[tuple[str, Reader], list[float]] = {(t, r): [] for t in TENANTS for r in READERS}
         self.pool: dict[str, list[tuple[Reader, float]]] = {tenant: [] for tenant in TENANTS}
         self.watched: dict[tuple[str, Reader | None, Level], NaiveWatch] = {}
@@ -352,6 +356,7 @@ class AgainstANaiveModel(RuleBasedStateMachine):
 
     @rule(tenant=st.sampled_from(TENANTS), reader=st.sampled_from(READERS), broken=st.booleans())
     def measure(self, tenant: str, reader: Reader, broken: bool) -> None:
+        self.book.standing(tenant, reader)  # who is not known has no watch to be told
         grounds = self.book.grounds(tenant, reader, (SURE,), BOUND)
         if grounds is None:
             return
@@ -367,6 +372,7 @@ class AgainstANaiveModel(RuleBasedStateMachine):
     @rule(tenant=st.sampled_from(TENANTS))
     def forget(self, tenant: str) -> None:
         self.book.forget(tenant)
+        self.book.admit_prior(tenant)  # as its next request does
         self.pool[tenant] = []
         for reader in READERS:
             self.own[tenant, reader] = []

@@ -207,14 +207,14 @@ def test_anchors_are_written_and_read_without_the_lock(
             taught.generate(some_tokens(9), max_new_tokens=1)
             go_on.set()
         assert found[0].num_tokens > 0, found
-        assert found[0].num_dropped == 0
+        assert found[0].num_missing == 0
 
 
 def test_many_save_anchors_into_one_folder(taught: Engine, tmp_path: Path) -> None:
-    """What is there then is what one of them had: a group whose bank is another's would be left out."""
+    """What is there then is what one of them had: pairs whose banks are another's would be left out."""
     folder = tmp_path / "anchors"
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda _: taught.save_anchors(folder), range(8)))
         profiles = list(threads.map(lambda _: taught.load_anchors(folder), range(4)))
-    assert {profile.num_dropped for profile in profiles} == {0}
+    assert {profile.num_missing for profile in profiles} == {0}
     assert all(profile.num_tokens for profile in profiles)

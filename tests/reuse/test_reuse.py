@@ -340,7 +340,7 @@ def test_risk_adds_up_along_a_chain(learning: Engine, monkeypatch: pytest.Monkey
     assert second.usage.bound == (50.0, 0.5, Level.POOL, 6)
     # Both texts fit each other in B's context; what is too far off there is left out, and the question's other source
     # is as good as ever.
-    policy = replace(LOOSE, max_divergence=2.9)
+    policy = replace(LOOSE, max_divergence=1.4)
     rewrite(learning, lambda pair: replace(pair, measured={rung: Measured(0.0, 10.0) for rung in pair.measured}))
     _, third = chain(learning, 201, (LOOSE, policy))
     assert third.usage.reasons["source_risk"] == 24

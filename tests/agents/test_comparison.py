@@ -1,0 +1,76 @@
+"""The three ways of a comparison: whose turn it is, and what goes on meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import pytest
+
+from kvcomm.agents.comparison import Comparison, Way, in_turns
+from kvcomm.agents.group import KVCommAgentGroup
+from kvcomm.agents.results import GroupResult
+from kvcomm.engine.engine import Engine
+from kvcomm.errors import InvalidRequest
+from tests.agents.teams import LOOSE, TEAM, inputs
+from tests.engine.conftest import ROWS_ONLY
+from tests.tiny import tiny_model
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """Warm: it moves text."""
+    tiny = tiny_model()
+    with Engine(tiny.model, tiny.tokenizer) as engine:
+        engine.reuse.cost.model = ROWS_ONLY
+        TEAM.group(engine, policy=LOOSE).warm(inputs(6))
+        yield engine
+        engine.check_integrity()
+
+
+def run(group: KVCommAgentGroup, given: Mapping[str, str], index: int, way: Way) -> GroupResult:
+    return group.run(**given)
+
+
+def test_ways_take_turns_and_nobody_is_timed_beside_audits(engine: Engine) -> None:
+    calls: list[tuple[int, Way]] = []
+
+    def watched_run(group: KVCommAgentGroup, given: Mapping[str, str], index: int, way: Way) -> GroupResult:
+        calls.append((index, way))
+        assert given == inputs(4, "y")[index]
+        assert not engine.reuse.idle.has_work
+        assert (group.engine is engine) == (way is Way.MOVED)
+        return run(group, given, index, way)
+
+    comparison = Comparison(engine, TEAM)
+    for results in in_turns(engine, TEAM, inputs(4, "y"), LOOSE, watched_run):
+        comparison.add(results)
+    dense, exact, moved = Way
+    assert [way for _, way in calls] == [dense, exact, moved, exact, moved, dense, moved, dense, exact, *Way]
+    assert [index for index, _ in calls] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    for agent in comparison.agents[1:]:
+        assert len(agent.rungs) == len(agent.audited) == 4
+
+
+def test_each_way_reuses_what_it_may(engine: Engine) -> None:
+    for results in in_turns(engine, TEAM, inputs(2, "y"), LOOSE, run):
+        for name in results[Way.DENSE]:
+            dense, exact, moved = (results[way][name] for way in Way)
+            assert dense.usage.computed_tokens == dense.usage.prompt_tokens
+            assert exact.usage.exact_tokens > 0 == exact.usage.aligned_tokens
+            assert (moved.usage.aligned_tokens > 0) == (name != "first")
+            assert (dense.prompt, dense.token_ids) == (exact.prompt, exact.token_ids)
+
+
+def test_text_was_moved_before_anything_is_timed_and_that_is_not_audited(engine: Engine) -> None:
+    before = {standing.reader.digest: standing.num_audited for standing in engine.readers()}
+    ways = in_turns(engine, TEAM, inputs(1, "y"), LOOSE, run)
+    next(ways)
+    after = {standing.reader.digest: standing for standing in engine.readers()}
+    counts = [(each.num_approximated, each.num_audited - before[digest]) for digest, each in after.items()]
+    assert counts == [(2, 1), (2, 1)]  # of second and third; the first one of each has no audit
+    ways.close()
+
+
+def test_no_inputs(engine: Engine) -> None:
+    with pytest.raises(InvalidRequest, match="there are no inputs to compare on"):
+        next(in_turns(engine, TEAM, [], LOOSE, run))
