@@ -138,6 +138,7 @@ class Server:
 
     def __init__(self, serving: Serving, generator: np.random.Generator, prior: Iterable[Pair] = ()) -> None:
         self.book = ReaderBook(prior)
+        self.book.admit_prior(TENANT)
         self._serving = serving
         self._generator = generator
         self._unheard: deque[tuple[int, Reader, Audit, Pair]] = deque()

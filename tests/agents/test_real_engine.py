@@ -113,7 +113,9 @@ def test_answers_equal_those_of_a_cold_engine(engine: Engine) -> None:
 
 def test_an_answer_is_read_as_the_ids_that_were_decoded(engine: Engine) -> None:
     result = team(engine).run(question="1 + 1?")
-    named = {segment.name: segment.token_ids for segment in result["judge"].prompt if segment.name}
+    named = {
+        segment.name: segment.token_ids for segment in result["judge"].prompt if segment.name and segment.token_ids
+    }
     assert named.keys() == {"question", "solver", "analyst", "coder"}
     for name in ("solver", "analyst", "coder"):
         assert named[name] == result[name].token_ids

@@ -114,7 +114,7 @@ def test_text_moves_from_the_first_question_on(
     assert value["config"]["bound"] == {"max_divergence": 0.05, "confidence": 0.9}
 
     printed = capsys.readouterr().out
-    assert f"Questions: 2 from {data}" in printed
+    assert f"Questions: 2 from {data}" in " ".join(printed.split())
     assert "all 10 prompts and answers are the same, token by token." in printed
     assert " ".join(value["sentence"].split()) in " ".join(printed.split())
     assert "4 of 4 readers moved text" in value["sentence"]
@@ -284,7 +284,9 @@ def test_bars_have_their_width_and_show_whatever_there_is(counts: tuple[float, f
     assert sum(lengths) == width
     for count, length in zip(counts, lengths, strict=True):
         assert (length > 0) == (count / sum(counts) > 0)
-        assert abs(length - width * count / sum(counts)) <= 2
+        assert (
+            abs(length - width * count / sum(counts)) <= 2 + 1e-9
+        )  # nothing is rounded away, so others may be two short
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
