@@ -183,6 +183,7 @@ def in_turns(
         for each_engine in (dense, exact, engine):
             read_roles(each_engine, team, inputs[0])
         _move_once(engine, team, inputs[0], policy)
+        engine.wait_idle()
         for index, each in enumerate(inputs):
             first = index % len(Way)
             results = {}

@@ -169,7 +169,7 @@ def test_what_ships_can_be_read() -> None:
 def test_the_folder_of_the_package_is_the_one_of_the_repository() -> None:
     link = ROOT / "kvcomm" / "anchors"
     assert (link.is_symlink(), os.readlink(link)) == (True, "../anchors")
-    assert list(link.glob("*/*.toml"))
+    assert list(link.glob("*/*.json"))
 
 
 BUILD = """
