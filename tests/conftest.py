@@ -1,4 +1,4 @@
-"""What every test relies on: quiet threads, no hub, the real model, and hypothesis without deadlines."""
+"""What every test relies on: quiet threads, no hub, no timings, the real model, hypothesis without deadlines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import signal
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import hypothesis
 import pytest
@@ -29,6 +31,16 @@ hypothesis.settings.register_profile("local", UNTIMED)
 hypothesis.settings.register_profile("ci", UNTIMED, derandomize=True, print_blob=True)
 hypothesis.settings.register_profile("thorough", UNTIMED, max_examples=2000, stateful_step_count=200)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "local"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def only_rows_take_time() -> Iterator[None]:
+    """Whether moving pays is decided as if only computed rows took time: no test depends on how fast the machine is."""
+    from kvcomm.reuse.cost import CostModel
+
+    rows_only = CostModel(pass_s=0.0, row_s=1.0, pair_s=0.0, move_s=0.0)
+    with mock.patch("kvcomm.reuse.parts.cached_cost", return_value=rows_only):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -59,3 +59,8 @@ class Move:
 def num_moved(moves: Sequence[Move]) -> int:
     """Tokens of all moves."""
     return sum(move.num_tokens for move in moves)
+
+
+def edges_of(moves: Sequence[Move]) -> list[Edge]:
+    """The edge of each move."""
+    return [move.edge for move in moves]

@@ -108,7 +108,7 @@ class Engine:
 
         Raises:
             UnsupportedModel: its KV cannot be cached soundly.
-            InvalidRequest: the attention back end asked for does not run here.
+            InvalidRequest: the attention back end asked for does not run here, or the prior is none.
             AnchorFileForeign: the prior is of another model.
         """
         self.config = config or EngineConfig()
@@ -135,9 +135,7 @@ class Engine:
         identity = self._adapters.home(DEFAULT_TENANT)
         first = self.live.now().digest
         self.prior_model = self._model_identity(first, {})
-        if isinstance(prior, Prior):
-            require_prior_fits(prior, self.prior_model)
-        known = find_prior(self.prior_model) if prior == "shipped" else prior
+        known = _prior(prior, self.prior_model)
         self._prior_weights = None if known is None else first
         self.reuse = ReuseParts.make(self.config, self.memory, self.geometry, runner, self._lock, identity, ends, known)
         self._holdings = Holdings(self.pool, lambda: scheduler.requests())
@@ -1065,6 +1063,21 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     ends = getattr(model.generation_config, "eos_token_id", None)
     listed = ends if isinstance(ends, list) else [ends]
     return frozenset(int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None)
+
+
+def _prior(prior: Prior | Literal["shipped"] | None, model: str) -> Prior | None:
+    """The prior that was asked for; `model`: digest of what it has to hold for."""
+    if prior is None:
+        return None
+    if prior == "shipped":
+        return find_prior(model)
+    if not isinstance(prior, Prior):
+        raise InvalidRequest(
+            f'prior must be a Prior, as kvcomm.align.prior.read_prior(file) gives, "shipped" or None, not '
+            f"{values.told(prior)}"
+        )
+    require_prior_fits(prior, model)
+    return prior
 
 
 def _policy(policy: ReusePolicy | None) -> ReusePolicy | None:

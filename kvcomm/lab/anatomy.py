@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvcomm.align.estimators import Correction
 from kvcomm.align.ladder import Rung, moved_positions
+from kvcomm.align.moves import edges_of
 from kvcomm.align.spans import layer_stores
 from kvcomm.engine.engine import DEFAULT_TENANT, Engine
 from kvcomm.engine.prompts import Prompt
@@ -112,7 +113,7 @@ class _Dissector:
         looks: dict[str, Look] = {}
         for rung in rungs if case.moves else ():
             with trials.lock:
-                known = self._reuse.planner.corrections(trial.namespace, rung.estimator, case.moves)
+                known = self._reuse.planner.corrections(trial.namespace, rung.estimator, edges_of(case.moves))
                 weights = self._reuse.book.heads(trial.namespace).weights
             if known is None:
                 found.append(None)

@@ -8,13 +8,16 @@ rule, so they judge what a planner would have done.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import Calibration
 from kvcomm.align.ladder import Ladder, Rung
-from kvcomm.align.levels import Grounds, Level
+from kvcomm.align.levels import Grounds, Level, ReaderBook
+from kvcomm.align.readers import Reader
+from kvcomm.reuse.plan import Reason
+from kvcomm.reuse.policy import ReusePolicy
 
 
 class Acceptance:
@@ -65,9 +68,33 @@ class Acceptance:
 
 def accept(grounds: Grounds, bound: Bound) -> Acceptance | None:
     """On these grounds, at which rung a request is served; None: no rung keeps the bound."""
-    return (
-        None if grounds.rung is None else Acceptance(grounds.level, grounds.calibration, grounds.rung, bound.confidence)
-    )
+    index = grounds.rung
+    return None if index is None else Acceptance(grounds.level, grounds.calibration, index, bound.confidence)
+
+
+def decide(
+    book: ReaderBook,
+    namespace: str,
+    reader: Reader,
+    ladders: Iterable[Ladder],
+    policy: ReusePolicy,
+    *,
+    have_read_all: bool | None,
+) -> Acceptance | Reason:
+    """How a reader's request is served under a policy that is not exact, or why it is computed.
+
+    Args:
+        ladders: that could be used for it, the one that costs least first.
+        have_read_all: of the sources of its prompt, see `ReaderBook.counts`.
+    """
+    ladders, bound = tuple(ladders), Bound(policy.max_divergence, policy.delta)
+    if not ladders:
+        return Reason.NO_ANCHORS
+    grounds = book.grounds(namespace, reader, ladders, bound, policy.levels, have_read_all=have_read_all)
+    if grounds is None:
+        barred = any(book.is_barred(namespace, reader, level, bound) for level in policy.levels)
+        return Reason.BREAKER if barred else Reason.UNCALIBRATED
+    return accept(grounds, bound) or Reason.BOUND
 
 
 class Replayed(Protocol):

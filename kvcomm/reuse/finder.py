@@ -193,9 +193,10 @@ class MoveFinder:
 
 def _best(each: Occurrence, known: Sequence[Rendition], neighbor: Rendition | None) -> Rendition | None:
     """See the top of this file; `neighbor`: what the slot behind is taken from."""
+    wanted = _texts(each.before)
 
     def rank(rendition: Rendition) -> tuple[int, bool, bool, float, int, float]:
-        num_unread = len(_texts(each.before) - _texts(rendition.before))
+        num_unread = len(wanted - _texts(rendition.before))
         is_apart = neighbor is None or rendition.context is not neighbor.context
         is_approximate = rendition.fidelity is not Fidelity.EXACT
         way = abs(rendition.start - each.start)

@@ -17,7 +17,7 @@ from kvcomm.align.calibration import Measured, Pair, sources_of
 from kvcomm.align.estimators import Correction
 from kvcomm.align.ladder import Rung
 from kvcomm.align.levels import ReaderBook
-from kvcomm.align.moves import Move
+from kvcomm.align.moves import Move, edges_of
 from kvcomm.align.ops.contract import LayerStore
 from kvcomm.align.spans import place_of
 from kvcomm.errors import InvalidRequest
@@ -265,7 +265,8 @@ class Learner:
     ) -> Generator[None, None, Measurement]:
         with self._lock:
             names = dict.fromkeys(rung.estimator for rung in rungs)
-            found = {name: self._planner.corrections(trial.namespace, name, case.moves) for name in names}
+            edges = edges_of(case.moves)
+            found = {name: self._planner.corrections(trial.namespace, name, edges) for name in names}
             known: Mapping[str, Sequence[Correction]] = {name: each for name, each in found.items() if each is not None}
             weights = self._book.heads(trial.namespace).weights
         return (yield from self._trials.replayer.measure(case, exact, rungs, known, weights))

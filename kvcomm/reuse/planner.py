@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import sources_of
+from kvcomm.align.edges import Edge
 from kvcomm.align.estimators import Correction, Estimator
 from kvcomm.align.ladder import Ladder, Rung
 from kvcomm.align.levels import ReaderBook
-from kvcomm.align.moves import Move, num_moved
+from kvcomm.align.moves import Move, edges_of, num_moved
 from kvcomm.align.readers import Reader, reader_of
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.pool import PageIds
@@ -24,9 +25,10 @@ from kvcomm.memory.segments import Segment
 from kvcomm.reuse.asked import Asked
 from kvcomm.reuse.attempt import Attempt, Prompt, Tools, passes_of
 from kvcomm.reuse.cost import ReuseCost
-from kvcomm.reuse.decision import Acceptance, accept
+from kvcomm.reuse.decision import Acceptance, decide
 from kvcomm.reuse.finder import MoveFinder
 from kvcomm.reuse.plan import Explanation, Plan, Reason, plan_of
+from kvcomm.values import told
 
 MAX_SOURCE_RISK = 2.0
 """Of what the caller accepts. Risks are what most prompts stay well below, and along generations they add up; what a
@@ -145,22 +147,22 @@ class Planner:
             if asked.attempt is not None and asked.attempt.holds_sources:
                 yield from (move.source_pages for move in asked.attempt.moves)
 
-    def corrections(self, namespace: str, estimator: str, moves: Sequence[Move]) -> tuple[Correction, ...] | None:
-        """What is known about each move's edge; None if about one of them nothing is, or about none more than turning.
+    def corrections(self, namespace: str, estimator: str, edges: Sequence[Edge]) -> tuple[Correction, ...] | None:
+        """What is known about each edge; None if about one of them nothing is, or about none more than turning.
 
         Estimators that learn correct nothing between slots of one row; where that is all there is, they are no other
         way than turning.
         """
         chosen = self.estimators[estimator]
-        found = [chosen.correction(namespace, move.edge) for move in moves]
+        found = [chosen.correction(namespace, edge) for edge in edges]
         known = tuple(each for each in found if each is not None)
-        if len(known) < len(moves) or not any(chosen.corrects(move.edge) for move in moves):
-            return None
-        return known
+        return known if len(known) == len(edges) and any(map(chosen.corrects, edges)) else None
 
     def require_known(self, rungs: Iterable[Rung]) -> None:
         """Raises InvalidRequest for a rung whose estimator or chooser this engine does not have."""
         for rung in rungs:
+            if not isinstance(rung, Rung):
+                raise InvalidRequest(f'a rung must be a Rung, such as Rung("token", 0.3), not {told(rung)}')
             for what, name, known in (
                 ("estimator", rung.estimator, self.estimators),
                 ("chooser", rung.chooser, self._tools.choosers),
@@ -206,43 +208,34 @@ class Planner:
 
     def _decide(self, asked: Asked, reader: Reader, moves: Sequence[Move]) -> Decision:
         if asked.rung is not None:
-            corrections = self.corrections(asked.namespace, asked.rung.estimator, moves)
+            corrections = self.corrections(asked.namespace, asked.rung.estimator, edges_of(moves))
             return Decision(reason=Reason.NO_ANCHORS) if corrections is None else Decision(corrections, asked.rung)
-        policy = asked.policy
-        bound = Bound(policy.max_divergence, policy.delta)
         if not asked.is_trial:
             self.book.standing(asked.namespace, reader).num_requests += 1
         usable = self._usable(asked, moves)
-        if not usable:
-            return Decision(reason=Reason.NO_ANCHORS)
-        grounds = self.book.grounds(
-            asked.namespace, reader, usable, bound, policy.levels, have_read_all=sources_of(moves).have_read_all
-        )
-        if grounds is None:
-            return Decision(reason=self._why_no_grounds(asked, reader, bound))
-        accepted = accept(grounds, bound)
-        if accepted is None:
-            return Decision(reason=Reason.BOUND)
+        have_read_all = sources_of(moves).have_read_all
+        accepted = decide(self.book, asked.namespace, reader, usable, asked.policy, have_read_all=have_read_all)
+        if isinstance(accepted, Reason):
+            return Decision(reason=accepted)
         passes = passes_of(moves, accepted.rung.share, asked.num_prompt_tokens)
         num_exact = asked.sequence.num_computed
         if not self._cost.is_worth_it(passes, num_moved(moves), num_exact, asked.num_prompt_tokens):
             return Decision(reason=Reason.COST)
-        return Decision(usable[grounds.calibration.ladder], accepted)
+        return Decision(usable[accepted.ladder], accepted)
 
     def _usable(self, asked: Asked, moves: Sequence[Move]) -> dict[Ladder, tuple[Correction, ...]]:
         """The caller's ladders whose estimator knows enough about every move, and what it knows."""
         found = {
-            ladder: self.corrections(asked.namespace, ladder[0].estimator, moves) for ladder in asked.policy.ladders
+            ladder: self.corrections(asked.namespace, ladder[0].estimator, edges_of(moves))
+            for ladder in asked.policy.ladders
         }
         return {ladder: known for ladder, known in found.items() if known is not None}
 
-    def _why_no_grounds(self, asked: Asked, reader: Reader, bound: Bound) -> Reason:
-        policy = asked.policy
-        barred = any(self.book.is_barred(asked.namespace, reader, level, bound) for level in policy.levels)
-        return Reason.BREAKER if barred else Reason.UNCALIBRATED
-
     def _has_grounds(self, asked: Asked) -> bool:
+        """Whether any pairs would decide about it, whatever its sources have read."""
         policy = asked.policy
-        bound = Bound(policy.max_divergence, policy.delta)
-        reader = reader_of(asked.segments)
-        return self.book.grounds(asked.namespace, reader, policy.ladders, bound, policy.levels) is not None
+        bound, reader = Bound(policy.max_divergence, policy.delta), reader_of(asked.segments)
+        return any(
+            self.book.grounds(asked.namespace, reader, policy.ladders, bound, policy.levels, have_read_all=read_all)
+            for read_all in (True, False)
+        )

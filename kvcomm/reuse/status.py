@@ -13,17 +13,16 @@ from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import pairs_needed
 from kvcomm.align.edges import Edge
 from kvcomm.align.estimators import TokenEstimator
-from kvcomm.align.ladder import Ladder
 from kvcomm.align.levels import Level, Standing
 from kvcomm.align.readers import Reader
 from kvcomm.plain import Plain
-from kvcomm.reuse.decision import Acceptance, accept
+from kvcomm.reuse.decision import Acceptance, decide
 from kvcomm.reuse.parts import ReuseParts
 from kvcomm.reuse.plan import Reason
 from kvcomm.reuse.policy import ReusePolicy
 
-ANY_EDGE = Edge("", "", "", "")
-"""Stands for the edges of a reader of which none is known."""
+ANY_EDGE = Edge("some source", "some target", "", "")
+"""Stands for the edges of a reader of which none is known: between different contexts, and without anchors."""
 NUM_DIGITS = 12
 """Of a reader's digest, shown."""
 
@@ -166,11 +165,12 @@ def status_of(parts: ReuseParts, namespace: str, reader: Reader, policy: ReusePo
     have_read_all = None if latest is None else latest.sources.have_read_all
     edges = edges_to(parts, namespace, reader)
     bound = policy.bound
-    accepted, reason = None, None
+    following: Acceptance | Reason | None = None
     levels: tuple[LevelStatus, ...] = ()
     if bound is not None:
-        accepted, reason = _next(parts, namespace, reader, policy, bound, edges, have_read_all)
+        following = _next(parts, namespace, reader, policy, edges, have_read_all)
         levels = tuple(_levels(parts, namespace, reader, policy, bound, have_read_all))
+    accepted = following if isinstance(following, Acceptance) else None
     return ReaderStatus(
         reader=reader.digest,
         slots=reader.slots,
@@ -179,7 +179,7 @@ def status_of(parts: ReuseParts, namespace: str, reader: Reader, policy: ReusePo
         rung=None if accepted is None else str(accepted.rung),
         share=None if accepted is None else accepted.rung.share,
         predicted=None if accepted is None else accepted.predicted,
-        reason=reason,
+        reason=following if isinstance(following, Reason) else None,
         levels=levels,
         edges=tuple(_edge(parts, namespace, edge) for edge in edges),
         num_requests=found.num_requests,
@@ -230,24 +230,16 @@ def _next(
     namespace: str,
     reader: Reader,
     policy: ReusePolicy,
-    bound: Bound,
     edges: Sequence[Edge],
     have_read_all: bool | None,
-) -> tuple[Acceptance | None, Reason | None]:
+) -> Acceptance | Reason:
     """What a request would be served with that takes its text by these edges, or why it would be computed."""
-    if parts.planner.immovable:
-        return None, Reason.IMMOVABLE
-    usable = [ladder for ladder in policy.ladders if _is_usable(parts, namespace, ladder, edges)]
-    if not usable:
-        return None, Reason.NO_ANCHORS
-    grounds = parts.book.grounds(namespace, reader, usable, bound, policy.levels, have_read_all=have_read_all)
-    if grounds is None:
-        barred = any(parts.book.is_barred(namespace, reader, level, bound) for level in policy.levels)
-        return None, Reason.BREAKER if barred else Reason.UNCALIBRATED
-    accepted = accept(grounds, bound)
-    return accepted, Reason.BOUND if accepted is None else None
-
-
-def _is_usable(parts: ReuseParts, namespace: str, ladder: Ladder, edges: Sequence[Edge]) -> bool:
-    estimator = parts.estimators[ladder[0].estimator]
-    return all(estimator.correction(namespace, edge) is not None for edge in edges or (ANY_EDGE,))
+    planner = parts.planner
+    if planner.immovable:
+        return Reason.IMMOVABLE
+    usable = [
+        ladder
+        for ladder in policy.ladders
+        if planner.corrections(namespace, ladder[0].estimator, edges or [ANY_EDGE]) is not None
+    ]
+    return decide(parts.book, namespace, reader, usable, policy, have_read_all=have_read_all)

@@ -26,6 +26,7 @@ from kvcomm.reuse.cost import CostModel
 from tests.engine.conftest import greedy, some_tokens
 from tests.limits import PATIENCE_S
 from tests.reuse.reading import LOOSE, ROLE_A, ROLE_B, SAMPLING, TAIL, TOKEN, ask, earn, prompt, tokens_of
+from tests.tiny import TinyModel
 
 LOOKING = replace(LOOSE, rungs=(Rung("token", 0.3),))
 """A rung that looks at the prompt's end before it chooses."""
@@ -223,3 +224,19 @@ def test_a_machine_that_cannot_be_measured_computes_everything(learning: Engine)
         assert served.usage.reasons["cost"] == 90
         assert list(served.token_ids) == greedy(learning.model, tokens_of(prompt(ROLE_B, seed)), 8)
     assert calls == [1]
+
+
+@pytest.mark.parametrize("prior", ["prior.json", "", 3, {}])
+def test_a_prior_that_is_none(shared_model: TinyModel, prior: object) -> None:
+    with pytest.raises(InvalidRequest, match=r"prior must be a Prior, as .*read_prior\(file\) gives"):
+        Engine(shared_model.model, shared_model.tokenizer, prior=prior)  # type: ignore[arg-type]  # that is tested
+
+
+@pytest.mark.parametrize("rung", ["token", 0.3, None])
+def test_a_rung_that_is_none(engine: Engine, rung: object) -> None:
+    prompt = [Segment((1, 2, 3), "text"), Segment((4, 5))]
+    with pytest.raises(InvalidRequest, match="a rung must be a Rung"):
+        engine.measure(prompt, [1], [rung])  # type: ignore[list-item]  # that is tested
+    if rung is not None:
+        with pytest.raises(InvalidRequest, match="a rung must be a Rung"):
+            engine.generate(prompt, rung=rung)  # type: ignore[arg-type]

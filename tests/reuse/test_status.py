@@ -201,3 +201,12 @@ def test_a_bar_is_shown_where_it_is_asked_for(engine: Engine, capsys: pytest.Cap
     assert capsys.readouterr().err == ""
     engine.warm([whole(1)], LOOSE, progress=True)
     assert "learning from examples" in capsys.readouterr().err
+
+
+def test_a_reader_without_anchors_is_told_of_no_corrected_rung(engine: Engine) -> None:
+    """Bug: nobody's edges looked like those within a row of documents, which need no anchors."""
+    add(engine, reader_of(whole(0)), *[pair(turned=0.0, corrected=0.0)] * 20)
+    unknown, corrected = whole(0, template=2), ReusePolicy(0.1, 0.9, rungs=CORRECTED)
+    status = engine.reuse_status(unknown)
+    assert (status.level, status.rung) == (Level.POOL, str(TURNED[-1]))
+    assert engine.reuse_status(unknown, policy=corrected).reason is Reason.NO_ANCHORS
