@@ -161,9 +161,10 @@ def _bar_line(name: str, tokens: Tokens, bar_width: int, symbols: Symbols, with_
 
 
 def bar_lengths(tokens: Tokens, width: int) -> list[int]:
-    """Characters of a bar for each kind of token: `width` in all, and one at least for what there is any of."""
+    """Characters of a bar for each kind of token: `width`, 3 or more, in all; one at least for what there is any of."""
     lengths = [max(1, round(share * width)) if share else 0 for share in tokens.shares]
-    lengths[lengths.index(max(lengths))] += width - sum(lengths)
+    while sum(lengths) != width:  # what rounding left over or took too much: one by one, so that nothing vanishes
+        lengths[lengths.index(max(lengths))] += 1 if sum(lengths) < width else -1
     return lengths
 
 
