@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvcomm.align.estimators import Correction
 from kvcomm.align.ladder import Rung, moved_positions
 from kvcomm.align.moves import edges_of
 from kvcomm.align.spans import layer_stores
@@ -23,9 +22,8 @@ from kvcomm.engine.engine import DEFAULT_TENANT, Engine
 from kvcomm.engine.prompts import Prompt
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.sequences import Sequence as KVSequence
-from kvcomm.model.attention.contract import IntArray
 from kvcomm.reuse.policy import ReusePolicy
-from kvcomm.reuse.replay import Case, Look, assemble, computed_stretches
+from kvcomm.reuse.replay import Case
 from kvcomm.reuse.trials import Trial
 
 
@@ -107,32 +105,22 @@ class _Dissector:
         trials, replayer = self._reuse.trials, self._reuse.replayer
         yield from trials.complete(trial)
         case = trials.case(trial, answer, trial.moves)
-        exact = replayer.exact(case).log_probs
+        exact = replayer.exact(case)
         yield
-        found: list[Anatomy | None] = []
-        looks: dict[str, Look] = {}
-        for rung in rungs if case.moves else ():
-            with trials.lock:
-                known = self._reuse.planner.corrections(trial.namespace, rung.estimator, edges_of(case.moves))
-                weights = self._reuse.book.heads(trial.namespace).weights
-            if known is None:
-                found.append(None)
-                continue
-            if rung.share and replayer.choosers[rung.chooser].looks and rung.estimator not in looks:
-                looks[rung.estimator] = replayer.look(case, known)
-                yield
-            recomputed = replayer.recomputed(case, rung, looks.get(rung.estimator), weights)
-            found.append(self._anatomy(case, exact, known, recomputed))
-            yield
-        return Dissection(exact, tuple(found))
+        found: dict[Rung, Anatomy] = {}
 
-    def _anatomy(self, case: Case, exact: Tensor, known: Sequence[Correction], recomputed: IntArray) -> Anatomy:
-        forced, moves, replayer = case.forced, case.moves, self._reuse.replayer
-        sequence = KVSequence(self._memory.pool, forced)
-        with replayer.borrowed(sequence, case.sequence, moves[0].start, 0):
-            assemble(self._memory, self._layers, sequence, moves, known, with_errors=False)
-            reused = replayer.log_probs(case, sequence, computed_stretches(moves, recomputed, len(forced)))
-            errors = self._errors(case, sequence)
+        def take_apart(rung: Rung, sequence: KVSequence, reused: Tensor) -> None:
+            found[rung] = self._anatomy(case, exact.log_probs, sequence, reused)
+
+        if case.moves:
+            with trials.lock:
+                known = self._reuse.planner.known(trial.namespace, rungs, edges_of(case.moves))
+                weights = self._reuse.book.heads(trial.namespace).weights
+            yield from replayer.measure(case, exact, rungs, known, weights, take_apart)
+        return Dissection(exact.log_probs, tuple(found.get(rung) for rung in rungs) if case.moves else ())
+
+    def _anatomy(self, case: Case, exact: Tensor, sequence: KVSequence, reused: Tensor) -> Anatomy:
+        errors = self._errors(case, sequence)
         divergences = (exact.exp() * (exact - reused)).sum(-1).tolist()
         return Anatomy(
             tuple(each if math.isfinite(each) else math.inf for each in divergences),

@@ -38,7 +38,7 @@ from kvcomm.reuse.choosing import Chooser, View
 from kvcomm.reuse.decision import Acceptance
 from kvcomm.reuse.finder import parts_of
 from kvcomm.reuse.plan import ApproximationReport, Part, Plan, Reason, plan_of
-from kvcomm.reuse.replay import NOTHING, assemble, computed_stretches
+from kvcomm.reuse.replay import NOTHING, assemble, computed_stretches, rung_stretches
 
 logger = logging.getLogger("kvcomm.engine")
 
@@ -287,12 +287,10 @@ class Attempt:
         return (self.rung,) if self.acceptance is None else self.acceptance.ladder[self.acceptance.index :: -1]
 
     def _climb(self, reason: Reason) -> ToCompute:
-        """Compute the tokens of the rung, for a reason, and what stands behind the first of them once more."""
-        plan = self._plan(reason)
-        first = int(self._choices[self.rung].positions[0])
-        behind = tuple((max(start, first), end) for start, end in plan.stretches if end > first)
+        """Compute the tokens of the rung, for a reason, and what stands behind all moved text once more."""
+        stretches = rung_stretches(self.moves, self._choices[self.rung].positions, self.prompt.num_tokens)
         # Nothing behind the first moved token counts before the rung is computed: a fork must not take it along.
-        return ToCompute(plan, behind, self.moves[0].start, self.moves[0].start)
+        return ToCompute(self._plan(reason), tuple(stretches), self.moves[0].start, self.moves[0].start)
 
     def _plan(self, reason: Reason) -> Plan:
         """`reason`: why moved tokens are computed after all."""
@@ -311,7 +309,7 @@ def passes_of(moves: Sequence[Move], share: float, num_tokens: int) -> list[list
     passes = [computed_stretches(moves, NOTHING, num_tokens)]
     if count:
         spread = positions[np.linspace(0, len(positions) - 1, count).astype(np.int64)]
-        passes.append(computed_stretches(moves, spread, num_tokens))
+        passes.append(rung_stretches(moves, spread, num_tokens))
     return passes
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LOAN_S = 60.0
+LOAN_S = 15.0
 """Seconds of work beforehand: what is learned first pays longest."""
 OVERDUE_S = 1.0
 """Seconds of learning that may pile up before first tokens wait for it."""

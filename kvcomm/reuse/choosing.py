@@ -51,7 +51,7 @@ class Chooser(Protocol):
     def choose(self, view: View, share: float) -> IntArray:
         """Positions to compute, ascending; at most `share` of the moved tokens.
 
-        Costlier shares should hold all of cheaper ones.
+        Costlier shares hold all of cheaper ones.
         """
         ...
 

@@ -9,12 +9,11 @@ is known changes under it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 
 from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import Measured, Pair, sources_of
-from kvcomm.align.estimators import Correction
 from kvcomm.align.ladder import Rung
 from kvcomm.align.levels import ReaderBook
 from kvcomm.align.moves import Move, edges_of
@@ -264,10 +263,7 @@ class Learner:
         self, trial: Trial, case: Case, exact: Exact, rungs: Sequence[Rung]
     ) -> Generator[None, None, Measurement]:
         with self._lock:
-            names = dict.fromkeys(rung.estimator for rung in rungs)
-            edges = edges_of(case.moves)
-            found = {name: self._planner.corrections(trial.namespace, name, edges) for name in names}
-            known: Mapping[str, Sequence[Correction]] = {name: each for name, each in found.items() if each is not None}
+            known = self._planner.known(trial.namespace, rungs, edges_of(case.moves))
             weights = self._book.heads(trial.namespace).weights
         return (yield from self._trials.replayer.measure(case, exact, rungs, known, weights))
 

@@ -158,6 +158,12 @@ class Planner:
         known = tuple(each for each in found if each is not None)
         return known if len(known) == len(edges) and any(map(chosen.corrects, edges)) else None
 
+    def known(self, namespace: str, rungs: Iterable[Rung], edges: Sequence[Edge]) -> dict[str, tuple[Correction, ...]]:
+        """`corrections` by estimator of the rungs, of those that have any."""
+        names = dict.fromkeys(rung.estimator for rung in rungs)
+        found = {name: self.corrections(namespace, name, edges) for name in names}
+        return {name: each for name, each in found.items() if each is not None}
+
     def require_known(self, rungs: Iterable[Rung]) -> None:
         """Raises InvalidRequest for a rung whose estimator or chooser this engine does not have."""
         for rung in rungs:
@@ -225,11 +231,8 @@ class Planner:
 
     def _usable(self, asked: Asked, moves: Sequence[Move]) -> dict[Ladder, tuple[Correction, ...]]:
         """The caller's ladders whose estimator knows enough about every move, and what it knows."""
-        found = {
-            ladder: self.corrections(asked.namespace, ladder[0].estimator, edges_of(moves))
-            for ladder in asked.policy.ladders
-        }
-        return {ladder: known for ladder, known in found.items() if known is not None}
+        known = self.known(asked.namespace, asked.policy.rungs, edges_of(moves))
+        return {ladder: known[ladder[0].estimator] for ladder in asked.policy.ladders if ladder[0].estimator in known}
 
     def _has_grounds(self, asked: Asked) -> bool:
         """Whether any pairs would decide about it, whatever its sources have read."""

@@ -8,7 +8,7 @@ calibration, for audits and for measurements, always on the engine's thread and 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from threading import RLock
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvcomm.align.attention_mass import AttentionMass, damaged_layers, looking_layers, looking_rows
@@ -131,6 +132,10 @@ class Measurement(NamedTuple):
     looks: dict[str, Look]
 
 
+OnRung = Callable[[Rung, KVSequence, Tensor], None]
+"""Told of a rung, the scratch copy as the rung leaves it, and its log-probabilities."""
+
+
 class Replayer:
     """Computes exact and moved twins of a case."""
 
@@ -188,79 +193,45 @@ class Replayer:
         rungs: Sequence[Rung],
         corrections: Mapping[str, Sequence[Correction]],
         head_weights: Sequence[float] | None,
+        on_rung: OnRung = lambda rung, sequence, log_probs: None,
     ) -> Generator[None, None, Measurement]:
         """What every rung gives on a case, pass by pass; those of estimators without corrections are left out.
 
         Raises:
             PoolExhausted: no pages for a scratch copy.
         """
-        looks: dict[str, Look] = {}
-        outcomes: dict[Rung, Outcome] = {}
+        found = Measurement({}, {})
         wanted = [rung for rung in rungs if rung.estimator in corrections]
-        for rung in sorted(wanted, key=lambda each: each.share):  # where nothing is computed, rungs above look, too
-            known = corrections[rung.estimator]
-            if rung.share and self.choosers[rung.chooser].looks and rung.estimator not in looks:
-                looks[rung.estimator] = self.look(case, known)
+        for estimator, name in dict.fromkeys((rung.estimator, rung.chooser) for rung in wanted):
+            ladder = [rung for rung in wanted if (rung.estimator, rung.chooser) == (estimator, name)]
+            replay = _Replay(self, case, exact.log_probs, corrections[estimator], self.choosers[name], on_rung)
+            if self.choosers[name].looks:
+                yield from replay.climb(sorted(ladder, key=lambda rung: rung.share), head_weights, found)
+                continue
+            for rung in ladder:
+                found.outcomes[rung] = replay.at_once(rung)
                 yield
-            recomputed = self.recomputed(case, rung, looks.get(rung.estimator), head_weights)
-            outcomes[rung], look = self.moved(case, exact.log_probs, known, recomputed, looks=not rung.share)
-            if look is not None:
-                looks[rung.estimator] = look
-            yield
-        return Measurement(outcomes, looks)
+        return found
 
-    def recomputed(self, case: Case, rung: Rung, look: Look | None, head_weights: Sequence[float] | None) -> IntArray:
-        """The moved positions that a rung computes after all, ascending.
-
-        Args:
-            look: by what it chooses, if its chooser looks.
-        """
-        if not rung.share:
-            return NOTHING
-        scores = None if look is None else look.scores(head_weights)
-        view = View(case.moves, case.moves[0].start, case.sequence, scores, exact=case.sequence)
-        return self.choosers[rung.chooser].choose(view, rung.share)
-
-    def moved(
-        self, case: Case, exact: Tensor, corrections: Sequence[Correction], recomputed: IntArray, *, looks: bool
-    ) -> tuple[Outcome, Look | None]:
-        """What is left of the exact log-probabilities with the case's moves moved, but for the positions `recomputed`.
-
-        Args:
-            looks: whether to see by what rungs choose, too.
-
-        Raises:
-            PoolExhausted: no pages for the scratch copy.
-        """
-        forced, moves = case.forced, case.moves
-        mass = self._tail_mass(case) if looks else None
-        with self._scratch(case, forced, moves[0].start) as sequence:
-            written = assemble(self._memory, self._layers, sequence, moves, corrections, with_errors=looks)
-            probes = Probes(self._pool, self._layers, sequence.pages, recomputed) if len(recomputed) else None
-            got = self.log_probs(case, sequence, computed_stretches(moves, recomputed, len(forced)), mass)
-            residual = None if probes is None else probes.residual()
-        agreement = (exact.argmax(-1) == got.argmax(-1)).float().mean()
-        outcome = Outcome(divergence_of(exact, got), float(agreement), written.distance, residual, len(recomputed))
-        if mass is None or written.errors is None:
-            return outcome, None
-        return outcome, Look(_by_head(mass, moves), written.errors)
-
-    def look(self, case: Case, corrections: Sequence[Correction]) -> Look:
-        """What the prompt's tail attends to when all is moved: a pass over glue and tail.
-
-        Raises:
-            PoolExhausted: no pages for the scratch copy.
-        """
-        end, moves, mass = case.num_prompt, case.moves, self._tail_mass(case)
-        with self._scratch(case, case.sequence.token_ids[:end], moves[0].start) as sequence:
-            written = assemble(self._memory, self._layers, sequence, moves, corrections, with_errors=True)
-            self._forward(sequence, computed_stretches(moves, NOTHING, end), 1, mass)
-        assert written.errors is not None
-        return Look(_by_head(mass, moves), written.errors)
-
-    def _tail_mass(self, case: Case) -> AttentionMass:
+    def tail_mass(self, case: Case) -> AttentionMass:
+        """Takes in what the prompt's tail attends to."""
         rows = looking_rows(case.moves[-1].end, case.num_prompt)
         return AttentionMass(self._layers, looking_layers(len(self._layers)), *rows)
+
+    @contextmanager
+    def moved(
+        self, case: Case, corrections: Sequence[Correction], *, with_errors: bool
+    ) -> Iterator[tuple[KVSequence, Written]]:
+        """A scratch copy with the case's moves moved; behind the first of them nothing else is computed."""
+        with self._scratch(case, case.forced, case.moves[0].start) as sequence:
+            yield (
+                sequence,
+                assemble(self._memory, self._layers, sequence, case.moves, corrections, with_errors=with_errors),
+            )
+
+    def probes(self, sequence: KVSequence, positions: IntArray) -> Probes | None:
+        """The estimates that stand at some positions; None for no positions."""
+        return Probes(self._pool, self._layers, sequence.pages, positions) if len(positions) else None
 
     def served(self, case: Case, exact: Tensor) -> float:
         """Divergence of a sequence as it is, moved KV and all, from the exact log-probabilities."""
@@ -365,6 +336,72 @@ class Replayer:
         return self._runner.forward(runs, watch=watch)
 
 
+@dataclass(frozen=True, eq=False)
+class _Replay:
+    """One case moved by one estimator, and what chooses the tokens that are computed after all.
+
+    Attributes:
+        exact: log-probabilities.
+        corrections: one per move.
+    """
+
+    replayer: Replayer
+    case: Case
+    exact: Tensor
+    corrections: Sequence[Correction]
+    chooser: Chooser
+    on_rung: OnRung
+
+    def climb(self, ladder: Sequence[Rung], head_weights: Sequence[float] | None, found: Measurement) -> Steps:
+        """As a request does it: a first pass that looks, then rung by rung, the cheapest first, into what is found.
+
+        A rung computes all tokens of those before it, so what these left behind does not show.
+        """
+        replayer, case = self.replayer, self.case
+        with replayer.moved(case, self.corrections, with_errors=True) as (sequence, written):
+            mass = replayer.tail_mass(case)
+            log_probs = replayer.log_probs(case, sequence, self._first(NOTHING), mass)
+            yield
+            scores = None
+            if written.errors is not None:
+                look = found.looks[ladder[0].estimator] = Look(_by_head(mass, case.moves), written.errors)
+                scores = look.scores(head_weights)
+            chosen = [self._choose(rung, scores) for rung in ladder]
+            probes = [replayer.probes(sequence, positions) for positions in chosen]
+            for rung, positions, probe in zip(ladder, chosen, probes, strict=True):
+                if len(positions):
+                    stretches = rung_stretches(case.moves, positions, sequence.num_tokens)
+                    log_probs = replayer.log_probs(case, sequence, stretches)
+                    yield
+                found.outcomes[rung] = self._outcome(log_probs, written, probe, len(positions))
+                self.on_rung(rung, sequence, log_probs)
+
+    def at_once(self, rung: Rung) -> Outcome:
+        """With a chooser that need not look: one pass."""
+        replayer, positions = self.replayer, self._choose(rung, None)
+        with replayer.moved(self.case, self.corrections, with_errors=False) as (sequence, written):
+            probes = replayer.probes(sequence, positions)
+            log_probs = replayer.log_probs(self.case, sequence, self._first(positions))
+            self.on_rung(rung, sequence, log_probs)
+            return self._outcome(log_probs, written, probes, len(positions))
+
+    def _first(self, positions: IntArray) -> list[tuple[int, int]]:
+        return computed_stretches(self.case.moves, positions, len(self.case.forced))
+
+    def _choose(self, rung: Rung, scores: Tensor | None) -> IntArray:
+        """The moved positions that a rung computes after all, ascending."""
+        if not rung.share:
+            return NOTHING
+        case = self.case
+        view = View(case.moves, case.moves[0].start, case.sequence, scores, exact=case.sequence)
+        return self.chooser.choose(view, rung.share)
+
+    def _outcome(self, log_probs: Tensor, written: Written, probes: Probes | None, num_recomputed: int) -> Outcome:
+        agreement = float((self.exact.argmax(-1) == log_probs.argmax(-1)).float().mean())
+        residual = None if probes is None else probes.residual()
+        return Outcome(divergence_of(self.exact, log_probs), agreement, written.distance, residual, num_recomputed)
+
+
 def _by_head(mass: AttentionMass, moves: Sequence[Move]) -> Tensor:
     """[num_heads, number of moved tokens]."""
     return mass.by_head(torch.from_numpy(moved_positions(moves)).long())
@@ -401,5 +438,21 @@ def computed_stretches(moves: Sequence[Move], recomputed: IntArray, num_tokens: 
     for move in moves:
         computed[move.start : move.end] = False
     computed[recomputed] = True
+    return _stretches(computed)
+
+
+def rung_stretches(moves: Sequence[Move], recomputed: IntArray, num_tokens: int) -> list[tuple[int, int]]:
+    """`[start, end)` of what a rung computes behind a first pass: its tokens, and all behind the last move once more.
+
+    What stands between moves stays as the first pass left it. Computing that once more, too, takes nothing off the
+    divergence that would be worth its time.
+    """
+    computed = np.zeros(num_tokens, dtype=bool)
+    computed[recomputed] = True
+    computed[moves[-1].end :] = True
+    return _stretches(computed)
+
+
+def _stretches(computed: NDArray[np.bool_]) -> list[tuple[int, int]]:
     edges = np.flatnonzero(np.diff(np.concatenate(([False], computed, [False])).astype(np.int8)))
     return [(int(start), int(end)) for start, end in zip(edges[::2], edges[1::2], strict=True)]
