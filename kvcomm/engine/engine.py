@@ -59,7 +59,7 @@ from kvcomm.model.loading import load_model
 from kvcomm.model.namespace import model_identity
 from kvcomm.model.runner import ModelRunner
 from kvcomm.plain import MAX_TEXT
-from kvcomm.reuse.budget import Budget
+from kvcomm.reuse.budget import KNOWN_LOAN_S, LOAN_S, Budget
 from kvcomm.reuse.lesson import Lesson
 from kvcomm.reuse.parts import ReuseParts
 from kvcomm.reuse.plan import Explanation
@@ -159,7 +159,7 @@ class Engine:
         self._chats = ChatPrompts(tokenizer, self.encoder, self._reader, self._texts)
         self._cached_pages: dict[str, int] = {}
         self._request_ids = itertools.count()
-        self._budget = Budget(self.config.learning_share)
+        self._budget = Budget(self.config.learning_share, LOAN_S if known is None else KNOWN_LOAN_S)
         self._loop = EngineLoop(self.scheduler, self.reuse.idle, self._budget, self.config.idle_after_s)
         self._exchange = KVExchange(self.memory, self.geometry, self._holdings, self.lock, self._loop.require_open)
         self._finalizer = weakref.finalize(self, EngineLoop.close, self._loop)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-LOAN_S = 15.0
-"""Seconds of work beforehand: what is learned first pays longest."""
+LOAN_S = 60.0
+"""Seconds of work beforehand, of which the share may be spent at once: what is learned first pays longest."""
+KNOWN_LOAN_S = 15.0
+"""The same where a prior lets text move before anything is learned."""
 OVERDUE_S = 1.0
 """Seconds of learning that may pile up before first tokens wait for it."""
 
@@ -15,11 +17,13 @@ class Budget:
         spent_s: of learning beside requests.
     """
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, share: float, loan_s: float = LOAN_S) -> None:
         """Args:
         share: of all time that is worked, in [0, 1); 0: nothing is learned while requests come.
+        loan_s: seconds that count as worked from the beginning.
         """
         self.share = share
+        self.loan_s = loan_s
         self.spent_s = 0.0
         self._served_s = 0.0
 
@@ -29,8 +33,8 @@ class Budget:
         Args:
             somebody_waits: for a first token. Then only what could not be spent for long is spent now.
         """
-        left_s = self.share * (self._served_s + self.spent_s + LOAN_S) - self.spent_s
-        return self.share > 0 and left_s > (LOAN_S * self.share + OVERDUE_S if somebody_waits else 0)
+        left_s = self.share * (self._served_s + self.spent_s + self.loan_s) - self.spent_s
+        return self.share > 0 and left_s > (self.loan_s * self.share + OVERDUE_S if somebody_waits else 0)
 
     def served(self, seconds: float) -> None:
         """Requests were worked on."""

@@ -5,23 +5,23 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcomm.reuse.budget import LOAN_S, OVERDUE_S, Budget
+from kvcomm.reuse.budget import KNOWN_LOAN_S, LOAN_S, OVERDUE_S, Budget
 
 seconds = st.floats(0, 30)
 steps = st.lists(st.tuples(seconds, st.floats(0.001, 2), st.booleans()), max_size=200)
 
 
-@given(steps, st.sampled_from([0.01, 0.1, 0.5, 0.9]))
-def test_the_share_is_kept_over_any_time(worked: list[tuple[float, float, bool]], share: float) -> None:
+@given(steps, st.sampled_from([0.01, 0.1, 0.5, 0.9]), st.sampled_from([0.0, KNOWN_LOAN_S, LOAN_S]))
+def test_the_share_is_kept_over_any_time(worked: list[tuple[float, float, bool]], share: float, loan_s: float) -> None:
     """But for what is lent beforehand, and the one step that goes over."""
-    budget, served_s, longest_s = Budget(share), 0.0, 0.0
+    budget, served_s, longest_s = Budget(share, loan_s), 0.0, 0.0
     for serving_s, learning_s, somebody_waits in worked:
         budget.served(serving_s)
         served_s += serving_s
         if budget.allows_more(somebody_waits):
             budget.learned(learning_s)
             longest_s = max(longest_s, learning_s)
-        assert budget.spent_s <= share * (served_s + budget.spent_s + LOAN_S) + longest_s + 1e-6
+        assert budget.spent_s <= share * (served_s + budget.spent_s + loan_s) + longest_s + 1e-6
 
 
 @given(steps)
