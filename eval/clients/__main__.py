@@ -2,10 +2,10 @@
 
     python -m eval.clients [--python PATH ...] [--client NAME ...] [--parts PART,...] [--model smollm2-135m] [--json]
 
-`clients`: each client runs its own documentation's hello against a real server: a tool (call, result, last answer, whole
-and streamed) and structured output. The model served recites what its chat template says, so that it calls (see
-`eval.clients.reciter`). `schemas`: answers of the real model to forty JSON schemas, validated. `overhead`: a masked step
-against a plain one. `likelihoods`: lm-evaluation-harness through HTTP against the same model in process.
+`clients`: each client runs its own documentation's hello against a real server: a tool (call, result, last answer;
+whole and streamed) and structured output. The model served recites what its chat template says, so that it calls (see
+`eval.clients.reciter`). `schemas`: answers of the real model to forty JSON schemas, validated. `overhead`: a masked
+step against a plain one. `likelihoods`: lm-evaluation-harness through HTTP against the same model in process.
 
 No single interpreter has all ten clients: some of them disagree about versions. --python names one and may come again;
 each client runs in the first that has it. This makes the two that have them all:

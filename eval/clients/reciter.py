@@ -102,7 +102,9 @@ class Reciter(PreTrainedModel, GenerationMixin):
         places = torch.arange(input_ids.shape[1])[None] if position_ids is None else position_ids
         token_ids, at = input_ids[0], places[0].float()
         wanted, speaks, found = self._where(token_ids, at, **settings)
-        ids = self.recited(SURENESS * clocks(wanted)[None], clocks(at)[None], _padded(token_ids.float())[None], **settings)
+        ids = self.recited(
+            SURENESS * clocks(wanted)[None], clocks(at)[None], _padded(token_ids.float())[None], **settings
+        )
         next_ids = torch.where(wanted < speaks, ids[:, 0, 0].round().long(), self.config.eos_token_id)
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         next_ids, found = next_ids[rows], found[rows]

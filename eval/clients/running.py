@@ -102,7 +102,9 @@ class Interpreter:
             run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=LIMIT_S, check=False)
         except subprocess.TimeoutExpired:
             return Hello(client, versions, [_failed(f"no answer within {LIMIT_S:.0f} s")])
-        checks = [Check(each["check"], each["error"], each["found"]) for each in map(json.loads, run.stdout.splitlines())]
+        checks = [
+            Check(each["check"], each["error"], each["found"]) for each in map(json.loads, run.stdout.splitlines())
+        ]
         if run.returncode != 0:
             checks.append(_failed(run.stderr.strip().rpartition("\n")[2] or f"ended with {run.returncode}"))
         return Hello(client, versions, checks)

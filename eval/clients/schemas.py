@@ -82,9 +82,7 @@ SCHEMAS: Mapping[str, Schema] = {
     "recursion": {
         "$ref": "#/$defs/node",
         "$defs": {
-            "node": _object(
-                name=WORD, children={"type": "array", "items": {"$ref": "#/$defs/leaf"}, "maxItems": 2}
-            ),
+            "node": _object(name=WORD, children={"type": "array", "items": {"$ref": "#/$defs/leaf"}, "maxItems": 2}),
             "leaf": {
                 "anyOf": [_object(name=WORD), _object(only={"$ref": "#/$defs/leaf"}, depth={"enum": [1, 2]})],
             },

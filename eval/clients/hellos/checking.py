@@ -4,7 +4,8 @@
 
 A check is a function that takes a `Server` and raises where something is not as the client's documentation has it. Its
 name begins with `tool` (a call, its result, a last answer) or `structured`. One JSON object a line on stdout tells how
-a check went, and what it returned. These files run by themselves, in interpreters that have the client and know nothing of kvcomm.
+a check went, and what it returned. These files run by themselves, in interpreters that have the client and know nothing
+of kvcomm.
 """
 
 from __future__ import annotations

@@ -41,7 +41,10 @@ def tool(server: Server) -> None:
     num_tokens = client.messages.count_tokens(model=server.model, messages=messages, tools=[TOOL]).input_tokens
     first = client.messages.create(messages=messages, **settings)
     assert first.stop_reason == "tool_use", first
-    assert num_tokens == first.usage.input_tokens + (first.usage.cache_read_input_tokens or 0), (num_tokens, first.usage)
+    assert num_tokens == first.usage.input_tokens + (first.usage.cache_read_input_tokens or 0), (
+        num_tokens,
+        first.usage,
+    )
     messages += [{"role": "assistant", "content": first.content}, {"role": "user", "content": []}]
     messages[-1]["content"] = results_of(first.content, weather)
     last = client.messages.create(messages=messages, **settings)

@@ -6,10 +6,10 @@ import os
 
 os.environ |= {"CREWAI_DISABLE_TELEMETRY": "true", "OTEL_SDK_DISABLED": "true", "CREWAI_TRACING_ENABLED": "false"}
 
-from checking import QUESTION, Server, Weather, main  # noqa: E402  # telemetry is switched off before
-from crewai import LLM, Agent, Crew, Task  # noqa: E402
-from crewai.tools import tool as as_tool  # noqa: E402
-from pydantic import BaseModel  # noqa: E402
+from checking import QUESTION, Server, Weather, main  # telemetry is switched off before
+from crewai import LLM, Agent, Crew, Task
+from crewai.tools import tool as as_tool
+from pydantic import BaseModel
 
 
 class City(BaseModel):
@@ -19,7 +19,7 @@ class City(BaseModel):
     country: str
 
 
-def kickoff(server: Server, weather: Weather | None, *, stream: bool = False, output: type[BaseModel] | None = None):  # noqa: ANN201
+def kickoff(server: Server, weather: Weather | None, *, stream: bool = False, output: type[BaseModel] | None = None):
     llm = LLM(model=f"hosted_vllm/{server.model}", base_url=server.url, api_key="unused", stream=stream)
     tools = [] if weather is None else [as_tool("get_weather")(weather.get_weather)]
     agent = Agent(role="meteorologist", goal="Tell the weather", backstory="You know it.", tools=tools, llm=llm)

@@ -72,7 +72,9 @@ def tool_streamed(server: Server) -> None:
             call["name"] += delta.function.name or ""
             call["arguments"] += delta.function.arguments or ""
     functions = [{"name": each["name"], "arguments": each["arguments"]} for each in calls.values()]
-    listed = [{"id": c["id"], "type": "function", "function": f} for c, f in zip(calls.values(), functions, strict=True)]
+    listed = [
+        {"id": c["id"], "type": "function", "function": f} for c, f in zip(calls.values(), functions, strict=True)
+    ]
     messages.append({"role": "assistant", "content": None, "tool_calls": listed})
     for call in calls.values():
         result = weather.get_weather(**json.loads(call["arguments"]))

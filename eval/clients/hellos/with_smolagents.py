@@ -39,7 +39,9 @@ def tool(server: Server) -> None:
 
 def tool_streamed(server: Server) -> None:
     weather = GetWeather()
-    agent = ToolCallingAgent(tools=[weather], model=model_of(server), max_steps=3, verbosity_level=0, stream_outputs=True)
+    agent = ToolCallingAgent(
+        tools=[weather], model=model_of(server), max_steps=3, verbosity_level=0, stream_outputs=True
+    )
     steps = list(agent.run(QUESTION, stream=True))
     assert weather.cities == ["Paris"], weather.cities
     assert any(isinstance(step, ChatMessageStreamDelta) for step in steps), steps
