@@ -29,8 +29,11 @@ class City(BaseModel):
 
 
 def models_of(server: Server) -> list[Model]:
-    client = AsyncOpenAI(base_url=server.url, api_key="unused", max_retries=0)
-    return [OpenAIResponsesModel(server.model, client), OpenAIChatCompletionsModel(server.model, client)]
+    """Each with a client of its own: one's connections do not outlive the event loop that made them."""
+    return [
+        each(server.model, AsyncOpenAI(base_url=server.url, api_key="unused", max_retries=0))
+        for each in (OpenAIResponsesModel, OpenAIChatCompletionsModel)
+    ]
 
 
 def agent_of(model: Model, weather: Weather) -> Agent:
