@@ -200,7 +200,14 @@ class Request:
         detokenizer = branch.detokenizer
         kept = branch.logprobs[: detokenizer.num_kept_tokens]
         logprobs = tuple(kept) if self.sampling.logprobs is not None else None
-        return Choice(branch.index, detokenizer.text, detokenizer.answer_ids, branch.finish_reason, logprobs)
+        return Choice(
+            branch.index,
+            detokenizer.text,
+            detokenizer.answer_ids,
+            branch.finish_reason,
+            logprobs,
+            stopped_by=detokenizer.stopped,
+        )
 
     def _usage(self) -> Usage:
         now, clock = time.monotonic(), self.clock

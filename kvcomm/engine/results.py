@@ -98,6 +98,7 @@ class Choice(Plain):
 
     Attributes:
         logprobs: of the tokens drawn, `logprobs[i]` of `token_ids[i]`; those tokenized anew have none.
+        stopped_by: the stop string that ended it, if one did.
     """
 
     index: int
@@ -105,6 +106,7 @@ class Choice(Plain):
     token_ids: tuple[int, ...]
     finish_reason: str
     logprobs: tuple[TokenLogprob, ...] | None
+    stopped_by: str | None = None
 
     def __repr__(self) -> str:
         return f"Choice({self.index}: {short(self.text)}, {len(self.token_ids)} tokens, {self.finish_reason})"

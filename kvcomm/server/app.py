@@ -27,6 +27,7 @@ from kvcomm.server import (
     stats,
 )
 from kvcomm.server.access import Door
+from kvcomm.server.anthropic import surface as messages
 from kvcomm.server.callers import Callers, cors_of
 from kvcomm.server.contexts import snapshot_surface as snapshots
 from kvcomm.server.contexts import surface as contexts
@@ -35,6 +36,7 @@ from kvcomm.server.draining import DrainedBodies
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.limits import BodyLimit
 from kvcomm.server.logs import RequestLog
+from kvcomm.server.responses import surface as responses
 from kvcomm.server.segments import cache
 from kvcomm.server.segments import surface as segments
 from kvcomm.server.settings import ServerSettings
@@ -49,6 +51,8 @@ SURFACES = (
     models.router,
     chat.router,
     completions.router,
+    responses.router,
+    messages.router,
     contexts.router,
     snapshots.router,
     segments.router,

@@ -80,13 +80,23 @@ class Call:
     deadline_s: float
     created: int = field(default_factory=lambda: int(time.time()))
     _running: list[_Running] = field(default_factory=list)
+    _completions: list[Completion] | None = None
     _leaving: list[asyncio.Task[None]] = field(default_factory=list)
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompts of its jobs."""
+        return sum(each.job.prompt.num_tokens for each in self._running)
 
     def take_turn(self, turn: Turn) -> Turn:
         """End a turn with this call."""
         self._stack.callback(turn.end)
         return turn
+
+    def at_end(self, work: Callable[[], object]) -> None:
+        """Do something when this call has ended, in whatever way."""
+        self._stack.callback(work)
 
     async def guard(self, work: Coroutine[Any, Any, T]) -> T:
         """Do some work, unless the client disconnects or the time is up; the engine's errors become answers.
@@ -161,11 +171,13 @@ class Call:
                 yield piece
 
     async def results(self) -> list[Completion]:
-        """The completions in the order of submission, once all jobs have ended.
+        """The completions in the order of submission, once all jobs have ended; the same when it is asked again.
 
         Raises:
             ApiError: what ended a job instead.
         """
+        if self._completions is not None:
+            return self._completions
         try:
             completions = [await each.handle.aresult() for each in self._running]
         except Exception as error:  # a job ends with whatever the model raised
@@ -181,6 +193,7 @@ class Call:
             self.notes.answered.append(Answered(each.submitted_ns, completion.usage))
         if self.state.settings.log_prompts:
             await self.state.workers.start(partial(self._note_texts, completions))
+        self._completions = completions
         return completions
 
     async def close(self) -> None:

@@ -52,7 +52,7 @@ class ServerState:
 
     def __post_init__(self) -> None:
         self.started_s = self.clock()
-        self.admission = Admission(self.settings, self._num_tenants)
+        self.admission = Admission(self.settings, self.num_tenants)
         self.tenants = Tenants(self.engine, self.settings, self.keys, self.clock)
         self.contexts = Contexts(self.engine, self.settings, self.clock)
         self.registries = SegmentRegistries(self.settings.max_segment_bytes, self.settings.max_segments)
@@ -61,7 +61,8 @@ class ServerState:
         self.workers = Workers(max_running, lambda: self.admission.kept_of(max_running))
         self.metrics = Metrics(self.engine, self.admission, self.workers.engine)
 
-    def _num_tenants(self) -> int:
+    def num_tenants(self) -> int:
+        """How many there may be at once: those with a key, or the one."""
         return 1 if self.keys is None else self.keys.num_tenants
 
     @cached_property
