@@ -5,9 +5,11 @@ How a model writes is found out from its chat template, by letting it render a c
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from kvcomm.toolcalls import mistral, plain_json, pythonic, tagged
@@ -46,8 +48,10 @@ class Format:
         markers: what may be special tokens, which the parser has to see.
         trigger: the text with which calls begin in the middle of an answer; None: they only stand at its beginning.
         shape: how a call looks, where a chat template does not show it; arguments are JSON.
+        declared: a response template for transformers' parser; then `make` is not used.
         make: a parser for an answer with these tools.
         new_id: an id of a call, as chat templates of this format take it.
+        write_arguments: an object of arguments as calls of this format have it.
     """
 
     name: str
@@ -56,6 +60,15 @@ class Format:
     shape: Shape
     make: Callable[[AnswerWriter, Tools], CallParser]
     new_id: NewId = new_id
+    write_arguments: Callable[[Mapping[str, Any]], str] = partial(json.dumps, ensure_ascii=False)
+    declared: Mapping[str, Any] | None = None
+
+    def written(self, calls: Sequence[tuple[str, Any]]) -> str:
+        """Calls in an earlier answer; arguments are an object, or what a model wrote instead of one."""
+        return self.shape.written([(name, self._arguments(each)) for name, each in calls])
+
+    def _arguments(self, arguments: Any) -> str:
+        return self.write_arguments(arguments) if isinstance(arguments, Mapping) else str(arguments)
 
 
 def names_of(tools: Tools) -> frozenset[str]:
@@ -111,17 +124,45 @@ PYTHONIC = Format(
     trigger=None,
     shape=Shape("[", "(", "), ", ")]"),
     make=lambda writer, tools: pythonic.PythonicParser(writer, parameters_of(tools)),
+    write_arguments=pythonic.written,
 )
-FORMATS: Mapping[str, Format] = {each.name: each for each in (HERMES, LLAMA3_JSON, MISTRAL, PYTHONIC)}
+QWEN3_XML = Format(
+    name="qwen3_xml",
+    markers=(),
+    trigger=tagged.OPEN,
+    shape=HERMES.shape,
+    make=HERMES.make,
+    declared={
+        "start_anchor": "<|im_start|>assistant\n",
+        "fields": {
+            "reasoning_content": {"open": "<think>", "close": "</think>"},
+            "tool_calls": {
+                "open_pattern": r"<tool_call>\s*<function=(?P<name>[^>\n]+)>",
+                "close_pattern": r"</function>\s*</tool_call>",
+                "repeats": True,
+                "content": "xml-inline",
+                "content_args": {
+                    "tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>",
+                },
+                "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+            },
+            "content": {},
+        },
+    },
+)
+FORMATS: Mapping[str, Format] = {each.name: each for each in (HERMES, LLAMA3_JSON, MISTRAL, PYTHONIC, QWEN3_XML)}
 """By the names that `--tool-parser` takes."""
+
+TRIGGERS = tuple({each.trigger: None for each in FORMATS.values() if each.trigger is not None})
+"""Texts that begin calls wherever they stand."""
 
 
 def format_of(written: str) -> Format | None:
     """The format of a rendered call, its name and arguments included; None: nobody knows it."""
-    if tagged.OPEN in written and '"name"' in written:
-        return HERMES
+    if tagged.OPEN in written:
+        return QWEN3_XML if "<function=" in written else HERMES if '"name"' in written else None
     if mistral.MARK in written:
         return MISTRAL
     if '{"name": "' in written or plain_json.MARK in written:
         return LLAMA3_JSON
-    return PYTHONIC if "([" not in written and "[" in written and "(" in written else None
+    return PYTHONIC if written.startswith("[") and "(" in written else None

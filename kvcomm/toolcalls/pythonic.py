@@ -136,6 +136,11 @@ class PythonicParser:
         self._skip(len(self._buffer) - len(self._buffer.lstrip()))
 
 
+def written(arguments: Mapping[str, Any]) -> str:
+    """Arguments as a call has them."""
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+
+
 class _Arguments:
     """The arguments of one call, letter by letter; each becomes JSON once all of it is there."""
 
