@@ -56,7 +56,12 @@ class ServerState:
         self.tenants = Tenants(self.engine, self.settings, self.keys, self.clock)
         self.contexts = Contexts(self.engine, self.settings, self.clock)
         self.registries = SegmentRegistries(self.settings.max_segment_bytes, self.settings.max_segments)
-        self.prompts = PromptMaker(self.engine, self.registries)
+        self.prompts = PromptMaker(
+            self.engine,
+            self.registries,
+            tool_parser=self.settings.tool_parser,
+            default_tools=self.settings.default_tools,
+        )
         max_running = self.engine.config.max_running
         self.workers = Workers(max_running, lambda: self.admission.kept_of(max_running))
         self.metrics = Metrics(self.engine, self.admission, self.workers.engine)

@@ -1,4 +1,4 @@
-"""From a choice of tools to a grammar: calls that have to come, calls of some tools only, arguments that follow schemas.
+"""From a choice of tools to a grammar: calls that have to come, of some tools only, with arguments that follow schemas.
 
 A grammar is made only where something is asked for that the model could break: a call that is required, a tool that is
 not allowed, a schema that is strict, calls that must not be several. Without that, answers are free. What a model
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,7 +24,6 @@ from kvcomm.toolcalls.reader import ReasoningTags
 MAX_CALLS = 16
 """In one answer that a grammar constrains."""
 
-ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
@@ -58,6 +57,13 @@ class ToolChoice:
             raise InvalidRequest("tool_choice asks for a call, but there are no tools")
         return [tool for tool in tools if self.names is None or tool["function"]["name"] in self.names]
 
+    def is_free(self, tools: Tools, allowed: Tools) -> bool:
+        """Whether nothing is asked for that the model could break; `allowed`: those of the tools that are."""
+        if not tools or self.mode == "none":
+            return True
+        is_strict = any(tool["function"].get("strict") for tool in allowed)
+        return self.mode == "auto" and self.is_parallel and len(allowed) == len(tools) and not is_strict
+
 
 @dataclass(frozen=True)
 class CallGrammars:
@@ -86,13 +92,11 @@ class CallGrammars:
                 keyword.
         """
         allowed = choice.allowed(tools)
-        is_strict = any(tool["function"].get("strict") for tool in allowed)
-        is_free = choice.mode == "auto" and choice.is_parallel and len(allowed) == len(tools) and not is_strict
-        if not tools or choice.mode == "none" or is_free:
+        if choice.is_free(tools, allowed):
             return None
         rules = [*self._reasoning(is_reasoning), *self._calls(allowed, choice.is_parallel)]
         rules += ["answer: calls"] if choice.mode == "required" else self._free(choice.is_parallel)
-        return Grammar.lark("\n".join(rules))
+        return Grammar("lark", "\n".join(rules))  # its schemas have their limits; many tools may be long together
 
     def _reasoning(self, is_reasoning: bool) -> list[str]:
         if self.tags is None:
@@ -108,7 +112,9 @@ class CallGrammars:
         return f": TEXT {self._literal(marker)}" if marker in self.controls else f"[lazy]: TEXT {_quoted(marker)}"
 
     def _calls(self, tools: Tools, is_parallel: bool) -> list[str]:
-        begin, between, end = (self._literal(each or "") for each in (self.shape.begin, self.shape.between, self.shape.end))
+        begin, between, end = (
+            self._literal(each or "") for each in (self.shape.begin, self.shape.between, self.shape.end)
+        )
         more = f" ({between} call){{0,{MAX_CALLS - 1}}}" if is_parallel and self.shape.between is not None else ""
         rules = [f"calls: {begin} inner", f"inner: call{more} {end}"]
         rules.append("call: " + " | ".join(f"call_{at}" for at in range(len(tools))))
@@ -118,10 +124,13 @@ class CallGrammars:
 
     def _call(self, at: int, function: Mapping[str, Any]) -> list[str]:
         name = self._literal(function["name"] + self.shape.middle)
-        schema = schema_of(function)
+        schema, is_strict = schema_of(function), bool(function.get("strict"))
         if self.format is PYTHONIC:
-            return [f"call_{at}: {name} arguments_{at}_0_first", *_keywords(at, schema)]
-        return [f"call_{at}: {name} arguments_{at}", f"arguments_{at}: {_json_of(schema)}"]
+            return [f"call_{at}: {name} arguments_{at}_0_first", *_keywords(at, schema, is_strict=is_strict)]
+        return [
+            f"call_{at}: {name} arguments_{at}",
+            f"arguments_{at}: {_json_rule(function['name'], schema, is_strict)}",
+        ]
 
     def _free(self, is_parallel: bool) -> list[str]:
         """Rules for answers that may call something, or nothing."""
@@ -145,47 +154,36 @@ class CallGrammars:
 
 
 def schema_of(function: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The schema that the arguments of a call have to follow.
-
-    A strict one to the letter; another one as far as it can be followed, else they are any object.
-
-    Raises:
-        InvalidRequest: a strict schema that cannot be followed; names the keyword.
-    """
+    """The schema of a function's arguments: an object, and an empty one where nothing is said about it."""
     given = function.get("parameters")
     schema: Mapping[str, Any] = NO_ARGUMENTS if given is None else given
-    schema = schema if "type" in schema else {**schema, "type": "object"}
-    try:
-        Grammar.json_schema(schema)
-    except InvalidRequest as error:
-        if function.get("strict"):
-            raise InvalidRequest(f"the parameters of the strict function {function['name']!r}: {error}") from error
-        return ANY_OBJECT
-    return schema
+    return schema if "type" in schema else {**schema, "type": "object"}
 
 
-def _keywords(call: int, schema: Mapping[str, Any]) -> list[str]:
+def _keywords(call: int, schema: Mapping[str, Any], *, is_strict: bool) -> list[str]:
     """Rules for arguments in Python's syntax, in the order of the schema: `_first` where none stands before."""
     properties = list(properties_of(schema).items())
     required = set(schema.get("required", ()))
     shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
     rules = []
-    for at, (name, value) in enumerate(properties):
+    for at, (name, given) in enumerate(properties):
+        value = {**given, **shared} if isinstance(given, Mapping) else given
         if not _IDENTIFIER.fullmatch(name):
             raise InvalidRequest(f"the parameter {name!r} cannot be a name in a call in Python's syntax")
         own = f"keyword_{call}_{at}"
-        rules.append(f"{own}: {_quoted(name + '=')} {_json_of(value, shared)}")
+        rules.append(f"{own}: {_quoted(name + '=')} {_json_rule(name, value, is_strict)}")
         for kind, comma in (("first", ""), ("more", '", " ')):
             skipping = "" if name in required else f" | arguments_{call}_{at + 1}_{kind}"
             rules.append(f"arguments_{call}_{at}_{kind}: {comma}{own} arguments_{call}_{at + 1}_more{skipping}")
     return [*rules, *(f'arguments_{call}_{len(properties)}_{kind}: ""' for kind in ("first", "more"))]
 
 
-def _json_of(schema: Any, shared: Mapping[str, Any] | None = None) -> str:
-    """A part of a rule for JSON of a schema, without white space that a model could go on with for ever."""
-    if isinstance(schema, Mapping):
-        schema = {**schema, **(shared or {}), "x-guidance": {"whitespace_flexible": False}}
-    return f"%json {json.dumps(schema)}"
+def _json_rule(name: str, schema: Any, is_strict: bool) -> str:
+    """A part of a rule for JSON of a schema; where that is not strict, what cannot be followed is left out."""
+    try:
+        return Grammar.json_schema(schema, strict=is_strict).json_rule
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{name!r} has parameters that cannot be followed: {error}") from error
 
 
 def _not_beginning(begin: str) -> str:
@@ -195,5 +193,3 @@ def _not_beginning(begin: str) -> str:
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-

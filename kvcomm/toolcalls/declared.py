@@ -1,4 +1,4 @@
-"""Answers of models that bring a `response_template`: read by transformers' own parser, which the checkpoint was made for.
+"""Answers of models that bring a `response_template`: read by transformers' parser, for which the checkpoint wrote it.
 
 The parser tells regions of an answer. Text and reasoning are passed on as they come; a call once its region has closed,
 since only then it is known what it says. A region that cannot be read is text.
@@ -38,7 +38,8 @@ class DeclaredParser:
         # What is missing is missing: an answer that was cut is no error.
         fields = {name: {**field, "optional": True} for name, field in template["fields"].items()}
         lenient = {**template, "fields": fields}
-        self._make = lambda before: ResponseParser(lenient, prefix=before, tools=[*map(dict, tools or ())])
+        make: Any = ResponseParser  # which has no types
+        self._make = lambda before: make(lenient, prefix=before, tools=[*map(dict, tools or ())])
         self._parser = self._make(prompt)
         self._raw: list[str] = []  # what was read of a region that has no value yet
 

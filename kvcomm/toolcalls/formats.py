@@ -9,7 +9,6 @@ import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from kvcomm.toolcalls import mistral, plain_json, pythonic, tagged
@@ -40,6 +39,10 @@ class Shape:
         return self.begin + between.join(f"{name}{self.middle}{arguments}" for name, arguments in calls) + self.end
 
 
+def _json(arguments: Mapping[str, Any]) -> str:
+    return json.dumps(arguments, ensure_ascii=False)
+
+
 @dataclass(frozen=True)
 class Format:
     """A way of writing calls.
@@ -60,7 +63,7 @@ class Format:
     shape: Shape
     make: Callable[[AnswerWriter, Tools], CallParser]
     new_id: NewId = new_id
-    write_arguments: Callable[[Mapping[str, Any]], str] = partial(json.dumps, ensure_ascii=False)
+    write_arguments: Callable[[Mapping[str, Any]], str] = _json
     declared: Mapping[str, Any] | None = None
 
     def written(self, calls: Sequence[tuple[str, Any]]) -> str:

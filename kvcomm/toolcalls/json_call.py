@@ -151,7 +151,7 @@ class JsonCall:
         self._end_scalar()
         self._depth -= 1
         self._expects = "comma"
-        if self._base == 2:  # noqa: PLR2004  # the object "function" is complete
+        if self._base == 2:  # the object "function" is complete
             self._base = 1
             return
         self._end()
@@ -186,9 +186,7 @@ class JsonCall:
 
     def _end(self) -> None:
         self.is_over = True
-        is_call = self._name is not None and (
-            self._names is None or self._has_arguments or self._members <= HARMLESS
-        )
+        is_call = self._name is not None and (self._names is None or self._has_arguments or self._members <= HARMLESS)
         if not is_call:
             return
         if not self._has_arguments:

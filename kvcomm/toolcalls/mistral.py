@@ -1,4 +1,4 @@
-"""Calls as Mistral writes them: `[TOOL_CALLS] [{"name": ..., "arguments": ...}]`, later `[TOOL_CALLS]name[ARGS]{...}`."""
+"""Calls as Mistral writes them: `[TOOL_CALLS] [{"name": ..., "arguments": ...}]` or `[TOOL_CALLS]name[ARGS]{...}`."""
 
 from __future__ import annotations
 

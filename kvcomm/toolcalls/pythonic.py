@@ -197,7 +197,7 @@ def _literal(text: str) -> str:
 class _JsonNames(ast.NodeTransformer):
     """JSON's names for what Python calls True, False and None."""
 
-    def visit_Name(self, node: ast.Name) -> ast.expr:  # noqa: N802  # ast calls it by this name
+    def visit_Name(self, node: ast.Name) -> ast.expr:  # ast calls it by this name
         return ast.Constant(_JSON_NAMES[node.id]) if node.id in _JSON_NAMES else node
 
 

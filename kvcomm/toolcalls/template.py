@@ -14,7 +14,6 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvcomm.engine.chat import ChatTemplate
@@ -90,7 +89,7 @@ class ToolTemplate(ChatTemplate):
         """Whether it shows calls and their results in a conversation."""
         return self._calls is not None
 
-    def render(self, messages: Messages, *, tools: Any = None, **settings: Any) -> str:  # type: ignore[override]  # more
+    def render(self, messages: Messages, *, tools: Any = None, **settings: Any) -> str:
         """As `ChatTemplate.render`; tools, calls and results are shown in any case."""
         shown = [dict(message) for message in messages]
         if self._has_history(shown):
@@ -118,8 +117,12 @@ class ToolTemplate(ChatTemplate):
                 raise TemplateError(f"messages[{index - num_before}].{what}: the model's chat template drops it")
 
     @staticmethod
-    def _has_history(messages: Messages) -> bool:
-        return any(each["role"] == "tool" or each.get("tool_calls") for each in messages)
+    def is_about_tools(message: Mapping[str, Any]) -> bool:
+        """Whether a message holds calls, or the result of one."""
+        return message["role"] == "tool" or bool(message.get("tool_calls"))
+
+    def _has_history(self, messages: Messages) -> bool:
+        return any(map(self.is_about_tools, messages))
 
     def _with_history(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if self._calls is None:
@@ -192,7 +195,7 @@ class ToolTemplate(ChatTemplate):
         whole = self._try(conversation, tools=tools)
         if before is None or whole is None:
             return None
-        answer = whole[len(commonprefix([before, whole])) :]
+        answer = _behind(before, whole)
         for trigger in TRIGGERS:  # what templates write before it, such as empty reasoning, is no part of calls
             if trigger in answer:
                 return answer[answer.index(trigger) :]
@@ -232,6 +235,12 @@ def _conversation(num_calls: int, arguments: str) -> list[dict[str, Any]]:
         {"role": "assistant", "content": "", "tool_calls": calls},
         {"role": "tool", "name": f"{PROBE}name", "tool_call_id": PROBE_ID, "content": f"{PROBE}result"},
     ]
+
+
+def _behind(before: str, whole: str) -> str:
+    """What is left of a text where it is not any more what another one is."""
+    num_common = next((at for at, pair in enumerate(zip(before, whole, strict=False)) if pair[0] != pair[1]), None)
+    return whole[min(len(before), len(whole)) if num_common is None else num_common :]
 
 
 def _cut(written: str, num_calls: int) -> list[str] | None:

@@ -85,7 +85,9 @@ class ChatRequest(SegmentedRequest):
     ] = None
     tool_choice: Annotated[
         ToolChoice | None,
-        Field(description="With 'none' the tools are not shown; 'required' and a named function bring a call for sure."),
+        Field(
+            description="With 'none' the tools are not shown; 'required' and a named function bring a call for sure."
+        ),
     ] = None
     parallel_tool_calls: Annotated[bool | None, Field(description="Whether an answer may have several calls.")] = None
     response_format: only(  # type: ignore[valid-type]
