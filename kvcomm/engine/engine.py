@@ -153,6 +153,7 @@ class Engine:
         )
         self.encoder = TextEncoder(tokenizer)
         self._texts = TokenTexts(tokenizer)
+        self._shown_texts = TokenTexts(tokenizer, skip_special_tokens=False)
         self._reader = PromptReader(
             self.encoder, vocab_size=self.geometry.vocab_size, max_context=self.geometry.max_context
         )
@@ -318,6 +319,14 @@ class Engine:
     def decode(self, token_ids: Iterable[int]) -> str:
         """Text of token ids, special tokens included."""
         return self._texts.decode(list(token_ids), skip_special_tokens=False)
+
+    def locate(self, token_ids: Iterable[int]) -> tuple[str, tuple[int, ...]]:
+        """Text of token ids, special tokens included, and where in it the text of each begins; see `Choice`."""
+        detokenizer = Detokenizer(self.tokenizer, texts=self._shown_texts)
+        for token_id in token_ids:
+            detokenizer.push(token_id)
+        detokenizer.finish()
+        return detokenizer.text, detokenizer.starts(0, detokenizer.num_placed)
 
     def token_text(self, token_id: int) -> str:
         """Text of one token behind others, with the space that the start of a text may lose."""
@@ -540,12 +549,13 @@ class Engine:
         request_id = next(self._request_ids)
         handle = RequestHandle(request_id, cancel=lambda: self.scheduler.cancel(request))
         entropy = secrets.randbits(62)
+        texts = self._texts if sampling.skip_special_tokens else self._shown_texts
         branches = [
             Branch(
                 index,
                 sequence,
                 Sampler(sampling, index, entropy=entropy),
-                Detokenizer(self.tokenizer, sampling.stop, texts=self._texts, encode=self.encoder.plain),
+                Detokenizer(self.tokenizer, sampling.stop, texts=texts, encode=self.encoder.plain),
             )
             for index in range(sampling.n)
         ]

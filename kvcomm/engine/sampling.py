@@ -60,6 +60,7 @@ _BROUGHT: Mapping[str, Callable[[str, object], object]] = {
     "ignore_eos": truth_value,
     "n": whole_number,
     "logprobs": _optional_whole_number,
+    "skip_special_tokens": truth_value,
 }
 """How each setting becomes a value of Python's own types, or is refused."""
 
@@ -81,6 +82,7 @@ class SamplingParams:
         ignore_eos: go on after the model's end tokens.
         n: independent answers to the same prompt; answer i draws with seed + i.
         logprobs: report the log-probability of each token and of this many alternatives.
+        skip_special_tokens: leave the texts of special tokens out of the answer's; the end token's always is.
 
     NumPy's scalars and whole numbers where a float is wanted are taken as what they say; lists become tuples.
 
@@ -100,6 +102,7 @@ class SamplingParams:
     ignore_eos: bool = False
     n: int = 1
     logprobs: int | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         for name, bring in _BROUGHT.items():

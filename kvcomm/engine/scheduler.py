@@ -544,6 +544,8 @@ class Scheduler:
         token_id = branch.sampler.sample(logits, branch.sequence.token_ids)
         is_end = not sampling.ignore_eos and token_id in self._end_token_ids
         if is_end or token_id in sampling.stop_token_ids:
+            if sampling.logprobs is not None:
+                branch.end_logprob = token_logprob(logits, token_id, sampling.logprobs)
             self._finish_branch(request, branch, "stop")
             return
         branch.token_ids.append(token_id)

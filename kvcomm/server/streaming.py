@@ -65,16 +65,33 @@ class EventStream(StreamingResponse):
         deadline_s: when the events end by themselves, on the loop's clock.
         wire: by default that of OpenAI's older APIs.
         """
-        self._encoded = _encoded(events, wire or UNNAMED)
+        self._wire = wire or UNNAMED
+        self._encoded = self._encode(events)
         self._deadline_s = deadline_s
+        self._error: ApiError | None = None
         super().__init__(self._encoded, headers={"cache-control": "no-store", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        notes = notes_of(scope)
         async with aclosing(self._encoded):
             try:
                 await while_connected(receive, self.stream_response(send), deadline_s=self._deadline_s + GRACE_S)
             except ApiError as error:  # nobody is left, or nobody reads: there is no one to tell
-                notes_of(scope).fields["stopped"] = error.code
+                notes.stopped = error.code
+        notes.error = self._error
+
+    async def _encode(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[str, None]:
+        wire = self._wire
+        async with aclosing(events):
+            try:
+                async for each in events:
+                    yield wire.event(each)
+            except ApiError as error:  # the status is out already
+                self._error = error
+                yield wire.event(wire.error(error))
+                return
+        if wire.end:
+            yield wire.end
 
 
 def event(data: Event) -> str:
@@ -90,15 +107,3 @@ def named_event(data: Event) -> str:
 
 
 UNNAMED = Wire(event, lambda error: error.body, DONE)
-
-
-async def _encoded(events: AsyncGenerator[Event, None], wire: Wire) -> AsyncGenerator[str, None]:
-    async with aclosing(events):
-        try:
-            async for each in events:
-                yield wire.event(each)
-        except ApiError as error:  # the status is out already
-            yield wire.event(wire.error(error))
-            return
-    if wire.end:
-        yield wire.end

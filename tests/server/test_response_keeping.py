@@ -141,7 +141,7 @@ def test_a_response_stays_as_it_is(client: TestClient) -> None:
 
 def test_responses_that_nobody_asked_to_keep_make_room(make_client: MakeClient) -> None:
     client = make_client(max_contexts=2)
-    first, second, third = (asked(client, input=text) for text in "abc")
+    _, second, third = (asked(client, input=text) for text in "abc")
     assert {each["name"] for each in contexts(client)} == {second["id"], third["id"]}
     ok(client.post(CONTEXTS, json={"messages": HELLO}))
     ok(client.post(CONTEXTS, json={"messages": HELLO}))

@@ -1,4 +1,4 @@
-"""Items and events of responses: the official client's types read every event, and a stream says what the whole does."""
+"""Items and events of responses: the official client's types read every event; streams say what the whole does."""
 
 from __future__ import annotations
 

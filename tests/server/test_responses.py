@@ -160,7 +160,8 @@ def test_documented_fields_are_accepted(client: TestClient, fields: dict[str, An
         ({"stream_options": {}}, "stream_options", "invalid_value"),
         ({"previous_response_id": "resp_1"}, "previous_response_id", "invalid_value"),
         ({"max_output_tokens": 0}, "max_output_tokens", "invalid_value"),
-        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema", "missing_required_parameter"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}},
+         "text.format.schema", "missing_required_parameter"),
     ],
 )  # fmt: skip
 def test_errors_name_the_field(client: TestClient, fields: dict[str, Any], param: str, code: str) -> None:

@@ -9,15 +9,15 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any
 
-from kvcomm.engine.sampling import TokenLogprob as EngineLogprob
 from kvcomm.server.answers import ChatAnswers, ChoiceEvents
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError
 from kvcomm.server.generation import Call
+from kvcomm.server.logprobs import told_logprobs
 from kvcomm.server.responses.keeping import Place, Stored, find
 from kvcomm.server.responses.output import Output, Told
 from kvcomm.server.responses.translation import chat_request, items_of
-from kvcomm.server.schemas.chat import ChatRequest, TokenLogprob, TopLogprob
+from kvcomm.server.schemas.chat import ChatRequest
 from kvcomm.server.schemas.responses import (
     IncompleteDetails,
     InputTokensDetails,
@@ -145,6 +145,7 @@ class ResponseAnswer:
     async def _end(self) -> ResponseObject:
         assert self._answers is not None, "begun"
         usage = await self._answers.usage()
+        self._call.ends_as(self._output.finish_reason or "stop")
         is_cut = self._output.finish_reason == "length"
         ended = self._object(
             "incomplete" if is_cut else "completed",
@@ -159,19 +160,8 @@ class ResponseAnswer:
         return ended
 
     def _fed(self, piece: ChoiceEvents) -> list[Told]:
-        return [self._numbered(told) for told in self._output.feed(piece.events, self._logprobs(piece.logprobs))]
-
-    def _logprobs(self, logprobs: tuple[EngineLogprob, ...] | None) -> list[TokenLogprob]:
-        engine = self._call.state.engine
-
-        def told(token_id: int, logprob: float) -> TopLogprob:
-            token, token_bytes = engine.token_text(token_id), list(engine.token_bytes(token_id))
-            return TopLogprob(token=token, logprob=logprob, bytes=token_bytes)
-
-        return [
-            TokenLogprob(**dict(told(each.token_id, each.logprob)), top_logprobs=[told(*top) for top in each.top])
-            for each in logprobs or ()
-        ]
+        logprobs = told_logprobs(self._call.state.engine, piece.logprobs or ())
+        return [self._numbered(told) for told in self._output.feed(piece.events, logprobs)]
 
     def _numbered(self, told: Told) -> Told:
         told = {**told, "sequence_number": self._num_told}

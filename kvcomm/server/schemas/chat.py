@@ -18,11 +18,20 @@ from kvcomm.server.schemas.common import (
     ResponseModel,
     only,
 )
-from kvcomm.server.schemas.messages import MAX_MESSAGES, MAX_TOOLS, Message, Tool
+from kvcomm.server.schemas.messages import (
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    AllowedToolsChoice,
+    Message,
+    NamedTool,
+    Tool,
+    ToolChoice,
+)
 from kvcomm.server.schemas.segments import SegmentedRequest
 from kvcomm.server.schemas.usage import Usage
+from kvcomm.toolcalls.choice import ToolChoice as Choice
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 MetadataName = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
@@ -69,12 +78,18 @@ class ChatRequest(SegmentedRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     tools: Annotated[
         Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None,
-        Field(description="Given to the chat template; calls come back as the model writes them."),
+        Field(
+            description="Shown to the model by its chat template, or where that has no place for them in the system "
+            "message; see `tools` in the usage."
+        ),
     ] = None
-    tool_choice: only(  # type: ignore[valid-type]
-        None, "auto", "none", why="can be 'auto' or 'none': a call cannot be forced here"
-    ) = None
-    parallel_tool_calls: Annotated[bool | None, Field(description=IGNORED)] = None
+    tool_choice: Annotated[
+        ToolChoice | None,
+        Field(
+            description="With 'none' the tools are not shown; 'required' and a named function bring a call for sure."
+        ),
+    ] = None
+    parallel_tool_calls: Annotated[bool | None, Field(description="Whether an answer may have several calls.")] = None
     response_format: only(  # type: ignore[valid-type]
         None, {"type": "text"}, why="can only be {'type': 'text'}: answers are not constrained here"
     ) = None
@@ -117,6 +132,17 @@ class ChatRequest(SegmentedRequest):
         return self
 
     @property
+    def choice_of_tools(self) -> Choice:
+        """What the answer may call."""
+        is_parallel, given = self.parallel_tool_calls is not False, self.tool_choice
+        if isinstance(given, NamedTool):
+            return Choice("required", (given.function.name,), is_parallel=False)
+        if isinstance(given, AllowedToolsChoice):
+            names = tuple(tool.function.name for tool in given.allowed_tools.tools)
+            return Choice(given.allowed_tools.mode, names, is_parallel)
+        return Choice(given or "auto", None, is_parallel)
+
+    @property
     def wanted_tokens(self) -> int | None:
         """Tokens of an answer at most, if the client says."""
         return self.max_completion_tokens or self.max_tokens
@@ -143,12 +169,30 @@ class ChoiceLogprobs(ResponseModel):
     refusal: None = None
 
 
+class AnsweredFunction(ResponseModel):
+    """Which function, with which arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class AnsweredCall(ResponseModel):
+    """A call that the model makes."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: AnsweredFunction
+
+
 class AnswerMessage(ResponseModel):
     """What the model says."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: Annotated[str | None, Field(description="Null where there are only calls.")]
     refusal: None = None
+    tool_calls: list[AnsweredCall] | None = None
+    reasoning_content: Annotated[str | None, Field(description="What the model thought before.")] = None
+    reasoning: Annotated[str | None, Field(description="The same by its other name.")] = None
 
 
 class ChatChoice(ResponseModel):
@@ -172,11 +216,30 @@ class ChatCompletion(ResponseModel):
     usage: Usage
 
 
+class FunctionDelta(ResponseModel):
+    """A call's name at first, then its arguments piece by piece."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class CallDelta(ResponseModel):
+    """What is new about a call; all but the index and the arguments comes once."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class Delta(ResponseModel):
     """What is new."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[CallDelta] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 class ChunkChoice(ResponseModel):
