@@ -26,7 +26,7 @@ from kvcomm.server.schemas.usage import Usage
 from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.state import ServerState
 from kvcomm.server.usage import plan_of, usage_of
-from kvcomm.toolcalls.events import Answer, Event
+from kvcomm.toolcalls.events import Answer, Event, Finish
 from kvcomm.toolcalls.reading import NUM_PROMPT_TOKENS
 
 
@@ -111,15 +111,20 @@ class ChatAnswers:
         """The events of all choices as they come; each ends with its `Finish`. Raises as `Call.pieces`."""
         async with aclosing(self._call.pieces()) as pieces:
             async for _, chunk in pieces:
-                yield ChoiceEvents(chunk.choice, tuple(self._readers[chunk.choice].chunk(chunk)), chunk.logprobs)
+                events = tuple(self._readers[chunk.choice].chunk(chunk))
+                if events and isinstance(events[-1], Finish):
+                    self._call.ends_as(events[-1].reason, choice=chunk.choice)
+                yield ChoiceEvents(chunk.choice, events, chunk.logprobs)
 
     async def whole(self) -> list[ChoiceAnswer]:
         """All choices, once they have ended. Raises as `Call.results`."""
         (completion,) = await self._call.results()
-        return [
-            ChoiceAnswer(choice.index, self._readers[choice.index].whole(choice), choice.logprobs)
-            for choice in completion.choices
-        ]
+        answers = []
+        for choice in completion.choices:
+            answer = self._readers[choice.index].whole(choice)
+            self._call.ends_as(answer.finish_reason, choice=choice.index)
+            answers.append(ChoiceAnswer(choice.index, answer, choice.logprobs))
+        return answers
 
     async def usage(self) -> Usage:
         """Of the request, once it has ended; raises as `Call.results`."""

@@ -46,6 +46,13 @@ NEEDS_LOGPROBS: JsonDict = {
     "if": {"properties": {"top_logprobs": {"type": "integer"}}, "required": ["top_logprobs"]},
     "then": {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
 }
+NEEDS_TOOLS: JsonDict = {
+    "if": {
+        "properties": {"tool_choice": {"not": {"enum": [None, "auto", "none"]}}, "context_id": {"type": "null"}},
+        "required": ["tool_choice"],
+    },
+    "then": {"properties": {"tools": {"type": "array", "minItems": 1}}, "required": ["tools"]},
+}
 NEEDS_MESSAGES: JsonDict = {
     "if": {"properties": {"context_id": {"type": "string"}}, "required": ["context_id"]},
     "else": {"properties": {"messages": {"minItems": 1}}},
@@ -62,7 +69,7 @@ class ChatRequest(SegmentedRequest):
     """A conversation to be continued."""
 
     model_config = ConfigDict(
-        json_schema_extra={"allOf": [NEEDS_STREAM, NEEDS_LOGPROBS, NEEDS_MESSAGES, ON_CONTEXT, ONE_STORED]}
+        json_schema_extra={"allOf": [NEEDS_STREAM, NEEDS_LOGPROBS, NEEDS_TOOLS, NEEDS_MESSAGES, ON_CONTEXT, ONE_STORED]}
     )
 
     messages: Annotated[
@@ -125,6 +132,8 @@ class ChatRequest(SegmentedRequest):
             raise PydanticCustomError(
                 "needs", "{param} should have at least 1 item without context_id", {"param": "messages"}
             )
+        if self.tool_choice not in (None, "auto", "none") and not self.tools and self.context_id is None:
+            raise PydanticCustomError("needs", "{param} is only allowed with tools", {"param": "tool_choice"})
         if self.top_logprobs is not None and not self.logprobs:
             raise PydanticCustomError(
                 "needs", "{param} is only allowed when logprobs is true", {"param": "top_logprobs"}
