@@ -127,9 +127,7 @@ def test_special_tokens_are_shown_if_they_are_wanted(engine: Engine, monkeypatch
     assert [answer.choices[0].text_offsets for answer in answers] == [(0, 1, 1), (0, 1, 13)]
 
 
-def test_the_token_that_ends_an_answer_has_a_log_probability(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_token_that_ends_an_answer_has_a_log_probability(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     end = engine.tokenizer.eos_token_id
     assert isinstance(end, int)
     draw(monkeypatch, [*ids_of(engine.tokenizer, "1"), end])

@@ -8,6 +8,7 @@ import llguidance
 import llguidance.hf
 import pytest
 
+from kvcomm.engine.grammar import Grammar
 from kvcomm.errors import InvalidRequest
 from kvcomm.toolcalls.choice import CallGrammars, ToolChoice
 from kvcomm.toolcalls.formats import FORMATS
@@ -39,9 +40,9 @@ def grammars(name: str, **settings: Any) -> CallGrammars:
     return CallGrammars(FORMATS[name], FORMATS[name].shape, {}, **settings)
 
 
-def takes(grammars: CallGrammars, choice: ToolChoice, text: str, *, is_reasoning: bool = False) -> bool:
+def takes(grammars: CallGrammars, choice: ToolChoice, text: str, **settings: Any) -> bool:
     """Whether an answer may be that text."""
-    grammar = grammars.of(TOOLS, choice, is_reasoning=is_reasoning)
+    grammar = grammars.of(TOOLS, choice, **settings)
     assert grammar is not None
     matcher = llguidance.LLMatcher(TOKENS, llguidance.LLMatcher.grammar_from_lark(grammar.source))
     assert not matcher.is_error(), matcher.get_error()
@@ -131,3 +132,29 @@ def test_choices_that_cannot_be() -> None:
         ToolChoice("required").allowed(())
     with pytest.raises(InvalidRequest, match="'other'"):
         ToolChoice("required", ("other",)).allowed(TOOLS)
+
+
+REPLY = Grammar.json_schema({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_reply_of_a_schema_may_stand_for_calls(name: str) -> None:
+    made = grammars(name)
+    for text, wanted in (('{"a": 1}', True), (written(name, BONN), True), ("hello", False)):
+        assert takes(made, ToolChoice(), text, reply=REPLY) is wanted
+    assert not takes(made, ToolChoice("required"), '{"a": 1}', reply=REPLY)
+
+
+def test_a_reply_comes_behind_reasoning() -> None:
+    made = grammars("hermes", tags=THINK)
+    for reply, text in (
+        (REPLY, '{"a": 1}'),
+        (Grammar.regex("[a-c]/[0-9]+"), "b/12"),
+        (Grammar.choice(["yes", "no"]), "no"),
+    ):
+        assert takes(made, ToolChoice("none"), f"so</think>\n{text}", is_reasoning=True, reply=reply)
+        assert not takes(made, ToolChoice("none"), text, is_reasoning=True, reply=reply)
+        assert takes(made, ToolChoice("none"), text, reply=reply)
+    assert grammars("hermes").of((), ToolChoice(), reply=REPLY) is REPLY
+    with pytest.raises(InvalidRequest, match="beside tools"):
+        grammars("hermes").of(TOOLS, ToolChoice(), reply=Grammar.lark('start: "a"'))
