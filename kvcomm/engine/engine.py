@@ -328,6 +328,17 @@ class Engine:
         detokenizer.finish()
         return detokenizer.text, detokenizer.starts(0, detokenizer.num_placed)
 
+    def lost_space(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """The space that the text of an answer lacks at its start and has behind a prompt, or nothing.
+
+        Args:
+            token_ids: of the answer; those with its first text will do.
+            skip_special_tokens: as in the request.
+        """
+        texts = self._texts if skip_special_tokens else self._shown_texts
+        first = next(([token_id] for token_id in token_ids if not texts.is_silent(token_id)), [])
+        return " " if first and texts.behind(first) == " " + texts.decode(first) else ""
+
     def token_text(self, token_id: int) -> str:
         """Text of one token behind others, with the space that the start of a text may lose."""
         return self._texts.behind([token_id])

@@ -115,7 +115,8 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 Label = Annotated[str, Field(max_length=MAX_LABEL)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 Stop = Annotated[
-    Annotated[StopText, Tag("one")] | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True), Tag("many")],
+    Annotated[StopText, Tag("one")]
+    | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True), Tag("many")],
     Discriminator(one_or_many),
 ]
 StopIds = Annotated[
