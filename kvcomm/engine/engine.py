@@ -154,6 +154,7 @@ class Engine:
         )
         self.encoder = TextEncoder(tokenizer)
         self._texts = TokenTexts(tokenizer)
+        self._shown_texts = TokenTexts(tokenizer, skip_special_tokens=False)
         self._reader = PromptReader(
             self.encoder, vocab_size=self.geometry.vocab_size, max_context=self.geometry.max_context
         )
@@ -321,6 +322,25 @@ class Engine:
     def decode(self, token_ids: Iterable[int]) -> str:
         """Text of token ids, special tokens included."""
         return self._texts.decode(list(token_ids), skip_special_tokens=False)
+
+    def locate(self, token_ids: Iterable[int]) -> tuple[str, tuple[int, ...]]:
+        """Text of token ids, special tokens included, and where in it the text of each begins; see `Choice`."""
+        detokenizer = Detokenizer(self.tokenizer, texts=self._shown_texts)
+        for token_id in token_ids:
+            detokenizer.push(token_id)
+        detokenizer.finish()
+        return detokenizer.text, detokenizer.starts(0, detokenizer.num_placed)
+
+    def lost_space(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """The space that the text of an answer lacks at its start and has behind a prompt, or nothing.
+
+        Args:
+            token_ids: of the answer; those with its first text will do.
+            skip_special_tokens: as in the request.
+        """
+        texts = self._texts if skip_special_tokens else self._shown_texts
+        first = next(([token_id] for token_id in token_ids if not texts.is_silent(token_id)), [])
+        return " " if first and texts.behind(first) == " " + texts.decode(first) else ""
 
     def token_text(self, token_id: int) -> str:
         """Text of one token behind others, with the space that the start of a text may lose."""
@@ -545,10 +565,11 @@ class Engine:
         request_id = next(self._request_ids)
         handle = RequestHandle(request_id, cancel=lambda: self.scheduler.cancel(request))
         entropy = secrets.randbits(62)
+        texts = self._texts if sampling.skip_special_tokens else self._shown_texts
         branches = []
         for index, grammar in enumerate(self._beginnings(sampling, tenant)):
             sampler = Sampler(sampling, index, entropy=entropy, grammar=grammar, end_token_ids=self._ends)
-            detokenizer = Detokenizer(self.tokenizer, sampling.stop, texts=self._texts, encode=self.encoder.plain)
+            detokenizer = Detokenizer(self.tokenizer, sampling.stop, texts=texts, encode=self.encoder.plain)
             branches.append(Branch(index, sequence, sampler, detokenizer, grammar))
         request = Request(  # named, for the handle's cancel above
             request_id=request_id,

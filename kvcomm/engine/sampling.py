@@ -87,6 +87,7 @@ _BROUGHT: Mapping[str, Callable[[str, object], object]] = {
     "ignore_eos": truth_value,
     "n": whole_number,
     "logprobs": _optional_whole_number,
+    "skip_special_tokens": truth_value,
     "frequency_penalty": real_number,
     "presence_penalty": real_number,
     "logit_bias": _biases,
@@ -114,6 +115,7 @@ class SamplingParams:
         ignore_eos: go on after the model's end tokens.
         n: independent answers to the same prompt; answer i draws with seed + i.
         logprobs: report the log-probability of each token and of this many alternatives.
+        skip_special_tokens: leave the texts of special tokens out of the answer's; the end token's always is.
         frequency_penalty, presence_penalty: taken from the logit of a token for every time that it stands in the
             answer, and once if it stands there at all.
         logit_bias: added to the logits of these tokens, by id; -100 and below all but forbid, 100 and above all but
@@ -144,6 +146,7 @@ class SamplingParams:
     ignore_eos: bool = False
     n: int = 1
     logprobs: int | None = None
+    skip_special_tokens: bool = True
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()

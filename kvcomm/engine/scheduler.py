@@ -553,6 +553,8 @@ class Scheduler:
         else:
             drawn = branch.sampler.sample(logits, branch.sequence.token_ids, len(branch.token_ids))
             if drawn is None or branch.sampler.ends(drawn):
+                if drawn is not None and request.sampling.logprobs is not None:
+                    branch.end_logprob = token_logprob(logits, drawn, request.sampling.logprobs)
                 self._finish_branch(request, branch, "stop")
                 return
             token_id = drawn

@@ -14,6 +14,7 @@ from kvcomm.engine.results import Choice, Chunk, Completion
 from kvcomm.engine.sampling import TokenLogprob as EngineLogprob
 from kvcomm.server.access import security
 from kvcomm.server.bodies import BodyRoute
+from kvcomm.server.completion_logprobs import prompt_lists
 from kvcomm.server.contexts.answering import begin_turn, put_messages
 from kvcomm.server.errors import documented
 from kvcomm.server.generation import Call, CallDep, Job, Piece
@@ -31,6 +32,7 @@ from kvcomm.server.schemas.chat import (
     TokenLogprob,
     TopLogprob,
 )
+from kvcomm.server.schemas.logprobs import PromptLogprob
 from kvcomm.server.schemas.usage import Usage
 from kvcomm.server.state import ServerState
 from kvcomm.server.streaming import DOCUMENTED, EventStream
@@ -80,6 +82,7 @@ async def _job(body: ChatRequest, call: Call) -> Job:
         max_context=state.engine.max_context,
         wanted_tokens=body.wanted_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
     )
     salt = body.cache_salt if turn is None else turn.salt
     return Job(prompt, sampling, policy_of(body, state.settings), salt, turn, adapter)
@@ -103,6 +106,7 @@ class _Answer:
             system_fingerprint=self._state.fingerprint,
             choices=[self._choice(choice) for choice in completion.choices],
             usage=self._usage(completion),
+            prompt_logprobs=self._prompt_logprobs(completion),
         )
 
     async def events(
@@ -149,11 +153,18 @@ class _Answer:
             system_fingerprint=self._state.fingerprint,
             choices=[] if choice is None else [choice],
         )
+        if usage is None and self._body.wants_running_usage:
+            return chunk.model_copy(update={"usage": self._call.usage_so_far()})
         return chunk.model_copy(update={"usage": usage}) if self._body.wants_usage_chunk else chunk
 
     def _usage(self, completion: Completion) -> Usage:
         usage = usage_of([completion.usage], cache_breakpoints=num_breakpoints(self._body))
         return usage.model_copy(update={"plan": plan_of(completion.usage.spans)}) if self._body.include_plan else usage
+
+    def _prompt_logprobs(self, completion: Completion) -> list[dict[str, PromptLogprob] | None] | None:
+        if self._body.prompt_logprobs is None or completion.prompt_logprobs is None:
+            return None
+        return prompt_lists(self._state.token_names, completion.prompt_logprobs, self._body.prompt_logprobs)
 
     def _logprobs(self, tokens: tuple[EngineLogprob, ...]) -> ChoiceLogprobs:
         return ChoiceLogprobs(content=[self._logprob(token) for token in tokens], refusal=None)

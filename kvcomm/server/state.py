@@ -22,6 +22,7 @@ from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.segments.registry import SegmentRegistries
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.tenants import Tenant, Tenants
+from kvcomm.server.token_names import TokenNames
 from kvcomm.server.workers import Workers
 
 
@@ -49,6 +50,7 @@ class ServerState:
     prompts: PromptMaker = field(init=False)
     metrics: Metrics = field(init=False)
     workers: Workers = field(init=False)
+    token_names: TokenNames = field(init=False)
 
     def __post_init__(self) -> None:
         self.started_s = self.clock()
@@ -57,6 +59,7 @@ class ServerState:
         self.contexts = Contexts(self.engine, self.settings, self.clock)
         self.registries = SegmentRegistries(self.settings.max_segment_bytes, self.settings.max_segments)
         self.prompts = PromptMaker(self.engine, self.registries)
+        self.token_names = TokenNames(self.engine)
         max_running = self.engine.config.max_running
         self.workers = Workers(max_running, lambda: self.admission.kept_of(max_running))
         self.metrics = Metrics(self.engine, self.admission, self.workers.engine)
