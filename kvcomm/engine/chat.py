@@ -49,6 +49,29 @@ PROBED_TOOL: Mapping[str, Any] = {
         },
     },
 }
+RESERVED = frozenset(
+    {
+        "self",
+        "conversation",
+        "conversations",
+        "messages",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "sanitize_control_tokens",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+    }
+)
+"""Names that mean something else to transformers than a variable of the chat template."""
 
 PART_FIELDS = ("type", "text", "name", "dynamic")
 
@@ -144,15 +167,13 @@ class ChatTemplate:
         """A conversation as the template writes it; `speaks` puts the beginning of an answer behind it.
 
         Raises:
-            TemplateError: the template rejects the conversation; the cause is the template's own error.
+            TemplateError: the template rejects the conversation, or fails on it; the cause is its own error.
         """
-        from jinja2 import TemplateError as Rejected
-
         try:
             text = self._tokenizer.apply_chat_template(
                 list(messages), tools=tools, tokenize=False, add_generation_prompt=speaks, **(variables or {})
             )
-        except Rejected as error:
+        except Exception as error:  # a template computes with whatever messages and variables hold
             raise TemplateError(f"the model's chat template rejects these messages: {error}") from error
         return cast("str", text)
 

@@ -25,6 +25,7 @@ from kvcomm.server import (
     models,
     openapi,
     stats,
+    tokens,
 )
 from kvcomm.server.access import Door
 from kvcomm.server.callers import Callers, cors_of
@@ -50,6 +51,7 @@ SURFACES = (
     models.router,
     chat.router,
     completions.router,
+    tokens.router,
     contexts.router,
     snapshots.router,
     segments.router,

@@ -74,7 +74,7 @@ CASES = {
     "a character in bytes": (["1", ")\n", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>"], ("\n😀",), "1)", 2),
     "none": (["1", ")\n", "2", "3"], ("never",), "1)\n23", 4),
 }
-"""Pieces that are drawn, stop strings, the text that is shown, and how many of the pieces have put something into it."""
+"""Pieces that are drawn, stop strings, the text that is shown, and how many pieces have put something into it."""
 
 
 @pytest.mark.parametrize("case", CASES)

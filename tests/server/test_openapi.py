@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jsonschema_rs import Draft202012Validator
 from starlette.testclient import TestClient
 
+from kvcomm.server.openapi import numbers_below
 from tests.server.conftest import chat, completion
 
 
@@ -96,3 +100,12 @@ def test_what_is_refused_is_outside_the_schema(
     body = chat(**fields)
     assert not validator(document, "ChatRequest").is_valid(body)
     assert client.post("/v1/chat/completions", json=body).status_code == 400
+
+
+@given(limit=st.integers(1, 300_000), number=st.integers(0, 400_000))
+def test_numbers_below_a_limit(limit: int, number: int) -> None:
+    pattern = re.compile(numbers_below(limit))
+    for each in (number, limit - 1, limit):
+        assert bool(pattern.fullmatch(str(each))) == (each < limit)
+    assert not pattern.fullmatch("0" + str(number))
+    assert not pattern.fullmatch("")

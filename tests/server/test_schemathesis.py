@@ -33,6 +33,8 @@ OPERATIONS = (
     "GET /ui",
     "POST /v1/chat/completions",
     "POST /v1/completions",
+    "POST /tokenize",
+    "POST /detokenize",
     "POST /v1/contexts",
     "GET /v1/contexts",
     "GET /v1/contexts/{context_id}",
