@@ -7,6 +7,7 @@ tree; the scheduler drives it.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from kvcomm.align.ladder import Rung
 from kvcomm.engine.detokenize import Detokenizer
+from kvcomm.engine.grammar_state import GrammarState
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.results import Choice, Chunk, Completion, Usage
 from kvcomm.engine.sampling import Sampler, SamplingParams, TokenLogprob
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
+from kvcomm.model.attention.contract import IntArray
 from kvcomm.model.live import Weights
 from kvcomm.reuse.attempt import Attempt, ToCompute
 from kvcomm.reuse.lesson import Lesson
@@ -35,6 +38,8 @@ class Branch:
     """One choice while it is generated.
 
     Attributes:
+        grammar: where it stands, behind the forced tokens that are still to come.
+        forced: by the grammar, and not yet among its tokens.
         token_ids: as drawn; what the answer keeps of them is the detokenizer's to say.
         end_logprob: of the end token that was drawn behind them.
         num_guessed: tokens of the answer that a step had guessed right beforehand.
@@ -45,12 +50,42 @@ class Branch:
     sequence: Sequence
     sampler: Sampler
     detokenizer: Detokenizer
+    grammar: GrammarState | None = None
+    forced: deque[int] = field(default_factory=deque)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     end_logprob: TokenLogprob | None = None
     num_guessed: int = 0
     num_told: int = 0
+
+    def __post_init__(self) -> None:
+        self._foresee()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its grammar leaves nothing but to end."""
+        return self.grammar is not None and not self.forced and self.grammar.is_over
+
+    def drew(self, token_id: int) -> None:
+        """Let the grammar follow a token that was drawn, and say what must come behind it.
+
+        Raises:
+            InvalidRequest: the grammar costs more than a step may take.
+        """
+        if self.grammar is not None:
+            self.grammar.take(token_id)
+            self._foresee()
+
+    def allowed(self, guesses: IntArray) -> IntArray:
+        """The guesses at the next tokens up to the first one that cannot come."""
+        return guesses if self.grammar is None else guesses[: self.grammar.num_allowed(guesses.tolist())]
+
+    def _foresee(self) -> None:
+        if self.grammar is not None:
+            for token_id in self.grammar.forced():
+                self.grammar.take(token_id)
+                self.forced.append(token_id)
 
 
 @dataclass

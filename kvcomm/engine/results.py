@@ -97,9 +97,9 @@ class Choice(Plain):
     """One answer.
 
     `finish_reason` is "stop" (end token, stop token or stop string) or "length". `text` is the tokenizer's text of
-    `token_ids`, without special tokens unless they were wanted: no end token, nothing of a stop string. Where a stop string begins inside a
-    token, the token's text before it is tokenized anew: these last ids were not drawn, and may be more than one. What
-    reads the answer (the context behind it, other agents, moved segments) reads these ids.
+    `token_ids`, without special tokens unless they were wanted: no end token, nothing of a stop string. Where a stop
+    string begins inside a token, the token's text before it is tokenized anew: these last ids were not drawn, and may
+    be more than one. What reads the answer (the context behind it, other agents, moved segments) reads these ids.
 
     Attributes:
         logprobs: of every token drawn that has put text into the answer: of `token_ids` but those tokenized anew, and

@@ -26,7 +26,7 @@ from kvcomm.server.schemas.usage import Usage
 from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.state import ServerState
 from kvcomm.server.usage import plan_of, usage_of
-from kvcomm.toolcalls.events import Answer, Event
+from kvcomm.toolcalls.events import Answer, Event, Finish
 from kvcomm.toolcalls.reading import NUM_PROMPT_TOKENS
 
 
@@ -70,7 +70,8 @@ class ChatAnswers:
         self._tools = prepared.tools
         tools = None if body.choice_of_tools.mode == "none" else prepared.tools
         make = call.state.prompts.readers.make
-        self._readers = [make(tools, prepared.end) for _ in range(body.n or 1)]
+        shows_all = body.skip_special_tokens is False
+        self._readers = [make(tools, prepared.end, shows_all=shows_all) for _ in range(body.n or 1)]
 
     @classmethod
     async def begin(cls, body: ChatRequest, call: Call, *, turn: Turn | None = None) -> ChatAnswers:
@@ -98,6 +99,7 @@ class ChatAnswers:
             max_context=state.engine.max_context,
             wanted_tokens=body.wanted_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            prompt_logprobs=body.prompt_logprobs,
         )
         if prepared.grammar is not None:
             sampling = replace(sampling, grammar=prepared.grammar)
@@ -111,15 +113,27 @@ class ChatAnswers:
         """The events of all choices as they come; each ends with its `Finish`. Raises as `Call.pieces`."""
         async with aclosing(self._call.pieces()) as pieces:
             async for _, chunk in pieces:
-                yield ChoiceEvents(chunk.choice, tuple(self._readers[chunk.choice].chunk(chunk)), chunk.logprobs)
+                events = tuple(self._readers[chunk.choice].chunk(chunk))
+                if events and isinstance(events[-1], Finish):
+                    self._call.ends_as(events[-1].reason, choice=chunk.choice)
+                yield ChoiceEvents(chunk.choice, events, chunk.logprobs)
 
     async def whole(self) -> list[ChoiceAnswer]:
         """All choices, once they have ended. Raises as `Call.results`."""
         (completion,) = await self._call.results()
-        return [
-            ChoiceAnswer(choice.index, self._readers[choice.index].whole(choice), choice.logprobs)
-            for choice in completion.choices
-        ]
+        answers = []
+        for choice in completion.choices:
+            answer = self._readers[choice.index].whole(choice)
+            self._call.ends_as(answer.finish_reason, choice=choice.index)
+            answers.append(ChoiceAnswer(choice.index, answer, choice.logprobs))
+        return answers
+
+    async def prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
+        """Of the prompt's tokens, if they were asked for; raises as `Call.results`."""
+        if self._body.prompt_logprobs is None:
+            return None
+        (completion,) = await self._call.results()
+        return completion.prompt_logprobs
 
     async def usage(self) -> Usage:
         """Of the request, once it has ended; raises as `Call.results`."""

@@ -25,6 +25,7 @@ from kvcomm.server import (
     models,
     openapi,
     stats,
+    tokens,
 )
 from kvcomm.server.access import Door
 from kvcomm.server.anthropic import surface as messages
@@ -52,6 +53,7 @@ SURFACES = (
     models.router,
     chat.router,
     completions.router,
+    tokens.router,
     responses.router,
     messages.router,
     contexts.router,

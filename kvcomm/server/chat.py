@@ -13,6 +13,7 @@ from kvcomm.engine.sampling import TokenLogprob as EngineLogprob
 from kvcomm.server.access import security
 from kvcomm.server.answers import ChatAnswers, ChoiceAnswer, ChoiceEvents
 from kvcomm.server.bodies import BodyRoute
+from kvcomm.server.completion_logprobs import prompt_lists
 from kvcomm.server.errors import documented
 from kvcomm.server.generation import Call, CallDep
 from kvcomm.server.logprobs import told_logprobs
@@ -31,6 +32,7 @@ from kvcomm.server.schemas.chat import (
     FinishReason,
     FunctionDelta,
 )
+from kvcomm.server.schemas.logprobs import PromptLogprob
 from kvcomm.server.schemas.usage import Usage
 from kvcomm.server.state import ServerState
 from kvcomm.server.streaming import DOCUMENTED, EventStream
@@ -55,7 +57,7 @@ async def _answer(body: ChatRequest, call: Call) -> Response | ChatCompletion:
     answers = await ChatAnswers.begin(body, call)
     wire = _Wire(body, call)
     if not body.stream:
-        return wire.whole(await answers.whole(), await answers.usage())
+        return wire.whole(await answers.whole(), await answers.usage(), await answers.prompt_logprobs())
     events = answers.events()
     # Errors before the first token still have a status of their own.
     first = await anext(events, None)
@@ -71,8 +73,10 @@ class _Wire:
         self._state: ServerState = call.state
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
 
-    def whole(self, answers: list[ChoiceAnswer], usage: Usage) -> ChatCompletion:
-        """The answer in one piece."""
+    def whole(
+        self, answers: list[ChoiceAnswer], usage: Usage, prompt: tuple[EngineLogprob | None, ...] | None
+    ) -> ChatCompletion:
+        """The answer in one piece; `prompt`: log-probabilities of its tokens."""
         return ChatCompletion(
             id=self._id,
             created=self._call.created,
@@ -80,6 +84,7 @@ class _Wire:
             system_fingerprint=self._state.fingerprint,
             choices=[self._choice(*each) for each in answers],
             usage=usage,
+            prompt_logprobs=self._prompt_logprobs(prompt),
         )
 
     async def chunks(
@@ -143,7 +148,16 @@ class _Wire:
             system_fingerprint=self._state.fingerprint,
             choices=[] if choice is None else [choice],
         )
+        if usage is None and self._body.wants_running_usage:
+            return chunk.model_copy(update={"usage": self._call.usage_so_far()})
         return chunk.model_copy(update={"usage": usage}) if self._body.wants_usage_chunk else chunk
+
+    def _prompt_logprobs(
+        self, tokens: tuple[EngineLogprob | None, ...] | None
+    ) -> list[dict[str, PromptLogprob] | None] | None:
+        if self._body.prompt_logprobs is None or tokens is None:
+            return None
+        return prompt_lists(self._state.token_names, tokens, self._body.prompt_logprobs)
 
     def _logprobs(self, tokens: tuple[EngineLogprob, ...]) -> ChoiceLogprobs:
         return ChoiceLogprobs(content=told_logprobs(self._state.engine, tokens), refusal=None)

@@ -280,6 +280,8 @@ def _param(path: Sequence[Any], body: object) -> str:
     if path and path[0] in REQUEST_KINDS:
         path = path[1:]
     for index, part in enumerate(path):
+        if part == "[key]":  # of a dictionary, which is the part before
+            break
         if isinstance(at, list) and isinstance(part, int):
             text += f"[{part}]"
             at = at[part] if part < len(at) else None

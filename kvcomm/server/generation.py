@@ -27,6 +27,7 @@ from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError, translate
 from kvcomm.server.logs import Answered, RequestNotes, log_unexpected, notes_of
+from kvcomm.server.schemas.usage import RunningUsage
 from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.state import ServerState, state_of
 from kvcomm.server.tenants import Tenant
@@ -82,6 +83,7 @@ class Call:
     notes: RequestNotes
     deadline_s: float
     created: int = field(default_factory=lambda: int(time.time()))
+    num_streamed: int = 0  # tokens of answers that `pieces` has given
     _running: list[_Running] = field(default_factory=list)
     _completions: list[Completion] | None = None
     _leaving: list[asyncio.Task[None]] = field(default_factory=list)
@@ -171,7 +173,17 @@ class Call:
                     raise timed_out() from None
                 except Exception as error:  # a job ends with whatever the model raised
                     raise self._translated(error) from error
+                self.num_streamed += len(piece.chunk.token_ids)
                 yield piece
+
+    def usage_so_far(self) -> RunningUsage:
+        """Of all jobs, while their answers are streamed."""
+        num_prompt = sum(each.job.prompt.num_tokens for each in self._running)
+        return RunningUsage(
+            prompt_tokens=num_prompt,
+            completion_tokens=self.num_streamed,
+            total_tokens=num_prompt + self.num_streamed,
+        )
 
     async def results(self) -> list[Completion]:
         """The completions in the order of submission, once all jobs have ended; the same when it is asked again.

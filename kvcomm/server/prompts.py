@@ -88,9 +88,11 @@ class PromptMaker:
             if message.role != "assistant":  # of an answer, templates may leave out what was thought
                 self._require_short(message.content)
         messages = self.read(marks, request.messages, apart=bool(request.segments))
-        rendered = self.render(
-            marks, messages, tools=marks.hide(shown_tools(request)), variables=template_variables(request)
-        )
+        tools, variables = marks.hide(shown_tools(request)), marks.hide(template_variables(request))
+        if request.continue_final_message:
+            rendered = self._render_open(marks, messages, tools=tools, variables=variables)
+        else:
+            rendered = self.render(marks, messages, tools=tools, variables=variables, speaks=request.speaks)
         self._limit.require(rendered.whole)
         space = (tenant, request.cache_salt)
         if not request.segments and not marks.slots:
@@ -139,6 +141,15 @@ class PromptMaker:
         if isinstance(text, str):
             self._limit.require(text)
         return self._engine.read_prompt(text, is_start=is_start)
+
+    def tokens(self, text: str, *, adds_start: bool) -> list[int]:
+        """Token ids of a text as a plain completion takes it, see `TextEncoder.start`.
+
+        Raises:
+            PromptTooLong: it surely has more than the model takes.
+        """
+        self._limit.require(text)
+        return list(self._encoder.start(text, adds_start=adds_start))
 
     def marks(self, stem: str | None = None, hidden: Sequence[str] = ()) -> Marks[Placed]:
         """Stand-ins for control tokens of this model, new ones or those made before."""
@@ -270,6 +281,19 @@ class PromptMaker:
             message = "this model's chat template shows no calls of tools, and this server does not write them itself"
             raise ApiError(400, "tools_not_supported", message, param="messages")
 
+    def _render_open(
+        self, marks: Marks[Placed], messages: Sequence[Message], *, tools: Any, variables: Mapping[str, Any]
+    ) -> Rendered:
+        """A conversation up to the end of what its last message says; raises as `render`."""
+        last, end = messages[-1], marks.stand_in("")
+        if last.fields.get("tool_calls"):
+            raise ApiError(400, "invalid_value", "a message with tool_calls cannot be continued", param="messages")
+        opened = [*messages[:-1], last._replace(parts=(*last.parts, end))]
+        rendered = self.render(marks, opened, tools=tools, variables=variables, speaks=False)
+        if end not in rendered.text:
+            raise _rejected(TemplateError("the chat template drops the content of the last message"))
+        return rendered._replace(text=rendered.text.rpartition(end)[0], whole=rendered.whole.rpartition(end)[0])
+
 
 def _rejected(error: TemplateError) -> ApiError:
     return ApiError(400, "template_error", str(error), param="messages")
@@ -279,23 +303,28 @@ def shown_tools(request: ChatRequest) -> list[dict[str, Any]] | None:
     """The tools that the chat template is to show."""
     if not request.tools or request.tool_choice == "none":
         return None
-    return [tool.model_dump(exclude_none=True) for tool in request.tools]
+    return [tool.model_dump(exclude_none=True, exclude={"cache_control"}) for tool in request.tools]
 
 
 def template_variables(request: ChatRequest) -> dict[str, Any]:
     """What else the chat template may look at."""
-    return {} if request.reasoning_effort is None else {"reasoning_effort": request.reasoning_effort}
+    effort = {} if request.reasoning_effort is None else {"reasoning_effort": request.reasoning_effort}
+    return {**effort, **(request.chat_template_kwargs or {})}
 
 
 def message_fields(message: Any) -> dict[str, Any]:
     """A message as chat templates expect it, without its content."""
-    fields: dict[str, Any] = {"role": ROLES.get(message.role, message.role)}
+    fields: dict[str, Any] = {**message.others, "role": ROLES.get(message.role, message.role)}
     if getattr(message, "name", None) is not None:
         fields["name"] = message.name
     if isinstance(message, ToolMessage):
         fields["tool_call_id"] = message.tool_call_id
-    if isinstance(message, AssistantMessage) and message.tool_calls:
-        fields["tool_calls"] = [_call_values(call) for call in message.tool_calls]
+    if isinstance(message, AssistantMessage):
+        thought = message.reasoning_content or message.reasoning
+        if thought:  # chat templates know it by either name
+            fields |= {"reasoning_content": thought, "reasoning": thought}
+        if message.tool_calls:
+            fields["tool_calls"] = [_call_values(call) for call in message.tool_calls]
     return fields
 
 

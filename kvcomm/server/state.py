@@ -23,6 +23,7 @@ from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.segments.registry import SegmentRegistries
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.tenants import Tenant, Tenants
+from kvcomm.server.token_names import TokenNames
 from kvcomm.server.workers import Workers
 
 
@@ -50,6 +51,7 @@ class ServerState:
     prompts: PromptMaker = field(init=False)
     metrics: Metrics = field(init=False)
     workers: Workers = field(init=False)
+    token_names: TokenNames = field(init=False)
 
     def __post_init__(self) -> None:
         self.started_s = self.clock()
@@ -63,6 +65,7 @@ class ServerState:
             tool_parser=self.settings.tool_parser,
             default_tools=self.settings.default_tools,
         )
+        self.token_names = TokenNames(self.engine)
         max_running = self.engine.config.max_running
         self.workers = Workers(max_running, lambda: self.admission.kept_of(max_running))
         self.metrics = Metrics(self.engine, self.admission, self.workers.engine)

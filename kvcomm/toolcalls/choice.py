@@ -80,22 +80,32 @@ class CallGrammars:
     controls: Mapping[str, int]
     tags: ReasoningTags | None = None
 
-    def of(self, tools: Tools, choice: ToolChoice, *, is_reasoning: bool, text: str | None = None) -> Grammar | None:
+    def of(
+        self, tools: Tools, choice: ToolChoice, *, is_reasoning: bool = False, reply: Grammar | None = None
+    ) -> Grammar | None:
         """The grammar for answers with these tools; None: they are free.
 
         Args:
             is_reasoning: the answer begins in the middle of reasoning.
-            text: a grammar's rules, with a rule `answer`, for answers that call nothing; None: these are free.
+            reply: for answers that call nothing; None: these are free.
 
         Raises:
-            InvalidRequest: a strict schema, or one of a tool that has to be called, that cannot be followed; names the
-                keyword.
+            InvalidRequest: a choice, or parameters of a strict tool, that cannot be followed; names what.
         """
         allowed = choice.allowed(tools)
-        if choice.is_free(tools, allowed):
+        can_call = bool(tools) and choice.mode != "none"
+        if not can_call and (reply is None or self.tags is None or reply.kind == "lark"):
+            return reply
+        if reply is None and choice.is_free(tools, allowed):
             return None
-        rules = [*self._reasoning(is_reasoning), *self._calls(allowed, choice.is_parallel)]
-        rules += ["answer: calls"] if choice.mode == "required" else self._free(choice.is_parallel)
+        rules = self._reasoning(is_reasoning)
+        rules += self._calls(allowed, choice.is_parallel) if can_call else []
+        if choice.mode == "required":
+            rules.append("answer: calls")
+        elif reply is not None:
+            rules += ["answer: calls | reply" if can_call else "answer: reply", *_reply(reply)]
+        else:
+            rules += self._free(choice.is_parallel)
         return Grammar("lark", "\n".join(rules))  # its schemas have their limits; many tools may be long together
 
     def _reasoning(self, is_reasoning: bool) -> list[str]:
@@ -184,6 +194,17 @@ def _json_rule(name: str, schema: Any, is_strict: bool) -> str:
         return Grammar.json_schema(schema, strict=is_strict).json_rule
     except InvalidRequest as error:
         raise InvalidRequest(f"{name!r} has parameters that cannot be followed: {error}") from error
+
+
+def _reply(grammar: Grammar) -> list[str]:
+    """Rules for an answer that calls nothing."""
+    if grammar.kind == "json_schema":
+        return [f"reply: {grammar.json_rule}"]
+    if grammar.kind == "regex":
+        return ["reply: REPLY", f"REPLY: /{grammar.source.replace('/', chr(92) + '/')}/"]
+    if grammar.kind == "choice":
+        return [grammar.source.replace("start:", "reply:", 1)]
+    raise InvalidRequest("a grammar of your own cannot stand beside tools; leave one of them out")
 
 
 def _not_beginning(begin: str) -> str:

@@ -16,15 +16,12 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from kvcomm.engine.chat import ChatTemplate
+from kvcomm.engine.chat import PROBE, PROBED_TOOL, ChatTemplate
 from kvcomm.errors import TemplateError
 from kvcomm.toolcalls.formats import FORMATS, HERMES, MISTRAL, TRIGGERS, Format, Shape, format_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-PROBE = "kvcommprobe"
-"""A word that no chat template writes by itself."""
 
 PROBE_ID = "kvcommpr1"
 """Nine letters and digits, as Mistral's templates insist on."""
@@ -77,12 +74,6 @@ class ToolTemplate(ChatTemplate):
     def _shown_format(self) -> Format | None:
         written = self._written(1)
         return None if written is None else format_of(written)
-
-    @cached_property
-    def shows_tools(self) -> bool:
-        """Whether the model's own template has a place for tools."""
-        written = self._try([{"role": "user", "content": "hello"}], tools=[_probe_tool()])
-        return written is not None and PROBE in written
 
     @property
     def shows_history(self) -> bool:
@@ -172,7 +163,7 @@ class ToolTemplate(ChatTemplate):
         """How the model's own template wants arguments; None: it does not show calls and results."""
         kinds: tuple[Literal["object", "text"], ...] = ("object", "text")
         for kind in kinds:
-            written = self._try(_conversation(1, kind), tools=[_probe_tool()]) or ""
+            written = self._try(_conversation(1, kind), tools=[PROBED_TOOL]) or ""
             is_repr = f"'{PROBE}key'" in written  # an object where a text was wanted
             if not is_repr and all(f"{PROBE}{what}" in written for what in ("name", "value", "result")):
                 return kind
@@ -189,7 +180,7 @@ class ToolTemplate(ChatTemplate):
         """What the template writes for an answer that is nothing but calls, its end included; None: it cannot."""
         if self._calls is None:
             return None
-        tools = [_probe_tool()]
+        tools = [PROBED_TOOL]
         conversation = _conversation(num_calls, self._calls)[:2]
         before = self._try(conversation[:1], tools=tools, speaks=True)
         whole = self._try(conversation, tools=tools)
@@ -218,12 +209,6 @@ class ToolTemplate(ChatTemplate):
         """What stands behind an answer."""
         written = self._try([{"role": "user", "content": "hello"}, {"role": "assistant", "content": PROBE}])
         return None if written is None else written.rpartition(PROBE)[2]
-
-
-def _probe_tool() -> dict[str, Any]:
-    properties = {f"{PROBE}key": {"type": "string", "description": PROBE}}
-    schema = {"type": "object", "properties": properties, "required": [f"{PROBE}key"]}
-    return {"type": "function", "function": {"name": f"{PROBE}name", "description": PROBE, "parameters": schema}}
 
 
 def _conversation(num_calls: int, arguments: str) -> list[dict[str, Any]]:

@@ -74,7 +74,7 @@ CASES = {
     "a character in bytes": (["1", ")\n", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>"], ("\n😀",), "1)", 2),
     "none": (["1", ")\n", "2", "3"], ("never",), "1)\n23", 4),
 }
-"""Pieces that are drawn, stop strings, the text that is shown, and how many of the pieces have put something into it."""
+"""Pieces that are drawn, stop strings, the text that is shown, and how many pieces have put something into it."""
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -127,9 +127,7 @@ def test_special_tokens_are_shown_if_they_are_wanted(engine: Engine, monkeypatch
     assert [answer.choices[0].text_offsets for answer in answers] == [(0, 1, 1), (0, 1, 13)]
 
 
-def test_the_token_that_ends_an_answer_has_a_log_probability(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_token_that_ends_an_answer_has_a_log_probability(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     end = engine.tokenizer.eos_token_id
     assert isinstance(end, int)
     draw(monkeypatch, [*ids_of(engine.tokenizer, "1"), end])

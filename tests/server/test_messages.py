@@ -69,6 +69,12 @@ def test_a_stream_says_the_same(client: TestClient) -> None:
     assert events[-2]["usage"]["output_tokens"] == 6
 
 
+def test_an_answer_goes_on_with_its_beginning(client: TestClient) -> None:
+    begun = [*HELLO, {"role": "assistant", "content": "three app"}]
+    expected = ok(client.post(CHAT, json=chat(messages=begun, continue_final_message=True)))
+    assert text_of(ok(client.post(URL, json=message(messages=begun)))) == said(expected)
+
+
 def test_breakpoints_say_what_is_created(client: TestClient, engine: Engine) -> None:
     marked = {"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral", "ttl": "1h"}}
     first = ok(client.post(URL, json=message(system=[marked])))["usage"]
@@ -135,6 +141,7 @@ def test_blocks_become_messages() -> None:
             {"role": "user", "content": "hi"},
             {"role": "assistant", "content": [
                 {"type": "redacted_thinking", "data": "x"},
+                {"type": "thinking", "thinking": "Hm.", "signature": ""},
                 {"type": "text", "text": "I look."},
                 {"type": "tool_use", "id": "a", "name": "f", "input": {"x": "ü"}},
                 {"type": "tool_use", "id": "b", "name": "f", "input": {}}]},
@@ -149,6 +156,7 @@ def test_blocks_become_messages() -> None:
     )["messages"]  # fmt: skip
     assert [each["role"] for each in messages] == ["user", "assistant", "tool", "tool", "tool", "user", "system"]
     assert messages[1]["content"] == [{"type": "text", "text": "I look."}]
+    assert messages[1]["reasoning_content"] == "Hm."
     assert [call["function"]["arguments"] for call in messages[1]["tool_calls"]] == ['{"x": "ü"}', "{}"]
     assert [each["tool_call_id"] for each in messages[2:5]] == ["a", "b", "c"]
     assert messages[3]["content"] == [{"type": "text", "text": "Error: "}, {"type": "text", "text": "no"}]
@@ -185,7 +193,7 @@ def test_choices_of_tools(choice: dict[str, Any], expected: Any, is_parallel: bo
         {"top_k": 5, "top_p": 0.9, "stop_sequences": [], "cache_control": {"type": "ephemeral"}},
         {"tools": [], "tool_choice": {"type": "auto"}, "mcp_servers": []},
         {"seed": 1, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": True, "cache_salt": "s", "reuse": {}},
-        {"output_config": {"effort": "low"}},
+        {"output_config": {"effort": "low"}, "thinking": {"type": "enabled", "budget_tokens": 1024}},
     ],
 )
 def test_documented_fields_are_accepted(client: TestClient, fields: dict[str, Any]) -> None:

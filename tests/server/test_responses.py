@@ -100,6 +100,7 @@ def test_items_become_messages() -> None:
     fields = chat_fields(
         input=[
             {"role": "user", "content": [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}]},
+            {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
             {"type": "message", "role": "assistant", "id": "msg_1", "status": "completed",
              "content": [{"type": "output_text", "text": "I look", "annotations": [], "logprobs": []}]},
             {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "f", "arguments": "{}"},
@@ -114,6 +115,7 @@ def test_items_become_messages() -> None:
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "tool", "tool", "developer"]
     assert messages[1]["content"] == [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert messages[2]["content"] == [{"type": "text", "text": "I look"}]
+    assert messages[2]["reasoning_content"] == "Hm."
     assert [call["id"] for call in messages[2]["tool_calls"]] == ["c1", "c2"]
     assert messages[2]["tool_calls"][1]["function"] == {"name": "f", "arguments": '{"x": 1}'}
     assert (messages[3]["tool_call_id"], messages[3]["content"]) == ("c1", "1")

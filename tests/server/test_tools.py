@@ -269,3 +269,68 @@ def test_reasoning_has_a_field_of_its_own(
     deltas = [each["delta"] for each in streamed(client)]
     assert "".join(each.get("reasoning_content") or "" for each in deltas) == "Hm."
     assert "".join(each.get("content") or "" for each in deltas) == "Four."
+
+
+ENUM: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Bonn", "Köln 🙂"]}, "days": {"enum": [1, 2]}},
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        ("required", {"weather", "now"}),
+        ({"type": "function", "function": {"name": "now"}}, {"now"}),
+        (
+            {
+                "type": "allowed_tools",
+                "allowed_tools": {
+                    "mode": "required",
+                    "tools": [{"type": "function", "function": {"name": "weather"}}],
+                },
+            },
+            {"weather"},
+        ),
+    ],
+)
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, HERMES_TEMPLATE])
+def test_a_call_that_is_required_comes(
+    make_client: MakeClient,
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    choice: Any,
+    names: set[str],
+    template: str,
+) -> None:
+    """A model of random weights makes it, too."""
+    monkeypatch.setattr(engine.tokenizer, "chat_template", template)
+    client = make_client()
+    fields = {"tools": [ENUM, NOW], "tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 200}
+    message = asked(client, **fields)["choices"][0]
+    (call,) = message["message"]["tool_calls"]
+    assert message["finish_reason"] == "tool_calls"
+    assert call["function"]["name"] in names
+    arguments = json.loads(call["function"]["arguments"])
+    assert call["function"]["name"] == "now" or (
+        arguments["city"] in ("Bonn", "Köln 🙂") and arguments["days"] in (1, 2)
+    )
+    deltas = [each["delta"] for each in streamed(client, **fields)]
+    pieces = [delta["function"] for each in deltas for delta in each.get("tool_calls", [])]
+    assert pieces[0]["name"] == call["function"]["name"]
+    assert "".join(each["arguments"] for each in pieces) == call["function"]["arguments"]
+
+
+def test_strict_schemas_that_cannot_be_followed_are_refused(client: TestClient) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "contentEncoding": "base64", "not": {}}}}
+    tool = {"type": "function", "function": {"name": "f", "strict": True, "parameters": schema}}
+    assert "not" in error_of(client.post(CHAT, json=chat(tools=[tool])))["message"]

@@ -155,7 +155,6 @@ class _Message:
     async def _stop(self) -> tuple[StopReason, str | None]:
         """Why it ended, and the sequence that ended it."""
         (completion,) = await self._call.results()
-        self._call.ends_as(self._blocks.finish_reason or completion.finish_reason)
         stopped_by = completion.choices[0].stopped_by
         reason = STOP_REASONS[self._blocks.finish_reason or completion.finish_reason]
         if reason == "end_turn" and stopped_by is not None:

@@ -41,6 +41,9 @@ SAME_FIELDS = (
 )
 """Of a request, with the same meaning in a chat request."""
 
+THINKING = ("enable_thinking", "thinking")
+"""What chat templates call it."""
+
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 FAILED = "Error: "
 """Stands before the result of a call that failed, which chat templates have no other place for."""
@@ -65,7 +68,10 @@ def chat_request(request: MessagesPrompt) -> ChatRequest:
     Raises:
         ApiError: 400, the chat surface does not take it.
     """
-    fields: dict[str, Any] = {"model": request.model, "messages": list(_messages(request))}
+    messages = list(_messages(request))
+    fields: dict[str, Any] = {"model": request.model, "messages": messages}
+    if messages[-1]["role"] == "assistant" and messages[-1].get("content") and "tool_calls" not in messages[-1]:
+        fields["continue_final_message"] = True
     if request.tools:
         choice = request.tool_choice
         fields["tools"] = [_tool(tool) for tool in request.tools]
@@ -75,7 +81,7 @@ def chat_request(request: MessagesPrompt) -> ChatRequest:
     elif request.tool_choice is not None and request.tool_choice.type in ("any", "tool"):
         fields["tool_choice"] = _tool_choice(request)  # refused by the chat surface, which knows why
     if request.thinking is not None:
-        fields["chat_template_kwargs"] = {"enable_thinking": request.thinking.type != "disabled"}
+        fields["chat_template_kwargs"] = dict.fromkeys(THINKING, request.thinking.type != "disabled")
     if (output := request.output_config) is not None:
         fields["reasoning_effort"] = output.effort
         if output.format is not None:

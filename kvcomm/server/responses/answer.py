@@ -145,7 +145,6 @@ class ResponseAnswer:
     async def _end(self) -> ResponseObject:
         assert self._answers is not None, "begun"
         usage = await self._answers.usage()
-        self._call.ends_as(self._output.finish_reason or "stop")
         is_cut = self._output.finish_reason == "length"
         ended = self._object(
             "incomplete" if is_cut else "completed",

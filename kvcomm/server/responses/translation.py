@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
-from kvcomm.server.errors import ApiError
 from kvcomm.server.schemas.chat import ChatRequest
 from kvcomm.server.schemas.response_items import SentCall, SentCallOutput, SentMessage, SentReasoning
 from kvcomm.server.schemas.responses import (
@@ -71,9 +70,7 @@ def chat_request(request: ResponsePrompt, items: Sequence[SentItem], *, is_whole
     if request.tools:
         fields["tools"] = [_tool(tool.model_dump()) for tool in request.tools]
         fields["parallel_tool_calls"] = request.parallel_tool_calls
-        fields["tool_choice"] = _tool_choice(request)
-    elif request.tool_choice not in (None, "none", "auto"):
-        raise ApiError(400, "invalid_value", "tool_choice: there are no tools to choose from", param="tool_choice")
+    fields["tool_choice"] = _tool_choice(request)
     if request.reasoning is not None:
         fields["reasoning_effort"] = request.reasoning.effort
     fields["response_format"] = _format(request)

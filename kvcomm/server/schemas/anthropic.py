@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from kvcomm.server.schemas.common import (
+    MAX_STOPS,
     MODEL_NAME,
     WHOLE,
     Body,
@@ -177,7 +179,7 @@ class NamedToolChoice(RequestModel):
 
 
 class Thinking(RequestModel):
-    """Whether to think; given to the chat template as `enable_thinking`."""
+    """Whether to think; given to the chat template as `enable_thinking` and `thinking`."""
 
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: Annotated[
@@ -208,11 +210,30 @@ class RequestMetadata(RequestModel):
     user_id: Annotated[Label | None, Field(description=IGNORED)] = None
 
 
+NEEDS_TOOLS: JsonDict = {
+    "if": {
+        "properties": {"tool_choice": {"properties": {"type": {"enum": ["any", "tool"]}}, "type": "object"}},
+        "required": ["tool_choice"],
+    },
+    "then": {"properties": {"tools": {"type": "array", "minItems": 1}}, "required": ["tools"]},
+}
+
+
 class MessagesPrompt(Body):
     """What is answered, and what is counted of it."""
 
+    model_config = ConfigDict(json_schema_extra={"allOf": [NEEDS_TOOLS]})
+
     model: Annotated[Label, Field(json_schema_extra={"format": MODEL_NAME})]
-    messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)]
+    messages: Annotated[
+        list[Turn],
+        Field(
+            min_length=1,
+            max_length=MAX_TURNS,
+            fail_fast=True,
+            description="Where the last one is the assistant's, the answer goes on with it.",
+        ),
+    ]
     system: Annotated[Texts | None, Field(description="Instructions before everything else.")] = None
     tools: (
         Annotated[
@@ -237,7 +258,7 @@ class MessagesRequest(MessagesPrompt):
 
     max_tokens: Annotated[int, Field(ge=1, description="An upper bound; the server has others."), WHOLE]
     stream: bool | None = None
-    stop_sequences: Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None = None
+    stop_sequences: Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_k: Annotated[int, Field(ge=0, description="Keep the k most probable tokens; 0 is off."), WHOLE] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic.config import JsonDict
-from pydantic_core import PydanticCustomError
 
-from kvcomm.server.schemas.chat import Metadata
+from kvcomm.server.schemas.chat import NEEDS_STREAM, NEEDS_TOOLS, Metadata
 from kvcomm.server.schemas.common import (
     IGNORED,
     MODEL_NAME,
@@ -24,6 +23,7 @@ from kvcomm.server.schemas.common import (
     Reuse,
     Salt,
     Stop,
+    needs,
     one_or_many,
     only,
 )
@@ -156,6 +156,8 @@ NO = "is not supported; leave it out"
 class ResponsePrompt(Body):
     """What is answered, and what is counted of it."""
 
+    model_config = ConfigDict(json_schema_extra={"allOf": [NEEDS_TOOLS]})
+
     model: Annotated[Label, Field(json_schema_extra={"format": MODEL_NAME})]
     input: Annotated[Input, Field(description="What is new; with previous_response_id it continues that response.")]
     instructions: Annotated[
@@ -176,10 +178,6 @@ class ResponsePrompt(Body):
     conversation: only(None, why="is not supported; use previous_response_id") = None  # type: ignore[valid-type]
 
 
-NEEDS_STREAM: JsonDict = {
-    "if": {"properties": {"stream_options": {"type": "object"}}, "required": ["stream_options"]},
-    "then": {"properties": {"stream": {"const": True}}, "required": ["stream"]},
-}
 OWN_SALT: JsonDict = {
     "if": {"properties": {"previous_response_id": {"type": "string"}}, "required": ["previous_response_id"]},
     "then": {"properties": {"cache_salt": {"type": "null"}}},
@@ -189,7 +187,7 @@ OWN_SALT: JsonDict = {
 class ResponseRequest(ResponsePrompt):
     """A conversation to be continued."""
 
-    model_config = ConfigDict(json_schema_extra={"allOf": [NEEDS_STREAM, OWN_SALT]})
+    model_config = ConfigDict(json_schema_extra={"allOf": [NEEDS_STREAM, NEEDS_TOOLS, OWN_SALT]})
 
     max_output_tokens: (
         Annotated[int, Field(ge=1, description="An upper bound; the server has others."), WHOLE] | None
@@ -232,7 +230,9 @@ class ResponseRequest(ResponsePrompt):
 
     seed: Annotated[int, WHOLE] | None = None
     stop: Stop | None = None
-    top_k: Annotated[int, Field(ge=0, description="Keep the k most probable tokens; 0 is off."), WHOLE] | None = None
+    top_k: (
+        Annotated[int, Field(ge=-1, description="Keep the k most probable tokens; 0 and -1 are off."), WHOLE] | None
+    ) = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
     ignore_eos: Annotated[bool, Field(description="Go on after the model's end tokens.")] | None = None
@@ -242,15 +242,9 @@ class ResponseRequest(ResponsePrompt):
     @model_validator(mode="after")
     def _check(self) -> ResponseRequest:
         if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError(
-                "needs", "{param} is only allowed when stream is true", {"param": "stream_options"}
-            )
+            raise needs("stream_options", "is only allowed when stream is true")
         if self.previous_response_id is not None and self.cache_salt is not None:
-            raise PydanticCustomError(
-                "needs",
-                "{param} is not allowed with previous_response_id: that response has its own",
-                {"param": "cache_salt"},
-            )
+            raise needs("cache_salt", "is not allowed with previous_response_id: that response has its own")
         return self
 
     @property

@@ -47,6 +47,14 @@ class PlanSpan(ResponseModel):
     reason: Annotated[str | None, Field(description="Why they were computed; null for reused tokens.")]
 
 
+class RunningUsage(ResponseModel):
+    """Tokens so far, while an answer is streamed."""
+
+    prompt_tokens: Annotated[int, Field(ge=0)]
+    completion_tokens: Annotated[int, Field(ge=0)]
+    total_tokens: Annotated[int, Field(ge=0)]
+
+
 class Usage(ResponseModel):
     """prompt_tokens = cached_prefix_tokens + aligned_tokens + computed_tokens."""
 
