@@ -7,18 +7,21 @@ tree; the scheduler drives it.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from kvcomm.align.ladder import Rung
 from kvcomm.engine.detokenize import Detokenizer
+from kvcomm.engine.grammar_state import GrammarState
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.results import Choice, Chunk, Completion, Usage
 from kvcomm.engine.sampling import Sampler, SamplingParams, TokenLogprob
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
+from kvcomm.model.attention.contract import IntArray
 from kvcomm.model.live import Weights
 from kvcomm.reuse.attempt import Attempt, ToCompute
 from kvcomm.reuse.lesson import Lesson
@@ -35,20 +38,54 @@ class Branch:
     """One choice while it is generated.
 
     Attributes:
+        grammar: where it stands, behind the forced tokens that are still to come.
+        forced: by the grammar, and not yet among its tokens.
         token_ids: as drawn; what the answer keeps of them is the detokenizer's to say.
+        end_logprob: of the end token that was drawn behind them.
         num_guessed: tokens of the answer that a step had guessed right beforehand.
-        num_published: ids that the caller has been given.
+        num_told: drawn tokens of which the caller has been given the log-probability.
     """
 
     index: int
     sequence: Sequence
     sampler: Sampler
     detokenizer: Detokenizer
+    grammar: GrammarState | None = None
+    forced: deque[int] = field(default_factory=deque)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
+    end_logprob: TokenLogprob | None = None
     num_guessed: int = 0
-    num_published: int = 0
+    num_told: int = 0
+
+    def __post_init__(self) -> None:
+        self._foresee()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its grammar leaves nothing but to end."""
+        return self.grammar is not None and not self.forced and self.grammar.is_over
+
+    def drew(self, token_id: int) -> None:
+        """Let the grammar follow a token that was drawn, and say what must come behind it.
+
+        Raises:
+            InvalidRequest: the grammar costs more than a step may take.
+        """
+        if self.grammar is not None:
+            self.grammar.take(token_id)
+            self._foresee()
+
+    def allowed(self, guesses: IntArray) -> IntArray:
+        """The guesses at the next tokens up to the first one that cannot come."""
+        return guesses if self.grammar is None else guesses[: self.grammar.num_allowed(guesses.tolist())]
+
+    def _foresee(self) -> None:
+        if self.grammar is not None:
+            for token_id in self.grammar.forced():
+                self.grammar.take(token_id)
+                self.forced.append(token_id)
 
 
 @dataclass
@@ -185,11 +222,15 @@ class Request:
 
     def publish(self, branch: Branch, text: str) -> None:
         """Hand a piece of a choice to the caller, with the ids whose text is out."""
-        token_ids = branch.detokenizer.take_ids()
-        end = branch.num_published + len(token_ids)
-        logprobs = tuple(branch.logprobs[branch.num_published : min(end, branch.detokenizer.num_kept_tokens)])
-        branch.num_published = end
-        self.handle.publish(Chunk(branch.index, text, token_ids, logprobs or None, branch.finish_reason))
+        chunk = Chunk(branch.index, text, branch.detokenizer.take_ids(), None, branch.finish_reason)
+        if self.sampling.logprobs is not None:
+            first, branch.num_told = branch.num_told, branch.detokenizer.num_placed
+            chunk = chunk._replace(
+                logprobs=tuple(branch.logprobs[first : branch.num_told]) or None,
+                text_offsets=branch.detokenizer.starts(first, branch.num_told) or None,
+                end_logprob=branch.end_logprob,
+            )
+        self.handle.publish(chunk)
 
     def completion(self) -> Completion:
         """The result; every choice must have finished."""
@@ -198,9 +239,23 @@ class Request:
     def _choice(self, branch: Branch) -> Choice:
         assert branch.finish_reason is not None
         detokenizer = branch.detokenizer
-        kept = branch.logprobs[: detokenizer.num_kept_tokens]
-        logprobs = tuple(kept) if self.sampling.logprobs is not None else None
-        return Choice(branch.index, detokenizer.text, detokenizer.answer_ids, branch.finish_reason, logprobs)
+        choice = Choice(
+            branch.index,
+            detokenizer.text,
+            detokenizer.answer_ids,
+            branch.finish_reason,
+            None,
+            stopped_by=detokenizer.stopped,
+        )
+        if self.sampling.logprobs is None:
+            return choice
+        num = detokenizer.num_placed
+        return replace(
+            choice,
+            logprobs=tuple(branch.logprobs[:num]),
+            text_offsets=detokenizer.starts(0, num),
+            end_logprob=branch.end_logprob,
+        )
 
     def _usage(self) -> Usage:
         now, clock = time.monotonic(), self.clock

@@ -109,7 +109,7 @@ def continue_conversation(
     before = before or Conversation()
     marks = maker.marks(before.stem, before.hidden)
     shown = before.tools if tools is None else marks.hide(tools)
-    given = {**before.variables, **(variables or {})}
+    given = {**before.variables, **marks.hide(variables or {})}
     rendered = maker.render(
         marks, maker.read(marks, messages), before=before.messages, tools=shown, variables=given, speaks=speaks
     )
