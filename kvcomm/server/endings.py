@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kvcomm.server.errors import CLIENT_GONE, ApiError
+from kvcomm.server.errors import CLIENT_GONE
 from kvcomm.server.logs import MAX_PATH, Ended
 
 GONE = "client_gone"
@@ -23,12 +23,18 @@ REFUSED = "refused"
 
 
 class Refused(NamedTuple):
-    """A request that was answered with an error, `at_s` on the clock of whoever keeps it."""
+    """A request that was answered with an error, `at_s` on the clock of whoever keeps it.
+
+    Not the error itself: its traceback would keep the request's body in memory.
+    """
 
     at_s: float
     method: str
     path: str
-    error: ApiError
+    status: int
+    code: str
+    param: str | None
+    message: str
     request_id: str
 
 
@@ -49,7 +55,9 @@ def refused_of(ended: Ended, at_s: float) -> Refused | None:
     error = ended.notes.error
     if error is None or GONE in reasons_of(ended):
         return None
-    return Refused(at_s, ended.method, ended.path[:MAX_PATH], error, ended.notes.request_id)
+    path = ended.path[:MAX_PATH]
+    said = (error.status_code, error.code, error.param, error.detail)
+    return Refused(at_s, ended.method, path, *said, ended.notes.request_id)
 
 
 def _word(status: int) -> str:

@@ -112,10 +112,10 @@ def _refused(tally: Tally) -> list[RefusedRequest]:
             ago_s=now_s - each.at_s,
             method=each.method,
             path=each.path,
-            status=each.error.status_code,
-            code=each.error.code,
-            param=each.error.param,
-            message=each.error.detail,
+            status=each.status,
+            code=each.code,
+            param=each.param,
+            message=each.message,
             request_id=each.request_id,
         )
         for each in reversed(tally.refused)
