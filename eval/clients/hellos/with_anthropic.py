@@ -85,6 +85,7 @@ def tool_by_runner(server: Server) -> None:
         max_tokens=200,
         tools=[beta_tool(weather.get_weather)],
         messages=[{"role": "user", "content": QUESTION}],
+        thread=False,  # else the server has to hold the conversation, which is a beta of Anthropic's own
     )
     weather.require_called(runner.until_done().content[0].text)
 
