@@ -506,7 +506,7 @@ class Engine:
 
         Args:
             messages: dicts with "role", "content", and what else the chat template looks at.
-            tools: JSON schemas of functions, for the chat template.
+            tools: JSON schemas of functions, for the chat template; refused where it has no place for them.
             variables: what else it may look at, such as {"enable_thinking": False}.
             add_generation_prompt: put the beginning of an answer behind them.
 
