@@ -133,7 +133,7 @@ class CallGrammars:
         return rules
 
     def _call(self, at: int, function: Mapping[str, Any]) -> list[str]:
-        name = self._literal(function["name"] + self.shape.middle)
+        name = f"{_quoted(function['name'])} {self._literal(self.shape.middle)}"
         schema, is_strict = schema_of(function), bool(function.get("strict"))
         if self.format is PYTHONIC:
             return [f"call_{at}: {name} arguments_{at}_0_first", *_keywords(at, schema, is_strict=is_strict)]
@@ -156,24 +156,32 @@ class CallGrammars:
         """A text in a rule, its control tokens as such."""
         if not text:
             return ""
-        pattern = "|".join(map(re.escape, sorted(self.controls, key=len, reverse=True)))
-        pieces = re.split(f"({pattern})", text) if pattern else [text]
+        found = [re.escape(control) for control in sorted(self.controls, key=len, reverse=True) if control in text]
+        pieces = re.split(f"({'|'.join(found)})", text) if found else [text]
         return " ".join(
             f"<[{self.controls[piece]}]>" if piece in self.controls else _quoted(piece) for piece in pieces if piece
         )
 
 
 def schema_of(function: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The schema of a function's arguments: an object, and an empty one where nothing is said about it."""
+    """The schema of a function's arguments: an object, and an empty one where nothing is said about it.
+
+    Raises:
+        InvalidRequest: it is something else.
+    """
     given = function.get("parameters")
     schema: Mapping[str, Any] = NO_ARGUMENTS if given is None else given
-    return schema if "type" in schema else {**schema, "type": "object"}
+    kind = schema.get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        raise InvalidRequest(f"the parameters of {function['name']!r} must be of type 'object', not {kind!r}")
+    return {**schema, "type": "object"}
 
 
 def _keywords(call: int, schema: Mapping[str, Any], *, is_strict: bool) -> list[str]:
     """Rules for arguments in Python's syntax, in the order of the schema: `_first` where none stands before."""
     properties = list(properties_of(schema).items())
-    required = set(schema.get("required", ()))
+    listed = schema.get("required")
+    required = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
     shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
     rules = []
     for at, (name, given) in enumerate(properties):
