@@ -269,7 +269,7 @@ class GenerationRequest(Body):
     min_tokens: (
         Annotated[
             int,
-            Field(ge=0, description="The answer has so many before an end token or one of stop_token_ids ends it."),
+            Field(ge=0, description="The answer has so many before an end token, stop token or stop string ends it."),
             WHOLE,
         ]
         | None
