@@ -118,6 +118,22 @@ def serve(
     snapshots: Annotated[
         Path | None, typer.Option("--snapshots", metavar="DIR", help="Where clients may save contexts.")
     ] = None,
+    tool_parser: Annotated[
+        str | None,
+        typer.Option(
+            "--tool-parser",
+            metavar="NAME",
+            help="How calls of tools are read: hermes, llama3_json, mistral, pythonic or qwen3_xml; by default as the "
+            "chat template writes them.",
+        ),
+    ] = None,
+    default_tools: Annotated[
+        bool | None,
+        typer.Option(
+            "--default-tools/--no-default-tools",
+            help="Describe tools in the system message where the chat template has no place for them, or refuse them.",
+        ),
+    ] = None,
     log_level: Annotated[str | None, typer.Option("--log-level", help="debug, info, warning or error.")] = None,
     log_prompts: Annotated[
         bool | None, typer.Option("--log-prompts/--no-log-prompts", help="Write prompts and answers into the log.")
@@ -156,6 +172,8 @@ def serve(
         "default_max_tokens": default_max_tokens,
         "snapshots": snapshots,
         "log_level": log_level,
+        "tool_parser": tool_parser,
+        "default_tools": default_tools,
         "log_prompts": log_prompts,
         "traces": traces,
     }

@@ -34,6 +34,21 @@ PASSAGE, TEXT = "passage", "text"
 ROLES = {"developer": "system"}
 """Roles that chat templates know by an older name."""
 
+PROBE = "kvcommprobe"
+"""A word that no chat template writes by itself."""
+
+PROBED_TOOL: Mapping[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": f"{PROBE}name",
+        "description": PROBE,
+        "parameters": {
+            "type": "object",
+            "properties": {f"{PROBE}key": {"type": "string", "description": PROBE}},
+            "required": [f"{PROBE}key"],
+        },
+    },
+}
 RESERVED = frozenset(
     {
         "self",
@@ -193,6 +208,15 @@ class ChatTemplate:
         return self._probed is not None and "SYSTEMTEXT" not in self._probed
 
     @cached_property
+    def shows_tools(self) -> bool:
+        """Whether the template has a place for tools: others drop them silently."""
+        try:
+            written = ChatTemplate.render(self, [{"role": "user", "content": "hello"}], tools=[PROBED_TOOL])
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError):  # code of the template's own
+            return False
+        return PROBE in written
+
+    @cached_property
     def _probed(self) -> str | None:
         try:
             return self.render([{"role": "system", "content": "SYSTEMTEXT"}, {"role": "user", "content": "USERTEXT"}])
@@ -316,10 +340,13 @@ class ChatPrompts:
         marks: Marks[Placed] = Marks(self._encoder.control_pattern, in_answers=self._encoder.answer_pattern)
         given = values.items("messages", messages, "a list of messages")
         read = [self._message(marks, message, f"messages[{index}]") for index, message in enumerate(given)]
+        described = None if tools is None else list(tools)
+        if described and not self._template.shows_tools:
+            raise TemplateError("the chat template has no place for tools; describe them in a system message")
         rendered = self._template.render_parts(
             marks,
             read,
-            tools=None if tools is None else marks.hide(list(tools)),
+            tools=marks.hide(described),
             variables=variables,
             speaks=values.truth_value("add_generation_prompt", add_generation_prompt),
         )

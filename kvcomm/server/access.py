@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kvcomm.server.admission import Admission
     from kvcomm.server.tenants import Tenant
 
-OPEN = frozenset({"/health", "/ready", "/version", "/openapi.json", "/ui"})
+OPEN = frozenset({"/", "/health", "/ready", "/version", "/openapi.json", "/ui"})
 UNMETERED = frozenset({"/v1/stats"})
 """Paths of tenants that count towards no rate: a dashboard left open must not use up what requests need."""
 BEARER = "bearer "
@@ -92,7 +92,7 @@ class Door:
                     tenant = self._tenant(tenant_name(scope))
                     stack.enter_context(self._admission.letting_in(tenant, computes=computes))
             except ApiError as error:
-                notes_of(scope).refusal = error.code
+                notes_of(scope).error = error
                 await error.response()(scope, receive, send)
                 return
             await self._app(scope, receive, send)

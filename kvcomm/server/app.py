@@ -41,6 +41,7 @@ from kvcomm.server.segments import surface as segments
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.state import ServerState
 from kvcomm.server.traces import RequestTraces
+from kvcomm.server.unknown_urls import UnknownUrls
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
@@ -91,7 +92,7 @@ def make_app(
     app.state.kvcomm = state
     for surface in SURFACES:
         app.include_router(surface)
-    errors.install(app)
+    errors.install(app, unknown_url=UnknownUrls(SURFACES))
     openapi.install(app, models=lambda: state.models, vocab_size=engine.geometry.vocab_size)
     app.add_middleware(
         BodyLimit, max_bytes=settings.max_bytes_of, timeout_s=settings.body_timeout_s, pause_s=settings.body_pause_s
@@ -102,7 +103,7 @@ def make_app(
     app.add_middleware(Door, keys=keys, callers=callers, tenant=state.tenants.get, admission=state.admission)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, **cors_of(settings))
-    app.add_middleware(RequestLog, observe=state.metrics.answered)
+    app.add_middleware(RequestLog, observe=state.ended)
     if traces is not None:
         app.add_middleware(RequestTraces, provider=traces)
     app.add_middleware(DrainedBodies)

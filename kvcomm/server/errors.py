@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -173,27 +173,40 @@ def _system_words(told: str) -> str:
     return os.strerror(int(number[1])) if number else "the server's log says why"
 
 
-def install(app: FastAPI) -> None:
-    """Answer every error of the app in OpenAI's shape."""
-    app.add_exception_handler(HTTPException, _on_http)
+def install(app: FastAPI, *, unknown_url: Callable[[str, str], ApiError]) -> None:
+    """Answer every error of the app in OpenAI's shape.
+
+    Args:
+        unknown_url: the answer to a method and a path that lead nowhere.
+    """
+
+    async def on_http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        if error.status_code == 404 and not isinstance(error, ApiError):
+            error = unknown_url(request.method, request.url.path)
+        return await _on_http(request, error)
+
+    app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(RequestValidationError, _on_invalid)
 
 
 async def _on_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if isinstance(error, ApiError):
-        request.state.notes.refusal = error.code
-        return error.response()
-    if error.status_code == 404:
-        return ApiError(404, "unknown_url", f"there is nothing at {request.method} {request.url.path}").response()
+        return _answer(request, error)
     phrase = HTTPStatus(error.status_code).phrase.lower()
     code = phrase.replace(" ", "_")
-    return ApiError(error.status_code, code, error.detail or phrase, headers=error.headers).response()
+    return _answer(request, ApiError(error.status_code, code, error.detail or phrase, headers=error.headers))
 
 
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return invalid(error.errors(), error.body).response()
+    return _answer(request, invalid(error.errors(), error.body))
+
+
+def _answer(request: Request, error: ApiError) -> JSONResponse:
+    request.state.notes.error = error
+    return error.response()
 
 
 def invalid(errors: Sequence[Any], body: object) -> ApiError:

@@ -35,6 +35,9 @@ from kvcomm.server.waiting import timed_out, while_connected
 
 T = TypeVar("T")
 
+PREFILL = "prefill"
+"""Finish reason of a prompt that was only computed ahead, without an answer."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -187,13 +190,20 @@ class Call:
                 job.turn.keep()
             if job.prompt.lifetimes:
                 await self.state.workers.start(partial(self.state.prolong, space, job.prompt, job.adapter))
-        for each, completion in zip(self._running, completions, strict=True):
+        for index, (each, completion) in enumerate(zip(self._running, completions, strict=True)):
+            for choice in completion.choices:
+                reason = choice.finish_reason if each.job.sampling.max_new_tokens else PREFILL
+                self.notes.finish_reasons.setdefault((index, choice.index), reason)
             self.state.metrics.completed(completion, each.job.policy)
             self.tenant.tally.add(completion.usage)
             self.notes.answered.append(Answered(each.submitted_ns, completion.usage))
         if self.state.settings.log_prompts:
             await self.state.workers.start(partial(self._note_texts, completions))
         return completions
+
+    def ends_as(self, finish_reason: str, *, job: int = 0, choice: int = 0) -> None:
+        """Say what a client is told about the end of an answer, where that is not the engine's own reason."""
+        self.notes.finish_reasons[job, choice] = finish_reason
 
     async def close(self) -> None:
         """Cancel what still runs, wait until it has ended, and give the places back. Idempotent."""

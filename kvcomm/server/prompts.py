@@ -19,7 +19,6 @@ from typing import Any
 from kvcomm.engine.chat import (
     ROLES,
     TEXT,
-    ChatTemplate,
     Message,
     Placed,
     Rendered,
@@ -47,15 +46,27 @@ from kvcomm.server.segments.reading import SegmentReader, Tail
 from kvcomm.server.segments.registry import SegmentRegistries
 from kvcomm.server.text_limit import TextLimit
 from kvcomm.server.token_cache import Space, TokenCache
+from kvcomm.toolcalls.reading import AnswerReaders
+from kvcomm.toolcalls.template import ToolTemplate
 
 
 class PromptMaker:
     """Renders and tokenizes for one engine. Safe to use from several threads."""
 
-    def __init__(self, engine: Engine, registries: SegmentRegistries) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        registries: SegmentRegistries,
+        *,
+        tool_parser: str | None = None,
+        default_tools: bool = True,
+    ) -> None:
+        """`tool_parser`, `default_tools`: see `ServerSettings`."""
         self._engine = engine
         self._encoder = engine.encoder
-        self._template = ChatTemplate(engine.tokenizer)
+        self.template = ToolTemplate(engine.tokenizer, tool_parser)
+        self.readers = AnswerReaders(engine.tokenizer, self.template)
+        self._has_default_tools = default_tools
         self._sections = Sections(engine.encoder)
         self.texts = TokenCache()
         self._limit = TextLimit(engine.tokenizer, engine.max_context)
@@ -247,21 +258,36 @@ class PromptMaker:
         Raises:
             ApiError: 400 when the model has no chat template, or the template rejects the conversation.
         """
-        if not self._template.exists:
+        if not self.template.exists:
             message = "this model has no chat template; use /v1/completions with a prompt of your own"
             raise ApiError(400, "no_chat_template", message)
+        self._require_place(messages, tools)
+        settings: dict[str, Any] = {"tools": tools, "variables": variables, "speaks": speaks}
         try:
-            return self._template.render_parts(
-                marks, messages, before=before, tools=tools, variables=variables, speaks=speaks
-            )
+            rendered = self.template.render_parts(marks, messages, before=before, **settings)
+            self.template.require_shown(rendered.messages, num_before=len(before), **settings)
         except TemplateError as error:
             raise _rejected(error) from error
+        return rendered
+
+    def _require_place(self, messages: Sequence[Message], tools: Any) -> None:
+        """Raises ApiError 400 for tools that the model's own template has no place for, if it has to be that one."""
+        if self._has_default_tools:
+            return
+        if tools and not self.template.shows_tools:
+            message = "this model's chat template has no place for tools, and this server does not describe them itself"
+            raise ApiError(400, "tools_not_supported", message, param="tools")
+        if not self.template.shows_history and any(ToolTemplate.is_about_tools(each.fields) for each in messages):
+            message = "this model's chat template shows no calls of tools, and this server does not write them itself"
+            raise ApiError(400, "tools_not_supported", message, param="messages")
 
     def _render_open(
         self, marks: Marks[Placed], messages: Sequence[Message], *, tools: Any, variables: Mapping[str, Any]
     ) -> Rendered:
         """A conversation up to the end of what its last message says; raises as `render`."""
         last, end = messages[-1], marks.stand_in("")
+        if last.fields.get("tool_calls"):
+            raise ApiError(400, "invalid_value", "a message with tool_calls cannot be continued", param="messages")
         opened = [*messages[:-1], last._replace(parts=(*last.parts, end))]
         rendered = self.render(marks, opened, tools=tools, variables=variables, speaks=False)
         if end not in rendered.text:

@@ -40,30 +40,33 @@ class EventStream(StreamingResponse):
 
     def __init__(self, events: AsyncGenerator[BaseModel, None], *, deadline_s: float) -> None:
         """`deadline_s` is when the events end by themselves, on the loop's clock."""
-        self._encoded = _encoded(events)
+        self._encoded = self._encode(events)
         self._deadline_s = deadline_s
+        self._error: ApiError | None = None
         super().__init__(self._encoded, headers={"cache-control": "no-store", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        notes = notes_of(scope)
         async with aclosing(self._encoded):
             try:
                 await while_connected(receive, self.stream_response(send), deadline_s=self._deadline_s + GRACE_S)
             except ApiError as error:  # nobody is left, or nobody reads: there is no one to tell
-                notes_of(scope).fields["stopped"] = error.code
+                notes.stopped = error.code
+        notes.error = self._error
+
+    async def _encode(self, events: AsyncGenerator[BaseModel, None]) -> AsyncGenerator[str, None]:
+        async with aclosing(events):
+            try:
+                async for each in events:
+                    yield event(each)
+            except ApiError as error:  # the status is out already
+                self._error = error
+                yield event(error.body)
+                return
+        yield DONE
 
 
 def event(data: BaseModel | dict[str, Any]) -> str:
     """One event."""
     text = data.model_dump_json(exclude_unset=True) if isinstance(data, BaseModel) else json.dumps(data)
     return f"data: {text}\n\n"
-
-
-async def _encoded(events: AsyncGenerator[BaseModel, None]) -> AsyncGenerator[str, None]:
-    async with aclosing(events):
-        try:
-            async for each in events:
-                yield event(each)
-        except ApiError as error:  # the status is out already
-            yield event(error.body)
-            return
-    yield DONE

@@ -20,10 +20,11 @@ from kvcomm.align.readers import Reader
 from kvcomm.engine.engine import Engine
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.settings import ServerSettings
-from tests.limits import PATIENCE_S
+from tests.limits import PATIENCE_S, wait_for
 from tests.server.browser import Browser, browsing
 from tests.server.conftest import MODEL, Keys, chat
 from tests.server.live import Live, serving
+from tests.stalling import stalling
 
 XSS = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
 
@@ -145,16 +146,17 @@ def test_segments_stand_before_the_messages(page: Browser, live: Live) -> None:
 
 def test_moved_text_in_a_plan(page: Browser) -> None:
     """What an answer says about moved text, given to the page as a server would."""
-    answer = {
-        "choices": [{"message": {"content": XSS}}],
+    event = {
+        "choices": [],
         "usage": {
             "prompt_tokens": 100,
+            "completion_tokens": 7,
             "cached_prefix_tokens": 20,
             "aligned_tokens": 50,
             "computed_tokens": 30,
             "bound": {"max_divergence": 0.02, "confidence": 0.95, "level": "pool", "num_pairs": 41},
             "rung_name": "token 10 % attention",
-            "timings": {"ttft_s": 0.25},
+            "timings": {"ttft_s": 0.25, "total_s": 1.5},
             "plan": [
                 {"start": 0, "end": 20, "source": "exact", "reason": None},
                 {"start": 20, "end": 70, "source": "aligned", "reason": None},
@@ -162,15 +164,113 @@ def test_moved_text_in_a_plan(page: Browser) -> None:
             ],
         },
     }
-    page.run("document.getElementById('trial-result').replaceChildren(...showTrial(arguments[0]))", answer)
+    page.run("window.answer = new TrialAnswer(document.getElementById('trial-result'))")
+    for piece in (XSS[:20], XSS[20:]):
+        page.run("answer.take({ choices: [{ delta: { content: arguments[0] }, finish_reason: null }] })", piece)
+    page.run("answer.take({ choices: [{ delta: {}, finish_reason: 'tool_calls' }] }); answer.take(arguments[0])", event)
     spans = page.all("#trial-result .span")
     assert [span.text for span in spans] == ["exact 20", "aligned 50", "out of distribution 30"]
     widths = [span.size["width"] for span in spans]
     assert [width / sum(widths) for width in widths] == pytest.approx([0.2, 0.5, 0.3], abs=0.02)
     words = "bound 0.02 nats at 95 % by 41 pairs of all your prompts, moved by token 10 % attention"
     assert words in page.text("#trial-result")
+    assert "7 tokens in 1.5 s, ended with tool calls: the answer calls tools" in page.text("#trial-result")
     assert page.text("#trial-result .answer") == XSS
     assert page.run("return document.title") == "kvcomm"
+
+
+def test_an_answer_is_shown_while_it_comes(page: Browser, live: Live, engine: Engine) -> None:
+    """Before its plan, which comes with the end of the stream; one request at a time."""
+    with stalling(engine, after=24) as go_on:
+        page.one("#trial-send").click()
+        page.wait(lambda: page.text("#trial-result .answer"))
+        assert page.text("#trial-result .note") == "writing"
+        assert page.one("#trial-result").get_attribute("aria-busy") == "true"
+        assert page.all("#trial-result .strip") == []
+        assert not page.one("#trial-send").is_enabled()
+        page.run("document.getElementById('trial').requestSubmit()")  # as the Enter key does
+        go_on.set()
+        page.wait(lambda: page.all("#trial-result .strip"))
+    page.wait(lambda: page.one("#trial-send").is_enabled())
+    assert not page.one("#trial-cancel").is_displayed()
+    order = page.run("return [...document.querySelectorAll('#trial-result h3')].map((each) => each.textContent)")
+    assert order == ["Answer", "Plan of the prompt"]
+    reasons = live.state.tenants.get().tally.finish_reasons
+    wait_for(lambda: reasons["length"] + reasons["stop"] == 1)
+
+
+def test_an_answer_is_cancelled(page: Browser, live: Live, engine: Engine) -> None:
+    """The server stops computing it, what was written stays, and the focus does not get lost."""
+    with stalling(engine, after=24):
+        page.one("#trial-send").click()
+        page.wait(lambda: page.text("#trial-result .answer"))
+        page.one("#trial-cancel").click()
+        page.wait(lambda: "cancelled" in page.text("#trial-result .note"))
+        wait_for(lambda: live.state.tenants.get().tally.finish_reasons["client_gone"] == 1)
+    assert page.text("#trial-result .answer")
+    assert page.run("return document.activeElement.id") == "trial-send"
+    assert not page.one("#trial-error").is_displayed()
+    page.wait(lambda: "client gone" in page.text("#endings"))
+    send(page, "hello")
+
+
+FOX = 'data: {"choices": [{"delta": {"content": "a 🦊 "}, "finish_reason": null}], "usage": null}\n\n'
+ERROR = 'data: {"error": {"message": "it went wrong", "code": "x"}}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("stream", "written", "error"),
+    [
+        (FOX + FOX + FOX[:30], ["a 🦊 a 🦊 "], "the answer broke off"),
+        (FOX + ERROR, ["a 🦊 "], "it went wrong"),
+        ("", [], "the answer broke off"),
+    ],
+)
+def test_streams_that_end_badly(page: Browser, stream: str, written: list[str], error: str) -> None:
+    """Cut anywhere, also inside a character; what has come of the answer stays to be read."""
+    page.run(
+        "const ask = fetch, bytes = [...new TextEncoder().encode(arguments[0])];"
+        "const body = () => new ReadableStream({ start: (to) => {"
+        "  bytes.forEach((each) => to.enqueue(new Uint8Array([each]))); to.close(); } });"
+        "window.fetch = async (path, what) => path.endsWith('completions') ? new Response(body()) : ask(path, what)",
+        stream,
+    )
+    page.one("#trial-send").click()
+    page.wait(lambda: page.text("#trial-error") == error)
+    assert [each.get_attribute("textContent") for each in page.all("#trial-result pre")] == written
+    assert page.one("#trial-send").is_enabled()
+
+
+def test_how_requests_ended_and_why_some_were_refused(page: Browser, live: Live) -> None:
+    send(page, "hello")
+    for body in (chat(nonsense=1), chat(model=XSS)):
+        assert httpx2.post(f"{live.url}/v1/chat/completions", json=body, timeout=PATIENCE_S).status_code >= 400
+    page.wait(lambda: len(page.all("#refused tbody tr")) == 2)
+    reasons = live.state.tenants.get().tally.finish_reasons
+    assert reasons["refused"] == 2
+    parts = "(item) => [...item.children].map((part) => part.textContent)"
+    shown = page.run(f"return [...document.querySelectorAll('#endings li')].map({parts})")
+    numbers = sorted((name, number) for name, _, number in shown)
+    explained = {"length": "as long as", "refused": "answered with", "prefill": "computed ahead", "stop": "the model"}
+    for (name, number), reason in zip(numbers, sorted(reasons), strict=True):
+        assert name.startswith(reason + explained[reason])
+        assert number == str(reasons[reason])
+    rows = [[cell.text for cell in row.find_elements("tag name", "td")] for row in page.all("#refused tbody tr")]
+    assert rows[1][1:] == ["POST /v1/chat/completions", "400 unknown parameter unknown parameter: 'nonsense'"]
+    assert rows[0][2].startswith("404 model not found there is no model '<img")
+    assert page.run("return document.title") == "kvcomm"
+
+
+def test_rates_and_curves_stand_beside_the_sums(page: Browser) -> None:
+    labels = [str(each.get_attribute("aria-label")) for each in page.all("#summary .curve")]
+    assert [label.split(",")[0] for label in labels] == ["Requests", "Prompt tokens", "Tokens generated", "Refused"]
+    assert labels[-1] == "Refused, last 10 min: at most 0 in 10 s"
+    assert re.match(r"[\d.]+/(s|min), 0 in flight", page.text("#summary dd small"))
+    rates = page.run("return [[0, 60], [1, 60], [150, 60], [90, 60], [3, 0]].map((each) => rate(...each))")
+    assert rates == ["0/s", "1/min", "2.5/s", "1.5/s", "3/s"]
+    page.run("window.drawn = curve('x', [0, 2, 4, 0], 10, [0, 1, 4, 0])")
+    paths = page.run("return [...drawn.querySelectorAll('path')].map((each) => each.getAttribute('d'))")
+    assert paths == ["M0,26V26.0h30V13.0h30V0.0h30V26.0h30V26Z", "M0,26V26.0h30V19.5h30V0.0h30V26.0h30V26Z"]
 
 
 def test_audits_against_their_bounds(page: Browser, engine: Engine) -> None:
@@ -243,12 +343,16 @@ def test_the_policy_stops_what_would_be_inserted(page: Browser) -> None:
 
 
 def test_the_cache(page: Browser, live: Live) -> None:
-    """Real nodes, in the order and with the words that the server gives them."""
+    """Real nodes with the server's words, those first that hold most with what hangs below them."""
+
+    def held(node: dict[str, Any]) -> int:
+        own = 0 if node["kind"] in ("segment", "salt") else node["bytes"]
+        return int(own) + sum(map(held, node["children"]))
 
     def expected(node: dict[str, Any], level: int) -> list[tuple[str, str]]:
         return [
             each
-            for child in node["children"]
+            for child in sorted(node["children"], key=held, reverse=True)
             for each in [(str(level), child["label"] or child["id"]), *expected(child, level + 1)]
         ]
 
@@ -334,6 +438,29 @@ def test_big_trees_begin_closed(forest: Browser) -> None:
     forest.run("document.querySelector('#trial-result [role=tree]').scrollTop = 900")
     forest.run("view.show(arguments[0].map(cacheNodes))", many)
     assert forest.run("return document.querySelector('#trial-result [role=tree]').scrollTop") == 900
+
+
+def test_small_ones_of_many_are_folded(forest: Browser) -> None:
+    sizes = [1, 300, 1, 200, 1, 100, 60, 61, 59, 1]
+    nodes = [node(f"N{index}", size) for index, size in enumerate(sizes)]
+    nodes.append(node("top", 1, *(node(f"M{index}", 5) for index in range(8))))
+    forest.run("view.show(bySize(arguments[0].map(cacheNodes)))", nodes)
+    shown = [("1", name) for name in ("N1", "N3", "N5", "N7", "N6", "N8", "top")]
+    below = [("2", f"M{index}") for index in range(6)] + [("2", "2 small ones")]
+    assert tree_labels(forest, "#trial-result") == [*shown, *below, ("1", "4 small ones")]
+    note = forest.text("#trial-result [data-id='small top'] .note")
+    assert note == "exact · 4 tokens, 4.0 kB · at most 1.0 kB each"
+    assert "41.0 kB with what is below" in forest.text("#trial-result [data-id=id-top] .note")
+    forest.one("#trial-result [data-id='small top'] .node").click()
+    opened = [("2", f"N{index}") for index in (0, 2, 4, 9)]
+    assert tree_labels(forest, "#trial-result") == [*shown, *below, ("1", "4 small ones"), *opened]
+
+
+@pytest.mark.parametrize("sizes", [[1] * 7, [9, 1], [100] * 30])
+def test_nothing_is_folded_for_nothing(forest: Browser, sizes: list[int]) -> None:
+    nodes = [node(f"N{index}", size) for index, size in enumerate(sizes)]
+    forest.run("view.show(bySize(arguments[0].map(cacheNodes)))", nodes)
+    assert tree_labels(forest, "#trial-result") == [("1", f"N{index}") for index in range(len(sizes))]
 
 
 def test_deep_trees_keep_their_words_on_a_phone(forest: Browser) -> None:

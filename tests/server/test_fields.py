@@ -45,8 +45,6 @@ def test_documented_fields_are_accepted(client: TestClient, fields: dict[str, An
     ("field", "value"),
     [
         ("response_format", {"type": "json_object"}),
-        ("tool_choice", "required"),
-        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
         ("functions", []),
         ("function_call", "auto"),
         ("audio", {}),

@@ -24,11 +24,20 @@ from kvcomm.server.schemas.common import (
     only,
 )
 from kvcomm.server.schemas.logprobs import PromptLogprobs
-from kvcomm.server.schemas.messages import MAX_MESSAGES, MAX_TOOLS, Message, Tool
+from kvcomm.server.schemas.messages import (
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    AllowedToolsChoice,
+    Message,
+    NamedTool,
+    Tool,
+    ToolChoice,
+)
 from kvcomm.server.schemas.segments import SegmentedRequest
 from kvcomm.server.schemas.usage import RunningUsage, Usage
+from kvcomm.toolcalls.choice import ToolChoice as Choice
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 MetadataName = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
@@ -42,6 +51,13 @@ NEEDS_STREAM: JsonDict = {
 NEEDS_LOGPROBS: JsonDict = {
     "if": {"properties": {"top_logprobs": {"type": "integer"}}, "required": ["top_logprobs"]},
     "then": {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
+}
+NEEDS_TOOLS: JsonDict = {
+    "if": {
+        "properties": {"tool_choice": {"not": {"enum": [None, "auto", "none"]}}, "context_id": {"type": "null"}},
+        "required": ["tool_choice"],
+    },
+    "then": {"properties": {"tools": {"type": "array", "minItems": 1}}, "required": ["tools"]},
 }
 NEEDS_MESSAGES: JsonDict = {
     "if": {"properties": {"context_id": {"type": "string"}}, "required": ["context_id"]},
@@ -63,6 +79,7 @@ ONE_END: JsonDict = {
 RULES: list[JsonValue] = [
     NEEDS_STREAM,
     NEEDS_LOGPROBS,
+    NEEDS_TOOLS,
     NEEDS_MESSAGES,
     ON_CONTEXT,
     ONE_STORED,
@@ -138,12 +155,18 @@ class ChatRequest(TemplateFields, SegmentedRequest):
     top_logprobs: NumLogprobs | None = None
     tools: Annotated[
         Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None,
-        Field(description="Given to the chat template; calls come back as the model writes them."),
+        Field(
+            description="Shown to the model by its chat template, or where that has no place for them in the system "
+            "message; see `tools` in the usage."
+        ),
     ] = None
-    tool_choice: only(  # type: ignore[valid-type]
-        None, "auto", "none", why="can be 'auto' or 'none': a call cannot be forced here"
-    ) = None
-    parallel_tool_calls: Annotated[bool | None, Field(description=IGNORED)] = None
+    tool_choice: Annotated[
+        ToolChoice | None,
+        Field(
+            description="With 'none' the tools are not shown; 'required' and a named function bring a call for sure."
+        ),
+    ] = None
+    parallel_tool_calls: Annotated[bool | None, Field(description="Whether an answer may have several calls.")] = None
     response_format: only(  # type: ignore[valid-type]
         None, {"type": "text"}, why="can only be {'type': 'text'}: answers are not constrained here"
     ) = None
@@ -177,6 +200,8 @@ class ChatRequest(TemplateFields, SegmentedRequest):
         require_stream(self)
         if not self.messages and self.context_id is None:
             raise needs("messages", "should have at least 1 item without context_id")
+        if self.tool_choice not in (None, "auto", "none") and not self.tools and self.context_id is None:
+            raise needs("tool_choice", "is only allowed with tools")
         if self.top_logprobs is not None and not self.logprobs:
             raise needs("top_logprobs", "is only allowed when logprobs is true")
         if self.context_id is not None and self.continue_final_message:
@@ -184,6 +209,17 @@ class ChatRequest(TemplateFields, SegmentedRequest):
         if self.context_id is not None and self.add_generation_prompt is False:
             raise needs("add_generation_prompt", "is only true with context_id, where an answer has a place of its own")
         return self
+
+    @property
+    def choice_of_tools(self) -> Choice:
+        """What the answer may call."""
+        is_parallel, given = self.parallel_tool_calls is not False, self.tool_choice
+        if isinstance(given, NamedTool):
+            return Choice("required", (given.function.name,), is_parallel=False)
+        if isinstance(given, AllowedToolsChoice):
+            names = tuple(tool.function.name for tool in given.allowed_tools.tools)
+            return Choice(given.allowed_tools.mode, names, is_parallel)
+        return Choice(given or "auto", None, is_parallel)
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -212,12 +248,30 @@ class ChoiceLogprobs(ResponseModel):
     refusal: None = None
 
 
+class AnsweredFunction(ResponseModel):
+    """Which function, with which arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class AnsweredCall(ResponseModel):
+    """A call that the model makes."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: AnsweredFunction
+
+
 class AnswerMessage(ResponseModel):
     """What the model says."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: Annotated[str | None, Field(description="Null where there are only calls.")]
     refusal: None = None
+    tool_calls: list[AnsweredCall] | None = None
+    reasoning_content: Annotated[str | None, Field(description="What the model thought before.")] = None
+    reasoning: Annotated[str | None, Field(description="The same by its other name.")] = None
 
 
 class ChatChoice(ResponseModel):
@@ -242,11 +296,30 @@ class ChatCompletion(ResponseModel):
     prompt_logprobs: PromptLogprobs | None = None
 
 
+class FunctionDelta(ResponseModel):
+    """A call's name at first, then its arguments piece by piece."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class CallDelta(ResponseModel):
+    """What is new about a call; all but the index and the arguments comes once."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class Delta(ResponseModel):
     """What is new."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[CallDelta] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 class ChunkChoice(ResponseModel):

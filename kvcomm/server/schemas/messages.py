@@ -178,12 +178,52 @@ class Function(RequestModel):
     name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Annotated[bool | None, Field(description=IGNORED)] = None
+    strict: Annotated[bool | None, Field(description="Arguments of calls follow the schema to the letter.")] = None
 
 
 class Tool(RequestModel):
-    """A tool that the chat template may show to the model."""
+    """A tool that is shown to the model."""
 
     type: Literal["function"]
     function: Function
     cache_control: CacheControl | None = None
+
+
+class FunctionName(RequestModel):
+    """Which function."""
+
+    name: ToolName
+
+
+class NamedTool(RequestModel):
+    """One of the request's tools."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class AllowedTools(RequestModel):
+    """The tools that may be called; all are shown."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+
+
+class AllowedToolsChoice(RequestModel):
+    """A choice among some of the request's tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def _kind_of_choice(value: object) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", "mode")
+    return kind if kind in ("function", "allowed_tools") else "function" if isinstance(value, dict) else "mode"
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["auto", "none", "required"], Tag("mode")]
+    | Annotated[NamedTool, Tag("function")]
+    | Annotated[AllowedToolsChoice, Tag("allowed_tools")],
+    Discriminator(_kind_of_choice),
+]

@@ -81,6 +81,13 @@ class Usage(ResponseModel):
     cache_breakpoints: Annotated[
         int, Field(ge=0, description="Breakpoints in the request. Every prefix is cached, with or without one.")
     ]
+    tools: Annotated[
+        Literal["template", "default"] | None,
+        Field(
+            description="Who showed the request's tools to the model: its chat template, or, where that has no place "
+            "for them, a description in the system message; null without tools."
+        ),
+    ] = None
     timings: Timings
     plan: Annotated[
         list[PlanSpan] | None,
