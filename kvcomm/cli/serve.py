@@ -113,7 +113,7 @@ def serve(
         float | None, typer.Option("--request-timeout", metavar="SECONDS", help="For a whole answer; then 504.")
     ] = None,
     default_max_tokens: Annotated[
-        int | None, typer.Option("--default-max-tokens", metavar="N", help="Where the client does not say.")
+        int | None, typer.Option("--default-max-tokens", metavar="N", help="Of a chat answer, unless the client says.")
     ] = None,
     snapshots: Annotated[
         Path | None, typer.Option("--snapshots", metavar="DIR", help="Where clients may save contexts.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
@@ -57,7 +58,8 @@ async def _answer(body: ChatRequest, call: Call) -> Response | ChatCompletion:
     answers = await ChatAnswers.begin(body, call)
     wire = _Wire(body, call)
     if not body.stream:
-        return wire.whole(await answers.whole(), await answers.usage(), await answers.prompt_logprobs())
+        make = partial(wire.whole, await answers.whole(), await answers.usage(), await answers.prompt_logprobs())
+        return make() if body.prompt_logprobs is None else await call.make(make)
     events = answers.events()
     # Errors before the first token still have a status of their own.
     first = await anext(events, None)

@@ -107,10 +107,6 @@ class _Choice:
     has_ended: bool = False
 
 
-def _drawn_ids(choice: EngineChoice) -> list[int]:
-    return [token.token_id for token in choice.logprobs or ()]
-
-
 class _Answer:
     """Builds what is sent from what the engine gives."""
 
@@ -178,7 +174,7 @@ class _Answer:
         return [
             CompletionChoice(
                 index=self._index(job, choice.index),
-                text=(text := echo.text + self._lost_space(_drawn_ids(choice)) + choice.text),
+                text=(text := echo.text + self._shown(choice)),
                 logprobs=self._logprobs([*echo.entries, *self._placed(choice, len(echo.text), len(text))]),
                 finish_reason=reason(choice.finish_reason),
                 prompt_logprobs=told,
@@ -227,6 +223,10 @@ class _Answer:
                 if not self._sent[index].has_ended:
                     end = reason(choice.finish_reason)
                     yield CompletionChoice(index=index, text="", logprobs=None, finish_reason=end)
+
+    def _shown(self, choice: EngineChoice) -> str:
+        space = self._lost_space(token.token_id for token in choice.logprobs or ()) if choice.text else ""
+        return space + choice.text
 
     def _lost_space(self, token_ids: Iterable[int]) -> str:
         """What stands between a prompt that is echoed and its answer; see `Engine.lost_space`."""

@@ -146,7 +146,7 @@ class ServerSettings(BaseModel):
         queue_timeout_s: for a tenant's request to wait for room under the tenant's own quota; then 429.
         drain_timeout_s: for requests in flight to end after SIGTERM; then they are cancelled.
         retry_after_s: what clients are told to wait where the server cannot know better.
-        default_max_tokens: of an answer, where the client does not say; less where the model's limit is nearer.
+        default_max_tokens: of a chat answer, where the client does not say; less where the model's limit is nearer.
         max_answer_tokens: of an answer, whatever the client asks for; None: what the model's limit leaves.
         default_temperature: where the client does not say; OpenAI documents 1.
         max_salts: namespaces per tenant that `cache_salt` may open; the least recently used one is dropped.

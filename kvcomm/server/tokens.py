@@ -43,8 +43,13 @@ def _tokenized(body: TokenizeRequest, call: Call) -> Tokenized:
     else:
         ids = state.prompts.chat(_chat(body, state.settings.name), call.tenant.name).token_ids
     engine = state.engine
-    pieces = engine.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
-    return Tokenized(count=len(ids), max_model_len=engine.max_context, tokens=ids, token_strs=pieces)
+    pieces = (str(engine.tokenizer.convert_ids_to_tokens(token_id)) for token_id in ids)
+    return Tokenized(
+        count=len(ids),
+        max_model_len=engine.max_context,
+        tokens=ids,
+        token_strs=list(pieces) if body.return_token_strs else None,
+    )
 
 
 def _chat(body: TokenizeRequest, model: str) -> ChatRequest:

@@ -95,16 +95,19 @@ def test_streamed_echoes_are_whole_ones(client: TestClient, logprobs: int | None
     body = completion(prompt=["The quick 🙂", "brown"], echo=True, logprobs=logprobs, n=2, max_tokens=4)
     whole = {choice["index"]: choice for choice in choices_of(client.post(URL, json=body))}
     texts = dict.fromkeys(whole, "")
-    tokens: dict[int, list[Any]] = {index: [] for index in whole}
+    lists: dict[int, dict[str, list[Any]]] = {index: {} for index in whole}
     for event in events_of(client.post(URL, json={**body, "stream": True}).text)[:-1]:
         (choice,) = event["choices"]
         texts[choice["index"]] += choice["text"]
-        if choice["logprobs"] is not None:
-            tokens[choice["index"]] += zip(*filter(None, choice["logprobs"].values()), strict=True)
+        for name, values in (choice["logprobs"] or {}).items():
+            lists[choice["index"]][name] = lists[choice["index"]].get(name, []) + (values or [])
     for index, choice in whole.items():
         assert texts[index] == choice["text"]
-        told = choice["logprobs"]
-        assert tokens[index] == ([] if told is None else list(zip(*filter(None, told.values()), strict=True)))
+        for name in ("tokens", "text_offset"):
+            assert lists[index].get(name) == (choice["logprobs"] or {}).get(name)
+        if logprobs is not None:
+            told, expected = (each["token_logprobs"][1:] for each in (lists[index], choice["logprobs"]))
+            assert told == pytest.approx(expected, abs=1e-4)
         assert choice["text"].startswith(body["prompt"][index // 2])
 
 

@@ -44,6 +44,10 @@ ANSWER = {
 """An earlier answer as clients keep it."""
 
 
+CALL = {"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": "{}", "parsed": None}}
+RESULT = {"role": "tool", "content": "x", "tool_call_id": "c", "name": "f", "status": "ok"}
+
+
 @pytest.fixture
 def seen(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """An engine whose template shows what it is given."""
@@ -62,7 +66,7 @@ def shown(engine: Engine, **fields: Any) -> str:
         [*HELLO, {**ANSWER, "content": [part("three", annotations=[], id="t1", index=0)]}],
         [{**HELLO[0], "id": "u", "timestamp": 5, "cache_control": {"type": "ephemeral"}}],
         [*HELLO, {"role": "assistant", "content": "x", "reasoning": "hm", "reasoning_details": [{"type": "text"}]}],
-        [*HELLO, {"role": "tool", "content": "x", "tool_call_id": "c", "name": "f", "status": "ok"}],
+        [*HELLO, {"role": "assistant", "content": "", "tool_calls": [CALL]}, RESULT],
     ],
 )
 @pytest.mark.parametrize("tools", [None, [{"name": "f"}]])

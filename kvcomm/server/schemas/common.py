@@ -267,7 +267,11 @@ class GenerationRequest(Body):
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
     ignore_eos: Annotated[bool, Field(description="Go on after the model's end tokens.")] | None = None
     min_tokens: (
-        Annotated[int, Field(ge=0, description="No end token, stop token or stop string before so many tokens."), WHOLE]
+        Annotated[
+            int,
+            Field(ge=0, description="The answer has so many before an end token, stop token or stop string ends it."),
+            WHOLE,
+        ]
         | None
     ) = None
     stop_token_ids: StopIds | None = None

@@ -131,12 +131,16 @@ class UserMessage(MessageModel):
 class CalledFunction(RequestModel):
     """Which function, with which arguments as JSON text."""
 
+    model_config = ConfigDict(extra="ignore")
+
     name: Label
     arguments: str
 
 
 class ToolCall(RequestModel):
-    """A call that the assistant made."""
+    """A call that the assistant made; clients keep more of its pieces than there was, such as their index."""
+
+    model_config = ConfigDict(extra="ignore")
 
     id: Label
     type: Literal["function"]
