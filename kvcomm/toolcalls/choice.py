@@ -143,7 +143,7 @@ class CallGrammars:
 
         The lexer reads the longest piece that any rule knows, so a text such as '{"name": "' would hide other objects.
         """
-        key = self.shape.middle.split('"')[3] if self.shape.middle.count('"') > 3 else "parameters"  # noqa: PLR2004
+        key = self.shape.middle.split('"')[3] if self.shape.middle.count('"') > 3 else "parameters"
         rules = ["calls: " + " | ".join(f"call_{at}" for at in range(len(tools)))]
         for at, tool in enumerate(tools):
             function = tool["function"]
