@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from schemathesis.specs.openapi.schemas import OpenApiSchema
@@ -17,10 +18,15 @@ from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
 from kvcomm.server.app import make_app
 from kvcomm.server.keys import KeyRing, Role, add_key
+from kvcomm.server.schemas.structured import LARK, REGEX, SCHEMA
 from kvcomm.server.settings import ServerSettings
 from tests.engine.conftest import ROWS_ONLY
 from tests.server.conftest import MODEL, require_nothing_left
 from tests.tiny import tiny_model
+
+schemathesis.openapi.format(REGEX, st.from_regex(r"[a-z]{1,4}(\([a-z]{0,3}\)[*+?]?)?", fullmatch=True))
+schemathesis.openapi.format(LARK, st.from_regex(r'start: "[a-z]{1,5}"( "[0-9]{1,3}")?', fullmatch=True))
+schemathesis.openapi.format(SCHEMA, st.sampled_from(['{"type": "integer"}', "true", '{"enum": [1, "a", null]}']))
 
 KINDS = ("contexts", "segments", "snapshots")
 OPERATIONS = (

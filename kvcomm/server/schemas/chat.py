@@ -34,6 +34,7 @@ from kvcomm.server.schemas.messages import (
     ToolChoice,
 )
 from kvcomm.server.schemas.segments import SegmentedRequest
+from kvcomm.server.schemas.structured import ONE_FORM, StructuredFields
 from kvcomm.server.schemas.usage import RunningUsage, Usage
 from kvcomm.toolcalls.choice import ToolChoice as Choice
 
@@ -86,6 +87,7 @@ RULES: list[JsonValue] = [
     WHOLE_ONLY,
     ON_CONTEXT_CHAT,
     ONE_END,
+    ONE_FORM,
 ]
 
 
@@ -137,7 +139,7 @@ def require_stream(request: GenerationRequest) -> None:
         raise needs("stream_options", "is only allowed when stream is true")
 
 
-class ChatRequest(TemplateFields, SegmentedRequest):
+class ChatRequest(StructuredFields, TemplateFields, SegmentedRequest):
     """A conversation to be continued."""
 
     model_config = ConfigDict(json_schema_extra={"allOf": RULES})
@@ -173,9 +175,6 @@ class ChatRequest(TemplateFields, SegmentedRequest):
             "it is one."
         ),
     ] = None
-    response_format: only(  # type: ignore[valid-type]
-        None, {"type": "text"}, why="can only be {'type': 'text'}: answers are not constrained here"
-    ) = None
     reasoning_effort: Annotated[
         Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None,
         Field(description="Given to the chat template."),
