@@ -33,7 +33,7 @@ from kvcomm.errors import (
     UnknownAdapter,
     WeightsChanged,
 )
-from kvcomm.server.schemas.anthropic_answers import MessagesErrorDetail, MessagesErrorResponse
+from kvcomm.server.schemas.anthropic_answers import MessagesErrorCode, MessagesErrorDetail, MessagesErrorResponse
 from kvcomm.server.schemas.common import REQUEST_KINDS
 from kvcomm.server.schemas.errors import ErrorDetail, ErrorResponse
 
@@ -152,7 +152,13 @@ class ErrorAnswer(JSONResponse):
 def messages_error(error: ApiError, *, request_id: str) -> dict[str, Any]:
     """An error as Anthropic's API tells it, with its code and parameter beside."""
     kind = MESSAGES_TYPES.get(error.status_code, "api_error")
-    detail = MessagesErrorDetail(type=kind, message=error.detail, param=error.param, code=error.code)
+    detail = MessagesErrorDetail(
+        type=kind,
+        message=error.detail,
+        details=MessagesErrorCode(error_code=error.code),
+        param=error.param,
+        code=error.code,
+    )
     return MessagesErrorResponse(error=detail, request_id=request_id).model_dump()
 
 

@@ -22,7 +22,7 @@ from tests.server.test_tools import CALL, say
 ASKED: dict[str, Any] = {
     "model": MODEL,
     "max_tokens": 6,
-    "temperature": 0,
+    "extra_body": {"temperature": 0},  # a field that the client does not know any more
     "messages": [{"role": "user", "content": "how many apples are left?"}],
 }
 

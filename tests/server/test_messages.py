@@ -232,6 +232,12 @@ def test_errors_name_the_field_in_anthropics_shape(client: TestClient, fields: d
     assert body["request_id"] == answer.headers["x-request-id"]
 
 
+def test_threads_are_refused_as_the_client_understands_it(client: TestClient) -> None:
+    """Its tool runner asks for one, and goes on without where it reads this code."""
+    error = client.post(URL, json=message(thread={"type": "create"})).json()["error"]
+    assert (error["param"], error["details"]) == ("thread", {"error_code": "thread_unsupported_request"})
+
+
 def test_errors_from_everywhere_have_that_shape(
     client: TestClient, make_client: MakeClient, keys: Keys, key_file: Any
 ) -> None:

@@ -13,6 +13,7 @@ from kvcomm.server.keys import KeyRing
 from tests.server.conftest import HELLO, Keys, MakeClient, chat
 from tests.server.test_contexts import error_of, ok
 from tests.server.test_responses import CHAT, QUESTION, URL, named_events, response, text_of
+from tests.server.test_tools import say
 
 CONTEXTS = "/v1/contexts"
 
@@ -20,6 +21,18 @@ CONTEXTS = "/v1/contexts"
 def asked(client: TestClient, **fields: Any) -> dict[str, Any]:
     """A response."""
     return ok(client.post(URL, json=response(**fields)))
+
+
+@pytest.fixture
+def first_answer(client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes a response whose text has the same ids however often it is tokenized; random ones may not."""
+
+    def make(**fields: Any) -> dict[str, Any]:
+        with monkeypatch.context() as patch:
+            say(patch, engine, "three apples are left.")
+            return asked(client, max_output_tokens=40, **fields)
+
+    return make
 
 
 def contexts(client: TestClient, headers: dict[str, str] | None = None) -> list[dict[str, Any]]:
@@ -50,9 +63,9 @@ def test_a_stored_response_is_a_context(client: TestClient, stream: bool) -> Non
 
 @pytest.mark.parametrize("second", [{}, {"store": False}, {"stream": True}])
 def test_what_follows_is_answered_as_if_all_had_been_sent(
-    client: TestClient, engine: Engine, second: dict[str, Any]
+    client: TestClient, engine: Engine, first_answer: Any, second: dict[str, Any]
 ) -> None:
-    first = asked(client, instructions="Be brief.")
+    first = first_answer(instructions="Be brief.")
     said = [{"role": "user", "content": QUESTION}, *first["output"], {"role": "user", "content": "why 🤔?"}]
     expected = asked(client, instructions="Be brief.", input=said, store=False)
     engine.clear_cache()
@@ -69,8 +82,10 @@ def test_what_follows_is_answered_as_if_all_had_been_sent(
 
 
 @pytest.mark.parametrize("changed", [{"instructions": "Be long."}, {"instructions": None}])
-def test_other_instructions_are_shown_in_place_of_the_former(client: TestClient, changed: dict[str, Any]) -> None:
-    first = asked(client, instructions="Be brief.")
+def test_other_instructions_are_shown_in_place_of_the_former(
+    client: TestClient, first_answer: Any, changed: dict[str, Any]
+) -> None:
+    first = first_answer(instructions="Be brief.")
     said = [{"role": "user", "content": QUESTION}, *first["output"], {"role": "user", "content": "why?"}]
     expected = asked(client, input=said, store=False, **changed)
     after = asked(client, input="why?", previous_response_id=first["id"], **changed)

@@ -10,7 +10,9 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from kvcomm.server.errors import ApiError
 from kvcomm.server.schemas.anthropic import (
+    NO_THREAD,
     AssistantTurn,
     ClientTool,
     MessagesPrompt,
@@ -66,8 +68,10 @@ def chat_request(request: MessagesPrompt) -> ChatRequest:
     """The chat request that says the same.
 
     Raises:
-        ApiError: 400, the chat surface does not take it.
+        ApiError: 400, the chat surface does not take it, or it is for a thread.
     """
+    if request.thread is not None:  # Anthropic's client knows this code, and goes on without
+        raise ApiError(400, "thread_unsupported_request", f"thread {NO_THREAD}", param="thread")
     messages = list(_messages(request))
     fields: dict[str, Any] = {"model": request.model, "messages": messages}
     if messages[-1]["role"] == "assistant" and messages[-1].get("content") and "tool_calls" not in messages[-1]:

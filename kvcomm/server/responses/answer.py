@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from kvcomm.server.answers import ChatAnswers, ChoiceEvents
+from kvcomm.server.contexts.conversation import NOT_CONTINUED
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError
 from kvcomm.server.generation import Call
@@ -109,7 +110,7 @@ class ResponseAnswer:
                 try:
                     return await self._begin_behind(self._past)
                 except ApiError as error:
-                    if error.code != "context_not_continued":
+                    if error.code != NOT_CONTINUED:
                         raise
         return await self._begin_anew()
 

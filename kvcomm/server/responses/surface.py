@@ -10,12 +10,14 @@ from starlette.responses import Response
 
 from kvcomm.server.access import security
 from kvcomm.server.bodies import BodyRoute
+from kvcomm.server.contexts.answering import put_messages
+from kvcomm.server.contexts.conversation import NOT_CONTINUED
 from kvcomm.server.contexts.registry import ContextRegistry
-from kvcomm.server.errors import documented
+from kvcomm.server.errors import ApiError, documented
 from kvcomm.server.generation import Call, CallDep
 from kvcomm.server.removal import release
 from kvcomm.server.responses.answer import ResponseAnswer
-from kvcomm.server.responses.keeping import find
+from kvcomm.server.responses.keeping import Stored, find
 from kvcomm.server.responses.shown_items import page_of
 from kvcomm.server.responses.translation import NAMES, chat_request, items_of
 from kvcomm.server.schemas.responses import (
@@ -121,9 +123,19 @@ async def _count(body: ResponsePrompt, call: Call) -> InputTokens:
     if body.previous_response_id is not None:
         past = find(call.state.contexts.of(call.tenant), body.previous_response_id, is_previous=True)
 
-    def count() -> int:
-        chat = chat_request(body, [*(() if past is None else past.items), *items_of(body)])
-        return call.state.prompts.chat(chat, call.tenant.name).num_tokens
+    work = partial(_num_tokens, body, past, call)
+    return InputTokens(input_tokens=await call.make(work, more_bytes=0 if past is None else past.num_bytes))
 
-    num_tokens = await call.make(count, more_bytes=0 if past is None else past.num_bytes)
-    return InputTokens(input_tokens=num_tokens)
+
+def _num_tokens(body: ResponsePrompt, past: Stored | None, call: Call) -> int:
+    """Tokens of a prompt as `create_response` would make it; for a worker thread."""
+    prompts = call.state.prompts
+    if past is not None and past.is_shown_as(body):
+        turn = call.take_turn(call.state.contexts.of(call.tenant).turn_behind(past.node, keeps=False))
+        try:
+            return put_messages(turn, chat_request(body, items_of(body), is_whole=False), prompts).num_tokens
+        except ApiError as error:
+            if error.code != NOT_CONTINUED:
+                raise
+    items = [*(() if past is None else past.items), *items_of(body)]
+    return prompts.chat(chat_request(body, items), call.tenant.name).num_tokens

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
@@ -29,8 +29,9 @@ from kvcomm.server.schemas.messages import MAX_CALLS, MAX_MESSAGES, MAX_PARTS, M
 
 IGNORED = "Accepted as Anthropic documents it; has no effect here."
 NO = "is not supported; leave it out"
-MAX_TURNS = (MAX_MESSAGES - 1) // 4
-"""Messages of one request: the results in one of them are chat messages of their own, and so is `system`."""
+NO_THREAD = "is not supported: conversations are not kept here; send all messages"
+MAX_TURNS = MAX_MESSAGES - 1
+"""Messages of one request; `system`, and each result of a call, is one more."""
 
 Ignored = Annotated[Any, Field(description=IGNORED)]
 
@@ -249,6 +250,7 @@ class MessagesPrompt(Body):
         CacheControl | None, Field(description="A breakpoint at the end of the request; its `ttl` counts.")
     ] = None
     speed: Annotated[Literal["standard", "fast"] | None, Field(description=IGNORED)] = None
+    thread: Annotated[Any, WithJsonSchema({"enum": [None], "description": NO_THREAD})] = None
     context_management: only(None, why=NO) = None  # type: ignore[valid-type]
     mcp_servers: only(None, [], why=NO) = None  # type: ignore[valid-type]
 

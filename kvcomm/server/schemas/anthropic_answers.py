@@ -84,13 +84,20 @@ class TokenCount(ResponseModel):
     input_tokens: Annotated[int, Field(ge=0)]
 
 
+class MessagesErrorCode(ResponseModel):
+    """What Anthropic's clients look at."""
+
+    error_code: Annotated[str, Field(description="For programs, such as model_not_found.")]
+
+
 class MessagesErrorDetail(ResponseModel):
     """What went wrong."""
 
     type: str
     message: str
+    details: MessagesErrorCode
     param: Annotated[str | None, Field(description="The field at fault, where one is.")] = None
-    code: Annotated[str | None, Field(description="For programs, such as model_not_found.")] = None
+    code: Annotated[str, Field(description="The same as `details.error_code`.")]
 
 
 class MessagesErrorResponse(ResponseModel):
