@@ -98,3 +98,10 @@ def tree_labels(page: Browser, place: str) -> list[tuple[str, str]]:
     label = "return arguments[0].querySelector('.label').textContent"
     items = page.all(f"{place} [role=treeitem]")
     return [(str(item.get_attribute("aria-level")), page.run(label, item)) for item in items]
+
+
+def rows(page: Browser, place: str) -> list[list[str]]:
+    """The words of a table's cells, read at once: the page draws its tables anew at every poll."""
+    cells = "[...row.children].map((cell) => cell.textContent)"
+    script = f"return [...document.querySelectorAll(arguments[0])].map((row) => {cells})"
+    return list(page.run(script, f"{place} tbody tr"))

@@ -22,7 +22,7 @@ from tests.limits import PATIENCE_S
 from tests.server.browser import Browser
 from tests.server.conftest import MODEL, Keys, chat
 from tests.server.live import Live, serving
-from tests.server.page.conftest import XSS, send, send_elsewhere
+from tests.server.page.conftest import XSS, rows, send, send_elsewhere
 
 
 def test_how_requests_ended_and_why_some_were_refused(page: Browser, live: Live) -> None:
@@ -39,14 +39,14 @@ def test_how_requests_ended_and_why_some_were_refused(page: Browser, live: Live)
     for (name, number), reason in zip(numbers, sorted(reasons), strict=True):
         assert name.startswith(reason + explained[reason])
         assert number == str(reasons[reason])
-    rows = [[cell.text for cell in row.find_elements("tag name", "td")] for row in page.all("#refused tbody tr")]
-    assert rows[1][1:] == ["POST /v1/chat/completions", "400 unknown parameter unknown parameter: 'nonsense'"]
-    assert rows[0][2].startswith("404 model not found there is no model '<img")
+    newest, oldest = rows(page, "#refused")
+    assert oldest[1:] == ["POST /v1/chat/completions", "400 unknown parameter unknown parameter: 'nonsense'"]
+    assert newest[2].startswith("404 model not found there is no model '<img")
     assert page.run("return document.title") == "kvcomm"
 
 
 def test_rates_and_curves_stand_beside_the_sums(page: Browser) -> None:
-    labels = [str(each.get_attribute("aria-label")) for each in page.all("#summary .curve")]
+    labels = page.run("return [...document.querySelectorAll('#summary .curve')].map((each) => each.ariaLabel)")
     assert [label.split(",")[0] for label in labels] == ["Requests", "Prompt tokens", "Tokens generated", "Refused"]
     assert labels[-1] == "Refused, last 10 min: at most 0 in 10 s"
     assert re.match(r"[\d.]+/(s|min), 0 in flight", page.text("#summary dd small"))
@@ -68,22 +68,20 @@ def test_audits_against_their_bounds(page: Browser, engine: Engine) -> None:
             book.add(namespace, reader, Pair({rung: Measured(0.01) for rung in TURNED}))
     send(page, "hello")  # a tenant that never asked for anything has no readers
     page.wait(lambda: page.all("#audits svg.audits .kept"))
-    marks = page.run(
-        "return [...document.querySelectorAll('#audits svg.audits .kept, #audits svg.audits .broken')]"
-        ".map((mark) => [mark.getAttribute('class'), mark.getBoundingClientRect().y])"
+    heights = (
+        "const at = (each) => each.getBoundingClientRect().y, all = (kinds) => [...document.querySelectorAll(kinds)];"
     )
+    pairs = "[all('#audits .audits :is(.kept, .broken)').map((each) => [each.classList[0], at(each)])"
+    marks, limits = page.run(f"{heights} return {pairs}, all('#audits .audits .limit').map(at)]")
     assert [kind for kind, _ in marks] == ["kept", "broken", "kept", "broken"]
-    limits = [each.location["y"] for each in page.all("#audits svg.audits .limit")]
     for (kind, height), limit in zip(marks, limits, strict=True):
         assert (height < limit) == (kind == "broken")
-    rows = [[cell.text for cell in row.find_elements("tag name", "td")] for row in page.all("#bounds tbody tr")]
     name = f"5a5a5a5a document, {XSS}"
-    assert sorted(rows) == [
+    assert sorted(rows(page, "#bounds")) == [
         [name, "own", "0.02", "95 %", "9 of 19", "2", "1", "holds"],
         [name, "own", "0.05", "90 %", "9", "2", "1", "holds"],
     ]
-    (row,) = page.all("#readers tbody tr")
-    assert [cell.text for cell in row.find_elements("tag name", "td")] == [name, "9", "0", "0", "4, each one"]
+    assert rows(page, "#readers") == [[name, "9", "0", "0", "4, each one"]]
 
 
 def test_what_was_dropped_and_why(page: Browser, engine: Engine) -> None:
