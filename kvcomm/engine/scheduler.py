@@ -506,7 +506,8 @@ class Scheduler:
             sequence.count(end)
             if not is_finite:
                 raise _not_finite(work.request, end)
-            self._accept(work.request, branch, logits[index])
+            if end == sequence.num_tokens:  # else what comes next is known: it was forced by what was just drawn
+                self._accept(work.request, branch, logits[index])
 
     def _prefilled(self, work: Work, logits: Tensor, finite: AnySequence[bool]) -> None:
         """Count what was computed of a prompt. Behind moved KV nothing counts before all of it is in place."""

@@ -231,3 +231,16 @@ def test_what_is_no_grammar_is_refused_by_name(engine: Engine) -> None:
     with pytest.raises(InvalidRequest, match="'not'"):
         engine.generate(PROMPT, json_schema={"type": "string", "not": {"const": "a"}})
     assert not engine.scheduler.has_work
+
+
+def test_what_is_forced_behind_a_guess_is_waited_for(shared_model: TinyModel) -> None:
+    """A guess that came true let forced tokens follow; that pass's next logits were taken for those behind them."""
+    surely_p = {shared_model.tokenizer.convert_tokens_to_ids("p"): 100.0}
+    grammar = Grammar.regex("[pq][pq]xyzxyzxyz[c-n]{8}")
+    answers = []
+    for draft_rows in (0, 8):
+        config = EngineConfig(page_size=32, pool_tokens=1024, draft_rows=draft_rows)
+        with Engine(shared_model.model, shared_model.tokenizer, config=config) as engine:
+            params = SamplingParams(max_new_tokens=40, grammar=grammar, logit_bias=surely_p)
+            answers.append(engine.generate("ppxyzxyzxyzqp", params).text)
+    assert answers[0] == answers[1]
