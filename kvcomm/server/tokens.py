@@ -1,4 +1,7 @@
-"""`POST /tokenize` and `POST /detokenize`: what the tokens of a text, a conversation or an answer are."""
+"""`POST /tokenize` and `POST /detokenize`: what the tokens of a text, a conversation or an answer are.
+
+`GET /tokenizer_info` says what else a client needs that leaves tokenizing to the server, as lm-evaluation-harness does.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from kvcomm.server.bodies import BodyRoute
 from kvcomm.server.errors import documented
 from kvcomm.server.generation import Call, CallDep
 from kvcomm.server.schemas.chat import ChatRequest
-from kvcomm.server.schemas.tokens import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from kvcomm.server.schemas.tokens import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest, TokenizerInfo
+from kvcomm.server.state import StateDep
 
 router = APIRouter(tags=["kvcomm"], dependencies=[Depends(security)], route_class=BodyRoute)
 ERRORS = documented(400, 401, 403, 404, 408, 413, 422, 429, 500, 503, 504)
@@ -29,6 +33,22 @@ async def detokenize(body: DetokenizeRequest, call: CallDep) -> Detokenized:
     """The text of token ids, special tokens included."""
     _require_model(body.model, call)
     return await call.guard(call.make(partial(_text_of, body, call)))
+
+
+@router.get("/tokenizer_info", operation_id="tokenizerInfo", responses=documented(401, 403, 429, 500))
+async def tokenizer_info(state: StateDep) -> TokenizerInfo:
+    """The tokenizer of the model that is served."""
+    tokenizer = state.engine.tokenizer
+    template = tokenizer.chat_template
+    return TokenizerInfo(
+        tokenizer_class=type(tokenizer).__name__,
+        model_max_length=state.engine.max_context,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token,
+        unk_token=tokenizer.unk_token,
+        chat_template=template if isinstance(template, str) else None,  # some have several, by name
+    )
 
 
 def _require_model(model: str | None, call: Call) -> None:

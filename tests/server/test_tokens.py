@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
 from kvcomm.engine.engine import Engine
+from kvcomm.server.keys import KeyRing
 from tests.server.conftest import HELLO, MODEL, SMALL, Keys, MakeClient, chat, completion, require_nothing_left
 from tests.server.test_fields import error_of
 from tests.tiny import tiny_llama
@@ -97,3 +99,17 @@ def test_a_key_is_needed(make_client: MakeClient, keys: Keys, key_file: Any) -> 
     for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [5]})):
         assert client.post(path, json=body).status_code == 401
         assert client.post(path, json=body, headers=keys.header("ann")).status_code == 200
+
+
+def test_what_a_harness_wants_to_know(client: TestClient, engine: Engine) -> None:
+    info = client.get("/tokenizer_info").json()
+    assert info["eos_token"] == engine.tokenizer.eos_token
+    assert info["bos_token"] == engine.tokenizer.bos_token
+    assert info["model_max_length"] == engine.max_context
+    assert info["chat_template"] == engine.tokenizer.chat_template
+
+
+def test_only_tenants_are_told(make_client: MakeClient, keys: Keys, key_file: Path) -> None:
+    guarded = make_client(keys=KeyRing(key_file))
+    assert guarded.get("/tokenizer_info").status_code == 401
+    assert guarded.get("/tokenizer_info", headers=keys.header("ann")).status_code == 200

@@ -1,4 +1,4 @@
-"""`POST /tokenize` and `POST /detokenize`, in the shapes of vLLM."""
+"""`POST /tokenize`, `POST /detokenize` and `GET /tokenizer_info`, in the shapes of vLLM."""
 
 from __future__ import annotations
 
@@ -66,3 +66,15 @@ class Detokenized(ResponseModel):
     """Their text, special tokens included."""
 
     prompt: str
+
+
+class TokenizerInfo(ResponseModel):
+    """What evaluation harnesses want to know before they have the server tokenize for them."""
+
+    tokenizer_class: str
+    model_max_length: Annotated[int, Field(description="Tokens that the model takes.")]
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: Annotated[str | None, Field(description="In Jinja's language; null where there is none.")]
