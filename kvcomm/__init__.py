@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvcomm.engine.chat import Static
     from kvcomm.engine.context import Context
     from kvcomm.engine.engine import Engine
+    from kvcomm.engine.grammar import Grammar
     from kvcomm.engine.results import Completion, Usage
     from kvcomm.engine.sampling import SamplingParams
     from kvcomm.errors import KVCommError
@@ -29,6 +30,7 @@ _HOMES = {
     "Context": "kvcomm.engine.context",
     "Engine": "kvcomm.engine.engine",
     "EngineConfig": "kvcomm.config",
+    "Grammar": "kvcomm.engine.grammar",
     "KVCommAgentGroup": "kvcomm.agents",
     "KVCommError": "kvcomm.errors",
     "ReusePolicy": "kvcomm.reuse.policy",
@@ -44,6 +46,7 @@ __all__ = [
     "Context",
     "Engine",
     "EngineConfig",
+    "Grammar",
     "KVCommAgentGroup",
     "KVCommError",
     "ReusePolicy",

@@ -24,6 +24,7 @@ LAYERS = [
     "server",
     "agents",
     "lab",
+    "toolcalls",
     "engine",
     "reuse",
     "align",

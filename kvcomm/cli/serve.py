@@ -113,10 +113,26 @@ def serve(
         float | None, typer.Option("--request-timeout", metavar="SECONDS", help="For a whole answer; then 504.")
     ] = None,
     default_max_tokens: Annotated[
-        int | None, typer.Option("--default-max-tokens", metavar="N", help="Where the client does not say.")
+        int | None, typer.Option("--default-max-tokens", metavar="N", help="Of a chat answer, unless the client says.")
     ] = None,
     snapshots: Annotated[
         Path | None, typer.Option("--snapshots", metavar="DIR", help="Where clients may save contexts.")
+    ] = None,
+    tool_parser: Annotated[
+        str | None,
+        typer.Option(
+            "--tool-parser",
+            metavar="NAME",
+            help="How calls of tools are read: hermes, llama3_json, mistral, pythonic or qwen3_xml; by default as the "
+            "chat template writes them.",
+        ),
+    ] = None,
+    default_tools: Annotated[
+        bool | None,
+        typer.Option(
+            "--default-tools/--no-default-tools",
+            help="Describe tools in the system message where the chat template has no place for them, or refuse them.",
+        ),
     ] = None,
     log_level: Annotated[str | None, typer.Option("--log-level", help="debug, info, warning or error.")] = None,
     log_prompts: Annotated[
@@ -156,6 +172,8 @@ def serve(
         "default_max_tokens": default_max_tokens,
         "snapshots": snapshots,
         "log_level": log_level,
+        "tool_parser": tool_parser,
+        "default_tools": default_tools,
         "log_prompts": log_prompts,
         "traces": traces,
     }

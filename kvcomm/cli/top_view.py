@@ -7,6 +7,7 @@ prompts: they are made printable and never read as markup.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import accumulate
 
 from rich.columns import Columns
@@ -17,11 +18,12 @@ from rich.text import Text
 
 from kvcomm.cli.output import format_bytes, table
 from kvcomm.cli.text import printable
-from kvcomm.server.schemas.stats import Stats, TokensBySource, TtftHistogram, WatchedBound
+from kvcomm.server.schemas.stats import Curves, LastMinute, Stats, TokensBySource, TtftHistogram, WatchedBound
 
 BAR_WIDTH = 60
 SHADES = {"exact": ("█", "blue"), "aligned": ("▒", "yellow"), "computed": ("░", "bright_black")}
-NUM_REQUESTS, NUM_REASONS, NUM_BOUNDS, NUM_EVICTIONS = 6, 6, 6, 6
+BLOCKS = " ▁▂▃▄▅▆▇█"
+NUM_REQUESTS, NUM_REASONS, NUM_REFUSED, NUM_BOUNDS, NUM_EVICTIONS = 6, 6, 4, 6, 6
 QUANTILES = (0.5, 0.9, 0.99)
 
 
@@ -30,8 +32,10 @@ def view(stats: Stats, *, before: Stats | None = None) -> RenderableType:
     parts: list[RenderableType] = [
         _head(stats, before),
         _sources(stats.tokens),
-        Columns([_reasons(stats), _times(stats.ttft), _cache(stats)], padding=(0, 4)),
+        *([_curves(stats.curves)] if stats.curves is not None else []),
+        Columns([_reasons(stats), _endings(stats), _times(stats.ttft), _cache(stats)], padding=(0, 4)),
         _recent(stats),
+        *([_refused(stats)] if stats.refused else []),
         *([_bounds(stats)] if stats.bounds else []),
         *([_evictions(stats)] if stats.evictions else []),
     ]
@@ -59,12 +63,37 @@ def _head(stats: Stats, before: Stats | None) -> Text:
     text = Text(f"kvcomm {printable(stats.model)}", style="bold")
     text.append(f"  up {format_seconds(stats.uptime_s)}, {stats.requests} requests", style="not bold")
     text.append(f", {stats.requests_in_flight} in flight", style="not bold")
+    if stats.last_minute is not None:
+        text.append(_last_minute(stats.last_minute), style="not bold")
     seconds = 0.0 if before is None else stats.uptime_s - before.uptime_s
     if before is not None and seconds > 0:  # less: another server has taken its place
         prompt = (_total(stats.tokens) - _total(before.tokens)) / seconds
         generated = (stats.generated_tokens - before.generated_tokens) / seconds
         text.append(f"; now {prompt:.0f} prompt and {generated:.1f} generated tokens/s", style="not bold")
     return text
+
+
+def _last_minute(minute: LastMinute) -> str:
+    rates = [f"{value / max(1.0, minute.seconds):.3g}" for value in (minute.prompt_tokens, minute.generated_tokens)]
+    words = f"\nlast minute: {minute.requests} requests, {rates[0]} prompt and {rates[1]} generated tokens/s"
+    return words + (f", {minute.refused} refused" if minute.refused else "")
+
+
+def _curves(curves: Curves) -> Table:
+    """Columns of blocks, the newest at the right, each row up to its own largest step."""
+    view = Table(box=None, pad_edge=False, show_header=False)
+    rows = {"requests": curves.requests, "prompt tokens": curves.prompt_tokens, "generated": curves.generated_tokens}
+    for name, steps in rows.items():
+        view.add_row(Text(name, style="dim"), Text(sparkline(steps), style="blue"), f"at most {max(steps, default=0)}")
+    span = format_seconds(curves.step_s * len(curves.requests))
+    view.add_row("", Text(f"last {span}, steps of {format_seconds(curves.step_s)}", style="dim"), "")
+    return view
+
+
+def sparkline(steps: Sequence[int]) -> str:
+    """A block for each number, as high as it is beside the largest; what is not 0 never looks like 0."""
+    most = max(steps, default=0)
+    return "".join(BLOCKS[math.ceil((len(BLOCKS) - 1) * step / most)] if step else BLOCKS[0] for step in steps)
 
 
 def _total(tokens: TokensBySource) -> int:
@@ -93,6 +122,12 @@ def _sources(tokens: TokensBySource) -> Group:
 def _reasons(stats: Stats) -> Table:
     rows = sorted(stats.miss_reasons.items(), key=lambda entry: -entry[1])[:NUM_REASONS]
     columns = ["computed because", "tokens"]
+    return table(columns, [[printable(reason), number] for reason, number in rows], numeric=columns[1:])
+
+
+def _endings(stats: Stats) -> Table:
+    rows = sorted(stats.finish_reasons.items(), key=lambda entry: -entry[1])[:NUM_REASONS]
+    columns = ["ended with", "answers"]
     return table(columns, [[printable(reason), number] for reason, number in rows], numeric=columns[1:])
 
 
@@ -127,6 +162,20 @@ def _recent(stats: Stats) -> Table:
     return view
 
 
+def _refused(stats: Stats) -> Table:
+    rows = [
+        [
+            format_seconds(each.ago_s),
+            _on_one_line(f"{each.method} {each.path}"),
+            each.status,
+            printable(each.code),
+            _on_one_line(each.message),
+        ]
+        for each in stats.refused[:NUM_REFUSED]
+    ]
+    return table(["ago", "request", "status", "code", "why"], rows, title="refused", numeric=["ago", "status"])
+
+
 def _bounds(stats: Stats) -> Table:
     rows = [
         [
@@ -153,7 +202,11 @@ def _state(bound: WatchedBound) -> str:
 
 def _evictions(stats: Stats) -> Table:
     rows = [
-        [format_seconds(each.ago_s), each.tokens, printable(each.reason), " ".join(printable(each.label).split())]
+        [format_seconds(each.ago_s), each.tokens, printable(each.reason), _on_one_line(each.label)]
         for each in stats.evictions[:NUM_EVICTIONS]
     ]
     return table(["ago", "tokens", "why", "text"], rows, title="dropped", numeric=["ago", "tokens"])
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(printable(text).split())

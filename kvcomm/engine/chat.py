@@ -34,6 +34,45 @@ PASSAGE, TEXT = "passage", "text"
 ROLES = {"developer": "system"}
 """Roles that chat templates know by an older name."""
 
+PROBE = "kvcommprobe"
+"""A word that no chat template writes by itself."""
+
+PROBED_TOOL: Mapping[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": f"{PROBE}name",
+        "description": PROBE,
+        "parameters": {
+            "type": "object",
+            "properties": {f"{PROBE}key": {"type": "string", "description": PROBE}},
+            "required": [f"{PROBE}key"],
+        },
+    },
+}
+RESERVED = frozenset(
+    {
+        "self",
+        "conversation",
+        "conversations",
+        "messages",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "sanitize_control_tokens",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+    }
+)
+"""Names that mean something else to transformers than a variable of the chat template."""
+
 PART_FIELDS = ("type", "text", "name", "dynamic")
 
 
@@ -128,15 +167,13 @@ class ChatTemplate:
         """A conversation as the template writes it; `speaks` puts the beginning of an answer behind it.
 
         Raises:
-            TemplateError: the template rejects the conversation; the cause is the template's own error.
+            TemplateError: the template rejects the conversation, or fails on it; the cause is its own error.
         """
-        from jinja2 import TemplateError as Rejected
-
         try:
             text = self._tokenizer.apply_chat_template(
                 list(messages), tools=tools, tokenize=False, add_generation_prompt=speaks, **(variables or {})
             )
-        except Rejected as error:
+        except Exception as error:  # a template computes with whatever messages and variables hold
             raise TemplateError(f"the model's chat template rejects these messages: {error}") from error
         return cast("str", text)
 
@@ -169,6 +206,15 @@ class ChatTemplate:
     def drops_system(self) -> bool:
         """Whether it does the latter."""
         return self._probed is not None and "SYSTEMTEXT" not in self._probed
+
+    @cached_property
+    def shows_tools(self) -> bool:
+        """Whether the template has a place for tools: others drop them silently."""
+        try:
+            written = ChatTemplate.render(self, [{"role": "user", "content": "hello"}], tools=[PROBED_TOOL])
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError):  # code of the template's own
+            return False
+        return PROBE in written
 
     @cached_property
     def _probed(self) -> str | None:
@@ -294,10 +340,13 @@ class ChatPrompts:
         marks: Marks[Placed] = Marks(self._encoder.control_pattern, in_answers=self._encoder.answer_pattern)
         given = values.items("messages", messages, "a list of messages")
         read = [self._message(marks, message, f"messages[{index}]") for index, message in enumerate(given)]
+        described = None if tools is None else list(tools)
+        if described and not self._template.shows_tools:
+            raise TemplateError("the chat template has no place for tools; describe them in a system message")
         rendered = self._template.render_parts(
             marks,
             read,
-            tools=None if tools is None else marks.hide(list(tools)),
+            tools=marks.hide(described),
             variables=variables,
             speaks=values.truth_value("add_generation_prompt", add_generation_prompt),
         )

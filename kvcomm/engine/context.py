@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
@@ -18,6 +19,7 @@ from typing import Protocol, Self
 from torch import Tensor
 from transformers import DynamicCache
 
+from kvcomm.engine.grammar import Grammar
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.prompts import Prompt
 from kvcomm.engine.request import ANSWER, Carried, Request
@@ -31,6 +33,9 @@ from kvcomm.model.live import Weights
 from kvcomm.plain import short
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.values import told
+
+JSON_SCHEMA = "json_schema"
+"""A setting that is short for a grammar."""
 
 PREFILL_ONLY = SamplingParams(max_new_tokens=0)
 """Computes a prompt and generates nothing."""
@@ -190,7 +195,8 @@ class Context:
         """Generate an answer behind the context and keep it there (with `n` > 1 the context stays as it is).
 
         Args:
-            sampling: how to draw; or give its fields as keywords, as in `generate(max_new_tokens=64)`.
+            sampling: how to draw; or give its fields as keywords, as in `generate(max_new_tokens=64)`. With either,
+                `json_schema` is short for `grammar=Grammar.json_schema(...)`.
 
         Raises:
             ContextReleased, ContextBusy: the context cannot be written.
@@ -337,18 +343,25 @@ class Context:
 
 
 def sampling_params(sampling: SamplingParams | None, settings: dict[str, object]) -> SamplingParams:
-    """Either a ready object or its fields.
+    """Either a ready object or its fields; with either of them `json_schema` is short for a grammar made of it.
 
     Raises:
         InvalidRequest: both are given, a field is unknown, or `sampling` is something else.
     """
     if not isinstance(sampling, SamplingParams | None):
         raise InvalidRequest(f"sampling must be a SamplingParams, not {told(sampling)}; or give its fields by name")
-    if sampling is not None and settings:
-        raise InvalidRequest(f"give either a SamplingParams or its fields, not both ({sorted(settings)})")
-    unknown = sorted(settings.keys() - SamplingParams.__dataclass_fields__.keys())
+    fields = {key: value for key, value in settings.items() if key != JSON_SCHEMA}
+    if sampling is not None and fields:
+        raise InvalidRequest(f"give either a SamplingParams or its fields, not both ({sorted(fields)})")
+    unknown = sorted(fields.keys() - SamplingParams.__dataclass_fields__.keys())
     if unknown:
-        raise InvalidRequest(
-            f"unknown sampling settings {unknown}; known: {sorted(SamplingParams.__dataclass_fields__)}"
-        )
-    return sampling or SamplingParams(**settings)  # type: ignore[arg-type]
+        known = sorted((*SamplingParams.__dataclass_fields__, JSON_SCHEMA))
+        raise InvalidRequest(f"unknown sampling settings {unknown}; known: {known}")
+    params = sampling or SamplingParams(**fields)  # type: ignore[arg-type]
+    return params if settings.get(JSON_SCHEMA) is None else _with_schema(params, settings[JSON_SCHEMA])
+
+
+def _with_schema(params: SamplingParams, schema: object) -> SamplingParams:
+    if params.grammar is not None:
+        raise InvalidRequest("give either a grammar or a json_schema, not both")
+    return replace(params, grammar=Grammar.json_schema(schema))  # type: ignore[arg-type]

@@ -7,25 +7,22 @@ linear time.
 
 A stop string may begin or end inside a token. Then the answer's ids are the drawn ones wholly before it, and behind
 them the tokens that the rest of the text has when it is tokenized: who reads the ids reads what the answer shows.
+
+Where a drawn token begins in the text is known once the text before it is out: a token that goes on with a character
+begins where the character does.
 """
 
 from __future__ import annotations
 
-import codecs
-import re
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from kvcomm.engine.text_window import TextWindow, num_common
 from kvcomm.engine.token_texts import REPLACEMENT, TokenTexts
-
-NUM_CONTEXT = 8
-"""Tokens before a token that its text can depend on; runs of byte tokens count as one."""
-
-_UNCLEANED = re.compile(r".*[^ .?!,'ntmsver]", re.DOTALL)
-"""Text up to its last letter that cleaning up never looks at, so that what follows changes nothing before it."""
 
 NUM_RECENT = 256
 """Letters kept of what was given out, to compare the ends of tokens with."""
@@ -37,11 +34,15 @@ class _End(NamedTuple):
     Attributes:
         position: letters before it.
         tail: the last of these letters, which could still change then.
+        is_silent: the last of the ids has no text.
+        is_whole: what is before it can stand alone, if its text stays as it was; not so inside a run of bytes.
     """
 
     num_tokens: int
     position: int
-    tail: str
+    tail: str = ""
+    is_silent: bool = False
+    is_whole: bool = True
 
 
 class Detokenizer:
@@ -59,21 +60,27 @@ class Detokenizer:
         *,
         texts: TokenTexts | None = None,
         encode: Callable[[str], Sequence[int]] | None = None,
+        min_tokens: int = 0,
     ) -> None:
         """Args:
         texts: of the tokenizer, where they are known already.
         encode: tokenizes what a stop string leaves of a token, as the middle of a text; None: the ids lack it.
+        min_tokens: tokens in whose text no stop string is looked for.
         """
         self._texts = texts or TokenTexts(tokenizer)
         self._encode = encode
         self._stop = tuple(stop)
+        self._min_tokens = min_tokens
         self._token_ids: list[int] = []
-        self._window = _Window(self._texts, keep_run=max(map(len, self._stop), default=0))
+        self._window = TextWindow(self._texts, keep_run=max(map(len, self._stop), default=0))
         self._pieces: list[str] = []  # given out
         self._num_released = 0  # letters given out
         self._recent = ""
         self._held = ""  # cannot change any more, but might become a stop string
         self._ends: deque[_End] = deque()
+        self._num_ended = 0  # tokens that have an end
+        self._run_start = 0
+        self._starts = [0]  # of tokens; the last one may still have to come
         self._num_taken = 0
         self._num_closed = 0
         self._closed_at = 0
@@ -96,6 +103,22 @@ class Detokenizer:
         """The drawn tokens that the answer keeps, and those of what a stop string left of one; as it is so far."""
         return tuple(self._token_ids) if self._answer is None else self._answer
 
+    @property
+    def num_placed(self) -> int:
+        """Leading drawn tokens of which it is known where in the answer they begin; at the end all that are in it.
+
+        These are the kept ones, and those of which a stop string has left something.
+        """
+        num_known = min(len(self._starts), len(self._token_ids))
+        if not self._stop or (self._answer is not None and self.stopped is None):
+            return num_known
+        num_shown = bisect_left(self._starts, self._num_released, hi=num_known)
+        return min(num_known, max(self._num_closed, num_shown))
+
+    def starts(self, first: int, end: int) -> tuple[int, ...]:
+        """Letters of the answer's text before that of each of the drawn tokens [first, end), which must be placed."""
+        return tuple(self._starts[first:end])
+
     def push(self, token_id: int) -> str:
         """Add a token; returns the text that has become final with it (may be empty).
 
@@ -103,12 +126,15 @@ class Detokenizer:
             Exception: what the tokenizer raises for an id that it does not know.
         """
         self._token_ids.append(token_id)
+        if not self._window.is_in_run:
+            self._run_start = self._num_released + len(self._held) + len(self._window.tail)
         self._held += self._window.push(token_id)
+        self._end_run()
         if not self._window.is_in_run:
             tail = self._window.tail
             position = self._num_released + len(self._held) + len(tail)
-            self._ends.append(_End(len(self._token_ids), position, tail))
-        return self._release(self._window.readable_tail(self._held, self._stop), hold_back=True)
+            self._end(position, tail, is_silent=self._texts.is_silent(token_id))
+        return self._release(self._window.readable_tail(self._held, self._sought), hold_back=True)
 
     def finish(self) -> str:
         """No more tokens: returns the text that was still held back."""
@@ -117,9 +143,20 @@ class Detokenizer:
         released = ""
         if self.stopped is None:
             self._held += self._window.flush()
+            self._end_run()
             released = self._release("", hold_back=False)
+        else:
+            self._window.end_run()
+            self._end_run()
+        while self._ends:
+            self._place(self._ends.popleft(), self.text, 0)
         self._answer = self._make_answer()
         return released
+
+    @property
+    def _sought(self) -> tuple[str, ...]:
+        """The stop strings that the text may end with now."""
+        return self._stop if len(self._token_ids) > self._min_tokens else ()
 
     def take_ids(self) -> tuple[int, ...]:
         """Ids that no stop string can cut any more and that were not taken before."""
@@ -132,7 +169,7 @@ class Detokenizer:
         if self.stopped is not None:
             return ""
         looked_at = self._held + tail
-        found = [(looked_at.find(stop), stop) for stop in self._stop]
+        found = [(looked_at.find(stop), stop) for stop in self._sought]
         # The one that is complete first, as if the text had come letter by letter.
         hits = [(at + len(stop), at, stop) for at, stop in found if at >= 0]
         if hits:
@@ -145,6 +182,15 @@ class Detokenizer:
         self._pieces.append(released)
         return released
 
+    def _end(self, position: int, tail: str = "", *, is_silent: bool = False, is_whole: bool = True) -> None:
+        self._num_ended += 1
+        self._ends.append(_End(self._num_ended, position, tail, is_silent, is_whole))
+
+    def _end_run(self) -> None:
+        """Note where the tokens of a run of bytes end, if one has just ended."""
+        for num_letters in self._window.take_run():
+            self._end(self._run_start + num_letters, is_whole=False)
+
     def _close_ids(self, released: str) -> None:
         """See which ids have all their text out with `released`."""
         start = self._num_released - len(self._recent)
@@ -153,15 +199,29 @@ class Detokenizer:
         while self._ends and self._ends[0].position <= self._num_released:
             end = self._ends.popleft()
             # A character that the next token completed belongs to both, so its first token cannot stand alone.
-            if out[end.position - len(end.tail) - start : end.position - start] == end.tail:
+            if self._place(end, out, start) == end.position and end.is_whole:
                 self._num_closed, self._closed_at = end.num_tokens, end.position
         self._recent = out[-NUM_RECENT:]
 
+    def _place(self, end: _End, out: str, start: int) -> int:
+        """Note where the token behind an end begins; returns how far the text is still what it was then.
+
+        Args:
+            out: the answer's text behind its first `start` letters.
+        """
+        base = max(end.position - len(end.tail), start)
+        tail = end.tail[base - end.position :] if base < end.position else ""
+        begin = place = base + num_common(tail, out[base - start : base - start + len(tail)])
+        if self._ends and end.tail.endswith(REPLACEMENT) and place == self._ends[0].position:
+            begin -= not self._ends[0].is_silent  # the same mark stands for both
+        self._starts.append(max(begin, self._starts[-1]))
+        return place
+
     def _num_held_back(self) -> int:
         """Length of the longest end of the text that begins a stop string."""
-        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        longest = max((len(stop) for stop in self._sought), default=1) - 1
         for length in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
+            if any(stop.startswith(self._held[-length:]) for stop in self._sought):
                 return length
         return 0
 
@@ -181,138 +241,3 @@ class Detokenizer:
         answers = [(*kept, *self._encode(candidate)) for candidate in candidates]
         exact = (answer for answer in answers if self._texts.decode(answer) == self.text)
         return next(exact, answers[-1])
-
-
-class _Window:
-    """Recent tokens of an answer, and how much of their text is settled: the same whatever follows.
-
-    Attributes:
-        tail: text behind the settled one that may still change.
-        is_in_run: the last token stands for a byte, so that nothing is known about its text yet.
-    """
-
-    def __init__(self, texts: TokenTexts, *, keep_run: int) -> None:
-        """`keep_run`: letters of a run of bytes to be looked at for stop strings."""
-        self._texts = texts
-        self._token_ids: list[int] = []
-        self._is_byte: list[bool] = []
-        self._num_settled = 0  # letters of the window's raw text
-        self._before = ""  # the window's raw text one token ago
-        self._raw_tail = ""
-        self._unclean = ""  # raw, and not settled only as far as cleaning up is concerned
-        self._run = _Run(keep_run)
-        self.tail = ""
-        self.is_in_run = False
-
-    def push(self, token_id: int) -> str:
-        """Add a token; returns the text that is settled with it."""
-        if self._texts.is_silent(token_id):
-            return ""
-        byte = self._texts.byte_of(token_id)
-        self._token_ids.append(token_id)
-        self._is_byte.append(byte is not None)
-        if byte is not None:
-            if not self.is_in_run:
-                self._run.begin()
-            self.is_in_run = True
-            self._run.push(byte)
-            return ""
-        self.is_in_run = False
-        now = self._texts.decode_raw(self._token_ids)
-        settled = self._settle(now, max(self._num_settled, self._num_stable(now)))
-        self._before = now
-        if len(self._token_ids) > 2 * NUM_CONTEXT:
-            self._shift(now)
-        return settled
-
-    def flush(self) -> str:
-        """No more tokens: all text that was not settled."""
-        now = self._texts.decode_raw(self._token_ids) if self._token_ids else ""
-        self.is_in_run = False
-        return self._settle(now, len(now), is_last=True)
-
-    def readable_tail(self, held: str, stop: Sequence[str]) -> str:
-        """What the answer would show behind the settled text if it ended now, where a stop string may be in it."""
-        if not stop:
-            return ""
-        if not self.is_in_run:
-            return self.tail.rstrip(REPLACEMENT)
-        # A run of bytes is decoded as a whole, so it only is where its last letter completes a stop string.
-        if not self._run.may_end(held + self.tail, stop):
-            return ""
-        raw = self._texts.decode_raw(self._token_ids)[self._num_settled :]
-        return self._texts.clean_up(self._unclean + raw)
-
-    def _settle(self, now: str, end: int, *, is_last: bool = False) -> str:
-        settled, self._raw_tail = now[self._num_settled : end], now[end:]
-        self._num_settled = end
-        if self._texts.cleans_up:
-            raw = self._unclean + settled
-            untouched = _UNCLEANED.match(raw)
-            end = len(raw) if is_last else 0 if untouched is None else untouched.end()
-            settled, self._unclean = self._texts.clean_up(raw[:end]), raw[end:]
-        self.tail = self._texts.clean_up(self._unclean + self._raw_tail)
-        return settled
-
-    def _num_stable(self, now: str) -> int:
-        stable = len(now)
-        if self._texts.lags:
-            stable = _num_common(self._before, now)
-        stable = max(0, min(stable, len(now) - self._texts.num_rewritten))
-        for _ in range(self._texts.num_unfinished):
-            if now[:stable].endswith(REPLACEMENT):
-                stable -= 1
-        return stable
-
-    def _shift(self, now: str) -> None:
-        """Forget tokens that what follows does not depend on."""
-        start = len(self._token_ids) - NUM_CONTEXT
-        while start and self._is_byte[start] and self._is_byte[start - 1]:
-            start -= 1
-        shorter = self._texts.decode_raw(self._token_ids[start:]) if start else ""
-        end = now[-len(self._raw_tail) - 1 :]
-        if len(shorter) > len(end) and shorter.endswith(end):
-            del self._token_ids[:start], self._is_byte[:start]
-            self._num_settled = len(shorter) - len(self._raw_tail)
-            self._before = shorter
-
-
-class _Run:
-    """The end of the text of a run of byte tokens, as long as the run is valid."""
-
-    def __init__(self, keep: int) -> None:
-        self._keep = keep
-        self.begin()
-
-    def begin(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._end = ""
-        self._is_valid = True
-        self._is_at_letter = False
-
-    def push(self, byte: int) -> None:
-        if not self._is_valid:
-            return
-        try:
-            letter = self._decoder.decode(bytes([byte]))
-        except UnicodeDecodeError:
-            self._is_valid = False
-            return
-        self._is_at_letter = bool(letter)
-        self._end = (self._end + letter)[-self._keep :] if self._keep else ""
-
-    def may_end(self, before: str, stop: Sequence[str]) -> bool:
-        """Whether the last byte completed a letter that completes a stop string, behind the text `before`."""
-        if not self._is_valid or not self._is_at_letter:
-            return False
-        end = before[-self._keep :] + self._end
-        return any(end.endswith(each) for each in stop)
-
-
-def _num_common(first: str, second: str) -> int:
-    num = 0
-    for a, b in zip(first, second, strict=False):
-        if a != b:
-            break
-        num += 1
-    return num

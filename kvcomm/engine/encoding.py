@@ -66,13 +66,16 @@ class TextEncoder:
         # What stands for unknown letters comes from ordinary text, too.
         self._control_ids = frozenset(self.controls.values()) - {tokenizer.unk_token_id}
 
-    def start(self, text: str) -> tuple[int, ...]:
+    def start(self, text: str, *, adds_start: bool = True) -> tuple[int, ...]:
         """A prompt that is one text: as the tokenizer does it, start tokens included, end tokens left out.
 
         Control tokens in it are real. A start token that it spells out itself is not put there twice.
+
+        Args:
+            adds_start: False: leave out start tokens that it does not spell out.
         """
         ids = _encode(self._tokenizer, text)
-        return ids if self.has_start(ids) else (*self.start_ids, *ids)
+        return ids if not adds_start or self.has_start(ids) else (*self.start_ids, *ids)
 
     def piece(self, text: str) -> tuple[int, ...]:
         """A piece of a prompt, without anything before or behind it; control tokens in it are real."""

@@ -34,6 +34,8 @@ from kvcomm.engine.context import Context, sampling_params
 from kvcomm.engine.detokenize import Detokenizer
 from kvcomm.engine.encoding import TextEncoder
 from kvcomm.engine.exchange import KVExchange, layer_shapes
+from kvcomm.engine.grammar_compiler import GrammarCompiler
+from kvcomm.engine.grammar_state import GrammarState
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.holdings import Holdings, num_distinct
 from kvcomm.engine.loop import EngineLoop
@@ -149,13 +151,15 @@ class Engine:
             self._lock,
             adapters=self._adapters,
             reclaim=self._holdings.reclaim,
-            end_token_ids=ends,
         )
         self.encoder = TextEncoder(tokenizer)
         self._texts = TokenTexts(tokenizer)
+        self._shown_texts = TokenTexts(tokenizer, skip_special_tokens=False)
         self._reader = PromptReader(
             self.encoder, vocab_size=self.geometry.vocab_size, max_context=self.geometry.max_context
         )
+        self.grammars = GrammarCompiler(tokenizer, self._texts, vocab_size=self.geometry.vocab_size, end_token_ids=ends)
+        self._ends = ends
         self._chats = ChatPrompts(tokenizer, self.encoder, self._reader, self._texts)
         self._cached_pages: dict[str, int] = {}
         self._request_ids = itertools.count()
@@ -319,6 +323,25 @@ class Engine:
         """Text of token ids, special tokens included."""
         return self._texts.decode(list(token_ids), skip_special_tokens=False)
 
+    def locate(self, token_ids: Iterable[int]) -> tuple[str, tuple[int, ...]]:
+        """Text of token ids, special tokens included, and where in it the text of each begins; see `Choice`."""
+        detokenizer = Detokenizer(self.tokenizer, texts=self._shown_texts)
+        for token_id in token_ids:
+            detokenizer.push(token_id)
+        detokenizer.finish()
+        return detokenizer.text, detokenizer.starts(0, detokenizer.num_placed)
+
+    def lost_space(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """The space that the text of an answer lacks at its start and has behind a prompt, or nothing.
+
+        Args:
+            token_ids: of the answer; those with its first text will do.
+            skip_special_tokens: as in the request.
+        """
+        texts = self._texts if skip_special_tokens else self._shown_texts
+        first = next(([token_id] for token_id in token_ids if not texts.is_silent(token_id)), [])
+        return " " if first and texts.behind(first) == " " + texts.decode(first) else ""
+
     def token_text(self, token_id: int) -> str:
         """Text of one token behind others, with the space that the start of a text may lose."""
         return self._texts.behind([token_id])
@@ -385,6 +408,8 @@ class Engine:
         """Start a request; wait for it, stream it or cancel it through the handle.
 
         Args:
+            sampling: how to draw; or its fields by name. `json_schema` beside either of them is short for
+                `grammar=Grammar.json_schema(...)`.
             adapter: that computes it, see `load_adapter`; None: the model as its user has left it at this moment.
             policy: how far reuse may depart from the exact answer; None: the engine's. Only segments with a name are
                 ever moved.
@@ -404,11 +429,13 @@ class Engine:
         request = self._request(sequence, segments, sampling_params(sampling, settings), tenant, policy, weights)
         request.adapter = adapter
         if rung is not None:
+            if request.sampling.prompt_logprobs is not None:
+                raise InvalidRequest("prompt_logprobs are those of a prompt that is computed, so there can be no rung")
             self.reuse.planner.require_known([rung])
         request.rung = rung
         if lesson is not None:
             request.policy, request.lesson = ReusePolicy.exact(), lesson
-        request.reads_cache = reads_cache
+        request.reads_cache = request.reads_cache and reads_cache
         self._loop.submit(request)
         return request.handle
 
@@ -479,7 +506,7 @@ class Engine:
 
         Args:
             messages: dicts with "role", "content", and what else the chat template looks at.
-            tools: JSON schemas of functions, for the chat template.
+            tools: JSON schemas of functions, for the chat template; refused where it has no place for them.
             variables: what else it may look at, such as {"enable_thinking": False}.
             add_generation_prompt: put the beginning of an answer behind them.
 
@@ -534,21 +561,26 @@ class Engine:
         num_tokens = sum(len(segment.token_ids) for segment in segments)
         assert num_tokens == sequence.num_tokens, f"segments of {num_tokens} tokens, {sequence.num_tokens} in sequence"
         self._reader.require_fits(sequence.num_tokens, sampling.max_new_tokens)
-        wanted = _policy(policy) or self.policy
+        self._reader.require_known(token_id for token_id, _ in sampling.biases)
+        is_scored = sampling.prompt_logprobs is not None
+        wanted = ReusePolicy.exact() if is_scored else _policy(policy) or self.policy
         if not wanted.is_exact:
             self.reuse.planner.require_known(wanted.rungs)
         request_id = next(self._request_ids)
         handle = RequestHandle(request_id, cancel=lambda: self.scheduler.cancel(request))
         entropy = secrets.randbits(62)
-        branches = [
-            Branch(
-                index,
-                sequence,
-                Sampler(sampling, index, entropy=entropy),
-                Detokenizer(self.tokenizer, sampling.stop, texts=self._texts, encode=self.encoder.plain),
+        texts = self._texts if sampling.skip_special_tokens else self._shown_texts
+        branches = []
+        for index, grammar in enumerate(self._beginnings(sampling, tenant)):
+            sampler = Sampler(sampling, index, entropy=entropy, grammar=grammar, end_token_ids=self._ends)
+            detokenizer = Detokenizer(
+                self.tokenizer,
+                sampling.stop,
+                texts=texts,
+                encode=self.encoder.plain,
+                min_tokens=sampling.min_tokens,
             )
-            for index in range(sampling.n)
-        ]
+            branches.append(Branch(index, sequence, sampler, detokenizer, grammar))
         request = Request(  # named, for the handle's cancel above
             request_id=request_id,
             namespace=self._namespace(weights, tenant),
@@ -562,11 +594,18 @@ class Engine:
             segments=segments,
             policy=wanted,
             is_lent=lent_by is not None,
+            reads_cache=not is_scored,
         )
         with self.lock:
             num_wanted = request.num_pages(self.config.page_size)
             self._holdings.require_quota(self.home(tenant), sequence.num_pages, num_wanted)
         return request
+
+    def _beginnings(self, sampling: SamplingParams, tenant: str) -> list[GrammarState | None]:
+        """Where each choice stands in its grammar before its first token."""
+        if sampling.grammar is None:
+            return [None] * sampling.n
+        return [self.grammars.compile(sampling.grammar, owner=tenant) for _ in range(sampling.n)]
 
     def read_prompt(self, prompt: Prompt, *, is_start: bool) -> tuple[Segment, ...]:
         """The checked segments of a prompt; see `PromptReader.read`."""
@@ -581,6 +620,8 @@ class Engine:
         new_tokens = _token_ids(segments)
         if not num_kept and not new_tokens:
             raise InvalidRequest("the context is empty; extend it before generating")
+        if num_kept and sampling.prompt_logprobs is not None:
+            raise InvalidRequest("prompt_logprobs are not there behind a context: what it holds is not computed again")
         is_fork = sampling.n > 1  # several answers cannot all stand behind the context: it stays as it is
         target = sequence.fork() if is_fork else sequence
         target.append(new_tokens)

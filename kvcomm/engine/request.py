@@ -7,18 +7,21 @@ tree; the scheduler drives it.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from kvcomm.align.ladder import Rung
 from kvcomm.engine.detokenize import Detokenizer
+from kvcomm.engine.grammar_state import GrammarState
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.results import Choice, Chunk, Completion, Usage
-from kvcomm.engine.sampling import Sampler, SamplingParams, TokenLogprob
+from kvcomm.engine.sampling import Sampler, SamplingParams, TokenLogprob, token_logprob
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
+from kvcomm.model.attention.contract import IntArray
 from kvcomm.model.live import Weights
 from kvcomm.reuse.attempt import Attempt, ToCompute
 from kvcomm.reuse.lesson import Lesson
@@ -35,20 +38,54 @@ class Branch:
     """One choice while it is generated.
 
     Attributes:
+        grammar: where it stands, behind the forced tokens that are still to come.
+        forced: by the grammar, and not yet among its tokens.
         token_ids: as drawn; what the answer keeps of them is the detokenizer's to say.
+        end_logprob: of the end token that was drawn behind them.
         num_guessed: tokens of the answer that a step had guessed right beforehand.
-        num_published: ids that the caller has been given.
+        num_told: drawn tokens of which the caller has been given the log-probability.
     """
 
     index: int
     sequence: Sequence
     sampler: Sampler
     detokenizer: Detokenizer
+    grammar: GrammarState | None = None
+    forced: deque[int] = field(default_factory=deque)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
+    end_logprob: TokenLogprob | None = None
     num_guessed: int = 0
-    num_published: int = 0
+    num_told: int = 0
+
+    def __post_init__(self) -> None:
+        self._foresee()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its grammar leaves nothing but to end."""
+        return self.grammar is not None and not self.forced and self.grammar.is_over
+
+    def drew(self, token_id: int) -> None:
+        """Let the grammar follow a token that was drawn, and say what must come behind it.
+
+        Raises:
+            InvalidRequest: the grammar costs more than a step may take.
+        """
+        if self.grammar is not None:
+            self.grammar.take(token_id)
+            self._foresee()
+
+    def allowed(self, guesses: IntArray) -> IntArray:
+        """The guesses at the next tokens up to the first one that cannot come."""
+        return guesses if self.grammar is None else guesses[: self.grammar.num_allowed(guesses.tolist())]
+
+    def _foresee(self) -> None:
+        if self.grammar is not None:
+            for token_id in self.grammar.forced():
+                self.grammar.take(token_id)
+                self.forced.append(token_id)
 
 
 @dataclass
@@ -101,6 +138,7 @@ class Request:
         attempt: how moved KV is reused; None: not at all.
         is_trial: it is only planned, to explain it: what it finds does not count as used.
         published_s: when others could first move what this request computed, on the monotonic clock.
+        prompt_logprobs: of the prompt tokens as far as it is computed, where they are wanted; the first has none.
         last_logits: [vocab_size] behind the prompt, set when the whole prompt is computed.
         on_success: called under the engine's lock before the request is settled with its completion.
     """
@@ -130,6 +168,7 @@ class Request:
     is_trial: bool = False
     published_s: float | None = None
     clock: Clock = field(default_factory=Clock)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     last_logits: Tensor | None = None
     is_cancelled: bool = False
     on_success: Callable[[], None] | None = None
@@ -161,6 +200,19 @@ class Request:
         else:
             self.sequence.place(todo.moved_from, todo.num_counted)
 
+    def score(self, logits: Tensor, start: int) -> None:
+        """Note how probable prompt tokens are.
+
+        Args:
+            logits: [num_tokens, vocab_size] of the tokens from `start` on; each tells about the token behind it.
+        """
+        num_top = self.sampling.prompt_logprobs
+        assert num_top is not None
+        following = self.sequence.token_ids[start + 1 : self.num_prompt_tokens][: len(logits)].tolist()
+        self.prompt_logprobs += [
+            token_logprob(row, each, num_top) for row, each in zip(logits, following, strict=False)
+        ]
+
     @property
     def max_tokens(self) -> int:
         """Tokens of the longest sequence this request can grow to."""
@@ -185,22 +237,41 @@ class Request:
 
     def publish(self, branch: Branch, text: str) -> None:
         """Hand a piece of a choice to the caller, with the ids whose text is out."""
-        token_ids = branch.detokenizer.take_ids()
-        end = branch.num_published + len(token_ids)
-        logprobs = tuple(branch.logprobs[branch.num_published : min(end, branch.detokenizer.num_kept_tokens)])
-        branch.num_published = end
-        self.handle.publish(Chunk(branch.index, text, token_ids, logprobs or None, branch.finish_reason))
+        chunk = Chunk(branch.index, text, branch.detokenizer.take_ids(), None, branch.finish_reason)
+        if self.sampling.logprobs is not None:
+            first, branch.num_told = branch.num_told, branch.detokenizer.num_placed
+            chunk = chunk._replace(
+                logprobs=tuple(branch.logprobs[first : branch.num_told]) or None,
+                text_offsets=branch.detokenizer.starts(first, branch.num_told) or None,
+                end_logprob=branch.end_logprob,
+            )
+        self.handle.publish(chunk)
 
     def completion(self) -> Completion:
         """The result; every choice must have finished."""
-        return Completion(tuple(self._choice(branch) for branch in self.branches), self._usage())
+        scored = None if self.sampling.prompt_logprobs is None else tuple(self.prompt_logprobs)
+        return Completion(tuple(self._choice(branch) for branch in self.branches), self._usage(), scored)
 
     def _choice(self, branch: Branch) -> Choice:
         assert branch.finish_reason is not None
         detokenizer = branch.detokenizer
-        kept = branch.logprobs[: detokenizer.num_kept_tokens]
-        logprobs = tuple(kept) if self.sampling.logprobs is not None else None
-        return Choice(branch.index, detokenizer.text, detokenizer.answer_ids, branch.finish_reason, logprobs)
+        choice = Choice(
+            branch.index,
+            detokenizer.text,
+            detokenizer.answer_ids,
+            branch.finish_reason,
+            None,
+            stopped_by=detokenizer.stopped,
+        )
+        if self.sampling.logprobs is None:
+            return choice
+        num = detokenizer.num_placed
+        return replace(
+            choice,
+            logprobs=tuple(branch.logprobs[:num]),
+            text_offsets=detokenizer.starts(0, num),
+            end_logprob=branch.end_logprob,
+        )
 
     def _usage(self) -> Usage:
         now, clock = time.monotonic(), self.clock

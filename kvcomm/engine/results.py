@@ -20,7 +20,10 @@ class Chunk(NamedTuple):
     been drawn: text while it may still become another character or a stop string, ids while a stop string may cut them.
 
     Attributes:
-        logprobs: of the drawn tokens among `token_ids`, if they were asked for and there are any.
+        logprobs: of the next drawn tokens, if they were asked for and there are any: of those of which it is known now
+            where they begin in the text.
+        text_offsets: of the same tokens, see `Choice`.
+        end_logprob: with the last chunk, see `Choice`.
     """
 
     choice: int
@@ -28,6 +31,8 @@ class Chunk(NamedTuple):
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] | None
     finish_reason: str | None
+    text_offsets: tuple[int, ...] | None = None
+    end_logprob: TokenLogprob | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Every field under its name, as JSON values."""
@@ -92,12 +97,18 @@ class Choice(Plain):
     """One answer.
 
     `finish_reason` is "stop" (end token, stop token or stop string) or "length". `text` is the tokenizer's text of
-    `token_ids`, without special tokens: no end token, nothing of a stop string. Where a stop string begins inside a
-    token, the token's text before it is tokenized anew: these last ids were not drawn, and may be more than one. What
-    reads the answer (the context behind it, other agents, moved segments) reads these ids.
+    `token_ids`, without special tokens unless they were wanted: no end token, nothing of a stop string. Where a stop
+    string begins inside a token, the token's text before it is tokenized anew: these last ids were not drawn, and may
+    be more than one. What reads the answer (the context behind it, other agents, moved segments) reads these ids.
 
     Attributes:
-        logprobs: of the tokens drawn, `logprobs[i]` of `token_ids[i]`; those tokenized anew have none.
+        logprobs: of every token drawn that has put text into the answer: of `token_ids` but those tokenized anew, and
+            then of those that a stop string has cut. None: not asked for.
+        text_offsets: of the same tokens: characters of `text` before that of the token; of one that goes on with a
+            character, those before that character.
+        end_logprob: of the end or stop token that ended the answer and is no part of it, if there was one and
+            log-probabilities were asked for.
+        stopped_by: the stop string that ended it, if one did.
     """
 
     index: int
@@ -105,6 +116,9 @@ class Choice(Plain):
     token_ids: tuple[int, ...]
     finish_reason: str
     logprobs: tuple[TokenLogprob, ...] | None
+    text_offsets: tuple[int, ...] | None = None
+    end_logprob: TokenLogprob | None = None
+    stopped_by: str | None = None
 
     def __repr__(self) -> str:
         return f"Choice({self.index}: {short(self.text)}, {len(self.token_ids)} tokens, {self.finish_reason})"
@@ -112,10 +126,15 @@ class Choice(Plain):
 
 @dataclass(frozen=True)
 class Completion(Plain):
-    """The result of a request; text, token_ids, finish_reason and logprobs are those of the first choice."""
+    """The result of a request; text, token_ids, finish_reason and logprobs are those of the first choice.
+
+    Attributes:
+        prompt_logprobs: one per prompt token if they were asked for; the first token has none.
+    """
 
     choices: tuple[Choice, ...]
     usage: Usage
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
     def __repr__(self) -> str:
         more = f" and {len(self.choices) - 1} more" if len(self.choices) > 1 else ""

@@ -55,6 +55,12 @@ logger = logging.getLogger("kvcomm.engine")
 
 EXPIRE_INTERVAL_S = 1.0
 
+MAX_SCORED = 128
+"""Prompt tokens in a step of which all logits are wanted: a row of them takes more memory than its KV."""
+
+MAX_FORCED = 64
+"""Forced tokens that are computed in one pass with the token before them."""
+
 
 class Scheduler:
     """Waiting and running requests of one engine.
@@ -75,7 +81,6 @@ class Scheduler:
         *,
         adapters: Adapters,
         reclaim: Callable[[], None],
-        end_token_ids: frozenset[int],
     ) -> None:
         """`reclaim` gives back the pages of contexts that their users forgot."""
         self.lock = lock
@@ -91,7 +96,6 @@ class Scheduler:
         self._reclaim = reclaim
         self._turns = Turns()
         self._looked_at: set[str] = set()  # closely: digests of weights, since the last pass
-        self._end_token_ids = end_token_ids
         self._waiting: list[Request] = []
         self._running: list[Request] = []
         self._closed: EngineClosed | None = None
@@ -423,17 +427,24 @@ class Scheduler:
         """Guesses at the next tokens of a choice: those its answer may still have, within the pages it owns."""
         num_wanted = request.sampling.max_new_tokens - len(branch.token_ids) - 1
         num_slots = branch.sequence.num_pages * self._pool.page_size - branch.sequence.num_tokens
-        return repeated(branch.sequence.token_ids, min(num_rows, num_wanted, num_slots))
+        num = min(num_rows, num_wanted, num_slots)
+        if branch.forced:  # these are none: they will come
+            return np.array(list(branch.forced)[: max(0, num)], dtype=np.int32)
+        return branch.allowed(repeated(branch.sequence.token_ids, num))
 
     def _prefill_work(self, request: Request, budget: int, stuck: list[Request]) -> Work | None:
         sequence = request.sequence
+        is_scored = request.sampling.prompt_logprobs is not None
+        if is_scored:
+            budget = min(budget, MAX_SCORED)
         runs: list[Run] = []
         for start, end in request.pending:
             if budget <= 0:
                 break
             end = min(end, start + budget)
             budget -= end - start
-            runs.append(_run(sequence, start, end, num_logits=int(end == request.num_prompt_tokens)))
+            num_logits = end - start if is_scored else int(end == request.num_prompt_tokens)
+            runs.append(_run(sequence, start, end, num_logits=num_logits))
         if not self._can_write(request, sequence, runs[-1].end, stuck):
             return None
         runs = [run._replace(pages=sequence.pages.copy()) for run in runs]
@@ -482,16 +493,21 @@ class Scheduler:
     def _decoded(self, work: Work, branch: Branch, logits: Tensor, finite: AnySequence[bool]) -> None:
         """Draw the next token of a choice, and behind every guess that equals what was drawn one more."""
         run, sequence = work.runs[0], work.sequence
+        num_before = run.end - len(finite)  # tokens that were forced, and of which nobody wants to know the next
         for index, is_finite in enumerate(finite):
-            end = run.start + index + 1
+            end = num_before + index + 1
             if index:
-                if branch.finish_reason is not None or sequence.token_ids[end - 1] != run.token_ids[index]:
+                if (
+                    branch.finish_reason is not None
+                    or sequence.token_ids[end - 1] != run.token_ids[end - 1 - run.start]
+                ):
                     return
                 branch.num_guessed += 1
             sequence.count(end)
             if not is_finite:
                 raise _not_finite(work.request, end)
-            self._accept(work.request, branch, logits[index])
+            if end == sequence.num_tokens:  # else what comes next is known: it was forced by what was just drawn
+                self._accept(work.request, branch, logits[index])
 
     def _prefilled(self, work: Work, logits: Tensor, finite: AnySequence[bool]) -> None:
         """Count what was computed of a prompt. Behind moved KV nothing counts before all of it is in place."""
@@ -501,11 +517,15 @@ class Scheduler:
             sequence.count(work.end)
         if work.num_logits == 0:
             return
-        if not finite[0]:
-            raise _not_finite(request, work.end)
+        if not all(finite):
+            raise _not_finite(request, work.end - len(finite) + finite.index(False) + 1)
+        if request.sampling.prompt_logprobs is not None:
+            request.score(logits, work.end - len(finite))
+            if work.end < request.num_prompt_tokens:
+                return
         todo = None if request.attempt is None else self._advance(request, request.attempt)
         if todo is None:
-            self._begin_answers(request, logits[0])
+            self._begin_answers(request, logits[-1])
         else:
             self._follow(request, todo)
 
@@ -539,21 +559,36 @@ class Scheduler:
         branch.sequence.make_writable(branch.sequence.num_computed, request.max_tokens)
 
     def _accept(self, request: Request, branch: Branch, logits: Tensor) -> None:
-        """Draw the next token of a choice and see whether it ends."""
-        sampling = request.sampling
-        token_id = branch.sampler.sample(logits, branch.sequence.token_ids)
-        is_end = not sampling.ignore_eos and token_id in self._end_token_ids
-        if is_end or token_id in sampling.stop_token_ids:
-            self._finish_branch(request, branch, "stop")
-            return
+        """Take the next token of a choice, drawn unless its grammar forces one, and see whether it ends."""
+        if branch.forced:
+            token_id = branch.forced.popleft()
+        else:
+            drawn = branch.sampler.sample(logits, branch.sequence.token_ids, len(branch.token_ids))
+            if drawn is None or branch.sampler.ends(drawn):
+                if drawn is not None and request.sampling.logprobs is not None:
+                    branch.end_logprob = token_logprob(logits, drawn, request.sampling.logprobs)
+                self._finish_branch(request, branch, "stop")
+                return
+            token_id = drawn
+            branch.drew(token_id)
+        if request.sampling.logprobs is not None:
+            branch.logprobs.append(token_logprob(logits, token_id, request.sampling.logprobs))
+            self._append(request, branch, token_id)
+            return  # what is forced behind it has logits to wait for
+        self._append(request, branch, token_id)
+        for _ in range(min(len(branch.forced), MAX_FORCED)):
+            if branch.finish_reason is None:
+                branch.num_guessed += 1
+                self._append(request, branch, branch.forced.popleft())
+
+    def _append(self, request: Request, branch: Branch, token_id: int) -> None:
+        """One more token of a choice, which may be its last one."""
         branch.token_ids.append(token_id)
         branch.sequence.append([token_id])
-        if sampling.logprobs is not None:
-            branch.logprobs.append(token_logprob(logits, token_id, sampling.logprobs))
         text = branch.detokenizer.push(token_id)
-        if branch.detokenizer.stopped is not None:
+        if branch.detokenizer.stopped is not None or branch.is_over:
             self._finish_branch(request, branch, "stop", text)
-        elif len(branch.token_ids) == sampling.max_new_tokens:
+        elif len(branch.token_ids) == request.sampling.max_new_tokens:
             self._finish_branch(request, branch, "length", text)
         else:
             request.publish(branch, text)

@@ -29,7 +29,7 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenTexts:
-    """The texts of one tokenizer's ids. Safe to use from several threads.
+    """The texts of one tokenizer's ids, with or without those of special tokens. Safe to use from several threads.
 
     Attributes:
         num_unfinished: replacement marks at the end of a text that may be the beginning of one character.
@@ -38,14 +38,16 @@ class TokenTexts:
         cleans_up: whether spaces before punctuation vanish once that is there.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = True) -> None:
+        """`skip_special_tokens`: leave them out of texts, but where `decode` is told otherwise."""
         self._tokenizer = tokenizer
+        self._skips = skip_special_tokens
         steps = _decoder_steps(tokenizer)
         kinds = {step["type"] for step in steps or ()}
         self._has_byte_level = "ByteLevel" in kinds
         self._has_byte_pieces = steps is None or "ByteFallback" in kinds
         self._drops_unknown = tokenizer.is_fast
-        self._silent = _silent_ids(tokenizer)
+        self._silent = _silent_ids(tokenizer) if skip_special_tokens else frozenset()
         patterns = _joined_patterns(steps or ())
         self.lags = steps is None or not kinds <= LOCAL_STEPS or None in patterns
         self.num_rewritten = sum(len(pattern) - 1 for pattern in patterns if pattern)
@@ -53,15 +55,18 @@ class TokenTexts:
         self.num_unfinished = 3 if self.lags else int(self._has_byte_level)
         self.cleans_up = _cleans_up(tokenizer)
 
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool | None = None) -> str:
         """The tokenizer's own text of ids. Raises what the tokenizer raises for ids that it does not know."""
-        text = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        skips = self._skips if skip_special_tokens is None else skip_special_tokens
+        text = self._tokenizer.decode(list(token_ids), skip_special_tokens=skips)
         assert isinstance(text, str)
         return text
 
     def decode_raw(self, token_ids: Sequence[int]) -> str:
-        """The same without special tokens and before it is cleaned up."""
-        text = self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """The same before it is cleaned up."""
+        text = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=self._skips, clean_up_tokenization_spaces=False
+        )
         assert isinstance(text, str)
         return text
 

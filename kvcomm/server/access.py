@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from fastapi.security import HTTPBearer
+from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -27,19 +27,23 @@ if TYPE_CHECKING:
     from kvcomm.server.admission import Admission
     from kvcomm.server.tenants import Tenant
 
-OPEN = frozenset({"/health", "/ready", "/version", "/openapi.json", "/ui"})
+OPEN = frozenset({"/", "/health", "/ready", "/version", "/openapi.json", "/ui"})
 UNMETERED = frozenset({"/v1/stats"})
 """Paths of tenants that count towards no rate: a dashboard left open must not use up what requests need."""
-BEARER = "bearer "
+BEARER, KEY_HEADER = "bearer ", "x-api-key"
 WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 COMPUTING = re.compile(
-    r"/v1/(chat/completions|completions|contexts|contexts/[^/]+/extend|snapshots/[^/]+/restore|cache/warm)"
+    r"/v1/(chat/completions|completions|responses|messages|contexts|contexts/[^/]+/extend|snapshots/[^/]+/restore|cache/warm)"
 )
 """Paths whose POST asks for engine requests; a fork or a new name does not."""
 
 security = HTTPBearer(auto_error=False, description="An API key made by `kvcomm serve keys add`.")
 """Documents the scheme on operations that need a key; the check itself is made at the door."""
+key_header = APIKeyHeader(
+    name=KEY_HEADER, auto_error=False, description="The same key, as Anthropic's clients send it."
+)
+"""The other scheme, understood on every path."""
 
 
 def roles_for(path: str) -> frozenset[Role]:
@@ -92,7 +96,7 @@ class Door:
                     tenant = self._tenant(tenant_name(scope))
                     stack.enter_context(self._admission.letting_in(tenant, computes=computes))
             except ApiError as error:
-                notes_of(scope).refusal = error.code
+                notes_of(scope).error = error
                 await error.response()(scope, receive, send)
                 return
             await self._app(scope, receive, send)
@@ -112,10 +116,14 @@ class Door:
                 self._tenant(name).require_rate()
 
     def _identify(self, keys: KeyRing, scope: Scope, roles: frozenset[Role]) -> str | None:
-        given = Headers(scope=scope).get("authorization", "")
-        if not given.lower().startswith(BEARER):
-            raise _unauthorized("missing_api_key", "no API key: send the header 'Authorization: Bearer KEY'")
-        record = keys.find(given[len(BEARER) :].strip())
+        headers = Headers(scope=scope)
+        given = headers.get("authorization", "")
+        if given.lower().startswith(BEARER):
+            key = given[len(BEARER) :].strip()
+        elif not (key := headers.get(KEY_HEADER, "").strip()):
+            message = f"no API key: send the header 'Authorization: Bearer KEY', or '{KEY_HEADER}: KEY'"
+            raise _unauthorized("missing_api_key", message)
+        record = keys.find(key)
         if record is None:
             raise _unauthorized("invalid_api_key", "this API key is not known")
         if record.role not in roles:

@@ -25,8 +25,10 @@ from kvcomm.server import (
     models,
     openapi,
     stats,
+    tokens,
 )
 from kvcomm.server.access import Door
+from kvcomm.server.anthropic import surface as messages
 from kvcomm.server.callers import Callers, cors_of
 from kvcomm.server.contexts import snapshot_surface as snapshots
 from kvcomm.server.contexts import surface as contexts
@@ -35,11 +37,13 @@ from kvcomm.server.draining import DrainedBodies
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.limits import BodyLimit
 from kvcomm.server.logs import RequestLog
+from kvcomm.server.responses import surface as responses
 from kvcomm.server.segments import cache
 from kvcomm.server.segments import surface as segments
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.state import ServerState
 from kvcomm.server.traces import RequestTraces
+from kvcomm.server.unknown_urls import UnknownUrls
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
@@ -49,6 +53,9 @@ SURFACES = (
     models.router,
     chat.router,
     completions.router,
+    tokens.router,
+    responses.router,
+    messages.router,
     contexts.router,
     snapshots.router,
     segments.router,
@@ -89,7 +96,7 @@ def make_app(
     app.state.kvcomm = state
     for surface in SURFACES:
         app.include_router(surface)
-    errors.install(app)
+    errors.install(app, unknown_url=UnknownUrls(SURFACES))
     openapi.install(app, models=lambda: state.models, vocab_size=engine.geometry.vocab_size)
     app.add_middleware(
         BodyLimit, max_bytes=settings.max_bytes_of, timeout_s=settings.body_timeout_s, pause_s=settings.body_pause_s
@@ -100,7 +107,7 @@ def make_app(
     app.add_middleware(Door, keys=keys, callers=callers, tenant=state.tenants.get, admission=state.admission)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, **cors_of(settings))
-    app.add_middleware(RequestLog, observe=state.metrics.answered)
+    app.add_middleware(RequestLog, observe=state.ended)
     if traces is not None:
         app.add_middleware(RequestTraces, provider=traces)
     app.add_middleware(DrainedBodies)

@@ -13,12 +13,14 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from kvcomm.server.errors import ApiError, invalid
 from kvcomm.server.json_text import JsonCaps, JsonRefused, read_json
 from kvcomm.server.logs import notes_of
 from kvcomm.server.state import state_of
+from kvcomm.server.waiting import client_gone
 
 Validate = Callable[[Any], tuple[Any, Sequence[Any]]]
 """Gives the value that an operation takes, and what is wrong instead."""
@@ -47,6 +49,17 @@ class _ReadByWorkers(Request):
     def __init__(self, request: Request, validate: Validate) -> None:
         super().__init__(request.scope, request.receive, request._send)
         self._validate = validate
+
+    async def body(self) -> bytes:
+        """The bytes.
+
+        Raises:
+            ApiError: CLIENT_GONE, the client has disconnected before they had all come.
+        """
+        try:
+            return await super().body()
+        except ClientDisconnect:
+            raise client_gone() from None
 
     async def json(self) -> Any:
         """The value.

@@ -10,16 +10,19 @@ from functools import partial
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
-from kvcomm.engine.results import Choice, Chunk, Completion
 from kvcomm.engine.sampling import TokenLogprob as EngineLogprob
 from kvcomm.server.access import security
+from kvcomm.server.answers import ChatAnswers, ChoiceAnswer, ChoiceEvents
 from kvcomm.server.bodies import BodyRoute
-from kvcomm.server.contexts.answering import begin_turn, put_messages
+from kvcomm.server.completion_logprobs import prompt_lists
 from kvcomm.server.errors import documented
-from kvcomm.server.generation import Call, CallDep, Job, Piece
-from kvcomm.server.sampling import num_breakpoints, policy_of, sampling_of
+from kvcomm.server.generation import Call, CallDep
+from kvcomm.server.logprobs import told_logprobs
 from kvcomm.server.schemas.chat import (
+    AnsweredCall,
+    AnsweredFunction,
     AnswerMessage,
+    CallDelta,
     ChatChoice,
     ChatCompletion,
     ChatCompletionChunk,
@@ -28,13 +31,13 @@ from kvcomm.server.schemas.chat import (
     ChunkChoice,
     Delta,
     FinishReason,
-    TokenLogprob,
-    TopLogprob,
+    FunctionDelta,
 )
+from kvcomm.server.schemas.logprobs import PromptLogprob
 from kvcomm.server.schemas.usage import Usage
 from kvcomm.server.state import ServerState
 from kvcomm.server.streaming import DOCUMENTED, EventStream
-from kvcomm.server.usage import plan_of, usage_of
+from kvcomm.toolcalls.events import Answer, ArgumentsDelta, CallEnd, CallStart, Finish, ReasoningDelta, TextDelta
 
 router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
 
@@ -52,41 +55,19 @@ async def create_chat_completion(body: ChatRequest, call: CallDep) -> Response |
 
 
 async def _answer(body: ChatRequest, call: Call) -> Response | ChatCompletion:
-    await call.submit(await _job(body, call))
-    answer = _Answer(body, call)
+    answers = await ChatAnswers.begin(body, call)
+    wire = _Wire(body, call)
     if not body.stream:
-        return answer.whole((await call.results())[0])
-    pieces = call.pieces()
+        make = partial(wire.whole, await answers.whole(), await answers.usage(), await answers.prompt_logprobs())
+        return make() if body.prompt_logprobs is None else await call.make(make)
+    events = answers.events()
     # Errors before the first token still have a status of their own.
-    first = await anext(pieces, None)
-    return EventStream(answer.events(first, pieces), deadline_s=call.deadline_s)
+    first = await anext(events, None)
+    return EventStream(wire.chunks(first, events, answers), deadline_s=call.deadline_s)
 
 
-async def _job(body: ChatRequest, call: Call) -> Job:
-    state = call.state
-    adapter = state.adapter_of(body.model)
-    turn = begin_turn(body, adapter, call)
-    if turn is None:
-        prompt = await call.make(
-            partial(state.prompts.chat, body, call.tenant.name),
-            more_bytes=state.registries.num_bytes(call.tenant.name, body.segments or ()),
-        )
-    else:
-        prompt = await call.make(partial(put_messages, turn, body, state.prompts), more_bytes=turn.num_rendered)
-    sampling = sampling_of(
-        body,
-        state.settings,
-        num_prompt_tokens=prompt.num_tokens,
-        max_context=state.engine.max_context,
-        wanted_tokens=body.wanted_tokens,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )
-    salt = body.cache_salt if turn is None else turn.salt
-    return Job(prompt, sampling, policy_of(body, state.settings), salt, turn, adapter)
-
-
-class _Answer:
-    """Builds what is sent from what the engine gives."""
+class _Wire:
+    """Writes answers as OpenAI does."""
 
     def __init__(self, body: ChatRequest, call: Call) -> None:
         self._body = body
@@ -94,50 +75,70 @@ class _Answer:
         self._state: ServerState = call.state
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
 
-    def whole(self, completion: Completion) -> ChatCompletion:
-        """The answer in one piece."""
+    def whole(
+        self, answers: list[ChoiceAnswer], usage: Usage, prompt: tuple[EngineLogprob | None, ...] | None
+    ) -> ChatCompletion:
+        """The answer in one piece; `prompt`: log-probabilities of its tokens."""
         return ChatCompletion(
             id=self._id,
             created=self._call.created,
             model=self._body.model,
             system_fingerprint=self._state.fingerprint,
-            choices=[self._choice(choice) for choice in completion.choices],
-            usage=self._usage(completion),
+            choices=[self._choice(*each) for each in answers],
+            usage=usage,
+            prompt_logprobs=self._prompt_logprobs(prompt),
         )
 
-    async def events(
-        self, first: Piece | None, rest: AsyncGenerator[Piece, None]
+    async def chunks(
+        self, first: ChoiceEvents | None, rest: AsyncGenerator[ChoiceEvents, None], answers: ChatAnswers
     ) -> AsyncGenerator[ChatCompletionChunk, None]:
-        """The answer as a stream: roles, texts, ends, and the usage if it was asked for."""
+        """The answer as a stream: roles, what comes, ends, and the usage if it was asked for."""
         for index in range(self._body.n or 1):
             yield self._chunk(_piece(index, Delta(role="assistant", content="")))
         if first is not None:
-            for choice in self._pieces(first.chunk):
+            for choice in self._pieces(first):
                 yield self._chunk(choice)
         async with aclosing(rest):
             async for piece in rest:
-                for choice in self._pieces(piece.chunk):
+                for choice in self._pieces(piece):
                     yield self._chunk(choice)
-        (completion,) = await self._call.results()
+        usage = await answers.usage()
         if self._body.wants_usage_chunk:
-            yield self._chunk(None, self._usage(completion))
+            yield self._chunk(None, usage)
 
-    def _choice(self, choice: Choice) -> ChatChoice:
+    def _choice(self, index: int, answer: Answer, logprobs: tuple[EngineLogprob, ...] | None) -> ChatChoice:
+        calls = [
+            AnsweredCall(id=call.id, function=AnsweredFunction(name=call.name, arguments=call.arguments))
+            for call in answer.calls
+        ]
+        message = AnswerMessage(
+            content=None if calls and not answer.text else answer.text,
+            tool_calls=calls or None,
+            reasoning_content=answer.reasoning or None,
+            reasoning=answer.reasoning or None,
+        )
         return ChatChoice(
-            index=choice.index,
-            message=AnswerMessage(content=choice.text),
-            logprobs=None if choice.logprobs is None else self._logprobs(choice.logprobs),
-            finish_reason=reason(choice.finish_reason),
+            index=index,
+            message=message,
+            logprobs=None if logprobs is None else self._logprobs(logprobs),
+            finish_reason=answer.finish_reason,
         )
 
-    def _pieces(self, chunk: Chunk) -> list[ChunkChoice]:
-        """A chunk's text, then its end, as clients expect them; nothing while text is held back."""
+    def _pieces(self, piece: ChoiceEvents) -> list[ChunkChoice]:
+        """One chunk for each event; log-probabilities come with the first one, also where it has nothing else yet."""
         choices = []
-        if chunk.text or chunk.logprobs:
-            logprobs = self._logprobs(chunk.logprobs) if chunk.logprobs else None
-            choices.append(_piece(chunk.choice, Delta(content=chunk.text), logprobs=logprobs))
-        if chunk.finish_reason is not None:
-            choices.append(_piece(chunk.choice, Delta(), finish_reason=reason(chunk.finish_reason)))
+        logprobs = self._logprobs(piece.logprobs) if piece.logprobs else None
+        for event in piece.events:
+            if isinstance(event, Finish) and logprobs is not None:
+                choices.append(_piece(piece.choice, Delta(content=""), logprobs=logprobs))
+                logprobs = None
+            if isinstance(event, Finish):
+                choices.append(_piece(piece.choice, Delta(), finish_reason=event.reason))
+            elif not isinstance(event, CallEnd):
+                choices.append(_piece(piece.choice, _delta(event), logprobs=logprobs))
+                logprobs = None
+        if logprobs is not None:
+            choices.append(_piece(piece.choice, Delta(content=""), logprobs=logprobs))
         return choices
 
     def _chunk(self, choice: ChunkChoice | None, usage: Usage | None = None) -> ChatCompletionChunk:
@@ -149,23 +150,32 @@ class _Answer:
             system_fingerprint=self._state.fingerprint,
             choices=[] if choice is None else [choice],
         )
+        if usage is None and self._body.wants_running_usage:
+            return chunk.model_copy(update={"usage": self._call.usage_so_far()})
         return chunk.model_copy(update={"usage": usage}) if self._body.wants_usage_chunk else chunk
 
-    def _usage(self, completion: Completion) -> Usage:
-        usage = usage_of([completion.usage], cache_breakpoints=num_breakpoints(self._body))
-        return usage.model_copy(update={"plan": plan_of(completion.usage.spans)}) if self._body.include_plan else usage
+    def _prompt_logprobs(
+        self, tokens: tuple[EngineLogprob | None, ...] | None
+    ) -> list[dict[str, PromptLogprob] | None] | None:
+        if self._body.prompt_logprobs is None or tokens is None:
+            return None
+        return prompt_lists(self._state.token_names, tokens, self._body.prompt_logprobs)
 
     def _logprobs(self, tokens: tuple[EngineLogprob, ...]) -> ChoiceLogprobs:
-        return ChoiceLogprobs(content=[self._logprob(token) for token in tokens], refusal=None)
+        return ChoiceLogprobs(content=told_logprobs(self._state.engine, tokens), refusal=None)
 
-    def _logprob(self, token: EngineLogprob) -> TokenLogprob:
-        top = [self._top(token_id, logprob) for token_id, logprob in token.top]
-        drawn = self._top(token.token_id, token.logprob)
-        return TokenLogprob(token=drawn.token, logprob=drawn.logprob, bytes=drawn.bytes, top_logprobs=top)
 
-    def _top(self, token_id: int, logprob: float) -> TopLogprob:
-        engine = self._state.engine
-        return TopLogprob(token=engine.token_text(token_id), logprob=logprob, bytes=list(engine.token_bytes(token_id)))
+def _delta(event: TextDelta | ReasoningDelta | CallStart | ArgumentsDelta) -> Delta:
+    match event:
+        case TextDelta(text):
+            return Delta(content=text)
+        case ReasoningDelta(text):
+            return Delta(reasoning_content=text, reasoning=text)
+        case CallStart(index, call_id, name):
+            function = FunctionDelta(name=name, arguments="")
+            return Delta(tool_calls=[CallDelta(index=index, id=call_id, type="function", function=function)])
+        case ArgumentsDelta(index, text):
+            return Delta(tool_calls=[CallDelta(index=index, function=FunctionDelta(arguments=text))])
 
 
 def _piece(
@@ -176,5 +186,5 @@ def _piece(
 
 
 def reason(finish_reason: str) -> FinishReason:
-    """The engine's reason is OpenAI's; two are possible."""
+    """OpenAI's name for why the engine ended a text without calls."""
     return "stop" if finish_reason == "stop" else "length"

@@ -1,4 +1,4 @@
-"""`GET /ui`: the dashboard, one self-contained page without a byte of data in it.
+"""`GET /ui`, and `/` which leads there: the dashboard, one self-contained page without a byte of data in it.
 
 The page asks `/v1/stats`, `/v1/cache/tree` and `/v1/contexts` for the caller's own numbers, with a key where the server
 has keys. Its style and script stand inside it and are allowed by their hashes alone: nothing is loaded from anywhere,
@@ -14,11 +14,11 @@ from string import Template
 from typing import NamedTuple
 
 from fastapi import APIRouter
-from starlette.responses import HTMLResponse
+from starlette.responses import HTMLResponse, RedirectResponse
 
 from kvcomm.server.errors import documented
 
-SCRIPTS = ("dom.js", "charts.js", "tree.js", "tables.js", "trial.js", "app.js")
+SCRIPTS = ("dom.js", "server.js", "charts.js", "tree.js", "tables.js", "trial.js", "app.js")
 """In the order in which they stand in the page: each uses what stands above it."""
 
 
@@ -66,6 +66,12 @@ HEADERS = {
 }
 
 router = APIRouter(tags=["insight"])
+
+
+@router.get("/", include_in_schema=False)
+async def front_door() -> RedirectResponse:
+    """Whoever opens the server's address in a browser gets the page."""
+    return RedirectResponse("/ui")
 
 
 @router.get("/ui", operation_id="dashboard", response_class=HTMLResponse, responses=documented(500))

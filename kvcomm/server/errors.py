@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -18,6 +18,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
 from kvcomm.errors import (
     ContextReleased,
@@ -32,6 +33,7 @@ from kvcomm.errors import (
     UnknownAdapter,
     WeightsChanged,
 )
+from kvcomm.server.schemas.anthropic_answers import MessagesErrorCode, MessagesErrorDetail, MessagesErrorResponse
 from kvcomm.server.schemas.common import REQUEST_KINDS
 from kvcomm.server.schemas.errors import ErrorDetail, ErrorResponse
 
@@ -63,6 +65,23 @@ TYPES = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
+MESSAGES_PATH = "/v1/messages"
+MESSAGES_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    409: "invalid_request_error",
+    413: "request_too_large",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""Where Anthropic's API is: its errors have another shape, and other names."""
+
 MEANINGS = {
     400: "The request is not valid; `param` names the field.",
     401: "No API key, or one that is not known.",
@@ -110,8 +129,37 @@ class ApiError(HTTPException):
         return ErrorResponse(error=detail).model_dump()
 
     def response(self) -> JSONResponse:
-        """The answer."""
-        return JSONResponse(self.body, self.status_code, headers=self.headers)
+        """The answer, in the shape of the API that was asked."""
+        return ErrorAnswer(self)
+
+
+class ErrorAnswer(JSONResponse):
+    """An error; which API its request was for is known once it is sent."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.body, error.status_code, headers=error.headers)
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        if path != MESSAGES_PATH and not path.startswith(f"{MESSAGES_PATH}/"):
+            await super().__call__(scope, receive, send)
+            return
+        body = messages_error(self._error, request_id=scope["state"]["notes"].request_id)
+        await JSONResponse(body, self.status_code, headers=self._error.headers)(scope, receive, send)
+
+
+def messages_error(error: ApiError, *, request_id: str) -> dict[str, Any]:
+    """An error as Anthropic's API tells it, with its code and parameter beside."""
+    kind = MESSAGES_TYPES.get(error.status_code, "api_error")
+    detail = MessagesErrorDetail(
+        type=kind,
+        message=error.detail,
+        details=MessagesErrorCode(error_code=error.code),
+        param=error.param,
+        code=error.code,
+    )
+    return MessagesErrorResponse(error=detail, request_id=request_id).model_dump()
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -173,27 +221,40 @@ def _system_words(told: str) -> str:
     return os.strerror(int(number[1])) if number else "the server's log says why"
 
 
-def install(app: FastAPI) -> None:
-    """Answer every error of the app in OpenAI's shape."""
-    app.add_exception_handler(HTTPException, _on_http)
+def install(app: FastAPI, *, unknown_url: Callable[[str, str], ApiError]) -> None:
+    """Answer every error of the app in OpenAI's shape.
+
+    Args:
+        unknown_url: the answer to a method and a path that lead nowhere.
+    """
+
+    async def on_http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        if error.status_code == 404 and not isinstance(error, ApiError):
+            error = unknown_url(request.method, request.url.path)
+        return await _on_http(request, error)
+
+    app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(RequestValidationError, _on_invalid)
 
 
 async def _on_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if isinstance(error, ApiError):
-        request.state.notes.refusal = error.code
-        return error.response()
-    if error.status_code == 404:
-        return ApiError(404, "unknown_url", f"there is nothing at {request.method} {request.url.path}").response()
+        return _answer(request, error)
     phrase = HTTPStatus(error.status_code).phrase.lower()
     code = phrase.replace(" ", "_")
-    return ApiError(error.status_code, code, error.detail or phrase, headers=error.headers).response()
+    return _answer(request, ApiError(error.status_code, code, error.detail or phrase, headers=error.headers))
 
 
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return invalid(error.errors(), error.body).response()
+    return _answer(request, invalid(error.errors(), error.body))
+
+
+def _answer(request: Request, error: ApiError) -> JSONResponse:
+    request.state.notes.error = error
+    return error.response()
 
 
 def invalid(errors: Sequence[Any], body: object) -> ApiError:
@@ -225,6 +286,8 @@ def _param(path: Sequence[Any], body: object) -> str:
     if path and path[0] in REQUEST_KINDS:
         path = path[1:]
     for index, part in enumerate(path):
+        if part == "[key]":  # of a dictionary, which is the part before
+            break
         if isinstance(at, list) and isinstance(part, int):
             text += f"[{part}]"
             at = at[part] if part < len(at) else None

@@ -27,12 +27,16 @@ from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError, translate
 from kvcomm.server.logs import Answered, RequestNotes, log_unexpected, notes_of
+from kvcomm.server.schemas.usage import RunningUsage
 from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.state import ServerState, state_of
 from kvcomm.server.tenants import Tenant
 from kvcomm.server.waiting import timed_out, while_connected
 
 T = TypeVar("T")
+
+PREFILL = "prefill"
+"""Finish reason of a prompt that was only computed ahead, without an answer."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,25 @@ class Call:
     notes: RequestNotes
     deadline_s: float
     created: int = field(default_factory=lambda: int(time.time()))
+    num_streamed: int = 0  # tokens of answers that `pieces` has given
     _running: list[_Running] = field(default_factory=list)
+    _completions: list[Completion] | None = None
     _leaving: list[asyncio.Task[None]] = field(default_factory=list)
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompts of its jobs."""
+        return sum(each.job.prompt.num_tokens for each in self._running)
 
     def take_turn(self, turn: Turn) -> Turn:
         """End a turn with this call."""
         self._stack.callback(turn.end)
         return turn
+
+    def at_end(self, work: Callable[[], object]) -> None:
+        """Do something when this call has ended, in whatever way."""
+        self._stack.callback(work)
 
     async def guard(self, work: Coroutine[Any, Any, T]) -> T:
         """Do some work, unless the client disconnects or the time is up; the engine's errors become answers.
@@ -158,14 +173,26 @@ class Call:
                     raise timed_out() from None
                 except Exception as error:  # a job ends with whatever the model raised
                     raise self._translated(error) from error
+                self.num_streamed += len(piece.chunk.token_ids)
                 yield piece
 
+    def usage_so_far(self) -> RunningUsage:
+        """Of all jobs, while their answers are streamed."""
+        num_prompt = sum(each.job.prompt.num_tokens for each in self._running)
+        return RunningUsage(
+            prompt_tokens=num_prompt,
+            completion_tokens=self.num_streamed,
+            total_tokens=num_prompt + self.num_streamed,
+        )
+
     async def results(self) -> list[Completion]:
-        """The completions in the order of submission, once all jobs have ended.
+        """The completions in the order of submission, once all jobs have ended; the same when it is asked again.
 
         Raises:
             ApiError: what ended a job instead.
         """
+        if self._completions is not None:
+            return self._completions
         try:
             completions = [await each.handle.aresult() for each in self._running]
         except Exception as error:  # a job ends with whatever the model raised
@@ -175,13 +202,21 @@ class Call:
                 job.turn.keep()
             if job.prompt.lifetimes:
                 await self.state.workers.start(partial(self.state.prolong, space, job.prompt, job.adapter))
-        for each, completion in zip(self._running, completions, strict=True):
+        for index, (each, completion) in enumerate(zip(self._running, completions, strict=True)):
+            for choice in completion.choices:
+                reason = choice.finish_reason if each.job.sampling.max_new_tokens else PREFILL
+                self.notes.finish_reasons.setdefault((index, choice.index), reason)
             self.state.metrics.completed(completion, each.job.policy)
             self.tenant.tally.add(completion.usage)
             self.notes.answered.append(Answered(each.submitted_ns, completion.usage))
         if self.state.settings.log_prompts:
             await self.state.workers.start(partial(self._note_texts, completions))
+        self._completions = completions
         return completions
+
+    def ends_as(self, finish_reason: str, *, job: int = 0, choice: int = 0) -> None:
+        """Say what a client is told about the end of an answer, where that is not the engine's own reason."""
+        self.notes.finish_reasons[job, choice] = finish_reason
 
     async def close(self) -> None:
         """Cancel what still runs, wait until it has ended, and give the places back. Idempotent."""

@@ -38,7 +38,7 @@ class BodyLimit:
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and (len(declared) > MAX_DIGITS or int(declared) > max_bytes):
             error = _too_large(max_bytes)
-            notes_of(scope).refusal = error.code
+            notes_of(scope).error = error
             await error.response()(scope, receive, send)
             return
         await self._app(scope, self._limited(receive, max_bytes), send)

@@ -21,7 +21,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvcomm.engine.results import Usage
-from kvcomm.server.errors import CLIENT_GONE, translate
+from kvcomm.server.errors import CLIENT_GONE, ApiError, translate
 
 logger = logging.getLogger("kvcomm.server")
 
@@ -48,7 +48,9 @@ class RequestNotes:
         fields: more for the log line; JSON values.
         route: path template of the operation, for metrics; "other" for what is none.
         answered: its engine requests.
-        refusal: code of the error that it was answered with.
+        finish_reasons: of its answers, as its client is told them; by engine request and choice.
+        error: that it was answered with, be it as the last event of a stream.
+        stopped: code of what stopped a stream that nobody reads any more.
     """
 
     request_id: str
@@ -56,7 +58,9 @@ class RequestNotes:
     fields: dict[str, Any] = field(default_factory=dict)
     route: str = "other"
     answered: list[Answered] = field(default_factory=list)
-    refusal: str | None = None
+    finish_reasons: dict[tuple[int, int], str] = field(default_factory=dict)
+    error: ApiError | None = None
+    stopped: str | None = None
 
     def tokens(self) -> dict[str, Any]:
         """The tokens of its engine requests, for the log line; nothing where none was answered."""
@@ -85,8 +89,18 @@ def log_unexpected(error: BaseException, notes: RequestNotes) -> None:
     logger.error("unexpected error", exc_info=error, extra={"fields": {"request_id": notes.request_id}})
 
 
-Observe = Callable[[str, str, int, float, str | None], None]
-"""Called at the end of every request with method, route, status, seconds and the code of its error, if any."""
+class Ended(NamedTuple):
+    """A request at its end; the method and path are whatever the client sent."""
+
+    method: str
+    path: str
+    status: int
+    duration_s: float
+    notes: RequestNotes
+
+
+Observe = Callable[[Ended], None]
+"""Called at the end of every request."""
 
 
 class RequestLog:
@@ -117,23 +131,28 @@ class RequestLog:
         except Exception as error:  # the last one who could tell the client
             log_unexpected(error, notes)
             if not status:
-                await translate(error).response()(scope, receive, send_with_id)
+                notes.error = translate(error)
+                await notes.error.response()(scope, receive, send_with_id)
         finally:
             if route := scope.get("route"):
                 notes.route = route.path
-            self._log(scope, notes, status or CLIENT_GONE, time.monotonic() - began_s)
+            status = status or CLIENT_GONE
+            self._log(Ended(scope["method"], scope["path"], status, time.monotonic() - began_s, notes))
 
-    def _log(self, scope: Scope, notes: RequestNotes, status: int, duration_s: float) -> None:
-        self._observe(scope["method"], notes.route, status, duration_s, notes.refusal)
+    def _log(self, ended: Ended) -> None:
+        self._observe(ended)
+        notes = ended.notes
         fields = {
             "request_id": notes.request_id,
             "tenant": notes.tenant,
-            "method": scope["method"],
-            "path": scope["path"][:MAX_PATH],
-            "status": status,
-            "duration_s": round(duration_s, 6),
+            "method": ended.method,
+            "path": ended.path[:MAX_PATH],
+            "status": ended.status,
+            "duration_s": round(ended.duration_s, 6),
             **notes.tokens(),
-            **({"refusal": notes.refusal} if notes.refusal is not None else {}),
+            **({"finish_reasons": list(notes.finish_reasons.values())} if notes.finish_reasons else {}),
+            **({"refusal": notes.error.code} if notes.error is not None else {}),
+            **({"stopped": notes.stopped} if notes.stopped is not None else {}),
             **notes.fields,
         }
         logger.info("request", extra={"fields": fields})

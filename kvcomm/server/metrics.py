@@ -19,6 +19,9 @@ from kvcomm.engine.results import Completion
 from kvcomm.memory.ages import BOUNDS_S
 from kvcomm.reuse.plan import Reason
 from kvcomm.reuse.policy import ReusePolicy
+from kvcomm.server.endings import reasons_of
+from kvcomm.server.errors import CLIENT_GONE
+from kvcomm.server.logs import Ended
 from kvcomm.server.tally import SECONDS
 
 if TYPE_CHECKING:
@@ -45,10 +48,6 @@ REFUSALS = frozenset(
 """Reasons for computing text that could have been moved."""
 
 
-LIMITING = frozenset({408, 413, 429, 503})
-"""Statuses that tell of a limit."""
-
-
 class Metrics:
     """The metrics of one app. Safe to use from several threads."""
 
@@ -68,7 +67,12 @@ class Metrics:
             "reason",
         )
         self._requests = self._counter("http_requests", "Requests answered.", "method", "route", "status")
-        self._refused = self._counter("refused_requests", "Requests over a limit or share, by reason.", "reason")
+        self._finished = self._counter(
+            "finished_requests",
+            "Answers by finish reason; requests without a whole answer: client_gone, refused, timed_out, failed.",
+            "reason",
+        )
+        self._refused = self._counter("refused_requests", "Requests answered with an error, by its code.", "reason")
         self._queue = self._histogram("request_queue_time_seconds", "From submission to admission by the engine.")
         self._ttft = self._histogram("time_to_first_token_seconds", "From submission to the first token.")
         self._per_token = self._histogram("time_per_output_token_seconds", "Between tokens, mean of a request.")
@@ -96,12 +100,15 @@ class Metrics:
         if not policy.is_exact:
             self._decided(completion)
 
-    def answered(self, method: str, route: str, status: int, duration_s: float, refusal: str | None = None) -> None:
-        """Count a response of whatever kind; the method only where it belongs to an operation: clients invent some."""
-        if refusal is not None and status in LIMITING:
-            self._refused.labels(refusal).inc()
-        self._requests.labels(method if route != "other" else "other", route, str(status)).inc()
-        self._http.labels(route).observe(duration_s)
+    def ended(self, ended: Ended) -> None:
+        """Count a request of whatever kind; the method only where it belongs to an operation: clients invent some."""
+        route, error = ended.notes.route, ended.notes.error
+        for reason in reasons_of(ended):
+            self._finished.labels(reason).inc()
+        if error is not None and error.status_code != CLIENT_GONE:
+            self._refused.labels(error.code).inc()
+        self._requests.labels(ended.method if route != "other" else "other", route, str(ended.status)).inc()
+        self._http.labels(route).observe(ended.duration_s)
 
     def exposition(self) -> bytes:
         """Everything in Prometheus' text format."""

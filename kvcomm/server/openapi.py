@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from kvcomm import __version__
-from kvcomm.server.schemas.common import MODEL_NAME, TOKEN_ID
+from kvcomm.server.schemas.common import MODEL_NAME, TOKEN_ID, TOKEN_NAMES
 
 UNUSED = ("HTTPValidationError", "ValidationError")
 DESCRIPTION = "OpenAI's API over a shared KV cache: exact prefix reuse for every tenant, and a word on every miss."
@@ -29,12 +29,25 @@ def install(app: FastAPI, *, models: Callable[[], Sequence[str]], vocab_size: in
             for definition in _definitions(schema):
                 if definition.get("format") == TOKEN_ID:
                     definition["maximum"] = vocab_size - 1
+                elif definition.get("format") == TOKEN_NAMES:
+                    definition["propertyNames"] = {"pattern": numbers_below(vocab_size)}
                 elif definition.get("format") == MODEL_NAME:
                     definition["enum"] = list(models())
             app.openapi_schema = schema
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]  # as FastAPI's documentation does it
+
+
+def numbers_below(limit: int) -> str:
+    """A regular expression for the numbers in [0, limit) as they are written; `limit` is at least 1."""
+    last = str(limit - 1)
+    forms = ["0", *("[1-9]" + "[0-9]" * num for num in range(len(last) - 1))]
+    for at, digit in enumerate(last):
+        first = 0 if at else 1
+        if int(digit) > first:
+            forms.append(f"{last[:at]}[{first}-{int(digit) - 1}]" + "[0-9]" * (len(last) - at - 1))
+    return f"^({'|'.join(dict.fromkeys([*forms, last]))})$"
 
 
 def _drop_422(schema: dict[str, Any]) -> None:

@@ -19,7 +19,6 @@ from typing import Any
 from kvcomm.engine.chat import (
     ROLES,
     TEXT,
-    ChatTemplate,
     Message,
     Placed,
     Rendered,
@@ -47,15 +46,27 @@ from kvcomm.server.segments.reading import SegmentReader, Tail
 from kvcomm.server.segments.registry import SegmentRegistries
 from kvcomm.server.text_limit import TextLimit
 from kvcomm.server.token_cache import Space, TokenCache
+from kvcomm.toolcalls.reading import AnswerReaders
+from kvcomm.toolcalls.template import ToolTemplate
 
 
 class PromptMaker:
     """Renders and tokenizes for one engine. Safe to use from several threads."""
 
-    def __init__(self, engine: Engine, registries: SegmentRegistries) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        registries: SegmentRegistries,
+        *,
+        tool_parser: str | None = None,
+        default_tools: bool = True,
+    ) -> None:
+        """`tool_parser`, `default_tools`: see `ServerSettings`."""
         self._engine = engine
         self._encoder = engine.encoder
-        self._template = ChatTemplate(engine.tokenizer)
+        self.template = ToolTemplate(engine.tokenizer, tool_parser)
+        self.readers = AnswerReaders(engine.tokenizer, self.template)
+        self._has_default_tools = default_tools
         self._sections = Sections(engine.encoder)
         self.texts = TokenCache()
         self._limit = TextLimit(engine.tokenizer, engine.max_context)
@@ -77,9 +88,11 @@ class PromptMaker:
             if message.role != "assistant":  # of an answer, templates may leave out what was thought
                 self._require_short(message.content)
         messages = self.read(marks, request.messages, apart=bool(request.segments))
-        rendered = self.render(
-            marks, messages, tools=marks.hide(shown_tools(request)), variables=template_variables(request)
-        )
+        tools, variables = marks.hide(shown_tools(request)), marks.hide(template_variables(request))
+        if request.continue_final_message:
+            rendered = self._render_open(marks, messages, tools=tools, variables=variables)
+        else:
+            rendered = self.render(marks, messages, tools=tools, variables=variables, speaks=request.speaks)
         self._limit.require(rendered.whole)
         space = (tenant, request.cache_salt)
         if not request.segments and not marks.slots:
@@ -128,6 +141,15 @@ class PromptMaker:
         if isinstance(text, str):
             self._limit.require(text)
         return self._engine.read_prompt(text, is_start=is_start)
+
+    def tokens(self, text: str, *, adds_start: bool) -> list[int]:
+        """Token ids of a text as a plain completion takes it, see `TextEncoder.start`.
+
+        Raises:
+            PromptTooLong: it surely has more than the model takes.
+        """
+        self._limit.require(text)
+        return list(self._encoder.start(text, adds_start=adds_start))
 
     def marks(self, stem: str | None = None, hidden: Sequence[str] = ()) -> Marks[Placed]:
         """Stand-ins for control tokens of this model, new ones or those made before."""
@@ -236,15 +258,41 @@ class PromptMaker:
         Raises:
             ApiError: 400 when the model has no chat template, or the template rejects the conversation.
         """
-        if not self._template.exists:
+        if not self.template.exists:
             message = "this model has no chat template; use /v1/completions with a prompt of your own"
             raise ApiError(400, "no_chat_template", message)
+        self._require_place(messages, tools)
+        settings: dict[str, Any] = {"tools": tools, "variables": variables, "speaks": speaks}
         try:
-            return self._template.render_parts(
-                marks, messages, before=before, tools=tools, variables=variables, speaks=speaks
-            )
+            rendered = self.template.render_parts(marks, messages, before=before, **settings)
+            self.template.require_shown(rendered.messages, num_before=len(before), **settings)
         except TemplateError as error:
             raise _rejected(error) from error
+        return rendered
+
+    def _require_place(self, messages: Sequence[Message], tools: Any) -> None:
+        """Raises ApiError 400 for tools that the model's own template has no place for, if it has to be that one."""
+        if self._has_default_tools:
+            return
+        if tools and not self.template.shows_tools:
+            message = "this model's chat template has no place for tools, and this server does not describe them itself"
+            raise ApiError(400, "tools_not_supported", message, param="tools")
+        if not self.template.shows_history and any(ToolTemplate.is_about_tools(each.fields) for each in messages):
+            message = "this model's chat template shows no calls of tools, and this server does not write them itself"
+            raise ApiError(400, "tools_not_supported", message, param="messages")
+
+    def _render_open(
+        self, marks: Marks[Placed], messages: Sequence[Message], *, tools: Any, variables: Mapping[str, Any]
+    ) -> Rendered:
+        """A conversation up to the end of what its last message says; raises as `render`."""
+        last, end = messages[-1], marks.stand_in("")
+        if last.fields.get("tool_calls"):
+            raise ApiError(400, "invalid_value", "a message with tool_calls cannot be continued", param="messages")
+        opened = [*messages[:-1], last._replace(parts=(*last.parts, end))]
+        rendered = self.render(marks, opened, tools=tools, variables=variables, speaks=False)
+        if end not in rendered.text:
+            raise _rejected(TemplateError("the chat template drops the content of the last message"))
+        return rendered._replace(text=rendered.text.rpartition(end)[0], whole=rendered.whole.rpartition(end)[0])
 
 
 def _rejected(error: TemplateError) -> ApiError:
@@ -255,23 +303,28 @@ def shown_tools(request: ChatRequest) -> list[dict[str, Any]] | None:
     """The tools that the chat template is to show."""
     if not request.tools or request.tool_choice == "none":
         return None
-    return [tool.model_dump(exclude_none=True) for tool in request.tools]
+    return [tool.model_dump(exclude_none=True, exclude={"cache_control"}) for tool in request.tools]
 
 
 def template_variables(request: ChatRequest) -> dict[str, Any]:
     """What else the chat template may look at."""
-    return {} if request.reasoning_effort is None else {"reasoning_effort": request.reasoning_effort}
+    effort = {} if request.reasoning_effort is None else {"reasoning_effort": request.reasoning_effort}
+    return {**effort, **(request.chat_template_kwargs or {})}
 
 
 def message_fields(message: Any) -> dict[str, Any]:
     """A message as chat templates expect it, without its content."""
-    fields: dict[str, Any] = {"role": ROLES.get(message.role, message.role)}
+    fields: dict[str, Any] = {**message.others, "role": ROLES.get(message.role, message.role)}
     if getattr(message, "name", None) is not None:
         fields["name"] = message.name
     if isinstance(message, ToolMessage):
         fields["tool_call_id"] = message.tool_call_id
-    if isinstance(message, AssistantMessage) and message.tool_calls:
-        fields["tool_calls"] = [_call_values(call) for call in message.tool_calls]
+    if isinstance(message, AssistantMessage):
+        thought = message.reasoning_content or message.reasoning
+        if thought:  # chat templates know it by either name
+            fields |= {"reasoning_content": thought, "reasoning": thought}
+        if message.tool_calls:
+            fields["tool_calls"] = [_call_values(call) for call in message.tool_calls]
     return fields
 
 

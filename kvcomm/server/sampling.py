@@ -24,33 +24,43 @@ def sampling_of(
     max_context: int,
     wanted_tokens: int | None,
     logprobs: int | None,
+    prompt_logprobs: int | None,
 ) -> SamplingParams:
     """The sampling of one prompt.
 
     Args:
         wanted_tokens: the client's bound on the answer; the server's and what the model's limit leaves are others.
-        logprobs: alternatives to report per token; None: no log-probabilities.
+        logprobs, prompt_logprobs: alternatives to report per token of answer and prompt; None: no log-probabilities.
 
     Raises:
-        ApiError: 400 when the prompt leaves no room for an answer.
+        ApiError: 400 when the prompt leaves no room for an answer that is wanted.
         InvalidRequest: settings that the engine refuses.
     """
     room = max_context - num_prompt_tokens
-    if room < 1:
+    if room < (wanted_tokens != 0):
         message = f"the prompt has {num_prompt_tokens} tokens and the model's limit, answer included, is {max_context}"
         raise ApiError(400, "context_length_exceeded", message)
+    wanted = settings.default_max_tokens if wanted_tokens is None else wanted_tokens
+    most = min(room, wanted, settings.max_answer_tokens or room)
     return SamplingParams(
-        max_new_tokens=min(room, wanted_tokens or settings.default_max_tokens, settings.max_answer_tokens or room),
+        max_new_tokens=most,
         temperature=settings.default_temperature if request.temperature is None else request.temperature,
-        top_k=request.top_k or 0,
+        top_k=max(0, request.top_k or 0),
         top_p=1.0 if request.top_p is None else request.top_p,
         min_p=request.min_p or 0.0,
         repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
         seed=None if request.seed is None else request.seed % NUM_SEEDS,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        presence_penalty=request.presence_penalty or 0.0,
+        logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()},
         stop=request.stops,
+        stop_token_ids=tuple(request.stop_token_ids or ()),
         ignore_eos=bool(request.ignore_eos),
+        min_tokens=min(request.min_tokens or 0, most),
+        skip_special_tokens=request.skip_special_tokens is not False,
         n=request.n or 1,
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
 

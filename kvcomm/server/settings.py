@@ -38,6 +38,8 @@ MODEL_VARIABLE = "KVCOMM_MODEL"
 
 WhenFull = Literal["queue", "refuse"]
 
+ToolParser = Literal["hermes", "llama3_json", "mistral", "pythonic", "qwen3_xml"]
+
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -144,7 +146,7 @@ class ServerSettings(BaseModel):
         queue_timeout_s: for a tenant's request to wait for room under the tenant's own quota; then 429.
         drain_timeout_s: for requests in flight to end after SIGTERM; then they are cancelled.
         retry_after_s: what clients are told to wait where the server cannot know better.
-        default_max_tokens: of an answer, where the client does not say; less where the model's limit is nearer.
+        default_max_tokens: of a chat answer, where the client does not say; less where the model's limit is nearer.
         max_answer_tokens: of an answer, whatever the client asks for; None: what the model's limit leaves.
         default_temperature: where the client does not say; OpenAI documents 1.
         max_salts: namespaces per tenant that `cache_salt` may open; the least recently used one is dropped.
@@ -156,6 +158,10 @@ class ServerSettings(BaseModel):
         max_snapshots: that one tenant may have; over it, 429.
         max_segments: names of segments that one tenant may have; over it, 429.
         max_segment_bytes: of the texts of one tenant's named segments, all versions together; over it, 429.
+        tool_parser: how calls of tools are read from answers; None: as the chat template writes them, or the checkpoint
+            says.
+        default_tools: describe tools in the system message where the chat template has no place for them; else such
+            requests are refused.
         limits: of tenants whose key brings none of its own.
         max_divergence, confidence: the bound in force where a request does not say; 0 is exact reuse only.
         basis: the least that is accepted as grounds there: prior, pool or own.
@@ -204,6 +210,8 @@ class ServerSettings(BaseModel):
     max_snapshots: Positive = 64
     max_segments: Positive = 1024
     max_segment_bytes: Positive = 4 * 2**20
+    tool_parser: ToolParser | None = None
+    default_tools: bool = True
     limits: Limits = Limits()
     max_divergence: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95

@@ -16,12 +16,14 @@ from kvcomm.server.admission import Admission
 from kvcomm.server.contexts.registry import Contexts
 from kvcomm.server.errors import ApiError
 from kvcomm.server.keys import KeyRing
+from kvcomm.server.logs import Ended
 from kvcomm.server.metrics import Metrics
 from kvcomm.server.prompts import PromptMaker
 from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.segments.registry import SegmentRegistries
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.tenants import Tenant, Tenants
+from kvcomm.server.token_names import TokenNames
 from kvcomm.server.workers import Workers
 
 
@@ -49,19 +51,34 @@ class ServerState:
     prompts: PromptMaker = field(init=False)
     metrics: Metrics = field(init=False)
     workers: Workers = field(init=False)
+    token_names: TokenNames = field(init=False)
 
     def __post_init__(self) -> None:
         self.started_s = self.clock()
-        self.admission = Admission(self.settings, self._num_tenants)
+        self.admission = Admission(self.settings, self.num_tenants)
         self.tenants = Tenants(self.engine, self.settings, self.keys, self.clock)
         self.contexts = Contexts(self.engine, self.settings, self.clock)
         self.registries = SegmentRegistries(self.settings.max_segment_bytes, self.settings.max_segments)
-        self.prompts = PromptMaker(self.engine, self.registries)
+        self.prompts = PromptMaker(
+            self.engine,
+            self.registries,
+            tool_parser=self.settings.tool_parser,
+            default_tools=self.settings.default_tools,
+        )
+        self.token_names = TokenNames(self.engine)
         max_running = self.engine.config.max_running
         self.workers = Workers(max_running, lambda: self.admission.kept_of(max_running))
         self.metrics = Metrics(self.engine, self.admission, self.workers.engine)
 
-    def _num_tenants(self) -> int:
+    def ended(self, ended: Ended) -> None:
+        """Count a request that has ended, for the operator and for its own tenant."""
+        self.metrics.ended(ended)
+        tenant = None if ended.notes.tenant is None else self.tenants.find(ended.notes.tenant)
+        if tenant is not None:
+            tenant.tally.ended(ended)
+
+    def num_tenants(self) -> int:
+        """How many there may be at once: those with a key, or the one."""
         return 1 if self.keys is None else self.keys.num_tenants
 
     @cached_property

@@ -18,21 +18,25 @@ from kvcomm.engine.results import Usage
 from kvcomm.memory.tree import Drop
 from kvcomm.server.access import security
 from kvcomm.server.errors import documented
+from kvcomm.server.history import STEP_S, History
 from kvcomm.server.reuse_views import MAX_SHOWN, audit_records, reader_standings, watched_bounds
 from kvcomm.server.schemas.stats import (
     AuditRecord,
     CacheUse,
+    Curves,
     Eviction,
     FinishedRequest,
     Kept,
+    LastMinute,
     ReaderStanding,
+    RefusedRequest,
     Stats,
     TokensBySource,
     TtftHistogram,
     WatchedBound,
 )
 from kvcomm.server.state import ServerState, StateDep, TenantDep
-from kvcomm.server.tally import SECONDS, Finished, Tally
+from kvcomm.server.tally import COUNTED, SECONDS, Finished, Tally
 from kvcomm.server.tenants import Tenant
 
 router = APIRouter(tags=["insight"], dependencies=[Depends(security)])
@@ -53,6 +57,10 @@ async def stats(tenant: TenantDep, state: StateDep) -> Stats:
         tokens=_sources(tally.tokens["exact"], tally.tokens["aligned"], tally.tokens["computed"]),
         miss_reasons=dict(tally.misses),
         ttft=TtftHistogram(bounds_s=list(SECONDS), counts=tally.ttft_counts, sum_s=tally.ttft_sum_s),
+        finish_reasons=dict(tally.finish_reasons),
+        last_minute=_last_minute(tally.history),
+        curves=_curves(tally.history),
+        refused=_refused(tally),
         recent=_recent(tally),
         cache=seen.cache,
         kept=_kept(state, tenant),
@@ -87,6 +95,31 @@ def _look(engine: Engine, spaces: Sequence[str], quota_tokens: int | None, clock
 
 def _sources(exact: int, aligned: int, computed: int) -> TokensBySource:
     return TokensBySource(exact=exact, aligned=aligned, computed=computed)
+
+
+def _last_minute(history: History) -> LastMinute:
+    return LastMinute(seconds=history.minute_s, **{name: history.last_minute(name) for name in COUNTED})
+
+
+def _curves(history: History) -> Curves:
+    return Curves(step_s=STEP_S, **{name: history.curve(name) for name in COUNTED})
+
+
+def _refused(tally: Tally) -> list[RefusedRequest]:
+    now_s = tally.clock()
+    return [
+        RefusedRequest(
+            ago_s=now_s - each.at_s,
+            method=each.method,
+            path=each.path,
+            status=each.status,
+            code=each.code,
+            param=each.param,
+            message=each.message,
+            request_id=each.request_id,
+        )
+        for each in reversed(tally.refused)
+    ]
 
 
 def _recent(tally: Tally) -> list[FinishedRequest]:

@@ -1,4 +1,6 @@
-"""Server-sent events: one JSON object per event, `[DONE]` at the end, errors as an event once the headers are out.
+"""Server-sent events: one JSON object per event, errors as an event once the headers are out.
+
+How events are written is the API's matter: OpenAI's older ones have no names and end with `[DONE]`, others have names.
 
 Written on starlette's response: an event stream with a library of its own would be cut off by that library as soon as
 the server begins to drain, and drained streams are to end by themselves.
@@ -7,8 +9,9 @@ the server begins to drain, and drained streams are to end by themselves.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
@@ -25,12 +28,31 @@ GRACE_S = 5.0
 
 EVENT_SCHEMA = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 
-DOCUMENTED: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The answer; with `stream`, server-sent events that each hold a chunk, then `[DONE]`.",
-        "content": {"text/event-stream": {"itemSchema": EVENT_SCHEMA}},
-    }
-}
+
+def documented_stream(description: str) -> dict[int | str, dict[str, Any]]:
+    """The success of an operation that may answer with a stream, for its OpenAPI document."""
+    return {200: {"description": description, "content": {"text/event-stream": {"itemSchema": EVENT_SCHEMA}}}}
+
+
+DOCUMENTED = documented_stream("The answer; with `stream`, server-sent events that each hold a chunk, then `[DONE]`.")
+
+
+Event = BaseModel | dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Wire:
+    """How the events of an API are written.
+
+    Attributes:
+        event: writes one of them.
+        error: the event that tells an error, which is then the last one.
+        end: written at the end of a stream without an error.
+    """
+
+    event: Callable[[Event], str]
+    error: Callable[[ApiError], Event]
+    end: str = ""
 
 
 class EventStream(StreamingResponse):
@@ -38,32 +60,50 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[BaseModel, None], *, deadline_s: float) -> None:
-        """`deadline_s` is when the events end by themselves, on the loop's clock."""
-        self._encoded = _encoded(events)
+    def __init__(self, events: AsyncGenerator[Event, None], *, deadline_s: float, wire: Wire | None = None) -> None:
+        """Args:
+        deadline_s: when the events end by themselves, on the loop's clock.
+        wire: by default that of OpenAI's older APIs.
+        """
+        self._wire = wire or UNNAMED
+        self._encoded = self._encode(events)
         self._deadline_s = deadline_s
+        self._error: ApiError | None = None
         super().__init__(self._encoded, headers={"cache-control": "no-store", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        notes = notes_of(scope)
         async with aclosing(self._encoded):
             try:
                 await while_connected(receive, self.stream_response(send), deadline_s=self._deadline_s + GRACE_S)
             except ApiError as error:  # nobody is left, or nobody reads: there is no one to tell
-                notes_of(scope).fields["stopped"] = error.code
+                notes.stopped = error.code
+        notes.error = self._error
+
+    async def _encode(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[str, None]:
+        wire = self._wire
+        async with aclosing(events):
+            try:
+                async for each in events:
+                    yield wire.event(each)
+            except ApiError as error:  # the status is out already
+                self._error = error
+                yield wire.event(wire.error(error))
+                return
+        if wire.end:
+            yield wire.end
 
 
-def event(data: BaseModel | dict[str, Any]) -> str:
-    """One event."""
+def event(data: Event) -> str:
+    """One event without a name."""
     text = data.model_dump_json(exclude_unset=True) if isinstance(data, BaseModel) else json.dumps(data)
     return f"data: {text}\n\n"
 
 
-async def _encoded(events: AsyncGenerator[BaseModel, None]) -> AsyncGenerator[str, None]:
-    async with aclosing(events):
-        try:
-            async for each in events:
-                yield event(each)
-        except ApiError as error:  # the status is out already
-            yield event(error.body)
-            return
-    yield DONE
+def named_event(data: Event) -> str:
+    """One event, named by its `type`."""
+    values = data.model_dump() if isinstance(data, BaseModel) else data
+    return f"event: {values['type']}\ndata: {json.dumps(values)}\n\n"
+
+
+UNNAMED = Wire(event, lambda error: error.body, DONE)

@@ -32,7 +32,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], *, dea
         if task.done():
             return await task
         if gone.done():
-            raise ApiError(CLIENT_GONE, "client_gone", "the client has disconnected")
+            raise client_gone()
         raise timed_out()
     finally:
         gone.cancel()
@@ -60,6 +60,11 @@ async def in_thread(work: Callable[[], T], limiter: anyio.CapacityLimiter | None
         thread.exception()  # nobody is left to be told
         raise cancelled
     return thread.result()
+
+
+def client_gone() -> ApiError:
+    """What becomes of a request when nobody is left to be answered."""
+    return ApiError(CLIENT_GONE, "client_gone", "the client has disconnected")
 
 
 def timed_out() -> ApiError:

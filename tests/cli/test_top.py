@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -16,11 +17,13 @@ from typing import Any
 
 import httpx2
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from kvcomm.cli import app
 from kvcomm.cli.output import format_bytes
-from kvcomm.cli.top_view import quantile, view
+from kvcomm.cli.top_view import quantile, sparkline, view
 from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
 from kvcomm.server.keys import KeyRing, add_key
@@ -69,7 +72,7 @@ def test_json_is_the_servers_answer(live: Live, capsys: pytest.CaptureFixture[st
     assert app.run(["top", "--server", live.url, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     expected = httpx2.get(f"{live.url}/v1/stats", timeout=PATIENCE_S).json()
-    for moving in ("uptime_s", "recent"):
+    for moving in ("uptime_s", "recent", "last_minute", "curves"):
         assert len(str(found.pop(moving))) > 0
         expected.pop(moving)
     assert found == expected
@@ -203,6 +206,43 @@ def test_every_part_is_drawn() -> None:
     assert "01234567 [red]doc� own 0.02 0.95 7 of 19 4 1 tripped" in rows
     assert "98765432 own 0.02 0.95 7 of 19 4 2 paused" in rows
     assert "[red]bad\ufffd[2J text" in shown  # neither markup nor control characters
+
+
+def test_endings_and_refusals_are_drawn() -> None:
+    refused = {
+        "ago_s": 3, "method": "POST", "path": "/v1/\x1bx", "status": 400, "code": "unknown_parameter", "param": None,
+        "message": "[red]unknown\nparameter", "request_id": "r",
+    }  # fmt: skip
+    reasons = {"stop": 7, "tool_calls": 9, "\x1b[2J": 1}
+    rows = [
+        " ".join(line.split()) for line in drawn(some_stats(finish_reasons=reasons, refused=[refused])).splitlines()
+    ]
+    assert "3 s POST /v1/\ufffdx 400 unknown_parameter [red]unknown parameter" in rows
+    assert any("tool_calls 9" in row for row in rows)
+    assert any("\ufffd[2J 1" in row for row in rows)
+    assert "refused" not in drawn(some_stats())
+
+
+def test_the_last_minute_and_curves_are_drawn() -> None:
+    minute = {"seconds": 50.0, "requests": 4, "refused": 2, "prompt_tokens": 500, "reused_tokens": 9}
+    curves = {name: [0, 1, 4, 8] for name in ("requests", "refused", "reused_tokens", "generated_tokens")}
+    stats = some_stats(
+        last_minute=minute | {"generated_tokens": 25}, curves=curves | {"step_s": 10, "prompt_tokens": [0, 0, 0, 0]}
+    )
+    text = drawn(stats)
+    assert "last minute: 4 requests, 10 prompt and 0.5 generated tokens/s, 2 refused" in text
+    assert " ▁▄█ " in text
+    assert "last 40 s, steps of 10 s" in text
+
+
+@given(st.lists(st.integers(0, 10**9)))
+def test_sparklines(steps: list[int]) -> None:
+    line = sparkline(steps)
+    assert len(line) == len(steps)
+    for (step, block), (other, lower) in itertools.product(zip(steps, line, strict=True), repeat=2):
+        assert (block == " ") == (step == 0)
+        assert step <= other or block >= lower
+    assert not any(steps) or "█" in line
 
 
 def test_rates_since_the_last_look() -> None:

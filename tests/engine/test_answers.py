@@ -61,19 +61,20 @@ def joined(chunks: list[Chunk], choice: int = 0) -> tuple[str, tuple[int, ...]]:
 
 
 CASES = {
-    "inside a token": (["1", ")\n", "2"], ("\n",), "1)"),
-    "a whole token": (["1", "\n", "2"], ("\n",), "1"),
-    "over several tokens": (["1", ")\n", "2", "3"], ("\n23",), "1)"),
-    "from the middle of one token into another": (["hell", "o", ".\n", "h", "e"], (".\nhe",), "hello"),
-    "ending inside a token": (["1", ")", "he"], (")h",), "1"),
-    "at the start": ([")\n", "2"], (")",), ""),
-    "the first token, in part": ([")\n", "2"], ("\n",), ")"),
-    "behind a space that the start of a text loses": (["▁", ")\n"], ("\n",), ")"),
-    "a byte of its own": (["1", "<0x0A>", "2"], ("\n",), "1"),
-    "behind a character in bytes": (["1", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", ")\n"], ("\n",), "1😀)"),
-    "a character in bytes": (["1", ")\n", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>"], ("\n😀",), "1)"),
-    "none": (["1", ")\n", "2", "3"], ("never",), "1)\n23"),
+    "inside a token": (["1", ")\n", "2"], ("\n",), "1)", 2),
+    "a whole token": (["1", "\n", "2"], ("\n",), "1", 1),
+    "over several tokens": (["1", ")\n", "2", "3"], ("\n23",), "1)", 2),
+    "from the middle of one token into another": (["hell", "o", ".\n", "h", "e"], (".\nhe",), "hello", 2),
+    "ending inside a token": (["1", ")", "he"], (")h",), "1", 1),
+    "at the start": ([")\n", "2"], (")",), "", 0),
+    "the first token, in part": ([")\n", "2"], ("\n",), ")", 1),
+    "behind a space that the start of a text loses": (["▁", ")\n"], ("\n",), ")", 2),
+    "a byte of its own": (["1", "<0x0A>", "2"], ("\n",), "1", 1),
+    "behind a character in bytes": (["1", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", ")\n"], ("\n",), "1😀)", 6),
+    "a character in bytes": (["1", ")\n", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>"], ("\n😀",), "1)", 2),
+    "none": (["1", ")\n", "2", "3"], ("never",), "1)\n23", 4),
 }
+"""Pieces that are drawn, stop strings, the text that is shown, and how many pieces have put something into it."""
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -81,8 +82,9 @@ def test_the_next_reader_gets_the_text_that_the_answer_shows(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     """The answer said "1)", its ids "1", and so did the context."""
-    pieces, stop, shown = CASES[case]
-    draw(monkeypatch, ids_of(engine.tokenizer, *pieces))
+    pieces, stop, shown, num_shown = CASES[case]
+    drawn = ids_of(engine.tokenizer, *pieces)
+    draw(monkeypatch, drawn)
     context = engine.context(PROMPT)
     before = context.num_tokens
     handle = context.submit(stop=stop, max_new_tokens=len(pieces), ignore_eos=True, logprobs=1)
@@ -94,9 +96,13 @@ def test_the_next_reader_gets_the_text_that_the_answer_shows(
     assert context.segments[-1] == Segment(answer.token_ids, ANSWER) if shown else context.segments[-1].name != ANSWER
     assert context.text.endswith(shown)
     assert answer.logprobs is not None
-    assert [each.token_id for each in answer.logprobs] == list(answer.token_ids[: len(answer.logprobs)])
+    assert [each.token_id for each in answer.logprobs] == drawn[:num_shown]
     told = [each for chunk in chunks for each in chunk.logprobs or ()]
     assert told == list(answer.logprobs)
+    places = answer.choices[0].text_offsets
+    assert tuple(at for chunk in chunks for at in chunk.text_offsets or ()) == places
+    assert places is not None
+    assert len(places) == num_shown
     # What was tokenized anew is computed like anything else: the context goes on as a cold run does.
     monkeypatch.undo()
     tokens = context.tokens
@@ -109,6 +115,31 @@ def test_a_space_that_the_answers_text_lacks_is_still_read(engine: Engine, monke
     with engine.context("so") as context:
         assert context.generate(stop=("\n",), max_new_tokens=9).text == ")"
         assert context.text == "so )"
+
+
+def test_special_tokens_are_shown_if_they_are_wanted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw(monkeypatch, ids_of(engine.tokenizer, "h", "<|im_start|>", "1"))
+    answers = [
+        engine.generate(PROMPT, max_new_tokens=3, skip_special_tokens=skips, ignore_eos=True, logprobs=0)
+        for skips in (True, False)
+    ]
+    assert [answer.text for answer in answers] == ["h1", "h<|im_start|>1"]
+    assert [answer.choices[0].text_offsets for answer in answers] == [(0, 1, 1), (0, 1, 13)]
+
+
+def test_the_token_that_ends_an_answer_has_a_log_probability(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = engine.tokenizer.eos_token_id
+    assert isinstance(end, int)
+    draw(monkeypatch, [*ids_of(engine.tokenizer, "1"), end])
+    handle = engine.submit(PROMPT, max_new_tokens=9, logprobs=1)
+    (choice,) = handle.result().choices
+    assert choice.text == "1"
+    assert choice.logprobs is not None
+    assert len(choice.logprobs) == 1
+    assert choice.end_logprob is not None
+    assert choice.end_logprob.token_id == end
+    assert [chunk.end_logprob for chunk in handle][-1] == choice.end_logprob
+    assert engine.generate(PROMPT, max_new_tokens=1).choices[0].end_logprob is None
 
 
 @pytest.mark.parametrize("in_context", [False, True])

@@ -296,6 +296,12 @@ def test_tools_and_variables_are_for_the_template(engine: Engine) -> None:
     assert engine.tokenizer.eos_token_id not in joined_ids(prompt)
 
 
+def test_tools_are_not_dropped(engine: Engine) -> None:
+    with pytest.raises(TemplateError, match="no place for tools"):
+        engine.chat_prompt(user("hi"), tools=[{"type": "function", "function": {"name": "f"}}])
+    assert engine.chat_prompt(user("hi"), tools=[]) == engine.chat_prompt(user("hi"))
+
+
 def test_start_tokens_stand_there_once() -> None:
     for template, kind in ((CHAT_TEMPLATE, "llama-bos"), (BEGUN, "llama-bos"), (BEGUN, "llama")):
         tokenizer = tokenizer_of(kind)

@@ -47,7 +47,8 @@ def test_a_completion_as_json(completion: Completion) -> None:
     value = json.loads(json.dumps(completion.to_dict(), allow_nan=False))
     assert list(value) == ["choices", "usage"]
     first, second = value["choices"]
-    assert list(first) == ["index", "text", "token_ids", "finish_reason", "logprobs"]
+    names = ["index", "text", "token_ids", "finish_reason", "logprobs", "text_offsets", "end_logprob"]
+    assert list(first) == names
     assert (first["index"], second["index"]) == (0, 1)
     assert (first["text"], first["token_ids"]) == (completion.text, list(completion.token_ids))
     assert list(first["logprobs"][0]) == ["token_id", "logprob", "top"]
@@ -110,7 +111,8 @@ def test_the_bound_names_its_numbers(completion: Completion) -> None:
 
 def test_chunks_and_explanations_as_json(engine: Engine) -> None:
     chunks = [chunk.to_dict() for chunk in engine.submit(some_tokens(9), max_new_tokens=4, ignore_eos=True)]
-    assert {tuple(chunk) for chunk in chunks} == {("choice", "text", "token_ids", "logprobs", "finish_reason")}
+    names = ("choice", "text", "token_ids", "logprobs", "finish_reason", "text_offsets", "end_logprob")
+    assert {tuple(chunk) for chunk in chunks} == {names}
     assert chunks[-1]["finish_reason"] == "length"
     explanation = engine.explain(some_tokens(9))
     value = json.loads(json.dumps(explanation.to_dict(), allow_nan=False))

@@ -178,6 +178,7 @@ WRONG_TYPES: dict[str, tuple[object, ...]] = {
     "ignore_eos": (1, 0, None, "yes"),
     "n": (True, 2.0, None, "2"),
     "logprobs": (True, 2.0, "2"),
+    "skip_special_tokens": (1, 0, None, "yes"),
 }
 
 

@@ -180,7 +180,8 @@ def test_tools_reach_the_template(engine: Engine, monkeypatch: pytest.MonkeyPatc
     template = (
         "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}"
         "{% for message in messages %}{{ message.content }}"
-        "{% for call in message.tool_calls or [] %}({{ call.function.arguments.city }}){% endfor %}{% endfor %}"
+        "{% for call in message.tool_calls or [] %}({{ call.function.name }} "
+        "{{ call.function.arguments.values() | join }}){% endfor %}{% endfor %}"
     )
     monkeypatch.setattr(engine.tokenizer, "chat_template", template)
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
@@ -190,9 +191,9 @@ def test_tools_reach_the_template(engine: Engine, monkeypatch: pytest.MonkeyPatc
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "content": "sunny", "tool_call_id": "1"},
     ]
-    assert engine.decode(prompt_of(engine, chat(messages=messages, tools=tools))) == "[weather]ask(Rome)sunny"
+    assert engine.decode(prompt_of(engine, chat(messages=messages, tools=tools))) == "[weather]ask(weather Rome)sunny"
     without = prompt_of(engine, chat(messages=messages, tools=tools, tool_choice="none"))
-    assert engine.decode(without) == "ask(Rome)sunny"
+    assert engine.decode(without) == "ask(weather Rome)sunny"
 
 
 @pytest.mark.parametrize("template", [None, "{{ raise_exception('roles must alternate') }}"])

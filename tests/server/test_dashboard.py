@@ -11,6 +11,8 @@ from starlette.testclient import TestClient
 
 from kvcomm.reuse.plan import Reason
 from kvcomm.server.dashboard import assemble
+from kvcomm.server.endings import FAILED, GONE, REFUSED, TIMED_OUT
+from kvcomm.server.generation import PREFILL
 
 INLINE = {"script-src": "script", "style-src": "style"}
 
@@ -45,6 +47,18 @@ def test_nothing_is_loaded_from_elsewhere(page: str) -> None:
 def test_text_cannot_become_markup(page: str) -> None:
     for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function(", "DOMParser"):
         assert way not in page
+
+
+def test_the_servers_address_leads_to_the_page(client: TestClient) -> None:
+    moved = client.get("/", follow_redirects=False)
+    assert (moved.status_code, moved.headers["location"]) == (307, "/ui")
+    assert "<title>kvcomm</title>" in client.get("/").text
+
+
+def test_every_ending_is_explained(page: str) -> None:
+    (table,) = re.findall(r"const ENDINGS = \{(.*?)\};", page, flags=re.DOTALL)
+    engines = {"stop", "length", "tool_calls", PREFILL}
+    assert set(re.findall(r"^ *(\w+):", table, flags=re.MULTILINE)) == engines | {GONE, REFUSED, TIMED_OUT, FAILED}
 
 
 def test_every_reason_is_explained(page: str) -> None:

@@ -44,12 +44,6 @@ def test_documented_fields_are_accepted(client: TestClient, fields: dict[str, An
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("response_format", {"type": "json_object"}),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -1),
-        ("logit_bias", {"5": 1}),
-        ("tool_choice", "required"),
-        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
         ("functions", []),
         ("function_call", "auto"),
         ("audio", {}),
@@ -65,7 +59,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(client: TestClient, field: s
     assert error["message"].startswith(field)
 
 
-@pytest.mark.parametrize(("field", "value"), [("echo", True), ("best_of", 2), ("suffix", "x"), ("messages", HELLO)])
+@pytest.mark.parametrize(("field", "value"), [("best_of", 2), ("suffix", "x"), ("messages", HELLO)])
 def test_plain_completions_refuse_too(client: TestClient, field: str, value: Any) -> None:
     assert error_of(client.post("/v1/completions", json=completion(**{field: value})))["param"] == field
 
@@ -75,7 +69,6 @@ def test_plain_completions_refuse_too(client: TestClient, field: str, value: Any
     [
         ({"nonsense": 1}, "nonsense", "unknown_parameter"),
         ({"stream_options": {"x": 1}, "stream": True}, "stream_options.x", "unknown_parameter"),
-        ({"messages": [{"role": "user", "content": "x", "y": 1}]}, "messages[0].y", "unknown_parameter"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
         ({"messages": [*HELLO, {"role": "wizard", "content": "x"}]}, "messages[1]", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),

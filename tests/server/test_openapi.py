@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jsonschema_rs import Draft202012Validator
 from starlette.testclient import TestClient
 
+from kvcomm.server.openapi import numbers_below
 from tests.server.conftest import chat, completion
 
 
@@ -29,7 +33,9 @@ def test_every_operation_is_named_and_422_is_for_boundaries(document: dict[str, 
             ids.append(operation["operationId"])
             refused = operation["responses"].get("422", {"description": "boundary"})["description"]
             assert "boundary" in refused.lower(), path
-            assert operation.get("security") == (None if path in OPEN else [{"HTTPBearer": []}]), path
+            schemes = ["HTTPBearer", *(["APIKeyHeader"] if path.startswith("/v1/messages") else [])]
+            needed = None if path in OPEN else [{scheme: []} for scheme in schemes]
+            assert operation.get("security") == needed, path
             if path not in OPEN:
                 assert {"401", "403"} <= set(operation["responses"]), path
     assert len(set(ids)) == len(ids)
@@ -77,7 +83,11 @@ def test_answers_match_their_schema(
         {"temperature": "1"},
         {"temperature": 2.1},
         {"presence_penalty": 1},
-        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_array"}},
+        {"response_format": {"type": "json_object"}, "regex": "a"},
+        {"structured_outputs": {}},
+        {"structured_outputs": {"regex": "a", "choice": ["a"]}},
+        {"structured_outputs": {"json_object": False}},
         {"top_logprobs": 1},
         {"stream_options": {}},
         {"stream_options": {}, "stream": False},
@@ -96,3 +106,12 @@ def test_what_is_refused_is_outside_the_schema(
     body = chat(**fields)
     assert not validator(document, "ChatRequest").is_valid(body)
     assert client.post("/v1/chat/completions", json=body).status_code == 400
+
+
+@given(limit=st.integers(1, 300_000), number=st.integers(0, 400_000))
+def test_numbers_below_a_limit(limit: int, number: int) -> None:
+    pattern = re.compile(numbers_below(limit))
+    for each in (number, limit - 1, limit):
+        assert bool(pattern.fullmatch(str(each))) == (each < limit)
+    assert not pattern.fullmatch("0" + str(number))
+    assert not pattern.fullmatch("")

@@ -67,6 +67,30 @@ def test_the_histogram(client: TestClient) -> None:
     assert ttft["sum_s"] == pytest.approx(sum(times))
 
 
+def test_the_last_minute_and_the_minutes_before(client: TestClient) -> None:
+    """Sums of the time over which they are shown: an hour later they are gone, and the totals are not."""
+    usages = [client.post(CHAT, json=chat()).json()["usage"] for _ in range(3)]
+    expected = {
+        "requests": 3,
+        "refused": 0,
+        "prompt_tokens": sum(usage["prompt_tokens"] for usage in usages),
+        "reused_tokens": sum(usage["cached_prefix_tokens"] for usage in usages),
+        "generated_tokens": sum(usage["completion_tokens"] for usage in usages),
+    }
+    history = client.app.state.kvcomm.tenants.get().tally.history  # type: ignore[attr-defined]
+    now = history._clock
+    for later_s, in_minute, in_curve in ((0, 1, 1), (120, 0, 1), (3600, 0, 0)):
+        history._clock = lambda later_s=later_s: now() + later_s
+        found = stats_of(client)
+        assert found["last_minute"].pop("seconds") <= 60
+        assert found["last_minute"] == {name: in_minute * number for name, number in expected.items()}
+        assert found["curves"].pop("step_s") > 0
+        assert {name: sum(steps) for name, steps in found["curves"].items()} == {
+            name: in_curve * number for name, number in expected.items()
+        }
+        assert found["requests"] == 3
+
+
 def test_what_is_cached_and_what_was_dropped(client: TestClient, engine: Engine) -> None:
     client.post("/v1/completions", json=completion(max_tokens=1))
     cache = stats_of(client)["cache"]
@@ -152,6 +176,9 @@ def test_tenants_see_their_own(make_client: MakeClient, keys: Keys, key_file: Pa
     ann, bob = (stats_of(client, headers=keys.header(name)) for name in ("ann", "bob"))
     assert (ann["requests"], len(ann["bounds"]), len(ann["readers"]), len(ann["audits"])) == (2, 1, 1, 1)
     assert sum(each["tokens"] for each in ann["evictions"]) == ann["cache"]["evicted_tokens"] > 0
+    assert sum(bob["curves"]["requests"]) == 0
+    for each in (before, bob):
+        assert each["last_minute"].pop("seconds") >= 0
     assert bob | {"uptime_s": 0} == before | {"uptime_s": 0}
 
 

@@ -43,6 +43,7 @@ def usage_of(response: Any) -> dict[str, Any]:
         ("/version", EVERYBODY),
         ("/openapi.json", EVERYBODY),
         ("/ui", EVERYBODY),
+        ("/", EVERYBODY),
         ("/v1/stats", {"ann", "bob"}),
         ("/v1/models", {"ann", "bob"}),
         ("/metrics", {"admin", "metrics"}),

@@ -20,6 +20,10 @@ from kvcomm.server.errors import ApiError
 from kvcomm.server.prompts import PromptMaker
 
 
+NOT_CONTINUED = "context_not_continued"
+"""Code of the error where the template writes what a context holds differently once there is more."""
+
+
 class Conversation(BaseModel):
     """The messages of a context, and the text that stands for them.
 
@@ -109,14 +113,14 @@ def continue_conversation(
     before = before or Conversation()
     marks = maker.marks(before.stem, before.hidden)
     shown = before.tools if tools is None else marks.hide(tools)
-    given = {**before.variables, **(variables or {})}
+    given = {**before.variables, **marks.hide(variables or {})}
     rendered = maker.render(
         marks, maker.read(marks, messages), before=before.messages, tools=shown, variables=given, speaks=speaks
     )
     if not all(text.startswith(before.rendered) for text in (rendered.text, rendered.whole)):
         raise ApiError(
             400,
-            "context_not_continued",
+            NOT_CONTINUED,
             "with these messages, tools and settings the model's chat template writes the context's own messages "
             "differently; leave tools and settings as they were, or send all messages without context_id",
             param="messages",

@@ -1,16 +1,24 @@
 """What the conversations of one tenant's contexts take beside their KV: messages, tools, and the text made of them.
 
 A few tokens can have megabytes of them, where a template shows little of what it is given. Each is counted once, as
-often as forks share it, from the moment a request brings it until nobody holds it. Safe to use from several threads.
+often as forks share it, from the moment a request brings it until nobody holds it. Responses that are kept with
+contexts count, too. Safe to use from several threads.
 """
 
 from __future__ import annotations
 
 import threading
+from typing import Protocol
 
-from kvcomm.server.contexts.conversation import KeptConversation
 from kvcomm.server.errors import ApiError
 from kvcomm.server.settings import ServerSettings
+
+
+class Kept(Protocol):
+    """What takes room: a conversation, or a response."""
+
+    @property
+    def num_bytes(self) -> int: ...
 
 
 class ConversationQuota:
@@ -19,7 +27,7 @@ class ConversationQuota:
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
         self._lock = threading.Lock()
-        self._held: dict[object, KeptConversation] = {}
+        self._held: dict[object, Kept] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -27,7 +35,7 @@ class ConversationQuota:
         with self._lock:
             return self._sum()
 
-    def hold(self, holder: object, conversation: KeptConversation | None) -> None:
+    def hold(self, holder: object, conversation: Kept | None) -> None:
         """Let a request hold a conversation in place of what it held.
 
         Raises:
@@ -38,7 +46,7 @@ class ConversationQuota:
                 self._require_room(conversation)
             self._put(holder, conversation)
 
-    def keep(self, holder: object, conversation: KeptConversation | None) -> None:
+    def keep(self, holder: object, conversation: Kept | None) -> None:
         """The same for what somebody holds already, as a fork's parent or a context's request does."""
         with self._lock:
             self._put(holder, conversation)
@@ -47,7 +55,7 @@ class ConversationQuota:
         """The holder is no more, if it ever held anything."""
         self.keep(holder, None)
 
-    def _put(self, holder: object, conversation: KeptConversation | None) -> None:
+    def _put(self, holder: object, conversation: Kept | None) -> None:
         self._held.pop(holder, None)
         if conversation is not None:
             self._held[holder] = conversation
@@ -55,7 +63,7 @@ class ConversationQuota:
     def _sum(self) -> int:
         return sum(each.num_bytes for each in set(self._held.values()))
 
-    def _require_room(self, conversation: KeptConversation) -> None:
+    def _require_room(self, conversation: Kept) -> None:
         num_bytes, largest = conversation.num_bytes, self._settings.max_conversation_bytes
         if num_bytes > largest:
             message = (

@@ -20,6 +20,7 @@ import numpy as np
 from kvcomm.engine.context import Context
 from kvcomm.engine.engine import Engine
 from kvcomm.server.contexts.conversation import KeptConversation
+from kvcomm.server.contexts.kept_response import KeptResponse
 from kvcomm.server.contexts.quota import ConversationQuota
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError
@@ -41,6 +42,8 @@ class Node:
         num_inherited: tokens it has from its parent.
         ttl_s, used_s: seconds it lives after its last use, unless it is pinned, and when that was.
         turn: the request that writes it now.
+        response: that it ends with; it is not gone on with then, its forks are.
+        is_spare: nobody asked for it, it is kept while there is room: others take its place.
     """
 
     context: Context
@@ -53,6 +56,8 @@ class Node:
     ttl_s: float = 0.0
     used_s: float = 0.0
     turn: Turn | None = None
+    response: KeptResponse | None = None
+    is_spare: bool = False
     id: str = field(default_factory=new_id)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -123,7 +128,10 @@ class ContextRegistry:
         """
         self.tenant.require_there()
         self.sweep()
-        limit, num_taken = self._settings.max_contexts, len(self._nodes) + self._num_coming
+        limit = self._settings.max_contexts
+        while len(self._nodes) + self._num_coming >= limit and self._drop_spare():
+            pass
+        num_taken = len(self._nodes) + self._num_coming
         if num_taken >= limit:
             message = f"this tenant has {num_taken} of at most {limit} contexts; delete some, or let some expire"
             raise ApiError(429, "quota_exceeded", message, retry_after_s=self._settings.retry_after_s)
@@ -148,6 +156,25 @@ class ContextRegistry:
         self.count()
         return node
 
+    def adopt_response(self, node: Node, turn: Turn, *, behind: Node | None) -> Node:
+        """Take in what a turn made with a response at its end; raises as `adopt`.
+
+        Args:
+            node: of the context that the turn hands over, with its response.
+            behind: the context that the turn began with; it may be gone meanwhile.
+        """
+        assert node.response is not None, "a response is there to be kept"
+        if self.tenant.is_gone:
+            node.context.release()
+        self.tenant.require_there()
+        if behind is not None and behind.id in self._nodes:
+            node.parent, node.num_inherited = behind, behind.context.num_tokens
+        node.salt, node.conversation = turn.salt, turn.conversation
+        self.conversations.keep(node.response, node.response)
+        self._add(node, Terms(name=node.name), self._settings.context_ttl_s)
+        self.count()
+        return node
+
     def fork(self, parent: Node, terms: Terms) -> Node:
         """A second context with all that is known of a first at this moment."""
         context, conversation = parent.fork()
@@ -158,16 +185,26 @@ class ContextRegistry:
             self.count()
         return child
 
-    def new_turn(self, context: Context) -> Turn:
+    def new_turn(self, context: Context, *, salt: str | None = None) -> Turn:
         """A request on a context that is to be adopted once it has succeeded."""
-        return Turn(context, quota=self.conversations)
+        return Turn(context, salt=salt, quota=self.conversations)
+
+    def turn_behind(self, node: Node, *, keeps: bool) -> Turn:
+        """A request on a fork of a context, which is to be adopted once it has succeeded, if it `keeps` that."""
+        quota = self.conversations if keeps else None
+        return Turn(node.context.fork(), before=node.conversation, salt=node.salt, quota=quota)
 
     def begin_turn(self, node: Node, *, keeps: bool) -> Turn:
         """A request on a context.
 
         Raises:
-            ApiError: 409 while another one writes it.
+            ApiError: 409 while another one writes it, or when a response ends with it and it is to keep more.
         """
+        if keeps and node.response is not None:
+            message = (
+                f"context {node.id} ends with a stored response, which stays as it is; fork it, and extend the fork"
+            )
+            raise ApiError(409, "context_of_response", message)
         if node.turn is not None:
             message = (
                 f"context {node.id} is being extended by another request; wait for it, or fork the context and go on "
@@ -193,6 +230,7 @@ class ContextRegistry:
         for node in left:
             del self._nodes[node.id]
             self.conversations.let_go(node)
+            self.conversations.let_go(node.response)
         for node in self._nodes.values():
             while node.parent in left:
                 node.num_inherited = min(node.num_inherited, node.parent.num_inherited)
@@ -230,6 +268,31 @@ class ContextRegistry:
         """Tell the tenant what its contexts hold."""
         num_pages = sum(self.num_bytes().values()) // self._engine.pool.page_bytes
         self.tenant.context_tokens = num_pages * self._engine.pool.page_size
+
+    def trim(self, max_tokens: int, max_bytes: int) -> None:
+        """Let go of what is kept while there is room: what was used longest ago first, the latest one never.
+
+        Args:
+            max_tokens: token slots that all of it may hold.
+            max_bytes: what the tenant may keep beside its KV for that.
+        """
+        slot_bytes = self._engine.pool.page_bytes // self._engine.pool.page_size
+        while len(spare := [node for node in self._nodes.values() if node.is_spare]) > 1:
+            sizes = self.num_bytes()
+            num_tokens = sum(sizes[node] for node in spare) // slot_bytes
+            if num_tokens <= max_tokens and self.conversations.num_bytes <= max_bytes:
+                return
+            self._drop_spare()
+
+    def _drop_spare(self) -> bool:
+        """Let go of the one that was used longest ago, if there is one."""
+        spare = [node for node in self._nodes.values() if node.is_spare]
+        if not spare:
+            return False
+        oldest = min(spare, key=lambda node: node.used_s)
+        self.remove([oldest])
+        oldest.release()
+        return True
 
     def _ended(self, node: Node) -> None:
         """A context is not busy any more, which was use to the end."""

@@ -86,6 +86,7 @@ async def fork_context(context_id: Id, body: ForkRequest, registry: RegistryDep)
 async def change_context(context_id: Id, body: ContextChange, registry: RegistryDep) -> Context:
     """Change its name, its ttl or whether it is pinned."""
     node = registry.find(context_id)
+    node.is_spare = False  # somebody cares for it
     if "name" in body.model_fields_set:
         node.name = body.name
     if body.ttl is not None:

@@ -38,10 +38,13 @@ class Turn:
         work: Context,
         node: Node | None = None,
         *,
+        before: KeptConversation | None = None,
+        salt: str | None = None,
         quota: ConversationQuota | None = None,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
         """Args:
+        before, salt: without a node: the conversation that `work` holds, and what its namespace was opened with.
         quota: what conversations that are kept count towards; None: nothing.
         on_end: called when the node is not busy with this turn any more, if it was.
         """
@@ -49,6 +52,8 @@ class Turn:
         self.num_kept = work.num_tokens
         self.prompt: tuple[Segment, ...] = ()
         self.conversation: KeptConversation | None = None
+        self._before = before
+        self._salt = salt
         self._quota = quota
         self._on_end = on_end
         self._node = node
@@ -57,7 +62,7 @@ class Turn:
     @property
     def before(self) -> Conversation | None:
         """The conversation that the turn continues; for a worker thread."""
-        kept = None if self._node is None else self._node.conversation
+        kept = self._before if self._node is None else self._node.conversation
         return None if kept is None else kept.read()
 
     @property
@@ -68,7 +73,7 @@ class Turn:
     @property
     def salt(self) -> str | None:
         """Of the context's namespace."""
-        return None if self._node is None else self._node.salt
+        return self._salt if self._node is None else self._node.salt
 
     @property
     def path(self) -> tuple[Segment, ...]:

@@ -1,57 +1,13 @@
 // The page's life: the key, the polls, and where everything goes.
 
-const KEY = "kvcomm.key";
 const STATS_MS = 2000;
 const TREES_MS = [5000, 30000]; // when something has happened, and anyway: unlike stats, they count towards the rate
 const MAX_WAIT_MS = 30000;
 
-/** No answer that could be shown; anything else that is thrown here is a mistake of this page. */
-class Refused extends Error {
-  constructor(message, status = 0, waitMs = 0) {
-    super(message);
-    this.status = status;
-    this.waitMs = waitMs;
-  }
-}
-
-function unreachable() {
-  throw new Refused("the server does not answer");
-}
-
-/** Ask the server for JSON; throws `Refused`. */
-async function ask(path, body) {
-  const key = sessionStorage.getItem(KEY);
-  const headers = key === null ? {} : { authorization: `Bearer ${key}` };
-  const options = { headers, cache: "no-store" };
-  if (body !== undefined) {
-    Object.assign(options, { method: "POST", body: JSON.stringify(body) });
-    headers["content-type"] = "application/json";
-  }
-  const response = await fetch(path, options).catch(unreachable);
-  const answer = await response.json().catch(unreachable);
-  if (response.ok) return answer;
-  throw new Refused(answer.error.message, response.status, 1000 * Number(response.headers.get("retry-after") ?? 0));
-}
-
-function report(element, text) {
-  if (element.textContent !== text) element.textContent = text ?? "";
-  element.hidden = !text;
-}
-
-/** Show parts in a place of the page. What has the focus keeps still, what was scrolled stays where it was. */
-function put(id, parts) {
-  const place = byId(id);
-  if (place.contains(document.activeElement)) return;
-  const top = place.querySelector(".scroll")?.scrollTop ?? 0;
-  place.replaceChildren(...parts);
-  place.querySelector(".scroll")?.scrollTo(0, top);
-}
-
 class Dashboard {
   constructor() {
     this.trees = { tree: new TreeView(byId("tree"), "Cached segments"), contexts: new TreeView(byId("contexts"), "Contexts") };
-    this.segments = new SegmentFields(byId("trial-segments"));
-    this.model = null;
+    this.trial = new Trial(() => this.tried());
     this.activity = null;
     this.treesAt = -Infinity;
     this.failures = 0;
@@ -60,8 +16,6 @@ class Dashboard {
     byId("key-form").addEventListener("submit", (event) => this.useKey(event));
     byId("forget").addEventListener("click", () => this.forgetKey());
     byId("pause").addEventListener("click", () => this.pause());
-    byId("trial-add").addEventListener("click", () => this.segments.add());
-    byId("trial").addEventListener("submit", (event) => this.send(event));
     document.addEventListener("visibilitychange", () => this.poll());
   }
 
@@ -100,11 +54,13 @@ class Dashboard {
   show(stats) {
     byId("key-form").hidden = true;
     byId("forget").hidden = sessionStorage.getItem(KEY) === null;
-    this.model = stats.model;
+    this.trial.model = stats.model;
     byId("model").textContent = stats.model;
     put("summary", showSummary(stats));
     put("sources", showSources(stats.tokens));
     put("reasons", showReasons(stats.miss_reasons));
+    put("endings", showEndings(stats.finish_reasons));
+    put("refused", showRefused(stats.refused));
     put("ttft", showHistogram(stats.ttft));
     put("recent", showRecent(stats.recent));
     put("audits", showAudits(stats.audits));
@@ -116,7 +72,7 @@ class Dashboard {
       this.activity = activity;
       this.treesAt = performance.now();
       this.showTree("tree", "/v1/cache/tree", (answer) => [
-        answer.root.children.map(cacheNodes),
+        bySize(answer.root.children.map(cacheNodes)),
         answer.left_out ? `and ${count(answer.left_out)} more` : null,
       ]);
       this.showTree("contexts", "/v1/contexts", (answer) => [contextNodes(answer.data)]);
@@ -161,21 +117,9 @@ class Dashboard {
     this.poll();
   }
 
-  async send(event) {
-    event.preventDefault();
-    const button = byId("trial-send");
-    button.disabled = true;
-    report(byId("trial-error"), null);
-    try {
-      const answer = await ask("/v1/chat/completions", trialBody(this.model, this.segments.values()));
-      put("trial-result", showTrial(answer));
-      this.treesAt = -Infinity;
-    } catch (error) {
-      if (!(error instanceof Refused)) throw error;
-      report(byId("trial-error"), error.message);
-    } finally {
-      button.disabled = false;
-    }
+  /** A trial has ended: what it left is shown at once. */
+  tried() {
+    this.treesAt = -Infinity;
     this.poll();
   }
 }

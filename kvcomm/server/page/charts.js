@@ -41,17 +41,44 @@ function showSources(tokens) {
   return [sourceBar(tokens), legend(tokens)];
 }
 
-function showReasons(misses) {
-  const entries = Object.entries(misses).sort((left, right) => right[1] - left[1]);
-  if (!entries.length) return [empty("Nothing was computed yet.")];
-  const most = entries[0][1];
+/** Bars from the longest to the shortest: numbers by word, what the words mean, and how a word's bar looks. */
+function wordBars(numbers, meanings, look) {
+  const entries = Object.entries(numbers).sort((left, right) => right[1] - left[1]);
   const list = make("ul", { class: "bars" });
-  for (const [reason, tokens] of entries) {
-    const bar = sized(make("span", { class: "bar computed", "aria-hidden": "true" }), "--share", tokens / most);
-    const name = make("span", { class: "name" }, plain(reason), make("small", {}, REASONS[reason] ?? ""));
-    list.append(make("li", {}, name, make("span", { class: "track" }, bar), make("span", { class: "number" }, count(tokens))));
+  for (const [word, number] of entries) {
+    const bar = sized(make("span", { class: `bar ${look(word)}`, "aria-hidden": "true" }), "--share", number / entries[0][1]);
+    const name = make("span", { class: "name" }, plain(word), make("small", {}, meanings[word] ?? ""));
+    list.append(make("li", {}, name, make("span", { class: "track" }, bar), make("span", { class: "number" }, count(number))));
   }
-  return [list];
+  return list;
+}
+
+function showReasons(misses) {
+  if (!Object.keys(misses).length) return [empty("Nothing was computed yet.")];
+  return [wordBars(misses, REASONS, () => "computed")];
+}
+
+const TROUBLE = ["refused", "client_gone", "timed_out", "failed"];
+
+function showEndings(reasons) {
+  if (!Object.keys(reasons).length) return [empty("No request has ended yet.")];
+  return [wordBars(reasons, ENDINGS, (reason) => (TROUBLE.includes(reason) ? "trouble" : "well"))];
+}
+
+const CURVE = { width: 120, height: 26 };
+
+/** Sums over steps of time as columns, the newest at the right; `part` of each is drawn inside it. */
+function curve(label, steps, stepS, part = null) {
+  const most = Math.max(...steps, 1);
+  const columns = (values, kind) => {
+    const width = CURVE.width / values.length;
+    const tops = values.map((value) => `V${(CURVE.height * (1 - value / most)).toFixed(1)}h${width}`);
+    return draw("path", { class: kind, d: `M0,${CURVE.height}${tops.join("")}V${CURVE.height}Z` });
+  };
+  const words = `${label}, last ${seconds(steps.length * stepS)}: at most ${count(Math.max(...steps))} in ${seconds(stepS)}`;
+  const box = `0 0 ${CURVE.width} ${CURVE.height}`;
+  return draw("svg", { class: "curve", viewBox: box, preserveAspectRatio: "none", role: "img", "aria-label": words },
+    draw("title", {}, words), columns(steps, "whole"), part && columns(part, "part"));
 }
 
 /** Requests by time to the first token, without the empty buckets at both ends. */

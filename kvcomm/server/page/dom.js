@@ -35,6 +35,17 @@ const REASONS = {
   failed: "moving it failed",
 };
 
+const ENDINGS = {
+  stop: "the model ended its answer, or a stop text came",
+  length: "as long as was asked for, or the context was full",
+  tool_calls: "the answer calls tools",
+  prefill: "computed ahead; no answer was asked for",
+  refused: "answered with an error",
+  client_gone: "the client left before it had its answer",
+  timed_out: "took longer than the server lets an answer take",
+  failed: "the server's own fault; its log says why",
+};
+
 const byId = (id) => document.getElementById(id);
 
 /** An element with attributes and children; children that are no nodes become text. */
@@ -61,6 +72,21 @@ function sized(element, property, value) {
   return element;
 }
 
+/** Say something in a place that is hidden while there is nothing to say. */
+function report(element, text) {
+  if (element.textContent !== text) element.textContent = text ?? "";
+  element.hidden = !text;
+}
+
+/** Show parts in a place of the page. What has the focus keeps still, what was scrolled stays where it was. */
+function put(id, parts) {
+  const place = byId(id);
+  if (place.contains(document.activeElement)) return;
+  const top = place.querySelector(".scroll")?.scrollTop ?? 0;
+  place.replaceChildren(...parts);
+  place.querySelector(".scroll")?.scrollTo(0, top);
+}
+
 function empty(text) {
   return make("p", { class: "empty" }, text);
 }
@@ -84,6 +110,12 @@ function seconds(value) {
   if (value < 120) return `${+value.toPrecision(3)} s`;
   if (value < 7200) return `${Math.round(value / 60)} min`;
   return `${Math.round(value / 3600)} h`;
+}
+
+/** Something a second, or a minute where it is rarer. */
+function rate(value, overS) {
+  const each = value / Math.max(1, overS);
+  return each === 0 || each >= 1 ? `${+each.toPrecision(3)}/s` : `${+(60 * each).toPrecision(2)}/min`;
 }
 
 const nats = (value) => (value === null ? "unknown" : String(+value.toPrecision(2)));

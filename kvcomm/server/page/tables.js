@@ -12,16 +12,37 @@ function table(label, columns, rows) {
 function showSummary(stats) {
   const all = total(stats.tokens);
   const cache = stats.cache;
+  const { last_minute: minute, curves } = stats;
   const mean = stats.requests ? seconds(stats.ttft.sum_s / stats.requests) : "none";
+  const refused = stats.finish_reasons.refused ?? 0;
+  const now = (name) => rate(minute[name], minute.seconds);
+  const line = (label, name, part = null) => curve(label, curves[name], curves.step_s, part && curves[part]);
   const quota = cache.quota_tokens === null ? bytes(cache.bytes) : `${bytes(cache.bytes)}, quota ${count(cache.quota_tokens)}`;
   const tiles = [
-    ["Requests", count(stats.requests), `${count(stats.requests_in_flight)} in flight`],
-    ["Prompt tokens reused", percent(all - stats.tokens.computed, all), `of ${count(all)}`],
+    ["Requests", count(stats.requests), `${now("requests")}, ${count(stats.requests_in_flight)} in flight`, line("Requests", "requests")],
+    ["Prompt tokens", count(all), now("prompt_tokens"), line("Prompt tokens, reused ones solid", "prompt_tokens", "reused_tokens")],
+    ["Tokens generated", count(stats.generated_tokens), now("generated_tokens"), line("Tokens generated", "generated_tokens")],
+    ["Refused", count(refused), now("refused"), line("Refused", "refused")],
+    ["Prompt tokens reused", percent(all - stats.tokens.computed, all), lately(minute)],
     ["First token, mean", mean, `up ${seconds(stats.uptime_s)}`],
-    ["Tokens generated", count(stats.generated_tokens), ""],
     ["Tokens cached", count(cache.tokens), quota],
   ];
-  return tiles.map(([name, value, note]) => make("div", {}, make("dt", {}, name), make("dd", {}, value, make("small", {}, note))));
+  return tiles.map(([name, value, note, drawn = null]) =>
+    make("div", {}, make("dt", {}, name), make("dd", {}, value, make("small", {}, note), drawn)));
+}
+
+function lately(minute) {
+  return minute.prompt_tokens ? `last minute ${percent(minute.reused_tokens, minute.prompt_tokens)}` : "none in the last minute";
+}
+
+function showRefused(refused) {
+  if (!refused.length) return [empty("No request was refused.")];
+  const columns = [{ name: "ago", number: true }, { name: "request" }, { name: "why" }];
+  const rows = refused.map((each) => [
+    seconds(each.ago_s), make("code", { class: "path" }, `${each.method} ${each.path}`),
+    make("span", { title: `request ${each.request_id}` }, make("strong", {}, `${each.status} ${plain(each.code)}`), ` ${each.message}`),
+  ]);
+  return [table("Refused requests", columns, rows)];
 }
 
 const LEVELS = {

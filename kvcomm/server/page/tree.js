@@ -12,9 +12,9 @@ class TreeView {
     this.focused = null;
   }
 
-  /** Big trees begin closed. */
+  /** Big trees begin closed, and so does what was folded. */
   isOpen(node) {
-    return this.turned.has(node.id) !== (this.size <= MAX_OPEN);
+    return this.turned.has(node.id) !== (!node.isFolded && this.size <= MAX_OPEN);
   }
 
   /** Draw anew; `after` is said below. */
@@ -26,7 +26,7 @@ class TreeView {
     }
     this.nodes = nodes;
     this.after = after;
-    this.size = flat(nodes).length;
+    this.size = numUnfolded(nodes);
     this.largest = flat(nodes).reduce((most, node) => Math.max(most, node.bytes), 1);
     const list = make("ul", { role: "tree", "aria-label": this.name });
     nodes.forEach((node, index) => list.append(this.item(node, 1, index + 1, nodes.length)));
@@ -53,8 +53,8 @@ class TreeView {
     });
     const bar = sized(make("span", { class: `bar ${node.fidelity}` }), "--share", node.bytes / this.largest);
     const mark = make("span", { class: "twist", "aria-hidden": "true" }, node.children.length ? (isOpen ? "▾" : "▸") : "·");
-    const held = `${count(node.tokens)} tokens, ${bytes(node.bytes)}`;
-    const words = [node.fidelity, held, ...node.notes].join(" · ");
+    const own = `${count(node.tokens)} tokens, ${bytes(node.bytes)}`;
+    const words = [node.fidelity, own, ...node.notes].join(" · ");
     const row = make("div", { class: "node" }, mark,
       make("span", { class: "label" }, node.label),
       make("span", { class: "track", "aria-hidden": "true" }, bar),
@@ -115,6 +115,38 @@ function flat(nodes) {
   return nodes.flatMap((node) => [node, ...flat(node.children)]);
 }
 
+function numUnfolded(nodes) {
+  return nodes.reduce((sum, node) => sum + 1 + (node.isFolded ? 0 : numUnfolded(node.children)), 0);
+}
+
+const held = (node) => flat([node]).reduce((sum, each) => sum + each.own, 0);
+
+const NUM_SHOWN = 6;
+const SMALL = 0.02; // of everything
+
+/** Nodes by what they and what hangs below them hold, the biggest first; of many, small ones are folded into one. */
+function bySize(nodes, whole = nodes.reduce((sum, node) => sum + held(node), 0), above = "top") {
+  const sizes = new Map(nodes.map((node) => [node, held(node)]));
+  const sorted = [...nodes].sort((left, right) => sizes.get(right) - sizes.get(left));
+  const numShown = Math.max(NUM_SHOWN, sorted.filter((node) => sizes.get(node) >= SMALL * whole).length);
+  const small = sorted.length - numShown > 1 ? sorted.splice(numShown) : [];
+  const inside = (node) => {
+    const size = sizes.get(node);
+    const notes = size > node.bytes ? [...node.notes, `${bytes(size)} with what is below`] : node.notes;
+    return { ...node, notes, children: bySize(node.children, whole, node.id) };
+  };
+  return [...sorted.map(inside), ...(small.length ? [folded(small.map(inside), above)] : [])];
+}
+
+function folded(nodes, above) {
+  const parts = flat(nodes).filter((node) => node.own);
+  const sum = (name) => parts.reduce((number, node) => number + node[name], 0);
+  const fidelity = parts.every((node) => node.fidelity === "exact") ? "exact" : "approximate";
+  const notes = [`at most ${bytes(held(nodes[0]))} each`];
+  const label = `${count(nodes.length)} small ones`;
+  return { id: `small ${above}`, label, tokens: sum("tokens"), bytes: sum("own"), own: 0, fidelity, notes, children: nodes, isFolded: true };
+}
+
 const MAX_ROWS = 6;
 
 /** All nodes at a glance: a block as wide as what it and what hangs below it hold; below, what is its own is left free. */
@@ -125,11 +157,10 @@ function icicle(nodes) {
 function cell(node, row) {
   const title = `${node.label}: ${bytes(node.bytes)}, ${node.fidelity}`;
   const block = make("div", { class: `block ${node.fidelity}`, title }, make("span", { class: "inside" }, node.label));
-  const children = row < MAX_ROWS ? node.children.map((child) => cell(child, row + 1)) : [];
+  const children = row < MAX_ROWS && !node.isFolded ? node.children.map((child) => cell(child, row + 1)) : [];
   const own = sized(make("div", { class: "own" }), "--weight", node.own);
-  const held = flat([node]).reduce((sum, each) => sum + each.own, 0);
   const below = make("div", { class: "below" }, ...children, own);
-  return sized(make("div", { class: "cell" }, block, below), "--weight", held || 1);
+  return sized(make("div", { class: "cell" }, block, below), "--weight", held(node) || 1);
 }
 
 const SUMS = ["segment", "salt"]; // kinds whose size is that of their children

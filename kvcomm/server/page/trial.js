@@ -1,4 +1,4 @@
-// The "try it" panel: one real request, and the plan that its answer reports.
+// The "try it" panel: one real request whose answer is written while it comes, then the plan that it reports.
 
 /** Texts that stand before the messages, each a segment of its own. */
 class SegmentFields {
@@ -45,6 +45,8 @@ function trialBody(model, segments) {
     messages,
     max_tokens: Number(byId("trial-tokens").value),
     temperature: 0,
+    stream: true,
+    stream_options: { include_usage: true },
     include_plan: true,
     reuse: { mode: byId("trial-mode").value },
   };
@@ -59,9 +61,8 @@ function boundWords({ bound, rung_name }) {
   return `${words} by ${count(bound.num_pairs)} ${LEVELS[bound.level]}, moved by ${rung_name}`;
 }
 
-/** What an answer says about itself: the strip of spans, the same as a table, the counts, the text. */
-function showTrial(answer) {
-  const { usage } = answer;
+/** What an answer says about its prompt: the strip of spans, the counts, the same as a table. */
+function showPlan(usage) {
   const plan = usage.plan.map((span) => ({ ...span, tokens: span.end - span.start }));
   const spans = plan.map((span) => ({
     kind: span.source,
@@ -85,7 +86,87 @@ function showTrial(answer) {
     make("p", { class: "note" }, words),
     table("Spans of the prompt", columns, rows),
     plan.length > MAX_LISTED ? make("p", { class: "note" }, `and ${plan.length - MAX_LISTED} spans more`) : null,
-    make("h3", {}, "Answer"),
-    make("pre", { class: "answer" }, answer.choices[0].message.content),
   ].filter((part) => part !== null);
+}
+
+/** An answer while it comes. */
+class TrialAnswer {
+  constructor(place) {
+    this.place = place;
+    this.thoughts = make("span", { class: "thoughts" });
+    this.text = make("span");
+    this.note = make("p", { class: "note" }, "waiting for the first token");
+    this.end = null;
+    place.replaceChildren(make("h3", {}, "Answer"), make("pre", { class: "answer" }, this.thoughts, this.text), this.note);
+  }
+
+  /** One event of the stream. */
+  take({ choices, usage }) {
+    for (const { delta, finish_reason: reason } of choices) {
+      this.thoughts.append(delta.reasoning_content ?? "");
+      this.text.append(delta.content ?? "");
+      if (delta.content) this.say("writing");
+      if (reason) this.end = `ended with ${plain(reason)}: ${ENDINGS[reason] ?? ""}`;
+    }
+    if (!usage) return;
+    this.say(`${count(usage.completion_tokens)} tokens in ${seconds(usage.timings.total_s)}, ${this.end}`);
+    this.place.append(...showPlan(usage));
+  }
+
+  say(words) {
+    if (this.note.textContent !== words) this.note.textContent = words;
+  }
+}
+
+/** The panel: its fields, its buttons, and the request that runs, if one does. */
+class Trial {
+  constructor(onEnd) {
+    this.onEnd = onEnd;
+    this.model = null;
+    this.running = null;
+    this.segments = new SegmentFields(byId("trial-segments"));
+    byId("trial-add").addEventListener("click", () => this.segments.add());
+    byId("trial").addEventListener("submit", (event) => {
+      event.preventDefault();
+      if (this.running === null) this.send();
+    });
+    byId("trial-cancel").addEventListener("click", () => this.running?.abort());
+  }
+
+  async send() {
+    const place = byId("trial-result");
+    this.run(new AbortController());
+    const { signal } = this.running;
+    report(byId("trial-error"), null);
+    const answer = new TrialAnswer(place);
+    try {
+      const body = trialBody(this.model, this.segments.values());
+      for await (const event of streamed("/v1/chat/completions", body, signal)) answer.take(event);
+    } catch (error) {
+      if (signal.aborted) answer.say("cancelled: the server has stopped writing");
+      else if (error instanceof Refused) this.fail(answer, error);
+      else throw error;
+    } finally {
+      this.run(null);
+      this.onEnd();
+    }
+  }
+
+  /** Keep what has come of an answer; say what went wrong. */
+  fail(answer, error) {
+    answer.say("no whole answer");
+    if (!answer.text.textContent) answer.place.replaceChildren();
+    report(byId("trial-error"), error.message);
+  }
+
+  /** Show that a request runs, or that none does. */
+  run(controller) {
+    const isRunning = controller !== null;
+    const hadFocus = document.activeElement === byId("trial-cancel");
+    this.running = controller;
+    byId("trial-send").disabled = isRunning;
+    byId("trial-cancel").hidden = !isRunning;
+    byId("trial-result").setAttribute("aria-busy", String(isRunning));
+    if (hadFocus) byId("trial-send").focus();
+  }
 }

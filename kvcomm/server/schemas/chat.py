@@ -4,25 +4,41 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, JsonValue, WithJsonSchema, model_validator
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
+from kvcomm.engine.chat import RESERVED
 from kvcomm.server.schemas.common import (
     IGNORED,
     ON_CONTEXT,
     ONE_STORED,
     WHOLE,
+    WHOLE_ONLY,
     GenerationRequest,
     Label,
+    NumLogprobs,
+    RequestModel,
     ResponseModel,
+    needs,
     only,
 )
-from kvcomm.server.schemas.messages import MAX_MESSAGES, MAX_TOOLS, Message, Tool
+from kvcomm.server.schemas.logprobs import PromptLogprobs
+from kvcomm.server.schemas.messages import (
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    AllowedToolsChoice,
+    Message,
+    NamedTool,
+    Tool,
+    ToolChoice,
+)
 from kvcomm.server.schemas.segments import SegmentedRequest
-from kvcomm.server.schemas.usage import Usage
+from kvcomm.server.schemas.structured import ONE_FORM, StructuredFields
+from kvcomm.server.schemas.usage import RunningUsage, Usage
+from kvcomm.toolcalls.choice import ToolChoice as Choice
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 MetadataName = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
@@ -37,24 +53,96 @@ NEEDS_LOGPROBS: JsonDict = {
     "if": {"properties": {"top_logprobs": {"type": "integer"}}, "required": ["top_logprobs"]},
     "then": {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
 }
+NEEDS_TOOLS: JsonDict = {
+    "if": {
+        "properties": {"tool_choice": {"not": {"enum": [None, "auto", "none"]}}, "context_id": {"type": "null"}},
+        "required": ["tool_choice"],
+    },
+    "then": {"properties": {"tools": {"type": "array", "minItems": 1}}, "required": ["tools"]},
+}
 NEEDS_MESSAGES: JsonDict = {
     "if": {"properties": {"context_id": {"type": "string"}}, "required": ["context_id"]},
     "else": {"properties": {"messages": {"minItems": 1}}},
 }
 
 
+NO_PREFILL: JsonDict = {
+    "properties": {"add_generation_prompt": {"enum": [None, True]}, "continue_final_message": {"enum": [None, False]}}
+}
+ON_CONTEXT_CHAT: JsonDict = {
+    "if": {"properties": {"context_id": {"type": "string"}}, "required": ["context_id"]},
+    "then": NO_PREFILL,
+}
+ONE_END: JsonDict = {
+    "if": {"properties": {"continue_final_message": {"const": True}}, "required": ["continue_final_message"]},
+    "then": {"properties": {"add_generation_prompt": {"enum": [None, False]}}},
+}
+RULES: list[JsonValue] = [
+    NEEDS_STREAM,
+    NEEDS_LOGPROBS,
+    NEEDS_TOOLS,
+    NEEDS_MESSAGES,
+    ON_CONTEXT,
+    ONE_STORED,
+    WHOLE_ONLY,
+    ON_CONTEXT_CHAT,
+    ONE_END,
+    ONE_FORM,
+]
+
+
+def _require_free(name: str) -> str:
+    if name in RESERVED:
+        raise PydanticCustomError("unsupported", "is not a variable that a request may set")
+    return name
+
+
+Variable = Annotated[
+    str,
+    Field(max_length=64),
+    AfterValidator(_require_free),
+    WithJsonSchema({"type": "string", "maxLength": 64, "not": {"enum": sorted(RESERVED)}}),
+]
+Variables = Annotated[
+    dict[Variable, Any],
+    Field(max_length=64, description="Variables for the chat template, such as enable_thinking."),
+]
+
+
+class TemplateFields(RequestModel):
+    """How a conversation is rendered, besides its messages."""
+
+    add_generation_prompt: Annotated[
+        bool | None, Field(description="False: put no beginning of an answer behind the messages.")
+    ] = None
+    continue_final_message: Annotated[
+        bool | None,
+        Field(description="Let the answer go on with the last message, of which it holds only what is new."),
+    ] = None
+    chat_template_kwargs: Variables | None = None
+
+    @model_validator(mode="after")
+    def _check_end(self) -> TemplateFields:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise needs("add_generation_prompt", "is not true with continue_final_message: that begins no new answer")
+        return self
+
+    @property
+    def speaks(self) -> bool:
+        """Whether the beginning of an answer stands behind the messages."""
+        return self.add_generation_prompt is not False and not self.continue_final_message
+
+
 def require_stream(request: GenerationRequest) -> None:
     """OpenAI's rule: `stream_options` only with `stream`."""
     if request.stream_options is not None and not request.stream:
-        raise PydanticCustomError("needs", "{param} is only allowed when stream is true", {"param": "stream_options"})
+        raise needs("stream_options", "is only allowed when stream is true")
 
 
-class ChatRequest(SegmentedRequest):
+class ChatRequest(StructuredFields, TemplateFields, SegmentedRequest):
     """A conversation to be continued."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"allOf": [NEEDS_STREAM, NEEDS_LOGPROBS, NEEDS_MESSAGES, ON_CONTEXT, ONE_STORED]}
-    )
+    model_config = ConfigDict(json_schema_extra={"allOf": RULES})
 
     messages: Annotated[
         list[Message],
@@ -66,18 +154,27 @@ class ChatRequest(SegmentedRequest):
         Annotated[int, Field(ge=1, description="An upper bound; wins over max_tokens, its older name."), WHOLE] | None
     ) = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
+    top_logprobs: NumLogprobs | None = None
     tools: Annotated[
         Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None,
-        Field(description="Given to the chat template; calls come back as the model writes them."),
+        Field(
+            description="Shown to the model by its chat template, or where that has no place for them in the system "
+            "message; see `tools` in the usage."
+        ),
     ] = None
-    tool_choice: only(  # type: ignore[valid-type]
-        None, "auto", "none", why="can be 'auto' or 'none': a call cannot be forced here"
-    ) = None
-    parallel_tool_calls: Annotated[bool | None, Field(description=IGNORED)] = None
-    response_format: only(  # type: ignore[valid-type]
-        None, {"type": "text"}, why="can only be {'type': 'text'}: answers are not constrained here"
-    ) = None
+    tool_choice: Annotated[
+        ToolChoice | None,
+        Field(
+            description="With 'none' the tools are not shown; 'required' and a named function bring a call for sure."
+        ),
+    ] = None
+    parallel_tool_calls: Annotated[
+        bool | None,
+        Field(
+            description="Whether an answer may have several calls; by default it may, unless a call is required: then "
+            "it is one."
+        ),
+    ] = None
     reasoning_effort: Annotated[
         Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None,
         Field(description="Given to the chat template."),
@@ -107,14 +204,29 @@ class ChatRequest(SegmentedRequest):
     def _check(self) -> ChatRequest:
         require_stream(self)
         if not self.messages and self.context_id is None:
-            raise PydanticCustomError(
-                "needs", "{param} should have at least 1 item without context_id", {"param": "messages"}
-            )
+            raise needs("messages", "should have at least 1 item without context_id")
+        if self.tool_choice not in (None, "auto", "none") and not self.tools and self.context_id is None:
+            raise needs("tool_choice", "is only allowed with tools")
         if self.top_logprobs is not None and not self.logprobs:
-            raise PydanticCustomError(
-                "needs", "{param} is only allowed when logprobs is true", {"param": "top_logprobs"}
-            )
+            raise needs("top_logprobs", "is only allowed when logprobs is true")
+        if self.context_id is not None and self.continue_final_message:
+            raise needs("continue_final_message", "is not allowed with context_id; send all messages")
+        if self.context_id is not None and self.add_generation_prompt is False:
+            raise needs("add_generation_prompt", "is only true with context_id, where an answer has a place of its own")
         return self
+
+    @property
+    def choice_of_tools(self) -> Choice:
+        """What the answer may call."""
+        given, names = self.tool_choice, None
+        if isinstance(given, NamedTool):
+            return Choice("required", (given.function.name,), is_parallel=False)
+        mode = given.allowed_tools.mode if isinstance(given, AllowedToolsChoice) else given or "auto"
+        if isinstance(given, AllowedToolsChoice):
+            names = tuple(tool.function.name for tool in given.allowed_tools.tools)
+        # Small models that have to call something find no end where there may be more.
+        is_parallel = mode != "required" if self.parallel_tool_calls is None else self.parallel_tool_calls
+        return Choice(mode, names, is_parallel)
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -143,12 +255,30 @@ class ChoiceLogprobs(ResponseModel):
     refusal: None = None
 
 
+class AnsweredFunction(ResponseModel):
+    """Which function, with which arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class AnsweredCall(ResponseModel):
+    """A call that the model makes."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: AnsweredFunction
+
+
 class AnswerMessage(ResponseModel):
     """What the model says."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: Annotated[str | None, Field(description="Null where there are only calls.")]
     refusal: None = None
+    tool_calls: list[AnsweredCall] | None = None
+    reasoning_content: Annotated[str | None, Field(description="What the model thought before.")] = None
+    reasoning: Annotated[str | None, Field(description="The same by its other name.")] = None
 
 
 class ChatChoice(ResponseModel):
@@ -170,6 +300,23 @@ class ChatCompletion(ResponseModel):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
+
+
+class FunctionDelta(ResponseModel):
+    """A call's name at first, then its arguments piece by piece."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class CallDelta(ResponseModel):
+    """What is new about a call; all but the index and the arguments comes once."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
 
 
 class Delta(ResponseModel):
@@ -177,6 +324,9 @@ class Delta(ResponseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[CallDelta] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 class ChunkChoice(ResponseModel):
@@ -197,4 +347,4 @@ class ChatCompletionChunk(ResponseModel):
     model: str
     system_fingerprint: str
     choices: list[ChunkChoice]
-    usage: Usage | None = None
+    usage: Usage | RunningUsage | None = None

@@ -2,7 +2,8 @@
 
 A field that OpenAI documents and that cannot change what is answered here is accepted and ignored; its description says
 so. A documented field whose value would change the answer, and cannot be honoured, is refused by name. Any other field
-is an error. The JSON schema says exactly what is accepted.
+is an error, but in messages: clients send back what they got, wherever it is from. The JSON schema says exactly what is
+accepted.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pydantic_core import PydanticCustomError
 
 from kvcomm.reuse.policy import ReusePolicy
 
-MODEL_NAME, TOKEN_ID = "model-name", "token-id"
+MODEL_NAME, TOKEN_ID, TOKEN_NAMES = "model-name", "token-id", "token-names"
 """Formats of values of which only the running server knows which ones there are."""
 
 CHAT_KIND, COMPLETION_KIND = REQUEST_KINDS = ("<chat>", "<completion>")
@@ -42,6 +43,12 @@ MAX_IDS = 2**20
 
 MAX_LABEL, MAX_STOP = 4096, 4096
 """Characters of what names something, and of a text that ends an answer."""
+
+MAX_STOPS, MAX_STOP_IDS, MAX_BIASES = 64, 1024, 1024
+"""Texts and tokens that end an answer, and tokens that are biased."""
+
+MAX_LOGPROBS = 20
+"""Alternatives to a token."""
 
 MAX_TTL_S = 24 * 3600
 UNIT_S = {"s": 1, "m": 60, "h": 3600}
@@ -88,6 +95,11 @@ def only(*allowed: Any, why: str) -> Any:
     return Annotated[Any, PlainValidator(check), WithJsonSchema({"enum": list(allowed)})]
 
 
+def needs(param: str, told: str) -> PydanticCustomError:
+    """The error of a field that another one forbids; the message begins with its name."""
+    return PydanticCustomError("needs", "{param} {told}", {"param": param, "told": told})
+
+
 def one_or_many(value: object) -> str:
     """Discriminator of a text or a list: so that errors speak of the form that was sent."""
     return "many" if isinstance(value, list) else "one"
@@ -103,9 +115,25 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 Label = Annotated[str, Field(max_length=MAX_LABEL)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 Stop = Annotated[
-    Annotated[StopText, Tag("one")] | Annotated[list[StopText], Field(max_length=16, fail_fast=True), Tag("many")],
+    Annotated[StopText, Tag("one")]
+    | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True), Tag("many")],
     Discriminator(one_or_many),
 ]
+StopIds = Annotated[
+    list[Annotated[int, Field(ge=0, lt=2**31), WHOLE]],
+    Field(max_length=MAX_STOP_IDS, fail_fast=True, description="Tokens that end the answer, besides the model's own."),
+]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+TokenName = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+LogitBias = Annotated[
+    dict[TokenName, Annotated[float, Field(ge=-100, le=100)]],
+    Field(
+        max_length=MAX_BIASES,
+        description="Added to the logits of tokens, by id.",
+        json_schema_extra={"format": TOKEN_NAMES},
+    ),
+]
+NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE]
 Ttl = Annotated[
     str,
     Field(
@@ -172,6 +200,9 @@ class StreamOptions(RequestModel):
     include_usage: Annotated[bool, Field(description="One more chunk at the end, with the usage and no choices.")] = (
         False
     )
+    continuous_usage_stats: Annotated[
+        bool | None, Field(description="With include_usage: every chunk counts the tokens so far.")
+    ] = None
     include_obfuscation: Annotated[bool | None, Field(description=IGNORED)] = None
 
 
@@ -183,12 +214,22 @@ CONTEXT_ID = r"^ctx_[0-9a-f]{24}$"
 
 ON_CONTEXT: JsonDict = {
     "if": {"properties": {"context_id": {"type": "string"}}, "required": ["context_id"]},
-    "then": {"properties": {"cache_salt": {"type": "null"}, "segments": {"type": ["null", "array"], "maxItems": 0}}},
-    "else": {"properties": {"store": {"enum": [None, False]}}},
+    "then": {
+        "properties": {
+            "cache_salt": {"type": "null"},
+            "segments": {"type": ["null", "array"], "maxItems": 0},
+            "prompt_logprobs": {"type": "null"},
+        }
+    },
 }
-ONE_STORED: JsonDict = {
-    "if": {"properties": {"store": {"const": True}}, "required": ["store"]},
-    "then": {"properties": {"n": {"enum": [None, 1]}}},
+STORED: JsonDict = {
+    "properties": {"store": {"const": True}, "context_id": {"type": "string"}},
+    "required": ["store", "context_id"],
+}
+ONE_STORED: JsonDict = {"if": STORED, "then": {"properties": {"n": {"enum": [None, 1]}}}}
+WHOLE_ONLY: JsonDict = {
+    "if": {"properties": {"stream": {"const": True}}, "required": ["stream"]},
+    "then": {"properties": {"prompt_logprobs": {"type": "null"}}},
 }
 
 
@@ -200,7 +241,6 @@ Salt = Annotated[
         description="Requests with different salts share no cache, also within one tenant.",
     ),
 ]
-NO_PENALTY = "can only be 0; repetition_penalty is there instead"
 
 
 class GenerationRequest(Body):
@@ -215,15 +255,36 @@ class GenerationRequest(Body):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1, description="An upper bound; the server has others."), WHOLE] | None = None
-    presence_penalty: only(None, 0, why=NO_PENALTY) = None  # type: ignore[valid-type]
-    frequency_penalty: only(None, 0, why=NO_PENALTY) = None  # type: ignore[valid-type]
-    logit_bias: only(None, {}, why="is not supported; leave it out") = None  # type: ignore[valid-type]
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: LogitBias | None = None
     user: Annotated[Label | None, Field(description=IGNORED)] = None
 
-    top_k: Annotated[int, Field(ge=0, description="Keep the k most probable tokens; 0 is off."), WHOLE] | None = None
+    top_k: (
+        Annotated[int, Field(ge=-1, description="Keep the k most probable tokens; 0 and -1 are off."), WHOLE] | None
+    ) = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
     ignore_eos: Annotated[bool, Field(description="Go on after the model's end tokens.")] | None = None
+    min_tokens: (
+        Annotated[
+            int,
+            Field(ge=0, description="The answer has so many before an end token, stop token or stop string ends it."),
+            WHOLE,
+        ]
+        | None
+    ) = None
+    stop_token_ids: StopIds | None = None
+    skip_special_tokens: Annotated[
+        bool | None, Field(description="False: special tokens that the model writes are seen; end tokens never are.")
+    ] = None
+    prompt_logprobs: Annotated[
+        NumLogprobs | None,
+        Field(
+            description="Log-probabilities of the prompt's tokens and so many alternatives; all of it is computed. Not "
+            "with stream or context_id."
+        ),
+    ] = None
 
     cache_salt: Salt | None = None
     prompt_cache_key: Annotated[
@@ -238,23 +299,29 @@ class GenerationRequest(Body):
     store: Annotated[
         bool | None,
         Field(
-            description="Let the context keep the prompt and the whole answer; else it stays as it is. Only with "
-            "context_id, and n of 1."
+            description="Let the context keep the prompt and the whole answer; else it stays as it is. Then n is 1. "
+            "Without context_id it has no effect."
         ),
     ] = None
 
     @model_validator(mode="after")
     def _check_context(self) -> GenerationRequest:
+        if self.prompt_logprobs is not None and self.stream:
+            raise needs("prompt_logprobs", "is not allowed when stream is true")
         if self.context_id is None:
-            if self.store:
-                raise PydanticCustomError("needs", "{param} is only allowed with context_id", {"param": "store"})
-        elif self.cache_salt is not None:
-            raise PydanticCustomError(
-                "needs", "{param} is not allowed with context_id: the context has its own", {"param": "cache_salt"}
-            )
+            return self
+        if self.cache_salt is not None:
+            raise needs("cache_salt", "is not allowed with context_id: the context has its own")
+        if self.prompt_logprobs is not None:
+            raise needs("prompt_logprobs", "is not allowed with context_id: what a context holds is not computed again")
         if self.store and self.n not in (None, 1):
-            raise PydanticCustomError("needs", "{param} is only 1 when store is true", {"param": "n"})
+            raise needs("n", "is only 1 when store is true")
         return self
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether a context is to keep the answer."""
+        return bool(self.store) and self.context_id is not None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -267,3 +334,8 @@ class GenerationRequest(Body):
     def wants_usage_chunk(self) -> bool:
         """Whether a stream ends with its usage."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def wants_running_usage(self) -> bool:
+        """Whether every chunk of a stream says how many tokens there are so far."""
+        return self.wants_usage_chunk and bool(self.stream_options and self.stream_options.continuous_usage_stats)

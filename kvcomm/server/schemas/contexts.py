@@ -23,14 +23,15 @@ Salt = Annotated[str, Field(min_length=1, max_length=128, description="As in req
 SOURCES = ("text", "token_ids", "messages")
 
 
-def _given(name: str) -> JsonDict:
+def given(name: str) -> JsonDict:
+    """The schema of objects that have this field, and not as null."""
     return {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
 
 
 ONE_SOURCE: JsonDict = {
-    "oneOf": [_given(name) for name in SOURCES],
-    "if": _given("tools"),
-    "then": _given("messages"),
+    "oneOf": [given(name) for name in SOURCES],
+    "if": given("tools"),
+    "then": given("messages"),
 }
 
 
@@ -62,10 +63,10 @@ class Prompt(Body):
 
     @model_validator(mode="after")
     def _check(self) -> Prompt:
-        given = [name for name in SOURCES if getattr(self, name) is not None]
-        if len(given) != 1:
+        found = [name for name in SOURCES if getattr(self, name) is not None]
+        if len(found) != 1:
             raise PydanticCustomError(
-                "source", "give exactly one of text, token_ids and messages, not {count} of them", {"count": len(given)}
+                "source", "give exactly one of text, token_ids and messages, not {count} of them", {"count": len(found)}
             )
         if self.tools is not None and self.messages is None:
             raise PydanticCustomError("needs", "{param} is only allowed with messages", {"param": "tools"})

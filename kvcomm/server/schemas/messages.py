@@ -1,10 +1,15 @@
-"""Chat messages and tools, as OpenAI documents them, for a model that reads and writes text."""
+"""Chat messages and tools, as OpenAI documents them, for a model that reads and writes text.
+
+Clients send back the messages that they got, from this server or another, with whatever was in them. So a message may
+have fields that nobody documents; the chat template sees them. What would lose a part of what was said is refused:
+content that is no text, and calls in an older form.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from kvcomm.engine.chat import PASSAGE
@@ -26,6 +31,10 @@ MAX_PARTS, MAX_CALLS = 1024, 256
 """Of one message."""
 
 Name = Annotated[Label | None, Field(description="Given to the chat template.")]
+Replayed = Annotated[Any, Field(description="As some clients send it back; has no effect here.")]
+Reasoning = Annotated[
+    str | None, Field(description="What it thought before; the chat template shows it or leaves it out.")
+]
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
@@ -56,6 +65,11 @@ class TextPart(RequestModel):
     ] = None
     cache_control: CacheControl | None = None
     prompt_cache_breakpoint: PromptCacheBreakpoint | None = None
+    id: Replayed = None
+    index: Replayed = None
+    annotations: Replayed = None
+    citations: Replayed = None
+    logprobs: Replayed = None
 
     @property
     def segment_name(self) -> str | None:
@@ -77,7 +91,20 @@ Content = Annotated[
 ]
 
 
-class SystemMessage(RequestModel):
+class MessageModel(RequestModel):
+    """Base of messages: the chat template sees what else is in them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: Replayed = None
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """Fields that are not documented."""
+        return dict(self.model_extra or {})
+
+
+class SystemMessage(MessageModel):
     """Instructions."""
 
     role: Literal["system"]
@@ -85,7 +112,7 @@ class SystemMessage(RequestModel):
     name: Name = None
 
 
-class DeveloperMessage(RequestModel):
+class DeveloperMessage(MessageModel):
     """Instructions by their newer name; chat templates see a system message."""
 
     role: Literal["developer"]
@@ -93,7 +120,7 @@ class DeveloperMessage(RequestModel):
     name: Name = None
 
 
-class UserMessage(RequestModel):
+class UserMessage(MessageModel):
     """What the user says."""
 
     role: Literal["user"]
@@ -104,37 +131,44 @@ class UserMessage(RequestModel):
 class CalledFunction(RequestModel):
     """Which function, with which arguments as JSON text."""
 
+    model_config = ConfigDict(extra="ignore")
+
     name: Label
     arguments: str
 
 
 class ToolCall(RequestModel):
-    """A call that the assistant made."""
+    """A call that the assistant made; clients keep more of its pieces than there was, such as their index."""
+
+    model_config = ConfigDict(extra="ignore")
 
     id: Label
     type: Literal["function"]
     function: CalledFunction
 
 
-class AssistantMessage(RequestModel):
+class AssistantMessage(MessageModel):
     """An earlier answer."""
 
     role: Literal["assistant"]
     content: Content | None = None
     name: Name = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
+    reasoning_content: Reasoning = None
+    reasoning: Reasoning = None
     refusal: Annotated[str | None, Field(description=IGNORED)] = None
     annotations: Annotated[Annotated[list[Any], Field(max_length=MAX_PARTS)] | None, Field(description=IGNORED)] = None
     audio: only(None, why="is not supported: this model reads text") = None  # type: ignore[valid-type]
     function_call: only(None, why="is not supported; use tool_calls") = None  # type: ignore[valid-type]
 
 
-class ToolMessage(RequestModel):
+class ToolMessage(MessageModel):
     """The result of a call."""
 
     role: Literal["tool"]
     content: Content
     tool_call_id: Label
+    name: Name = None
 
 
 Message = Annotated[
@@ -148,11 +182,52 @@ class Function(RequestModel):
     name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Annotated[bool | None, Field(description=IGNORED)] = None
+    strict: Annotated[bool | None, Field(description="Arguments of calls follow the schema to the letter.")] = None
 
 
 class Tool(RequestModel):
-    """A tool that the chat template may show to the model."""
+    """A tool that is shown to the model."""
 
     type: Literal["function"]
     function: Function
+    cache_control: CacheControl | None = None
+
+
+class FunctionName(RequestModel):
+    """Which function."""
+
+    name: ToolName
+
+
+class NamedTool(RequestModel):
+    """One of the request's tools."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class AllowedTools(RequestModel):
+    """The tools that may be called; all are shown."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+
+
+class AllowedToolsChoice(RequestModel):
+    """A choice among some of the request's tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def _kind_of_choice(value: object) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", "mode")
+    return kind if kind in ("function", "allowed_tools") else "function" if isinstance(value, dict) else "mode"
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["auto", "none", "required"], Tag("mode")]
+    | Annotated[NamedTool, Tag("function")]
+    | Annotated[AllowedToolsChoice, Tag("allowed_tools")],
+    Discriminator(_kind_of_choice),
+]

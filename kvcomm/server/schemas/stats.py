@@ -9,6 +9,10 @@ from pydantic import Field
 from kvcomm.server.schemas.common import LevelName, ResponseModel
 
 NEEDED_PAIRS = "From which on the level may decide, if none of them breaks the bound."
+FINISH_REASONS = (
+    "Answers by finish reason, prefill: prompts computed ahead; and requests without a whole answer: client_gone, "
+    "refused, timed_out, failed."
+)
 WORKING_DELTA = "Probability of a violation that rungs are chosen by now; at 0 or less nothing is moved."
 
 
@@ -62,6 +66,41 @@ class Kept(ResponseModel):
     max_segments: int
     segment_bytes: Annotated[int, Field(description="Texts of named segments, all versions.")]
     max_segment_bytes: int
+
+
+class LastMinute(ResponseModel):
+    """Sums over about the last minute."""
+
+    seconds: Annotated[float, Field(description="That the sums are over: at most 60, less behind the start.")]
+    requests: Annotated[int, Field(description="Engine requests that ended well.")]
+    refused: Annotated[int, Field(description="Requests that were answered with an error.")]
+    prompt_tokens: int
+    reused_tokens: Annotated[int, Field(description="Of the prompt tokens: exact or aligned.")]
+    generated_tokens: int
+
+
+class Curves(ResponseModel):
+    """Sums over every step of the last minutes, oldest first; the newest step goes on. Tokens count as requests end."""
+
+    step_s: float
+    requests: list[int]
+    refused: list[int]
+    prompt_tokens: list[int]
+    reused_tokens: list[int]
+    generated_tokens: list[int]
+
+
+class RefusedRequest(ResponseModel):
+    """One of your requests that was answered with an error."""
+
+    ago_s: float
+    method: str
+    path: str
+    status: Annotated[int, Field(description="Of the error; a stream that failed behind its start was sent with 200.")]
+    code: str
+    param: Annotated[str | None, Field(description="The field at fault.")]
+    message: str
+    request_id: Annotated[str, Field(description="As in the answer's `x-request-id` and in the log.")]
 
 
 class Eviction(ResponseModel):
@@ -129,6 +168,10 @@ class Stats(ResponseModel):
     tokens: TokensBySource
     miss_reasons: Annotated[dict[str, int], Field(description="Computed tokens by reason.")]
     ttft: TtftHistogram
+    finish_reasons: Annotated[dict[str, int], Field(default_factory=dict, description=FINISH_REASONS)]
+    last_minute: Annotated[LastMinute | None, Field(description="Null from servers that do not say.")] = None
+    curves: Annotated[Curves | None, Field(description="Null from servers that do not say.")] = None
+    refused: Annotated[list[RefusedRequest], Field(default_factory=list, description="The latest ones, newest first.")]
     recent: Annotated[list[FinishedRequest], Field(description="The latest ones, newest first.")]
     cache: CacheUse
     kept: Annotated[Kept | None, Field(description="Null from servers that do not say.")] = None

@@ -47,6 +47,14 @@ class PlanSpan(ResponseModel):
     reason: Annotated[str | None, Field(description="Why they were computed; null for reused tokens.")]
 
 
+class RunningUsage(ResponseModel):
+    """Tokens so far, while an answer is streamed."""
+
+    prompt_tokens: Annotated[int, Field(ge=0)]
+    completion_tokens: Annotated[int, Field(ge=0)]
+    total_tokens: Annotated[int, Field(ge=0)]
+
+
 class Usage(ResponseModel):
     """prompt_tokens = cached_prefix_tokens + aligned_tokens + computed_tokens."""
 
@@ -73,6 +81,13 @@ class Usage(ResponseModel):
     cache_breakpoints: Annotated[
         int, Field(ge=0, description="Breakpoints in the request. Every prefix is cached, with or without one.")
     ]
+    tools: Annotated[
+        Literal["template", "default"] | None,
+        Field(
+            description="Who showed the request's tools to the model: its chat template, or, where that has no place "
+            "for them, a description in the system message; null without tools."
+        ),
+    ] = None
     timings: Timings
     plan: Annotated[
         list[PlanSpan] | None,

@@ -1,0 +1,1 @@
+"""`python -m eval.clients`: what unchanged clients and agent frameworks get from a server."""

@@ -1,0 +1,145 @@
+"""From a grammar to what it means for the tokens of one model: compiled once, then copied for every answer.
+
+Compiling takes milliseconds, and up to some tenths of a second at the limits, so it is done where a request is made and
+never in a step; the interpreter is free meanwhile. What is compiled is kept for whoever asks again, for each tenant by
+itself: how fast a grammar is there would tell others that somebody uses it. Whatever a grammar may cost is bounded:
+its size before (`grammar`, `grammar_schema`), fuel while it is compiled, and fuel in every step.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from functools import cached_property
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.hf import from_tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from kvcomm.engine.grammar import Grammar
+from kvcomm.engine.grammar_state import GrammarState
+from kvcomm.engine.token_texts import TokenTexts
+from kvcomm.errors import InvalidRequest
+from kvcomm.plain import short
+
+logger = logging.getLogger("kvcomm.engine")
+
+MAX_COMPILED = 64
+"""Grammars that are kept."""
+
+LIMITS = {
+    "initial_lexer_fuel": 300_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 30_000,
+    "max_lexer_states": 20_000,
+    "max_grammar_size": 100_000,
+}
+"""A step's fuel lasts for about ten milliseconds; a state takes one or two kilobytes."""
+
+MAX_MESSAGE = 300
+"""Letters of an error that come from the compiler."""
+
+_UNKNOWN_KEYS = re.compile(r"Unimplemented keys: \[(.*?)\]")
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: TokenTexts,
+        *,
+        vocab_size: int,
+        end_token_ids: Iterable[int],
+    ) -> None:
+        """`vocab_size`: of the model, which may know more ids than the tokenizer, or fewer."""
+        self._tokenizer = tokenizer
+        self._texts = texts
+        self._vocab_size = vocab_size
+        self._end_token_ids = sorted(end_token_ids)
+        self._compiled: OrderedDict[tuple[str, Grammar], LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+        self._making = threading.Lock()
+
+    def compile(self, grammar: Grammar, *, owner: str = "") -> GrammarState:
+        """The beginning of an answer under a grammar.
+
+        Args:
+            owner: for whom it is kept.
+
+        Raises:
+            InvalidRequest: it cannot be enforced, costs too much, or no answer satisfies it; says which keyword.
+        """
+        key = owner, grammar
+        with self._lock:
+            matcher = self._compiled.get(key)
+            if matcher is not None:
+                self._compiled.move_to_end(key)
+        if matcher is None:
+            matcher = self._compile(grammar)
+            with self._lock:
+                self._keep(key, matcher)
+        return GrammarState(matcher.deep_copy(), grammar, self._end_token_ids, self._vocab_size)
+
+    def _compile(self, grammar: Grammar) -> LLMatcher:
+        limits = LLParserLimits(**LIMITS, verbose_errors=False)
+        matcher = LLMatcher(self._known_tokens, _notation(grammar), log_level=0, limits=limits)
+        if not matcher.is_error():
+            # The first step is the dearest one, and shows whether there is any answer at all.
+            probe = matcher.deep_copy()
+            probe.compute_bitmask()
+            if not probe.is_error() and (not probe.is_stopped() or probe.is_accepting()):
+                return matcher
+            matcher = probe
+        raise InvalidRequest(_explained(grammar, matcher))
+
+    def _keep(self, key: tuple[str, Grammar], matcher: LLMatcher) -> None:
+        """Forget what the owner of most has not used for longest, where there are too many."""
+        self._compiled[key] = matcher
+        while len(self._compiled) > MAX_COMPILED:
+            ((owner, _),) = Counter(owner for owner, _ in self._compiled).most_common(1)
+            del self._compiled[next(each for each in self._compiled if each[0] == owner)]
+
+    @property
+    def _known_tokens(self) -> LLTokenizer:
+        with self._making:
+            return self._tokens
+
+    @cached_property
+    def _tokens(self) -> LLTokenizer:
+        """The tokens as grammars see them: takes a second or two for a large vocabulary, once."""
+        size = max(self._vocab_size, len(self._tokenizer))
+        # Where a model has no end token, an id that none of its tokens has stands for the end.
+        ends = self._end_token_ids or [size]
+        try:
+            return from_tokenizer(self._tokenizer, n_vocab=max(size, ends[-1] + 1), eos_token=ends)
+        except ValueError as error:
+            raise InvalidRequest(
+                "the answers of this model cannot be constrained: nothing is known about the bytes of its tokens "
+                f"({short(str(error))})"
+            ) from error
+
+
+def _notation(grammar: Grammar) -> str:
+    """As the library wants it."""
+    if grammar.kind == "json_schema":
+        return LLMatcher.grammar_from_json_schema(grammar.source)
+    if grammar.kind == "regex":
+        return LLMatcher.grammar_from_regex(grammar.source)
+    return LLMatcher.grammar_from_lark(grammar.source)
+
+
+def _explained(grammar: Grammar, matcher: LLMatcher) -> str:
+    what = {"json_schema": "the JSON schema", "regex": "the regular expression"}.get(grammar.kind, "the grammar")
+    message = matcher.get_error().removesuffix("<non-verbose/>").strip()
+    unknown = _UNKNOWN_KEYS.search(message)
+    if unknown is not None:
+        keys = unknown[1].replace('"', "'")
+        return f"{what} uses {keys}, which cannot be enforced here; leave it out, or set strict to false"
+    if not message or message.startswith("NoExtension"):
+        return f"{what} cannot be enforced: nothing satisfies it"
+    return f"{what} cannot be enforced: {short(message)}"

@@ -1,0 +1,24 @@
+"""Log-probabilities of tokens as chat completions and responses tell them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kvcomm.engine.engine import Engine
+from kvcomm.engine.sampling import TokenLogprob as EngineLogprob
+from kvcomm.server.schemas.chat import TokenLogprob, TopLogprob
+
+
+def told_logprobs(engine: Engine, tokens: Iterable[EngineLogprob]) -> list[TokenLogprob]:
+    """Of tokens that were drawn."""
+    return [_drawn(engine, token) for token in tokens]
+
+
+def _drawn(engine: Engine, token: EngineLogprob) -> TokenLogprob:
+    top = [_top(engine, token_id, logprob) for token_id, logprob in token.top]
+    drawn = _top(engine, token.token_id, token.logprob)
+    return TokenLogprob(token=drawn.token, logprob=drawn.logprob, bytes=drawn.bytes, top_logprobs=top)
+
+
+def _top(engine: Engine, token_id: int, logprob: float) -> TopLogprob:
+    return TopLogprob(token=engine.token_text(token_id), logprob=logprob, bytes=list(engine.token_bytes(token_id)))

@@ -1,0 +1,124 @@
+"""Calls as Mistral writes them: `[TOOL_CALLS] [{"name": ..., "arguments": ...}]` or `[TOOL_CALLS]name[ARGS]{...}`."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from kvcomm.toolcalls.json_call import JsonCall, JsonValue
+from kvcomm.toolcalls.writer import AnswerWriter, num_held
+
+MARK = "[TOOL_CALLS]"
+MAX_HEAD = 256
+"""Letters between the mark and the arguments of a call with a name in front."""
+
+_HEAD = re.compile(r"([\w.-]+)\s*(?:\[CALL_ID\]\s*[\w-]*\s*)?(?:\[ARGS\]\s*)?")
+_HEAD_SO_FAR = re.compile(r"[\w.-]*\s*(?:\[[A-Z_]*\]?\s*[\w-]*\s*)*")
+
+
+class MistralParser:
+    """Reads both forms. What stands behind the mark and is no call stays text, the mark included.
+
+    Of an answer that ends in the beginning of a further call, before its name, this beginning is left out.
+    """
+
+    def __init__(self, writer: AnswerWriter) -> None:
+        self._writer = writer
+        self._buffer = ""
+        self._state: Literal["text", "body", "object", "arguments"] = "text"
+        self._before = ""  # what was read since the mark and would be text if no call came
+        self._is_list = False
+        self._call = JsonCall(writer)
+        self._value = JsonValue()
+
+    def feed(self, text: str) -> None:
+        """See `CallParser`."""
+        self._buffer += text
+        while self._buffer and self._step():
+            pass
+
+    def finish(self) -> None:
+        """See `CallParser`."""
+        is_further = self._writer.num_calls > 0
+        if self._state == "object":
+            self._call.finish()
+            if not self._call.is_call and not is_further:
+                self._writer.text(self._before + self._call.raw)
+        elif self._state == "arguments":
+            self._writer.end_call()
+        elif self._state == "text" or not is_further:
+            self._writer.text(self._before + self._buffer)
+        self._buffer = self._before = ""
+
+    def _step(self) -> bool:
+        steps = {"text": self._text, "body": self._body, "object": self._object, "arguments": self._arguments}
+        return steps[self._state]()
+
+    def _text(self) -> bool:
+        text, mark, rest = self._buffer.partition(MARK)
+        if mark:
+            self._writer.text(text)
+            self._before, self._buffer, self._state, self._is_list = mark, rest, "body", False
+            return True
+        end = len(text) - num_held(text, MARK)
+        self._writer.text(text[:end])
+        self._buffer = text[end:]
+        return False
+
+    def _body(self) -> bool:
+        """Behind the mark, or between the objects of a list."""
+        found = self._buffer.lstrip(" \t\r\n," if self._is_list else None)
+        self._skip(len(self._buffer) - len(found))
+        if not found:
+            return False
+        if found[0] == "{":
+            self._state, self._call = "object", JsonCall(self._writer)
+        elif self._is_list and found[0] == "]":
+            self._buffer, self._state, self._before = found[1:], "text", ""
+        elif not self._is_list and found.startswith("["):
+            self._is_list = True
+            self._skip(1)
+        elif self._is_list or not self._begin_named():
+            if not self._is_list and self._may_be_named():
+                return False
+            self._writer.text(self._before)
+            self._state, self._before = "text", ""
+        return True
+
+    def _begin_named(self) -> bool:
+        head, brace, _ = self._buffer[:MAX_HEAD].partition("{")
+        named = _HEAD.fullmatch(head) if brace else None
+        if named is None:
+            return False
+        self._writer.begin_call(named[1])
+        self._buffer = self._buffer[len(head) :]
+        self._state, self._before, self._value = "arguments", "", JsonValue()
+        return True
+
+    def _may_be_named(self) -> bool:
+        is_short = len(self._buffer) < MAX_HEAD
+        return is_short and "{" not in self._buffer and _HEAD_SO_FAR.fullmatch(self._buffer) is not None
+
+    def _object(self) -> bool:
+        self._buffer = self._buffer[self._call.feed(self._buffer) :]
+        if not self._call.is_over:
+            return False
+        if not self._call.is_call:
+            self._writer.text(self._before + self._call.raw)
+        self._state, self._before = "body" if self._is_list else "text", ""
+        return True
+
+    def _arguments(self) -> bool:
+        end = self._value.end_in(self._buffer)
+        self._writer.arguments(self._buffer[:end])
+        self._buffer = "" if end is None else self._buffer[end:]
+        if end is None:
+            return False
+        self._writer.end_call()
+        self._state = "text"
+        return True
+
+    def _skip(self, num_letters: int) -> None:
+        skipped, self._buffer = self._buffer[:num_letters], self._buffer[num_letters:]
+        if self._before:
+            self._before += skipped

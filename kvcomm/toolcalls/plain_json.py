@@ -1,0 +1,88 @@
+"""Calls as JSON objects without any mark, as Llama 3 writes them: an answer is `{"name": ..., "parameters": ...}`.
+
+Several have a semicolon or a line between them. Other objects are text: only where a tool of the request has the name
+is it a call, unless the token that Llama puts before calls has said so.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from kvcomm.toolcalls.json_call import JsonCall
+from kvcomm.toolcalls.writer import AnswerWriter, may_become, num_held
+
+MARK = "<|python_tag|>"
+BETWEEN = "; \t\r\n"
+
+
+class PlainJsonParser:
+    """Looks at the beginning of an answer, and behind the mark.
+
+    Of an answer that ends in the beginning of a further call, before its name, this beginning is left out.
+    """
+
+    def __init__(self, writer: AnswerWriter, names: frozenset[str]) -> None:
+        self._writer = writer
+        self._names = names
+        self._buffer = ""
+        self._state: Literal["start", "object", "text"] = "start"
+        self._before = ""
+        self._call = JsonCall(writer)
+
+    def feed(self, text: str) -> None:
+        """See `CallParser`."""
+        self._buffer += text
+        while self._buffer and self._step():
+            pass
+
+    def finish(self) -> None:
+        """See `CallParser`."""
+        is_further = self._writer.num_calls > 0
+        if self._state == "object":
+            self._call.finish()
+            if not self._call.is_call and not is_further:
+                self._writer.text(self._before + self._call.raw)
+        elif not is_further or self._state == "text":
+            self._writer.text(self._before + self._buffer)
+        self._buffer = self._before = ""
+
+    def _step(self) -> bool:
+        if self._state == "start":
+            return self._start()
+        return self._object() if self._state == "object" else self._text()
+
+    def _start(self) -> bool:
+        found = self._buffer.lstrip(BETWEEN if self._writer.num_calls else None)
+        self._before += self._buffer[: len(self._buffer) - len(found)]
+        self._buffer = found
+        if found.startswith("{"):
+            is_marked = MARK in self._before
+            self._state, self._call = "object", JsonCall(self._writer, None if is_marked else self._names)
+        elif found.startswith(MARK):
+            self._before, self._buffer = self._before + MARK, found[len(MARK) :]
+        elif not found or may_become(found, [MARK]):
+            return False
+        else:
+            self._writer.text(self._before)
+            self._state, self._before = "text", ""
+        return True
+
+    def _object(self) -> bool:
+        self._buffer = self._buffer[self._call.feed(self._buffer) :]
+        if not self._call.is_over:
+            return False
+        if not self._call.is_call:
+            self._writer.text(self._before + self._call.raw)
+        self._state, self._before = "start" if self._call.is_call else "text", ""
+        return True
+
+    def _text(self) -> bool:
+        text, mark, rest = self._buffer.partition(MARK)
+        if mark:
+            self._writer.text(text)
+            self._state, self._buffer = "start", mark + rest
+            return True
+        end = len(text) - num_held(text, MARK)
+        self._writer.text(text[:end])
+        self._buffer = text[end:]
+        return False
