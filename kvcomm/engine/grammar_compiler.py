@@ -12,18 +12,19 @@ import logging
 import re
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.hf import from_tokenizer
+from tokenizers import decoders
 from transformers import PreTrainedTokenizerBase
 
+from kvcomm.engine.encoding import without_prefix
 from kvcomm.engine.grammar import Grammar
-from kvcomm.engine.grammar_state import GrammarState
+from kvcomm.engine.grammar_state import MAX_MESSAGE, GrammarState
 from kvcomm.engine.token_texts import TokenTexts
 from kvcomm.errors import InvalidRequest
-from kvcomm.plain import short
 
 logger = logging.getLogger("kvcomm.engine")
 
@@ -38,9 +39,6 @@ LIMITS = {
     "max_grammar_size": 100_000,
 }
 """A step's fuel lasts for about ten milliseconds; a state takes one or two kilobytes."""
-
-MAX_MESSAGE = 300
-"""Letters of an error that come from the compiler."""
 
 _UNKNOWN_KEYS = re.compile(r"Unimplemented keys: \[(.*?)\]")
 
@@ -115,13 +113,41 @@ class GrammarCompiler:
         size = max(self._vocab_size, len(self._tokenizer))
         # Where a model has no end token, an id that none of its tokens has stands for the end.
         ends = self._end_token_ids or [size]
+        size = max(size, ends[-1] + 1)
         try:
-            return from_tokenizer(self._tokenizer, n_vocab=max(size, ends[-1] + 1), eos_token=ends)
+            # What it puts before a text would be taken for what a grammar forces there.
+            return from_tokenizer(without_prefix(self._tokenizer), n_vocab=size, eos_token=ends)
         except ValueError as error:
+            if _has_spaces_for_marks(self._tokenizer):
+                spelled = _SpelledOut(without_prefix(self._tokenizer), self._texts, size, ends)
+                return LLTokenizer(TokenizerWrapper(spelled), n_vocab=size, eos_token=ends)
             raise InvalidRequest(
                 "the answers of this model cannot be constrained: nothing is known about the bytes of its tokens "
-                f"({short(str(error))})"
+                f"({error})"
             ) from error
+
+
+class _SpelledOut:
+    """A tokenizer that the library does not know, by the bytes of its tokens; as `TokenizerWrapper` wants it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: TokenTexts, size: int, ends: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id, self.bos_token_id = ends[0], None
+        known = range(len(tokenizer))
+        self.special_token_ids = [each for each in range(size) if each not in known or texts.is_silent(each)]
+        self.tokens = [texts.bytes_of(each) if each in known else b"" for each in range(size)]
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8", "replace")
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+
+def _has_spaces_for_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether its texts are those of its tokens, one after the other, with spaces for the marks of words."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is not None and isinstance(backend.decoder, decoders.Metaspace)
 
 
 def _notation(grammar: Grammar) -> str:
@@ -142,4 +168,4 @@ def _explained(grammar: Grammar, matcher: LLMatcher) -> str:
         return f"{what} uses {keys}, which cannot be enforced here; leave it out, or set strict to false"
     if not message or message.startswith("NoExtension"):
         return f"{what} cannot be enforced: nothing satisfies it"
-    return f"{what} cannot be enforced: {short(message)}"
+    return f"{what} cannot be enforced: {message[:MAX_MESSAGE]}"
