@@ -43,12 +43,12 @@ class DeclaredParser:
         self._make = lambda before: make(lenient, prefix=before, tools=[*map(dict, tools or ())])
         self._parser = self._make(prompt)
         self._raw: list[str] = []  # what was read of a region that has no value yet
-        self._behind: list[str] = []  # all that was read since a region closed
+        self._answer: list[str] = []  # all that was read
 
     def feed(self, text: str) -> None:
         """See `CallParser`."""
         for letter in text:
-            self._behind.append(letter)
+            self._answer.append(letter)
             try:
                 events = self._parser.feed(letter)
             except (ValueError, KeyError, TypeError):  # a region closed that says nothing the template knows
@@ -83,12 +83,11 @@ class DeclaredParser:
                 elif self._raw:
                     self._writer.text("".join(self._raw))
                 self._raw.clear()
-                self._behind.clear()
 
     @property
     def _is_cut(self) -> bool:
         """Whether a region only closes because a limit was reached in it: nothing stands behind what was read of it."""
-        return self._writer.is_cut and "".join(self._behind).endswith("".join(self._raw))
+        return self._writer.is_cut and "".join(self._answer).endswith("".join(self._raw))
 
     def _take(self, field: str, text: str, *, is_raw: bool) -> None:
         if field in REASONING and not is_raw:
