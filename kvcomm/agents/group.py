@@ -238,6 +238,7 @@ class KVCommAgentGroup:
             policy=self.policy,
         )
         plan.check_adapters()
+        plan.check_grammars()
         plan.check_lengths()
         return plan
 

@@ -33,7 +33,7 @@ from kvcomm.agents.results import (
 )
 from kvcomm.agents.templates import Slot
 from kvcomm.engine.sampling import SamplingParams
-from kvcomm.errors import AgentFailed, KVCommError, PromptTooLong, UnknownAdapter
+from kvcomm.errors import AgentFailed, InvalidRequest, KVCommError, PromptTooLong, UnknownAdapter
 from kvcomm.memory.segments import Segment
 from kvcomm.reuse.policy import ReusePolicy
 
@@ -89,14 +89,24 @@ class RunPlan:
                 listed = ", ".join(known) or "none"
                 raise UnknownAdapter(f"agent {name!r}: the engine has no adapter {adapter!r}; loaded: {listed}")
 
+    def check_grammars(self) -> None:
+        """Raise InvalidRequest for an agent whose answers cannot be held to what it wants."""
+        for agent in self.graph.agents:
+            grammar = self.sampling_of(agent).grammar
+            if grammar is not None:
+                try:
+                    self.engine.grammars.compile(grammar, owner=self.tenant)
+                except InvalidRequest as error:
+                    raise InvalidRequest(f"agent {agent.name!r}: {error}") from error
+
     def check_lengths(self) -> None:
         """Raise PromptTooLong for a prompt that is too long even if every agent it reads says nothing."""
         for agent in self.graph.agents:
             self.prompt_of(agent, Task(agent.name, 1), {})
 
     def sampling_of(self, agent: Agent) -> SamplingParams:
-        """The agent's own sampling, or the group's."""
-        return agent.sampling or self.sampling
+        """The agent's own sampling, or the group's; with the agent's own grammar."""
+        return agent.sampled_by(self.sampling)
 
     def prompt_of(self, agent: Agent, task: Task, results: Mapping[Task, AgentResult]) -> tuple[Segment, ...]:
         """The agent's prompt from the inputs and the answers there are.

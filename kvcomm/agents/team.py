@@ -51,7 +51,16 @@ _TOP_KEYS = {
     "agents": list[Any],
 }
 _DEFAULT_KEYS = {"rounds": int, "sampling": dict[str, Any]}
-_AGENT_KEYS = {"name": str, "system": str, "prompt": str, "sampling": dict[str, Any], "adapter": str}
+_AGENT_KEYS: Mapping[str, Any] = {
+    "name": str,
+    "system": str,
+    "prompt": str,
+    "sampling": dict[str, Any],
+    "adapter": str,
+    "json_schema": dict[str, Any] | str,
+}
+_CODE_ONLY = {"grammar", "logit_bias"}
+"""Settings of an answer that TOML has no words for."""
 
 
 @dataclass(frozen=True)
@@ -166,15 +175,16 @@ def _agent_from(table: object, number: int, defaults: Table, file: str) -> Agent
     sampling = _sampling_from(defaults, file, "[defaults], sampling", {})
     if "sampling" in table:
         sampling = _sampling_from(table["sampling"], file, f"{where}, sampling", defaults)
-    texts = {key: table[key] for key in ("system", "prompt", "adapter") if key in table}
+    texts = {key: table[key] for key in ("system", "prompt", "adapter", "json_schema") if key in table}
     try:
         return Agent(table["name"], sampling=sampling, **texts)
-    except TemplateError as error:
-        raise TemplateError(f"{file}, {where}: {error}") from error
+    except InvalidRequest as error:  # of a template, or of a schema
+        raise type(error)(f"{file}, {where}: {error}") from error
 
 
 def _sampling_from(table: Table, file: str, where: str, defaults: Table) -> SamplingParams | None:
-    _check_table(table, get_type_hints(SamplingParams), file, where)
+    known = {key: hint for key, hint in get_type_hints(SamplingParams).items() if key not in _CODE_ONLY}
+    _check_table(table, known, file, where)
     values: Table = {
         key: tuple(value) if isinstance(value, list) else value for key, value in (defaults | table).items()
     }

@@ -178,9 +178,11 @@ def _events(
 def _raw_events(engine: Engine, prompt: str, team: Team) -> Generator[GroupEvent, None, None]:
     """A prompt that no chat template touches, as a run of one agent."""
     from kvcomm.agents.results import AgentFinished, AgentResult, AgentStarted, AgentText, GroupFinished, GroupResult
+    from kvcomm.engine.sampling import SamplingParams
 
     segments = engine.read_prompt(prompt, is_start=True)
-    handle = engine.submit(segments, team.agents[0].sampling, adapter=team.agents[0].adapter)
+    agent = team.agents[0]
+    handle = engine.submit(segments, agent.sampled_by(SamplingParams()), adapter=agent.adapter)
     yield AgentStarted(ALONE, 1, sum(len(segment.token_ids) for segment in segments))
     for chunk in handle:
         yield AgentText(ALONE, 1, chunk.text, chunk.token_ids)

@@ -67,14 +67,17 @@ class Detokenizer:
         *,
         texts: TokenTexts | None = None,
         encode: Callable[[str], Sequence[int]] | None = None,
+        min_tokens: int = 0,
     ) -> None:
         """Args:
         texts: of the tokenizer, where they are known already.
         encode: tokenizes what a stop string leaves of a token, as the middle of a text; None: the ids lack it.
+        min_tokens: tokens in whose text no stop string is looked for.
         """
         self._texts = texts or TokenTexts(tokenizer)
         self._encode = encode
         self._stop = tuple(stop)
+        self._min_tokens = min_tokens
         self._token_ids: list[int] = []
         self._window = _Window(self._texts, keep_run=max(map(len, self._stop), default=0))
         self._pieces: list[str] = []  # given out
@@ -138,7 +141,7 @@ class Detokenizer:
             tail = self._window.tail
             position = self._num_released + len(self._held) + len(tail)
             self._end(position, tail, is_silent=self._texts.is_silent(token_id))
-        return self._release(self._window.readable_tail(self._held, self._stop), hold_back=True)
+        return self._release(self._window.readable_tail(self._held, self._sought), hold_back=True)
 
     def finish(self) -> str:
         """No more tokens: returns the text that was still held back."""
@@ -157,6 +160,11 @@ class Detokenizer:
         self._answer = self._make_answer()
         return released
 
+    @property
+    def _sought(self) -> tuple[str, ...]:
+        """The stop strings that the text may end with now."""
+        return self._stop if len(self._token_ids) > self._min_tokens else ()
+
     def take_ids(self) -> tuple[int, ...]:
         """Ids that no stop string can cut any more and that were not taken before."""
         ids = self.answer_ids if self._answer is not None or not self._stop else self._token_ids[: self._num_closed]
@@ -168,7 +176,7 @@ class Detokenizer:
         if self.stopped is not None:
             return ""
         looked_at = self._held + tail
-        found = [(looked_at.find(stop), stop) for stop in self._stop]
+        found = [(looked_at.find(stop), stop) for stop in self._sought]
         # The one that is complete first, as if the text had come letter by letter.
         hits = [(at + len(stop), at, stop) for at, stop in found if at >= 0]
         if hits:
@@ -218,9 +226,9 @@ class Detokenizer:
 
     def _num_held_back(self) -> int:
         """Length of the longest end of the text that begins a stop string."""
-        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        longest = max((len(stop) for stop in self._sought), default=1) - 1
         for length in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
+            if any(stop.startswith(self._held[-length:]) for stop in self._sought):
                 return length
         return 0
 

@@ -429,11 +429,13 @@ class Engine:
         request = self._request(sequence, segments, sampling_params(sampling, settings), tenant, policy, weights)
         request.adapter = adapter
         if rung is not None:
+            if request.sampling.prompt_logprobs is not None:
+                raise InvalidRequest("prompt_logprobs are those of a prompt that is computed, so there can be no rung")
             self.reuse.planner.require_known([rung])
         request.rung = rung
         if lesson is not None:
             request.policy, request.lesson = ReusePolicy.exact(), lesson
-        request.reads_cache = reads_cache
+        request.reads_cache = request.reads_cache and reads_cache
         self._loop.submit(request)
         return request.handle
 
@@ -559,7 +561,9 @@ class Engine:
         num_tokens = sum(len(segment.token_ids) for segment in segments)
         assert num_tokens == sequence.num_tokens, f"segments of {num_tokens} tokens, {sequence.num_tokens} in sequence"
         self._reader.require_fits(sequence.num_tokens, sampling.max_new_tokens)
-        wanted = _policy(policy) or self.policy
+        self._reader.require_known(token_id for token_id, _ in sampling.biases)
+        is_scored = sampling.prompt_logprobs is not None
+        wanted = ReusePolicy.exact() if is_scored else _policy(policy) or self.policy
         if not wanted.is_exact:
             self.reuse.planner.require_known(wanted.rungs)
         request_id = next(self._request_ids)
@@ -569,7 +573,13 @@ class Engine:
         branches = []
         for index, grammar in enumerate(self._beginnings(sampling, tenant)):
             sampler = Sampler(sampling, index, entropy=entropy, grammar=grammar, end_token_ids=self._ends)
-            detokenizer = Detokenizer(self.tokenizer, sampling.stop, texts=texts, encode=self.encoder.plain)
+            detokenizer = Detokenizer(
+                self.tokenizer,
+                sampling.stop,
+                texts=texts,
+                encode=self.encoder.plain,
+                min_tokens=sampling.min_tokens,
+            )
             branches.append(Branch(index, sequence, sampler, detokenizer, grammar))
         request = Request(  # named, for the handle's cancel above
             request_id=request_id,
@@ -584,6 +594,7 @@ class Engine:
             segments=segments,
             policy=wanted,
             is_lent=lent_by is not None,
+            reads_cache=not is_scored,
         )
         with self.lock:
             num_wanted = request.num_pages(self.config.page_size)
@@ -609,6 +620,8 @@ class Engine:
         new_tokens = _token_ids(segments)
         if not num_kept and not new_tokens:
             raise InvalidRequest("the context is empty; extend it before generating")
+        if num_kept and sampling.prompt_logprobs is not None:
+            raise InvalidRequest("prompt_logprobs are not there behind a context: what it holds is not computed again")
         is_fork = sampling.n > 1  # several answers cannot all stand behind the context: it stays as it is
         target = sequence.fork() if is_fork else sequence
         target.append(new_tokens)

@@ -7,7 +7,7 @@ tokens stand at the very beginning of a context, once, if the tokenizer adds any
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 from kvcomm import values
@@ -68,10 +68,14 @@ class PromptReader:
             InvalidRequest: ids or a name that are none.
         """
         ids = tuple(_token_id(item) for item in values.items("a segment", segment.token_ids, "a tuple of token ids"))
-        unknown = next((token for token in ids if not 0 <= token < self._vocab_size), None)
+        self.require_known(ids)
+        return Segment(ids, None if segment.name is None else values.text("a segment's name", segment.name))
+
+    def require_known(self, token_ids: Iterable[int]) -> None:
+        """Raises UnknownToken for an id outside the vocabulary."""
+        unknown = next((token for token in token_ids if not 0 <= token < self._vocab_size), None)
         if unknown is not None:
             raise UnknownToken(f"token id {values.shown(unknown)} is outside the vocabulary of {self._vocab_size}")
-        return Segment(ids, None if segment.name is None else values.text("a segment's name", segment.name))
 
     def _segments(self, prompt: Prompt, is_start: bool) -> Sequence[Segment]:
         if isinstance(prompt, str):

@@ -18,7 +18,7 @@ from kvcomm.engine.detokenize import Detokenizer
 from kvcomm.engine.grammar_state import GrammarState
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.results import Choice, Chunk, Completion, Usage
-from kvcomm.engine.sampling import Sampler, SamplingParams, TokenLogprob
+from kvcomm.engine.sampling import Sampler, SamplingParams, TokenLogprob, token_logprob
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
 from kvcomm.model.attention.contract import IntArray
@@ -138,6 +138,7 @@ class Request:
         attempt: how moved KV is reused; None: not at all.
         is_trial: it is only planned, to explain it: what it finds does not count as used.
         published_s: when others could first move what this request computed, on the monotonic clock.
+        prompt_logprobs: of the prompt tokens as far as it is computed, where they are wanted; the first has none.
         last_logits: [vocab_size] behind the prompt, set when the whole prompt is computed.
         on_success: called under the engine's lock before the request is settled with its completion.
     """
@@ -167,6 +168,7 @@ class Request:
     is_trial: bool = False
     published_s: float | None = None
     clock: Clock = field(default_factory=Clock)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     last_logits: Tensor | None = None
     is_cancelled: bool = False
     on_success: Callable[[], None] | None = None
@@ -197,6 +199,19 @@ class Request:
             self.sequence.rewind(todo.num_counted)
         else:
             self.sequence.place(todo.moved_from, todo.num_counted)
+
+    def score(self, logits: Tensor, start: int) -> None:
+        """Note how probable prompt tokens are.
+
+        Args:
+            logits: [num_tokens, vocab_size] of the tokens from `start` on; each tells about the token behind it.
+        """
+        num_top = self.sampling.prompt_logprobs
+        assert num_top is not None
+        following = self.sequence.token_ids[start + 1 : self.num_prompt_tokens][: len(logits)].tolist()
+        self.prompt_logprobs += [
+            token_logprob(row, each, num_top) for row, each in zip(logits, following, strict=False)
+        ]
 
     @property
     def max_tokens(self) -> int:
@@ -234,7 +249,8 @@ class Request:
 
     def completion(self) -> Completion:
         """The result; every choice must have finished."""
-        return Completion(tuple(self._choice(branch) for branch in self.branches), self._usage())
+        scored = None if self.sampling.prompt_logprobs is None else tuple(self.prompt_logprobs)
+        return Completion(tuple(self._choice(branch) for branch in self.branches), self._usage(), scored)
 
     def _choice(self, branch: Branch) -> Choice:
         assert branch.finish_reason is not None

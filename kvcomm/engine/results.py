@@ -126,10 +126,15 @@ class Choice(Plain):
 
 @dataclass(frozen=True)
 class Completion(Plain):
-    """The result of a request; text, token_ids, finish_reason and logprobs are those of the first choice."""
+    """The result of a request; text, token_ids, finish_reason and logprobs are those of the first choice.
+
+    Attributes:
+        prompt_logprobs: one per prompt token if they were asked for; the first token has none.
+    """
 
     choices: tuple[Choice, ...]
     usage: Usage
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
     def __repr__(self) -> str:
         more = f" and {len(self.choices) - 1} more" if len(self.choices) > 1 else ""

@@ -120,8 +120,8 @@ class SamplingParams:
             answer, and once if it stands there at all.
         logit_bias: added to the logits of these tokens, by id; -100 and below all but forbid, 100 and above all but
             force.
-        min_tokens: tokens before which neither the model's end tokens nor `stop_token_ids` come up; a stop string or
-            the end of a grammar ends the answer all the same.
+        min_tokens: tokens before which neither the model's end tokens nor `stop_token_ids` come up, and in whose text
+            no stop string counts. Where a grammar can only end, the answer ends all the same.
         prompt_logprobs: report the log-probability of every prompt token and of this many alternatives. The whole
             prompt is computed for it, whatever is cached.
         grammar: what the answer may be: the end comes where the grammar accepts, and at once where it can only end;

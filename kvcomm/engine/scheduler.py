@@ -55,6 +55,9 @@ logger = logging.getLogger("kvcomm.engine")
 
 EXPIRE_INTERVAL_S = 1.0
 
+MAX_SCORED = 128
+"""Prompt tokens in a step of which all logits are wanted: a row of them takes more memory than its KV."""
+
 MAX_FORCED = 64
 """Forced tokens that are computed in one pass with the token before them."""
 
@@ -431,13 +434,17 @@ class Scheduler:
 
     def _prefill_work(self, request: Request, budget: int, stuck: list[Request]) -> Work | None:
         sequence = request.sequence
+        is_scored = request.sampling.prompt_logprobs is not None
+        if is_scored:
+            budget = min(budget, MAX_SCORED)
         runs: list[Run] = []
         for start, end in request.pending:
             if budget <= 0:
                 break
             end = min(end, start + budget)
             budget -= end - start
-            runs.append(_run(sequence, start, end, num_logits=int(end == request.num_prompt_tokens)))
+            num_logits = end - start if is_scored else int(end == request.num_prompt_tokens)
+            runs.append(_run(sequence, start, end, num_logits=num_logits))
         if not self._can_write(request, sequence, runs[-1].end, stuck):
             return None
         runs = [run._replace(pages=sequence.pages.copy()) for run in runs]
@@ -509,11 +516,15 @@ class Scheduler:
             sequence.count(work.end)
         if work.num_logits == 0:
             return
-        if not finite[0]:
-            raise _not_finite(request, work.end)
+        if not all(finite):
+            raise _not_finite(request, work.end - len(finite) + finite.index(False) + 1)
+        if request.sampling.prompt_logprobs is not None:
+            request.score(logits, work.end - len(finite))
+            if work.end < request.num_prompt_tokens:
+                return
         todo = None if request.attempt is None else self._advance(request, request.attempt)
         if todo is None:
-            self._begin_answers(request, logits[0])
+            self._begin_answers(request, logits[-1])
         else:
             self._follow(request, todo)
 

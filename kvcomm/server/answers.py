@@ -25,6 +25,8 @@ from kvcomm.server.schemas.chat import ChatRequest
 from kvcomm.server.schemas.usage import Usage
 from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.state import ServerState
+from kvcomm.server.structured import compile_grammar, field_of, grammar_of
+from kvcomm.server.tenants import namespace
 from kvcomm.server.usage import plan_of, usage_of
 from kvcomm.toolcalls.events import Answer, Event, Finish
 from kvcomm.toolcalls.reading import NUM_PROMPT_TOKENS
@@ -159,11 +161,19 @@ def _prepare(body: ChatRequest, call: Call, turn: Turn | None) -> _Prepared:
     end = ""
     if state.prompts.readers.needs_prompt:
         end = state.engine.decode(prompt.token_ids[-NUM_PROMPT_TOKENS:])
-    return _Prepared(prompt, tools, end, _grammar(body, tools or [], end, state))
+    reply = grammar_of(body)
+    grammar = _grammar(body, tools or [], end, state, reply)
+    if grammar is not None:
+        space = namespace(call.tenant.name, body.cache_salt if turn is None else turn.salt)
+        param = field_of(body) if grammar == reply or not tools else "tools"
+        compile_grammar(state.engine, grammar, space=space, param=param)
+    return _Prepared(prompt, tools, end, grammar)
 
 
-def _grammar(body: ChatRequest, tools: list[dict[str, Any]], end: str, state: ServerState) -> Grammar | None:
-    """The grammar of a choice of tools; raises ApiError 400 where there can be none."""
+def _grammar(
+    body: ChatRequest, tools: list[dict[str, Any]], end: str, state: ServerState, reply: Grammar | None
+) -> Grammar | None:
+    """The grammar of a choice of tools, and of the `reply` without one; raises ApiError 400 where there can be none."""
     choice, readers = body.choice_of_tools, state.prompts.readers
     try:
         allowed = choice.allowed(tools)
@@ -171,10 +181,10 @@ def _grammar(body: ChatRequest, tools: list[dict[str, Any]], end: str, state: Se
         raise ApiError(400, "invalid_value", str(error), param="tool_choice") from error
     if readers.grammars is not None:
         try:
-            return readers.grammars.of(tools, choice, is_reasoning=readers.is_reasoning(end))
+            return readers.grammars.of(tools, choice, is_reasoning=readers.is_reasoning(end), reply=reply)
         except InvalidRequest as error:
             raise ApiError(400, "invalid_value", str(error), param="tools") from error
     if choice.is_free(tools, allowed):
-        return None
+        return reply
     message = "this model's calls have a form of its own, to which answers cannot be held here: leave tool_choice, "
     raise ApiError(400, "unsupported_value", message + "parallel_tool_calls and strict out", param="tool_choice")

@@ -6,12 +6,13 @@ import uuid
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
+from kvcomm.engine.grammar import Grammar
 from kvcomm.engine.results import Choice as EngineChoice
 from kvcomm.engine.results import Completion
 from kvcomm.server.access import security
@@ -25,6 +26,8 @@ from kvcomm.server.sampling import policy_of, sampling_of
 from kvcomm.server.schemas.completions import CompletionChoice, CompletionLogprobs, CompletionRequest, TextCompletion
 from kvcomm.server.schemas.usage import Usage
 from kvcomm.server.streaming import DOCUMENTED, EventStream
+from kvcomm.server.structured import compile_grammar, field_of, grammar_of
+from kvcomm.server.tenants import namespace
 from kvcomm.server.usage import usage_of
 
 router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
@@ -80,7 +83,19 @@ async def _job(prompt: str | list[int], body: CompletionRequest, call: Call) -> 
         prompt_logprobs=body.num_prompt_logprobs,
     )
     salt = body.cache_salt if turn is None else turn.salt
+    grammar = await call.make(partial(_compiled, body, call, salt))
+    if grammar is not None:
+        sampling = replace(sampling, grammar=grammar)
     return Job(prepared, sampling, policy_of(body, state.settings), salt, turn, adapter)
+
+
+def _compiled(body: CompletionRequest, call: Call, salt: str | None) -> Grammar | None:
+    """The grammar of the answers, known to the engine; for a worker thread."""
+    grammar = grammar_of(body)
+    if grammar is not None:
+        space = namespace(call.tenant.name, salt)
+        compile_grammar(call.state.engine, grammar, space=space, param=field_of(body))
+    return grammar
 
 
 @dataclass

@@ -24,6 +24,9 @@ from kvcomm.toolcalls.reader import ReasoningTags
 MAX_CALLS = 16
 """In one answer that a grammar constrains."""
 
+SHARED = ("$defs", "definitions")
+"""Where a schema keeps what references in it name."""
+
 NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
@@ -99,7 +102,10 @@ class CallGrammars:
         if reply is None and choice.is_free(tools, allowed):
             return None
         rules = self._reasoning(is_reasoning)
-        rules += self._calls(allowed, choice.is_parallel) if can_call else []
+        if can_call and reply is not None and self.shape.begin.startswith("{"):
+            rules += self._objects(allowed)
+        elif can_call:
+            rules += self._calls(allowed, choice.is_parallel)
         if choice.mode == "required":
             rules.append("answer: calls")
         elif reply is not None:
@@ -132,8 +138,24 @@ class CallGrammars:
             rules += self._call(at, tool["function"])
         return rules
 
+    def _objects(self, tools: Tools) -> list[str]:
+        """Rules for one call that is nothing but an object: all of it as a schema, as what may stand instead is one.
+
+        The lexer reads the longest piece that any rule knows, so a text such as '{"name": "' would hide other objects.
+        """
+        key = self.shape.middle.split('"')[3] if self.shape.middle.count('"') > 3 else "parameters"
+        rules = ["calls: " + " | ".join(f"call_{at}" for at in range(len(tools)))]
+        for at, tool in enumerate(tools):
+            function = tool["function"]
+            schema = dict(schema_of(function))
+            shared = {name: schema.pop(name) for name in SHARED if name in schema}
+            properties = {"name": {"const": function["name"]}, key: schema}
+            whole = {"type": "object", "properties": properties, "required": list(properties), **shared}
+            rules.append(f"call_{at}: {_json_rule(function['name'], whole, bool(function.get('strict')))}")
+        return rules
+
     def _call(self, at: int, function: Mapping[str, Any]) -> list[str]:
-        name = self._literal(function["name"] + self.shape.middle)
+        name = f"{_quoted(function['name'])} {self._literal(self.shape.middle)}"
         schema, is_strict = schema_of(function), bool(function.get("strict"))
         if self.format is PYTHONIC:
             return [f"call_{at}: {name} arguments_{at}_0_first", *_keywords(at, schema, is_strict=is_strict)]
@@ -156,25 +178,33 @@ class CallGrammars:
         """A text in a rule, its control tokens as such."""
         if not text:
             return ""
-        pattern = "|".join(map(re.escape, sorted(self.controls, key=len, reverse=True)))
-        pieces = re.split(f"({pattern})", text) if pattern else [text]
+        found = [re.escape(control) for control in sorted(self.controls, key=len, reverse=True) if control in text]
+        pieces = re.split(f"({'|'.join(found)})", text) if found else [text]
         return " ".join(
             f"<[{self.controls[piece]}]>" if piece in self.controls else _quoted(piece) for piece in pieces if piece
         )
 
 
 def schema_of(function: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The schema of a function's arguments: an object, and an empty one where nothing is said about it."""
+    """The schema of a function's arguments: an object, and an empty one where nothing is said about it.
+
+    Raises:
+        InvalidRequest: it is something else.
+    """
     given = function.get("parameters")
     schema: Mapping[str, Any] = NO_ARGUMENTS if given is None else given
-    return schema if "type" in schema else {**schema, "type": "object"}
+    kind = schema.get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        raise InvalidRequest(f"the parameters of {function['name']!r} must be of type 'object', not {kind!r}")
+    return {**schema, "type": "object"}
 
 
 def _keywords(call: int, schema: Mapping[str, Any], *, is_strict: bool) -> list[str]:
     """Rules for arguments in Python's syntax, in the order of the schema: `_first` where none stands before."""
     properties = list(properties_of(schema).items())
-    required = set(schema.get("required", ()))
-    shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+    listed = schema.get("required")
+    required = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+    shared = {name: schema[name] for name in SHARED if name in schema}
     rules = []
     for at, (name, given) in enumerate(properties):
         value = {**given, **shared} if isinstance(given, Mapping) else given

@@ -1,7 +1,8 @@
 """Answers of models that bring a `response_template`: read by transformers' parser, for which the checkpoint wrote it.
 
 The parser tells regions of an answer. Text and reasoning are passed on as they come; a call once its region has closed,
-since only then it is known what it says. A region that cannot be read is text.
+since only then it is known what it says. A region that cannot be read is text, and so is a call that a limit has cut:
+without its last arguments it would look like a whole one.
 """
 
 from __future__ import annotations
@@ -42,10 +43,12 @@ class DeclaredParser:
         self._make = lambda before: make(lenient, prefix=before, tools=[*map(dict, tools or ())])
         self._parser = self._make(prompt)
         self._raw: list[str] = []  # what was read of a region that has no value yet
+        self._behind: list[str] = []  # all that was read since a region closed
 
     def feed(self, text: str) -> None:
         """See `CallParser`."""
         for letter in text:
+            self._behind.append(letter)
             try:
                 events = self._parser.feed(letter)
             except (ValueError, KeyError, TypeError):  # a region closed that says nothing the template knows
@@ -75,11 +78,17 @@ class DeclaredParser:
             elif kind == "region_close":
                 if field in REASONING:
                     self._writer.end_reasoning()
-                elif field == CALLS and self._has_tools:
+                elif field == CALLS and self._has_tools and not self._is_cut:
                     self._call(event["value"])
                 elif self._raw:
                     self._writer.text("".join(self._raw))
                 self._raw.clear()
+                self._behind.clear()
+
+    @property
+    def _is_cut(self) -> bool:
+        """Whether a region only closes because a limit was reached in it: nothing stands behind what was read of it."""
+        return self._writer.is_cut and "".join(self._behind).endswith("".join(self._raw))
 
     def _take(self, field: str, text: str, *, is_raw: bool) -> None:
         if field in REASONING and not is_raw:

@@ -119,7 +119,7 @@ class AnswerReaders:
             shows_all: its text has all special tokens in it as it is.
         """
         ids = new_id or self._template.format.new_id
-        writer = AnswerWriter(ids)
+        writer = AnswerWriter(ids, holds_space=tools is not None)
         declared = self._template.response_template
         if declared is not None:
             parser: CallParser = DeclaredParser(writer, declared, prompt=prompt, tools=tools)

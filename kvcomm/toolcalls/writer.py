@@ -27,10 +27,13 @@ class AnswerWriter:
 
     Attributes:
         num_calls: begun so far.
+        is_cut: the answer ends at a limit, and not by itself.
     """
 
-    def __init__(self, new_id: NewId = new_id) -> None:
+    def __init__(self, new_id: NewId = new_id, *, holds_space: bool = True) -> None:
+        """`holds_space`: False where no calls can come, so that text never waits."""
         self._new_id = new_id
+        self._holds_space = holds_space
         self._events: list[Event] = []
         self._space = ""  # held back
         self._reasoning_space = ""
@@ -39,6 +42,7 @@ class AnswerWriter:
         self._has_other = False  # calls or reasoning
         self._is_in_call = False
         self.num_calls = 0
+        self.is_cut = False
 
     def take(self) -> list[Event]:
         """The events since the last time."""
@@ -47,13 +51,14 @@ class AnswerWriter:
 
     def text(self, piece: str) -> None:
         """More text; white space at its end may be held back."""
-        solid = piece.rstrip()
-        if not solid:
-            self._space += piece
-            return
-        shown = self._space + solid
-        self._events.append(TextDelta(shown.lstrip() if self._has_other and not self._has_text else shown))
-        self._space, self._has_text = piece[len(solid) :], True
+        solid = piece.rstrip() if self._holds_space else piece
+        shown = self._space + solid if solid else ""
+        if self._has_other and not self._has_text:
+            shown = shown.lstrip()
+        self._space = piece[len(solid) :] if solid else self._space + piece
+        if shown:
+            self._events.append(TextDelta(shown))
+            self._has_text = True
 
     def reasoning(self, piece: str) -> None:
         """More reasoning; white space at its ends is left out."""

@@ -44,7 +44,6 @@ def test_documented_fields_are_accepted(client: TestClient, fields: dict[str, An
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("response_format", {"type": "json_object"}),
         ("functions", []),
         ("function_call", "auto"),
         ("audio", {}),

@@ -30,8 +30,9 @@ WEATHER: dict[str, Any] = {
         },
     },
 }
+LATER: dict[str, Any] = {"type": "function", "function": {"name": "now_or_later"}}
 NOW: dict[str, Any] = {"type": "function", "function": {"name": "now"}}
-TOOLS = [WEATHER, NOW]
+TOOLS = [WEATHER, NOW, LATER]
 TOKENIZER = tokenizer_with(HERMES)
 TOKENS = llguidance.hf.from_tokenizer(TOKENIZER, n_vocab=len(TOKENIZER))
 
@@ -62,6 +63,8 @@ def test_required(name: str) -> None:
     required = ToolChoice("required")
     assert takes(grammars(name), required, written(name, BONN))
     assert takes(grammars(name), required, written(name, ("weather", {"city": "Bonn", "days": 2}), HERE))
+    assert takes(grammars(name), required, written(name, ("now_or_later", {})))
+    assert not takes(grammars(name), required, written(name, ("now_or", {})))
     assert not takes(grammars(name), required, "")
     assert not takes(grammars(name), required, "hello")
     assert not takes(grammars(name), required, written(name, ("weather", {"town": "Bonn"})))
@@ -158,3 +161,14 @@ def test_a_reply_comes_behind_reasoning() -> None:
     assert grammars("hermes").of((), ToolChoice(), reply=REPLY) is REPLY
     with pytest.raises(InvalidRequest, match="beside tools"):
         grammars("hermes").of(TOOLS, ToolChoice(), reply=Grammar.lark('start: "a"'))
+
+
+def test_parameters_are_an_object() -> None:
+    made = grammars("pythonic")
+    for parameters in ({"type": "string"}, {"type": ["null"]}):
+        tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+        with pytest.raises(InvalidRequest, match="'object'"):
+            made.of([tool], ToolChoice("required"))
+    odd = {"properties": {"a": {}}, "required": 5, "type": ["object", "null"]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": odd}}
+    assert made.of([tool], ToolChoice("required")) is not None

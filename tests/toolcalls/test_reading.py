@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from kvcomm.engine.results import Choice, Chunk
-from kvcomm.toolcalls.events import Answer, collected
+from kvcomm.toolcalls.events import Answer, Finish, TextDelta, collected
 from kvcomm.toolcalls.reading import AnswerReaders
 from kvcomm.toolcalls.template import ToolTemplate
 from tests.toolcalls import templates
@@ -67,6 +67,14 @@ def test_models_that_do_not_reason_have_no_tags() -> None:
     tokenizer = tokenizer_with(templates.HERMES)
     assert not readers_of(tokenizer).needs_prompt
     assert both(tokenizer, "<think>a</think>b").text == "<think>a</think>b"
+
+
+def test_text_never_waits_where_no_calls_can_come() -> None:
+    reader = readers_of(tokenizer_with(templates.HERMES)).make(None, "")
+    pieces = ["Well ", "\n", " <tool_call>", " "]
+    events = [reader.chunk(Chunk(0, piece, (), None, None)) for piece in pieces]
+    assert events == [[TextDelta(piece)] for piece in pieces]
+    assert reader.chunk(Chunk(0, "", (), None, "stop")) == [Finish("stop")]
 
 
 def test_declared_answers_show_all_special_tokens() -> None:

@@ -38,6 +38,17 @@ class Reading(NamedTuple):
 TeamRun = dict[str, Reading]
 """Agent -> reading, in the order of the team."""
 
+LATER = (
+    "skip_special_tokens",
+    "frequency_penalty",
+    "presence_penalty",
+    "logit_bias",
+    "min_tokens",
+    "prompt_logprobs",
+    "grammar",
+)
+"""Settings that came after the first profiles."""
+
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -77,11 +88,25 @@ def greedy(team: Team) -> Team:
 def team_digest(team: Team) -> str:
     """SHA-256 (hex) of agents, sampling, rounds and default inputs; names of teams do not count."""
     agents = [
-        [each.name, each.system, each.prompt, None if each.sampling is None else asdict(each.sampling)]
+        [
+            each.name,
+            each.system,
+            each.prompt,
+            _described(each.sampling),
+            *([each.grammar.source] if each.grammar else []),
+        ]
         for each in team.agents
     ]
     described = json.dumps([agents, team.rounds, dict(team.inputs)], sort_keys=True, default=list)
     return hashlib.sha256(described.encode()).hexdigest()
+
+
+def _described(sampling: SamplingParams | None) -> dict[str, object] | None:
+    """The settings; later ones only where they are set, so that what was tuned before need not be tuned anew."""
+    if sampling is None:
+        return None
+    defaults = asdict(SamplingParams())
+    return {key: value for key, value in asdict(sampling).items() if key not in LATER or value != defaults[key]}
 
 
 def exact_runs(engine: Engine, team: Team, rows: Sequence[Row], file: Path, note: Note) -> list[TeamRun]:

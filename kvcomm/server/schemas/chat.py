@@ -34,6 +34,7 @@ from kvcomm.server.schemas.messages import (
     ToolChoice,
 )
 from kvcomm.server.schemas.segments import SegmentedRequest
+from kvcomm.server.schemas.structured import ONE_FORM, StructuredFields
 from kvcomm.server.schemas.usage import RunningUsage, Usage
 from kvcomm.toolcalls.choice import ToolChoice as Choice
 
@@ -86,6 +87,7 @@ RULES: list[JsonValue] = [
     WHOLE_ONLY,
     ON_CONTEXT_CHAT,
     ONE_END,
+    ONE_FORM,
 ]
 
 
@@ -137,7 +139,7 @@ def require_stream(request: GenerationRequest) -> None:
         raise needs("stream_options", "is only allowed when stream is true")
 
 
-class ChatRequest(TemplateFields, SegmentedRequest):
+class ChatRequest(StructuredFields, TemplateFields, SegmentedRequest):
     """A conversation to be continued."""
 
     model_config = ConfigDict(json_schema_extra={"allOf": RULES})
@@ -166,10 +168,13 @@ class ChatRequest(TemplateFields, SegmentedRequest):
             description="With 'none' the tools are not shown; 'required' and a named function bring a call for sure."
         ),
     ] = None
-    parallel_tool_calls: Annotated[bool | None, Field(description="Whether an answer may have several calls.")] = None
-    response_format: only(  # type: ignore[valid-type]
-        None, {"type": "text"}, why="can only be {'type': 'text'}: answers are not constrained here"
-    ) = None
+    parallel_tool_calls: Annotated[
+        bool | None,
+        Field(
+            description="Whether an answer may have several calls; by default it may, unless a call is required: then "
+            "it is one."
+        ),
+    ] = None
     reasoning_effort: Annotated[
         Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None,
         Field(description="Given to the chat template."),
@@ -213,13 +218,15 @@ class ChatRequest(TemplateFields, SegmentedRequest):
     @property
     def choice_of_tools(self) -> Choice:
         """What the answer may call."""
-        is_parallel, given = self.parallel_tool_calls is not False, self.tool_choice
+        given, names = self.tool_choice, None
         if isinstance(given, NamedTool):
             return Choice("required", (given.function.name,), is_parallel=False)
+        mode = given.allowed_tools.mode if isinstance(given, AllowedToolsChoice) else given or "auto"
         if isinstance(given, AllowedToolsChoice):
             names = tuple(tool.function.name for tool in given.allowed_tools.tools)
-            return Choice(given.allowed_tools.mode, names, is_parallel)
-        return Choice(given or "auto", None, is_parallel)
+        # Small models that have to call something find no end where there may be more.
+        is_parallel = mode != "required" if self.parallel_tool_calls is None else self.parallel_tool_calls
+        return Choice(mode, names, is_parallel)
 
     @property
     def wanted_tokens(self) -> int | None:

@@ -24,6 +24,7 @@ from kvcomm.server.schemas.common import (
 )
 from kvcomm.server.schemas.logprobs import PromptLogprobs
 from kvcomm.server.schemas.segments import SegmentedRequest
+from kvcomm.server.schemas.structured import ONE_FORM, StructuredFields
 from kvcomm.server.schemas.usage import RunningUsage, Usage
 
 MAX_PROMPTS = 128
@@ -84,10 +85,11 @@ RULES: list[JsonValue] = [
     ONE_STORED_PROMPT,
     WHOLE_ONLY,
     PLAIN_ECHO,
+    ONE_FORM,
 ]
 
 
-class CompletionRequest(SegmentedRequest):
+class CompletionRequest(StructuredFields, SegmentedRequest):
     """Prompts to be continued; control tokens spelled out in a text are control tokens."""
 
     model_config = ConfigDict(json_schema_extra={"allOf": RULES})
