@@ -85,7 +85,7 @@ def test_answers_and_their_lists_are_one(
     places = places_by_bytes([engine.token_bytes(token_id) for token_id in ids], engine.tokenizer.decode(ids))
     assert told["text_offset"] == [place for place in places if place < len(shown)]
     if stop is None:
-        assert b"".join(parts).decode().removeprefix(" ") == shown.removeprefix(" ")
+        assert b"".join(parts).decode() in (shown, " " + shown)  # which the start of a text may lose
 
 
 def test_no_two_alternatives_have_one_name(client: TestClient) -> None:
