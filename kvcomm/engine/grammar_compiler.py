@@ -12,8 +12,9 @@ import logging
 import re
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.hf import from_tokenizer
@@ -31,7 +32,7 @@ logger = logging.getLogger("kvcomm.engine")
 MAX_COMPILED = 64
 """Grammars that are kept."""
 
-LIMITS = {
+LIMITS: Mapping[str, Any] = {
     "initial_lexer_fuel": 300_000,
     "step_lexer_fuel": 100_000,
     "step_max_items": 30_000,
@@ -114,9 +115,10 @@ class GrammarCompiler:
         # Where a model has no end token, an id that none of its tokens has stands for the end.
         ends = self._end_token_ids or [size]
         size = max(size, ends[-1] + 1)
+        tokenizer: Any = without_prefix(self._tokenizer)  # one that is not fast is refused there
         try:
             # What it puts before a text would be taken for what a grammar forces there.
-            return from_tokenizer(without_prefix(self._tokenizer), n_vocab=size, eos_token=ends)
+            return from_tokenizer(tokenizer, n_vocab=size, eos_token=ends)
         except ValueError as error:
             if _has_spaces_for_marks(self._tokenizer):
                 spelled = _SpelledOut(without_prefix(self._tokenizer), self._texts, size, ends)

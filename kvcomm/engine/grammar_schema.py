@@ -71,8 +71,8 @@ def _refuse_constant(name: str) -> float:
 
 def _require_small(schema: dict[str, Any]) -> None:
     """Raises InvalidRequest for one that would take long to compile."""
-    num_references, level = 0, [schema]
-    num_levels = 0
+    level: list[Any] = [schema]
+    num_references = num_levels = 0
     while level:
         num_levels += 1
         if num_levels > MAX_LEVELS:

@@ -8,7 +8,7 @@ without its last arguments it would look like a whole one.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kvcomm.toolcalls.writer import AnswerWriter, encodable
@@ -40,7 +40,7 @@ class DeclaredParser:
         fields = {name: {**field, "optional": True} for name, field in template["fields"].items()}
         lenient = {**template, "fields": fields}
         make: Any = ResponseParser  # which has no types
-        self._make = lambda before: make(lenient, prefix=before, tools=[*map(dict, tools or ())])
+        self._make: Callable[[str], Any] = lambda before: make(lenient, prefix=before, tools=[*map(dict, tools or ())])
         self._parser = self._make(prompt)
         self._raw: list[str] = []  # what was read of a region that has no value yet
         self._answer: list[str] = []  # all that was read
