@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from kvcomm.toolcalls.writer import AnswerWriter, encodable
@@ -39,8 +40,8 @@ class DeclaredParser:
         # What is missing is missing: an answer that was cut is no error.
         fields = {name: {**field, "optional": True} for name, field in template["fields"].items()}
         lenient = {**template, "fields": fields}
-        make: Any = ResponseParser  # which has no types
-        self._make: Callable[[str], Any] = lambda before: make(lenient, prefix=before, tools=[*map(dict, tools or ())])
+        make: Callable[..., Any] = ResponseParser  # which has no types
+        self._make: Callable[[str], Any] = partial(_begun, make, lenient, [*map(dict, tools or ())])
         self._parser = self._make(prompt)
         self._raw: list[str] = []  # what was read of a region that has no value yet
         self._answer: list[str] = []  # all that was read
@@ -108,3 +109,7 @@ class DeclaredParser:
             text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
             self._writer.arguments(encodable(text))
             self._writer.end_call()
+
+
+def _begun(make: Callable[..., Any], template: Mapping[str, Any], tools: Sequence[Any], prompt: str) -> Any:
+    return make(template, prefix=prompt, tools=tools)
