@@ -99,8 +99,8 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     file: Path = tmp_path_factory.mktemp("keys") / "keys.json"
     keys = {role: add_key(file, role.value, role=role) for role in Role}
     tiny = tiny_model()
-    tiny.model.config.max_position_embeddings = 4096  # no schema can say how many tokens a text has
-    with Engine(tiny.model, tiny.tokenizer, config=EngineConfig(page_size=4, pool_tokens=16_384)) as engine:
+    tiny.model.config.max_position_embeddings = 16_384  # no schema can say how many tokens a text has
+    with Engine(tiny.model, tiny.tokenizer, config=EngineConfig(page_size=4, pool_tokens=65_536)) as engine:
         engine.reuse.cost.model = ROWS_ONLY  # measuring imports in a thread, while hypothesis looks at what is there
         app = make_app(
             engine,
