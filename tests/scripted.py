@@ -18,7 +18,7 @@ def draw(monkeypatch: pytest.MonkeyPatch, *scripts: Sequence[int]) -> None:
         made(self, params, choice, **settings)
         self.script = list(scripts[min(choice, len(scripts) - 1)])  # type: ignore[attr-defined]
 
-    def sample(self: Any, *_: Any) -> int:
+    def sample(self: Any, logits: Any, token_ids: Any, num_answer: int) -> int:
         token: int = self.script.pop(0)
         self.script.append(token)
         return token

@@ -12,14 +12,14 @@ import logging
 import re
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import cast
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.hf import from_tokenizer
 from tokenizers import decoders
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kvcomm.engine.encoding import without_prefix
 from kvcomm.engine.grammar import Grammar
@@ -32,13 +32,14 @@ logger = logging.getLogger("kvcomm.engine")
 MAX_COMPILED = 64
 """Grammars that are kept."""
 
-LIMITS: Mapping[str, Any] = {
-    "initial_lexer_fuel": 300_000,
-    "step_lexer_fuel": 100_000,
-    "step_max_items": 30_000,
-    "max_lexer_states": 20_000,
-    "max_grammar_size": 100_000,
-}
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=300_000,
+    step_lexer_fuel=100_000,
+    step_max_items=30_000,
+    max_lexer_states=20_000,
+    max_grammar_size=100_000,
+    verbose_errors=False,
+)
 """A step's fuel lasts for about ten milliseconds; a state takes one or two kilobytes."""
 
 _UNKNOWN_KEYS = re.compile(r"Unimplemented keys: \[(.*?)\]")
@@ -85,8 +86,7 @@ class GrammarCompiler:
         return GrammarState(matcher.deep_copy(), grammar, self._end_token_ids, self._vocab_size)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
-        limits = LLParserLimits(**LIMITS, verbose_errors=False)
-        matcher = LLMatcher(self._known_tokens, _notation(grammar), log_level=0, limits=limits)
+        matcher = LLMatcher(self._known_tokens, _notation(grammar), log_level=0, limits=LIMITS)
         if not matcher.is_error():
             # The first step is the dearest one, and shows whether there is any answer at all.
             probe = matcher.deep_copy()
@@ -115,10 +115,10 @@ class GrammarCompiler:
         # Where a model has no end token, an id that none of its tokens has stands for the end.
         ends = self._end_token_ids or [size]
         size = max(size, ends[-1] + 1)
-        tokenizer: Any = without_prefix(self._tokenizer)  # one that is not fast is refused there
         try:
             # What it puts before a text would be taken for what a grammar forces there.
-            return from_tokenizer(tokenizer, n_vocab=size, eos_token=ends)
+            fast = cast("PreTrainedTokenizerFast", without_prefix(self._tokenizer))
+            return from_tokenizer(fast, n_vocab=size, eos_token=ends)
         except ValueError as error:
             if _has_spaces_for_marks(self._tokenizer):
                 spelled = _SpelledOut(without_prefix(self._tokenizer), self._texts, size, ends)
