@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.server.conftest import MODEL
 from tests.server.live import Live, serving
 from tests.server.test_messages import TOOL
 from tests.server.test_tools import CALL, say
+from tests.tiny import TinyModel, tiny_model
 
 ASKED: dict[str, Any] = {
     "model": MODEL,
@@ -25,6 +27,14 @@ ASKED: dict[str, Any] = {
     "extra_body": {"temperature": 0},  # a field that the client does not know any more
     "messages": [{"role": "user", "content": "how many apples are left?"}],
 }
+
+
+@pytest.fixture(scope="module")
+def shared_model() -> TinyModel:
+    """A model with room for described tools, whose every letter may be a token."""
+    tiny = tiny_model()
+    tiny.model.config.max_position_embeddings = 2048
+    return tiny
 
 
 @pytest.fixture
@@ -47,7 +57,7 @@ def test_whole_and_streamed(live: Live) -> None:
             text = "".join(stream.text_stream)
             final = stream.get_final_message()
         assert text == whole.content[0].text  # type: ignore[union-attr]  # it is a text
-        assert final.content == whole.content
+        assert [block.type for block in final.content] == ["text"]
         assert (final.stop_reason, whole.stop_reason) == ("max_tokens", "max_tokens")
         assert (
             final.usage.cache_read_input_tokens
@@ -81,6 +91,23 @@ def test_a_tool_is_called_and_its_result_comes_back(
             **{**asked, "max_tokens": 6, "messages": [*follows, {"role": "user", "content": [result]}]}
         )
         assert answer.content[0].type == "text"
+
+
+def test_structured_output(live: Live) -> None:
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    asked = {**ASKED, "max_tokens": 60, "output_config": {"format": {"type": "json_schema", "schema": schema}}}
+    with client_of(live) as client:
+        answer = client.messages.create(**asked)
+    assert json.loads(answer.content[0].text)["n"] in (1, 2)  # type: ignore[union-attr]  # it is a text
+
+
+def test_a_tool_that_has_to_be_called(live: Live) -> None:
+    asked = {**ASKED, "max_tokens": 120, "tools": [TOOL], "tool_choice": {"type": "tool", "name": "weather"}}
+    with client_of(live) as client:
+        answer = client.messages.create(**asked)
+    call = answer.content[-1]
+    assert call.type == "tool_use"
+    assert call.name == "weather"
 
 
 @beta_tool

@@ -16,6 +16,7 @@ from tests.server.conftest import HELLO, MODEL, Keys, MakeClient, chat
 from tests.server.test_contexts import ok, said
 from tests.server.test_responses import named_events
 from tests.server.test_tools import CALL, say
+from tests.tiny import TinyModel, tiny_model
 
 CHAT, URL = "/v1/chat/completions", "/v1/messages"
 TOOL = {
@@ -23,6 +24,14 @@ TOOL = {
     "description": "of a city",
     "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 }
+
+
+@pytest.fixture(scope="module")
+def shared_model() -> TinyModel:
+    """A model with room for described tools, whose every letter may be a token."""
+    tiny = tiny_model()
+    tiny.model.config.max_position_embeddings = 2048
+    return tiny
 
 
 def message(**fields: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.limits import PATIENCE_S, wait_for
 from tests.server.conftest import MODEL
 from tests.server.live import Live, serving
 from tests.server.test_tools import CALL, say
+from tests.tiny import TinyModel, tiny_model
 
 ASKED: dict[str, Any] = {
     "model": MODEL,
@@ -28,6 +30,14 @@ TOOL: Any = {
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     "strict": None,
 }
+
+
+@pytest.fixture(scope="module")
+def shared_model() -> TinyModel:
+    """A model with room for described tools, whose every letter may be a token."""
+    tiny = tiny_model()
+    tiny.model.config.max_position_embeddings = 2048
+    return tiny
 
 
 @pytest.fixture
@@ -96,6 +106,14 @@ def test_a_tool_is_called_and_its_result_comes_back(
         {**asked, "input": [{"role": "user", "content": ASKED["input"]}, *whole.output, result]},
     ):
         assert client.responses.create(**follows).output[0].type == "message"
+
+
+def test_structured_output(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    form: Any = {"format": {"type": "json_schema", "name": "count", "schema": schema, "strict": True}}
+    answer = client.responses.create(**{**ASKED, "max_output_tokens": 60, "text": form})
+    assert json.loads(answer.output_text)["n"] in (1, 2)
+    assert answer.status == "completed"
 
 
 def test_what_is_left_early_is_not_stored(client: openai.OpenAI, live: Live, engine: Engine) -> None:

@@ -19,7 +19,6 @@ from kvcomm.memory.segments import Segment
 from kvcomm.server.errors import ApiError
 from kvcomm.server.prompts import PromptMaker
 
-
 NOT_CONTINUED = "context_not_continued"
 """Code of the error where the template writes what a context holds differently once there is more."""
 

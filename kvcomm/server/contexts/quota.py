@@ -77,4 +77,5 @@ class ConversationQuota:
                 f"messages and tools of this tenant's contexts take {held} of at most {most} bytes, and these would "
                 f"take {num_bytes} more; delete contexts, or let some expire"
             )
-            raise ApiError(429, "quota_exceeded", message, retry_after_s=self._settings.retry_after_s)
+            retry_after_s = self._settings.retry_after_s
+            raise ApiError(429, "quota_exceeded", message, param="messages", retry_after_s=retry_after_s)

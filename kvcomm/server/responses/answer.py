@@ -15,7 +15,7 @@ from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError
 from kvcomm.server.generation import Call
 from kvcomm.server.logprobs import told_logprobs
-from kvcomm.server.responses.keeping import Place, Stored, find
+from kvcomm.server.responses.keeping import QUOTA_EXCEEDED, Place, Stored, find
 from kvcomm.server.responses.output import Output, Told
 from kvcomm.server.responses.translation import chat_request, items_of
 from kvcomm.server.schemas.chat import ChatRequest
@@ -30,8 +30,8 @@ from kvcomm.server.schemas.responses import (
 )
 from kvcomm.server.schemas.usage import Usage
 
-NOT_KEPT = frozenset({"conversation_too_large", "quota_exceeded"})
-"""Codes of errors about what a context would keep."""
+NOT_KEPT = frozenset({"conversation_too_large", QUOTA_EXCEEDED})
+"""Codes of errors about messages that a context would keep."""
 
 
 class ResponseAnswer:
@@ -57,12 +57,13 @@ class ResponseAnswer:
         body, call = self._body, self._call
         if body.previous_response_id is not None:
             self._past = find(call.state.contexts.of(call.tenant), body.previous_response_id, is_previous=True)
+        self._place = place = Place.find(call, body.store)
         try:
-            self._place = None if body.store is False else Place(call, is_spare=body.store is None)
             self._answers = await self._submit()
         except ApiError as error:
-            if body.store or error.code not in NOT_KEPT or error.param not in (None, "messages"):
+            if place is None or not place.is_spare or error.code not in NOT_KEPT or error.param != "messages":
                 raise
+            place.give_back()
             self._place = None
             self._answers = await self._submit()
 
@@ -99,6 +100,7 @@ class ResponseAnswer:
 
     def failure(self, error: ApiError) -> Told:
         """The last event of a stream that ends with an error."""
+        self._place = None
         code = "rate_limit_exceeded" if error.status_code == 429 else "server_error"
         failed = self._object("failed", error=ResponseError(code=code, message=error.detail))
         return self._numbered({"type": "response.failed", "response": failed.model_dump()})

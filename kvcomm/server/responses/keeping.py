@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from pydantic import TypeAdapter
 
@@ -28,6 +28,9 @@ from kvcomm.server.tenants import Tenant
 SPARE_SHARE = 4
 """Of the pool, of a tenant's quota and of what it may keep beside it, responses that nobody asked to keep take a part:
 one in so many, and of the pool that divided by the tenants."""
+
+QUOTA_EXCEEDED = "quota_exceeded"
+"""Code of the error where a tenant keeps as much as it may."""
 
 ITEMS: TypeAdapter[list[SentItem]] = TypeAdapter(list[Item])
 
@@ -90,18 +93,33 @@ class Place:
     """A place for one response, from before it is computed."""
 
     def __init__(self, call: Call, *, is_spare: bool) -> None:
-        """Raises ApiError as `ContextRegistry.place`."""
+        """`is_spare`: nobody asked for it; raises ApiError as `ContextRegistry.place`."""
+        self.is_spare = is_spare
         self._call = call
         self._registry = call.state.contexts.of(call.tenant)
-        self._is_spare = is_spare
         self._place = ExitStack()
         self._place.enter_context(self._registry.place())
         call.at_end(self._place.close)
 
-    @property
-    def is_spare(self) -> bool:
-        """Whether nobody asked for it."""
-        return self._is_spare
+    @classmethod
+    def find(cls, call: Call, store: bool | None) -> Self | None:
+        """What a request gets that says `store`; None: it is not kept.
+
+        Raises:
+            ApiError: 429, there is no place for what is to be stored.
+        """
+        if store is False:
+            return None
+        try:
+            return cls(call, is_spare=store is None)
+        except ApiError as error:
+            if store or error.code != QUOTA_EXCEEDED:
+                raise
+            return None
+
+    def give_back(self) -> None:
+        """Nothing will be kept here."""
+        self._place.close()
 
     async def keep(self, turn: Turn, response: ResponseObject, request: ResponsePrompt, past: Stored | None) -> None:
         """Keep a response that has come to its end.
@@ -115,7 +133,7 @@ class Place:
             name=response.id,
             id=f"ctx_{response.id.removeprefix('resp_')}",
             response=kept,
-            is_spare=self._is_spare,
+            is_spare=self.is_spare,
         )
         self._place.close()
         self._registry.adopt_response(node, turn, behind=None if past is None else past.node)

@@ -13,6 +13,7 @@ from kvcomm.server.bodies import BodyRoute
 from kvcomm.server.contexts.answering import put_messages
 from kvcomm.server.contexts.conversation import NOT_CONTINUED
 from kvcomm.server.contexts.registry import ContextRegistry
+from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError, documented
 from kvcomm.server.generation import Call, CallDep
 from kvcomm.server.removal import release
@@ -119,19 +120,20 @@ async def _answer(body: ResponseRequest, call: Call) -> Response | ResponseObjec
 
 async def _count(body: ResponsePrompt, call: Call) -> InputTokens:
     call.state.adapter_of(body.model)
-    past = None
+    past, turn = None, None
     if body.previous_response_id is not None:
-        past = find(call.state.contexts.of(call.tenant), body.previous_response_id, is_previous=True)
+        registry = call.state.contexts.of(call.tenant)
+        past = find(registry, body.previous_response_id, is_previous=True)
+        turn = call.take_turn(registry.turn_behind(past.node, keeps=False))
 
-    work = partial(_num_tokens, body, past, call)
+    work = partial(_num_tokens, body, past, turn, call)
     return InputTokens(input_tokens=await call.make(work, more_bytes=0 if past is None else past.num_bytes))
 
 
-def _num_tokens(body: ResponsePrompt, past: Stored | None, call: Call) -> int:
-    """Tokens of a prompt as `create_response` would make it; for a worker thread."""
+def _num_tokens(body: ResponsePrompt, past: Stored | None, turn: Turn | None, call: Call) -> int:
+    """Tokens of a prompt as `create_response` would make it, on a turn behind what is past; for a worker thread."""
     prompts = call.state.prompts
-    if past is not None and past.is_shown_as(body):
-        turn = call.take_turn(call.state.contexts.of(call.tenant).turn_behind(past.node, keeps=False))
+    if past is not None and turn is not None and past.is_shown_as(body):
         try:
             return put_messages(turn, chat_request(body, items_of(body), is_whole=False), prompts).num_tokens
         except ApiError as error:
