@@ -95,7 +95,7 @@ class RunPlan:
             grammar = self.sampling_of(agent).grammar
             if grammar is not None:
                 try:
-                    self.engine.grammars.compile(grammar, owner=self.tenant)
+                    self.engine.compile_grammar(grammar, tenant=self.tenant)
                 except InvalidRequest as error:
                     raise InvalidRequest(f"agent {agent.name!r}: {error}") from error
 

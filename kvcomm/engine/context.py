@@ -55,6 +55,8 @@ class ContextHost(Protocol):
         self, context: Context, sequence: Sequence, segments: tuple[Segment, ...], sampling: SamplingParams
     ) -> RequestHandle: ...
 
+    def compile_grammar(self, grammar: Grammar, *, tenant: str) -> None: ...
+
     def add_context(self, context: Context) -> None: ...
 
     def drop_context(self, context: Context) -> None: ...
@@ -216,6 +218,8 @@ class Context:
                 `PREFILL_ONLY` this is `extend` without waiting.
         """
         params = sampling_params(sampling, settings)
+        if params.grammar is not None:
+            self._engine.compile_grammar(params.grammar, tenant=self.tenant)  # not under the lock
         segments = () if prompt is None else self._engine.read_prompt(prompt, is_start=self.num_tokens == 0)
         return self._write(segments, params)
 

@@ -175,7 +175,7 @@ class TextEncoder:
     @cached_property
     def _middle(self) -> PreTrainedTokenizerBase | None:
         """A tokenizer that puts nothing before a text: the model's own, or a copy of it; None: there is none."""
-        unprefixed = _without_prefix(self._tokenizer) if self._tokenizer.is_fast else self._tokenizer
+        unprefixed = without_prefix(self._tokenizer) if self._tokenizer.is_fast else self._tokenizer
         # Texts that always have spaces between them cannot be joined in any way.
         return unprefixed if self._joins(unprefixed) or self._anchor is None else None
 
@@ -284,7 +284,7 @@ def _is_ordinary(content: str, template: str) -> bool:
     return letters.replace(" ", "").isalnum() and content not in template
 
 
-def _without_prefix(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def without_prefix(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """A fast tokenizer, or a copy of it, that puts nothing before a text as far as its parts can be looked at."""
     try:
         whole = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -34,6 +34,7 @@ from kvcomm.engine.context import Context, sampling_params
 from kvcomm.engine.detokenize import Detokenizer
 from kvcomm.engine.encoding import TextEncoder
 from kvcomm.engine.exchange import KVExchange, layer_shapes
+from kvcomm.engine.grammar import Grammar
 from kvcomm.engine.grammar_compiler import GrammarCompiler
 from kvcomm.engine.grammar_state import GrammarState
 from kvcomm.engine.handle import RequestHandle
@@ -158,7 +159,9 @@ class Engine:
         self._reader = PromptReader(
             self.encoder, vocab_size=self.geometry.vocab_size, max_context=self.geometry.max_context
         )
-        self.grammars = GrammarCompiler(tokenizer, self._texts, vocab_size=self.geometry.vocab_size, end_token_ids=ends)
+        self._grammars = GrammarCompiler(
+            tokenizer, self._texts, vocab_size=self.geometry.vocab_size, end_token_ids=ends
+        )
         self._ends = ends
         self._chats = ChatPrompts(tokenizer, self.encoder, self._reader, self._texts)
         self._cached_pages: dict[str, int] = {}
@@ -520,6 +523,14 @@ class Engine:
         )
         return self.read_prompt(segments, is_start=True)
 
+    def compile_grammar(self, grammar: Grammar, *, tenant: str = DEFAULT_TENANT) -> None:
+        """Make a grammar ready for a tenant's requests, which then need no time for it; the most recent ones are kept.
+
+        Raises:
+            InvalidRequest: it cannot be enforced, costs too much, or nothing satisfies it; names what is at fault.
+        """
+        self._grammars.compile(grammar, owner=tenant)
+
     def explain(
         self,
         prompt: Prompt,
@@ -605,7 +616,7 @@ class Engine:
         """Where each choice stands in its grammar before its first token."""
         if sampling.grammar is None:
             return [None] * sampling.n
-        return [self.grammars.compile(sampling.grammar, owner=tenant) for _ in range(sampling.n)]
+        return [self._grammars.compile(sampling.grammar, owner=tenant) for _ in range(sampling.n)]
 
     def read_prompt(self, prompt: Prompt, *, is_start: bool) -> tuple[Segment, ...]:
         """The checked segments of a prompt; see `PromptReader.read`."""

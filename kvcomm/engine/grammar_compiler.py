@@ -12,35 +12,35 @@ import logging
 import re
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import cast
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.hf import from_tokenizer
-from transformers import PreTrainedTokenizerBase
+from tokenizers import decoders
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from kvcomm.engine.encoding import without_prefix
 from kvcomm.engine.grammar import Grammar
-from kvcomm.engine.grammar_state import GrammarState
+from kvcomm.engine.grammar_state import MAX_MESSAGE, GrammarState
 from kvcomm.engine.token_texts import TokenTexts
 from kvcomm.errors import InvalidRequest
-from kvcomm.plain import short
 
 logger = logging.getLogger("kvcomm.engine")
 
 MAX_COMPILED = 64
 """Grammars that are kept."""
 
-LIMITS = {
-    "initial_lexer_fuel": 300_000,
-    "step_lexer_fuel": 100_000,
-    "step_max_items": 30_000,
-    "max_lexer_states": 20_000,
-    "max_grammar_size": 100_000,
-}
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=300_000,
+    step_lexer_fuel=100_000,
+    step_max_items=30_000,
+    max_lexer_states=20_000,
+    max_grammar_size=100_000,
+    verbose_errors=False,
+)
 """A step's fuel lasts for about ten milliseconds; a state takes one or two kilobytes."""
-
-MAX_MESSAGE = 300
-"""Letters of an error that come from the compiler."""
 
 _UNKNOWN_KEYS = re.compile(r"Unimplemented keys: \[(.*?)\]")
 
@@ -86,8 +86,7 @@ class GrammarCompiler:
         return GrammarState(matcher.deep_copy(), grammar, self._end_token_ids, self._vocab_size)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
-        limits = LLParserLimits(**LIMITS, verbose_errors=False)
-        matcher = LLMatcher(self._known_tokens, _notation(grammar), log_level=0, limits=limits)
+        matcher = LLMatcher(self._known_tokens, _notation(grammar), log_level=0, limits=LIMITS)
         if not matcher.is_error():
             # The first step is the dearest one, and shows whether there is any answer at all.
             probe = matcher.deep_copy()
@@ -115,13 +114,42 @@ class GrammarCompiler:
         size = max(self._vocab_size, len(self._tokenizer))
         # Where a model has no end token, an id that none of its tokens has stands for the end.
         ends = self._end_token_ids or [size]
+        size = max(size, ends[-1] + 1)
         try:
-            return from_tokenizer(self._tokenizer, n_vocab=max(size, ends[-1] + 1), eos_token=ends)
+            # What it puts before a text would be taken for what a grammar forces there.
+            fast = cast("PreTrainedTokenizerFast", without_prefix(self._tokenizer))
+            return from_tokenizer(fast, n_vocab=size, eos_token=ends)
         except ValueError as error:
+            if _has_spaces_for_marks(self._tokenizer):
+                spelled = _SpelledOut(without_prefix(self._tokenizer), self._texts, size, ends)
+                return LLTokenizer(TokenizerWrapper(spelled), n_vocab=size, eos_token=ends)
             raise InvalidRequest(
                 "the answers of this model cannot be constrained: nothing is known about the bytes of its tokens "
-                f"({short(str(error))})"
+                f"({error})"
             ) from error
+
+
+class _SpelledOut:
+    """A tokenizer that the library does not know, by the bytes of its tokens; as `TokenizerWrapper` wants it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: TokenTexts, size: int, ends: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id, self.bos_token_id = ends[0], None
+        known = range(len(tokenizer))
+        self.special_token_ids = [each for each in range(size) if each not in known or texts.is_silent(each)]
+        self.tokens = [texts.bytes_of(each) if each in known else b"" for each in range(size)]
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8", "replace")
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+
+def _has_spaces_for_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether its texts are those of its tokens, one after the other, with spaces for the marks of words."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is not None and isinstance(backend.decoder, decoders.Metaspace)
 
 
 def _notation(grammar: Grammar) -> str:
@@ -142,4 +170,4 @@ def _explained(grammar: Grammar, matcher: LLMatcher) -> str:
         return f"{what} uses {keys}, which cannot be enforced here; leave it out, or set strict to false"
     if not message or message.startswith("NoExtension"):
         return f"{what} cannot be enforced: nothing satisfies it"
-    return f"{what} cannot be enforced: {short(message)}"
+    return f"{what} cannot be enforced: {message[:MAX_MESSAGE]}"

@@ -71,8 +71,8 @@ def _refuse_constant(name: str) -> float:
 
 def _require_small(schema: dict[str, Any]) -> None:
     """Raises InvalidRequest for one that would take long to compile."""
-    num_references, level = 0, [schema]
-    num_levels = 0
+    num_references = num_levels = 0
+    level: list[Any] = [schema]
     while level:
         num_levels += 1
         if num_levels > MAX_LEVELS:
@@ -86,7 +86,9 @@ def _require_small(schema: dict[str, Any]) -> None:
                     raise InvalidRequest(
                         f"the JSON schema has an object of {len(properties)} properties; the most are {MAX_PROPERTIES}"
                     )
-            below += each.values() if isinstance(each, dict) else each
+                below += each.values()
+            else:
+                below += each
         level = [each for each in below if isinstance(each, dict | list)]
     if num_references > MAX_REFERENCES:
         raise InvalidRequest(f"the JSON schema has {num_references} references ($ref); the most are {MAX_REFERENCES}")

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from kvcomm.engine.grammar import Grammar
 from kvcomm.errors import InvalidRequest
-from kvcomm.plain import short
+
+MAX_MESSAGE = 300
+"""Letters of an error that come from the library."""
 
 
 class GrammarState:
@@ -80,4 +82,4 @@ class GrammarState:
     def _require_sound(self) -> None:
         if self._matcher.is_error():
             message = self._matcher.get_error().removesuffix("<non-verbose/>").strip()
-            raise InvalidRequest(f"the answer cannot go on under {self._grammar!r}: {short(message)}")
+            raise InvalidRequest(f"the answer cannot go on under {self._grammar!r}: {message[:MAX_MESSAGE]}")

@@ -57,14 +57,12 @@ def _token_ids(name: str, value: object) -> tuple[int, ...]:
 
 def _biases(name: str, value: object) -> tuple[tuple[int, float], ...]:
     """By token id, ascending."""
-    pairs = value.items() if isinstance(value, Mapping) else items(name, value, "a mapping of token ids to numbers")
+    wanted = "a mapping of token ids to numbers"
     found: dict[int, float] = {}
-    for pair in pairs:
-        match pair:
-            case (token_id, bias):
-                found[whole_number(f"each token id of {name}", token_id)] = real_number(f"{name}[{token_id}]", bias)
-            case _:
-                raise InvalidRequest(f"{name} must be a mapping of token ids to numbers, not {told(value)}")
+    for pair in value.items() if isinstance(value, Mapping) else items(name, value, wanted):
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise InvalidRequest(f"{name} must be {wanted}, not {told(value)}")
+        found[whole_number(f"{name}, a token id,", pair[0])] = real_number(f"{name}[{pair[0]}]", pair[1])
     return tuple(sorted(found.items()))
 
 

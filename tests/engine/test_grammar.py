@@ -15,6 +15,9 @@ from kvcomm.errors import InvalidRequest
 from tests.tiny import tiny_tokenizer
 from tests.tokenizer_kinds import KINDS, tokenizer_of
 
+REFUSED = ("joined", "slow-bytes", "slow-sentencepiece", "slow-words", "suffixed", "wordpiece", "wordpiece-cleaned")
+"""Kinds of tokenizers whose tokens have no bytes of their own."""
+
 
 @pytest.fixture(scope="module")
 def compiler() -> GrammarCompiler:
@@ -48,7 +51,7 @@ def test_equal_grammars_are_equal() -> None:
 @pytest.mark.parametrize(
     ("make", "word"),
     [
-        (lambda: Grammar.json_schema(False), "false"),
+        (lambda: Grammar.json_schema(False), "False"),
         (lambda: Grammar.json_schema(None), "None"),  # type: ignore[arg-type]
         (lambda: Grammar.json_schema("[1]"), "1"),
         (lambda: Grammar.json_schema("{'a': 1}"), "no JSON"),
@@ -115,10 +118,11 @@ def test_schemas_have_limits(schema: Any) -> None:
         Grammar.json_schema(nested(MAX_LEVELS - 1)),
         Grammar.json_schema(chained(MAX_REFERENCES)),
         Grammar.json_schema({"enum": [f"value {at}" for at in range(8000)]}),
+        Grammar.json_schema(wide(MAX_PROPERTIES)),
         Grammar.json_schema(wide(MAX_PROPERTIES) | {"required": list(wide(MAX_PROPERTIES)["properties"])}),
         Grammar.choice([f"value {at}" for at in range(5000)]),
     ],
-    ids=["deep", "chained", "enum", "wide", "choice"],
+    ids=["deep", "chained", "enum", "optional", "wide", "choice"],
 )
 def test_at_the_limits_it_compiles(compiler: GrammarCompiler, grammar: Grammar) -> None:
     state = compiler.compile(grammar)
@@ -128,25 +132,19 @@ def test_at_the_limits_it_compiles(compiler: GrammarCompiler, grammar: Grammar) 
 @pytest.mark.parametrize(
     "grammar",
     [
-        Grammar.json_schema(wide(MAX_PROPERTIES)),
         Grammar.json_schema({"allOf": [{"anyOf": [wide(3), wide(2), wide(1)]}] * 12}),
-        Grammar.regex("(a|b)" * 3000 + "(a{1,1000}){1,1000}" * 50),
         Grammar.lark("start: A0\n" + "\n".join(f"A{at}: A{at + 1} A{at + 1}" for at in range(40)) + '\nA40: "a"'),
         Grammar.lark("start: " + "(" * 10_000 + '"a"' + ")" * 10_000),
-        Grammar.lark("start: %json " + nested(3000)),
+        Grammar.lark("start: %json " + nested(2000)),
         Grammar.lark("start: start"),
         Grammar.json_schema({"$ref": "#"}),
     ],
-    ids=["optional", "combined", "regex", "doubling", "brackets", "json", "itself", "ref"],
+    ids=["combined", "doubling", "brackets", "json", "itself", "ref"],
 )
 def test_what_costs_too_much_is_refused(compiler: GrammarCompiler, grammar: Grammar) -> None:
-    """And nothing of it is kept."""
-    try:
-        state = compiler.compile(grammar)
-    except InvalidRequest as error:
-        assert len(str(error)) < 500
-    else:  # a combination that is not dear after all
-        assert not state.forbidden().all()
+    with pytest.raises(InvalidRequest) as caught:
+        compiler.compile(grammar)
+    assert len(str(caught.value)) < 500
 
 
 def test_a_chain_of_rules_at_the_limit(compiler: GrammarCompiler) -> None:
@@ -216,11 +214,11 @@ def test_every_kind_of_tokenizer_follows_or_refuses(kind: str) -> None:
     """Whatever may come next is a beginning of the text that the tokenizer shows."""
     compiler, tokenizer = make_compiler(kind), tokenizer_of(kind)
     grammar = Grammar.regex("hello( world)?")
-    try:
-        state = compiler.compile(grammar)
-    except InvalidRequest as error:
-        assert "cannot be constrained" in str(error)
+    if kind in REFUSED:
+        with pytest.raises(InvalidRequest, match="cannot be constrained"):
+            compiler.compile(grammar)
         return
+    state = compiler.compile(grammar)
     ids: list[int] = []
     while not state.is_over and len(ids) < 30:
         allowed = (~state.forbidden(with_ends=False)).nonzero()[:, 0].tolist()

@@ -45,7 +45,7 @@ def test_a_completion_survives_pickling_and_copying(completion: Completion) -> N
 
 def test_a_completion_as_json(completion: Completion) -> None:
     value = json.loads(json.dumps(completion.to_dict(), allow_nan=False))
-    assert list(value) == ["choices", "usage"]
+    assert list(value) == ["choices", "usage", "prompt_logprobs"]
     first, second = value["choices"]
     names = ["index", "text", "token_ids", "finish_reason", "logprobs", "text_offsets", "end_logprob"]
     assert list(first) == names

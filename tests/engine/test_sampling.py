@@ -179,6 +179,12 @@ WRONG_TYPES: dict[str, tuple[object, ...]] = {
     "n": (True, 2.0, None, "2"),
     "logprobs": (True, 2.0, "2"),
     "skip_special_tokens": (1, 0, None, "yes"),
+    "frequency_penalty": ("1", None, True),
+    "presence_penalty": ("1", None, True),
+    "logit_bias": (5, None, "abc", [1], {1.5: 1.0}, {1: "x"}, {1: None}, {True: 1.0}),
+    "min_tokens": (2.0, True, None, "3"),
+    "prompt_logprobs": (True, 2.0, "2"),
+    "grammar": ("a", {"type": "object"}, True, 5),
 }
 
 

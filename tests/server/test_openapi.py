@@ -80,7 +80,7 @@ def test_answers_match_their_schema(
         {"nonsense": 1},
         {"temperature": "1"},
         {"temperature": 2.1},
-        {"presence_penalty": 1},
+        {"presence_penalty": 2.1},
         {"response_format": {"type": "json_array"}},
         {"response_format": {"type": "json_object"}, "regex": "a"},
         {"structured_outputs": {}},

@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from kvcomm.engine.engine import Engine
 from tests.server.conftest import chat, completion
-from tests.server.events import read_events
+from tests.server.events import DONE, events_of
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PERSON = {
@@ -90,8 +90,8 @@ def test_text_is_free(client: TestClient) -> None:
 
 def test_streams_say_the_same(client: TestClient) -> None:
     whole = answer(client, CHAT, **named(PERSON))
-    with client.stream("POST", CHAT, json={**chat(**named(PERSON)), "max_tokens": 100, "stream": True}) as response:
-        events = read_events(response)
+    response = client.post(CHAT, json={**chat(**named(PERSON)), "max_tokens": 100, "stream": True})
+    events = [event for event in events_of(response.text) if event != DONE]
     text = "".join(event["choices"][0]["delta"].get("content") or "" for event in events)
     assert text == whole["text"]
 

@@ -34,7 +34,7 @@ from kvcomm.server.schemas.messages import (
     ToolChoice,
 )
 from kvcomm.server.schemas.segments import SegmentedRequest
-from kvcomm.server.schemas.structured import ONE_FORM, StructuredFields
+from kvcomm.server.schemas.structured import FORMS, StructuredFields
 from kvcomm.server.schemas.usage import RunningUsage, Usage
 from kvcomm.toolcalls.choice import ToolChoice as Choice
 
@@ -87,7 +87,7 @@ RULES: list[JsonValue] = [
     WHOLE_ONLY,
     ON_CONTEXT_CHAT,
     ONE_END,
-    ONE_FORM,
+    *FORMS,
 ]
 
 

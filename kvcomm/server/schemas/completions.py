@@ -24,7 +24,7 @@ from kvcomm.server.schemas.common import (
 )
 from kvcomm.server.schemas.logprobs import PromptLogprobs
 from kvcomm.server.schemas.segments import SegmentedRequest
-from kvcomm.server.schemas.structured import ONE_FORM, StructuredFields
+from kvcomm.server.schemas.structured import FORMS, StructuredFields
 from kvcomm.server.schemas.usage import RunningUsage, Usage
 
 MAX_PROMPTS = 128
@@ -85,7 +85,7 @@ RULES: list[JsonValue] = [
     ONE_STORED_PROMPT,
     WHOLE_ONLY,
     PLAIN_ECHO,
-    ONE_FORM,
+    *FORMS,
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -66,29 +67,25 @@ class JsonSchemaFormat(RequestModel):
 
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
-KINDS = ("json", "regex", "choice", "grammar", "json_object")
-ONE_KIND: JsonDict = {
-    "oneOf": [
-        {
-            "required": [kind],
-            "properties": {
-                kind: {"const": True} if kind == "json_object" else {"not": {"type": "null"}},
-                **{
-                    other: {"enum": [None, False]} if other == "json_object" else {"type": "null"}
-                    for other in KINDS
-                    if other != kind
-                },
-            },
-        }
-        for kind in KINDS
-    ]
+KINDS: Mapping[str, JsonDict] = {
+    "json": {"type": ["object", "string"]},
+    "regex": {"type": "string"},
+    "choice": {"type": "array"},
+    "grammar": {"type": "string"},
+    "json_object": {"const": True},
 }
+"""What can be asked for, and the values that do ask for it."""
+
+
+def _only(kind: str) -> JsonDict:
+    others = {other: {"enum": [None, False]} if other == "json_object" else {"type": "null"} for other in KINDS}
+    return {"required": [kind], "properties": {**others, kind: KINDS[kind]}}
 
 
 class StructuredOutputs(RequestModel):
     """vLLM's: exactly one of these."""
 
-    model_config = ConfigDict(json_schema_extra=ONE_KIND)
+    model_config = ConfigDict(json_schema_extra={"oneOf": [_only(kind) for kind in KINDS]})
 
     json_: Annotated[Schema | SchemaText | None, Field(alias="json", description="A JSON schema.")] = None
     regex: Regex | None = None
@@ -130,22 +127,20 @@ class StructuredFields(RequestModel):
         return self
 
 
-FORM: JsonDict = {"type": ["object", "string"]}
-CONSTRAINED: JsonDict = {
+_NONE: JsonDict = {"type": "null"}
+_CONSTRAINED: JsonDict = {
     "type": "object",
     "properties": {"type": {"enum": ["json_object", "json_schema"]}},
     "required": ["type"],
 }
-ONE_FORM: JsonDict = {
-    "not": {
-        "anyOf": [
-            {"properties": {first: kind, second: other}, "required": [first, second]}
-            for first, kind, second, other in (
-                ("response_format", CONSTRAINED, "structured_outputs", FORM),
-                ("response_format", CONSTRAINED, "regex", FORM),
-                ("structured_outputs", FORM, "regex", FORM),
-            )
-        ]
-    }
-}
-"""At most one of them says anything."""
+FORMS: tuple[JsonDict, ...] = (
+    {
+        "if": {"properties": {"response_format": _CONSTRAINED}, "required": ["response_format"]},
+        "then": {"properties": {"structured_outputs": _NONE, "regex": _NONE}},
+    },
+    {
+        "if": {"properties": {"structured_outputs": {"type": "object"}}, "required": ["structured_outputs"]},
+        "then": {"properties": {"regex": _NONE}},
+    },
+)
+"""At most one of the fields says anything."""
