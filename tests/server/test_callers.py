@@ -97,7 +97,7 @@ def test_this_machine_has_these_names(client: TestClient, host: str) -> None:
         ("http://evil.example/admin/status", ["localhost"], b"403"),
         ("http://evil@localhost/v1/models", ["localhost"], b"403"),
         ("http://localhost%2Fx/v1/models", ["localhost"], b"403"),
-        ("http://localhost", ["localhost"], b"404"),
+        ("http://localhost", ["localhost"], b"307"),  # to the page
         ("http:///v1/models", ["localhost"], b"403"),
         ("ftp://localhost/v1/models", ["localhost"], b"404"),
         ("localhost/v1/models", ["localhost"], b"404"),
