@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,26 @@ QUESTIONS = Path(__file__).with_name("questions.jsonl")
 
 def evaluate(server: Server, rows: Path, **config: Any) -> list[dict[str, Any]]:
     """The samples of one task."""
-    task = ConfigurableTask(
-        config={
-            "task": "hello",
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(rows)}},
-            "test_split": "test",
-            "metadata": {"version": 1},
-            **config,
+    with tempfile.TemporaryDirectory() as cache:
+        task = ConfigurableTask(
+            config={
+                "task": "hello",
+                "dataset_path": "json",
+                "dataset_kwargs": {"data_files": {"test": str(rows)}, "cache_dir": cache},
+                "test_split": "test",
+                "metadata": {"version": 1},
+                **config,
+            }
+        )
+        settings = {
+            "model": server.model,
+            "base_url": f"{server.url}/completions",
+            "tokenizer_backend": "huggingface",
+            "tokenizer": server.tokenizer,
+            "max_retries": 1,
+            "num_concurrent": 1,
         }
-    )
-    settings = {
-        "model": server.model,
-        "base_url": f"{server.url}/completions",
-        "tokenizer_backend": "huggingface",
-        "tokenizer": server.tokenizer,
-        "max_retries": 1,
-        "num_concurrent": 1,
-    }
-    found = simple_evaluate("local-completions", model_args=settings, tasks=[task], bootstrap_iters=0)
+        found = simple_evaluate("local-completions", model_args=settings, tasks=[task], bootstrap_iters=0)
     assert found is not None
     return found["samples"]["hello"]
 
