@@ -132,7 +132,7 @@ function bySize(nodes, whole = nodes.reduce((sum, node) => sum + held(node), 0),
   const small = sorted.length - numShown > 1 ? sorted.splice(numShown) : [];
   const inside = (node) => {
     const size = sizes.get(node);
-    const notes = size > node.bytes ? [...node.notes, `${bytes(size)} with what is below`] : node.notes;
+    const notes = size > node.bytes ? [...node.notes, `${bytes(size)} in all`] : node.notes;
     return { ...node, notes, children: bySize(node.children, whole, node.id) };
   };
   return [...sorted.map(inside), ...(small.length ? [folded(small.map(inside), above)] : [])];

@@ -122,7 +122,7 @@ def test_small_ones_of_many_are_folded(forest: Browser) -> None:
     assert tree_labels(forest, "#trial-result") == [*shown, *below, ("1", "4 small ones")]
     note = forest.text("#trial-result [data-id='small top'] .note")
     assert note == "exact · 4 tokens, 4.0 kB · at most 1.0 kB each"
-    assert "41.0 kB with what is below" in forest.text("#trial-result [data-id=id-top] .note")
+    assert "41.0 kB in all" in forest.text("#trial-result [data-id=id-top] .note")
     forest.one("#trial-result [data-id='small top'] .node").click()
     opened = [("2", f"N{index}") for index in (0, 2, 4, 9)]
     assert tree_labels(forest, "#trial-result") == [*shown, *below, ("1", "4 small ones"), *opened]
