@@ -78,8 +78,10 @@ KINDS: Mapping[str, JsonDict] = {
 
 
 def _only(kind: str) -> JsonDict:
-    others = {other: {"enum": [None, False]} if other == "json_object" else {"type": "null"} for other in KINDS}
-    return {"required": [kind], "properties": {**others, kind: KINDS[kind]}}
+    others: JsonDict = {
+        other: {"enum": [None, False]} if other == "json_object" else {"type": "null"} for other in KINDS
+    }
+    return {"required": [kind], "properties": others | {kind: KINDS[kind]}}
 
 
 class StructuredOutputs(RequestModel):
