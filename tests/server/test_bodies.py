@@ -18,7 +18,7 @@ from kvcomm.server.bodies import BodyRoute
 from kvcomm.server.errors import MAX_MESSAGE, MAX_PARAM
 from kvcomm.server.schemas.cache import WarmRequest
 from kvcomm.server.schemas.chat import ChatRequest
-from kvcomm.server.schemas.common import MAX_IDS, MAX_LABEL, MAX_MEMBERS, MAX_STOP
+from kvcomm.server.schemas.common import MAX_IDS, MAX_LABEL, MAX_MEMBERS, MAX_STOP, MAX_STOPS
 from kvcomm.server.schemas.completions import MAX_PROMPTS, CompletionRequest
 from kvcomm.server.schemas.contexts import Prompt
 from kvcomm.server.schemas.messages import MAX_CALLS, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
@@ -53,7 +53,7 @@ CAPPED = [
     (ChatRequest, lambda number: called([CALL] * number), MAX_CALLS, "tool_calls"),
     (ChatRequest, lambda number: chat(tools=[TOOL] * number), MAX_TOOLS, "tools"),
     (ChatRequest, lambda number: chat(segments=[SEGMENT] * number), MAX_SEGMENTS, "segments"),
-    (ChatRequest, lambda number: chat(stop=["x"] * number), 16, "stop"),
+    (ChatRequest, lambda number: chat(stop=["x"] * number), MAX_STOPS, "stop"),
     (ChatRequest, lambda number: chat(stop="x" * number), MAX_STOP, "stop"),
     (ChatRequest, lambda number: chat(metadata=named(number)), 16, "metadata"),
     (ChatRequest, lambda number: chat(metadata={"k": "v" * number}), 512, "metadata"),
@@ -86,7 +86,7 @@ def test_every_list_and_mapping_is_capped(model: Any, make: Any, most: int, fiel
         (ChatRequest, said([{"type": "image"}] * 1000)),
         (ChatRequest, called([{}] * 100)),
         (ChatRequest, chat(tools=[{"type": "function", "function": {"name": "not a name"}}] * 1000)),
-        (ChatRequest, chat(stop=[""] * 16)),
+        (ChatRequest, chat(stop=[""] * MAX_STOPS)),
         (ChatRequest, chat(segments=[{"id": "", "content": "x"}] * 60)),
         (CompletionRequest, completion(prompt=[-1] * 1000)),
         (CompletionRequest, completion(prompt=["a", *[5] * 100])),
