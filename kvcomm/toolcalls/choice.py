@@ -24,6 +24,9 @@ from kvcomm.toolcalls.reader import ReasoningTags
 MAX_CALLS = 16
 """In one answer that a grammar constrains."""
 
+SHARED = ("$defs", "definitions")
+"""Where a schema keeps what references in it name."""
+
 NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
@@ -99,7 +102,10 @@ class CallGrammars:
         if reply is None and choice.is_free(tools, allowed):
             return None
         rules = self._reasoning(is_reasoning)
-        rules += self._calls(allowed, choice.is_parallel) if can_call else []
+        if can_call and reply is not None and self.shape.begin.startswith("{"):
+            rules += self._objects(allowed)
+        elif can_call:
+            rules += self._calls(allowed, choice.is_parallel)
         if choice.mode == "required":
             rules.append("answer: calls")
         elif reply is not None:
@@ -130,6 +136,22 @@ class CallGrammars:
         rules.append("call: " + " | ".join(f"call_{at}" for at in range(len(tools))))
         for at, tool in enumerate(tools):
             rules += self._call(at, tool["function"])
+        return rules
+
+    def _objects(self, tools: Tools) -> list[str]:
+        """Rules for one call that is nothing but an object: all of it as a schema, as what may stand instead is one.
+
+        The lexer reads the longest piece that any rule knows, so a text such as '{"name": "' would hide other objects.
+        """
+        key = self.shape.middle.split('"')[3] if self.shape.middle.count('"') > 3 else "parameters"
+        rules = ["calls: " + " | ".join(f"call_{at}" for at in range(len(tools)))]
+        for at, tool in enumerate(tools):
+            function = tool["function"]
+            schema = dict(schema_of(function))
+            shared = {name: schema.pop(name) for name in SHARED if name in schema}
+            properties = {"name": {"const": function["name"]}, key: schema}
+            whole = {"type": "object", "properties": properties, "required": list(properties), **shared}
+            rules.append(f"call_{at}: {_json_rule(function['name'], whole, bool(function.get('strict')))}")
         return rules
 
     def _call(self, at: int, function: Mapping[str, Any]) -> list[str]:
@@ -182,7 +204,7 @@ def _keywords(call: int, schema: Mapping[str, Any], *, is_strict: bool) -> list[
     properties = list(properties_of(schema).items())
     listed = schema.get("required")
     required = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
-    shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+    shared = {name: schema[name] for name in SHARED if name in schema}
     rules = []
     for at, (name, given) in enumerate(properties):
         value = {**given, **shared} if isinstance(given, Mapping) else given

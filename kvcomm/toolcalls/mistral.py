@@ -17,7 +17,10 @@ _HEAD_SO_FAR = re.compile(r"[\w.-]*\s*(?:\[[A-Z_]*\]?\s*[\w-]*\s*)*")
 
 
 class MistralParser:
-    """Reads both forms. What stands behind the mark and is no call stays text, the mark included."""
+    """Reads both forms. What stands behind the mark and is no call stays text, the mark included.
+
+    Of an answer that ends in the beginning of a further call, before its name, this beginning is left out.
+    """
 
     def __init__(self, writer: AnswerWriter) -> None:
         self._writer = writer
@@ -36,13 +39,14 @@ class MistralParser:
 
     def finish(self) -> None:
         """See `CallParser`."""
+        is_further = self._writer.num_calls > 0
         if self._state == "object":
             self._call.finish()
-            if not self._call.is_call:
+            if not self._call.is_call and not is_further:
                 self._writer.text(self._before + self._call.raw)
         elif self._state == "arguments":
             self._writer.end_call()
-        else:
+        elif self._state == "text" or not is_further:
             self._writer.text(self._before + self._buffer)
         self._buffer = self._before = ""
 

@@ -16,7 +16,10 @@ BETWEEN = "; \t\r\n"
 
 
 class PlainJsonParser:
-    """Looks at the beginning of an answer, and behind the mark."""
+    """Looks at the beginning of an answer, and behind the mark.
+
+    Of an answer that ends in the beginning of a further call, before its name, this beginning is left out.
+    """
 
     def __init__(self, writer: AnswerWriter, names: frozenset[str]) -> None:
         self._writer = writer
@@ -34,11 +37,12 @@ class PlainJsonParser:
 
     def finish(self) -> None:
         """See `CallParser`."""
+        is_further = self._writer.num_calls > 0
         if self._state == "object":
             self._call.finish()
-            if not self._call.is_call:
+            if not self._call.is_call and not is_further:
                 self._writer.text(self._before + self._call.raw)
-        elif not self._writer.num_calls or (self._before + self._buffer).strip(BETWEEN):
+        elif not is_further or self._state == "text":
             self._writer.text(self._before + self._buffer)
         self._buffer = self._before = ""
 

@@ -138,7 +138,11 @@ class PythonicParser:
 
 def written(arguments: Mapping[str, Any]) -> str:
     """Arguments as a call has them."""
-    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    return ", ".join(f"{name}={_python(value)}" for name, value in arguments.items())
+
+
+def _python(value: Any) -> str:
+    return _json(value) if isinstance(value, str) else repr(value)
 
 
 class _Arguments:

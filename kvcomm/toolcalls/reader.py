@@ -62,6 +62,7 @@ class AnswerReader:
 
     def finish(self, reason: str) -> list[Event]:
         """The answer has ended, for the engine's reason; returns the last events."""
+        self._writer.is_cut = reason != "stop"
         if self._state == "reasoning":
             self._writer.reasoning(self._buffer)
         else:

@@ -13,7 +13,10 @@ STRAY = "}] \t\r\n"
 
 
 class TaggedParser:
-    """What stands between the tags and is no call stays text, tags included."""
+    """What stands between the tags and is no call stays text, tags included.
+
+    Of an answer that ends in the beginning of a further call, before its name, this beginning is left out.
+    """
 
     def __init__(self, writer: AnswerWriter) -> None:
         self._writer = writer
@@ -30,11 +33,12 @@ class TaggedParser:
 
     def finish(self) -> None:
         """See `CallParser`."""
+        is_further = self._writer.num_calls > 0
         if self._state == "object":
             self._call.finish()
-            if not self._call.is_call:
+            if not self._call.is_call and not is_further:
                 self._writer.text(self._before + self._call.raw)
-        elif self._state != "after":
+        elif self._state == "text" or (self._state == "body" and not is_further):
             self._writer.text(self._before + self._buffer)
         self._buffer = self._before = ""
 

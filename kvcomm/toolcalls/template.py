@@ -23,6 +23,9 @@ from kvcomm.toolcalls.formats import FORMATS, HERMES, MISTRAL, TRIGGERS, Format,
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CALLED, GIVEN = f"{PROBE}called", f"{PROBE}given"
+"""What probed calls call and give: no words of the probed tool, which a template may show without its calls."""
+
 PROBE_ID = "kvcommpr1"
 """Nine letters and digits, as Mistral's templates insist on."""
 
@@ -164,8 +167,8 @@ class ToolTemplate(ChatTemplate):
         kinds: tuple[Literal["object", "text"], ...] = ("object", "text")
         for kind in kinds:
             written = self._try(_conversation(1, kind), tools=[PROBED_TOOL]) or ""
-            is_repr = f"'{PROBE}key'" in written  # an object where a text was wanted
-            if not is_repr and all(f"{PROBE}{what}" in written for what in ("name", "value", "result")):
+            is_repr = f"'{GIVEN}'" in written  # an object where a text was wanted
+            if not is_repr and all(each in written for each in (CALLED, f"{PROBE}value", f"{PROBE}result")):
                 return kind
         return None
 
@@ -212,13 +215,13 @@ class ToolTemplate(ChatTemplate):
 
 
 def _conversation(num_calls: int, arguments: str) -> list[dict[str, Any]]:
-    values = {f"{PROBE}key": f"{PROBE}value"}
-    function = {"name": f"{PROBE}name", "arguments": values if arguments == "object" else json.dumps(values)}
+    values = {GIVEN: f"{PROBE}value"}
+    function = {"name": CALLED, "arguments": values if arguments == "object" else json.dumps(values)}
     calls = [{"id": PROBE_ID, "type": "function", "function": function}] * num_calls
     return [
         {"role": "user", "content": "hello"},
         {"role": "assistant", "content": "", "tool_calls": calls},
-        {"role": "tool", "name": f"{PROBE}name", "tool_call_id": PROBE_ID, "content": f"{PROBE}result"},
+        {"role": "tool", "tool_call_id": PROBE_ID, "content": f"{PROBE}result"},
     ]
 
 
@@ -230,8 +233,8 @@ def _behind(before: str, whole: str) -> str:
 
 def _cut(written: str, num_calls: int) -> list[str] | None:
     """What stands around the names and arguments of probed calls; None: the arguments are no JSON."""
-    arguments = r'\{\s*"' + f"{PROBE}key" + r'"\s*:\s*"' + f"{PROBE}value" + r'"\s*\}'
-    parts = re.split(f"{PROBE}name|{arguments}", written)
+    arguments = r'\{\s*"' + GIVEN + r'"\s*:\s*"' + f"{PROBE}value" + r'"\s*\}'
+    parts = re.split(f"{CALLED}|{arguments}", written)
     return parts if len(parts) == 2 * num_calls + 1 else None
 
 

@@ -27,6 +27,7 @@ class AnswerWriter:
 
     Attributes:
         num_calls: begun so far.
+        is_cut: the answer ends at a limit, and not by itself.
     """
 
     def __init__(self, new_id: NewId = new_id, *, holds_space: bool = True) -> None:
@@ -41,6 +42,7 @@ class AnswerWriter:
         self._has_other = False  # calls or reasoning
         self._is_in_call = False
         self.num_calls = 0
+        self.is_cut = False
 
     def take(self) -> list[Event]:
         """The events since the last time."""

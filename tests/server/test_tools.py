@@ -15,7 +15,7 @@ from tests.scripted import draw
 from tests.server.conftest import HELLO, MakeClient, chat
 from tests.server.events import DONE, events_of
 from tests.server.test_fields import error_of
-from tests.tiny import CHAT_TEMPLATE
+from tests.tiny import CHAT_TEMPLATE, TinyModel, tiny_model
 
 CHAT = "/v1/chat/completions"
 WEATHER = {
@@ -48,6 +48,14 @@ HERMES_TEMPLATE = (
     '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
     "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+@pytest.fixture(scope="module")
+def shared_model() -> TinyModel:
+    """With room for what is said about tools."""
+    made = tiny_model()
+    made.model.config.max_position_embeddings = 4096
+    return made
 
 
 def say(monkeypatch: pytest.MonkeyPatch, engine: Engine, text: str) -> None:

@@ -161,6 +161,15 @@ def test_what_models_write(name: str, text: str, wanted: list[tuple[str, Any]], 
     assert (calls_of(answer), answer.text) == (wanted, left)
 
 
+@pytest.mark.parametrize("name", ["hermes", "llama3_json", "mistral"])
+def test_the_beginning_of_a_further_call_is_no_text(name: str) -> None:
+    whole = FORMATS[name].written([("search", {"query": "x"}), ("now", {})])
+    first = len(FORMATS[name].written([("search", {"query": "x"})]))
+    texts = {read(name, [whole[:end]], "length").text for end in range(first, len(whole))}
+    assert all(len(text) < len("</tool_call>") for text in texts), "a part of a mark at most"
+    assert not any("name" in text for text in texts)
+
+
 def test_arguments_come_as_they_are_written() -> None:
     events = events_of("hermes", '<tool_call>{"name": "f", "arguments": {"a": 12}}</tool_call>')
     assert events[0] == CallStart(0, "id0", "f")

@@ -168,7 +168,13 @@ class ChatRequest(StructuredFields, TemplateFields, SegmentedRequest):
             description="With 'none' the tools are not shown; 'required' and a named function bring a call for sure."
         ),
     ] = None
-    parallel_tool_calls: Annotated[bool | None, Field(description="Whether an answer may have several calls.")] = None
+    parallel_tool_calls: Annotated[
+        bool | None,
+        Field(
+            description="Whether an answer may have several calls; by default it may, unless a call is required: then "
+            "it is one."
+        ),
+    ] = None
     reasoning_effort: Annotated[
         Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None,
         Field(description="Given to the chat template."),
@@ -212,13 +218,15 @@ class ChatRequest(StructuredFields, TemplateFields, SegmentedRequest):
     @property
     def choice_of_tools(self) -> Choice:
         """What the answer may call."""
-        is_parallel, given = self.parallel_tool_calls is not False, self.tool_choice
+        given, names = self.tool_choice, None
         if isinstance(given, NamedTool):
             return Choice("required", (given.function.name,), is_parallel=False)
+        mode = given.allowed_tools.mode if isinstance(given, AllowedToolsChoice) else given or "auto"
         if isinstance(given, AllowedToolsChoice):
             names = tuple(tool.function.name for tool in given.allowed_tools.tools)
-            return Choice(given.allowed_tools.mode, names, is_parallel)
-        return Choice(given or "auto", None, is_parallel)
+        # Small models that have to call something find no end where there may be more.
+        is_parallel = mode != "required" if self.parallel_tool_calls is None else self.parallel_tool_calls
+        return Choice(mode, names, is_parallel)
 
     @property
     def wanted_tokens(self) -> int | None:
