@@ -4,8 +4,10 @@
 
 FOLDER holds `prompts/*`, `bfcl_tool_schemas.json` and `github_mcp_tools.json`: system prompts and tool schemas as they
 are in use. Agent 1 brings segments A+B+D, agent 2 A+C+E, agent 3 A+B+E, each before messages of its own; then agent 1
-goes on. What a server says it took from the cache is held against the segments' tokens, counted apart, and every answer
-against that of the same request under a salt of its own, for which nothing is cached.
+goes on. Then the same with `tools` in the shared block: segment A, the tools as the chat template shows them, and the
+rest in the agents' own messages. What a server says it took from the cache is held against the tokens that prompts have
+in common, counted apart, and every answer against that of the same request under a salt of its own, for which nothing
+is cached.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from http.client import HTTPConnection
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,8 +39,11 @@ MAX_CHARS = 2400
 """Of one segment: all three agents and their conversations fit a model with a window of 8,192 tokens."""
 
 
+Tools = Sequence[Mapping[str, Any]]
+
+
 class Answer(NamedTuple):
-    """What came back."""
+    """What came back; calls as JSON."""
 
     text: str
     usage: Mapping[str, Any]
@@ -59,33 +65,43 @@ class Client:
         self, segments: Sequence[Mapping[str, str]], messages: Sequence[Mapping[str, str]], **fields: Any
     ) -> Answer:
         """The answer to a conversation; raises OSError when there is none."""
-        body = json.dumps({**self._fixed, "segments": segments, "messages": messages, **fields})
+        body = {**self._fixed, "segments": segments, "messages": messages, **fields}
+        answer = self._post("/v1/chat/completions", body)
+        message = answer["choices"][0]["message"]
+        calls = [each["function"] for each in message["tool_calls"] or ()]  # their ids are random
+        return Answer(message["content"] or json.dumps(calls), answer["usage"])
+
+    def tokens(self, messages: Sequence[Mapping[str, str]], tools: Tools) -> list[int]:
+        """The tokens of a prompt without segments; raises as `ask`."""
+        return list(self._post("/tokenize", {"messages": messages, "tools": tools})["tokens"])
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         connection = HTTPConnection("127.0.0.1", self._port)
         try:
-            connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+            connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
             response = connection.getresponse()
-            answer = json.loads(response.read())
+            answer: dict[str, Any] = json.loads(response.read())
         finally:
             connection.close()
         if response.status != 200:
             raise OSError(f"the server answered {response.status}: {answer['error']['message']}")
-        return Answer(answer["choices"][0]["message"]["content"], answer["usage"])
+        return answer
 
 
 class Table:
     """Asks for every row of the table, once cached and once cold."""
 
     def __init__(self, client: Client, texts: Mapping[str, str]) -> None:
-        self._client = client
-        self._texts = texts
+        self.client = client
+        self.texts = texts
         self.num_rows = self.num_wrong = 0
 
-    def row(self, agent: str, messages: Sequence[Mapping[str, str]]) -> Answer:
+    def row(self, agent: str, messages: Sequence[Mapping[str, str]], **fields: Any) -> Answer:
         """An agent's answer; counted as wrong when it is not what a cold cache gives."""
-        segments = [{"id": each, "content": self._texts[each]} for each in agent]
-        answer = self._client.ask(segments, messages)
+        segments = [{"id": each, "content": self.texts[each]} for each in agent]
+        answer = self.client.ask(segments, messages, **fields)
         self.num_rows += 1
-        cold = self._client.ask(segments, messages, cache_salt=f"row {self.num_rows}")
+        cold = self.client.ask(segments, messages, cache_salt=f"row {self.num_rows}", **fields)
         self.num_wrong += (answer.text, cold.cached) != (cold.text, 0)
         return answer
 
@@ -109,9 +125,11 @@ def measure(engine: Engine, take: TakeTokens, options: Namespace) -> Report:
         history = [_user(QUESTIONS[0]), {"role": "assistant", "content": first.text}]
         again = table.row(AGENTS[0], [*history, _user(SECOND)])
         other = table.row(AGENTS[0], [_user(SECOND)])
+        with_tools = tool_figures(engine, table, options)
     wanted = [sizes["A"], sizes["A"] + sizes["B"], sum(sizes[name] for name in AGENTS[0])]
     said = {"agent_2": second.cached, "agent_3": third.cached, "new_conversation": _of_segments(other, wanted[2])}
     num_wrong = table.num_wrong + sum(found != goal for found, goal in zip(said.values(), wanted, strict=True))
+    num_wrong += sum(figure.goal != f"= {figure.value}" for figure in with_tools)
     turn = first.usage["prompt_tokens"]
     num_wrong += again.cached < turn
     figures = [
@@ -122,6 +140,7 @@ def measure(engine: Engine, take: TakeTokens, options: Namespace) -> Report:
         ),
         Figure("second_turn_cached_segment_tokens", _of_segments(again, wanted[2]), "tokens", None, f"= {wanted[2]}"),
         Figure("second_turn_cached_prefix_tokens", again.cached, "tokens", None, f">= {turn}"),
+        *with_tools,
         Figure("segment_hits_wrong", num_wrong, "requests", None, "= 0"),
     ]
     return Report("segments", figures, settings(engine, options, agents=options.agents.name, segment_tokens=sizes))
@@ -143,6 +162,50 @@ def segment_texts(folder: Path, max_chars: int) -> dict[str, str]:
         "E": text_of(prompts / "openhands_swe_task.j2"),
     }
     return {name: f"{text[:max_chars]}\n" for name, text in texts.items()}
+
+
+def tool_figures(engine: Engine, table: Table, options: Namespace) -> list[Figure]:
+    """What is cached for each agent whose tools are in `tools`: as much as it has in common with one before it."""
+    texts, tools = table.texts, tools_of(options.agents, options.max_chars)
+    shared = list(engine.segment(texts["A"]).token_ids)
+    before: list[list[int]] = [shared]
+    figures = []
+    for number, (agent, ask) in enumerate(zip(AGENTS, QUESTIONS, strict=True), 1):
+        _, shown, own = agent
+        messages = [_user(texts[own] + ask)]
+        answer = table.row("A", messages, tools=tools[shown])
+        prompt = shared + table.client.tokens(messages, tools[shown])
+        goal = max(_num_common(prompt, other) for other in before)
+        before.append(prompt)
+        name = f"tools_agent_{number}_cached_prefix_tokens"
+        figures.append(Figure(name, answer.cached, "tokens", None, f"= {goal}"))
+    return figures
+
+
+def tools_of(folder: Path, max_chars: int) -> dict[str, list[dict[str, Any]]]:
+    """The tools that segments B and C speak of, as OpenAI has them; as many as there is room for."""
+    bfcl, github = json_of(folder / "bfcl_tool_schemas.json"), json_of(folder / "github_mcp_tools.json")
+    return {
+        name: _within([_tool(each) for each in found], max_chars)
+        for name, found in (("B", bfcl["gorilla_file_system"]), ("C", github))
+    }
+
+
+def _tool(found: Mapping[str, Any]) -> dict[str, Any]:
+    schema = found.get("parameters", found.get("inputSchema", {}))
+    function = {"name": found["name"], "description": found.get("description", ""), "parameters": schema}
+    return {"type": "function", "function": function}
+
+
+def _within(tools: list[dict[str, Any]], max_chars: int) -> list[dict[str, Any]]:
+    """The first tools, at least one."""
+    num_chars = list(accumulate(len(json.dumps(tool)) for tool in tools))
+    return tools[: max(1, sum(each <= max_chars for each in num_chars))]
+
+
+def _num_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens with which both begin."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _user(text: str) -> dict[str, str]:

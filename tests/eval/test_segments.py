@@ -38,6 +38,7 @@ def run(tiny_folder: Path, agents: Path) -> dict[str, float]:
     figures = {figure["id"]: figure["value"] for figure in saved["figures"]}
     assert figures["agent_2_cached_prefix_tokens"] == sizes["A"]
     assert figures["agent_3_cached_prefix_tokens"] == sizes["A"] + sizes["B"]
+    assert sizes["A"] <= figures["tools_agent_2_cached_prefix_tokens"] < figures["tools_agent_3_cached_prefix_tokens"]
     assert figures["second_turn_cached_segment_tokens"] == sizes["A"] + sizes["B"] + sizes["D"]
     return figures
 
