@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from starlette.testclient import TestClient
 
-from kvcomm.engine.engine import Engine
 from kvcomm.errors import SnapshotCorrupt
 from kvcomm.server.contexts.conversation import Conversation, KeptConversation
 from kvcomm.server.contexts.quota import ConversationQuota
@@ -22,24 +21,14 @@ from tests.server.conftest import HELLO, MODEL, Keys, MakeClient, chat
 from tests.server.test_contexts import CHAT, URL, error_of, made, ok
 
 
-def tools(num_bytes: int) -> list[dict[str, Any]]:
-    """A tool of so many bytes, which no template shows either."""
-    parameters = {"properties": {"a" * num_bytes: {}}}
-    return [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
-
-
-def calls(num_bytes: int) -> list[dict[str, Any]]:
-    """Messages of a few tokens with a call that no template shows."""
-    function = {"name": "f", "arguments": '{"a": "' + "b" * num_bytes + '"}'}
-    call = {"id": "c", "type": "function", "function": function}
-    return [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+def notes(num_bytes: int) -> list[dict[str, Any]]:
+    """Messages of a few tokens, with so many bytes in a field of the client's own that no template shows."""
+    return [{"role": "user", "content": "hi", "note": "b" * num_bytes}, {"role": "assistant", "content": ""}]
 
 
 BIG = 3_900_000
-WAYS: list[dict[str, Any]] = [
-    {"messages": HELLO, "tools": tools(BIG)},
-    {"messages": calls(BIG)},
-]
+SHOWN = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a" * BIG: {}}}}}]
+"""A tool of so many bytes: the model reads it, so its tokens are what is too much."""
 
 
 def kept_of(client: TestClient, headers: dict[str, str] | None = None) -> dict[str, Any]:
@@ -47,17 +36,18 @@ def kept_of(client: TestClient, headers: dict[str, str] | None = None) -> dict[s
     return dict(ok(client.get("/v1/stats", headers=headers))["kept"])
 
 
-@pytest.mark.parametrize("fields", WAYS, ids=["tools", "calls"])
-def test_a_few_tokens_cannot_keep_megabytes(client: TestClient, fields: dict[str, Any]) -> None:
-    answer = client.post(URL, json=fields)
+def test_a_few_tokens_cannot_keep_megabytes(client: TestClient) -> None:
+    answer = client.post(URL, json={"messages": notes(BIG)})
     assert error_of(answer) == (400, "conversation_too_large")
     assert f"may keep {2**20}" in answer.json()["error"]["message"]
+    shown = client.post(URL, json={"messages": HELLO, "tools": SHOWN})
+    assert error_of(shown) == (400, "context_length_exceeded")
     assert kept_of(client)["conversation_bytes"] == 0
     assert client.get(URL).json()["data"] == []
 
 
-@pytest.mark.parametrize("fields", WAYS, ids=["tools", "calls"])
-def test_nor_by_being_extended(client: TestClient, engine: Engine, fields: dict[str, Any]) -> None:
+def test_nor_by_being_extended(client: TestClient) -> None:
+    fields = {"messages": notes(BIG)}
     context = made(client, messages=HELLO)
     before = kept_of(client)
     assert before["conversation_bytes"] == context["conversation_bytes"] > 0
@@ -75,29 +65,29 @@ def test_all_contexts_of_a_tenant_together(make_client: MakeClient) -> None:
     """At the limit they are kept, one byte past it they are not; what goes makes room."""
     one = len(KeptConversation(Conversation()).note())
     client = make_client(max_kept_bytes=10_000 + one)
-    first = made(client, messages=calls(3000))
+    first = made(client, messages=notes(3000))
     rest = kept_of(client)["max_kept_bytes"] - first["conversation_bytes"]
-    second = made(client, messages=calls(3000 + rest - first["conversation_bytes"]))
+    second = made(client, messages=notes(3000 + rest - first["conversation_bytes"]))
     assert kept_of(client)["conversation_bytes"] == kept_of(client)["max_kept_bytes"]
-    refused = client.post(URL, json={"messages": calls(0)})
+    refused = client.post(URL, json={"messages": notes(0)})
     assert error_of(refused) == (429, "quota_exceeded")
     message = refused.json()["error"]["message"]
     assert f"take {10_000 + one} of at most {10_000 + one} bytes" in message
     assert refused.headers["retry-after"]
-    assert error_of(client.post(f"{URL}/{first['id']}/extend", json={"messages": calls(0)}))[0] == 429
+    assert error_of(client.post(f"{URL}/{first['id']}/extend", json={"messages": notes(0)}))[0] == 429
     made(client, text="The quick brown fox")  # has no conversation
     ok(client.delete(f"{URL}/{second['id']}"))
     assert kept_of(client)["conversation_bytes"] == first["conversation_bytes"]
-    ok(client.post(f"{URL}/{first['id']}/extend", json={"messages": calls(0)}))
+    ok(client.post(f"{URL}/{first['id']}/extend", json={"messages": notes(0)}))
 
 
 def test_forks_share_until_they_differ(client: TestClient) -> None:
-    base = made(client, messages=calls(5000))
+    base = made(client, messages=notes(5000))
     size = base["conversation_bytes"]
     forks = [ok(client.post(f"{URL}/{base['id']}/fork", json={})) for _ in range(3)]
     assert {each["conversation_bytes"] for each in forks} == {size}
     assert kept_of(client)["conversation_bytes"] == size
-    grown = ok(client.post(f"{URL}/{forks[0]['id']}/extend", json={"messages": calls(100)}))
+    grown = ok(client.post(f"{URL}/{forks[0]['id']}/extend", json={"messages": notes(100)}))
     assert grown["conversation_bytes"] > size + 100
     assert kept_of(client)["conversation_bytes"] == size + grown["conversation_bytes"]
     ok(client.delete(f"{URL}/{base['id']}"))
@@ -119,7 +109,7 @@ def test_what_expires_makes_room(make_client: MakeClient) -> None:
 
 def test_a_restored_conversation_counts(make_client: MakeClient, tmp_path: Any) -> None:
     client = make_client(snapshots=tmp_path, max_kept_bytes=5000)
-    context = made(client, messages=calls(3000))
+    context = made(client, messages=notes(3000))
     ok(client.post(f"{URL}/{context['id']}/snapshot", json={"name": "one"}))
     assert error_of(client.post("/v1/snapshots/one/restore", json={})) == (429, "quota_exceeded")
     assert kept_of(client)["contexts"] == 1
@@ -131,9 +121,9 @@ def test_a_restored_conversation_counts(make_client: MakeClient, tmp_path: Any) 
 def test_a_tenants_quota_is_its_own(make_client: MakeClient, keys: Keys, key_file: Any) -> None:
     client = make_client(keys=KeyRing(key_file), max_kept_bytes=5000)
     ann, bob = keys.header("ann"), keys.header("bob")
-    assert client.post(URL, json={"messages": calls(4000)}, headers=ann).status_code == 201
-    assert client.post(URL, json={"messages": calls(4000)}, headers=ann).status_code == 429
-    assert client.post(URL, json={"messages": calls(4000)}, headers=bob).status_code == 201
+    assert client.post(URL, json={"messages": notes(4000)}, headers=ann).status_code == 201
+    assert client.post(URL, json={"messages": notes(4000)}, headers=ann).status_code == 429
+    assert client.post(URL, json={"messages": notes(4000)}, headers=bob).status_code == 201
     assert kept_of(client, bob)["contexts"] == 1
     status = ok(client.get("/admin/tenants/ann", headers=keys.header("admin")))
     assert status["conversation_bytes"] == kept_of(client, ann)["conversation_bytes"] > 4000
@@ -144,8 +134,8 @@ def test_a_tenants_quota_is_its_own(make_client: MakeClient, keys: Keys, key_fil
 )
 def test_arguments_of_calls_come_back_as_they_were(client: TestClient, arguments: str) -> None:
     """What is kept as text still begins a conversation that goes on."""
-    messages = calls(1)
-    messages[1]["tool_calls"][0]["function"]["arguments"] = arguments
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     context = made(client, messages=messages)
     ok(client.post(f"{URL}/{context['id']}/extend", json={"messages": HELLO}))
 

@@ -33,7 +33,8 @@ def test_every_operation_is_named_and_422_is_for_boundaries(document: dict[str, 
             ids.append(operation["operationId"])
             refused = operation["responses"].get("422", {"description": "boundary"})["description"]
             assert "boundary" in refused.lower(), path
-            assert operation.get("security") == (None if path in OPEN else [{"HTTPBearer": []}]), path
+            keys = [{"HTTPBearer": []}, *([{"APIKeyHeader": []}] if path.startswith("/v1/messages") else [])]
+            assert operation.get("security") == (None if path in OPEN else keys), path
             if path not in OPEN:
                 assert {"401", "403"} <= set(operation["responses"]), path
     assert len(set(ids)) == len(ids)

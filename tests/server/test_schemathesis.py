@@ -39,6 +39,7 @@ OPERATIONS = (
     "GET /ui",
     "POST /v1/chat/completions",
     "POST /v1/completions",
+    "GET /tokenizer_info",
     "POST /tokenize",
     "POST /detokenize",
     "POST /v1/responses",
