@@ -78,11 +78,7 @@ def _hoard(asking: _Neighbour, question: Question) -> int:
 def _big_bodies(num_bytes: int) -> list[dict[str, Any]]:
     """Contexts of a few tokens: what templates do not show, or show shorter, is as long as that."""
     hello = {"role": "user", "content": "hello"}
-    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": json.dumps({"a": "a" * num_bytes})}}
-    return [
-        {"messages": [{**hello, "name": "n" * num_bytes}]},
-        {"messages": [hello, {"role": "assistant", "content": "", "tool_calls": [call]}]},
-    ]
+    return [{"messages": [{**hello, field: "n" * num_bytes}]} for field in ("name", "note")]
 
 
 class _Neighbour(Asking):

@@ -47,7 +47,7 @@ def test_a_completion_as_json(completion: Completion) -> None:
     value = json.loads(json.dumps(completion.to_dict(), allow_nan=False))
     assert list(value) == ["choices", "usage", "prompt_logprobs"]
     first, second = value["choices"]
-    names = ["index", "text", "token_ids", "finish_reason", "logprobs", "text_offsets", "end_logprob"]
+    names = ["index", "text", "token_ids", "finish_reason", "logprobs", "text_offsets", "end_logprob", "stopped_by"]
     assert list(first) == names
     assert (first["index"], second["index"]) == (0, 1)
     assert (first["text"], first["token_ids"]) == (completion.text, list(completion.token_ids))

@@ -142,7 +142,6 @@ def test_a_foreign_context_is_as_unknown_as_one_that_never_was(
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"store": True}, "store"),
         ({"context_id": "ctx_" + "0" * 24, "cache_salt": "x"}, "cache_salt"),
         ({"context_id": "ctx_" + "0" * 24, "store": True, "n": 2}, "n"),
         ({"context_id": "x"}, "context_id"),

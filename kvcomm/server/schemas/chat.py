@@ -11,15 +11,13 @@ from pydantic_core import PydanticCustomError
 from kvcomm.engine.chat import RESERVED
 from kvcomm.server.schemas.common import (
     IGNORED,
-    ON_CONTEXT,
-    ONE_STORED,
     WHOLE,
-    WHOLE_ONLY,
     GenerationRequest,
     Label,
     NumLogprobs,
     RequestModel,
     ResponseModel,
+    context_rule,
     needs,
     only,
 )
@@ -34,7 +32,7 @@ from kvcomm.server.schemas.messages import (
     ToolChoice,
 )
 from kvcomm.server.schemas.segments import SegmentedRequest
-from kvcomm.server.schemas.structured import FORMS, StructuredFields
+from kvcomm.server.schemas.structured import StructuredFields
 from kvcomm.server.schemas.usage import RunningUsage, Usage
 from kvcomm.toolcalls.choice import ToolChoice as Choice
 
@@ -46,8 +44,9 @@ Metadata = Annotated[dict[MetadataName, MetadataValue], Field(max_length=16)]
 Prediction = Annotated[dict[str, Any], Field(max_length=16)]
 
 NEEDS_STREAM: JsonDict = {
-    "if": {"properties": {"stream_options": {"type": "object"}}, "required": ["stream_options"]},
-    "then": {"properties": {"stream": {"const": True}}, "required": ["stream"]},
+    "if": {"properties": {"stream": {"const": True}}, "required": ["stream"]},
+    "then": {"properties": {"prompt_logprobs": {"type": "null"}}},
+    "else": {"properties": {"stream_options": {"type": "null"}}},
 }
 NEEDS_LOGPROBS: JsonDict = {
     "if": {"properties": {"top_logprobs": {"type": "integer"}}, "required": ["top_logprobs"]},
@@ -60,35 +59,16 @@ NEEDS_TOOLS: JsonDict = {
     },
     "then": {"properties": {"tools": {"type": "array", "minItems": 1}}, "required": ["tools"]},
 }
-NEEDS_MESSAGES: JsonDict = {
-    "if": {"properties": {"context_id": {"type": "string"}}, "required": ["context_id"]},
-    "else": {"properties": {"messages": {"minItems": 1}}},
-}
-
-
-NO_PREFILL: JsonDict = {
-    "properties": {"add_generation_prompt": {"enum": [None, True]}, "continue_final_message": {"enum": [None, False]}}
-}
-ON_CONTEXT_CHAT: JsonDict = {
-    "if": {"properties": {"context_id": {"type": "string"}}, "required": ["context_id"]},
-    "then": NO_PREFILL,
-}
+CONTEXT = context_rule(
+    behind={"add_generation_prompt": {"enum": [None, True]}, "continue_final_message": {"enum": [None, False]}},
+    stored={},
+    without={"messages": {"minItems": 1}},
+)
 ONE_END: JsonDict = {
     "if": {"properties": {"continue_final_message": {"const": True}}, "required": ["continue_final_message"]},
     "then": {"properties": {"add_generation_prompt": {"enum": [None, False]}}},
 }
-RULES: list[JsonValue] = [
-    NEEDS_STREAM,
-    NEEDS_LOGPROBS,
-    NEEDS_TOOLS,
-    NEEDS_MESSAGES,
-    ON_CONTEXT,
-    ONE_STORED,
-    WHOLE_ONLY,
-    ON_CONTEXT_CHAT,
-    ONE_END,
-    *FORMS,
-]
+RULES: list[JsonValue] = [NEEDS_STREAM, NEEDS_LOGPROBS, CONTEXT]
 
 
 def _require_free(name: str) -> str:

@@ -212,25 +212,29 @@ def _is_number(value: object) -> bool:
 
 CONTEXT_ID = r"^ctx_[0-9a-f]{24}$"
 
-ON_CONTEXT: JsonDict = {
-    "if": {"properties": {"context_id": {"type": "string"}}, "required": ["context_id"]},
-    "then": {
-        "properties": {
-            "cache_salt": {"type": "null"},
-            "segments": {"type": ["null", "array"], "maxItems": 0},
-            "prompt_logprobs": {"type": "null"},
-        }
-    },
-}
-STORED: JsonDict = {
-    "properties": {"store": {"const": True}, "context_id": {"type": "string"}},
-    "required": ["store", "context_id"],
-}
-ONE_STORED: JsonDict = {"if": STORED, "then": {"properties": {"n": {"enum": [None, 1]}}}}
-WHOLE_ONLY: JsonDict = {
-    "if": {"properties": {"stream": {"const": True}}, "required": ["stream"]},
-    "then": {"properties": {"prompt_logprobs": {"type": "null"}}},
-}
+
+def context_rule(*, behind: JsonDict, stored: JsonDict, without: JsonDict) -> JsonDict:
+    """The rule about `context_id` as JSON schema; one for all, as tools that make examples try all rules in turn.
+
+    Args:
+        behind: schemas of more fields of requests on a context.
+        stored: of those whose answer it is to keep.
+        without: of requests without a context.
+    """
+    return {
+        "if": {"properties": {"context_id": {"type": "string"}}, "required": ["context_id"]},
+        "then": {
+            "properties": {
+                "cache_salt": {"type": "null"},
+                "segments": {"type": ["null", "array"], "maxItems": 0},
+                "prompt_logprobs": {"type": "null"},
+                **behind,
+            },
+            "if": {"properties": {"store": {"const": True}}, "required": ["store"]},
+            "then": {"properties": {"n": {"enum": [None, 1]}, **stored}},
+        },
+        "else": {"properties": without},
+    }
 
 
 Salt = Annotated[

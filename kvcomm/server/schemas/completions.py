@@ -10,21 +10,18 @@ from pydantic.config import JsonDict
 from kvcomm.server.schemas.chat import NEEDS_STREAM, FinishReason, require_stream
 from kvcomm.server.schemas.common import (
     MAX_IDS,
-    ON_CONTEXT,
-    ONE_STORED,
-    STORED,
     TOKEN_ID,
     WHOLE,
-    WHOLE_ONLY,
     NonEmpty,
     NumLogprobs,
     ResponseModel,
+    context_rule,
     needs,
     only,
 )
 from kvcomm.server.schemas.logprobs import PromptLogprobs
 from kvcomm.server.schemas.segments import SegmentedRequest
-from kvcomm.server.schemas.structured import FORMS, StructuredFields
+from kvcomm.server.schemas.structured import StructuredFields
 from kvcomm.server.schemas.usage import RunningUsage, Usage
 
 MAX_PROMPTS = 128
@@ -61,32 +58,16 @@ Prompts = Annotated[
 ]
 
 
-NEEDS_PROMPT: JsonDict = {
-    "if": {"properties": {"context_id": {"type": "string"}}, "required": ["context_id"]},
-    "else": {"properties": {"prompt": {"not": {"const": ""}}}},
-}
-ONE_STORED_PROMPT: JsonDict = {
-    "if": STORED,
-    "then": {
-        "properties": {"prompt": {"not": {"type": "array", "items": {"type": ["array", "string"]}, "minItems": 2}}}
-    },
-}
+CONTEXT = context_rule(
+    behind={"echo": {"enum": [None, False]}},
+    stored={"prompt": {"not": {"type": "array", "items": {"type": ["array", "string"]}, "minItems": 2}}},
+    without={"prompt": {"not": {"const": ""}}},
+)
 PLAIN_ECHO: JsonDict = {
     "if": {"properties": {"echo": {"const": True}}, "required": ["echo"]},
-    "then": {
-        "properties": {"context_id": {"type": "null"}, "segments": {"type": ["null", "array"], "maxItems": 0}},
-    },
+    "then": {"properties": {"segments": {"type": ["null", "array"], "maxItems": 0}}},
 }
-RULES: list[JsonValue] = [
-    NEEDS_STREAM,
-    NEEDS_PROMPT,
-    ON_CONTEXT,
-    ONE_STORED,
-    ONE_STORED_PROMPT,
-    WHOLE_ONLY,
-    PLAIN_ECHO,
-    *FORMS,
-]
+RULES: list[JsonValue] = [NEEDS_STREAM, CONTEXT, PLAIN_ECHO]
 
 
 class CompletionRequest(StructuredFields, SegmentedRequest):

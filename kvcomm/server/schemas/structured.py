@@ -127,22 +127,3 @@ class StructuredFields(RequestModel):
         if len(wanted) > 1:
             raise needs(wanted[-1], NOT_ONE)
         return self
-
-
-_NONE: JsonDict = {"type": "null"}
-_CONSTRAINED: JsonDict = {
-    "type": "object",
-    "properties": {"type": {"enum": ["json_object", "json_schema"]}},
-    "required": ["type"],
-}
-FORMS: tuple[JsonDict, ...] = (
-    {
-        "if": {"properties": {"response_format": _CONSTRAINED}, "required": ["response_format"]},
-        "then": {"properties": {"structured_outputs": _NONE, "regex": _NONE}},
-    },
-    {
-        "if": {"properties": {"structured_outputs": {"type": "object"}}, "required": ["structured_outputs"]},
-        "then": {"properties": {"regex": _NONE}},
-    },
-)
-"""At most one of the fields says anything."""
