@@ -57,7 +57,8 @@ class GrammarState:
         """
         mask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._require_sound()
-        forbidden = torch.from_numpy(np.unpackbits(mask, bitorder="little", count=self._vocab_size)) == 0
+        allowed = np.unpackbits(mask, bitorder="little", count=self._vocab_size)
+        forbidden = ~torch.from_numpy(allowed.view(np.bool_))
         if not with_ends:
             forbidden[self._end_token_ids] = True
         return forbidden

@@ -255,17 +255,18 @@ class Sampler:
         if self._is_plain:
             return int(logits.argmax())
         forbidden = self._forbidden(len(logits), num_answer)
-        if forbidden is not None and bool(forbidden.all()):
+        if forbidden is not None and forbidden.numpy().all():  # which looks no further than the first that is not
             return None
-        scores = logits.float().cpu()[None].clone()
-        scores[0, self._biased] += self._biases
+        scores = logits.to("cpu", torch.float32, copy=True)[None]
+        if len(self._biased):
+            scores[0, self._biased] += self._biases
         if self._penalizes:
             self._penalize(scores[0], token_ids[len(token_ids) - num_answer :])
         seen = torch.from_numpy(token_ids.astype("int64"))[None]
         for processor in self._processors.before:
             scores = processor(seen, scores)
         if forbidden is not None:
-            scores[0].masked_fill_(forbidden, -float("inf"))
+            scores = torch.where(forbidden, -float("inf"), scores)
         for processor in self._processors.behind:
             scores = processor(seen, scores)
         scores = scores[0]
