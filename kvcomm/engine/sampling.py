@@ -173,10 +173,7 @@ class SamplingParams:
             "presence_penalty": (isfinite(self.presence_penalty), "a finite number"),
             "logit_bias": (all(isfinite(bias) for _, bias in self.biases), "of finite numbers"),
             "min_tokens": (0 <= self.min_tokens <= self.max_new_tokens, "in [0, max_new_tokens]"),
-            "prompt_logprobs": (
-                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 100,
-                "None or in [0, 100]",
-            ),
+            "prompt_logprobs": (self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 100, most),
         }
         if len(self.biases) > MAX_BIASED:
             raise InvalidRequest(f"logit_bias names {len(self.biases)} tokens; the most are {MAX_BIASED}")

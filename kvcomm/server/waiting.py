@@ -37,7 +37,8 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], *, dea
     finally:
         gone.cancel()
         task.cancel()
-        await asyncio.wait((task, gone))
+        with anyio.CancelScope(shield=True):  # a scope of anyio's would cancel again, while the work still ends
+            await asyncio.wait((task, gone))
 
 
 async def in_thread(work: Callable[[], T], limiter: anyio.CapacityLimiter | None = None) -> T:

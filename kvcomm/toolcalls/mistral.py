@@ -6,7 +6,7 @@ import re
 from typing import Literal
 
 from kvcomm.toolcalls.json_call import JsonCall, JsonValue
-from kvcomm.toolcalls.writer import AnswerWriter, num_held
+from kvcomm.toolcalls.writer import AnswerWriter
 
 MARK = "[TOOL_CALLS]"
 MAX_HEAD = 256
@@ -55,15 +55,10 @@ class MistralParser:
         return steps[self._state]()
 
     def _text(self) -> bool:
-        text, mark, rest = self._buffer.partition(MARK)
-        if mark:
-            self._writer.text(text)
-            self._before, self._buffer, self._state, self._is_list = mark, rest, "body", False
-            return True
-        end = len(text) - num_held(text, MARK)
-        self._writer.text(text[:end])
-        self._buffer = text[end:]
-        return False
+        has_mark, self._buffer = self._writer.text_before(self._buffer, MARK)
+        if has_mark:
+            self._before, self._state, self._is_list = MARK, "body", False
+        return has_mark
 
     def _body(self) -> bool:
         """Behind the mark, or between the objects of a list."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from kvcomm.toolcalls.json_call import JsonCall
-from kvcomm.toolcalls.writer import AnswerWriter, may_become, num_held
+from kvcomm.toolcalls.writer import AnswerWriter, may_become
 
 MARK = "<|python_tag|>"
 BETWEEN = "; \t\r\n"
@@ -77,12 +77,7 @@ class PlainJsonParser:
         return True
 
     def _text(self) -> bool:
-        text, mark, rest = self._buffer.partition(MARK)
-        if mark:
-            self._writer.text(text)
-            self._state, self._buffer = "start", mark + rest
-            return True
-        end = len(text) - num_held(text, MARK)
-        self._writer.text(text[:end])
-        self._buffer = text[end:]
-        return False
+        has_mark, self._buffer = self._writer.text_before(self._buffer, MARK)
+        if has_mark:
+            self._state, self._buffer = "start", MARK + self._buffer
+        return has_mark

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from kvcomm.toolcalls.json_call import JsonCall
-from kvcomm.toolcalls.writer import AnswerWriter, num_held
+from kvcomm.toolcalls.writer import AnswerWriter
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 STRAY = "}] \t\r\n"
@@ -48,15 +48,10 @@ class TaggedParser:
         return bool(self._buffer) and steps[self._state]()
 
     def _text(self) -> bool:
-        text, tag, rest = self._buffer.partition(OPEN)
-        if tag:
-            self._writer.text(text)
-            self._before, self._buffer, self._state = tag, rest, "body"
-            return True
-        end = len(text) - num_held(text, OPEN)
-        self._writer.text(text[:end])
-        self._buffer = text[end:]
-        return False
+        has_tag, self._buffer = self._writer.text_before(self._buffer, OPEN)
+        if has_tag:
+            self._before, self._state = OPEN, "body"
+        return has_tag
 
     def _body(self) -> bool:
         body = self._buffer.lstrip()

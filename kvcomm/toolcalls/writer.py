@@ -60,6 +60,16 @@ class AnswerWriter:
             self._events.append(TextDelta(shown))
             self._has_text = True
 
+    def text_before(self, buffer: str, mark: str) -> tuple[bool, str]:
+        """The text in front of a mark; says whether the mark is there, and gives what is left.
+
+        That is what stands behind the mark, or the end of the buffer that may be its beginning.
+        """
+        text, found, rest = buffer.partition(mark)
+        end = len(text) if found else len(text) - num_held(text, mark)
+        self.text(text[:end])
+        return bool(found), rest if found else text[end:]
+
     def reasoning(self, piece: str) -> None:
         """More reasoning; white space at its ends is left out."""
         self._has_other = True

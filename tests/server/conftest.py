@@ -16,7 +16,8 @@ from kvcomm.engine.engine import Engine
 from kvcomm.server.app import make_app
 from kvcomm.server.keys import KeyRing, Role, add_key
 from kvcomm.server.settings import ServerSettings
-from tests.limits import PATIENCE_S
+from tests.limits import PATIENCE_S, wait_for
+from tests.server.live import Live, serving
 from tests.tiny import TinyModel, tiny_model
 
 SMALL = EngineConfig(page_size=4, pool_tokens=4096, max_batch_tokens=64, prefill_chunk=16)
@@ -24,6 +25,13 @@ MODEL = "tiny"
 HELLO = [{"role": "user", "content": "how many apples are left?"}]
 
 MakeClient = Callable[..., TestClient]
+
+
+def roomy_model() -> TinyModel:
+    """A model with room for described tools, whose every letter may be a token."""
+    tiny = tiny_model()
+    tiny.model.config.max_position_embeddings = 2048
+    return tiny
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +46,14 @@ def engine(shared_model: TinyModel) -> Iterator[Engine]:
     with Engine(shared_model.model, shared_model.tokenizer, config=SMALL) as made:
         yield made
         require_nothing_left(made)
+
+
+@pytest.fixture
+def live(engine: Engine) -> Iterator[Live]:
+    """A server without keys, whose requests are gone at the end."""
+    with serving(engine, ServerSettings(model=MODEL, port=0)) as made:
+        yield made
+        wait_for(lambda: made.state.admission.num_in_flight == 0)
 
 
 def require_nothing_left(engine: Engine) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,12 @@ from anthropic import beta_tool
 from kvcomm.engine.engine import Engine
 from kvcomm.server.keys import KeyRing, add_key
 from kvcomm.server.settings import ServerSettings
-from tests.limits import PATIENCE_S, wait_for
-from tests.server.conftest import MODEL
+from tests.limits import PATIENCE_S
+from tests.server.conftest import MODEL, roomy_model
 from tests.server.live import Live, serving
 from tests.server.test_messages import TOOL
 from tests.server.test_tools import CALL, say
-from tests.tiny import TinyModel, tiny_model
+from tests.tiny import TinyModel
 
 ASKED: dict[str, Any] = {
     "model": MODEL,
@@ -31,18 +30,8 @@ ASKED: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def shared_model() -> TinyModel:
-    """A model with room for described tools, whose every letter may be a token."""
-    tiny = tiny_model()
-    tiny.model.config.max_position_embeddings = 2048
-    return tiny
-
-
-@pytest.fixture
-def live(engine: Engine) -> Iterator[Live]:
-    """A server without keys."""
-    with serving(engine, ServerSettings(model=MODEL, port=0)) as made:
-        yield made
-        wait_for(lambda: made.state.admission.num_in_flight == 0)
+    """Tools are described in these prompts."""
+    return roomy_model()
 
 
 def client_of(live: Live, key: str = "unused") -> anthropic.Anthropic:

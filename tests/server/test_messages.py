@@ -12,11 +12,11 @@ from kvcomm.engine.engine import Engine
 from kvcomm.server.anthropic.translation import chat_request
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.schemas.anthropic import MessagesRequest
-from tests.server.conftest import HELLO, MODEL, Keys, MakeClient, chat
+from tests.server.conftest import HELLO, MODEL, Keys, MakeClient, chat, roomy_model
 from tests.server.test_contexts import ok, said
 from tests.server.test_responses import named_events
 from tests.server.test_tools import CALL, say
-from tests.tiny import TinyModel, tiny_model
+from tests.tiny import TinyModel
 
 CHAT, URL = "/v1/chat/completions", "/v1/messages"
 TOOL = {
@@ -28,10 +28,8 @@ TOOL = {
 
 @pytest.fixture(scope="module")
 def shared_model() -> TinyModel:
-    """A model with room for described tools, whose every letter may be a token."""
-    tiny = tiny_model()
-    tiny.model.config.max_position_embeddings = 2048
-    return tiny
+    """Tools are described in these prompts."""
+    return roomy_model()
 
 
 def message(**fields: Any) -> dict[str, Any]:

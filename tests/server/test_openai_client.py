@@ -21,14 +21,6 @@ MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "how m
 
 
 @pytest.fixture
-def live(engine: Engine) -> Iterator[Live]:
-    """A server without keys."""
-    with serving(engine, ServerSettings(model=MODEL, port=0)) as made:
-        yield made
-        wait_for(lambda: made.state.admission.num_in_flight == 0)
-
-
-@pytest.fixture
 def client(live: Live) -> Iterator[openai.OpenAI]:
     """The client as a user makes it."""
     with openai.OpenAI(base_url=f"{live.url}/v1", api_key="unused", timeout=PATIENCE_S, max_retries=0) as made:

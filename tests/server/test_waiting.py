@@ -7,8 +7,9 @@ import threading
 
 import anyio
 import pytest
+from starlette.types import Message
 
-from kvcomm.server.waiting import in_thread
+from kvcomm.server.waiting import in_thread, while_connected
 from tests.limits import PATIENCE_S
 
 
@@ -59,3 +60,37 @@ def test_who_is_cancelled_leaves_once_the_work_is_done(fails: bool, by_scope: bo
 
     asyncio.run(check())
     assert seen == ["made", "left"]
+
+
+def test_work_of_a_request_has_ended_when_its_scope_is_left() -> None:
+    """Whoever closes what the work used, such as a stream, must not meet it still running."""
+    seen: list[str] = []
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            for _ in range(5):
+                await asyncio.sleep(0)
+            seen.append("ended")
+
+    async def silent() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def caller(scope: anyio.CancelScope) -> None:
+        with scope:
+            try:
+                await while_connected(silent, work(), deadline_s=asyncio.get_running_loop().time() + PATIENCE_S)
+            finally:
+                seen.append("left")
+
+    async def check() -> None:
+        scope = anyio.CancelScope()
+        task = asyncio.ensure_future(caller(scope))
+        await asyncio.sleep(0.001)
+        scope.cancel()
+        await task
+        assert seen == ["ended", "left"]
+
+    asyncio.run(check())

@@ -71,10 +71,11 @@ async def count_tokens(body: MessagesPrompt, call: CallDep) -> TokenCount:
 
 async def _answer(body: MessagesRequest, call: Call) -> Response | MessageAnswer:
     chat = await call.make(partial(chat_request, body))
-    message = _Message(body, call, await ChatAnswers.begin(chat, call))
+    answers = await ChatAnswers.begin(chat, call)
+    message = _Message(body, call, answers)
     if not body.stream:
         return await message.whole()
-    pieces = message.pieces()
+    pieces = answers.events()
     # Errors before the first token still have a status of their own.
     first = await anext(pieces, None)
     failure = partial(messages_error, request_id=call.notes.request_id)
@@ -102,7 +103,7 @@ class _Message:
 
     async def whole(self) -> MessageAnswer:
         """The answer, once it is complete."""
-        async with aclosing(self.pieces()) as pieces:
+        async with aclosing(self._answers.events()) as pieces:
             async for piece in pieces:
                 list(self._blocks.feed(piece.events))
         reason, sequence = await self._stop()
@@ -114,12 +115,6 @@ class _Message:
             stop_sequence=sequence,
             usage=self._usage(await self._answers.usage()),
         )
-
-    async def pieces(self) -> AsyncGenerator[ChoiceEvents, None]:
-        """What comes, to be given to `events`."""
-        async with aclosing(self._answers.events()) as pieces:
-            async for piece in pieces:
-                yield piece
 
     async def events(
         self, first: ChoiceEvents | None, rest: AsyncGenerator[ChoiceEvents, None]
