@@ -128,11 +128,10 @@ def encodable(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def num_held(text: str, *markers: str) -> int:
+def num_held(text: str, marker: str) -> int:
     """Length of the longest end of a text that begins a marker without being one."""
-    longest = max(len(marker) for marker in markers) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(len(marker) > length and marker.startswith(text[-length:]) for marker in markers):
+    for length in range(min(len(marker) - 1, len(text)), 0, -1):
+        if marker.startswith(text[-length:]):
             return length
     return 0
 
