@@ -88,7 +88,7 @@ def written(page: Browser) -> str:
 
 def test_an_answer_is_shown_while_it_comes(page: Browser, live: Live, engine: Engine) -> None:
     """Before its plan, which comes with the end of the stream; one request at a time."""
-    with stalling(engine, after=24) as go_on:
+    with stalling(engine, written=6) as go_on:
         page.one("#trial-send").click()
         page.wait(lambda: written(page))
         assert page.text("#trial-result .note") == "writing"
@@ -108,7 +108,7 @@ def test_an_answer_is_shown_while_it_comes(page: Browser, live: Live, engine: En
 
 def test_an_answer_is_cancelled(page: Browser, live: Live, engine: Engine) -> None:
     """The server stops computing it, what was written stays, and the focus does not get lost."""
-    with stalling(engine, after=24):
+    with stalling(engine, written=6):
         page.one("#trial-send").click()
         page.wait(lambda: written(page))
         page.one("#trial-cancel").click()
