@@ -81,6 +81,7 @@ def evaluate(options: Namespace) -> Report:
                 found = answers.ask_all(port, model, options.answers, options.seed)
             valid = sum(answer.error is None for answer in found) / len(found)
             figures.append(Figure("schema_valid", valid, "share", None, "= 1"))
+            figures.append(Figure("schema_cut", sum(answer.num_cut for answer in found), "answers", None))
             config["invalid"] = [answer._asdict() for answer in found if answer.error is not None]
         if "overhead" in parts:
             warm_up(engine, take := random_tokens(engine, seed=options.seed))

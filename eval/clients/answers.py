@@ -16,6 +16,9 @@ from kvcomm import Engine, SamplingParams
 TOPICS = ("a city", "a book", "an animal", "a recipe", "a train journey")
 NUM_AT_ONCE = 4
 MAX_TOKENS = 400
+MAX_TRIES = 5
+"""A schema may allow endless answers, and a model that draws at a temperature of 1 may write one: it is cut at
+MAX_TOKENS, says so (`finish_reason: length`), and is asked for again with another seed."""
 
 NUM_STEPS = 48
 ENDLESS = {"type": "string", "minLength": 4000}
@@ -23,15 +26,19 @@ ENDLESS = {"type": "string", "minLength": 4000}
 
 
 class Answer(NamedTuple):
-    """One answer to a schema; `error`: why it does not validate."""
+    """One answer to a schema; `error`: why it does not validate; `num_cut`: how many before it were cut off."""
 
     schema: str
     text: str
     error: str | None
+    num_cut: int
 
 
 def ask_all(port: int, model: str, num_answers: int, seed: int) -> list[Answer]:
-    """Answers to all schemas in turn, drawn at a temperature of 1, each with a topic and a seed of its own."""
+    """Answers to all schemas in turn, drawn at a temperature of 1, each with a topic and a seed of its own.
+
+    The last try counts as it is, also where it is cut off.
+    """
     asked = [(list(SCHEMAS)[at % len(SCHEMAS)], at // len(SCHEMAS)) for at in range(num_answers)]
 
     def ask(each: tuple[str, int]) -> Answer:
@@ -42,11 +49,13 @@ def ask_all(port: int, model: str, num_answers: int, seed: int) -> list[Answer]:
             "messages": [{"role": "user", "content": f"Describe {TOPICS[turn % len(TOPICS)]} in JSON."}],
             "max_tokens": MAX_TOKENS,
             "temperature": 1.0,
-            "seed": seed + turn,
             "response_format": format_,
         }
-        text = _answer(port, body)
-        return Answer(name, text, error_of(SCHEMAS[name], text))
+        for num_cut in range(MAX_TRIES):
+            text, is_cut = _answer(port, {**body, "seed": seed + turn + num_cut * len(asked)})
+            if not is_cut:
+                break
+        return Answer(name, text, error_of(SCHEMAS[name], text), num_cut)
 
     with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
         return list(_noted(pool.map(ask, asked), len(asked)))
@@ -61,7 +70,8 @@ def _noted(answers: Iterator[Answer], num_answers: int) -> Iterator[Answer]:
         yield answer
 
 
-def _answer(port: int, body: dict[str, Any]) -> str:
+def _answer(port: int, body: dict[str, Any]) -> tuple[str, bool]:
+    """The text of an answer, or of the error in its place; whether it was cut off."""
     connection = HTTPConnection("127.0.0.1", port)
     try:
         connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
@@ -70,8 +80,9 @@ def _answer(port: int, body: dict[str, Any]) -> str:
     finally:
         connection.close()
     if response.status != 200:
-        return f"{response.status}: {answer['error']['message']}"
-    return str(answer["choices"][0]["message"]["content"])
+        return f"{response.status}: {answer['error']['message']}", False
+    choice = answer["choices"][0]
+    return str(choice["message"]["content"]), choice["finish_reason"] == "length"
 
 
 def overheads(engine: Engine, prompt: Sequence[int], options: Namespace) -> list[float]:
