@@ -118,8 +118,8 @@ def open_bucket(url: str) -> ObjectStore:
         MissingExtra: obstore is not installed.
     """
     try:
-        from obstore.exceptions import BaseError
         from obstore import store as buckets
+        from obstore.exceptions import BaseError
     except ImportError as error:
         raise MissingExtra(f"{shown_url(url)} needs obstore: pip install 'kvcomm[tiers]'") from error
     parts = urlsplit(url)
