@@ -45,20 +45,24 @@ class FolderStore:
         self.is_mapped = is_mapped
 
     @classmethod
-    def open(cls, root: Path) -> FolderStore:
-        """The store in a folder, which is made, for its owner alone, if its parent is there.
+    def open(cls, root: Path, *, is_made: bool = True) -> FolderStore:
+        """The store in a folder.
+
+        Args:
+            is_made: it is made, for its owner alone, if its parent is there.
 
         Raises:
             TierError: it is no folder, or cannot be made or read.
         """
         try:
             root = root.resolve()
-            if not root.parent.is_dir():
+            if is_made and not root.parent.is_dir():
                 raise TierError(f"the folder {root} cannot be made: there is no {root.parent}; is it misspelt?")
-            root.mkdir(mode=0o700, exist_ok=True)
+            if is_made:
+                root.mkdir(mode=0o700, exist_ok=True)
             with os.scandir(root):
                 pass
-        except FileExistsError as error:
+        except (FileExistsError, NotADirectoryError) as error:
             raise TierError(f"{root} is no folder") from error
         except (OSError, RuntimeError) as error:  # RuntimeError: of links in a circle
             reason = getattr(error, "strerror", None) or error

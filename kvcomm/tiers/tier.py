@@ -18,10 +18,10 @@ from typing import Protocol
 from kvcomm.errors import InvalidRequest, ObjectMissing, RecordCorrupt, RecordTooNew, StoreFailed
 from kvcomm.files.reading import BadContent
 from kvcomm.memory.fidelity import Fidelity
-from kvcomm.memory.packed import header_bytes
 from kvcomm.memory.segments import Segment
 from kvcomm.tiers.counting import Counts, KnownKeys, TierStats
 from kvcomm.tiers.deadline import LateReads
+from kvcomm.tiers.inventory import leading_bytes
 from kvcomm.tiers.janitor import Swept, sweep
 from kvcomm.tiers.keys import ChainLink, SpaceKeys, require_secret, tenant_key
 from kvcomm.tiers.pace import Pace
@@ -47,8 +47,6 @@ __all__ = ["KV", "PrefixRead", "RenditionName", "StoredRendition", "Tier", "Tier
 
 RUN_TOKENS = 256
 PROBE_BYTES = 64
-HEADER_GUESS = 16 * 2**10
-"""Leading bytes of a record that are read for its header; more where it is longer."""
 MAX_LISTED = 64
 """Renditions of a segment, or versions of a blob, that are looked at."""
 WRITE_S = 10.0
@@ -458,10 +456,7 @@ class Tier:
     def _read_header(self, keys: SpaceKeys, key: str) -> RecordHeader | None:
         """The header of a record that is sealed under its name; its tensors are not read."""
         try:
-            content = self._store.get_range(key, 0, HEADER_GUESS)
-            if (num_bytes := header_bytes(content)) > len(content):
-                content = self._store.get_range(key, 0, num_bytes)
-            header, metadata = unpack_header(key, content)
+            header, metadata = unpack_header(key, leading_bytes(self._store, key))
         except (ObjectMissing, BadContent, RecordCorrupt, RecordTooNew):
             return None
         except StoreFailed as error:
