@@ -47,6 +47,8 @@ __all__ = ["KV", "PrefixRead", "RenditionName", "StoredRendition", "Tier", "Tier
 
 RUN_TOKENS = 256
 PROBE_BYTES = 64
+MAX_SPACES = 4096
+"""Whose keys are kept; made again where there are more."""
 MAX_LISTED = 64
 """Renditions of a segment, or versions of a blob, that are looked at."""
 WRITE_S = 10.0
@@ -97,7 +99,7 @@ class Tier:
         self._clock = clock
         self._late = LateReads()
         self._counts = Counts()
-        self._known = KnownKeys()
+        self._known = KnownKeys(clock)
         self._keys: dict[TierSpace, SpaceKeys] = {}
         self._lock = Lock()
         self._is_closed = False
@@ -253,7 +255,7 @@ class Tier:
         miss = TierMiss.ABSENT
         for fidelity in (Fidelity.EXACT, Fidelity.APPROXIMATE)[: 1 + allows_approximate]:
             work = partial(self._read_rendition, keys, name, fidelity)
-            got = self._late.within(deadline_s, work, self._seconds_late(0))
+            got = self._late.within(deadline_s, work, self._seconds_late(space.token_bytes * self.run_tokens))
             if isinstance(got, StoredRendition):
                 return got
             miss = TierMiss.SLOW if got is None else got
@@ -322,7 +324,11 @@ class Tier:
         keys = self._keys_of(space)
         if keys is None:
             return TierMiss.REFUSED
-        got = self._late.within(deadline_s, partial(self._read_blob, keys, kind, name), self._seconds_late(0))
+        got = self._late.within(
+            deadline_s,
+            partial(self._read_blob, keys, kind, name),
+            self._seconds_late(space.token_bytes * self.run_tokens),
+        )
         return TierMiss.SLOW if got is None else got
 
     def put_blob(self, space: TierSpace, kind: BlobKind, name: str, content: bytes) -> bool:
@@ -381,6 +387,8 @@ class Tier:
         with self._lock:
             keys = self._keys.get(space)
             if keys is None and (key := tenant_key(self._secret, space.tenant)) is not None:
+                if len(self._keys) >= MAX_SPACES:
+                    self._keys.clear()
                 keys = self._keys[space] = SpaceKeys(key, space)
             is_refused = keys is None or self._is_closed
         if is_refused:
