@@ -43,6 +43,12 @@ RACE_SHARE = 0.02
 MAX_WAIT_S = 2.0
 """However long the prompt."""
 
+MIN_ROWS = 64
+"""Of a pass that tells how busy the machine is."""
+
+BUSY_S = 30.0
+"""Seconds for which that is believed."""
+
 MIN_DEADLINE_S = 0.05
 """For whatever is asked of the tier in the reading thread."""
 
@@ -122,6 +128,7 @@ class ReadAhead:
         self._lock = lock
         self._asks: deque[Ask] = deque()
         self._filling: KVSequence | None = None
+        self._slowdown, self._slowdown_at_s = 1.0, -np.inf
         self._changed = threading.Condition(lock)
         self._is_closed = False
         self._thread: threading.Thread | None = None
@@ -142,6 +149,13 @@ class ReadAhead:
             self._begin(ask)
         return ask
 
+    def computed(self, stretches: Sequence[tuple[int, int]], seconds: float) -> None:
+        """A pass over stretches of prompts has taken so long; on a busy machine that is more than predicted."""
+        if self._cost.model is not None and sum(end - start for start, end in stretches) >= MIN_ROWS:
+            predicted_s = self._cost.model.compute_s(stretches)
+            self._slowdown = max(1.0, seconds / predicted_s) if predicted_s > 0 else 1.0
+            self._slowdown_at_s = time.monotonic()
+
     def must_wait(self, ask: Ask) -> bool:
         """Whether its request should rather wait than be computed now."""
         if ask.exact_s is None:  # by now the machine has been measured, or cannot be
@@ -153,10 +167,10 @@ class ReadAhead:
         model, left = self._cost.model, end - start
         if ask.is_settled or model is None or ask.exact_s is None:
             return left
-        if (ask.num_raced + 1) * model.pass_s > RACE_SHARE * ask.exact_s:
+        if (ask.num_raced + 1) * model.pass_s * self._busyness > RACE_SHARE * ask.exact_s:
             return left
-        token_s = model.row_s + model.pair_s * end
-        num_tokens = int(max(0.0, ask.left_s - model.pass_s) / token_s) if token_s > 0 else left
+        token_s, left_s = model.row_s + model.pair_s * end, ask.left_s / self._busyness
+        num_tokens = int(max(0.0, left_s - model.pass_s) / token_s) if token_s > 0 else left
         if num_tokens >= left:
             return left
         ask.num_raced += 1
@@ -170,7 +184,7 @@ class ReadAhead:
             self._asks.remove(ask)
 
     def rest(self, until_s: float) -> None:
-        """Wait until something is answered or asked, or that moment comes; the engine's lock is given back meanwhile."""
+        """Wait until something is answered or asked, or that moment comes, with the engine's lock given back."""
         self._changed.wait(max(0.0, until_s - time.monotonic()))
 
     def wake(self) -> None:
@@ -190,16 +204,22 @@ class ReadAhead:
                 self._settle(self._asks.popleft(), Reason.TIER_SLOW)
             self._changed.notify_all()
 
+    @property
+    def _busyness(self) -> float:
+        """How many times as long passes take as on a machine that does nothing else."""
+        return self._slowdown if time.monotonic() - self._slowdown_at_s < BUSY_S else 1.0
+
     def _begin(self, ask: Ask) -> None:
         """Put an ask in the queue, unless the tier is not worth it."""
         model, run_tokens = self._cost.model, self._tier.run_tokens
         if model is None:
             self._settle(ask, Reason.TIER_SLOW)
             return
-        ask.exact_s = model.compute_s([(ask.num_local, len(ask.token_ids) + 1)])
+        busyness = self._busyness
+        ask.exact_s = busyness * model.compute_s([(ask.num_local, len(ask.token_ids) + 1)])
         first, last = ask.num_local // run_tokens, len(ask.token_ids) // run_tokens
         num_bytes = (last - first) * run_tokens * ask.space.token_bytes
-        saved_s = model.compute_s([(ask.num_local, last * run_tokens)]) - model.pass_s
+        saved_s = busyness * (model.compute_s([(ask.num_local, last * run_tokens)]) - model.pass_s)
         if self._is_closed or not self._tier.is_worth(num_bytes, saved_s):
             self._settle(ask, Reason.TIER_SLOW)
             return

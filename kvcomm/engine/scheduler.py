@@ -193,8 +193,10 @@ class Scheduler:
         if not batch:
             return
         self._looked_at.clear()
+        begun_s = time.monotonic()
         computed, failures = compute(self._runner, batch)
         with self.lock:
+            self._tiering.computed(batch, time.monotonic() - begun_s)
             self._commit(computed, failures)
 
     @contextmanager

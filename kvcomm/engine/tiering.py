@@ -13,6 +13,7 @@ from threading import RLock
 
 from kvcomm.engine.adapters import Adapters
 from kvcomm.engine.exchange import layer_shapes
+from kvcomm.engine.passes import Work
 from kvcomm.engine.read_ahead import ReadAhead
 from kvcomm.engine.request import Request
 from kvcomm.engine.write_behind import WriteBehind
@@ -63,6 +64,12 @@ class Tiering:
             tokens = request.sequence.token_ids[:-1]
             request.ask = self._reads.ask(request.namespace, self._space(request), tokens)
 
+    def computed(self, batch: Iterable[Work], seconds: float) -> None:
+        """A pass has taken so long."""
+        if self._reads is not None:
+            runs = [run for work in batch for run in work.runs]
+            self._reads.computed([(run.start, run.end) for run in runs], seconds)
+
     def must_wait(self, request: Request) -> bool:
         """Whether a request should rather wait for the tier than be computed now."""
         return self._reads is not None and request.ask is not None and self._reads.must_wait(request.ask)
@@ -106,8 +113,9 @@ class Tiering:
 
     def remember(self, request: Request, sequence: Sequence, num_tokens: int, pages: PageIds) -> None:
         """Let the tier have the first tokens of a sequence, which are exact."""
-        if self._writes is not None:
-            self._writes.offer(self._space(request), sequence.token_ids[:num_tokens], pages)
+        if self._writes is not None and self._writes.num_whole(num_tokens) > request.num_offered:
+            request.num_offered = self._writes.num_whole(num_tokens)
+            self._writes.offer(self._space(request), sequence.token_ids[: request.num_offered], pages)
 
     def give_way(self) -> bool:
         """Drop something that waits to be written, so that its pages may come free; False if there is nothing."""
@@ -137,7 +145,6 @@ class Tiering:
         self.stop_reading()
         if self._writes is not None:
             self._writes.close(CLOSE_S)
-
 
     def _space(self, request: Request) -> TierSpace:
         return self._space_of(request.weights, request.tenant)

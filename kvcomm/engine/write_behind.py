@@ -46,14 +46,18 @@ class WriteBehind:
         self._is_closed = False
         self.num_dropped = 0
 
+    def num_whole(self, num_tokens: int) -> int:
+        """Tokens of the whole runs of so many."""
+        return num_tokens // self._tier.run_tokens * self._tier.run_tokens
+
     def offer(self, space: TierSpace, token_ids: IntArray, pages: PageIds) -> None:
         """Let the tier write an exact prefix, as far as it is not known to be there.
 
         Args:
-            token_ids: its tokens, of which the whole runs are taken.
-            pages: of at least these.
+            token_ids: whole runs.
+            pages: of at least these tokens.
         """
-        num_tokens = len(token_ids) // self._tier.run_tokens * self._tier.run_tokens
+        num_tokens = len(token_ids)
         num_pages = -(-num_tokens // self._pool.page_size)
         most = int(self._pool.num_pages * MAX_SHARE)
         if not num_tokens or self._is_closed or num_pages > most:
@@ -65,7 +69,7 @@ class WriteBehind:
         assert held.pages is not None
         self._pool.retain(held.pages)
         self._held[id(held)] = held
-        tokens = token_ids[:num_tokens].tolist()
+        tokens = token_ids.tolist()
         self._tier.put_prefix_later(space, tokens, partial(self._copied, held), ended=partial(self._ended, held))
 
     def give_way(self) -> bool:
