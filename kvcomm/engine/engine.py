@@ -71,7 +71,7 @@ from kvcomm.reuse.plan import Explanation
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.reuse.replay import Outcome
 from kvcomm.reuse.status import ReaderStatus, status_of
-from kvcomm.tiers.tier import Tier
+from kvcomm.tiers.tier import Tier, TierSpace
 
 DEFAULT_TENANT = "default"
 
@@ -143,7 +143,8 @@ class Engine:
         )
         ends = end_token_ids(model, tokenizer)
         identity = self._adapters.home(DEFAULT_TENANT)
-        first = self.live.now().digest
+        self._first_weights = self.live.now()
+        first = self._first_weights.digest
         self.prior_model = self._model_identity(first, {})
         known = _prior(prior, self.prior_model)
         self._prior_weights = None if known is None else first
@@ -1092,6 +1093,14 @@ class Engine:
     def tier(self) -> Tier | None:
         """Where exact prefixes are shared with other engines, if anywhere."""
         return self._tiering.tier
+
+    def tier_space(self, tenant: str = DEFAULT_TENANT) -> TierSpace:
+        """What a tenant's snapshots and the like go by in the tier, whatever the weights become.
+
+        Raises:
+            InvalidRequest: the tenant is no text.
+        """
+        return self._tiering.space_of(self._first_weights, values.text("the tenant", tenant))
 
     def flush_tier(self, timeout_s: float | None = None) -> bool:
         """Wait until the tier has what was computed so far; False after `timeout_s`. Closing does so for 2 s."""

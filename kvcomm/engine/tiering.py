@@ -38,6 +38,7 @@ class Tiering:
 
     Attributes:
         tier: None: there is none.
+        space_of: whose KV it is that weights compute for a tenant.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Tiering:
         """
         self.tier = tier
         self._lock = lock
-        self._space_of = space_of
+        self.space_of = space_of
         self._reads = None if tier is None else ReadAhead(tier, memory, cost, lock)
         self._writes = None if tier is None else WriteBehind(tier, memory.pool, lock)
 
@@ -147,7 +148,7 @@ class Tiering:
             self._writes.close(CLOSE_S)
 
     def _space(self, request: Request) -> TierSpace:
-        return self._space_of(request.weights, request.tenant)
+        return self.space_of(request.weights, request.tenant)
 
 
 def tier_space(adapters: Adapters, geometry: ModelGeometry, weights: Weights, tenant: str) -> TierSpace:
