@@ -152,7 +152,7 @@ class Scheduler:
                     "lower max_new_tokens or n, shorten the prompt or raise pool_tokens"
                 )
             if self._uses_tree(request):
-                self._tiering.ask(request)
+                self._tiering.ask(request, may_reuse=self._planner.may_reuse(request))
             self._waiting.append(request)
             self._tiering.wake()
 
