@@ -1082,8 +1082,8 @@ class Engine:
     def share_anchors(self, *, adapter: str | None = None, tenant: str = DEFAULT_TENANT) -> bool:
         """Write to the tier now what a tenant has learned about moving text; see `save_anchors`.
 
-        An engine does so by itself now and then, and when it is closed. False: nothing is known, there is no tier, or it
-        could not be written.
+        An engine does so by itself now and then, and when it is closed. False: nothing is known, there is no tier, or
+        it could not be written.
         """
         weights = self._adapters.weights(adapter)
         space = self._tiering.space_of(weights, tenant)

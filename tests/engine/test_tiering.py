@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from kvcomm import Engine, EngineConfig
+from kvcomm.align.ladder import Rung
 from kvcomm.engine import read_ahead
 from kvcomm.errors import InvalidRequest
+from kvcomm.memory.segments import Segment
 from kvcomm.reuse.cost import CostModel
 from kvcomm.reuse.plan import SpanKind
 from kvcomm.tiers.tier import Tier
@@ -112,7 +114,7 @@ def test_only_what_is_not_there_is_fetched_and_written(shared_model: TinyModel, 
     with over(shared_model, store) as engine:
         engine.generate(prompt[:17], max_new_tokens=1)
         num_gets = store.num_gets
-        assert engine.generate(prompt, max_new_tokens=1).usage.tier_tokens == 16
+        assert engine.generate(prompt, max_new_tokens=1).usage.tier_tokens == 15
         assert store.num_gets == num_gets + 2
         engine.flush_tier(PATIENCE_S)
     assert len(store.objects) == 8
@@ -217,13 +219,13 @@ def test_other_weights_and_adapters_have_their_own(store: FaultyStore) -> None:
     prompt = some_tokens(41)
     fill_tier(tiny, store, prompt)
     with torch.no_grad():
-        tiny.model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+        tiny.model.model.layers[0].mlp.up_proj.weight.mul_(2)
     with over(tiny, store) as engine:
         found = engine.generate(prompt, max_new_tokens=6, temperature=0, ignore_eos=True)
         assert found.usage.tier_tokens == 0
         assert list(found.token_ids) == greedy(tiny.model, prompt, 6)
         with torch.no_grad():
-            tiny.model.model.layers[0].mlp.up_proj.weight.div_(1.5)
+            tiny.model.model.layers[0].mlp.up_proj.weight.div_(2)
         assert engine.generate(prompt, max_new_tokens=1).usage.tier_tokens == 40
     tuned = TinyModel(with_adapters(tiny_model().model, "first"), tiny.tokenizer)
     fill(tuned.model, "first", 1)
@@ -270,6 +272,30 @@ def test_a_request_that_is_cancelled_waits_for_nothing(shared_model: TinyModel, 
         with pytest.raises(Exception, match="cancelled"):
             handle.result()
         store.open_for_reads.set()
+
+
+def test_renditions_are_moved_by_another_engine(shared_model: TinyModel, store: FaultyStore) -> None:
+    """A text that only another engine has read is moved as if it had been read here."""
+    text, tail = Segment(tuple(some_tokens(24, seed=1)), "text"), Segment(tuple(some_tokens(6, seed=2)))
+    read = (Segment(tuple(some_tokens(9, seed=3))), text, tail)
+    wanted = (Segment(tuple(some_tokens(13, seed=4))), text, tail)
+    settings = {"rung": Rung("rotate", 0.0), "max_new_tokens": 6, "temperature": 0, "ignore_eos": True}
+    with Engine(shared_model.model, shared_model.tokenizer, config=SMALL) as alone:
+        alone.reuse.cost.model = PATIENT
+        alone.generate(read, max_new_tokens=1)
+        expected = alone.generate(wanted, **settings)
+        assert expected.usage.aligned_tokens > 0
+    with over(shared_model, store) as first:
+        first.generate(read, max_new_tokens=1)
+        first.flush_tier(PATIENCE_S)
+    with over(shared_model, store) as second:
+        moved = second.generate(wanted, **settings)
+        assert moved.token_ids == expected.token_ids
+        assert moved.usage.aligned_tokens == expected.usage.aligned_tokens
+        assert moved.usage.tier_tokens == 0
+        exact = second.generate(wanted, max_new_tokens=6, temperature=0, ignore_eos=True)
+        tokens = [token for segment in wanted for token in segment.token_ids]
+        assert list(exact.token_ids) == greedy(shared_model.model, tokens, 6)
 
 
 def test_no_tier_at_all_is_refused_by_name(shared_model: TinyModel) -> None:
