@@ -56,6 +56,9 @@ MAX_RENDITIONS = 2
 MIN_SEGMENT = 16
 """Tokens of a segment of which a rendition is worth a look."""
 
+OVERDUE = 4.0
+"""An answer that takes so many times as long as computing holds up the others: nobody new waits for them."""
+
 MIN_DEADLINE_S = 0.05
 """For whatever is asked of the tier in the reading thread."""
 
@@ -137,6 +140,7 @@ class ReadAhead:
         self._lock = lock
         self._asks: deque[Ask] = deque()
         self._filling: KVSequence | None = None
+        self._overdue_s = np.inf  # when what is being answered will have taken too long
         self._slowdown, self._slowdown_at_s = 1.0, -np.inf
         self._changed = threading.Condition(lock)
         self._is_closed = False
@@ -173,6 +177,8 @@ class ReadAhead:
 
     def must_wait(self, ask: Ask) -> bool:
         """Whether its request should rather wait than be computed now."""
+        if self._is_closed:
+            return False
         if ask.exact_s is None:  # by now the machine has been measured, or cannot be
             self._begin(ask)
         return time.monotonic() < ask.waits_until_s
@@ -200,7 +206,8 @@ class ReadAhead:
 
     def rest(self, until_s: float) -> None:
         """Wait until something is answered or asked, or that moment comes, with the engine's lock given back."""
-        self._changed.wait(max(0.0, until_s - time.monotonic()))
+        if not self._is_closed:
+            self._changed.wait(max(0.0, until_s - time.monotonic()))
 
     def wake(self) -> None:
         """Let nobody rest any longer."""
@@ -237,7 +244,8 @@ class ReadAhead:
         num_bytes = (max(0, last - first) + num_moved) * ask.space.token_bytes
         end = max(last, min(ask.num_local + num_moved, len(ask.token_ids)))
         saved_s = busyness * (model.compute_s([(ask.num_local, end)]) - model.pass_s)
-        if self._is_closed or not self._tier.is_worth(num_bytes, saved_s):
+        is_stuck = time.monotonic() > self._overdue_s
+        if self._is_closed or is_stuck or not self._tier.is_worth(num_bytes, saved_s):
             self._settle(ask, Reason.TIER_SLOW)
             return
         ask.expected_s = self._tier.reads.expected_s(num_bytes)
@@ -258,6 +266,7 @@ class ReadAhead:
                 if self._is_closed:
                     return
                 ask = self._asks.popleft()
+                self._overdue_s = time.monotonic() + OVERDUE * max(MIN_DEADLINE_S, ask.exact_s or 0.0)
             reason: Reason | None = Reason.TIER_FAILED
             try:
                 reason = self._answer(ask)
@@ -266,6 +275,7 @@ class ReadAhead:
                 logger.exception("what the tier has of a prompt could not be taken over")
             finally:
                 with self._lock:
+                    self._overdue_s = np.inf
                     self._settle(ask, reason)
 
     def _answer(self, ask: Ask) -> Reason | None:
