@@ -228,7 +228,7 @@ def test_other_weights_and_adapters_have_their_own(store: FaultyStore) -> None:
             tiny.model.model.layers[0].mlp.up_proj.weight.div_(2)
         assert engine.generate(prompt, max_new_tokens=1).usage.tier_tokens == 40
     tuned = TinyModel(with_adapters(tiny_model().model, "first"), tiny.tokenizer)
-    fill(tuned.model, "first", 1)
+    fill(tuned.model, "first", seed=1)
     fill_tier(tuned, store, prompt, adapter="first")
     with over(tuned, store) as engine:
         assert engine.generate(prompt, max_new_tokens=1, adapter="first").usage.tier_tokens == 40
