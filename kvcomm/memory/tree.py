@@ -276,6 +276,19 @@ class RadixTree:
         """Events since the last call, oldest first; the first call starts recording and returns none."""
         return self._log.take()
 
+    @property
+    def has_events(self) -> bool:
+        """Whether `take_events` would return any; may be asked for without a lock."""
+        return not self._log.is_empty
+
+    def all_stored(self) -> list[CacheEvent]:
+        """Everything there is, as if it came just now, prefixes first: where a reader begins, or begins again."""
+        return [
+            CacheEvent(EventKind.STORED, name, node.start, node.path_tokens())
+            for name, space in self._namespaces.items()
+            for node in preorder(space.root)
+        ]
+
     def pages_held(self) -> Iterable[PageIds]:
         """Every page reference of the tree, for `PagePool.check_integrity`."""
         for space in self._namespaces.values():

@@ -30,6 +30,7 @@ from kvcomm.errors import InvalidRequest
 from kvcomm.files.reading import BadContent, parse_toml, read_toml
 from kvcomm.model.registry import SMOLLM2_135M
 from kvcomm.server.hosts import ANY_ORIGIN, parse_authority, parse_origin
+from kvcomm.server.kv_events.settings import KVEventSettings
 
 ENV_PREFIX = "KVCOMM_SERVE_"
 ENV_NESTED = "__"
@@ -169,6 +170,8 @@ class ServerSettings(BaseModel):
         log_prompts: write prompts and answers into the log.
         traces: URL of a collector of OpenTelemetry traces (OTLP over HTTP), for `kvcomm serve`; None: no traces.
             `make_app` takes a provider of them instead.
+        kv_events: what routers are told about cached prefixes, for `kvcomm serve`; None: nothing.
+        vllm_metrics: name some metrics as vLLM does, too; None: where there are KV events.
         engine: pool, pages, batch; see `EngineConfig`.
     """
 
@@ -219,6 +222,8 @@ class ServerSettings(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_prompts: bool = False
     traces: Annotated[str, Field(pattern=r"^https?://[^\s@]+$")] | None = None
+    kv_events: KVEventSettings | None = None
+    vllm_metrics: bool | None = None
     engine: Engine = Field(default_factory=EngineConfig)
 
     @model_validator(mode="after")
@@ -231,6 +236,11 @@ class ServerSettings(BaseModel):
     def name(self) -> str:
         """What clients call the model."""
         return self.served_name or Path(self.model).name
+
+    @property
+    def has_vllm_metrics(self) -> bool:
+        """Whether some metrics have vLLM's names, too."""
+        return self.kv_events is not None if self.vllm_metrics is None else self.vllm_metrics
 
     def max_bytes_of(self, path: str) -> int:
         """Bytes of the body of a request to a path."""
