@@ -159,7 +159,7 @@ def _address(socket: zmq.Socket[bytes]) -> str:
 
 def is_own_address(url: str) -> bool:
     """Whether to listen on an address: it has a wildcard, or only this machine has it. Else somebody listens there."""
-    address = url.partition("://")[2]
+    address = url.partition("://")[2].lower()
     return "*" in address or not url.startswith("tcp://") or address.startswith(LOCAL_HOSTS)
 
 
