@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,8 @@ from kvcomm.cli.serve_tenants import purge as purge_tenant
 from kvcomm.errors import InvalidRequest, MissingExtra
 
 if TYPE_CHECKING:
+    from kvcomm.engine.engine import Engine
+    from kvcomm.server.kv_events.publisher import Publisher
     from kvcomm.server.settings import Limits, ServerSettings
 
 EPILOG = (
@@ -160,6 +163,48 @@ def serve(
     traces: Annotated[
         str | None, typer.Option("--traces", metavar="URL", help="Collector of OpenTelemetry traces (OTLP over HTTP).")
     ] = None,
+    kv_events: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-events",
+            metavar="URL",
+            help="Publish vLLM's KV events for routers, such as on tcp://*:5557; who can connect reads the tokens.",
+        ),
+    ] = None,
+    kv_events_topic: Annotated[
+        str | None, typer.Option("--kv-events-topic", metavar="TOPIC", help="By default kv@HOST@MODEL.")
+    ] = None,
+    kv_events_format: Annotated[
+        str | None, typer.Option("--kv-events-format", metavar="FORM", help="map, or array as older readers want it.")
+    ] = None,
+    kv_events_replay: Annotated[
+        str | None,
+        typer.Option("--kv-events-replay", metavar="URL", help="Where to ask for missed ones, such as tcp://*:5558."),
+    ] = None,
+    kv_events_block_size: Annotated[
+        int | None, typer.Option("--kv-events-block-size", metavar="N", help="Tokens of a block; 16 by default.")
+    ] = None,
+    kv_events_seed: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-events-seed", metavar="TEXT", help="PYTHONHASHSEED of the vLLMs beside it, if they have it."
+        ),
+    ] = None,
+    kv_events_tenant: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kv-events-tenant",
+            metavar="NAME[=SALT]",
+            help="With keys, whose blocks are announced, under a salt: by default the name; may be repeated.",
+        ),
+    ] = None,
+    vllm_metrics: Annotated[
+        bool | None,
+        typer.Option(
+            "--vllm-metrics/--no-vllm-metrics",
+            help="Name some metrics as vLLM does, too; by default where there are KV events.",
+        ),
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Print the effective settings and end.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -169,8 +214,18 @@ def serve(
     """
     if context.invoked_subcommand is not None:
         return
+    from kvcomm.server.kv_events.settings import parse_tenants
     from kvcomm.server.settings import load_settings
 
+    events = {
+        "url": kv_events,
+        "topic": kv_events_topic,
+        "format": kv_events_format,
+        "replay": kv_events_replay,
+        "block_size": kv_events_block_size,
+        "seed": kv_events_seed,
+        "tenants": parse_tenants(kv_events_tenant or []) or None,
+    }
     flags = {
         "model": model,
         "served_name": served_name,
@@ -198,11 +253,15 @@ def serve(
         "default_tools": default_tools,
         "log_prompts": log_prompts,
         "traces": traces,
+        "kv_events": {name: value for name, value in events.items() if value is not None} or None,
+        "vllm_metrics": vllm_metrics,
     }
     environment = {name: text for name, text in os.environ.items() if name != "KVCOMM_SERVE_CONFIG"}
     settings = load_settings(flags, environment, config)
     settings.require_safe_address(has_keys=settings.keys is not None)
     settings.require_safe_origins(has_keys=settings.keys is not None)
+    if settings.kv_events is not None:
+        settings.kv_events.require_somebody(has_keys=settings.keys is not None)
     if check:
         _print(settings, None, as_json=as_json)
     else:
@@ -222,6 +281,7 @@ def _serve(settings: ServerSettings, *, as_json: bool) -> None:
     from logging.config import dictConfig
 
     from kvcomm.server.keys import KeyRing
+    from kvcomm.server.kv_events.feed import open_publisher
     from kvcomm.server.logs import logging_config
     from kvcomm.server.running import address_of, bind
     from kvcomm.server.traces import exporting_provider, shut_down
@@ -230,6 +290,7 @@ def _serve(settings: ServerSettings, *, as_json: bool) -> None:
     keys = KeyRing(settings.keys) if settings.keys is not None else None
     traces = exporting_provider(settings.traces) if settings.traces is not None else None
     tier = settings.open_tier()
+    publisher = open_publisher(settings.kv_events, settings.name) if settings.kv_events is not None else None
     listener = bind(settings)
     dictConfig(logging_config(settings.log_level))
     try:
@@ -245,7 +306,7 @@ def _serve(settings: ServerSettings, *, as_json: bool) -> None:
             tier=tier,
             progress=True,
         )
-        with with_adapters(engine, settings.adapters):
+        with with_adapters(engine, settings.adapters), _announcing(engine, publisher, settings):
             server = make_server(make_app(engine, settings, keys=keys, traces=traces))
             sys.setswitchinterval(SWITCH_S)
             gc.collect()
@@ -257,8 +318,22 @@ def _serve(settings: ServerSettings, *, as_json: bool) -> None:
         listener.close()
         if tier is not None:
             tier.close()
+        if publisher is not None:
+            publisher.close()
         if traces is not None:
             shut_down(traces)
+
+
+def _announcing(
+    engine: Engine, publisher: Publisher | None, settings: ServerSettings
+) -> AbstractContextManager[object]:
+    """Within: KV events are published, if any are wanted."""
+    if publisher is None or settings.kv_events is None:
+        return nullcontext()
+    from kvcomm.server.kv_events.feed import make_feed
+
+    has_keys = settings.keys is not None
+    return make_feed(engine, publisher, settings.kv_events, has_keys=has_keys, adapters=settings.adapters)
 
 
 def _print(settings: ServerSettings, address: str | None, *, as_json: bool) -> None:

@@ -8,7 +8,6 @@ and in the expiry queue if it has a TTL. Refuses to know how paths are matched o
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import itertools
 import math
@@ -156,10 +155,7 @@ class Reaper:
         """Log tokens [start, node.end) of the path, if anybody listens."""
         if not self._log.recording:
             return
-        path = node.path_tokens()
-        prefix = hashlib.sha256(path[:start].astype("<i4").tobytes()).hexdigest()
-        tokens = tuple(path[start:].tolist())
-        self._log.record(CacheEvent(kind, node.namespace.name, start, node.end, tokens, prefix, reason))
+        self._log.record(CacheEvent(kind, node.namespace.name, start, node.path_tokens(), reason))
 
     def check_waiting(self, node: Node) -> None:
         """An evictable leaf waits in every queue it belongs to, nowhere behind its place."""

@@ -70,21 +70,26 @@ class RadixTree:
     """Longest-prefix cache of exact KV pages.
 
     `ttl_s` is how long an unused path lives unless `insert` says otherwise; None is forever. `clock` gives
-    seconds.
+    seconds. `max_events` wait for `take_events`; then the oldest are lost.
 
     Attributes:
         ages: how long pages lived and lay unused, of all namespaces together.
     """
 
     def __init__(
-        self, pool: PagePool, *, clock: Callable[[], float] = time.monotonic, ttl_s: float | None = None
+        self,
+        pool: PagePool,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        ttl_s: float | None = None,
+        max_events: int = 65_536,
     ) -> None:
         self._pool = pool
         self._clock = clock
         self._ttl_s = math.inf if ttl_s is None else ttl_s
         self._namespaces: dict[str, Namespace] = {}
         self._forgotten = Namespace("")  # the counters of all that are not known any more
-        self._log = EventLog()
+        self._log = EventLog(max_events)
         self.ages = PageAges()
         self._reaper = Reaper(pool, self._log, self.ages, clock)
         self._num_uses = 0
@@ -275,6 +280,19 @@ class RadixTree:
     def take_events(self) -> list[CacheEvent]:
         """Events since the last call, oldest first; the first call starts recording and returns none."""
         return self._log.take()
+
+    @property
+    def has_events(self) -> bool:
+        """Whether `take_events` would return any; may be asked for without a lock."""
+        return not self._log.is_empty
+
+    def all_stored(self) -> list[CacheEvent]:
+        """Everything there is, as if it came just now, prefixes first: where a reader begins, or begins again."""
+        return [
+            CacheEvent(EventKind.STORED, name, node.start, node.path_tokens())
+            for name, space in self._namespaces.items()
+            for node in preorder(space.root)
+        ]
 
     def pages_held(self) -> Iterable[PageIds]:
         """Every page reference of the tree, for `PagePool.check_integrity`."""

@@ -30,6 +30,7 @@ from kvcomm.errors import InvalidRequest
 from kvcomm.files.reading import BadContent, parse_toml, read_toml
 from kvcomm.model.registry import SMOLLM2_135M
 from kvcomm.server.hosts import ANY_ORIGIN, parse_authority, parse_origin
+from kvcomm.server.kv_events.settings import KVEventSettings
 from kvcomm.tiers.keys import read_secret
 from kvcomm.tiers.store import shown_url
 from kvcomm.tiers.tier import Tier
@@ -175,6 +176,8 @@ class ServerSettings(BaseModel):
         tier_bytes: that the tier may hold, over all who use it; None: no limit.
         traces: URL of a collector of OpenTelemetry traces (OTLP over HTTP), for `kvcomm serve`; None: no traces.
             `make_app` takes a provider of them instead.
+        kv_events: what routers are told about cached prefixes, for `kvcomm serve`; None: nothing.
+        vllm_metrics: name some metrics as vLLM does, too; None: where there are KV events.
         engine: pool, pages, batch; see `EngineConfig`.
     """
 
@@ -228,6 +231,8 @@ class ServerSettings(BaseModel):
     tier_secret_file: Path | None = None
     tier_bytes: Positive | None = None
     traces: Annotated[str, Field(pattern=r"^https?://[^\s@]+$")] | None = None
+    kv_events: KVEventSettings | None = None
+    vllm_metrics: bool | None = None
     engine: Engine = Field(default_factory=EngineConfig)
 
     @model_validator(mode="after")
@@ -240,6 +245,11 @@ class ServerSettings(BaseModel):
     def name(self) -> str:
         """What clients call the model."""
         return self.served_name or Path(self.model).name
+
+    @property
+    def has_vllm_metrics(self) -> bool:
+        """Whether some metrics have vLLM's names, too."""
+        return self.kv_events is not None if self.vllm_metrics is None else self.vllm_metrics
 
     def max_bytes_of(self, path: str) -> int:
         """Bytes of the body of a request to a path."""

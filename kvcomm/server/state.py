@@ -24,6 +24,7 @@ from kvcomm.server.segments.registry import SegmentRegistries
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.tenants import Tenant, Tenants
 from kvcomm.server.token_names import TokenNames
+from kvcomm.server.vllm_metrics import VllmMetrics
 from kvcomm.server.workers import Workers
 
 
@@ -69,6 +70,17 @@ class ServerState:
         max_running = self.engine.config.max_running
         self.workers = Workers(max_running, lambda: self.admission.kept_of(max_running))
         self.metrics = Metrics(self.engine, self.admission, self.workers.engine)
+        if self.settings.has_vllm_metrics:
+            self.metrics.registry.register(self._vllm_metrics())
+
+    def _vllm_metrics(self) -> VllmMetrics:
+        events, turns = self.settings.kv_events, self.workers.engine
+        return VllmMetrics(
+            self.engine,
+            lambda: self.engine.scheduler.num_waiting + turns.num_waiting,
+            model=self.settings.name,
+            block_size=self.engine.config.page_size if events is None else events.block_size,
+        )
 
     def ended(self, ended: Ended) -> None:
         """Count a request that has ended, for the operator and for its own tenant."""

@@ -6,6 +6,9 @@ import json
 from typing import Any
 
 import pytest
+import torch
+from llguidance import LLMatcher
+from llguidance.hf import from_tokenizer
 
 from kvcomm import Grammar
 from kvcomm.engine.grammar_compiler import MAX_COMPILED, GrammarCompiler
@@ -229,3 +232,55 @@ def test_every_kind_of_tokenizer_follows_or_refuses(kind: str) -> None:
         shown = tokenizer.decode(ids)
         assert "hello world".startswith(shown.lstrip())
     assert state.is_complete
+
+
+def test_what_is_prepared_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first grammar once waited for a look at the whole vocabulary, seconds for a large one."""
+    looks: list[int] = []
+
+    def looking(tokenizer: Any, n_vocab: int, eos_token: list[int]) -> Any:
+        looks.append(n_vocab)
+        return from_tokenizer(tokenizer, n_vocab=n_vocab, eos_token=eos_token)
+
+    monkeypatch.setattr("kvcomm.engine.grammar_compiler.from_tokenizer", looking)
+    compiler = make_compiler("byte-level")
+    compiler.prepare()
+    assert len(looks) == 1
+    compiler.compile(Grammar.regex("a"))
+    compiler.prepare()
+    assert len(looks) == 1
+
+
+def test_where_no_grammar_can_be_followed_nothing_is_prepared() -> None:
+    make_compiler(REFUSED[0]).prepare()
+
+
+def test_the_first_tokens_are_known_when_it_is_compiled(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many prompts may be done in one step, so looking at it again then would take the time of all their grammars."""
+    looks = count_looks(monkeypatch)
+    grammar = Grammar.regex("[ab]c[de]")
+    states = [compiler.compile(grammar) for _ in range(5)]
+    assert len(looks) == 1
+    allowed = {tuple(torch.nonzero(~state.forbidden()).flatten().tolist()) for state in states}
+    assert len(allowed) == 1
+    assert len(looks) == 1
+    states[0].take(allowed.pop()[0])
+    states[0].forbidden()
+    states[0].forbidden()
+    assert len(looks) == 2
+
+
+def count_looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """One entry for each time that a grammar looks at all tokens."""
+    looks: list[str] = []
+    real = LLMatcher.compute_bitmask
+
+    class Counted(LLMatcher):
+        def compute_bitmask(self) -> bytes:
+            looks.append("")
+            return real(self)
+
+    monkeypatch.setattr("kvcomm.engine.grammar_compiler.LLMatcher", Counted)
+    return looks

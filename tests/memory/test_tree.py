@@ -3,7 +3,6 @@ reasons, events."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
 from collections.abc import Iterator
@@ -404,11 +403,11 @@ def test_events_tell_the_story_from_the_first_question_on(bench: Bench) -> None:
     bench.tree.evict(1)
     bench.tree.reset()
     stored, evicted, reset = bench.tree.take_events()
-    prefix = hashlib.sha256(np.arange(4, dtype="<i4").tobytes()).hexdigest()
-    assert (stored.kind, stored.start, stored.end, stored.token_ids) == (EventKind.STORED, 4, 8, span(4, 4))
-    assert (stored.namespace, stored.prefix_digest, stored.reason) == (NS, prefix, None)
+    assert (stored.kind, stored.start, stored.end, stored.reason) == (EventKind.STORED, 4, 8, None)
+    assert (stored.namespace, stored.path.tolist()) == (NS, list(span(0, 8)))
     assert (evicted.kind, evicted.start, evicted.end, evicted.reason) == (EventKind.REMOVED, 4, 8, "evicted")
-    assert (reset.token_ids, reset.reason) == (span(0, 4), "reset")
+    assert evicted.path.tolist() == list(span(0, 8))
+    assert (reset.start, reset.path.tolist(), reset.reason) == (0, list(span(0, 4)), "reset")
     assert bench.tree.take_events() == []
 
 
@@ -453,8 +452,38 @@ def test_a_reader_who_stays_away_is_told_so(bench: Bench) -> None:
     for event in events:
         log.record(event)
     lost, *rest = log.take()
-    assert (lost.kind, lost.end) == (EventKind.LOST, 1)
+    assert (lost.kind, lost.num_lost) == (EventKind.LOST, 1)
     assert rest == events[1:]
+
+
+def test_what_waits_for_a_reader_is_bounded_in_tokens_too(bench: Bench) -> None:
+    log = EventLog(max_tokens=8)
+    log.take()
+    bench.tree.take_events()
+    assert not bench.tree.has_events
+    for start in (0, 100, 200):
+        bench.serve(span(start, 4))
+    assert bench.tree.has_events
+    for event in bench.tree.take_events():
+        log.record(event)
+    lost, *rest = log.take()
+    assert (lost.kind, lost.num_lost) == (EventKind.LOST, 1)
+    assert [event.path[0] for event in rest] == [100, 200]
+    assert log.is_empty
+
+
+def test_all_that_is_there_is_told_with_prefixes_first(bench: Bench) -> None:
+    bench.serve(span(0, 8))
+    bench.serve(span(0, 6) + span(100, 6))
+    bench.serve(span(200, 4), "other")
+    told = bench.tree.all_stored()
+    assert {(event.namespace, event.start, tuple(event.path.tolist())) for event in told} == {
+        (NS, 0, span(0, 6)),
+        (NS, 6, span(0, 8)),
+        (NS, 6, span(0, 6) + span(100, 6)),
+        ("other", 0, span(200, 4)),
+    }
+    assert next(event.end for event in told if event.namespace == NS) == 6
 
 
 def test_queues_do_not_grow_with_use(bench: Bench) -> None:
