@@ -28,6 +28,7 @@ LAYERS = [
     "engine",
     "reuse",
     "align",
+    "tiers",
     "memory",
     "model",
     "config",
