@@ -21,6 +21,7 @@ from kvcomm.errors import UnsupportedModel
 from kvcomm.integrations.vllm.decoder import Attend
 from kvcomm.integrations.vllm.layout import LayerLayout, measure
 from kvcomm.integrations.vllm.turns import Turns
+from kvcomm.memory.pool import LayerShape
 
 logger = logging.getLogger("kvcomm.vllm")
 
@@ -231,6 +232,11 @@ class VllmModel:
         """Layers with KV."""
         return len(self._layers)
 
+    @property
+    def shapes(self) -> tuple[LayerShape, ...]:
+        """What each layer keeps of a token."""
+        return tuple(LayerShape(layer.num_kv_heads, layer.head_size, layer.head_size) for layer in self._layers)
+
     @torch.inference_mode()
     def hidden(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """See `decoder.Host`. Waits for its turn."""
@@ -386,6 +392,12 @@ def attach_to(worker: Any, kv_cache_config: Any) -> None:
         attach = getattr(connector, "attach_kvcomm", None)
         if attach is not None:
             attach(worker, kv_cache_config)
+
+
+def quieten() -> None:
+    """Let vLLM not say at every pass that threads are set by itself: kvcomm's loops ask for as many as there are."""
+    name = "vllm.v1.worker.cpu_worker"
+    logging.getLogger(name).addFilter(lambda record: "set_num_threads" not in record.getMessage())
 
 
 def take_turns(runner: Any, turns: Turns, while_empty: Callable[[], None]) -> None:

@@ -7,7 +7,6 @@ they say to each other are `messages`. Nothing here may raise for what a request
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,16 +18,21 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from kvcomm.engine.engine import Engine
 from kvcomm.errors import InvalidRequest, KVCommError, UnsupportedModel
 from kvcomm.integrations.vllm import adapter
-from kvcomm.integrations.vllm.inner import kv_of, make_engine
+from kvcomm.integrations.vllm.inner import kv_of, make_engine, namespace_of
 from kvcomm.integrations.vllm.ledger import Ledger
 from kvcomm.integrations.vllm.messages import Drop, Jobs, Load, Prepare, Prepared, Save
 from kvcomm.integrations.vllm.params import KEY, RequestParams, read_params
 from kvcomm.integrations.vllm.preparation import Preparations
 from kvcomm.integrations.vllm.settings import ConnectorSettings, read_settings
-from kvcomm.integrations.vllm.shelf import open_shelf
+from kvcomm.integrations.vllm.shelf import ENGINE_PRODUCER, TierShelf
 from kvcomm.integrations.vllm.turns import Turns
+from kvcomm.model.attention import make_backend
+from kvcomm.model.loading import LoadedModel, load_model
+from kvcomm.tiers.space import DEFAULT_TENANT
+from kvcomm.tiers.tier import Tier, TierSpace
 
 logger = logging.getLogger("kvcomm.vllm")
 
@@ -223,19 +227,18 @@ class WorkerSide:
 
     def attach(self, config: Any, worker: Any, kv_cache_config: Any) -> None:
         """Build what the settings ask for; whatever cannot be is said in one line, and left to vLLM."""
+        adapter.quieten()
         turns = Turns(self._settings.learning_share)
         try:
             model = adapter.VllmModel(config, worker.model_runner, kv_cache_config, turns)
+            # For a moment its weights are in memory twice: they say under which name kvcomm knows this model.
+            loaded = load_model(config.model_config.model, dtype=model.dtype, device="cpu")
         except KVCommError as error:
             logger.warning("kvcomm serves nothing here, vLLM does all: %s", error)
             return
         self._block_size = model.block_size
-        engine, probe = self._make_engine(config, model)
-        shelf = None
-        try:
-            shelf = open_shelf(self._settings, config, model, engine, probe)
-        except KVCommError as error:
-            logger.warning("the tier is not used: %s", error)
+        engine, probe = self._make_engine(config, model, loaded)
+        shelf = self._open_shelf(config, model, loaded, probe)
         self._preparations = Preparations(model, turns, engine, shelf)
         adapter.take_turns(worker.model_runner, turns, self._while_empty)
 
@@ -283,13 +286,39 @@ class WorkerSide:
             self._preparations.close()
             self._preparations = None
 
-    def _make_engine(self, config: Any, model: adapter.VllmModel) -> tuple[Any, adapter.Probe]:
+    def _open_shelf(
+        self, config: Any, model: adapter.VllmModel, loaded: LoadedModel, probe: adapter.Probe
+    ) -> TierShelf | None:
+        settings = self._settings
+        if settings.tier is None:
+            return None
+        try:
+            if config.parallel_config.tensor_parallel_size > 1:
+                raise UnsupportedModel("tensor_parallel_size is above 1: each worker has a part of the heads only")
+            tier = Tier.open(settings.tier, secret=settings.secret, max_bytes=settings.tier_bytes)
+        except KVCommError as error:
+            logger.warning("the tier is not used: %s", error)
+            return None
+        space = TierSpace(
+            namespace=namespace_of(loaded, make_backend("auto", model.device).name),
+            producer=adapter.producer(),
+            tenant=DEFAULT_TENANT,
+            shapes=model.shapes,
+            dtype=model.dtype,
+            vocab_size=loaded.model.get_output_embeddings().weight.shape[0],
+        )
+        also_from = (ENGINE_PRODUCER,) if probe.is_exact else ()
+        return TierShelf(tier, space, also_from=also_from, token_s=lambda: model.turns.token_s, read_s=settings.read_s)
+
+    def _make_engine(
+        self, config: Any, model: adapter.VllmModel, loaded: LoadedModel
+    ) -> tuple[Engine | None, adapter.Probe]:
         if not self._settings.move:
             return None, adapter.Probe(None)
         try:
             if config.parallel_config.tensor_parallel_size > 1:
                 raise UnsupportedModel("tensor_parallel_size is above 1: its workers' passes would have to agree")
-            engine = make_engine(model, config.model_config.model, self._settings)
+            engine = make_engine(model, loaded, self._settings)
         except KVCommError as error:
             logger.warning("nothing is moved, exact prefixes only: %s", error)
             return None, adapter.Probe(None)
@@ -328,8 +357,3 @@ def _why_off(config: Any, kv_cache_config: Any) -> str | None:
     except UnsupportedModel as error:
         return str(error)
     return adapter.why_unsupported(config, kv_cache_config)
-
-
-def request_ids(jobs: Iterable[Any]) -> list[str]:
-    """Whom jobs are for."""
-    return [job.request_id for job in jobs]

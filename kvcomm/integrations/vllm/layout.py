@@ -1,6 +1,7 @@
-"""Where a program keeps each number of a token's KV, found by measuring: numbers are written through its own kernel, and
-looked for in its memory. So no kernel's packing is known by heart, and one that packs otherwise tomorrow is read rightly
-or refused. Knows tensors only.
+"""Where a program keeps each number of a token's KV, found by measuring.
+
+Numbers are written through the program's own kernel, and looked for in its memory. So no kernel's packing is known by
+heart, and one that packs otherwise tomorrow is read rightly, or refused. Knows tensors only.
 """
 
 from __future__ import annotations
@@ -110,7 +111,6 @@ def _view(memory: Tensor, places: Tensor, num_blocks: int, block_size: int, num_
     ]
     strides.append(int(places[0, 0, 1]) - origin)
     axes = (torch.arange(size) for size in (2, block_size, num_kv_heads, dim))
-    expected = origin
     blocks, tokens, heads, channels = axes
     regular = (
         origin
@@ -121,5 +121,6 @@ def _view(memory: Tensor, places: Tensor, num_blocks: int, block_size: int, num_
     )
     if not torch.equal(regular.reshape(places.shape), places):
         raise UnsupportedModel("KV is packed in no regular order; only what is written by kernels can be used")
-    start = expected - block_stride
-    return memory.as_strided((num_blocks, block_size, num_kv_heads, dim), (block_stride, *strides), start)
+    return memory.as_strided(
+        (num_blocks, block_size, num_kv_heads, dim), (block_stride, *strides), origin - block_stride
+    )

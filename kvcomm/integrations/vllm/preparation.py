@@ -22,6 +22,7 @@ from kvcomm.engine.engine import Engine
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.results import Usage as EngineUsage
 from kvcomm.errors import KVCommError
+from kvcomm.integrations.vllm.inner import kv_of_context
 from kvcomm.integrations.vllm.messages import Drop, Load, Prepare, Prepared, Save, Usage
 from kvcomm.integrations.vllm.params import RequestParams
 from kvcomm.integrations.vllm.turns import Turns
@@ -226,13 +227,7 @@ class Preparations:
 
     def _kv_of(self, work: _Work) -> KVLists | None:
         if work.context is not None and not work.context.released:
-            cache = work.context.to_hf_cache(whole=True)
-            keys, values = [], []
-            for layer in cache.layers:
-                assert layer.keys is not None and layer.values is not None
-                keys.append(layer.keys[0].transpose(0, 1))
-                values.append(layer.values[0].transpose(0, 1))
-            return keys, values
+            return kv_of_context(work.context)
         if work.found is not None and work.found.done() and not work.found.cancelled():
             return work.found.result()
         return None
