@@ -119,6 +119,29 @@ def missing_names() -> list[str]:
     return missing
 
 
+class Found(NamedTuple):
+    """What `kvcomm doctor --vllm` shows.
+
+    Attributes:
+        reason: why nothing is served, or what to know; empty: all is as it was tried.
+    """
+
+    version: str | None
+    serves: bool
+    reason: str
+
+
+def look() -> Found:
+    """Whether kvcomm serves in the vLLM that is installed here; starts nothing."""
+    try:
+        found = version()
+        require_known()
+    except UnsupportedModel as error:
+        return Found(None, False, str(error))
+    untried = "" if is_tried_version(found) else f"not tried with this version; written for {_versions()}"
+    return Found(found, True, untried)
+
+
 def require_known() -> None:
     """Raises UnsupportedModel where this vLLM lacks something, with the names and the versions that have it."""
     missing = missing_names()
@@ -376,9 +399,22 @@ def worker_class() -> type[Any]:
         from vllm.v1.worker.cpu_worker import CPUWorker
 
         return CPUWorker  # type: ignore[no-any-return, unused-ignore]
+    return base_worker_class()
+
+
+def base_worker_class() -> type[Any]:
+    """What the workers of all platforms descend from."""
     from vllm.v1.worker.gpu_worker import Worker
 
     return Worker  # type: ignore[no-any-return, unused-ignore]
+
+
+def name_connector(name: str, module: str) -> None:
+    """Let `kv_connector` name a class in a module; harmless where it is named already."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    if name not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector(name, module, name)
 
 
 def attach_to(worker: Any, kv_cache_config: Any) -> None:
