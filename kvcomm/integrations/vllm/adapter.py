@@ -402,6 +402,37 @@ def worker_class() -> type[Any]:
     return base_worker_class()
 
 
+class Inside(NamedTuple):
+    """What runs in this process where vLLM's engine does, for evaluations and tests.
+
+    Attributes:
+        connector: the scheduler's side.
+        worker: the worker's side.
+        num_free_blocks: of KV, now.
+        drain: makes steps until nothing is left to do, such as saving.
+    """
+
+    connector: Any
+    worker: Any
+    num_free_blocks: Callable[[], int]
+    drain: Callable[[], None]
+
+
+def inside(llm: Any) -> Inside:
+    """Of a `vllm.LLM` whose engine runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0)."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    client = llm.llm_engine.engine_core
+    scheduler = client.engine_core.scheduler
+
+    def drain() -> None:
+        while scheduler.has_requests():
+            client.get_output()
+
+    pool = scheduler.kv_cache_manager.block_pool
+    return Inside(scheduler.connector, get_kv_transfer_group(), pool.get_num_free_blocks, drain)
+
+
 def base_worker_class() -> type[Any]:
     """What the workers of all platforms descend from."""
     from vllm.v1.worker.gpu_worker import Worker

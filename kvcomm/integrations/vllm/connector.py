@@ -81,6 +81,21 @@ class KVCommConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, un
         else:
             self._worker = WorkerSide(self._settings)
 
+    @property
+    def ledger(self) -> Ledger:
+        """Of the scheduler's side."""
+        return self._ledger
+
+    @property
+    def preparations(self) -> Preparations | None:
+        """Of a worker's side; None: it has no model."""
+        return self._worker.preparations
+
+    @property
+    def difference(self) -> float | None:
+        """Largest, of kvcomm's KV and vLLM's as measured at start; None: it was not."""
+        return self._worker.probe.difference
+
     # The scheduler's side.
 
     def on_new_request(self, request: Any) -> None:
@@ -213,6 +228,7 @@ class WorkerSide:
 
     def __init__(self, settings: ConnectorSettings) -> None:
         self._settings = settings
+        self.probe = adapter.Probe(None)
         self._preparations: Preparations | None = None
         self._block_size = 1
         self._unknown: dict[str, Prepared] = {}
@@ -226,7 +242,9 @@ class WorkerSide:
         return self._preparations
 
     def attach(self, config: Any, worker: Any, kv_cache_config: Any) -> None:
-        """Build what the settings ask for; whatever cannot be is said in one line, and left to vLLM."""
+        """Build what the settings ask for, once; whatever cannot be is said in one line, and left to vLLM."""
+        if self._preparations is not None:
+            return
         adapter.quieten()
         turns = Turns(self._settings.learning_share)
         try:
@@ -237,8 +255,8 @@ class WorkerSide:
             logger.warning("kvcomm serves nothing here, vLLM does all: %s", error)
             return
         self._block_size = model.block_size
-        engine, probe = self._make_engine(config, model, loaded)
-        shelf = self._open_shelf(config, model, loaded, probe)
+        engine, self.probe = self._make_engine(config, model, loaded)
+        shelf = self._open_shelf(config, model, loaded, self.probe)
         self._preparations = Preparations(model, turns, engine, shelf)
         adapter.take_turns(worker.model_runner, turns, self._while_empty)
 

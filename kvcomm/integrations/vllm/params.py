@@ -68,6 +68,7 @@ class Reuse(_Model):
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.9
     basis: Literal["own", "pool", "prior"] = "prior"
     audit: Annotated[float, Field(ge=0, le=1)] | None = None
+    learn: bool = True
 
     @property
     def policy(self) -> ReusePolicy:
@@ -75,7 +76,7 @@ class Reuse(_Model):
         if self.mode == "exact":
             return ReusePolicy.exact()
         audit = DEFAULT_AUDIT if self.audit is None else self.audit
-        return ReusePolicy(self.max_divergence, self.confidence, basis=self.basis, audit=audit)
+        return ReusePolicy(self.max_divergence, self.confidence, basis=self.basis, learn=self.learn, audit=audit)
 
 
 class RequestParams(_Model):

@@ -18,7 +18,7 @@ from typing import Protocol
 from torch import Tensor
 
 from kvcomm.engine.context import PREFILL_ONLY, Context
-from kvcomm.engine.engine import Engine
+from kvcomm.engine.engine import Engine, end_token_ids
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.results import Usage as EngineUsage
 from kvcomm.errors import KVCommError
@@ -97,12 +97,23 @@ class Preparations:
         self._turns = turns
         self._engine = engine
         self._shelf = shelf
+        self._ends = frozenset() if engine is None else end_token_ids(engine.model, engine.tokenizer)
         self._works: dict[str, _Work] = {}
         self._num_urgent = 0
         self._readers = ThreadPoolExecutor(NUM_READERS, "kvcomm-tier") if shelf is not None else None
         # A context is released when its request has ended, and that may wait for a turn which this thread has.
         self._endings = ThreadPoolExecutor(1, "kvcomm-endings")
         self._changed = threading.Event()
+
+    @property
+    def engine(self) -> Engine | None:
+        """On this worker's model."""
+        return self._engine
+
+    @property
+    def shelf(self) -> Shelf | None:
+        """Where exact KV is kept for others."""
+        return self._shelf
 
     @property
     def num_open(self) -> int:
@@ -113,6 +124,11 @@ class Preparations:
     def num_held(self) -> int:
         """Requests for which something is held."""
         return len(self._works)
+
+    def held_context(self, request_id: str) -> Context | None:
+        """The context that was computed for a request, if it is held."""
+        work = self._works.get(request_id)
+        return None if work is None else work.context
 
     def begin(self, prepare: Prepare) -> None:
         """Start to prepare a prompt."""
@@ -175,11 +191,16 @@ class Preparations:
         work = self._works.pop(drop.request_id, None)
         if work is None:
             return
-        if drop.answer and work.context is not None and work.is_done and not work.context.released:
-            self._publish(work.context, Segment(drop.answer, drop.name))
+        answer = self._without_end(drop.answer)
+        if answer and work.context is not None and work.is_done and not work.context.released:
+            self._publish(work.context, Segment(answer, drop.name))
         else:
             self._give_up(work)
         self._count_urgent()
+
+    def close_endings(self) -> None:
+        """Wait until what ended requests left to be done is done; nothing may end afterwards."""
+        self._endings.shutdown()
 
     def close(self) -> None:
         """Give up all that is held."""
@@ -201,6 +222,10 @@ class Preparations:
         segments = prepare.params.split(prepare.token_ids)
         work.context = engine.empty_context(tenant=prepare.params.tenant, policy=prepare.params.policy)
         work.handle = work.context.submit(PREFILL_ONLY, prompt=segments)
+
+    def _without_end(self, answer: tuple[int, ...]) -> tuple[int, ...]:
+        """An answer as it is passed on: without the token that ended it."""
+        return answer[:-1] if answer and answer[-1] in self._ends else answer
 
     def _publish(self, context: Context, answer: Segment) -> None:
         """Let other prompts move an answer: compute it behind its prompt, then let the context go."""

@@ -1,4 +1,4 @@
-"""Stand-ins for vLLM in tests of what does not import it: a host with a transformers model, and pages as plain tensors."""
+"""Stand-ins for vLLM where it is not imported: a host with a transformers model, and pages as plain tensors."""
 
 from __future__ import annotations
 

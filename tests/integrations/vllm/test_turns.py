@@ -53,11 +53,11 @@ def test_who_came_first_goes_first() -> None:
         waiting.wait()
         while len(turns._queue) < 2:
             pass
-        host = started(lambda: turns.host(1).__enter__() and None)
         order.append("host")
     thread.join()
-    assert order == ["host", "guest"]
-    host.join()
+    with turns.host(1):
+        order.append("host")
+    assert order == ["host", "guest", "host"]
 
 
 def test_learning_waits_for_a_busy_host() -> None:
@@ -77,7 +77,12 @@ def test_learning_waits_for_a_busy_host() -> None:
     step(1.0)
     assert not turns._may_learn()
     done = threading.Event()
-    thread = started(lambda: (learn(0.3), done.set()) and None)
+
+    def learn_more() -> None:
+        learn(0.3)
+        done.set()
+
+    thread = started(learn_more)
     assert not done.wait(0.05)
     clock.now_s += 1.0  # the host has nothing to do any more
     assert done.wait(10)
