@@ -1,9 +1,8 @@
 """What things cost a simulated worker, in seconds and bytes: measured on one real engine, and how to measure them.
 
-The constants were measured with `python -m eval.cluster --measure` (SmolLM2-135M in float32, one thread of a two-core
-machine without a GPU); those of the tier are its folder's and its S3 client's on the same machine. What a run prints are
-ratios of one set of costs, so another machine moves the seconds far more than the ratios; `--measure` and the options
-of the costs tell how far.
+The constants are those of SmolLM2-135M in float32 on one thread of a two-core machine without a GPU, as `python -m
+eval.cluster --measure` prints them, and of a tier in a folder on the same machine. Gains are ratios under one set of
+costs, so another machine moves the seconds far more than the gains.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Every router sees what a router in front of real workers could see: its own requests in flight, and where it says so the
 contents of the caches. The published ones are written from their documentation and sources:
 
-- `PrefixHash`: consistent hashing with bounded loads over the beginning of the prompt, as KubeAI's PrefixHash does it: 256
-  points a worker, at most 1.25 times the mean number of requests in flight, the next worker on the ring otherwise.
+- `PrefixHash`: consistent hashing with bounded loads over the beginning of the prompt, as KubeAI's PrefixHash does it:
+  256 points a worker, at most 1.25 times the mean number of requests in flight, the next worker on the ring otherwise.
   KubeAI hashes the first user message; a trace does not say where that begins, so the first `HASH_BLOCKS` blocks are
   hashed, and not the system prompt alone, which whole traces share.
 - `PrefixTrie`: the production stack of vLLM: the workers that were sent the longest beginning of this prompt, one of

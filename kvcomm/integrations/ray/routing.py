@@ -6,9 +6,10 @@ worker is known by its load, in tokens that it has still to compute, and by the 
 
 The order of workers is that of their cost: tokens of the request that are not held there, weighed by `thrift`, and the
 load beyond the least loaded worker's. So the holder of the deepest prefix comes first until it is busier by more than
-that saves, then it is passed over. Loads within `slack` of the least count as equal, because what a router knows of loads is never quite
-new; among equals rendezvous hashing of the request's first key decides. Several routers that know nothing of each other
-therefore send a new prompt to the same worker, and a worker that goes takes only its own prompts with it.
+that saves, then it is passed over. Loads within `slack` of the least count as equal, because what a router knows of
+loads is never quite new; among equals rendezvous hashing of the request's first key decides. Several routers that know
+nothing of each other therefore send a new prompt to the same worker, and a worker that goes takes only its own prompts
+with it.
 
 What routers know may be wrong: a holder may have evicted what it held. That costs time and nothing else.
 """
@@ -78,8 +79,8 @@ class Policy:
 
     Attributes:
         slack: tokens; loads that differ by less are the same.
-        thrift: what a token that has to be computed weighs, beside one that is waited for: whoever computes what another
-            holds makes those wait who come later, too. At least 1; about 1 / (1 - utilisation).
+        thrift: what a token that has to be computed weighs, beside one that is waited for: whoever computes what
+            another holds makes those wait who come later, too. At least 1; about 1 / (1 - utilisation).
         segment_worth: part of a moved segment's tokens that need not be computed, in [0, 1].
         tier_cost: what a token from the tier costs, of what computing it costs, in [0, 1].
     """
