@@ -3,7 +3,7 @@
     python -m eval.cluster --trace FILE.jsonl.gz [--trace FILE ...] [--workers 1,8,64,1000] [--tier] [--json]
     python -m eval.cluster --measure                    the costs of one real worker, for `eval.cluster.costs`
 
-Every router meets the same arrivals, as fast as keeps the cluster that is routed by prefix hash busy for `--utilisation`
+Every router meets the same arrivals, as fast as keeps a cluster that is routed by prefix hash busy for `--utilisation`
 of its time; the utilisation of the others is what they make of it. What is simulated and what is left out is said in
 `eval.cluster.simulation`, whose routers these are in `eval.cluster.routers`. Figures, per trace, workers and router:
 
