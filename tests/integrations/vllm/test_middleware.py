@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcomm.engine.engine import Engine
+from kvcomm.integrations.vllm import middleware
 from kvcomm.integrations.vllm.bodies import CHAT, COMPLETION, OF_PARTS, OURS, BodyMaker, TokenizerSource, spans_of
 from kvcomm.integrations.vllm.middleware import SegmentsMiddleware, bodies_of
 from kvcomm.integrations.vllm.params import MAX_SPANS, RequestParams
 from kvcomm.memory.segments import Segment
+from kvcomm.server.errors import ApiError
 from kvcomm.server.prompts import PromptMaker
 from kvcomm.server.schemas.chat import ChatRequest
 from kvcomm.server.schemas.completions import CompletionRequest
@@ -340,7 +342,8 @@ def vllm_state(folder: Path, **arguments: Any) -> Any:
     return SimpleNamespace(args=SimpleNamespace(**arguments), vllm_config=SimpleNamespace(model_config=config))
 
 
-def test_the_tokenizer_and_the_chat_template_are_the_servers(tmp_path: Path) -> None:
+def test_the_tokenizer_and_the_chat_template_are_the_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "takes_ids_in_chats", lambda: True)
     folder = save_tiny_model(tmp_path / "model")
     own = bodies_of(vllm_state(folder)).make(CHAT, {"messages": ASKED, "segments": [DOCUMENT]})
     theirs = BodyMaker(SOURCE).make(CHAT, {"messages": ASKED, "segments": [DOCUMENT]})
@@ -352,6 +355,14 @@ def test_the_tokenizer_and_the_chat_template_are_the_servers(tmp_path: Path) -> 
         maker = bodies_of(vllm_state(folder, chat_template=given_as, default_chat_template_kwargs={"mood": "glad"}))
         made = maker.make(CHAT, {"messages": ASKED, "segments": [DOCUMENT]})["kv_transfer_params"]
         assert "glad:" in TINY.tokenizer.decode(made["prompt_token_ids"])
+
+
+def test_a_vllm_that_would_leave_out_segments_is_not_asked() -> None:
+    maker = BodyMaker(SOURCE, takes_chats=False)
+    with pytest.raises(ApiError, match="send segments to /v1/completions"):
+        maker.make(CHAT, {"messages": ASKED, "segments": [DOCUMENT]})
+    assert maker.make(CHAT, {"messages": ASKED, "reuse": {}}) == {"messages": ASKED}
+    assert maker.make(COMPLETION, {"prompt": "a", "segments": [DOCUMENT]})["prompt"]
 
 
 def test_an_unknown_server_is_said_and_not_guessed() -> None:
