@@ -20,6 +20,7 @@ from torch import Tensor
 from kvcomm.errors import UnsupportedModel
 from kvcomm.integrations.vllm.decoder import Attend
 from kvcomm.integrations.vllm.layout import LayerLayout, measure
+from kvcomm.integrations.vllm.sharding import Shard
 from kvcomm.integrations.vllm.turns import Turns
 from kvcomm.memory.pool import LayerShape
 
@@ -38,6 +39,7 @@ SALT = "kvcomm-"
 
 NAMES = {
     "vllm.config": ("VllmConfig",),
+    "vllm.distributed": ("get_tensor_model_parallel_rank",),
     "vllm.distributed.kv_transfer": ("get_kv_transfer_group", "has_kv_transfer_group"),
     "vllm.distributed.kv_transfer.kv_connector.factory": ("KVConnectorFactory",),
     "vllm.distributed.kv_transfer.kv_connector.v1.base": (
@@ -50,6 +52,7 @@ NAMES = {
     "vllm.forward_context": ("set_forward_context",),
     "vllm.model_executor.layers.attention": ("Attention",),
     "vllm.model_executor.models.utils": ("extract_layer_index",),
+    "vllm.platforms": ("current_platform",),
     "vllm.v1.attention.backend": ("CommonAttentionMetadata",),
     "vllm.v1.kv_cache_interface": ("FullAttentionSpec",),
     "vllm.v1.request": ("Request",),
@@ -88,12 +91,29 @@ def version() -> str:
         raise UnsupportedModel(f"vLLM cannot be imported here ({error})") from error
 
 
-def producer() -> str:
-    """Whose kernels compute vLLM's KV, as it stands in the names of what is stored."""
-    import vllm
+def producer(num_ranks: int = 1) -> str:
+    """Whose kernels compute vLLM's KV, as it stands in the names of what is stored.
 
-    kind = "cpu" if vllm.platforms.current_platform.is_cpu() else str(vllm.platforms.current_platform.device_type)
-    return f"vllm-{kind}/{version().split('+')[0]}"
+    Sums over tensor-parallel ranks are rounded in an order of their own, so their number is a part of it.
+    """
+    from vllm.platforms import current_platform
+
+    kind = "cpu" if current_platform.is_cpu() else str(current_platform.device_type)
+    ranks = f"-tp{num_ranks}" if num_ranks > 1 else ""
+    return f"vllm-{kind}{ranks}/{version().split('+')[0]}"
+
+
+def shard_of(config: Any) -> Shard:
+    """Which tensor-parallel rank this worker is."""
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    size = int(config.parallel_config.tensor_parallel_size)
+    return Shard(get_tensor_model_parallel_rank() if size > 1 else 0, size)
+
+
+def num_kv_heads(config: Any) -> int:
+    """KV heads of each layer of the whole model."""
+    return int(config.model_config.get_total_num_kv_heads())
 
 
 def is_tried_version(found: str) -> bool:

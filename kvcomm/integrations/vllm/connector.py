@@ -27,7 +27,8 @@ from kvcomm.integrations.vllm.messages import Drop, Jobs, Load, Prepare, Prepare
 from kvcomm.integrations.vllm.params import KEY, RequestParams, read_params
 from kvcomm.integrations.vllm.preparation import Preparations
 from kvcomm.integrations.vllm.settings import ConnectorSettings, read_settings
-from kvcomm.integrations.vllm.shelf import ENGINE_PRODUCER, TierShelf
+from kvcomm.integrations.vllm.sharding import space_of
+from kvcomm.integrations.vllm.shelf import ENGINE_PRODUCER, TierShelf, whole_shapes
 from kvcomm.integrations.vllm.turns import Turns
 from kvcomm.model.attention import make_backend
 from kvcomm.model.loading import LoadedModel, load_model
@@ -114,9 +115,10 @@ class KVCommConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, un
             return
         asked = params or RequestParams()
         moves = asked.may_move and self._settings.move
-        if moves:
-            adapter.isolate(request)
         has_tier = self._settings.tier is not None
+        is_private = moves or (has_tier and asked.may_be_approximate)
+        if is_private:
+            adapter.isolate(request)
         if moves or has_tier:
             self._ledger.add(
                 request.request_id,
@@ -124,7 +126,7 @@ class KVCommConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, un
                 asked,
                 moves=moves,
                 reads=has_tier,
-                saves=has_tier and asked.save,
+                saves=has_tier and asked.save and not is_private,
             )
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -311,22 +313,30 @@ class WorkerSide:
         if settings.tier is None:
             return None
         try:
-            if config.parallel_config.tensor_parallel_size > 1:
-                raise UnsupportedModel("tensor_parallel_size is above 1: each worker has a part of the heads only")
+            shard = adapter.shard_of(config)
+            space = TierSpace(
+                namespace=namespace_of(loaded, make_backend("auto", model.device).name),
+                producer=adapter.producer(shard.size),
+                tenant=DEFAULT_TENANT,
+                shapes=whole_shapes(model.shapes, adapter.num_kv_heads(config)),
+                dtype=model.dtype,
+                vocab_size=loaded.model.get_output_embeddings().weight.shape[0],
+            )
+            own = space_of(space, shard)
+            if own.shapes != model.shapes:
+                raise UnsupportedModel(f"rank {shard.rank} of {shard.size} holds other heads than are known")
             tier = Tier.open(settings.tier, secret=settings.secret, max_bytes=settings.tier_bytes)
         except KVCommError as error:
             logger.warning("the tier is not used: %s", error)
             return None
-        space = TierSpace(
-            namespace=namespace_of(loaded, make_backend("auto", model.device).name),
-            producer=adapter.producer(),
-            tenant=DEFAULT_TENANT,
-            shapes=model.shapes,
-            dtype=model.dtype,
-            vocab_size=loaded.model.get_output_embeddings().weight.shape[0],
+        return TierShelf(
+            tier,
+            own,
+            also_from=(ENGINE_PRODUCER,) if probe.is_exact else (),
+            token_s=lambda: model.turns.token_s,
+            read_s=settings.read_s,
+            writes=any(shard.writes(shape.num_kv_heads) for shape in space.shapes),
         )
-        also_from = (ENGINE_PRODUCER,) if probe.is_exact else ()
-        return TierShelf(tier, space, also_from=also_from, token_s=lambda: model.turns.token_s, read_s=settings.read_s)
 
     def _make_engine(
         self, config: Any, model: adapter.VllmModel, loaded: LoadedModel

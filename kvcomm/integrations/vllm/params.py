@@ -85,8 +85,8 @@ class RequestParams(_Model):
     Attributes:
         segments: spans of the prompt, ascending, not overlapping.
         reuse: None: only exact KV is used.
-        snapshot: name of a snapshot in the tier whose tokens begin the prompt; None: prefixes are found by their
-            tokens.
+        snapshot: name of a snapshot in the tier whose tokens begin the prompt; then nothing is moved. None: prefixes
+            are found by their tokens.
         tenant: whose KV it is. A server that lets clients in from outside sets it itself and drops what they send.
         save: whether the prompt's exact KV is put to the tier once it is computed.
         answer: slot under which the answer may be moved into other prompts; None: it is nobody's source.
@@ -113,10 +113,19 @@ class RequestParams(_Model):
         return self
 
     @property
-    def may_move(self) -> bool:
+    def may_be_approximate(self) -> bool:
         """Whether KV that is not exact may serve this request."""
-        wanted = self.reuse is not None and self.reuse.mode == "approximate" and self.reuse.max_divergence > 0
-        return wanted and any(span.kind == "dynamic" for span in self.segments)
+        is_wanted = self.reuse is not None and self.reuse.mode == "approximate" and self.reuse.max_divergence > 0
+        return is_wanted and (self.snapshot is not None or self._has_dynamic)
+
+    @property
+    def may_move(self) -> bool:
+        """Whether text of this request may be moved."""
+        return self.may_be_approximate and self._has_dynamic and self.snapshot is None
+
+    @property
+    def _has_dynamic(self) -> bool:
+        return any(span.kind == "dynamic" for span in self.segments)
 
     @property
     def policy(self) -> ReusePolicy:
