@@ -222,6 +222,17 @@ def why_unsupported(config: Any, kv_cache_config: Any) -> str | None:
     return None
 
 
+def why_not_moved(config: Any) -> str | None:
+    """Why text is not moved in this vLLM, although exact KV is served; or None."""
+    parallel = config.parallel_config
+    for name in ("tensor_parallel_size", "data_parallel_size"):
+        if getattr(parallel, name) > 1:
+            return f"{name} is {getattr(parallel, name)}: the passes of its workers would have to agree"
+    if config.lora_config is not None:
+        return "LoRA is enabled: layers compute with the adapters of vLLM's latest step"
+    return None
+
+
 class Probe(NamedTuple):
     """What was measured at start.
 
@@ -254,7 +265,8 @@ class VllmModel:
         self.block_size = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
         self._num_blocks = int(kv_cache_config.num_blocks)
         first = self._layers[0].kv_cache
-        self._device, self._dtype = first.device, first.dtype
+        self._device: torch.device = first.device
+        self._dtype: torch.dtype = first.dtype
         if self._dtype != config.model_config.dtype:
             raise UnsupportedModel(f"KV is kept in {self._dtype}, the model is in {config.model_config.dtype}")
         self._layouts = [self._measure(layer) for layer in self._layers]
@@ -283,13 +295,13 @@ class VllmModel:
     @torch.inference_mode()
     def hidden(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """See `decoder.Host`. Waits for its turn."""
-        with self.turns.guest():
+        with self.turns.guest(), self._synchronized():
             return self._compute(token_ids, positions, attend)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """See `decoder.Host`. Waits for its turn."""
-        with self.turns.guest():
+        with self.turns.guest(), self._synchronized():
             found: Tensor = self._module.compute_logits(hidden)
             return found
 
@@ -324,6 +336,18 @@ class VllmModel:
             return Probe(None)
         pairs = zip((*theirs[0], *theirs[1]), (*ours[0], *ours[1]), strict=True)
         return Probe(max(float((a.float() - b.float()).abs().max()) for a, b in pairs))
+
+    @contextmanager
+    def _synchronized(self) -> Iterator[None]:
+        """On an accelerator, what was begun before a pass has ended, and so has the pass."""
+        if self._device.type == "cpu":
+            yield
+            return
+        torch.accelerator.synchronize()
+        try:
+            yield
+        finally:
+            torch.accelerator.synchronize()
 
     @contextmanager
     def _attending(self, attend: Attend) -> Iterator[None]:

@@ -23,7 +23,7 @@ from kvcomm.errors import InvalidRequest, KVCommError, UnsupportedModel
 from kvcomm.integrations.vllm import adapter
 from kvcomm.integrations.vllm.inner import kv_of, make_engine, namespace_of
 from kvcomm.integrations.vllm.ledger import Ledger
-from kvcomm.integrations.vllm.messages import Drop, Jobs, Load, Prepare, Prepared, Save
+from kvcomm.integrations.vllm.messages import Drop, Forget, Job, Jobs, Load, Prepare, Prepared, Save
 from kvcomm.integrations.vllm.params import KEY, RequestParams, read_params
 from kvcomm.integrations.vllm.preparation import Preparations
 from kvcomm.integrations.vllm.settings import ConnectorSettings, read_settings
@@ -127,6 +127,7 @@ class KVCommConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, un
                 moves=moves,
                 reads=has_tier,
                 saves=has_tier and asked.save and not is_private,
+                tells=params is not None,
             )
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -155,6 +156,12 @@ class KVCommConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, un
         if isinstance(found, WorkerMetadata):
             self._ledger.took(found.prepared)
         self._ledger.saved(tuple(connector_output.finished_sending or ()))
+
+    def reset_cache(self) -> bool:
+        """Forget what is cached in kvcomm's own pool. What a tier has stays."""
+        if self._off is None and self._role is KVConnectorRole.SCHEDULER:
+            self._ledger.forget()
+        return True
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
@@ -273,6 +280,8 @@ class WorkerSide:
                 self._load(self._preparations, job)
             elif isinstance(job, Drop):
                 self._preparations.drop(job)
+            elif isinstance(job, Forget):
+                self._preparations.forget()
 
     def save(self, step: Jobs) -> None:
         """Copy what is saved."""
@@ -344,8 +353,8 @@ class WorkerSide:
         if not self._settings.move:
             return None, adapter.Probe(None)
         try:
-            if config.parallel_config.tensor_parallel_size > 1:
-                raise UnsupportedModel("tensor_parallel_size is above 1: its workers' passes would have to agree")
+            if (why := adapter.why_not_moved(config)) is not None:
+                raise UnsupportedModel(why)
             engine = make_engine(model, loaded, self._settings)
         except KVCommError as error:
             logger.warning("nothing is moved, exact prefixes only: %s", error)
@@ -364,7 +373,7 @@ class WorkerSide:
             first, last = load.start // self._block_size, -(-load.end // self._block_size)
             self._failed.update(load.blocks[first:last])
 
-    def _decline(self, job: Prepare | Load | Save | Drop) -> None:
+    def _decline(self, job: Job) -> None:
         if isinstance(job, Prepare):
             self._unknown[job.request_id] = Prepared(0)
             if not self._is_told:

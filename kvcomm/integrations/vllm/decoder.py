@@ -108,16 +108,18 @@ class HostedDecoder(nn.Module):
 
 def _by_step(step: AttentionStep) -> Attend:
     def attend(layer_id: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        batched = (each.transpose(0, 1)[None] for each in (query, key, value))
-        return step(layer_id, *batched, scale=scale, sliding_window=None)[0]
+        queries, keys, values = (each.transpose(0, 1)[None] for each in (query, key, value))
+        return step(layer_id, queries, keys, values, scale=scale, sliding_window=None)[0]
 
     return attend
 
 
 def _causal(layer_id: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     del layer_id
-    batched = (each.transpose(0, 1)[None] for each in (query, key, value))
-    attended = functional.scaled_dot_product_attention(*batched, is_causal=True, scale=scale, enable_gqa=True)
+    queries, keys, values = (each.transpose(0, 1)[None] for each in (query, key, value))
+    attended = functional.scaled_dot_product_attention(
+        queries, keys, values, is_causal=True, scale=scale, enable_gqa=True
+    )
     return attended[0].transpose(0, 1)
 
 

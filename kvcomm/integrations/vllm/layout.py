@@ -73,7 +73,7 @@ def _region(memory: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
     offsets = torch.zeros((), dtype=torch.int64)
     for size, stride in zip(region.shape, region.stride(), strict=True):
         offsets = offsets[..., None] + torch.arange(size) * stride
-    return region, offsets.reshape(-1) + region.storage_offset()
+    return region, offsets.reshape(-1) + int(region.storage_offset())
 
 
 def _find(region: Tensor, shape: tuple[int, int, int], block_size: int, write: Write, *, is_key: bool) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kvcomm.integrations.vllm.messages import Drop, Job, Load, Prepare, Prepared, Save, Usage
+from kvcomm.integrations.vllm.messages import Drop, Forget, Job, Load, Prepare, Prepared, Save, Usage
 from kvcomm.integrations.vllm.params import RequestParams
 
 
@@ -20,6 +20,7 @@ class _Entry:
 
     Attributes:
         moves: its KV may be approximate.
+        saves, tells: see `add`.
         is_asked: whether the workers have been asked.
         answers: of the workers so far.
         num_ready: leading tokens that all workers have; None: not all have said.
@@ -29,11 +30,11 @@ class _Entry:
     token_ids: tuple[int, ...]
     moves: bool
     saves: bool
+    tells: bool
     is_asked: bool = False
     answers: list[Prepared] = field(default_factory=list)
     num_ready: int | None = None
     num_loaded: int = 0
-    failed: bool = False
 
 
 class Ledger:
@@ -56,7 +57,15 @@ class Ledger:
         return len(self._saving)
 
     def add(
-        self, request_id: str, token_ids: Sequence[int], params: RequestParams, *, moves: bool, reads: bool, saves: bool
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        params: RequestParams,
+        *,
+        moves: bool,
+        reads: bool,
+        saves: bool,
+        tells: bool = True,
     ) -> None:
         """A request has arrived.
 
@@ -64,8 +73,9 @@ class Ledger:
             moves: kvcomm's engine prepares its prompt.
             reads: else the tier is asked for a prefix.
             saves: its exact KV is kept when it ends.
+            tells: whether its client is told anything.
         """
-        entry = _Entry(params, tuple(token_ids), moves, saves and not moves)
+        entry = _Entry(params, tuple(token_ids), moves, saves and not moves, tells)
         self._entries[request_id] = entry
         if moves or reads:
             self._ask(request_id, entry)
@@ -111,7 +121,7 @@ class Ledger:
     def usage(self, request_id: str) -> Usage | None:
         """What a client is told; None: nothing."""
         entry = self._entries.get(request_id)
-        if entry is None or not entry.answers:
+        if entry is None or not entry.tells or not entry.answers:
             return None
         return {"loaded_tokens": entry.num_loaded, **entry.answers[0].usage}
 
@@ -140,6 +150,10 @@ class Ledger:
         kept = tuple(token_ids[:num_kept])
         self._jobs.append(Save(request_id, tuple(blocks), kept, entry.num_ready or 0, entry.params))
         return True
+
+    def forget(self) -> None:
+        """Let the workers drop what they have cached."""
+        self._jobs.append(Forget())
 
     def saved(self, request_ids: Sequence[str]) -> None:
         """Workers have read what they save."""

@@ -55,7 +55,14 @@ class Drop:
     name: str | None = None
 
 
-Job = Prepare | Load | Save | Drop
+@dataclass(frozen=True)
+class Forget:
+    """Drop all that is cached, for nobody in particular."""
+
+    request_id: str = ""
+
+
+Job = Prepare | Load | Save | Drop | Forget
 
 
 @dataclass

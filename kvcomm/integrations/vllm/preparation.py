@@ -198,6 +198,11 @@ class Preparations:
             self._give_up(work)
         self._count_urgent()
 
+    def forget(self) -> None:
+        """Drop what the engine has cached; prompts that are being prepared keep what they have."""
+        if self._engine is not None:
+            self._engine.clear_cache()
+
     def close_endings(self) -> None:
         """Wait until what ended requests left to be done is done; nothing may end afterwards."""
         self._endings.shutdown()

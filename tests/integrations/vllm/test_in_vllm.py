@@ -187,7 +187,7 @@ def test_an_exact_prefix_comes_from_the_tier(server: Server) -> None:
     expected = server.ask(token_ids)[0]
     server.settle()
     assert server.llm.reset_prefix_cache()
-    answer, told = server.ask(token_ids)
+    answer, told = server.ask(token_ids, {})
     assert answer == expected
     assert told["tier_tokens"] == told["loaded_tokens"] == 512
 
