@@ -140,8 +140,8 @@ class Preparations:
                 find = self._shelf.find
                 work.found = self._readers.submit(find, prepare.token_ids, prepare.params)
                 work.found.add_done_callback(lambda _: self._changed.set())
-        except KVCommError as error:
-            logger.info("request %s is left to vLLM: %s", prepare.request_id, error)
+        except Exception as error:  # whatever it was: vLLM computes the prompt
+            logger.info("request %s is left to vLLM: %r", prepare.request_id, error)
             self._give_up(work)
         self._count_urgent()
 
