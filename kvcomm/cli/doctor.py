@@ -33,7 +33,10 @@ ModelName = Annotated[
 ]
 
 
-def doctor(model: ModelName = None, as_json: JsonFlag = False) -> None:
+VllmFlag = Annotated[bool, typer.Option("--vllm", help="Say whether kvcomm serves in the vLLM that is installed.")]
+
+
+def doctor(model: ModelName = None, vllm: VllmFlag = False, as_json: JsonFlag = False) -> None:
     """Show what is installed, what runs here and why the rest does not; with MODEL, what it supports."""
     report: dict[str, Any] = {
         "versions": {"kvcomm": __version__, **{package: _version(package) for package in PACKAGES}},
@@ -45,6 +48,8 @@ def doctor(model: ModelName = None, as_json: JsonFlag = False) -> None:
     }
     if model is not None:
         report["model"] = _model(model)
+    if vllm:
+        report["vllm"] = _vllm()
     emit(report, *_views(report), as_json=as_json)
 
 
@@ -101,6 +106,12 @@ def _cache() -> dict[str, Any]:
     }
 
 
+def _vllm() -> dict[str, Any]:
+    from kvcomm.integrations.vllm.adapter import look
+
+    return look()._asdict()
+
+
 def _model(name: str) -> dict[str, Any]:
     from kvcomm.errors import UnsupportedModel
     from kvcomm.model.geometry import ModelGeometry
@@ -149,6 +160,8 @@ def _views(report: dict[str, Any]) -> list[RenderableType]:
     ]
     if "model" in report:
         sections.append(table(None, _model_rows(report["model"]), title="Model"))
+    if "vllm" in report:
+        sections.append(table(None, _model_rows(report["vllm"]), title="vLLM"))
     return sections
 
 
