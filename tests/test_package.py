@@ -21,6 +21,7 @@ ROOT = Path(kvcomm.__file__).parent
 LAYERS = [
     "__main__",
     "cli",
+    "integrations",
     "server",
     "agents",
     "lab",
