@@ -1,0 +1,157 @@
+"""The two Ray Serve deployments: engines, and the ingress before them."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+from logging.config import dictConfig
+from typing import Any
+
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, TaskCancelledError
+from ray.serve import get_replica_context
+from ray.serve.handle import DeploymentHandle
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from kvcomm.integrations.ray.ingress import ReplicaDied, make_ingress
+from kvcomm.integrations.ray.keeping import ContextKeeper
+from kvcomm.integrations.ray.messages import Asked, Part, Whole
+from kvcomm.integrations.ray.pinning import PinnedIds
+from kvcomm.integrations.ray.records import ContextRecords
+from kvcomm.integrations.ray.serving import Serving
+from kvcomm.integrations.ray.settings import AppSettings
+from kvcomm.server.logs import logging_config
+from kvcomm.server.settings import ServerSettings
+
+DIED = (ActorDiedError, ActorUnavailableError, RayActorError)
+FOLLOW_S = 1.0
+SWITCH_S = 0.0005
+"""As `kvcomm serve` sets it: how long a thread keeps the interpreter while others want it."""
+
+
+class EngineReplica:
+    """One engine with the whole server over it."""
+
+    def __init__(self, settings: AppSettings, server: ServerSettings) -> None:
+        """Loads the model, which takes a while.
+
+        Raises:
+            KVCommError: the model, the keys or the tier cannot be used; says why.
+        """
+        import torch
+
+        from kvcomm.engine.engine import Engine
+        from kvcomm.server.app import make_app
+
+        dictConfig(logging_config(server.log_level))
+        sys.setswitchinterval(SWITCH_S)
+        torch.set_num_threads(settings.num_threads)
+        name = get_replica_context().replica_id.unique_id
+        self._engine = Engine.load(server.model, dtype=server.dtype, device=server.device, config=server.engine)
+        for adapter, folder in server.adapters.items():
+            self._engine.load_adapter(adapter, folder)
+        app = make_app(self._engine, server, new_id=PinnedIds(name))
+        self._serving = Serving(app, name)
+        self._serving.keeper = _keeper(settings, self._serving)
+        self._following: asyncio.Task[None] | None = None
+        gc.collect()
+        gc.freeze()
+
+    async def parts(self, asked: Asked) -> AsyncGenerator[Part, None]:
+        """The answer to a request; a streaming call."""
+        async with aclosing(self._serving.parts(asked)) as parts:
+            async for part in parts:
+                yield part
+
+    async def whole(self, asked: Asked) -> Whole:
+        """The same in one piece."""
+        return await self._serving.whole(asked)
+
+    async def pid(self) -> int:
+        """Of the process."""
+        return os.getpid()
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """For the router; Ray asks for it again and again."""
+        if self._following is None:
+            self._following = asyncio.create_task(self._follow())
+        return self._serving.stats()
+
+    async def check_health(self) -> None:
+        """Raises EngineClosed when Ray should put another replica in this one's place."""
+        self._serving.require_health()
+
+    async def __del__(self) -> None:
+        """Ray has waited for what was in flight, and ends the process."""
+        if self._following is not None:
+            self._following.cancel()
+        await self._serving.drain()
+        await asyncio.to_thread(self._engine.close)
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(FOLLOW_S)
+            await self._serving.follow()
+
+
+def _keeper(settings: AppSettings, serving: Serving) -> ContextKeeper | None:
+    if settings.tier is None:
+        return None
+    from kvcomm.tiers.store import open_store
+
+    records = ContextRecords(open_store(settings.tier), serving.state.engine.namespace(), settings.secret())
+    return ContextKeeper(serving.state, records)
+
+
+class Ingress:
+    """Takes HTTP requests from Ray's proxy."""
+
+    def __init__(self, engines: DeploymentHandle, server: ServerSettings) -> None:
+        """Raises KeyFileError when the key file cannot be read."""
+        dictConfig(logging_config(server.log_level))
+        self._app = make_ingress(server, _RayReplicas(engines))
+
+    async def __call__(self, request: Request) -> Response:
+        """Ray runs what it gets as an ASGI app."""
+        return _AppResponse(self._app)
+
+
+class _AppResponse(Response):
+    """An ASGI app in the place of a response: the request's scope is the one that it was made from."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        super().__init__()
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app({**scope, "state": {}}, receive, send)
+
+
+class _RayReplicas:
+    """`Replicas` behind a handle of Ray's."""
+
+    def __init__(self, engines: DeploymentHandle) -> None:
+        self._streaming = engines.options(stream=True)
+        self._engines = engines
+
+    async def one(self, asked: Asked) -> AsyncGenerator[Part, None]:
+        """See `Replicas`."""
+        response = self._streaming.parts.remote(asked)
+        try:
+            async for part in response:
+                yield part
+        except DIED as error:
+            raise ReplicaDied from error
+        finally:
+            with suppress(TaskCancelledError, *DIED):
+                response.cancel()
+
+    async def every(self, asked: Asked) -> list[Whole]:
+        """See `Replicas`."""
+        results = await self._engines.broadcast("whole", asked).results_async(return_exceptions=True)
+        return [each for each in results if isinstance(each, Whole)]
