@@ -30,10 +30,16 @@ the way out. Our own broken invariants stay `AssertionError`.
     +- MissingExtra                       an optional part of the installation is not there
     +- ServerError                        a running server cannot be reached, or refuses
     +- SnapshotError                      a snapshot file cannot be written or used
-       +- SnapshotCorrupt                 truncated, bit-flipped or not a snapshot at all
-       +- SnapshotExists                  the file is there and was not to be replaced
-       +- SnapshotForeign                 another model, dtype, rope, tokenizer or tenant
-       +- SnapshotTooNew                  written by a newer format version
+    |  +- SnapshotCorrupt                 truncated, bit-flipped or not a snapshot at all
+    |  +- SnapshotExists                  the file is there and was not to be replaced
+    |  +- SnapshotForeign                 another model, dtype, rope, tokenizer or tenant
+    |  +- SnapshotTooNew                  written by a newer format version
+    +- TierError                          a shared tier cannot be opened or used as asked
+       +- ObjectMissing                   no object of that name is there
+       +- StoreFailed                     the store behind a tier did not do what it was asked: gone, full, read-only
+       +- RecordError                     what a tier holds under a name cannot be used
+          +- RecordCorrupt                truncated, altered, or no record at all
+          +- RecordTooNew                 written by a newer format version
 """
 
 from __future__ import annotations
@@ -195,3 +201,27 @@ class AnchorFileTooNew(AnchorFileError):
 
 class AnchorFileTooOld(AnchorFileError):
     """Written by an earlier version, about what is not kept in this way any more."""
+
+
+class TierError(KVCommError):
+    """A shared tier cannot be opened, or not be used as asked."""
+
+
+class ObjectMissing(TierError):
+    """No object of that name is in the store, or not any more."""
+
+
+class StoreFailed(TierError):
+    """The store behind a tier did not do what it was asked: it is gone, full, read-only or slow, or refuses."""
+
+
+class RecordError(TierError):
+    """What a tier holds under a name cannot be used."""
+
+
+class RecordCorrupt(RecordError):
+    """Truncated, altered, or not a record of a tier at all."""
+
+
+class RecordTooNew(RecordError):
+    """Written by a newer format version than this one reads."""

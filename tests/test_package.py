@@ -29,6 +29,7 @@ LAYERS = [
     "engine",
     "reuse",
     "align",
+    "tiers",
     "memory",
     "model",
     "config",

@@ -28,13 +28,14 @@ class NameTaken(FileExistsError):
 
 
 @contextmanager
-def replacing(file: Path, *, is_new: bool = False) -> Iterator[Path]:
+def replacing(file: Path, *, is_new: bool = False, is_lasting: bool = True) -> Iterator[Path]:
     """A hidden file, empty and private, to be written in the block and put in `file`'s place at its end.
 
     Where the block fails, nothing has changed. The folder is made if there is none.
 
     Args:
         is_new: do not replace a file that is there by then.
+        is_lasting: it outlives a machine that fails right afterwards, which costs the time that the disk takes.
 
     Raises:
         NameTaken: `is_new`, and there is one.
@@ -48,7 +49,8 @@ def replacing(file: Path, *, is_new: bool = False) -> Iterator[Path]:
             hidden = folder / file.name
             hidden.touch(mode=0o600)
             yield hidden
-            _sync(hidden)
+            if is_lasting:
+                _sync(hidden)
             publish(hidden, file, is_new=is_new)
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -4,6 +4,7 @@ The metadata of such a file holds three texts: the format's version under the fo
 `header_blake3`, the BLAKE3 (hex) of that JSON. The header in turn carries the digest of the tensors. Only regular files
 are read, memory-mapped; nothing in them is executed, and writing is atomic. What a header says and what tensors there
 must be is the format's matter; a file that is foreign, truncated, altered or newer is refused with the format's errors.
+The same content as bytes, for stores that are no folders, is `packed` and `unpacked`.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import torch
 from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from kvcomm.errors import KVCommError
-from kvcomm.files.reading import open_regular, path_of
+from kvcomm.files.reading import BadContent, open_regular, path_of
 from kvcomm.files.writing import NameTaken, replacing
+from kvcomm.memory.packed import Packed, pack, tensor_bytes, unpack, unpack_metadata
 
 MAX_REPLACEMENTS = 20
 """A file replaced while it is read may look corrupt, as safetensors opens it twice; it is read again so often."""
@@ -56,11 +57,7 @@ class SealedFormat(NamedTuple):
             NameTaken: `is_new`, and there is one.
             KVCommError: `failed`; an older file of that name is untouched.
         """
-        metadata = {
-            self.version_key: str(self.version),
-            "header": header,
-            "header_blake3": blake3(header.encode()).hexdigest(),
-        }
+        metadata = self._metadata(header)
         try:
             with replacing(file, is_new=is_new) as temporary:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
@@ -82,9 +79,48 @@ class SealedFormat(NamedTuple):
         except OSError as error:
             raise self.failed(f"{file} cannot be read: {error.strerror or error}") from error
 
+    def packed(
+        self, header: str, tensors: Mapping[str, Tensor], notes: Callable[[str], Mapping[str, str]] | None = None
+    ) -> list[memoryview]:
+        """The parts of sealed bytes, in order; tensors are not copied.
+
+        Args:
+            notes: further metadata, given the digest of the header; no digest covers them.
+
+        Raises:
+            ValueError: a dtype has no name in safetensors.
+        """
+        metadata = self._metadata(header)
+        return pack(tensors, metadata | dict(notes(metadata["header_blake3"]) if notes else {}))
+
+    def unpacked(self, source: object, content: memoryview) -> Packed:
+        """What sealed bytes hold; the tensors are views of them and not looked at.
+
+        Args:
+            source: what they are called in errors.
+            content: writable; see `packed.unpack`.
+
+        Raises:
+            KVCommError: `corrupt`.
+        """
+        try:
+            return unpack(content)
+        except BadContent as error:
+            raise self.corrupt(f"{source} is not a whole safetensors file ({error})") from error
+
+    def unpacked_metadata(self, source: object, content: memoryview) -> dict[str, str]:
+        """The metadata of sealed bytes of which the first `header_bytes` are there. Raises `corrupt`."""
+        try:
+            return unpack_metadata(content)
+        except BadContent as error:
+            raise self.corrupt(f"{source} is not a whole safetensors file ({error})") from error
+
     def header(self, file: Path, opened: safe_open) -> str:
         """The header's JSON, which is what was written. Raises `corrupt` or `too_new`."""
-        metadata = opened.metadata() or {}
+        return self.checked_header(file, opened.metadata() or {})
+
+    def checked_header(self, file: object, metadata: Mapping[str, str]) -> str:
+        """The header's JSON in these metadata. Raises `corrupt` or `too_new`."""
         version, text = metadata.get(self.version_key), metadata.get("header", "")
         if version is None:
             raise self.corrupt(f"{file} is a safetensors file but not a kvcomm {self.what}")
@@ -97,6 +133,13 @@ class SealedFormat(NamedTuple):
         if blake3(text.encode()).hexdigest() != metadata.get("header_blake3") or int(version) != self.version:
             raise self.corrupt(f"{file} was altered: its header does not have its digest")
         return str(text)
+
+    def _metadata(self, header: str) -> dict[str, str]:
+        return {
+            self.version_key: str(self.version),
+            "header": header,
+            "header_blake3": blake3(header.encode()).hexdigest(),
+        }
 
     def settled(self, file: Path, read: Callable[[], Read]) -> Read:
         """`read()`, again as long as the file is replaced meanwhile. Raises what it raises, or `failed`."""
@@ -115,7 +158,7 @@ def tensors_digest(tensors: Iterable[Tensor]) -> str:
     digest = blake3()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 
