@@ -28,7 +28,6 @@ from kvcomm.engine.chat import (
     rendered_ids,
     segments_of,
 )
-from kvcomm.engine.engine import Engine
 from kvcomm.engine.marks import Marks
 from kvcomm.errors import TemplateError
 from kvcomm.memory.segments import Segment
@@ -42,7 +41,7 @@ from kvcomm.server.schemas.messages import AssistantMessage, TextPart, ToolCall,
 from kvcomm.server.schemas.segments import MAX_SEGMENTS
 from kvcomm.server.sections import Sections
 from kvcomm.server.segments.prepared import PlacedSegment, PreparedPrompt
-from kvcomm.server.segments.reading import SegmentReader, Tail
+from kvcomm.server.segments.reading import SegmentReader, Tail, TextSource
 from kvcomm.server.segments.registry import SegmentRegistries
 from kvcomm.server.text_limit import TextLimit
 from kvcomm.server.token_cache import Space, TokenCache
@@ -55,7 +54,7 @@ class PromptMaker:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: TextSource,
         registries: SegmentRegistries,
         *,
         tool_parser: str | None = None,

@@ -18,7 +18,7 @@ from pathlib import Path
 from kvcomm.errors import ObjectMissing, StoreFailed, TierError
 from kvcomm.files.reading import open_regular
 from kvcomm.files.writing import NameTaken, replacing, sweep
-from kvcomm.tiers.store import StoredObject, safe_key, safe_prefix
+from kvcomm.tiers.store import StoredObject, is_safe, safe_key, safe_prefix
 
 MOUNTS = Path("/proc/self/mounts")
 LOCAL_DISKS = frozenset(
@@ -192,7 +192,7 @@ class FolderStore:
             return None
         used_s = max(status.st_atime, status.st_mtime)
         key = Path(entry.path).relative_to(self.root).as_posix()
-        return StoredObject(key, status.st_size, status.st_mtime, used_s)
+        return StoredObject(key, status.st_size, status.st_mtime, used_s) if is_safe(key) else None
 
 
 def _is_shown(entry: os.DirEntry[str]) -> bool:

@@ -43,7 +43,7 @@ class ObjectStore(Protocol):
     """Objects by name. Safe to use from several threads.
 
     Attributes:
-        kind: "folder", "file", "s3", "gs", "az" or "redis": its label in metrics.
+        kind: "folder", "s3", "gs", "az" or "redis": its label in metrics.
         url: how it was opened, without anything secret.
     """
 
@@ -135,9 +135,14 @@ def safe_key(key: str) -> str:
     Raises:
         TierError: it is no name of an object.
     """
-    if len(key) > MAX_KEY or not _KEY.fullmatch(key):
+    if not is_safe(key):
         raise TierError(f"{key[:80]!r} is no name of an object: parts of A-Z a-z 0-9 . _ = - joined by / are")
     return key
+
+
+def is_safe(key: str) -> bool:
+    """Whether it is a name of an object."""
+    return len(key) <= MAX_KEY and _KEY.fullmatch(key) is not None
 
 
 def safe_prefix(prefix: str) -> str:

@@ -69,7 +69,7 @@ class Tier:
     """A shared tier. Safe to use from several threads.
 
     Attributes:
-        kind: of the store: "folder", "file", "s3", "gs", "az" or "redis".
+        kind: of the store: "folder", "s3", "gs", "az" or "redis".
         url: of the store, without anything secret.
         run_tokens: tokens of each object of a prefix.
         reads, writes: what they cost.

@@ -4,9 +4,9 @@ A request is known by what workers could hold of it (`Wanted`): a chain of keys 
 each of which stands for everything before it as well, and keys of segments that may be moved from where they stand. A
 worker is known by its load, in tokens that it has still to compute, and by the keys that it was seen to hold.
 
-The order of workers is that of their cost: tokens of the request that are not held there, and the load beyond the
-least loaded worker's. So the holder of the deepest prefix comes first until it is busier by more than it saves, then it
-is passed over. Loads within `slack` of the least count as equal, because what a router knows of loads is never quite
+The order of workers is that of their cost: tokens of the request that are not held there, weighed by `thrift`, and the
+load beyond the least loaded worker's. So the holder of the deepest prefix comes first until it is busier by more than
+that saves, then it is passed over. Loads within `slack` of the least count as equal, because what a router knows of loads is never quite
 new; among equals rendezvous hashing of the request's first key decides. Several routers that know nothing of each other
 therefore send a new prompt to the same worker, and a worker that goes takes only its own prompts with it.
 
@@ -24,6 +24,7 @@ from typing import NamedTuple
 KEY_BYTES = 16
 DEFAULT_RUN_TOKENS = 256
 DEFAULT_SLACK = 256
+DEFAULT_THRIFT = 2.0
 DEFAULT_SEGMENT_WORTH = 0.8
 DEFAULT_TIER_COST = 0.1
 
@@ -77,17 +78,22 @@ class Policy:
 
     Attributes:
         slack: tokens; loads that differ by less are the same.
+        thrift: what a token that has to be computed weighs, beside one that is waited for: whoever computes what another
+            holds makes those wait who come later, too. At least 1; about 1 / (1 - utilisation).
         segment_worth: part of a moved segment's tokens that need not be computed, in [0, 1].
         tier_cost: what a token from the tier costs, of what computing it costs, in [0, 1].
     """
 
     slack: float = DEFAULT_SLACK
+    thrift: float = DEFAULT_THRIFT
     segment_worth: float = DEFAULT_SEGMENT_WORTH
     tier_cost: float = DEFAULT_TIER_COST
 
     def __post_init__(self) -> None:
         if self.slack < 0:
             raise ValueError(f"slack must not be negative, not {self.slack}")
+        if self.thrift < 1:
+            raise ValueError(f"thrift must be at least 1, not {self.thrift}")
         for name in ("segment_worth", "tier_cost"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
@@ -125,7 +131,8 @@ def rank(
 
     def order(worker: str) -> tuple[float, int]:
         missing = wanted.num_tokens - saved.get(worker, nobody)
-        return missing + max(loads[worker] - least - policy.slack, 0), -rendezvous(wanted.first_key, worker)
+        lead = max(loads[worker] - least - policy.slack, 0)
+        return missing * policy.thrift + lead, -rendezvous(wanted.first_key, worker)
 
     return sorted(loads, key=order)
 

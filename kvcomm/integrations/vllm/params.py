@@ -26,7 +26,7 @@ KEY = "kvcomm"
 
 DEFAULT_TENANT = "default"
 MAX_SPANS = 128
-MAX_NAME = 128
+MAX_NAME = 160
 
 Position = Annotated[int, Field(ge=0, lt=2**31)]
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from kvcomm.engine.engine import Engine
+from kvcomm.engine.encoding import TextEncoder
+from kvcomm.engine.prompts import Prompt
 from kvcomm.memory.segments import Segment
 from kvcomm.server.errors import ApiError
 from kvcomm.server.schemas.common import seconds
@@ -20,6 +21,40 @@ from kvcomm.server.segments.joining import Joiner, Piece
 from kvcomm.server.segments.prepared import Lifetime, PlacedSegment, PreparedPrompt
 from kvcomm.server.segments.registry import SegmentRegistries
 from kvcomm.server.text_limit import TextLimit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TextSource(Protocol):
+    """Who tokenizes: an engine, or less than one."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own."""
+        ...
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """What tokenizes with it."""
+        ...
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of a prompt and its answer."""
+        ...
+
+    def read_prompt(self, prompt: Prompt, *, is_start: bool) -> tuple[Segment, ...]:
+        """See `PromptReader.read`."""
+        ...
+
+    def segment(self, text: str, *, name: str | None = None) -> Segment:
+        """See `PromptReader.segment`."""
+        ...
+
+    def home(self, tenant: str) -> str:
+        """What digests of a tenant's segments are made with."""
+        ...
 
 
 class Tail(NamedTuple):
@@ -48,7 +83,7 @@ class _Read(NamedTuple):
 class SegmentReader:
     """Reads segments for one engine. Safe to use from several threads."""
 
-    def __init__(self, engine: Engine, registries: SegmentRegistries, limit: TextLimit) -> None:
+    def __init__(self, engine: TextSource, registries: SegmentRegistries, limit: TextLimit) -> None:
         self._engine = engine
         self._encoder = engine.encoder
         self._joiner = Joiner(engine.encoder)

@@ -19,7 +19,7 @@ from kvcomm.integrations.ray.routing import (
 
 WORKERS = [f"w{number}" for number in range(8)]
 PROMPT = Wanted(1_000, (Run("a", 256), Run("ab", 512), Run("abc", 768)))
-EXACT_LOADS = Policy(slack=0)
+EXACT_LOADS = Policy(thrift=1, slack=0)
 
 
 def idle(*workers: str) -> dict[str, float]:
@@ -36,13 +36,13 @@ def test_a_holder_is_passed_over_when_it_is_busier_by_more_than_it_saves() -> No
     holders = {"a": {"w1"}, "ab": {"w1"}}
     assert rank(PROMPT, holders, {"w1": 511.0, "w2": 0.0}, policy=EXACT_LOADS)[0] == "w1"
     assert rank(PROMPT, holders, {"w1": 513.0, "w2": 0.0}, policy=EXACT_LOADS)[0] == "w2"
-    assert rank(PROMPT, holders, {"w1": 511.0 + 256, "w2": 0.0}, policy=Policy(slack=256))[0] == "w1"
+    assert rank(PROMPT, holders, {"w1": 511.0 + 256, "w2": 0.0}, policy=Policy(thrift=1, slack=256))[0] == "w1"
 
 
 def test_what_the_tier_holds_makes_a_holder_less_dear() -> None:
     """Everybody can have 768 tokens at a quarter of their cost: holding 512 of them saves 384, and no more."""
     wanted = Wanted(1_000, PROMPT.runs, tier_tokens=768)
-    policy = Policy(slack=0, tier_cost=0.25)
+    policy = Policy(thrift=1, slack=0, tier_cost=0.25)
     holders = {"a": {"w1"}, "ab": {"w1"}}
     assert rank(wanted, holders, {"w1": 383.0 * 0.25, "w2": 0.0}, policy=policy)[0] == "w1"
     assert rank(wanted, holders, {"w1": 513.0 * 0.25, "w2": 0.0}, policy=policy)[0] == "w2"
@@ -50,7 +50,7 @@ def test_what_the_tier_holds_makes_a_holder_less_dear() -> None:
 
 def test_segments_count_where_they_lie_beyond_the_prefix() -> None:
     wanted = Wanted(1_000, (Run("a", 300),), (Segment("s", 200, 400), Segment("t", 400, 900)))
-    policy = Policy(slack=0, segment_worth=0.5)
+    policy = Policy(thrift=1, slack=0, segment_worth=0.5)
     holders = {"a": {"w1"}, "s": {"w1", "w2"}, "t": {"w2"}}  # w1 saves 300 + 50, w2 100 + 250
     assert rank(wanted, holders, {"w1": 0.0, "w2": 1.0}, policy=policy)[0] == "w1"
     assert rank(wanted, holders, {"w1": 1.0, "w2": 0.0}, policy=policy)[0] == "w2"
@@ -82,7 +82,7 @@ def test_the_first_is_a_cheapest_one(holders: dict[str, set[str]], loads: dict[s
         ends = [run.end for run in PROMPT.runs if worker in holders.get(run.key, ())]
         return 1_000 - max(ends, default=0) + max(loads[worker] - min(loads.values()) - slack, 0)
 
-    order = rank(PROMPT, holders, loads, policy=Policy(slack=slack))
+    order = rank(PROMPT, holders, loads, policy=Policy(thrift=1, slack=slack))
     assert [cost(worker) for worker in order] == sorted(cost(worker) for worker in loads)
     assert set(order) == set(loads)
 
@@ -116,7 +116,8 @@ def test_rendezvous_is_the_same_everywhere() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "name"),
-    [({"slack": -1}, "slack"), ({"segment_worth": 1.1}, "segment_worth"), ({"tier_cost": -0.1}, "tier_cost")],
+    [({"slack": -1}, "slack"),
+        ({"thrift": 0.9}, "thrift"), ({"segment_worth": 1.1}, "segment_worth"), ({"tier_cost": -0.1}, "tier_cost")],
 )
 def test_bad_settings_are_refused(settings: dict[str, float], name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must"):
