@@ -118,6 +118,25 @@ def serve(
     snapshots: Annotated[
         Path | None, typer.Option("--snapshots", metavar="DIR", help="Where clients may save contexts.")
     ] = None,
+    tier: Annotated[
+        str | None,
+        typer.Option(
+            "--tier",
+            metavar="URL",
+            help="Where KV is shared with other servers: a folder, s3://, gs://, az:// or redis://.",
+        ),
+    ] = None,
+    tier_secret_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--tier-secret-file",
+            metavar="FILE",
+            help="The tier's secret, the same for all who share it; without it only the default tenant uses the tier.",
+        ),
+    ] = None,
+    tier_bytes: Annotated[
+        int | None, typer.Option("--tier-bytes", metavar="N", help="That the tier may hold; over it, the oldest go.")
+    ] = None,
     tool_parser: Annotated[
         str | None,
         typer.Option(
@@ -171,6 +190,9 @@ def serve(
         "request_timeout_s": request_timeout,
         "default_max_tokens": default_max_tokens,
         "snapshots": snapshots,
+        "tier": tier,
+        "tier_secret_file": tier_secret_file,
+        "tier_bytes": tier_bytes,
         "log_level": log_level,
         "tool_parser": tool_parser,
         "default_tools": default_tools,

@@ -116,6 +116,8 @@ def _sources(tokens: TokensBySource) -> Group:
         number = getattr(tokens, source)
         share = number / max(1, _total(tokens))
         legend.append(shade * 2, style=colour).append(f" {source} {share:.1%} ({number})   ")
+    if tokens.tier:
+        legend.append(f"of the exact, {tokens.tier} from the tier", style="dim")
     return Group(_bar(tokens, BAR_WIDTH), legend)
 
 

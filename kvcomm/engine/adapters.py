@@ -65,6 +65,10 @@ class Adapters:
         """Where a tenant's KV of these weights is cached; raises InvalidRequest for a tenant that is no text."""
         return tenant_namespace(self._identify(weights.digest), text("the tenant", tenant))
 
+    def identity(self, weights: Weights) -> str:
+        """What KV of these weights goes by where processes share it: the namespace but for the tenant."""
+        return self._identify(weights.digest)
+
     def home(self, tenant: str) -> str:
         """What stands for a tenant whatever the weights are: for its quotas and the names of its segments.
 

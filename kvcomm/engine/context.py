@@ -328,7 +328,7 @@ class Context:
         # Behind an answer the logits at hand are those of an earlier token, unless nothing was kept of it.
         self._last_logits = None if answer else request.last_logits
         is_reported = request.sampling.max_new_tokens > 0
-        self._carried = Carried() if is_reported else self._carried.plus(request.plan)
+        self._carried = Carried() if is_reported else self._carried.plus(request.plan, request.num_tier_tokens)
 
     def _write(self, segments: tuple[Segment, ...], sampling: SamplingParams) -> RequestHandle:
         with self._engine.lock:

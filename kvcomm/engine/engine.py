@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
@@ -45,6 +46,7 @@ from kvcomm.engine.request import Branch, Request
 from kvcomm.engine.results import Completion
 from kvcomm.engine.sampling import Sampler, SamplingParams
 from kvcomm.engine.scheduler import Scheduler
+from kvcomm.engine.tiering import Tiering, tier_space
 from kvcomm.engine.token_texts import TokenTexts
 from kvcomm.engine.warming import Gained, Progress, require_movable, warm
 from kvcomm.errors import InvalidRequest, UnknownAdapter, WeightsChanged
@@ -69,6 +71,7 @@ from kvcomm.reuse.plan import Explanation
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.reuse.replay import Outcome
 from kvcomm.reuse.status import ReaderStatus, status_of
+from kvcomm.tiers.tier import Tier
 
 DEFAULT_TENANT = "default"
 
@@ -100,6 +103,7 @@ class Engine:
         policy: ReusePolicy | None = None,
         weights_id: str | None = None,
         prior: Prior | Literal["shipped"] | None = "shipped",
+        tier: Tier | str | None = None,
     ) -> None:
         """Args:
         model: a decoder on its device, in its dtype; it is put into eval mode. Adapters that PEFT has put into its
@@ -108,11 +112,14 @@ class Engine:
             0.2 s per GB).
         prior: pairs measured on this model beforehand, so that approximate reuse may begin at once; by default those
             that come with kvcomm, if there are any for it.
+        tier: where exact prefixes are shared with other engines, or its URL, see `Tier.open`; the engine closes what it
+            has opened. What is wrong with it later costs time, never an answer.
 
         Raises:
             UnsupportedModel: its KV cannot be cached soundly.
             InvalidRequest: the attention back end asked for does not run here, or the prior is none.
             AnchorFileForeign: the prior is of another model.
+            TierError: there can be no tier at that URL.
         """
         self.config = config or EngineConfig()
         self.policy = _policy(policy) or ReusePolicy.exact()
@@ -142,6 +149,14 @@ class Engine:
         self._prior_weights = None if known is None else first
         self.reuse = ReuseParts.make(self.config, self.memory, self.geometry, runner, self._lock, identity, ends, known)
         self._holdings = Holdings(self.pool, lambda: scheduler.requests())
+        own_tier = Tier.open(tier) if isinstance(tier, str) else None
+        self._tiering = Tiering(
+            own_tier or _tier(tier),
+            self.memory,
+            self.reuse.cost,
+            self._lock,
+            space_of=partial(tier_space, self._adapters, self.geometry),
+        )
         scheduler = self.scheduler = Scheduler(
             self.config,
             self.memory,
@@ -151,6 +166,7 @@ class Engine:
             self.reuse.idle,
             self._lock,
             adapters=self._adapters,
+            tiering=self._tiering,
             reclaim=self._holdings.reclaim,
         )
         self.encoder = TextEncoder(tokenizer)
@@ -169,7 +185,7 @@ class Engine:
         self._budget = Budget(self.config.learning_share, LOAN_S if known is None else KNOWN_LOAN_S)
         self._loop = EngineLoop(self.scheduler, self.reuse.idle, self._budget, self.config.idle_after_s)
         self._exchange = KVExchange(self.memory, self.geometry, self._holdings, self.lock, self._loop.require_open)
-        self._finalizer = weakref.finalize(self, EngineLoop.close, self._loop)
+        self._finalizer = weakref.finalize(self, _close, self._loop, self._tiering, own_tier)
 
     @classmethod
     def load(
@@ -181,6 +197,7 @@ class Engine:
         config: EngineConfig | None = None,
         policy: ReusePolicy | None = None,
         prior: Prior | Literal["shipped"] | None = "shipped",
+        tier: Tier | str | None = None,
         progress: bool = False,
     ) -> Engine:
         """Load a packaged model ("smollm2-135m"), a folder or a hub id.
@@ -191,7 +208,13 @@ class Engine:
         """
         loaded = load_model(name, dtype=dtype, device=device, progress=progress)
         return cls(
-            loaded.model, loaded.tokenizer, config=config, policy=policy, weights_id=loaded.weights_digest, prior=prior
+            loaded.model,
+            loaded.tokenizer,
+            config=config,
+            policy=policy,
+            weights_id=loaded.weights_digest,
+            prior=prior,
+            tier=tier,
         )
 
     def __repr__(self) -> str:
@@ -796,6 +819,7 @@ class Engine:
             for sequence in self._holdings.sequences:
                 sequence.check_integrity()
             moved = self.reuse.pages_held(self.scheduler.requests())
+            moved = itertools.chain(moved, self._tiering.pages_held())
             held = [*self._holdings.pages_in_contexts(), *self._holdings.pages_in_requests(), *moved]
             self.memory.check_integrity(held)
 
@@ -1064,6 +1088,15 @@ class Engine:
         """Wait until no request runs and all idle work is done; False after `timeout_s`."""
         return self._loop.wait_idle(timeout_s)
 
+    @property
+    def tier(self) -> Tier | None:
+        """Where exact prefixes are shared with other engines, if anywhere."""
+        return self._tiering.tier
+
+    def flush_tier(self, timeout_s: float | None = None) -> bool:
+        """Wait until the tier has what was computed so far; False after `timeout_s`. Closing does so for 2 s."""
+        return self._tiering.flush(timeout_s)
+
     def held(self) -> AbstractContextManager[None]:
         """Let the engine stand still: within, nothing is computed and nothing learned, whatever is asked of it.
 
@@ -1110,6 +1143,15 @@ class Engine:
         )
 
 
+def _close(loop: EngineLoop, tiering: Tiering, own_tier: Tier | None) -> None:
+    """End an engine; not a method, for it must not keep the engine alive."""
+    tiering.stop_reading()
+    loop.close()
+    tiering.close()
+    if own_tier is not None:
+        own_tier.close()
+
+
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Tokens that end an answer, from the generation config and the tokenizer."""
     ends = getattr(model.generation_config, "eos_token_id", None)
@@ -1130,6 +1172,14 @@ def _prior(prior: Prior | Literal["shipped"] | None, model: str) -> Prior | None
         )
     require_prior_fits(prior, model)
     return prior
+
+
+def _tier(tier: Tier | str | None) -> Tier | None:
+    if isinstance(tier, str):
+        return None
+    if not isinstance(tier, Tier | None):
+        raise InvalidRequest(f"tier must be a Tier, as Tier.open(url) gives, a URL or None, not {values.told(tier)}")
+    return tier
 
 
 def _policy(policy: ReusePolicy | None) -> ReusePolicy | None:

@@ -17,6 +17,7 @@ from kvcomm.align.ladder import Rung
 from kvcomm.engine.detokenize import Detokenizer
 from kvcomm.engine.grammar_state import GrammarState
 from kvcomm.engine.handle import RequestHandle
+from kvcomm.engine.read_ahead import Ask
 from kvcomm.engine.results import Choice, Chunk, Completion, Usage
 from kvcomm.engine.sampling import Sampler, SamplingParams, TokenLogprob, token_logprob
 from kvcomm.memory.segments import Segment
@@ -99,20 +100,25 @@ class Clock:
 
 @dataclass(frozen=True)
 class Carried:
-    """Prompt tokens that earlier extensions of a context moved, or computed, by reason, for this request."""
+    """Prompt tokens that earlier extensions of a context moved, or computed, by reason, for this request.
+
+    Attributes:
+        num_tier: exact tokens that a shared tier gave them.
+    """
 
     reasons: Mapping[str, int] = field(default_factory=dict)
     num_aligned: int = 0
+    num_tier: int = 0
 
     @property
     def num_tokens(self) -> int:
         """Computed tokens over all reasons."""
         return sum(self.reasons.values())
 
-    def plus(self, plan: Plan) -> Carried:
-        """With what one more plan moved and computed."""
+    def plus(self, plan: Plan, num_tier: int = 0) -> Carried:
+        """With what one more plan moved and computed, and a tier gave."""
         reasons = {key: self.reasons.get(key, 0) + plan.reasons.get(key, 0) for key in {*self.reasons, *plan.reasons}}
-        return Carried(reasons, self.num_aligned + plan.num_tokens(SpanKind.ALIGNED))
+        return Carried(reasons, self.num_aligned + plan.num_tokens(SpanKind.ALIGNED), self.num_tier + num_tier)
 
 
 @dataclass(eq=False)
@@ -136,6 +142,7 @@ class Request:
         reads_cache: whether anything known before may be used at all. What it computes is published either way.
         pending: `[start, end)` of prompt tokens still to be computed, ascending.
         attempt: how moved KV is reused; None: not at all.
+        ask: what it wants to know of a shared tier; None: nothing.
         is_trial: it is only planned, to explain it: what it finds does not count as used.
         published_s: when others could first move what this request computed, on the monotonic clock.
         prompt_logprobs: of the prompt tokens as far as it is computed, where they are wanted; the first has none.
@@ -165,6 +172,7 @@ class Request:
     plan: Plan = field(default_factory=Plan)
     pending: list[tuple[int, int]] = field(default_factory=list)
     attempt: Attempt | None = None
+    ask: Ask | None = None
     is_trial: bool = False
     published_s: float | None = None
     clock: Clock = field(default_factory=Clock)
@@ -181,6 +189,15 @@ class Request:
     def is_prefilled(self) -> bool:
         """Whether the first token of every choice can be or has been drawn."""
         return self.last_logits is not None
+
+    @property
+    def num_tier_tokens(self) -> int:
+        """Prompt tokens whose KV a shared tier gave for this request."""
+        ask = self.ask
+        if ask is None or ask.namespace != self.namespace:
+            return 0
+        reused = [span for span in self.plan.spans if span.kind is SpanKind.EXACT]
+        return sum(ask.num_tokens(span.start, span.end) for span in reused)
 
     @property
     def answer_ids(self) -> tuple[int, ...]:
@@ -295,6 +312,7 @@ class Request:
             bound=self._bound(),
             approximation=None if self.attempt is None or not self.attempt.is_accepted else self.attempt.report(),
             spans=self.plan.exact_up_to(self.sequence.approximate_from).spans,
+            tier_tokens=min(exact, self.num_tier_tokens + self.carried.num_tier),
         )
 
     def _bound(self) -> BoundInForce | None:

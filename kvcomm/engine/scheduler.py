@@ -32,6 +32,7 @@ from kvcomm.engine.passes import Computed, Failure, Work, compute
 from kvcomm.engine.request import ANSWER, Branch, Request
 from kvcomm.engine.results import Completion
 from kvcomm.engine.sampling import token_logprob
+from kvcomm.engine.tiering import Tiering
 from kvcomm.errors import (
     EngineClosed,
     NumericalError,
@@ -80,6 +81,7 @@ class Scheduler:
         lock: threading.RLock,
         *,
         adapters: Adapters,
+        tiering: Tiering,
         reclaim: Callable[[], None],
     ) -> None:
         """`reclaim` gives back the pages of contexts that their users forgot."""
@@ -93,6 +95,7 @@ class Scheduler:
         self._tree = memory.tree
         self._runner = runner
         self._adapters = adapters
+        self._tiering = tiering
         self._reclaim = reclaim
         self._turns = Turns()
         self._looked_at: set[str] = set()  # closely: digests of weights, since the last pass
@@ -148,7 +151,10 @@ class Scheduler:
                     f"{self._pool.page_size}; the whole pool has {self._pool.num_pages}: "
                     "lower max_new_tokens or n, shorten the prompt or raise pool_tokens"
                 )
+            if self._uses_tree(request):
+                self._tiering.ask(request)
             self._waiting.append(request)
+            self._tiering.wake()
 
     def explain(self, request: Request) -> Explanation:
         """What would be planned for a trial request if it were admitted now; nothing is changed or kept."""
@@ -179,6 +185,8 @@ class Scheduler:
             self._drop_cancelled()
             self._expire()
             self._admit()
+            if not self._running:
+                self._tiering.rest(self._waiting)
         self._assemble()
         with self.lock:
             batch = self._build_batch()
@@ -199,7 +207,7 @@ class Scheduler:
             self._fail(request, error)
 
     def _prepare_reuse(self) -> None:
-        if any(self._planner.may_reuse(request) for request in list(self._waiting)):
+        if any(request.ask is not None or self._planner.may_reuse(request) for request in list(self._waiting)):
             with suppress(PoolExhausted):  # no room for a trial now: nothing is moved until there is
                 self._planner.prepare()
 
@@ -269,7 +277,11 @@ class Scheduler:
                     self._begin_answers(request, request.ready_logits)
 
     def _must_wait(self, request: Request) -> bool:
-        return self._is_prefix_in_flight(request) or self._planner.waits_for_source(request, self._running)
+        return (
+            self._tiering.must_wait(request)
+            or self._is_prefix_in_flight(request)
+            or self._planner.waits_for_source(request, self._running)
+        )
 
     def _is_prefix_in_flight(self, request: Request) -> bool:
         """Whether a running prefill will soon leave at least a page in the tree that this request could share."""
@@ -354,7 +366,7 @@ class Scheduler:
         if self._planner.may_reuse(request) and request.ready_logits is None:
             request.plan, request.attempt = self._planner.plan(request, reason)
         else:
-            request.plan = exact_plan(sequence.num_computed, sequence.num_tokens, reason)
+            request.plan = self._tiering.plan(request, reason)
         request.pending = list(request.plan.stretches)
 
     def _share_from_tree(self, request: Request) -> Reason:
@@ -366,6 +378,19 @@ class Scheduler:
         if sequence.num_computed >= sequence.num_tokens - 1:
             return Reason.LAST_TOKEN
         return Reason(match.reason.value) if match.reason is not None else Reason.NEW
+
+    def _take_news(self, request: Request) -> None:
+        """Share what a tier has given of a prompt since it was begun, instead of computing that."""
+        sequence, page_size = request.sequence, self._pool.page_size
+        if request.attempt is not None or not self._tiering.has_news(request):
+            return
+        before = sequence.num_computed
+        match = self._tree.match(request.namespace, sequence.token_ids[:-1])
+        num_tokens = match.num_tokens // page_size * page_size
+        if num_tokens > before:
+            sequence.adopt(match.pages[: num_tokens // page_size], num_tokens)
+            request.plan = request.plan.reused(before, num_tokens)
+            request.pending = [(max(start, num_tokens), end) for start, end in request.pending if end > num_tokens]
 
     def _nothing_to_wait_for(self, request: Request, error: PoolExhausted) -> PoolExhausted:
         return PoolExhausted(
@@ -437,6 +462,9 @@ class Scheduler:
         is_scored = request.sampling.prompt_logprobs is not None
         if is_scored:
             budget = min(budget, MAX_SCORED)
+        self._take_news(request)
+        if request.attempt is None:
+            budget = min(budget, self._tiering.num_next(request, request.pending[0][0], request.num_prompt_tokens))
         runs: list[Run] = []
         for start, end in request.pending:
             if budget <= 0:
@@ -469,13 +497,13 @@ class Scheduler:
         if num_pages <= self._pool.num_free:
             return  # nearly always; who decodes asks in every step
         self._reclaim()
-        self._memory.require_possible(num_pages, self._idle.droppable_pages())
+        self._memory.require_possible(num_pages, [*self._tiering.droppable_pages(), *self._idle.droppable_pages()])
         while True:
             try:
                 self._memory.make_room(num_pages)
                 return
             except PoolExhausted:
-                if not self._idle.give_way():
+                if not self._tiering.give_way() and not self._idle.give_way():
                     raise
 
     def _commit(self, computed: AnySequence[Computed], failures: AnySequence[Failure]) -> None:
@@ -538,6 +566,7 @@ class Scheduler:
     def _begin_answers(self, request: Request, logits: Tensor) -> None:
         """The prompt is computed: fork the sequence for further choices and draw everybody's first token."""
         self._require_its_weights(request)
+        self._tiering.is_computed(request)
         self._remember(request, request.sequence, whole=False)
         self._publish(request)
         request.last_logits = logits.clone()
@@ -667,6 +696,7 @@ class Scheduler:
             self._looked_at.add(request.weights.digest)
 
     def _leave(self, request: Request) -> None:
+        self._tiering.is_computed(request)
         for queue in (self._waiting, self._running):
             if request in queue:
                 queue.remove(request)
@@ -693,6 +723,7 @@ class Scheduler:
         if num_tokens:
             pages = sequence.pages[: -(-num_tokens // page_size)]
             self._tree.insert(request.namespace, sequence.token_ids[:num_tokens], pages)
+            self._tiering.remember(request, sequence, num_tokens, pages)
 
 
 def _run(sequence: Sequence, start: int, end: int, *, num_logits: int) -> Run:

@@ -71,6 +71,13 @@ class Reason(StrEnum):
     FAILED = "failed"
     """Moving it failed; the engine's log says how."""
 
+    TIER_SLOW = "tier_slow"
+    """The shared tier has it, and computing it was quicker."""
+    TIER_CORRUPT = "tier_corrupt"
+    """The shared tier has it, but altered, or not as its name says."""
+    TIER_FAILED = "tier_failed"
+    """The shared tier had it, and lost it or failed to give it."""
+
 
 class Span(NamedTuple):
     """`[start, end)` of a prompt. `reason` is None for reused spans."""
@@ -121,6 +128,18 @@ class Plan(Plain):
             if span.start < position:
                 spans.append(span._replace(end=position))
             spans.append(span._replace(kind=SpanKind.ALIGNED, start=max(span.start, position)))
+        return Plan(tuple(spans))
+
+    def reused(self, start: int, end: int) -> Plan:
+        """The same plan where `[start, end)`, which was to be computed, is reused exactly after all."""
+        spans: list[Span] = []
+        for span in self.spans:
+            first, last = max(start, span.start), min(end, span.end)
+            if first >= last:
+                spans.append(span)
+                continue
+            pieces = [span._replace(end=first), Span(SpanKind.EXACT, first, last), span._replace(start=last)]
+            spans += [piece for piece in pieces if piece.start < piece.end]
         return Plan(tuple(spans))
 
     @property

@@ -167,6 +167,9 @@ class ServerSettings(BaseModel):
         basis: the least that is accepted as grounds there: prior, pool or own.
         log_level: of the structured log.
         log_prompts: write prompts and answers into the log.
+        tier: URL or folder of a shared tier, for `kvcomm serve`; None: there is none.
+        tier_secret_file: a file whose bytes are the tier's secret; without it only the default tenant uses the tier.
+        tier_bytes: that the tier may hold, over all who use it; None: no limit.
         traces: URL of a collector of OpenTelemetry traces (OTLP over HTTP), for `kvcomm serve`; None: no traces.
             `make_app` takes a provider of them instead.
         engine: pool, pages, batch; see `EngineConfig`.
@@ -218,6 +221,9 @@ class ServerSettings(BaseModel):
     basis: Literal["own", "pool", "prior"] = "prior"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_prompts: bool = False
+    tier: str | None = None
+    tier_secret_file: Path | None = None
+    tier_bytes: Positive | None = None
     traces: Annotated[str, Field(pattern=r"^https?://[^\s@]+$")] | None = None
     engine: Engine = Field(default_factory=EngineConfig)
 

@@ -36,7 +36,7 @@ from kvcomm.server.schemas.stats import (
     WatchedBound,
 )
 from kvcomm.server.state import ServerState, StateDep, TenantDep
-from kvcomm.server.tally import COUNTED, SECONDS, Finished, Tally
+from kvcomm.server.tally import COUNTED, SECONDS, SOURCES, Finished, Tally, sources_of
 from kvcomm.server.tenants import Tenant
 
 router = APIRouter(tags=["insight"], dependencies=[Depends(security)])
@@ -54,7 +54,7 @@ async def stats(tenant: TenantDep, state: StateDep) -> Stats:
         requests=tally.num_requests,
         requests_in_flight=tenant.num_requests,
         generated_tokens=tally.generated_tokens,
-        tokens=_sources(tally.tokens["exact"], tally.tokens["aligned"], tally.tokens["computed"]),
+        tokens=TokensBySource(**{source: tally.tokens[source] for source in SOURCES}),
         miss_reasons=dict(tally.misses),
         ttft=TtftHistogram(bounds_s=list(SECONDS), counts=tally.ttft_counts, sum_s=tally.ttft_sum_s),
         finish_reasons=dict(tally.finish_reasons),
@@ -93,10 +93,6 @@ def _look(engine: Engine, spaces: Sequence[str], quota_tokens: int | None, clock
         )
 
 
-def _sources(exact: int, aligned: int, computed: int) -> TokensBySource:
-    return TokensBySource(exact=exact, aligned=aligned, computed=computed)
-
-
 def _last_minute(history: History) -> LastMinute:
     return LastMinute(seconds=history.minute_s, **{name: history.last_minute(name) for name in COUNTED})
 
@@ -131,7 +127,7 @@ def _finished(finished: Finished, now_s: float) -> FinishedRequest:
     usage: Usage = finished.usage
     return FinishedRequest(
         ago_s=now_s - finished.at_s,
-        tokens=_sources(usage.exact_tokens, usage.aligned_tokens, usage.computed_tokens),
+        tokens=TokensBySource(**sources_of(usage)),
         generated_tokens=usage.generated_tokens,
         ttft_s=usage.ttft_s,
         total_s=usage.total_s,

@@ -24,6 +24,9 @@ MAX_REFUSED = 40
 COUNTED = ("requests", "refused", "prompt_tokens", "reused_tokens", "generated_tokens")
 """What the history counts."""
 
+SOURCES = ("exact", "aligned", "computed", "tier")
+"""Of prompt tokens; those from the tier are among the exact ones."""
+
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 """Upper bounds of the buckets of every histogram of times."""
 
@@ -41,7 +44,7 @@ class Tally:
 
     Attributes:
         clock: seconds, monotonic.
-        tokens: of prompts, by source: exact, aligned, computed.
+        tokens: of prompts, by source, see `SOURCES`.
         misses: computed tokens of prompts, by reason.
         ttft_counts: requests by time to the first token: up to each of `SECONDS`, then above.
         finish_reasons: HTTP requests by how they ended, see `reasons_of`.
@@ -67,7 +70,7 @@ class Tally:
         """Count a request."""
         self.num_requests += 1
         self.generated_tokens += usage.generated_tokens
-        self.tokens.update(exact=usage.exact_tokens, aligned=usage.aligned_tokens, computed=usage.computed_tokens)
+        self.tokens.update(sources_of(usage))
         self.misses.update(usage.reasons)
         self.ttft_counts[bisect_left(SECONDS, usage.ttft_s)] += 1
         self.ttft_sum_s += usage.ttft_s
@@ -88,3 +91,9 @@ class Tally:
         if refused is not None:
             self.refused.append(refused)
             self.history.add({"refused": 1})
+
+
+def sources_of(usage: Usage) -> dict[str, int]:
+    """Prompt tokens of a request by source."""
+    counts = (usage.exact_tokens, usage.aligned_tokens, usage.computed_tokens, usage.tier_tokens)
+    return dict(zip(SOURCES, counts, strict=True))

@@ -36,6 +36,7 @@ def usage_of(usages: Sequence[EngineUsage], *, cache_breakpoints: int = 0) -> Us
         input_tokens=prompt,
         output_tokens=generated,
         cached_prefix_tokens=exact,
+        tier_tokens=sum(usage.tier_tokens for usage in usages),
         aligned_tokens=sum(usage.aligned_tokens for usage in usages),
         computed_tokens=sum(usage.computed_tokens for usage in usages),
         miss_reasons=dict(reasons),

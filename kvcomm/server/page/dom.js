@@ -33,6 +33,9 @@ const REASONS = {
   escalated: "recomputed tokens were too far from their estimates",
   no_room: "the pool could not hold the prompt beside what was found of it",
   failed: "moving it failed",
+  tier_slow: "the shared tier has it, and computing was quicker",
+  tier_corrupt: "the shared tier has it, but altered or not as its name says",
+  tier_failed: "the shared tier lost it, or failed to give it",
 };
 
 const ENDINGS = {

@@ -22,6 +22,7 @@ class TokensBySource(ResponseModel):
     exact: int
     aligned: int
     computed: int
+    tier: Annotated[int, Field(description="Of the exact ones, those that came from the shared tier.")] = 0
 
 
 class TtftHistogram(ResponseModel):
