@@ -138,7 +138,6 @@ class Tiering:
         if self._writes is not None:
             self._writes.close(CLOSE_S)
 
-
     def _space(self, request: Request) -> TierSpace:
         return self._space_of(request.weights, request.tenant)
 

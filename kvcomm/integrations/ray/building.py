@@ -8,7 +8,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from kvcomm.errors import MissingExtra
-from kvcomm.integrations.ray.settings import AppSettings, read_arguments
+from kvcomm.integrations.ray.settings import AppSettings, read_arguments, secret_of
+from kvcomm.server.keys import KeyRing
+from kvcomm.server.settings import ServerSettings
+from kvcomm.tiers.tier import Tier
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -25,7 +28,7 @@ def build(arguments: Mapping[str, Any]) -> Application:
     if missing:
         raise MissingExtra(f"kvcomm on Ray needs {', '.join(missing)}: pip install 'kvcomm[ray]'")
     settings, server = read_arguments(arguments)
-    _try_out(settings)
+    _try_out(server)
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
@@ -57,12 +60,12 @@ def build(arguments: Mapping[str, Any]) -> Application:
     return ingress.bind(engines.bind(settings, server), server)
 
 
-def _try_out(settings: AppSettings) -> None:
+def _try_out(server: ServerSettings) -> None:
     """Mistakes are found before a model is loaded for them."""
-    if settings.tier is not None:
-        from kvcomm.tiers.store import open_store
-
-        open_store(settings.tier)
+    if server.keys is not None:
+        KeyRing(server.keys)
+    if server.tier is not None:
+        Tier.open(server.tier, secret=secret_of(server)).close()
 
 
 def _actor(settings: AppSettings) -> dict[str, Any]:

@@ -24,9 +24,12 @@ from kvcomm.integrations.ray.messages import Asked, Part, Whole
 from kvcomm.integrations.ray.pinning import PinnedIds
 from kvcomm.integrations.ray.records import ContextRecords
 from kvcomm.integrations.ray.serving import Serving
-from kvcomm.integrations.ray.settings import AppSettings
+from kvcomm.integrations.ray.settings import AppSettings, secret_of
 from kvcomm.server.logs import logging_config
 from kvcomm.server.settings import ServerSettings
+from kvcomm.server.state import ServerState
+from kvcomm.tiers.store import open_store
+from kvcomm.tiers.tier import Tier
 
 DIED = (ActorDiedError, ActorUnavailableError, RayActorError)
 FOLLOW_S = 1.0
@@ -52,12 +55,15 @@ class EngineReplica:
         sys.setswitchinterval(SWITCH_S)
         torch.set_num_threads(settings.num_threads)
         name = get_replica_context().replica_id.unique_id
-        self._engine = Engine.load(server.model, dtype=server.dtype, device=server.device, config=server.engine)
+        self._tier = _tier(server)
+        self._engine = Engine.load(
+            server.model, dtype=server.dtype, device=server.device, config=server.engine, tier=self._tier
+        )
         for adapter, folder in server.adapters.items():
             self._engine.load_adapter(adapter, folder)
         app = make_app(self._engine, server, new_id=PinnedIds(name))
         self._serving = Serving(app, name)
-        self._serving.keeper = _keeper(settings, self._serving)
+        self._serving.keeper = _keeper(server, self._serving.state)
         self._following: asyncio.Task[None] | None = None
         gc.collect()
         gc.freeze()
@@ -72,9 +78,9 @@ class EngineReplica:
         """The same in one piece."""
         return await self._serving.whole(asked)
 
-    async def pid(self) -> int:
-        """Of the process."""
-        return os.getpid()
+    async def process(self) -> tuple[str, int]:
+        """Its name, and the id of the process that it is."""
+        return get_replica_context().replica_id.unique_id, os.getpid()
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """For the router; Ray asks for it again and again."""
@@ -92,6 +98,8 @@ class EngineReplica:
             self._following.cancel()
         await self._serving.drain()
         await asyncio.to_thread(self._engine.close)
+        if self._tier is not None:
+            await asyncio.to_thread(self._tier.close)
 
     async def _follow(self) -> None:
         while True:
@@ -99,13 +107,17 @@ class EngineReplica:
             await self._serving.follow()
 
 
-def _keeper(settings: AppSettings, serving: Serving) -> ContextKeeper | None:
-    if settings.tier is None:
+def _tier(server: ServerSettings) -> Tier | None:
+    if server.tier is None:
         return None
-    from kvcomm.tiers.store import open_store
+    return Tier.open(server.tier, secret=secret_of(server), max_bytes=server.tier_bytes)
 
-    records = ContextRecords(open_store(settings.tier), serving.state.engine.namespace(), settings.secret())
-    return ContextKeeper(serving.state, records)
+
+def _keeper(server: ServerSettings, state: ServerState) -> ContextKeeper | None:
+    if server.tier is None:
+        return None
+    records = ContextRecords(open_store(server.tier), state.engine.namespace(), secret_of(server))
+    return ContextKeeper(state, records)
 
 
 class Ingress:

@@ -24,7 +24,7 @@ from kvcomm.integrations.ray.destinations import Destination, Reach, destination
 from kvcomm.integrations.ray.gathering import listed, metrics_of
 from kvcomm.integrations.ray.holding import Recent
 from kvcomm.integrations.ray.keys import wanted_of
-from kvcomm.integrations.ray.messages import Asked, Head, Part, Whole, asked_of
+from kvcomm.integrations.ray.messages import Asked, Head, Part, Tail, Whole, asked_of
 from kvcomm.server.access import identify
 from kvcomm.server.callers import Callers, cors_of, use_origin_form
 from kvcomm.server.draining import DrainedBodies
@@ -45,7 +45,7 @@ MAX_VERSIONS = 32_768
 """Contexts whose last version is remembered."""
 
 SAFE = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
-EVENTS = b"text/event-stream"
+EVENTS = "text/event-stream"
 
 
 class ReplicaDied(Exception):
@@ -141,34 +141,28 @@ class Proxy:
 
     async def _pass_on(self, asked: Asked, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer of one replica; of another one if the first dies before it has said anything."""
-        is_begun = is_stream = False
         for num_tries in range(1, MAX_TRIES + 1):
+            begun = _Begun(send)
             try:
                 async with aclosing(self._replicas.one(asked)) as parts:
                     async for part in parts:
-                        if isinstance(part, Head):
-                            is_begun, is_stream = True, _is_stream(part)
-                        await self._send(part, send)
+                        if isinstance(part, Tail):
+                            self._remember(part)
+                        await begun.put(part)
                 return
             except ReplicaDied:
                 logger.warning("a replica died under %s %s", asked.method, asked.path)
-                if is_begun:
-                    await _break_off(send, is_stream=is_stream)
+                if begun.is_begun:
+                    await begun.break_off()
                     return
                 if num_tries == MAX_TRIES or not _may_repeat(asked):
                     break
                 asked = replace(asked, is_again=True)
         raise _lost(asked)
 
-    async def _send(self, part: Part, send: Send) -> None:
-        if isinstance(part, Head):
-            await send({"type": "http.response.start", "status": part.status, "headers": part.headers})
-        elif isinstance(part, bytes):
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-        else:
-            for context_id, version in part.versions.items():
-                self._versions.put(context_id, str(version))
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+    def _remember(self, tail: Tail) -> None:
+        for context_id, version in tail.versions.items():
+            self._versions.put(context_id, str(version))
 
     async def _gathered(self, asked: Asked, destination: Destination) -> Whole:
         answers = await self._replicas.every(asked)
@@ -182,6 +176,43 @@ class Proxy:
         return failed or answers[0]
 
 
+class _Begun:
+    """An answer on its way to the client. Its head waits for what follows: until then nothing has been said."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._head: Head | None = None
+        self.is_begun = False
+
+    async def put(self, part: Part) -> None:
+        """Send a part."""
+        if isinstance(part, Head):
+            self._head = part
+            return
+        if self._head is not None and not self.is_begun:
+            self.is_begun = True
+            await self._send(
+                {"type": "http.response.start", "status": self._head.status, "headers": self._head.headers}
+            )
+        is_last = isinstance(part, Tail)
+        await self._send(
+            {"type": "http.response.body", "body": b"" if isinstance(part, Tail) else part, "more_body": not is_last}
+        )
+
+    async def break_off(self) -> None:
+        """End what cannot be completed: events can say so, all else is cut off.
+
+        Raises:
+            ConnectionResetError: the client sees that too.
+        """
+        assert self._head is not None, "begun"
+        if not HeaderView(raw=self._head.headers).get("content-type", "").startswith(EVENTS):
+            raise ConnectionResetError("the replica that answered is gone")
+        error = ApiError(503, "replica_lost", "the replica that answered is gone; ask again", retry_after_s=1)
+        event = f"data: {json.dumps(error.body)}\n\n".encode()
+        await self._send({"type": "http.response.body", "body": event, "more_body": False})
+
+
 def _may_repeat(asked: Asked) -> bool:
     """Whether doing a request a second time does no more than doing it once."""
     return asked.method in SAFE or asked.context_id is None or asked.version is not None
@@ -192,15 +223,6 @@ def _lost(asked: Asked) -> ApiError:
     if not _may_repeat(asked):
         message += f"; whether {asked.context_id} was changed is not known: look at it before you go on"
     return ApiError(503, "replica_lost", message, retry_after_s=1)
-
-
-async def _break_off(send: Send, *, is_stream: bool) -> None:
-    """End an answer that cannot be completed: events can say so, all else is cut off."""
-    if not is_stream:
-        raise ConnectionResetError("the replica that answered is gone")
-    error = ApiError(503, "replica_lost", "the replica that answered is gone; ask again", retry_after_s=1)
-    event = f"data: {json.dumps(error.body)}\n\n".encode()
-    await send({"type": "http.response.body", "body": event, "more_body": False})
 
 
 async def _body(receive: Receive) -> bytes:
@@ -236,10 +258,6 @@ def _require_local(scope: Scope) -> None:
     if client and not is_loopback(client[0]):
         message = "without keys only callers on this machine are served: give the app keys=FILE"
         raise ApiError(403, "keys_needed", message)
-
-
-def _is_stream(head: Head) -> bool:
-    return HeaderView(raw=head.headers).get("content-type", "").encode().startswith(EVENTS)
 
 
 def _plain(context_id: str) -> str:

@@ -7,7 +7,7 @@ parts, a head and then bytes, so that a stream is passed on while it is written.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -121,7 +121,7 @@ def scope_of(asked: Asked) -> Scope:
     }
 
 
-async def answer(app: ASGIApp, asked: Asked) -> AsyncIterator[Message]:
+async def answer(app: ASGIApp, asked: Asked) -> AsyncGenerator[Message, None]:
     """An app's answer to a request, as ASGI messages.
 
     Leaving the iteration early is the client's disconnect: the app is told, and waited for.

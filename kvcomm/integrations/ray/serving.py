@@ -7,7 +7,7 @@ it again, whichever replica dies.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -20,6 +20,9 @@ from kvcomm.integrations.ray.messages import Asked, Head, Part, Tail, Whole, ans
 from kvcomm.server.errors import ApiError
 from kvcomm.server.running import tick
 from kvcomm.server.state import ServerState
+
+REPLICA = b"x-kvcomm-replica"
+"""Header of answers: who gave it."""
 
 
 class Serving:
@@ -44,25 +47,26 @@ class Serving:
         assert isinstance(state, ServerState)
         return state
 
-    async def parts(self, asked: Asked) -> AsyncIterator[Part]:
+    async def parts(self, asked: Asked) -> AsyncGenerator[Part, None]:
         """The answer to a request. Leaving early is the client's disconnect."""
         is_served = False
+        heads: list[Head] = []  # held back until something follows, so that a death before leaves another a try
         self.holding.begin(asked.wanted)
         try:
             async with aclosing(self._messages(asked)) as messages:
                 async for message in messages:
                     if message["type"] == "http.response.start":
                         is_served = message["status"] < 300
-                        yield Head(
-                            message["status"], [(bytes(name), bytes(value)) for name, value in message["headers"]]
-                        )
+                        heads.append(self._head(message))
                         continue
-                    if not message.get("more_body", False):
-                        tail = await self._kept(asked)
-                        yield message.get("body", b"")
-                        yield tail
-                    elif message.get("body"):
+                    is_last = not message.get("more_body", False)
+                    tail = await self._kept(asked) if is_last else None
+                    while heads:
+                        yield heads.pop()
+                    if message.get("body"):
                         yield message["body"]
+                    if tail is not None:
+                        yield tail
         finally:
             self.holding.end(asked.wanted, is_served=is_served)
 
@@ -97,7 +101,11 @@ class Serving:
         if self.keeper is not None:
             await self.keeper.close()
 
-    async def _messages(self, asked: Asked) -> AsyncIterator[Message]:
+    def _head(self, message: Message) -> Head:
+        headers = [(bytes(name), bytes(value)) for name, value in message["headers"]]
+        return Head(message["status"], [*headers, (REPLICA, self._replica.encode())])
+
+    async def _messages(self, asked: Asked) -> AsyncGenerator[Message, None]:
         try:
             if self.keeper is not None and asked.context_id is not None:
                 family = await self.keeper.recall(asked)

@@ -1,7 +1,7 @@
 """Arguments of the Ray Serve app: what `serve run kvcomm.integrations.ray:app NAME=VALUE ...` and a `config.yaml` say.
 
 Arguments of the app itself are fields here; all others are settings of the server by their own names, such as
-`keys=keys.json` or `engine.pool_tokens=65536`. A name that nobody knows is an error.
+`tier=file:///srv/kv`, `keys=keys.json` or `engine.pool_tokens=65536`. A name that nobody knows is an error.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from kvcomm.errors import InvalidRequest
 from kvcomm.server.settings import ServerSettings, load_settings
 
-MIN_SECRET = 16
-"""Bytes."""
+LISTENING = ("host", "port")
+"""Settings of `kvcomm serve` that are Ray Serve's own here."""
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -34,8 +34,6 @@ class AppSettings(BaseModel):
         ingresses: processes that take HTTP requests.
         cpus, gpus: that Ray keeps for a replica.
         threads: of torch in a replica; None: as many as its CPUs.
-        tier: URL of what replicas share; None: nothing outlives its replica.
-        tier_secret_file: a secret that names of tenants' objects need; without one, only the default tenant's are kept.
         config: the server's TOML file.
         health_period_s, health_timeout_s: how often a replica is asked whether it lives, and for how long.
         stats_period_s: how often replicas tell routers what they hold.
@@ -53,8 +51,6 @@ class AppSettings(BaseModel):
     cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     threads: Count | None = None
-    tier: str | None = None
-    tier_secret_file: Path | None = None
     config: Path | None = None
     health_period_s: Seconds = 2.0
     health_timeout_s: Seconds = 10.0
@@ -64,32 +60,12 @@ class AppSettings(BaseModel):
     def _require_order(self) -> AppSettings:
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas is {self.max_replicas}, less than replicas, {self.replicas}")
-        if self.tier_secret_file is not None and self.tier is None:
-            raise ValueError("tier_secret_file is of no use without tier")
         return self
 
     @property
     def num_threads(self) -> int:
         """Of torch in a replica."""
         return self.threads or max(1, int(self.cpus))
-
-    def secret(self) -> bytes | None:
-        """Of the tier; None: it has none.
-
-        Raises:
-            InvalidRequest: the file cannot be read, or the secret is too short.
-        """
-        if self.tier_secret_file is None:
-            return None
-        try:
-            secret = self.tier_secret_file.read_bytes().strip()
-        except OSError as error:
-            raise InvalidRequest(f"{self.tier_secret_file} cannot be read: {error.strerror or error}") from error
-        if len(secret) < MIN_SECRET:
-            raise InvalidRequest(
-                f"the secret in {self.tier_secret_file} has {len(secret)} bytes, at least {MIN_SECRET}"
-            )
-        return secret
 
     def autoscaling(self) -> dict[str, Any] | None:
         """For Ray's `autoscaling_config`; None: the number stays."""
@@ -114,6 +90,9 @@ def read_arguments(given: Mapping[str, Any]) -> tuple[AppSettings, ServerSetting
     Raises:
         InvalidRequest: an unknown name or a bad value, by name; a file that cannot be read.
     """
+    for name in LISTENING:
+        if name in given:
+            raise InvalidRequest(f"{name} is Ray Serve's: `serve start --http-{name} ...`, or http_options in the YAML")
     own = {name: value for name, value in given.items() if name in AppSettings.model_fields}
     servers = {name: value for name, value in given.items() if name not in own}
     settings = _validated(own)
@@ -122,9 +101,22 @@ def read_arguments(given: Mapping[str, Any]) -> tuple[AppSettings, ServerSetting
     except InvalidRequest as error:
         raise _known_here(error, servers) from error
     server.require_safe_origins(has_keys=server.keys is not None)
-    if server.adapters:
-        raise InvalidRequest("adapters are not served on Ray yet: take `kvcomm serve --adapter`")
+    if server.tier_secret_file is not None and server.tier is None:
+        raise InvalidRequest("tier_secret_file is of no use without tier")
     return settings, server
+
+
+def secret_of(server: ServerSettings) -> bytes | None:
+    """The tier's secret; None: it has none.
+
+    Raises:
+        InvalidRequest: the file cannot be read.
+    """
+    file = server.tier_secret_file
+    try:
+        return None if file is None else file.read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"the tier's secret, {file}, cannot be read: {error.strerror or error}") from error
 
 
 def _validated(values: Mapping[str, Any]) -> AppSettings:

@@ -66,7 +66,8 @@ class Usage(ResponseModel):
     output_tokens: Annotated[int, Field(ge=0, description="The same as completion_tokens.")]
     cached_prefix_tokens: Annotated[int, Field(ge=0, description="KV reused that equals a cold run's.")]
     tier_tokens: Annotated[
-        int, Field(ge=0, description="Of the cached_prefix_tokens, those that came from the shared tier for this request.")
+        int,
+        Field(ge=0, description="Of the cached_prefix_tokens, those that came from the shared tier for this request."),
     ] = 0
     aligned_tokens: Annotated[int, Field(ge=0, description="KV moved from another context and corrected.")]
     computed_tokens: Annotated[int, Field(ge=0, description="Prompt tokens computed for this request.")]

@@ -34,7 +34,9 @@ Dies = Callable[[Asked, Part | None], bool]
 class Replica:
     """One engine and its server; `died` is what a kill leaves."""
 
-    def __init__(self, name: str, tiny: TinyModel, settings: ServerSettings, tier: Path | None, secret: bytes | None) -> None:
+    def __init__(
+        self, name: str, tiny: TinyModel, settings: ServerSettings, tier: Path | None, secret: bytes | None
+    ) -> None:
         self.name = name
         self.engine = Engine(tiny.model, tiny.tokenizer, config=SMALL)
         self.serving = Serving(make_app(self.engine, settings, new_id=PinnedIds(name)), name)

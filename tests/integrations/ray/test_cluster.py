@@ -162,7 +162,9 @@ def test_a_context_is_not_lost_with_its_replica(tiny: TinyModel, tmp_path: Path)
 
 def test_a_conversation_goes_on_where_it_was(tiny: TinyModel, tmp_path: Path) -> None:
     def talk(client: TestClient, told: list[str], kill: bool, two: Cluster) -> list[str]:
-        made = client.post("/v1/contexts", json={"messages": [{"role": "system", "content": "You are helpful."}]}).json()
+        made = client.post(
+            "/v1/contexts", json={"messages": [{"role": "system", "content": "You are helpful."}]}
+        ).json()
         said = []
         for text in told:
             said.append(chat(client, text, context_id=made["id"], store=True)["choices"][0]["message"]["content"])

@@ -42,10 +42,14 @@ def test_every_operation_on_a_context_or_response_is_pinned() -> None:
     """A path that the server gets one day, and that names a context, is not forgotten here."""
     for surface in SURFACES:
         for route in surface.routes:
-            path = route.path.format_map(
-                {"context_id": CONTEXT, "response_id": RESPONSE, "tenant": "t", "name": "n", "model:path": "m"}
-                | dict.fromkeys(("model", "digest", "reader", "namespace"), "x")
-            ) if "{" in route.path else route.path
+            path = (
+                route.path.format_map(
+                    {"context_id": CONTEXT, "response_id": RESPONSE, "tenant": "t", "name": "n", "model:path": "m"}
+                    | dict.fromkeys(("model", "digest", "reader", "namespace"), "x")
+                )
+                if "{" in route.path
+                else route.path
+            )
             for method in route.methods:
                 named = next((each for each in (CONTEXT, RESPONSE) if each in path), None)
                 assert destination_of(method, path, {}).context_id == named, path

@@ -37,7 +37,9 @@ def test_metrics_of_replicas_stand_side_by_side() -> None:
 
 def test_lists_are_joined() -> None:
     answers = [
-        Whole(name, 200, [(b"content-type", b"application/json")], json.dumps({"object": "list", "data": data}).encode())
+        Whole(
+            name, 200, [(b"content-type", b"application/json")], json.dumps({"object": "list", "data": data}).encode()
+        )
         for name, data in (("a", [1, 2]), ("b", []), ("c", ["ä"]))
     ]
     assert json.loads(listed(answers).body) == {"object": "list", "data": [1, 2, "ä"]}

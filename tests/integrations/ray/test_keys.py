@@ -19,7 +19,19 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
     max_leaves=8,
 )
-FIELDS = ("messages", "prompt", "input", "text", "token_ids", "segments", "tools", "system", "model", "cache_salt", "reuse")
+FIELDS = (
+    "messages",
+    "prompt",
+    "input",
+    "text",
+    "token_ids",
+    "segments",
+    "tools",
+    "system",
+    "model",
+    "cache_salt",
+    "reuse",
+)
 
 
 def keys(body: dict[str, Any], *, tenant: str = "ann") -> list[str]:

@@ -116,8 +116,12 @@ def test_rendezvous_is_the_same_everywhere() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "name"),
-    [({"slack": -1}, "slack"),
-        ({"thrift": 0.9}, "thrift"), ({"segment_worth": 1.1}, "segment_worth"), ({"tier_cost": -0.1}, "tier_cost")],
+    [
+        ({"slack": -1}, "slack"),
+        ({"thrift": 0.9}, "thrift"),
+        ({"segment_worth": 1.1}, "segment_worth"),
+        ({"tier_cost": -0.1}, "tier_cost"),
+    ],
 )
 def test_bad_settings_are_refused(settings: dict[str, float], name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must"):
