@@ -38,7 +38,7 @@ def build(arguments: Mapping[str, Any]) -> Application:
     engines = serve.deployment(
         EngineReplica,
         name="engines",
-        max_ongoing_requests=settings.max_requests,
+        max_ongoing_requests=settings.requests_per_replica,
         ray_actor_options=_actor(settings),
         health_check_period_s=settings.health_period_s,
         health_check_timeout_s=settings.health_timeout_s,

@@ -30,7 +30,7 @@ class AppSettings(BaseModel):
         max_replicas: engines at most; Ray adds and removes some as requests come.
         target_requests: in flight per replica, at which Ray neither adds nor removes one.
         upscale_delay_s, downscale_delay_s: for which more or fewer must be wanted first.
-        max_requests: in flight per replica; over it, requests wait in the ingress.
+        requests_per_replica: in flight at once; over it, requests wait in the ingress.
         ingresses: processes that take HTTP requests.
         cpus, gpus: that Ray keeps for a replica.
         threads: of torch in a replica; None: as many as its CPUs.
@@ -46,7 +46,7 @@ class AppSettings(BaseModel):
     target_requests: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0
     upscale_delay_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
     downscale_delay_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 600.0
-    max_requests: Count = 64
+    requests_per_replica: Count = 64
     ingresses: Count = 1
     cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
@@ -137,7 +137,10 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
         at = nested
         for part in path:
             at = at.setdefault(part, {})
-        at[last] = value
+            if not isinstance(at, dict):
+                raise InvalidRequest(f"argument {name}: {part} is no table, and has a value of its own")
+        is_table = isinstance(value, Mapping)
+        at[last] = {**at.get(last, {}), **value} if is_table else value
     return nested
 
 
