@@ -23,12 +23,12 @@ import tempfile
 import threading
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from eval.figures import Figure, Report
 from eval.workload import note
@@ -38,6 +38,16 @@ RULES = "Be brief, be kind, and say when you do not know. "
 DOCUMENT = "The quick brown fox jumps over the lazy dog; the dog does not mind. "
 MORE = " Remember that all apples are red."
 REPLICA = "x-kvcomm-replica"
+
+APP = "kvcomm"
+START_S = 900.0
+AGENT_PORTS = (
+    "--dashboard-agent-grpc-port",
+    "--dashboard-agent-listen-port",
+    "--runtime-env-agent-port",
+    "--metrics-export-port",
+    "--ray-client-server-port",
+)
 
 RAY_SETTINGS = {
     "RAY_AUTH_MODE": "disabled",
@@ -170,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(options: Namespace) -> Report:
     """All figures."""
+    os.environ.update({"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", **RAY_SETTINGS})
     with tempfile.TemporaryDirectory() as folder:
         note("asking one engine without Ray")
         wanted = _wanted(options)
@@ -272,30 +283,83 @@ def _wanted(options: Namespace) -> dict[str, str]:
 @contextmanager
 def _deployed(options: Namespace, tier: str) -> Iterator[int]:
     """The app on a Ray of its own; gives the port of its HTTP proxy."""
-    import ray
+    arguments = {"model": options.model, "replicas": options.replicas, "tier": tier, "log_level": "warning"}
+    with deployed(arguments, num_cpus=options.replicas + 2) as port:
+        yield port
+
+
+@contextmanager
+def deployed(arguments: Mapping[str, Any], *, num_cpus: int) -> Iterator[int]:
+    """The app with these arguments on a Ray of its own, which ends with the block; gives the port of its HTTP proxy."""
     from ray import serve
 
     from kvcomm.integrations.ray import app
 
+    (port,) = _free_ports(1)
+    with _ray_head(num_cpus):
+        try:
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            note("deploying, which takes a while")
+            serve.run(app(arguments), name=APP)
+            yield port
+        finally:
+            serve.shutdown()
+
+
+@contextmanager
+def _ray_head(num_cpus: int) -> Iterator[None]:
+    """Ray's own processes, and this one as their client.
+
+    Every port is given: Ray waits only seconds for those that its agents choose, which a busy machine may not have.
+    """
+    import ray
+
     note("starting Ray")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ray.init(num_cpus=options.replicas + 2, include_dashboard=False, log_to_driver=False)
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        note(f"loading {options.replicas} replicas of {options.model}")
-        serve.run(app({"model": options.model, "replicas": options.replicas, "tier": tier}), name="kvcomm")
-        yield port
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+    gcs, *agents = _free_ports(1 + len(AGENT_PORTS))
+    address = f"127.0.0.1:{gcs}"
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--include-dashboard=false"]
+    command += ["--node-ip-address=127.0.0.1", f"--port={gcs}", f"--num-cpus={num_cpus}"]
+    command += [f"{name}={port}" for name, port in zip(AGENT_PORTS, agents, strict=True)]
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, env={**os.environ, **RAY_SETTINGS}, stdout=log, stderr=log) as head,
+    ):
+        try:
+            _connect(head, address, log)
+            yield
+        finally:
+            ray.shutdown()
+            head.terminate()  # which ends the processes that it has started, too
+
+
+def _connect(head: subprocess.Popen[bytes], address: str, log: IO[str]) -> None:
+    """Connect to Ray once it is there. Raises RuntimeError with what it said where it ends instead."""
+    import ray
+
+    until = time.monotonic() + START_S
+    while head.poll() is None and time.monotonic() < until:
+        try:
+            ray.init(address=address, log_to_driver=False)
+        except (ConnectionError, RuntimeError, TimeoutError):
+            time.sleep(0.5)
+        else:
+            return
+    log.seek(0)
+    raise RuntimeError(f"Ray did not start:\n{log.read()[-2000:]}")
+
+
+def _free_ports(num_ports: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(num_ports)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 def _pids() -> dict[str, int]:
     from ray import serve
 
-    return dict(serve.get_deployment_handle("engines", "kvcomm").broadcast("process").results(timeout_s=TIMEOUT_S))
+    return dict(serve.get_deployment_handle("engines", APP).broadcast("process").results(timeout_s=TIMEOUT_S))
 
 
 @contextmanager
@@ -334,8 +398,4 @@ def _parser() -> ArgumentParser:
 
 
 if __name__ == "__main__":
-    for name, value in RAY_SETTINGS.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     sys.exit(main())

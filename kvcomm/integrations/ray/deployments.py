@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import sys
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
+from functools import partial
 from logging.config import dictConfig
 from typing import Any
 
@@ -18,11 +21,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from kvcomm.engine.engine import DEFAULT_TENANT, Engine
 from kvcomm.integrations.ray.ingress import ReplicaDied, make_ingress
 from kvcomm.integrations.ray.keeping import ContextKeeper
+from kvcomm.integrations.ray.learning import LearningExchange
 from kvcomm.integrations.ray.messages import Asked, Part, Whole
 from kvcomm.integrations.ray.pinning import PinnedIds
 from kvcomm.integrations.ray.records import ContextRecords
+from kvcomm.integrations.ray.sealed import SealedObjects
 from kvcomm.integrations.ray.serving import Serving
 from kvcomm.integrations.ray.settings import AppSettings, secret_of
 from kvcomm.server.logs import logging_config
@@ -31,8 +37,13 @@ from kvcomm.server.state import ServerState
 from kvcomm.tiers.store import open_store
 from kvcomm.tiers.tier import Tier
 
+logger = logging.getLogger("kvcomm.ray")
+
 DIED = (ActorDiedError, ActorUnavailableError, RayActorError)
 FOLLOW_S = 1.0
+LEARN_S = 30.0
+"""Between two times that replicas tell one another what they have learned."""
+
 SWITCH_S = 0.0005
 """As `kvcomm serve` sets it: how long a thread keeps the interpreter while others want it."""
 
@@ -48,7 +59,6 @@ class EngineReplica:
         """
         import torch
 
-        from kvcomm.engine.engine import Engine
         from kvcomm.server.app import make_app
 
         dictConfig(logging_config(server.log_level))
@@ -63,7 +73,12 @@ class EngineReplica:
             self._engine.load_adapter(adapter, folder)
         app = make_app(self._engine, server, new_id=PinnedIds(name))
         self._serving = Serving(app, name)
-        self._serving.keeper = _keeper(server, self._serving.state)
+        objects = None if server.tier is None else SealedObjects(open_store(server.tier), secret_of(server))
+        self._exchange: LearningExchange | None = None
+        if objects is not None:
+            state = self._serving.state
+            self._serving.keeper = ContextKeeper(state, ContextRecords(objects, self._engine.namespace()))
+            self._exchange = LearningExchange(self._engine, objects, name, partial(_tenants, state))
         self._following: asyncio.Task[None] | None = None
         gc.collect()
         gc.freeze()
@@ -102,9 +117,17 @@ class EngineReplica:
             await asyncio.to_thread(self._tier.close)
 
     async def _follow(self) -> None:
+        """What a server does about once a second; one failure is no reason to stop."""
+        exchanged_s = -LEARN_S
         while True:
+            try:
+                await self._serving.follow()
+                if self._exchange is not None and time.monotonic() - exchanged_s >= LEARN_S:
+                    exchanged_s = time.monotonic()
+                    await asyncio.to_thread(self._exchange.exchange)
+            except Exception:
+                logger.exception("what is done once a second failed")
             await asyncio.sleep(FOLLOW_S)
-            await self._serving.follow()
 
 
 def _tier(server: ServerSettings) -> Tier | None:
@@ -113,11 +136,9 @@ def _tier(server: ServerSettings) -> Tier | None:
     return Tier.open(server.tier, secret=secret_of(server), max_bytes=server.tier_bytes)
 
 
-def _keeper(server: ServerSettings, state: ServerState) -> ContextKeeper | None:
-    if server.tier is None:
-        return None
-    records = ContextRecords(open_store(server.tier), state.engine.namespace(), secret_of(server))
-    return ContextKeeper(state, records)
+def _tenants(state: ServerState) -> list[str]:
+    """Everybody whose learning may be shared."""
+    return sorted({*state.tenants.names, *state.tenants.with_keys, *([DEFAULT_TENANT] if state.keys is None else [])})
 
 
 class Ingress:

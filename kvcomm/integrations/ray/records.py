@@ -3,34 +3,23 @@
 The KV itself is not here: whoever brings a context back computes it, or finds it in the tier, where exact prefixes are.
 So an object takes a few bytes a token, is written before the answer that tells of the change ends, and is right however
 much of the KV was saved. Objects are never changed: each change is a version of its own, written once, so that of two
-replicas that both believe they have a context one finds that out. Names and seals need the tenant's key, derived from
-the store's secret; an object that is not whole, sealed by another key, of another model or tenant is no object at all.
-
-`ROOT` lies beside what the tier keeps: its janitor leaves these alone.
+replicas that both believe they have a context one finds that out. Records of another model are none.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import json
 import logging
 from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kvcomm.engine.engine import DEFAULT_TENANT
 from kvcomm.errors import KVCommError
 from kvcomm.integrations.ray.pinning import pin_of
-from kvcomm.tiers.store import ObjectStore
+from kvcomm.integrations.ray.sealed import SealedObjects
 
 logger = logging.getLogger("kvcomm.ray")
 
-ROOT = "kvcomm-contexts-1"
-MAC_LENGTH = 64
-NAME_LENGTH = 32
-"""Hexadecimal digits of a seal, and of a part of a name."""
-
+CONTEXTS = "contexts"
 KEPT_VERSIONS = 2
 """Of one context: the latest, and the one before it for whoever must take the latest back."""
 
@@ -49,7 +38,7 @@ class ContextRecord(BaseModel):
         response: the JSON text of what it ends with.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str
     version: Annotated[int, Field(ge=1)]
@@ -74,29 +63,24 @@ class ContextRecord(BaseModel):
         return not self.is_pinned and now_s > self.used_s + self.ttl_s
 
 
-class Version(NamedTuple):
+class _Version(NamedTuple):
     """An object of a context."""
 
-    key: str
+    name: str
     number: int
 
 
 class ContextRecords:
-    """The records of all tenants in a store. Safe to use from several threads, as the store is."""
+    """The records of all tenants. Safe to use from several threads."""
 
-    def __init__(self, store: ObjectStore, namespace: str, secret: bytes | None = None) -> None:
-        """Args:
-        namespace: of the model.
-        secret: None: everybody who may read the store can name everything in it, so only the default tenant's
-            contexts are kept.
-        """
-        self._store = store
+    def __init__(self, objects: SealedObjects, namespace: str) -> None:
+        """`namespace`: of the model."""
+        self._objects = objects
         self._namespace = namespace
-        self._secret = secret
 
     def serves(self, tenant: str) -> bool:
         """Whether that tenant's contexts are kept."""
-        return self._secret is not None or tenant == DEFAULT_TENANT
+        return self._objects.serves(tenant)
 
     def put(self, record: ContextRecord) -> bool:
         """Write a version; False: there is one of that number already, written by somebody else.
@@ -104,12 +88,10 @@ class ContextRecords:
         Raises:
             KVCommError: the store cannot be written.
         """
-        key = self._key(record.tenant)
-        text = record.model_dump_json().encode("utf-8", "surrogatepass")
-        name = f"{self._folder(key, record.id)}{record.version:010d}"
-        is_new = self._store.put_once(name, [_mac(key, name, text).encode(), text])
+        folder = self._folder(record.tenant, record.id)
+        is_new = self._objects.put(record.tenant, _name(folder, record.version), record.model_dump_json().encode())
         if is_new and record.version > KEPT_VERSIONS:
-            self._delete(f"{self._folder(key, record.id)}{record.version - KEPT_VERSIONS:010d}")
+            self._objects.clear(_name(folder, record.version - KEPT_VERSIONS))
         return is_new
 
     def get(self, tenant: str, context_id: str, *, at: int | None = None) -> ContextRecord | None:
@@ -123,13 +105,15 @@ class ContextRecords:
         """
         for version in sorted(self._versions(tenant, context_id), key=lambda each: -each.number):
             if at is not None and version.number > at:
-                self._delete(version.key)
-            elif (record := self._read(tenant, context_id, version)) is not None:
+                self._objects.remove(version.name)
+                continue
+            record = self._read(tenant, version.name)
+            if record is not None and (record.id, record.version) == (context_id, version.number):
                 return record
         return None
 
     def family(self, tenant: str, context_id: str) -> list[str]:
-        """Names of all members of a context's family, itself included.
+        """Ids of all members of a context's family that were kept, itself included.
 
         Raises:
             KVCommError: the store cannot be read.
@@ -137,66 +121,39 @@ class ContextRecords:
         pin = pin_of(context_id)
         if pin is None:
             return []
-        key = self._key(tenant)
-        members: dict[str, None] = {}
-        for found in self._store.list(f"{ROOT}/{_name(key, 'tenant')}/{_name(key, pin.family)}"):
-            if (record := self._parsed(tenant, found.key)) is not None:
-                members[record.id] = None
-        return list(members)
+        names = self._objects.names(self._objects.folder(tenant, CONTEXTS, pin.family))
+        return list(dict.fromkeys(each.id for each in (self._read(tenant, name) for name in names) if each is not None))
 
     def remove(self, tenant: str, context_id: str) -> None:
         """Delete all versions; raises KVCommError when the store cannot."""
         for version in self._versions(tenant, context_id):
-            self._store.delete(version.key)
+            self._objects.remove(version.name)
 
-    def _versions(self, tenant: str, context_id: str) -> list[Version]:
-        prefix = self._folder(self._key(tenant), context_id)
-        found = (each.key for each in self._store.list(prefix))
-        return [Version(key, int(last)) for key in found if (last := key.removeprefix(prefix)).isdecimal()]
+    def _versions(self, tenant: str, context_id: str) -> list[_Version]:
+        names = self._objects.names(self._folder(tenant, context_id))
+        found = ((name, name.rpartition("/")[2]) for name in names)
+        return [_Version(name, int(last)) for name, last in found if last.isdecimal()]
 
-    def _read(self, tenant: str, context_id: str, version: Version) -> ContextRecord | None:
-        record = self._parsed(tenant, version.key)
-        if record is None or (record.id, record.version) != (context_id, version.number):
-            return None
-        return record
-
-    def _parsed(self, tenant: str, name: str) -> ContextRecord | None:
-        """What an object says, if it says it under its own name, for this tenant and this model."""
+    def _read(self, tenant: str, name: str) -> ContextRecord | None:
+        """What an object says, if it says it of this tenant and this model; a lost one says nothing."""
         try:
-            whole = bytes(self._store.get(name))
+            text = self._objects.get(tenant, name)
+            record = None if text is None else ContextRecord.model_validate_json(text)
         except KVCommError as error:
             logger.warning("a kept context cannot be read: %s", error)
             return None
-        seal, text = whole[:MAC_LENGTH], whole[MAC_LENGTH:]
-        if not hmac.compare_digest(seal, _mac(self._key(tenant), name, text).encode()):
-            logger.warning("a kept context is damaged, or was kept with another secret: %s", name)
+        except ValidationError as error:
+            logger.warning("a kept context is of another version of kvcomm: %s", error.errors()[0]["msg"])
             return None
-        try:
-            record = ContextRecord.model_validate_json(text)
-        except (ValidationError, ValueError) as error:
-            logger.warning("a kept context is of another version of kvcomm: %s", error)
+        if record is None or (record.tenant, record.namespace) != (tenant, self._namespace):
             return None
-        return record if (record.tenant, record.namespace) == (tenant, self._namespace) else None
+        return record
 
-    def _delete(self, name: str) -> None:
-        try:
-            self._store.delete(name)
-        except KVCommError as error:
-            logger.warning("an old version of a kept context stays: %s", error)
-
-    def _folder(self, key: bytes, context_id: str) -> str:
+    def _folder(self, tenant: str, context_id: str) -> str:
         pin = pin_of(context_id)
         family = context_id if pin is None else pin.family
-        return f"{ROOT}/{_name(key, 'tenant')}/{_name(key, family)}/{_name(key, context_id)}/"
-
-    def _key(self, tenant: str) -> bytes:
-        secret = b"kvcomm contexts without a secret" if self._secret is None else self._secret
-        return hmac.digest(secret, b"context" + tenant.encode(), "sha256")
+        return self._objects.folder(tenant, CONTEXTS, family, context_id)
 
 
-def _name(key: bytes, what: str) -> str:
-    return hmac.new(key, f"name {what}".encode(), hashlib.sha256).hexdigest()[:NAME_LENGTH]
-
-
-def _mac(key: bytes, name: str, text: bytes) -> str:
-    return hmac.new(key, json.dumps(name).encode() + text, hashlib.sha256).hexdigest()
+def _name(folder: str, version: int) -> str:
+    return f"{folder}{version:010d}"

@@ -17,6 +17,7 @@ from kvcomm.integrations.ray.keeping import ContextKeeper
 from kvcomm.integrations.ray.messages import Asked, Head, Part, Whole
 from kvcomm.integrations.ray.pinning import PinnedIds
 from kvcomm.integrations.ray.records import ContextRecords
+from kvcomm.integrations.ray.sealed import SealedObjects
 from kvcomm.integrations.ray.serving import Serving
 from kvcomm.server.app import make_app
 from kvcomm.server.settings import ServerSettings
@@ -41,7 +42,7 @@ class Replica:
         self.engine = Engine(tiny.model, tiny.tokenizer, config=SMALL)
         self.serving = Serving(make_app(self.engine, settings, new_id=PinnedIds(name)), name)
         if tier is not None:
-            records = ContextRecords(open_store(str(tier)), self.engine.namespace(), secret)
+            records = ContextRecords(SealedObjects(open_store(str(tier)), secret), self.engine.namespace())
             self.serving.keeper = ContextKeeper(self.serving.state, records)
         self.asked: list[Asked] = []
 

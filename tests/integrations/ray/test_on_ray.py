@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from unittest import mock
 
 import pytest
 
-from eval.on_ray import RAY_SETTINGS, REPLICA
+from eval.on_ray import APP, RAY_SETTINGS, REPLICA, deployed
 from kvcomm.errors import InvalidRequest, TierError
 from kvcomm.integrations.ray import app
 from tests.limits import PATIENCE_S, wait_for
@@ -21,7 +20,6 @@ from tests.tiny import tiny_model
 pytest.importorskip("ray", reason="Ray is not installed here: bash scripts/setup-env --integration ray")
 
 TEXT = "You are a helpful agent. Question: how many apples are left?"
-NAME = "kvcomm"
 
 
 @pytest.fixture(scope="module")
@@ -37,31 +35,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def base_url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Two replicas that share a tier, and may become three."""
-    import ray
-    from ray import serve
-
-    tier = tmp_path_factory.mktemp("tier")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     arguments = {
         "model": str(model),
         "replicas": "2",
         "max_replicas": "3",
         "target_requests": "64",
-        "tier": tier.as_uri(),
+        "tier": tmp_path_factory.mktemp("tier").as_uri(),
         "engine.pool_tokens": "4096",
         "log_level": "warning",
     }
-    with mock.patch.dict(os.environ, RAY_SETTINGS):
-        ray.init(num_cpus=5, include_dashboard=False, log_to_driver=False)
-        try:
-            serve.start(http_options={"host": "127.0.0.1", "port": port})
-            serve.run(app(arguments), name=NAME)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            serve.shutdown()
-            ray.shutdown()
+    with mock.patch.dict(os.environ, RAY_SETTINGS), deployed(arguments, num_cpus=5) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture
@@ -77,7 +61,7 @@ def processes() -> dict[str, int]:
     """Of the replicas that live."""
     from ray import serve
 
-    results = serve.get_deployment_handle("engines", NAME).broadcast("process").results(return_exceptions=True)
+    results = serve.get_deployment_handle("engines", APP).broadcast("process").results(return_exceptions=True)
     return dict(each for each in results if isinstance(each, tuple))
 
 
