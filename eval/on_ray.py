@@ -318,7 +318,7 @@ def _ray_head(num_cpus: int) -> Iterator[None]:
     gcs, *agents = _free_ports(1 + len(AGENT_PORTS))
     address = f"127.0.0.1:{gcs}"
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--include-dashboard=false"]
-    command += ["--node-ip-address=127.0.0.1", f"--port={gcs}", f"--num-cpus={num_cpus}"]
+    command += [f"--port={gcs}", f"--num-cpus={num_cpus}"]
     command += [f"{name}={port}" for name, port in zip(AGENT_PORTS, agents, strict=True)]
     with (
         tempfile.TemporaryFile("w+") as log,

@@ -15,6 +15,7 @@ from tests.tiny import TinyModel
 
 TEXT = "You are a helpful agent. Question: how many apples are left?"
 MORE = " three apples are left."
+JSON = {"content-type": "application/json"}
 
 
 def chat(client: TestClient, text: str = "how many apples?", **more: Any) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def test_errors_are_the_servers_own(tiny: TinyModel) -> None:
     with cluster(tiny, "a", "b", max_body_bytes=2000) as two:
         client = two.client()
         assert client.post("/v1/chat/completions", json={"model": MODEL}).json()["error"]["param"] == "messages"
-        assert client.post("/v1/chat/completions", content=b"{").json()["error"]["code"] == "invalid_json"
+        assert client.post("/v1/chat/completions", content=b"{", headers=JSON).json()["error"]["code"] == "invalid_json"
         assert client.post("/v1/chat/completions", content=b"{" + b" " * 3000).status_code == 413
         assert client.get("/nothing").status_code == 404
         assert client.get("/v1/contexts/ctx_" + "0" * 24).json()["error"]["code"] == "context_not_found"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from kvcomm.integrations.ray.destinations import Destination, Reach, destination_of
@@ -40,16 +42,10 @@ def test_where_a_request_goes(method: str, path: str, body: dict[str, object], w
 
 def test_every_operation_on_a_context_or_response_is_pinned() -> None:
     """A path that the server gets one day, and that names a context, is not forgotten here."""
+    values = {"context_id": CONTEXT, "response_id": RESPONSE}
     for surface in SURFACES:
         for route in surface.routes:
-            path = (
-                route.path.format_map(
-                    {"context_id": CONTEXT, "response_id": RESPONSE, "tenant": "t", "name": "n", "model:path": "m"}
-                    | dict.fromkeys(("model", "digest", "reader", "namespace"), "x")
-                )
-                if "{" in route.path
-                else route.path
-            )
+            path = re.sub(r"\{(\w+)(:\w+)?\}", lambda found: values.get(found[1], "x"), route.path)
+            named = next((each for each in values.values() if each in path), None)
             for method in route.methods:
-                named = next((each for each in (CONTEXT, RESPONSE) if each in path), None)
                 assert destination_of(method, path, {}).context_id == named, path

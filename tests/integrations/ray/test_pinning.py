@@ -25,7 +25,7 @@ def test_a_fork_and_a_response_that_follows_belong_to_the_family_of_the_first() 
     ids = PinnedIds("one")
     first = ids(None)
     elsewhere = PinnedIds("two")
-    follows = response_id(elsewhere, response_id(ids, first))
+    follows = response_id(elsewhere, f"resp_{first.removeprefix('ctx_')}")
     members = [first, ids(first), elsewhere(first), context_id_of(follows)]
     assert {pin_of(each) for each in members} == {pin_of(first)}
     assert len(set(members)) == len(members)
