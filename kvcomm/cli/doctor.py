@@ -20,6 +20,8 @@ EXTRAS = {
     "faiss": ("faiss-cpu", "faiss-gpu"),
     "triton": ("triton",),
     "server": ("fastapi", "uvicorn", "sse-starlette", "prometheus-client"),
+    "tiers": ("obstore",),
+    "redis": ("redis", "hiredis"),
     "eval": ("datasets", "jinja2", "matplotlib", "statsmodels"),
 }
 ALTERNATIVES = frozenset({"faiss"})

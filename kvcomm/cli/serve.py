@@ -229,6 +229,7 @@ def _serve(settings: ServerSettings, *, as_json: bool) -> None:
     # Mistakes are found before a model is loaded for them.
     keys = KeyRing(settings.keys) if settings.keys is not None else None
     traces = exporting_provider(settings.traces) if settings.traces is not None else None
+    tier = settings.open_tier()
     listener = bind(settings)
     dictConfig(logging_config(settings.log_level))
     try:
@@ -237,7 +238,12 @@ def _serve(settings: ServerSettings, *, as_json: bool) -> None:
         from kvcomm.server.running import make_server
 
         engine = Engine.load(
-            settings.model, dtype=settings.dtype, device=settings.device, config=settings.engine, progress=True
+            settings.model,
+            dtype=settings.dtype,
+            device=settings.device,
+            config=settings.engine,
+            tier=tier,
+            progress=True,
         )
         with with_adapters(engine, settings.adapters):
             server = make_server(make_app(engine, settings, keys=keys, traces=traces))
@@ -249,6 +255,8 @@ def _serve(settings: ServerSettings, *, as_json: bool) -> None:
             server.run(sockets=[listener])
     finally:
         listener.close()
+        if tier is not None:
+            tier.close()
         if traces is not None:
             shut_down(traces)
 

@@ -46,6 +46,7 @@ from kvcomm.engine.request import Branch, Request
 from kvcomm.engine.results import Completion
 from kvcomm.engine.sampling import Sampler, SamplingParams
 from kvcomm.engine.scheduler import Scheduler
+from kvcomm.engine.shared_learning import SharedLearning
 from kvcomm.engine.tiering import Tiering, tier_space
 from kvcomm.engine.token_texts import TokenTexts
 from kvcomm.engine.warming import Gained, Progress, require_movable, warm
@@ -71,7 +72,7 @@ from kvcomm.reuse.plan import Explanation
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.reuse.replay import Outcome
 from kvcomm.reuse.status import ReaderStatus, status_of
-from kvcomm.tiers.tier import Tier
+from kvcomm.tiers.tier import Tier, TierSpace
 
 DEFAULT_TENANT = "default"
 
@@ -143,7 +144,8 @@ class Engine:
         )
         ends = end_token_ids(model, tokenizer)
         identity = self._adapters.home(DEFAULT_TENANT)
-        first = self.live.now().digest
+        self._first_weights = self.live.now()
+        first = self._first_weights.digest
         self.prior_model = self._model_identity(first, {})
         known = _prior(prior, self.prior_model)
         self._prior_weights = None if known is None else first
@@ -157,6 +159,8 @@ class Engine:
             self._lock,
             space_of=partial(tier_space, self._adapters, self.geometry),
         )
+        self.reuse.when_published(self._tiering.published)
+        self._shared_learning = SharedLearning(self.reuse, self._tiering.tier)
         scheduler = self.scheduler = Scheduler(
             self.config,
             self.memory,
@@ -185,7 +189,7 @@ class Engine:
         self._budget = Budget(self.config.learning_share, LOAN_S if known is None else KNOWN_LOAN_S)
         self._loop = EngineLoop(self.scheduler, self.reuse.idle, self._budget, self.config.idle_after_s)
         self._exchange = KVExchange(self.memory, self.geometry, self._holdings, self.lock, self._loop.require_open)
-        self._finalizer = weakref.finalize(self, _close, self._loop, self._tiering, own_tier)
+        self._finalizer = weakref.finalize(self, _close, self._loop, self._tiering, self._shared_learning, own_tier)
 
     @classmethod
     def load(
@@ -600,6 +604,7 @@ class Engine:
         wanted = ReusePolicy.exact() if is_scored else _policy(policy) or self.policy
         if not wanted.is_exact:
             self.reuse.planner.require_known(wanted.rungs)
+            self._shared_learning.used(self._namespace(weights, tenant), self._tiering.space_of(weights, tenant))
         request_id = next(self._request_ids)
         handle = RequestHandle(request_id, cancel=lambda: self.scheduler.cancel(request))
         entropy = secrets.randbits(62)
@@ -1074,6 +1079,28 @@ class Engine:
         """
         return self.reuse.load(Path(folder), self.namespace(tenant, adapter=adapter))
 
+    def share_anchors(self, *, adapter: str | None = None, tenant: str = DEFAULT_TENANT) -> bool:
+        """Write to the tier now what a tenant has learned about moving text; see `save_anchors`.
+
+        An engine does so by itself now and then, and when it is closed. False: nothing is known, there is no tier, or
+        it could not be written.
+        """
+        weights = self._adapters.weights(adapter)
+        space = self._tiering.space_of(weights, tenant)
+        return self._shared_learning.put(self._namespace(weights, tenant), space)
+
+    def take_anchors(self, *, adapter: str | None = None, tenant: str = DEFAULT_TENANT) -> Profile | None:
+        """Take over what the tier has of it; see `load_anchors`. None: the tier has nothing, or there is none.
+
+        An engine that knows nothing of a tenant does so by itself with the first request that may move text.
+
+        Raises:
+            AnchorFileError: what is there is refused; see the subclasses.
+        """
+        weights = self._adapters.weights(adapter)
+        space = self._tiering.space_of(weights, tenant)
+        return self._shared_learning.get(self._namespace(weights, tenant), space)
+
     def _read_case(self, prompt: Prompt, answer: Iterable[int]) -> tuple[tuple[Segment, ...], tuple[int, ...]]:
         segments, tokens = self.read_prompt(prompt, is_start=True), tuple(answer)
         if not tokens:
@@ -1092,6 +1119,14 @@ class Engine:
     def tier(self) -> Tier | None:
         """Where exact prefixes are shared with other engines, if anywhere."""
         return self._tiering.tier
+
+    def tier_space(self, tenant: str = DEFAULT_TENANT) -> TierSpace:
+        """What a tenant's snapshots and the like go by in the tier, whatever the weights become.
+
+        Raises:
+            InvalidRequest: the tenant is no text.
+        """
+        return self._tiering.space_of(self._first_weights, values.text("the tenant", tenant))
 
     def flush_tier(self, timeout_s: float | None = None) -> bool:
         """Wait until the tier has what was computed so far; False after `timeout_s`. Closing does so for 2 s."""
@@ -1143,10 +1178,11 @@ class Engine:
         )
 
 
-def _close(loop: EngineLoop, tiering: Tiering, own_tier: Tier | None) -> None:
+def _close(loop: EngineLoop, tiering: Tiering, learning: SharedLearning, own_tier: Tier | None) -> None:
     """End an engine; not a method, for it must not keep the engine alive."""
     tiering.stop_reading()
     loop.close()
+    learning.close()
     tiering.close()
     if own_tier is not None:
         own_tier.close()

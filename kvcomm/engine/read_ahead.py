@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import RLock
 
@@ -26,11 +26,12 @@ import torch
 from kvcomm.errors import PoolExhausted
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
+from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence as KVSequence
 from kvcomm.model.attention.contract import IntArray
 from kvcomm.reuse.cost import ReuseCost
 from kvcomm.reuse.plan import Reason
-from kvcomm.tiers.tier import KV, Tier, TierMiss, TierSpace
+from kvcomm.tiers.tier import KV, StoredRendition, Tier, TierMiss, TierSpace
 
 logger = logging.getLogger("kvcomm.tiers")
 
@@ -42,6 +43,21 @@ RACE_SHARE = 0.02
 
 MAX_WAIT_S = 2.0
 """However long the prompt."""
+
+MIN_ROWS = 64
+"""Of a pass that tells how busy the machine is."""
+
+BUSY_S = 30.0
+"""Seconds for which that is believed."""
+
+MAX_RENDITIONS = 2
+"""Of one segment, that are fetched."""
+
+MIN_SEGMENT = 16
+"""Tokens of a segment of which a rendition is worth a look."""
+
+OVERDUE = 4.0
+"""An answer that takes so many times as long as computing holds up the others: nobody new waits for them."""
 
 MIN_DEADLINE_S = 0.05
 """For whatever is asked of the tier in the reading thread."""
@@ -75,6 +91,7 @@ class Ask:
         is_settled: nothing more comes.
         is_given_up: nobody wants it any more.
         num_raced: passes that were computed in pieces meanwhile.
+        segments: of which a rendition is wanted: they might be moved, and none is here.
     """
 
     namespace: str
@@ -91,6 +108,7 @@ class Ask:
     is_settled: bool = False
     is_given_up: bool = False
     num_raced: int = 0
+    segments: tuple[Segment, ...] = ()
 
     @property
     def waits_until_s(self) -> float:
@@ -122,28 +140,45 @@ class ReadAhead:
         self._lock = lock
         self._asks: deque[Ask] = deque()
         self._filling: KVSequence | None = None
+        self._overdue_s = np.inf  # when what is being answered will have taken too long
+        self._slowdown, self._slowdown_at_s = 1.0, -np.inf
         self._changed = threading.Condition(lock)
         self._is_closed = False
         self._thread: threading.Thread | None = None
         self.num_failed = 0
 
-    def ask(self, namespace: str, space: TierSpace, token_ids: IntArray) -> Ask | None:
+    def ask(
+        self, namespace: str, space: TierSpace, token_ids: IntArray, segments: Iterable[Segment] = ()
+    ) -> Ask | None:
         """Ask for a prompt; None where the tier cannot have more of it than is cached here.
 
         Args:
             token_ids: of the prompt but its last token.
+            segments: of it that might be moved.
         """
         num_there_at_most = len(token_ids) // self._tier.run_tokens * self._tier.run_tokens
         num_local = self._memory.tree.look(namespace, token_ids).num_tokens
-        if self._is_closed or num_there_at_most <= num_local or not self._tier.serves(space.tenant):
+        wanted = self._unknown(namespace, segments)
+        has_nothing = num_there_at_most <= num_local and not wanted
+        if self._is_closed or has_nothing or not self._tier.serves(space.tenant):
             return None
-        ask = Ask(namespace, space, np.array(token_ids, dtype=np.int32), num_local, time.monotonic())
+        tokens = np.array(token_ids, dtype=np.int32)
+        ask = Ask(namespace, space, tokens, num_local, time.monotonic(), segments=wanted)
         if self._cost.model is not None:
             self._begin(ask)
         return ask
 
+    def computed(self, stretches: Sequence[tuple[int, int]], seconds: float) -> None:
+        """A pass over stretches of prompts has taken so long; on a busy machine that is more than predicted."""
+        if self._cost.model is not None and sum(end - start for start, end in stretches) >= MIN_ROWS:
+            predicted_s = self._cost.model.compute_s(stretches)
+            self._slowdown = max(1.0, seconds / predicted_s) if predicted_s > 0 else 1.0
+            self._slowdown_at_s = time.monotonic()
+
     def must_wait(self, ask: Ask) -> bool:
         """Whether its request should rather wait than be computed now."""
+        if self._is_closed:
+            return False
         if ask.exact_s is None:  # by now the machine has been measured, or cannot be
             self._begin(ask)
         return time.monotonic() < ask.waits_until_s
@@ -153,10 +188,10 @@ class ReadAhead:
         model, left = self._cost.model, end - start
         if ask.is_settled or model is None or ask.exact_s is None:
             return left
-        if (ask.num_raced + 1) * model.pass_s > RACE_SHARE * ask.exact_s:
+        if (ask.num_raced + 1) * model.pass_s * self._busyness > RACE_SHARE * ask.exact_s:
             return left
-        token_s = model.row_s + model.pair_s * end
-        num_tokens = int(max(0.0, ask.left_s - model.pass_s) / token_s) if token_s > 0 else left
+        token_s, left_s = model.row_s + model.pair_s * end, ask.left_s / self._busyness
+        num_tokens = int(max(0.0, left_s - model.pass_s) / token_s) if token_s > 0 else left
         if num_tokens >= left:
             return left
         ask.num_raced += 1
@@ -170,8 +205,9 @@ class ReadAhead:
             self._asks.remove(ask)
 
     def rest(self, until_s: float) -> None:
-        """Wait until something is answered or asked, or that moment comes; the engine's lock is given back meanwhile."""
-        self._changed.wait(max(0.0, until_s - time.monotonic()))
+        """Wait until something is answered or asked, or that moment comes, with the engine's lock given back."""
+        if not self._is_closed:
+            self._changed.wait(max(0.0, until_s - time.monotonic()))
 
     def wake(self) -> None:
         """Let nobody rest any longer."""
@@ -190,17 +226,26 @@ class ReadAhead:
                 self._settle(self._asks.popleft(), Reason.TIER_SLOW)
             self._changed.notify_all()
 
+    @property
+    def _busyness(self) -> float:
+        """How many times as long passes take as on a machine that does nothing else."""
+        return self._slowdown if time.monotonic() - self._slowdown_at_s < BUSY_S else 1.0
+
     def _begin(self, ask: Ask) -> None:
         """Put an ask in the queue, unless the tier is not worth it."""
         model, run_tokens = self._cost.model, self._tier.run_tokens
         if model is None:
             self._settle(ask, Reason.TIER_SLOW)
             return
-        ask.exact_s = model.compute_s([(ask.num_local, len(ask.token_ids) + 1)])
-        first, last = ask.num_local // run_tokens, len(ask.token_ids) // run_tokens
-        num_bytes = (last - first) * run_tokens * ask.space.token_bytes
-        saved_s = model.compute_s([(ask.num_local, last * run_tokens)]) - model.pass_s
-        if self._is_closed or not self._tier.is_worth(num_bytes, saved_s):
+        busyness = self._busyness
+        ask.exact_s = busyness * model.compute_s([(ask.num_local, len(ask.token_ids) + 1)])
+        first, last = ask.num_local // run_tokens * run_tokens, len(ask.token_ids) // run_tokens * run_tokens
+        num_moved = sum(len(segment.token_ids) for segment in ask.segments)
+        num_bytes = (max(0, last - first) + num_moved) * ask.space.token_bytes
+        end = max(last, min(ask.num_local + num_moved, len(ask.token_ids)))
+        saved_s = busyness * (model.compute_s([(ask.num_local, end)]) - model.pass_s)
+        is_stuck = time.monotonic() > self._overdue_s
+        if self._is_closed or is_stuck or not self._tier.is_worth(num_bytes, saved_s):
             self._settle(ask, Reason.TIER_SLOW)
             return
         ask.expected_s = self._tier.reads.expected_s(num_bytes)
@@ -221,6 +266,7 @@ class ReadAhead:
                 if self._is_closed:
                     return
                 ask = self._asks.popleft()
+                self._overdue_s = time.monotonic() + OVERDUE * max(MIN_DEADLINE_S, ask.exact_s or 0.0)
             reason: Reason | None = Reason.TIER_FAILED
             try:
                 reason = self._answer(ask)
@@ -229,10 +275,67 @@ class ReadAhead:
                 logger.exception("what the tier has of a prompt could not be taken over")
             finally:
                 with self._lock:
+                    self._overdue_s = np.inf
                     self._settle(ask, reason)
 
     def _answer(self, ask: Ask) -> Reason | None:
-        """Fetch what the tier has and this engine lacks; why it was not had, if it was not."""
+        """Fetch what the tier has and this engine lacks; why a prefix was not had, if it was not."""
+        reason = self._fetch_prefix(ask)
+        for segment in ask.segments:
+            if not (ask.is_given_up or self._is_closed):
+                self._fetch_rendition(ask, segment)
+        return reason
+
+    def _fetch_rendition(self, ask: Ask, segment: Segment) -> None:
+        digest, deadline_s = segment.digest(ask.space.namespace), max(MIN_DEADLINE_S, ask.exact_s or 0.0)
+        names = self._tier.list_renditions(ask.space, digest, allows_approximate=True)
+        for name in names[:MAX_RENDITIONS]:
+            got = self._tier.get_rendition(ask.space, name, allows_approximate=True, deadline_s=deadline_s)
+            if isinstance(got, StoredRendition) and got.token_ids == segment.token_ids:
+                self._keep_rendition(ask.namespace, segment, got)
+
+    def _keep_rendition(self, namespace: str, segment: Segment, stored: StoredRendition) -> None:
+        """Let requests move what was fetched, if there is room for it; what is approximate stays so."""
+        pool, num_tokens = self._memory.pool, len(segment.token_ids)
+        sequence = KVSequence(pool, segment.token_ids)
+        with self._lock:
+            try:
+                self._memory.make_writable(sequence, 0, num_tokens)
+            except PoolExhausted:
+                return
+            self._filling = sequence
+        try:
+            self._write(sequence, 0, num_tokens, [stored.kv])
+            with self._lock:
+                self._memory.segments.put(
+                    namespace,
+                    segment,
+                    signature=stored.name.signature,
+                    start=stored.name.position,
+                    pages=sequence.pages,
+                    offset=0,
+                    fidelity=stored.fidelity,
+                    risk=stored.risk,
+                    slot=stored.slot,
+                    before=stored.before,
+                    context=sequence.identity,
+                )
+        finally:
+            with self._lock:
+                self._filling = None
+                sequence.release()
+
+    def _unknown(self, namespace: str, segments: Iterable[Segment]) -> tuple[Segment, ...]:
+        """Of some segments, those of which nothing can be moved from here."""
+        found = {
+            segment.token_ids: segment
+            for segment in segments
+            if segment.name is not None and len(segment.token_ids) >= MIN_SEGMENT
+        }
+        known = self._memory.segments
+        return tuple(each for each in found.values() if not known.renditions_of(namespace, each))
+
+    def _fetch_prefix(self, ask: Ask) -> Reason | None:
         tier, run_tokens, tokens = self._tier, self._tier.run_tokens, ask.token_ids.tolist()
         deadline_s = max(MIN_DEADLINE_S, ask.exact_s or 0.0)
         num_there = tier.prefix_length(ask.space, tokens, deadline_s=deadline_s)
@@ -266,12 +369,7 @@ class ReadAhead:
                 return False
             self._filling = sequence
         try:
-            slots = pool.slots(sequence.pages[first // pool.page_size :], end - first)
-            layers = (*pool.keys, *pool.values)
-            pieces = zip(*((*run.keys, *run.values) for run in runs), strict=True)
-            for stored, parts in zip(layers, pieces, strict=True):
-                new = parts[0] if len(parts) == 1 else torch.cat(parts)
-                stored[slots] = new[first - start :].to(stored.device)
+            self._write(sequence, first, end, runs, skipped=first - start)
             with self._lock:
                 sequence.count(end)
                 tree.insert(ask.namespace, ask.token_ids[:end], sequence.pages)
@@ -282,3 +380,17 @@ class ReadAhead:
                 self._filling = None
                 sequence.release()
         return True
+
+    def _write(self, sequence: KVSequence, first: int, end: int, runs: Sequence[KV], *, skipped: int = 0) -> None:
+        """Put KV into the pages of positions `[first, end)` of a sequence that nobody else knows; without the lock.
+
+        Args:
+            first: where a page begins.
+            skipped: leading tokens of the runs that are there already.
+        """
+        pool = self._memory.pool
+        slots = pool.slots(sequence.pages[first // pool.page_size :], end - first)
+        pieces = zip(*((*run.keys, *run.values) for run in runs), strict=True)
+        for stored, parts in zip((*pool.keys, *pool.values), pieces, strict=True):
+            new = parts[0] if len(parts) == 1 else torch.cat(parts)
+            stored[slots] = new[skipped:].to(stored.device)

@@ -143,6 +143,7 @@ class Request:
         pending: `[start, end)` of prompt tokens still to be computed, ascending.
         attempt: how moved KV is reused; None: not at all.
         ask: what it wants to know of a shared tier; None: nothing.
+        num_offered: leading tokens that have been offered to the tier.
         is_trial: it is only planned, to explain it: what it finds does not count as used.
         published_s: when others could first move what this request computed, on the monotonic clock.
         prompt_logprobs: of the prompt tokens as far as it is computed, where they are wanted; the first has none.
@@ -173,6 +174,7 @@ class Request:
     pending: list[tuple[int, int]] = field(default_factory=list)
     attempt: Attempt | None = None
     ask: Ask | None = None
+    num_offered: int = 0
     is_trial: bool = False
     published_s: float | None = None
     clock: Clock = field(default_factory=Clock)

@@ -152,7 +152,7 @@ class Scheduler:
                     "lower max_new_tokens or n, shorten the prompt or raise pool_tokens"
                 )
             if self._uses_tree(request):
-                self._tiering.ask(request)
+                self._tiering.ask(request, may_reuse=self._planner.may_reuse(request))
             self._waiting.append(request)
             self._tiering.wake()
 
@@ -193,8 +193,10 @@ class Scheduler:
         if not batch:
             return
         self._looked_at.clear()
+        begun_s = time.monotonic()
         computed, failures = compute(self._runner, batch)
         with self.lock:
+            self._tiering.computed(batch, time.monotonic() - begun_s)
             self._commit(computed, failures)
 
     @contextmanager

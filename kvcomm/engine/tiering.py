@@ -1,8 +1,8 @@
 """An engine over a shared tier: what is read from it ahead of a request, and what is written to it behind one.
 
-Only exact prefixes pass here, in whole runs of the tier, under the identity of the weights that computed them and the
-tenant they belong to. Without a tier all of this does nothing. Methods but `flush` and `close` are called under the
-engine's lock.
+What passes here goes by the identity of the weights that computed it and the tenant it belongs to: exact prefixes in
+whole runs of the tier, and renditions of segments, which are marked where they are approximate. Without a tier all of
+this does nothing. Methods but `flush`, `stop_reading` and `close` are called under the engine's lock.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from threading import RLock
 
 from kvcomm.engine.adapters import Adapters
 from kvcomm.engine.exchange import layer_shapes
+from kvcomm.engine.passes import Work
 from kvcomm.engine.read_ahead import ReadAhead
 from kvcomm.engine.request import Request
 from kvcomm.engine.write_behind import WriteBehind
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
+from kvcomm.memory.segments import Rendition, Segment
 from kvcomm.memory.sequences import Sequence
 from kvcomm.model.geometry import ModelGeometry
 from kvcomm.model.live import Weights
@@ -37,6 +39,7 @@ class Tiering:
 
     Attributes:
         tier: None: there is none.
+        space_of: whose KV it is that weights compute for a tenant.
     """
 
     def __init__(
@@ -53,15 +56,24 @@ class Tiering:
         """
         self.tier = tier
         self._lock = lock
-        self._space_of = space_of
+        self.space_of = space_of
+        self._spaces: dict[str, TierSpace] = {}  # by namespace
         self._reads = None if tier is None else ReadAhead(tier, memory, cost, lock)
         self._writes = None if tier is None else WriteBehind(tier, memory.pool, lock)
 
-    def ask(self, request: Request) -> None:
-        """Ask what the tier has of a request's prompt."""
+    def ask(self, request: Request, *, may_reuse: bool) -> None:
+        """Ask what the tier has of a request's prompt, and, where text may be moved, of its segments."""
         if self._reads is not None:
-            tokens = request.sequence.token_ids[:-1]
-            request.ask = self._reads.ask(request.namespace, self._space(request), tokens)
+            space, tokens = self._space(request), request.sequence.token_ids[:-1]
+            self._spaces[request.namespace] = space
+            segments = request.segments if may_reuse else ()
+            request.ask = self._reads.ask(request.namespace, space, tokens, segments)
+
+    def computed(self, batch: Iterable[Work], seconds: float) -> None:
+        """A pass has taken so long."""
+        if self._reads is not None:
+            runs = [run for work in batch for run in work.runs]
+            self._reads.computed([(run.start, run.end) for run in runs], seconds)
 
     def must_wait(self, request: Request) -> bool:
         """Whether a request should rather wait for the tier than be computed now."""
@@ -106,8 +118,14 @@ class Tiering:
 
     def remember(self, request: Request, sequence: Sequence, num_tokens: int, pages: PageIds) -> None:
         """Let the tier have the first tokens of a sequence, which are exact."""
-        if self._writes is not None:
-            self._writes.offer(self._space(request), sequence.token_ids[:num_tokens], pages)
+        if self._writes is not None and self._writes.num_whole(num_tokens) > request.num_offered:
+            request.num_offered = self._writes.num_whole(num_tokens)
+            self._writes.offer(self._space(request), sequence.token_ids[: request.num_offered], pages)
+
+    def published(self, namespace: str, segment: Segment, rendition: Rendition) -> None:
+        """Let the tier have a new rendition."""
+        if self._writes is not None and (space := self._spaces.get(namespace)) is not None:
+            self._writes.offer_rendition(space, segment, rendition)
 
     def give_way(self) -> bool:
         """Drop something that waits to be written, so that its pages may come free; False if there is nothing."""
@@ -139,7 +157,7 @@ class Tiering:
             self._writes.close(CLOSE_S)
 
     def _space(self, request: Request) -> TierSpace:
-        return self._space_of(request.weights, request.tenant)
+        return self.space_of(request.weights, request.tenant)
 
 
 def tier_space(adapters: Adapters, geometry: ModelGeometry, weights: Weights, tenant: str) -> TierSpace:

@@ -1,4 +1,4 @@
-"""Write-behind: exact prefixes that the engine has computed go to a shared tier, in the tier's thread.
+"""Write-behind: exact prefixes and renditions that the engine has computed go to a shared tier, in the tier's thread.
 
 What waits there refers to pages of the pool, so nobody changes them before they are copied out. It refers to a share of
 the pool at most, and gives way whenever pages are needed: what is dropped is computed again by whoever wants it, and
@@ -7,6 +7,7 @@ nothing else. All but `close` is called under the engine's lock, or takes it; KV
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +15,10 @@ from threading import RLock
 
 from kvcomm.errors import PoolExhausted
 from kvcomm.memory.pool import PageIds, PagePool
+from kvcomm.memory.segments import Rendition, Segment
 from kvcomm.model.attention.contract import IntArray
-from kvcomm.tiers.tier import KV, Tier, TierSpace
+from kvcomm.tiers.tier import KV, RenditionName, Tier, TierSpace
+from kvcomm.tiers.write_behind import Work
 
 MAX_SHARE = 0.25
 """Of the pool's pages, that may wait to be written."""
@@ -23,15 +26,16 @@ MAX_SHARE = 0.25
 
 @dataclass(eq=False)
 class Held:
-    """A prefix that waits to be written.
+    """KV that waits to be written.
 
     Attributes:
-        pages: of all its tokens, retained once; None: given back.
+        pages: retained once; None: given back.
+        end: one past the last slot that it takes of them.
         is_copied: its pages are being read now.
     """
 
-    num_tokens: int
     pages: PageIds | None
+    end: int
     is_copied: bool = False
 
 
@@ -46,27 +50,31 @@ class WriteBehind:
         self._is_closed = False
         self.num_dropped = 0
 
+    def num_whole(self, num_tokens: int) -> int:
+        """Tokens of the whole runs of so many."""
+        return num_tokens // self._tier.run_tokens * self._tier.run_tokens
+
     def offer(self, space: TierSpace, token_ids: IntArray, pages: PageIds) -> None:
         """Let the tier write an exact prefix, as far as it is not known to be there.
 
         Args:
-            token_ids: its tokens, of which the whole runs are taken.
-            pages: of at least these.
+            token_ids: whole runs.
+            pages: of at least these tokens.
         """
-        num_tokens = len(token_ids) // self._tier.run_tokens * self._tier.run_tokens
-        num_pages = -(-num_tokens // self._pool.page_size)
-        most = int(self._pool.num_pages * MAX_SHARE)
-        if not num_tokens or self._is_closed or num_pages > most:
+        held = self._hold(pages[: -(-len(token_ids) // self._pool.page_size)], len(token_ids))
+        if held is not None:
+            tokens, load = token_ids.tolist(), partial(self._copied, held)
+            self._tier.put_prefix_later(space, tokens, load, ended=partial(self._ended, held))
+
+    def offer_rendition(self, space: TierSpace, segment: Segment, rendition: Rendition) -> None:
+        """Let the tier write a rendition of a whole segment; of a part of one others could not tell what is missing."""
+        if rendition.num_tokens < len(segment.token_ids) or not self._tier.serves(space.tenant):
             return
-        while self._num_held() + num_pages > most:
-            if not self.give_way():
-                return
-        held = Held(num_tokens, pages[:num_pages].copy())
-        assert held.pages is not None
-        self._pool.retain(held.pages)
-        self._held[id(held)] = held
-        tokens = token_ids[:num_tokens].tolist()
-        self._tier.put_prefix_later(space, tokens, partial(self._copied, held), ended=partial(self._ended, held))
+        held = self._hold(rendition.pages, rendition.offset + rendition.num_tokens)
+        if held is not None:
+            name = RenditionName(segment.digest(space.namespace), rendition.signature, rendition.start)
+            write = partial(self._write_rendition, space, name, segment, rendition, held)
+            self._tier.queue.add(Work(f"rendition {name} {rendition.fidelity}", 0, write, partial(self._ended, held)))
 
     def give_way(self) -> bool:
         """Give up what has waited longest, so that its pages may come free; False if nothing waits."""
@@ -97,6 +105,27 @@ class WriteBehind:
             while self.give_way():
                 pass
 
+    def _hold(self, pages: PageIds, end: int) -> Held | None:
+        """Keep pages as they are until they are copied; None: there is no room for them in the queue."""
+        most = int(self._pool.num_pages * MAX_SHARE)
+        if not end or self._is_closed or pages.size > most:
+            return None
+        while self._num_held() + pages.size > most:
+            if not self.give_way():
+                return None
+        held = Held(pages.copy(), end)
+        self._pool.retain(pages)
+        self._held[id(held)] = held
+        return held
+
+    def _write_rendition(
+        self, space: TierSpace, name: RenditionName, segment: Segment, rendition: Rendition, held: Held
+    ) -> None:
+        kv, tokens = self._copied(held, rendition.offset), segment.token_ids
+        slot, before, risk = rendition.slot, rendition.before, rendition.risk
+        if math.isfinite(risk):
+            self._tier.put_rendition(space, name, tokens, kv, rendition.fidelity, slot=slot, before=before, risk=risk)
+
     def _droppable(self) -> Iterator[Held]:
         return (held for held in self._held.values() if not held.is_copied)
 
@@ -104,13 +133,13 @@ class WriteBehind:
         return sum(held.pages.size for held in self._held.values() if held.pages is not None)
 
     def _copied(self, held: Held, start: int) -> KV:
-        """KV of its tokens from `start` on, on the CPU. Raises PoolExhausted: its pages were needed."""
+        """KV of its slots from `start` on, on the CPU. Raises PoolExhausted: its pages were needed."""
         with self._lock:
             if held.pages is None:
                 raise PoolExhausted("its pages were needed before they were copied")
             pages, held.is_copied = held.pages, True
         try:
-            kv = self._copy(pages, start, held.num_tokens)
+            kv = self._copy(pages, start, held.end)
         finally:
             with self._lock:
                 self._give_back(held)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
@@ -24,6 +24,7 @@ from kvcomm.config import EngineConfig
 from kvcomm.errors import AnchorFileForeign, InvalidRequest
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
+from kvcomm.memory.segments import Rendition, Segment
 from kvcomm.model.cache_folder import cache_root
 from kvcomm.model.geometry import ModelGeometry
 from kvcomm.model.runner import ModelRunner
@@ -135,6 +136,17 @@ class ReuseParts:
     def add_chooser(self, chooser: Chooser) -> None:
         """Let rungs name one more chooser."""
         self.choosers[chooser.name] = chooser
+
+    def when_published(self, told: Callable[[str, Segment, Rendition], None]) -> None:
+        """Tell one more party of every new rendition of a segment, under the engine's lock."""
+        before = self.planner.finder.published
+
+        def published(namespace: str, segment: Segment, rendition: Rendition) -> None:
+            if before is not None:
+                before(namespace, segment, rendition)
+            told(namespace, segment, rendition)
+
+        self.planner.finder.published = published
 
     def measure_when_idle(self) -> None:
         """Find out what passes take on this machine, unless that is known; on the engine's thread, beside requests."""

@@ -6,7 +6,7 @@ them. What the engine counts itself is read when somebody asks; what ends with a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from kvcomm.server.endings import reasons_of
 from kvcomm.server.errors import CLIENT_GONE
 from kvcomm.server.logs import Ended
 from kvcomm.server.tally import SECONDS
+from kvcomm.tiers.tier import Tier
 
 if TYPE_CHECKING:
     from kvcomm.server.admission import Admission
@@ -55,8 +56,11 @@ class Metrics:
         """`turns`: those for the engine."""
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(engine, admission, turns))
+        if engine.tier is not None:
+            self.registry.register(_TierCollector(engine.tier))
         self._queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self._hits = self._counter("prefix_cache_hits", "Prompt tokens found there.")
+        self._from_tier = self._counter("prompt_tokens_from_tier", "Of the exact ones, those from the shared tier.")
         self._by_source = self._counter("prompt_tokens_by_source", "Prompt tokens: exact, aligned, computed.", "source")
         self._generated = self._counter("generation_tokens", "Tokens generated.")
         self._misses = self._counter("miss", "Prompt tokens computed, by reason.", "reason")
@@ -89,6 +93,7 @@ class Metrics:
         sources = {"exact": usage.exact_tokens, "aligned": usage.aligned_tokens, "computed": usage.computed_tokens}
         for source, num_tokens in sources.items():
             self._by_source.labels(source).inc(num_tokens)
+        self._from_tier.inc(usage.tier_tokens)
         self._generated.inc(usage.generated_tokens)
         for reason, num_tokens in usage.reasons.items():
             self._misses.labels(reason).inc(num_tokens)
@@ -127,6 +132,45 @@ class Metrics:
 
     def _histogram(self, name: str, meaning: str, *labels: str) -> Histogram:
         return Histogram(f"kvcomm:{name}", meaning, labels, buckets=SECONDS, registry=self.registry)
+
+
+class _TierCollector(Collector):
+    """What the shared tier has counted, with the kind of its store as a label."""
+
+    def __init__(self, tier: Tier) -> None:
+        self._tier = tier
+
+    def collect(self) -> Iterator[Metric]:
+        """The present values."""
+        stats = self._tier.stats()
+        totals = {
+            "tier_gets": ("Objects read from the tier and right.", stats.hits),
+            "tier_get_bytes": ("Their bytes.", stats.read_bytes),
+            "tier_get_seconds": ("Their seconds.", stats.read_s),
+            "tier_puts": ("Objects written to the tier.", stats.puts),
+            "tier_put_bytes": ("Their bytes.", stats.written_bytes),
+            "tier_put_seconds": ("Their seconds.", stats.write_s),
+            "tier_failed_puts": ("Objects that could not be written.", stats.unwritten),
+        }
+        for name, (meaning, total) in totals.items():
+            yield self._labelled(CounterMetricFamily(f"kvcomm:{name}", meaning, labels=["tier"]), {(): total})
+        misses = CounterMetricFamily("kvcomm:tier_misses", "Reads that gave nothing.", labels=["tier", "reason"])
+        yield self._labelled(misses, {(reason,): number for reason, number in stats.misses.items()})
+        dropped = CounterMetricFamily("kvcomm:tier_dropped", "What was not written.", labels=["tier", "reason"])
+        yield self._labelled(dropped, {(reason,): number for reason, number in stats.dropped.items()})
+        gauges = {
+            "tier_queue": ("What waits to be written.", stats.queued),
+            "tier_is_failing": ("Whether the latest read or write failed.", int(stats.is_failing)),
+        }
+        for name, (meaning, value) in gauges.items():
+            yield self._labelled(GaugeMetricFamily(f"kvcomm:{name}", meaning, labels=["tier"]), {(): value})
+
+    def _labelled(
+        self, family: CounterMetricFamily | GaugeMetricFamily, values: Mapping[tuple[str, ...], float]
+    ) -> Metric:
+        for labels, value in values.items():
+            family.add_metric([self._tier.kind, *labels], value)
+        return family
 
 
 class _EngineCollector(Collector):

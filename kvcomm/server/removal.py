@@ -14,8 +14,8 @@ from contextlib import suppress
 
 import anyio.to_thread
 
+from kvcomm.server.contexts.keeping import snapshots_of
 from kvcomm.server.contexts.registry import Node
-from kvcomm.server.contexts.snapshots import SnapshotFolder
 from kvcomm.server.errors import ApiError
 from kvcomm.server.keys import NAME_PATTERN
 from kvcomm.server.schemas.admin import RemovedTenant, TenantStatus
@@ -94,10 +94,9 @@ async def release(nodes: list[Node]) -> None:
 
 def remove_snapshots(state: ServerState, name: str) -> list[str]:
     """Delete every snapshot of a tenant, in whatever state they are; returns their names. For a worker thread."""
-    root = state.settings.snapshots
-    if root is None:
+    folder = snapshots_of(state, name)
+    if folder is None:
         return []
-    folder = SnapshotFolder(root, name, max_snapshots=state.settings.max_snapshots)
     names = [snapshot.name for snapshot in folder.snapshots()]
     removed = []
     for each in names:

@@ -30,6 +30,9 @@ from kvcomm.errors import InvalidRequest
 from kvcomm.files.reading import BadContent, parse_toml, read_toml
 from kvcomm.model.registry import SMOLLM2_135M
 from kvcomm.server.hosts import ANY_ORIGIN, parse_authority, parse_origin
+from kvcomm.tiers.keys import read_secret
+from kvcomm.tiers.store import shown_url
+from kvcomm.tiers.tier import Tier
 
 ENV_PREFIX = "KVCOMM_SERVE_"
 ENV_NESTED = "__"
@@ -258,9 +261,26 @@ class ServerSettings(BaseModel):
                 "or make a key with `kvcomm serve keys add NAME --keys FILE` and give --keys FILE"
             )
 
+    def open_tier(self) -> Tier | None:
+        """The shared tier, the caller's to close; None: there is none.
+
+        Raises:
+            TierError: it cannot be opened, or its secret cannot be read or is too short.
+            MissingExtra: a package that it needs is not installed.
+            InvalidRequest: there are settings of a tier without one.
+        """
+        if self.tier is None:
+            if self.tier_secret_file is not None or self.tier_bytes is not None:
+                raise InvalidRequest("tier_secret_file and tier_bytes are of a tier; name it with --tier URL")
+            return None
+        secret = None if self.tier_secret_file is None else read_secret(self.tier_secret_file)
+        return Tier.open(self.tier, secret=secret, max_bytes=self.tier_bytes)
+
     def printable(self) -> dict[str, Any]:
-        """The effective settings as JSON values."""
-        return self.model_dump(mode="json")
+        """The effective settings as JSON values; nothing secret is among them."""
+        values = self.model_dump(mode="json")
+        is_url = self.tier is not None and "://" in self.tier
+        return values | {"tier": shown_url(self.tier or "") if is_url else self.tier}
 
 
 def is_loopback(host: str) -> bool:

@@ -19,11 +19,13 @@ import hashlib
 import hmac
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from kvcomm.errors import TierError
+from kvcomm.files.reading import CONFIG_BYTES, read_bytes
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.tiers.space import DEFAULT_TENANT, RenditionName, TierSpace
 
@@ -112,6 +114,21 @@ def tenant_key(secret: bytes | None, tenant: str) -> bytes | None:
     if secret is None:
         return _NO_SECRET if tenant == DEFAULT_TENANT else None
     return _mac(secret, "tenant", tenant)
+
+
+def read_secret(file: Path) -> bytes:
+    """The secret in a file, without white space around it: the same for all who are given that file.
+
+    Raises:
+        TierError: it cannot be read, or is too short.
+    """
+    try:
+        found = read_bytes(file, max_bytes=CONFIG_BYTES).strip()
+    except OSError as error:
+        raise TierError(f"the tier's secret {file} cannot be read: {error.strerror or error}") from error
+    if len(found) < MIN_SECRET:
+        raise TierError(f"the tier's secret {file} has {len(found)} bytes, not {MIN_SECRET} or more: it can be guessed")
+    return found
 
 
 def require_secret(secret: bytes | None) -> bytes | None:

@@ -11,8 +11,8 @@ from fastapi import APIRouter, Depends, Path
 from kvcomm.server.access import security
 from kvcomm.server.bodies import BodyRoute
 from kvcomm.server.contexts.conversation import Continued
+from kvcomm.server.contexts.keeping import Snapshots, snapshots_of
 from kvcomm.server.contexts.registry import ContextRegistry
-from kvcomm.server.contexts.snapshots import SnapshotFolder
 from kvcomm.server.contexts.surface import COMPUTING, LOOKING, Id, RegistryDep
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.contexts.views import view
@@ -37,25 +37,28 @@ FILES = {**LOOKING, **documented(503)}
 Name = Annotated[SnapshotName, Path()]
 
 
-def _folder(state: StateDep, tenant: TenantDep) -> SnapshotFolder:
+def _folder(state: StateDep, tenant: TenantDep) -> Snapshots:
     return folder_of(state, tenant.name)
 
 
-def folder_of(state: ServerState, tenant: str) -> SnapshotFolder:
+def folder_of(state: ServerState, tenant: str) -> Snapshots:
     """The snapshots of the tenant with that name; raises ApiError 404 when the server keeps none."""
-    root = state.settings.snapshots
-    if root is None:
-        message = "this server keeps no snapshots; its operator gives a folder with `kvcomm serve --snapshots DIR`"
+    found = snapshots_of(state, tenant)
+    if found is None:
+        message = (
+            "this server keeps no snapshots; its operator gives a folder with `kvcomm serve --snapshots DIR`, or a "
+            "shared tier that serves this tenant with --tier"
+        )
         raise ApiError(404, "no_snapshots", message)
-    return SnapshotFolder(root, tenant, max_snapshots=state.settings.max_snapshots)
+    return found
 
 
-FolderDep = Annotated[SnapshotFolder, Depends(_folder)]
+FolderDep = Annotated[Snapshots, Depends(_folder)]
 
 
 @router.post("/contexts/{context_id}/snapshot", operation_id="saveContext", status_code=201, responses=COMPUTING)
 async def save_context(context_id: Id, body: SnapshotRequest, registry: RegistryDep, folder: FolderDep) -> Snapshot:
-    """Write a context to a file, as it was before what is extending it now."""
+    """Write a context to a file, or to the shared tier, as it was before what is extending it now."""
     node = registry.find(context_id)
     with node.context.fork(name=node.name) as copy:
         copy.note = None if node.conversation is None else node.conversation.note()
@@ -81,7 +84,7 @@ async def delete_snapshot(name: Name, folder: FolderDep) -> DeletedSnapshot:
     return DeletedSnapshot(name=name)
 
 
-async def _restore(name: str, body: RestoreRequest, call: Call, folder: SnapshotFolder) -> Context:
+async def _restore(name: str, body: RestoreRequest, call: Call, folder: Snapshots) -> Context:
     registry = call.state.contexts.of(call.tenant)
     with registry.place():
         turn = await _read(name, body, call, folder, registry)
@@ -89,7 +92,7 @@ async def _restore(name: str, body: RestoreRequest, call: Call, folder: Snapshot
     return view(registry, node)
 
 
-async def _read(name: str, body: RestoreRequest, call: Call, folder: SnapshotFolder, registry: ContextRegistry) -> Turn:
+async def _read(name: str, body: RestoreRequest, call: Call, folder: Snapshots, registry: ContextRegistry) -> Turn:
     state = call.state
     adapter = None if body.model is None else state.adapter_of(body.model)
     num_tokens = await anyio.to_thread.run_sync(folder.num_tokens, name)

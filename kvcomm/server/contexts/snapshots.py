@@ -69,7 +69,7 @@ class SnapshotFolder:
         Raises:
             ApiError: 409 for a name that is taken, 429 for one snapshot too many, 503 when it cannot be written.
         """
-        file = self._file(name)
+        file = self.file(name)
         with _told(name, file, may_be_missing=False), self._place(file, replace=replace):
             context.save(file, replace=replace)
             return _described(file)
@@ -82,7 +82,7 @@ class SnapshotFolder:
         """
         found = []
         try:
-            for file in map(self._file, self._names()):
+            for file in map(self.file, self._names()):
                 with suppress(FileNotFoundError):  # deleted meanwhile
                     found.append(_described(file))
         except OSError as error:
@@ -95,7 +95,7 @@ class SnapshotFolder:
         Raises:
             ApiError: 404 for an unknown one, 409 for a damaged one, 503 when it cannot be read.
         """
-        file = self._file(name)
+        file = self.file(name)
         with _told(name, file):
             return len(read_header(file).token_ids)
 
@@ -109,7 +109,7 @@ class SnapshotFolder:
                 it cannot be read.
             PoolExhausted: there is no room for it.
         """
-        file = self._file(name)
+        file = self.file(name)
         with _told(name, file):
             context = engine.restore(file, adapter=adapter, tenant=space)
             try:
@@ -124,11 +124,12 @@ class SnapshotFolder:
         Raises:
             ApiError: 404 for an unknown one, 503 when it cannot be deleted.
         """
-        file = self._file(name)
+        file = self.file(name)
         with _told(name, file):
             file.unlink()
 
-    def _file(self, name: str) -> Path:
+    def file(self, name: str) -> Path:
+        """Where a snapshot lies, or would."""
         return self._folder / f"{name}{SUFFIX}"
 
     def _names(self) -> list[str]:
@@ -154,9 +155,9 @@ class SnapshotFolder:
                 sweep(self._folder)  # what is unfinished now has a living writer
                 # In this order: what is finished in between, which needs no lock, is seen twice rather than never.
                 coming = {self._folder / name for name in unfinished(self._folder)}
-                files = {self._file(name) for name in self._names()}
+                files = {self.file(name) for name in self._names()}
                 if file in files and not replace:
-                    raise _taken(file)
+                    raise taken(_name_of(file))
                 num_files = len(files | coming)
                 if file not in files | coming and num_files >= self._max_snapshots:
                     message = f"this tenant has {num_files} of at most {self._max_snapshots} snapshots; delete some"
@@ -165,14 +166,18 @@ class SnapshotFolder:
             yield
 
 
-def _taken(file: Path) -> ApiError:
-    name = file.name.removesuffix(SUFFIX)
+def _name_of(file: Path) -> str:
+    return file.name.removesuffix(SUFFIX)
+
+
+def taken(name: str) -> ApiError:
+    """The answer where there is a snapshot of that name, which is not to be replaced."""
     message = f"there is a snapshot {name!r} already; choose another name, or say replace"
     return ApiError(409, "snapshot_exists", message, param="name")
 
 
 def _described(file: Path) -> Snapshot:
-    name, num_bytes = file.name.removesuffix(SUFFIX), file.stat().st_size
+    name, num_bytes = _name_of(file), file.stat().st_size
     try:
         header = read_header(file)
     except SnapshotError as error:
@@ -200,7 +205,7 @@ def _told(name: str, file: Path, *, may_be_missing: bool = True) -> Iterator[Non
     try:
         yield
     except SnapshotExists as error:
-        raise _taken(file) from error
+        raise taken(_name_of(file)) from error
     except (SnapshotError, OSError) as error:
         cause = error.__cause__ if isinstance(error, SnapshotError) else error
         if isinstance(error, SnapshotError) and (code := CODES.get(type(error))):

@@ -67,7 +67,7 @@ class Usage(ResponseModel):
     cached_prefix_tokens: Annotated[int, Field(ge=0, description="KV reused that equals a cold run's.")]
     tier_tokens: Annotated[
         int,
-        Field(ge=0, description="Of the cached_prefix_tokens, those that came from the shared tier for this request."),
+        Field(ge=0, description="Of the cached_prefix_tokens, from the shared tier for this request."),
     ] = 0
     aligned_tokens: Annotated[int, Field(ge=0, description="KV moved from another context and corrected.")]
     computed_tokens: Annotated[int, Field(ge=0, description="Prompt tokens computed for this request.")]

@@ -1,0 +1,205 @@
+"""Engines over a shared tier: what a second worker still computes, and what a tier costs that becomes slow.
+
+    python -m eval.tier_serving --url URL [--model smollm2-135m] [--tokens N] [--prompts N] [--json] [--out FILE]
+
+`recomputed_tokens`: a process answers prompts and ends; another one answers them too, and this is what it computes of
+what lies in whole runs of the tier. `slow_tier_cost`: an engine reads prompts from the tier; in the middle every read
+takes a hundred times as long. The longest first token from then on is held against computing the same prompt exactly,
+in the same process and in turn. `slow_tier_cost_cpu` is the same in seconds of the processor with the seconds beside it
+that the request waited, which others on the machine disturb less.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from eval.figures import Figure, Report
+from eval.tasks.options import positive
+from eval.workload import note
+from kvcomm import Engine, KVCommError
+from kvcomm.model.loading import load_model
+from kvcomm.tiers.store import ObjectStore, StoredObject, open_store
+from kvcomm.tiers.tier import Tier
+
+SLOWDOWN = 100.0
+FIRST_TOKEN, LAST_TOKEN = 1000, 40_000
+"""Of the vocabulary, that prompts are drawn from."""
+
+
+class SlowedStore:
+    """A store whose reads take longer by what a test says for their bytes."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self.kind, self.url = store.kind, store.url
+        self.byte_s = 0.0
+        self._store = store
+
+    def get(self, key: str) -> memoryview:
+        """The object, late."""
+        content = self._store.get(key)
+        time.sleep(self.byte_s * content.nbytes)
+        return content
+
+    def get_range(self, key: str, start: int, length: int) -> memoryview:
+        """The part of the object, late."""
+        content = self._store.get_range(key, start, length)
+        time.sleep(self.byte_s * content.nbytes)
+        return content
+
+    def put_once(self, key: str, parts: Sequence[memoryview | bytes]) -> bool:
+        """As the store."""
+        return self._store.put_once(key, parts)
+
+    def list(self, prefix: str = "") -> Iterator[StoredObject]:
+        """As the store."""
+        return self._store.list(prefix)
+
+    def delete(self, key: str) -> None:
+        """As the store."""
+        self._store.delete(key)
+
+    def sweep(self) -> int:
+        """As the store."""
+        return self._store.sweep()
+
+    def close(self) -> None:
+        """As the store."""
+        self._store.close()
+
+
+class Asked(NamedTuple):
+    """One prompt answered: seconds to its first token, of the processor, and waited; tokens by where they came from."""
+
+    ttft_s: float
+    cpu_s: float
+    waited_s: float
+    computed_tokens: int
+    tier_tokens: int
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds of the processor, and those in which the request waited beside them."""
+        return self.cpu_s + self.waited_s
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.worker is not None:
+            sys.stdout.write(json.dumps([asked._asdict() for asked in _work(options)]))
+            return 0
+        report = measure(options)
+    except KVCommError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    report.emit(as_json=options.json)
+    if options.out is not None:
+        report.save(options.out)
+    return 0
+
+
+def measure(options: Namespace) -> Report:
+    """All figures."""
+    figures = [*second_worker(options), *slowed_tier(options)]
+    config = {"model": options.model, "tokens": options.tokens, "prompts": options.prompts, "slowdown": SLOWDOWN}
+    return Report("tier_serving", figures, config)
+
+
+def second_worker(options: Namespace) -> list[Figure]:
+    """What a process computes of prompts that another one has finished."""
+    seed = int(time.time())
+    first, second = (_in_process(options, seed) for _ in range(2))
+    run_tokens = Tier.open(options.url).run_tokens
+    num_rest = options.tokens - (options.tokens - 1) // run_tokens * run_tokens
+    recomputed = sum(max(0, each.computed_tokens - num_rest) for each in second)
+    ratio = float(np.median([each.cpu_s for each in second]) / np.median([each.cpu_s for each in first]))
+    return [
+        Figure("recomputed_tokens", recomputed, "tokens", None, "0"),
+        Figure("second_worker_cpu", ratio, "x"),
+    ]
+
+
+def slowed_tier(options: Namespace) -> list[Figure]:
+    """What a tier costs that becomes slow while it is used."""
+    loaded = load_model(options.model)
+    store = SlowedStore(open_store(options.url))
+    tier = Tier(store)
+    known = {"weights_id": loaded.weights_digest}
+    prompts = _prompts(2 * options.prompts, options.tokens, int(time.time()) + 1)
+    with Engine(loaded.model, loaded.tokenizer, **known, tier=tier) as first:
+        for index, prompt in enumerate(prompts):
+            note(f"computing prompt {index + 1} of {len(prompts)}")
+            _ask(first, prompt)
+        first.flush_tier()
+    costs: list[tuple[Asked, Asked]] = []
+    with (
+        Engine(loaded.model, loaded.tokenizer, **known) as exact,
+        Engine(loaded.model, loaded.tokenizer, **known, tier=tier) as second,
+    ):
+        for index, prompt in enumerate(prompts):
+            if index == options.prompts:
+                store.byte_s = (SLOWDOWN - 1) * tier.reads.byte_s
+            note(f"prompt {index + 1} of {len(prompts)}{', slowed' if store.byte_s else ''}")
+            costs.append((_ask(exact, prompt), _ask(second, prompt)))
+    tier.close()
+    quick, slow = costs[: options.prompts], costs[options.prompts :]
+    read = sum(own.tier_tokens for _, own in quick) / (len(quick) * options.tokens)
+    return [
+        Figure("tier_over_exact_cpu", float(np.median([own.cpu_s / other.cpu_s for other, own in quick])), "x"),
+        Figure("tier_share", read, "share"),
+        Figure("slow_tier_cost", max(own.ttft_s / other.ttft_s for other, own in slow), "x", None, "<= 1.05"),
+        Figure("slow_tier_cost_cpu", max(own.busy_s / other.busy_s for other, own in slow), "x", None, "<= 1.05"),
+    ]
+
+
+def _in_process(options: Namespace, seed: int) -> list[Asked]:
+    note("a worker answers")
+    command = [sys.executable, "-m", "eval.tier_serving", "--url", options.url, "--model", options.model]
+    sizes = ["--tokens", str(options.tokens), "--prompts", str(options.prompts), "--worker", str(seed)]
+    done = subprocess.run([*command, *sizes], stdout=subprocess.PIPE, text=True, check=True)
+    return [Asked(**each) for each in json.loads(done.stdout)]
+
+
+def _work(options: Namespace) -> list[Asked]:
+    with Engine.load(options.model, tier=options.url) as engine:
+        asked = [_ask(engine, prompt) for prompt in _prompts(options.prompts, options.tokens, options.worker)]
+        engine.flush_tier()
+    return asked
+
+
+def _prompts(count: int, num_tokens: int, seed: int) -> list[list[int]]:
+    drawn = np.random.default_rng(seed).integers(FIRST_TOKEN, LAST_TOKEN, (count, num_tokens))
+    return [list(map(int, row)) for row in drawn]
+
+
+def _ask(engine: Engine, prompt: Sequence[int]) -> Asked:
+    start_s = time.process_time()
+    usage = engine.generate(prompt, max_new_tokens=1, temperature=0).usage
+    cpu_s = time.process_time() - start_s
+    return Asked(usage.ttft_s, cpu_s, usage.queue_s, usage.computed_tokens, usage.tier_tokens)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m eval.tier_serving", description="Engines over a shared tier.")
+    parser.add_argument("--url", required=True, help="of the tier: a folder, s3://bucket/prefix, redis://host/0")
+    parser.add_argument("--model", default="smollm2-135m", help="[%(default)s]")
+    parser.add_argument("--tokens", type=positive, default=900, metavar="N", help="of each prompt [%(default)s]")
+    parser.add_argument("--prompts", type=positive, default=5, metavar="N", help="before and behind [%(default)s]")
+    parser.add_argument("--worker", type=int, metavar="SEED", help="answer prompts and print what that took")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the whole run to a file")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
