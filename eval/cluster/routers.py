@@ -3,8 +3,8 @@
 Every router sees what a router in front of real workers could see: its own requests in flight, and where it says so the
 contents of the caches. The published ones are written from their documentation and sources:
 
-- `PrefixHash`: consistent hashing with bounded loads over the beginning of the prompt, as KubeAI's PrefixHash does it: 256
-  points a worker, at most 1.25 times the mean number of requests in flight, the next worker on the ring otherwise.
+- `PrefixHash`: consistent hashing with bounded loads over the beginning of the prompt, as KubeAI's PrefixHash does it:
+  256 points a worker, at most 1.25 times the mean number of requests in flight, the next worker on the ring otherwise.
   KubeAI hashes the first user message; a trace does not say where that begins, so the first `HASH_BLOCKS` blocks are
   hashed, and not the system prompt alone, which whole traces share.
 - `PrefixTrie`: the production stack of vLLM: the workers that were sent the longest beginning of this prompt, one of
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eval.cluster.workload import Arrival
-from kvcomm.integrations.ray.routing import Policy, Run, Wanted, holders_of, rank, rendezvous
+from kvcomm.integrations.ray.routing import Policy, Run, Wanted, candidates, rank, rendezvous
 
 HASH_BLOCKS = 2
 RING_POINTS = 256
@@ -205,7 +205,7 @@ class Ours(Router):
         self._names = [f"worker-{number}" for number in range(cluster.num_workers)]
         self._numbers = {name: number for number, name in enumerate(self._names)}
         self._holders: dict[str, set[str]] = {}
-        self._loads = np.zeros(cluster.num_workers)
+        self._loads = dict.fromkeys(self._names, 0.0)
         self._expected: dict[int, float] = {}  # request -> tokens
         self._reports: list[tuple[float, int, list[int]]] = []
         self._num_read = 0
@@ -214,10 +214,10 @@ class Ours(Router):
     def choose(self, arrival: Arrival, now: float, tier_blocks: int) -> int:
         self._read_reports(now)
         self._chosen = wanted = self._wanted(arrival, tier_blocks)
-        near = np.flatnonzero(self._loads <= self._loads.min() + self._policy.slack)
-        names = {self._names[number] for number in near.tolist()} | holders_of(wanted, self._holders)
-        loads = {name: float(self._loads[self._numbers[name]]) for name in names}
-        return self._numbers[rank(wanted, self._holders, loads, policy=self._policy)[0]]
+        least = min(self._loads.values())
+        near = {name for name, load in self._loads.items() if load <= least + self._policy.slack}
+        few = candidates(wanted, self._holders, self._loads, near)
+        return self._numbers[rank(wanted, self._holders, few, policy=self._policy)[0]]
 
     def sent(self, worker: int, index: int, arrival: Arrival) -> None:
         wanted, name = self._chosen, self._names[worker]
@@ -225,12 +225,12 @@ class Ours(Router):
         beyond = max(wanted.tier_tokens - held, 0)
         expected = wanted.num_tokens - held - beyond * (1 - self._policy.tier_cost)
         self._expected[index] = expected
-        self._loads[worker] += expected
+        self._loads[name] += expected
         for run in wanted.runs:
             self._holders.setdefault(run.key, set()).add(name)
 
     def computed(self, worker: int, index: int, came: list[int], went: list[int], now: float) -> None:
-        self._loads[worker] -= self._expected.pop(index)
+        self._loads[self._names[worker]] -= self._expected.pop(index)
         if went:
             self._reports.append((now + self.REPORT_S, worker, went))
 

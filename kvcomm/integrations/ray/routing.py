@@ -6,9 +6,10 @@ worker is known by its load, in tokens that it has still to compute, and by the 
 
 The order of workers is that of their cost: tokens of the request that are not held there, weighed by `thrift`, and the
 load beyond the least loaded worker's. So the holder of the deepest prefix comes first until it is busier by more than
-that saves, then it is passed over. Loads within `slack` of the least count as equal, because what a router knows of loads is never quite
-new; among equals rendezvous hashing of the request's first key decides. Several routers that know nothing of each other
-therefore send a new prompt to the same worker, and a worker that goes takes only its own prompts with it.
+that saves, then it is passed over. Loads within `slack` of the least count as equal, because what a router knows of
+loads is never quite new; among equals rendezvous hashing of the request's first key decides. Several routers that know
+nothing of each other therefore send a new prompt to the same worker, and a worker that goes takes only its own prompts
+with it.
 
 What routers know may be wrong: a holder may have evicted what it held. That costs time and nothing else.
 """
@@ -19,6 +20,7 @@ import hashlib
 from array import array
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 KEY_BYTES = 16
@@ -78,8 +80,8 @@ class Policy:
 
     Attributes:
         slack: tokens; loads that differ by less are the same.
-        thrift: what a token that has to be computed weighs, beside one that is waited for: whoever computes what another
-            holds makes those wait who come later, too. At least 1; about 1 / (1 - utilisation).
+        thrift: what a token that has to be computed weighs, beside one that is waited for: whoever computes what
+            another holds makes those wait who come later, too. At least 1; about 1 / (1 - utilisation).
         segment_worth: part of a moved segment's tokens that need not be computed, in [0, 1].
         tier_cost: what a token from the tier costs, of what computing it costs, in [0, 1].
     """
@@ -116,8 +118,7 @@ def rank(
         holders: key -> workers that hold it; keys that nobody holds may be missing, workers that `loads` does not name
             are ignored.
         loads: worker -> tokens that it has still to compute. Where only a number of requests is known: that number
-            times the mean of their prompts. Of many workers, those that hold anything and those within the slack of the
-            least loaded are enough to find the first.
+            times the mean of their prompts. Of many workers, `candidates` are enough to find the first.
         policy: what is worth what.
 
     Returns:
@@ -137,11 +138,34 @@ def rank(
     return sorted(loads, key=order)
 
 
+def candidates(
+    wanted: Wanted, holders: Mapping[str, Collection[str]], loads: Mapping[str, float], near: Collection[str]
+) -> dict[str, float]:
+    """The loads of workers among which the first of all is, so that a router of many need not look at every one.
+
+    A worker that holds less than one that is as idle as any is never the first; so prefixes are gone through from the
+    deepest up to the first that such a worker holds.
+
+    Args:
+        near: the workers whose load is within the slack of the least, or enough of them.
+    """
+    found = set(near)
+    for segment in wanted.segments:
+        found.update(holders.get(segment.key, NOTHING))
+    for run in reversed(wanted.runs):
+        held = holders.get(run.key, NOTHING)
+        if any(worker in held for worker in near):
+            break
+        found.update(held)
+    return {worker: loads[worker] for worker in found if worker in loads}
+
+
 def holders_of(wanted: Wanted, holders: Mapping[str, Collection[str]]) -> set[str]:
     """Workers that hold anything of the request."""
     return {worker for key in wanted.all_keys() for worker in holders.get(key, NOTHING)}
 
 
+@lru_cache(maxsize=65_536)  # prompts that begin alike ask again and again
 def rendezvous(key: str, worker: str) -> int:
     """How much `worker` attracts `key`, in [0, 2**64): the same on every machine."""
     return int.from_bytes(hashlib.blake2b(f"{key}|{worker}".encode(), digest_size=8).digest(), "big")

@@ -94,9 +94,17 @@ class BodyMaker:
 
     Args:
         chat_variables: defaults of the chat template's variables.
+        takes_chats: whether this vLLM takes token ids in chats; where not, it would leave out the segments.
     """
 
-    def __init__(self, source: TokenizerSource, chat_variables: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        source: TokenizerSource,
+        chat_variables: Mapping[str, Any] | None = None,
+        *,
+        takes_chats: bool = True,
+    ) -> None:
+        self._takes_chats = takes_chats
         self._prompts = PromptMaker(source, SegmentRegistries(0), default_tools=False)
         self._variables = dict(chat_variables or {})
 
@@ -121,6 +129,9 @@ class BodyMaker:
         if self._variables:
             variables = {**self._variables, **(request.chat_template_kwargs or {})}
             request = request.model_copy(update={"chat_template_kwargs": variables})
+        if not self._takes_chats:
+            message = "this version of vLLM takes no token ids in chats; send segments to /v1/completions"
+            raise ApiError(501, "unknown_vllm", message, param="segments")
         prompt = self._prompts.chat(request, DEFAULT_TENANT)
         return _with_prompt(others, prompt, request.reuse, is_chat=True)
 

@@ -10,6 +10,7 @@ the usage of an answer that is no stream goes what the connector says about the 
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import logging
 import re
@@ -124,7 +125,7 @@ def bodies_of(state: Any) -> BodyMaker:
     """The maker for a vLLM server's model, from `app.state` as vLLM's server fills it.
 
     Raises:
-        ApiError: 501, this vLLM does not take token ids in chats, or its state is another.
+        ApiError: 501, the server's state is another than kvcomm knows.
     """
     from transformers import AutoTokenizer
 
@@ -140,7 +141,17 @@ def bodies_of(state: Any) -> BodyMaker:
     if template is not None:
         tokenizer.chat_template = _template_text(template)
     source = TokenizerSource(tokenizer, name=name, vocab_size=vocab_size, max_context=max_context)
-    return BodyMaker(source, getattr(arguments, "default_chat_template_kwargs", None))
+    variables = getattr(arguments, "default_chat_template_kwargs", None)
+    return BodyMaker(source, variables, takes_chats=takes_ids_in_chats())
+
+
+def takes_ids_in_chats() -> bool:
+    """Whether this vLLM reads `kv_transfer_params.prompt_token_ids` of a chat; an older one renders the messages."""
+    try:
+        renderer = importlib.import_module("vllm.renderers.online_renderer")
+    except ImportError:
+        return False
+    return hasattr(renderer, "_reused_prompt_token_ids")
 
 
 def _template_text(template: str) -> str:

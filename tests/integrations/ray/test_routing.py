@@ -11,6 +11,7 @@ from kvcomm.integrations.ray.routing import (
     Run,
     Segment,
     Wanted,
+    candidates,
     holders_of,
     rank,
     rendezvous,
@@ -88,10 +89,23 @@ def test_the_first_is_a_cheapest_one(holders: dict[str, set[str]], loads: dict[s
 
 
 @given(st.dictionaries(keys, st.sets(st.sampled_from(WORKERS))), loads_)
+def test_candidates_are_enough_to_choose(holders: dict[str, set[str]], loads: dict[str, float]) -> None:
+    """So that a router of many workers need not look at all of them. Who holds a run holds those before it."""
+    nested = {
+        "a": holders.get("a", set()) | holders.get("ab", set()) | holders.get("abc", set()),
+        "ab": holders.get("ab", set()) | holders.get("abc", set()),
+        "abc": holders.get("abc", set()),
+    }
+    near = {worker for worker, load in loads.items() if load - min(loads.values()) <= Policy().slack}
+    few = candidates(PROMPT, nested, loads, near)
+    assert near <= set(few) <= set(loads)
+    assert rank(PROMPT, nested, few)[0] == rank(PROMPT, nested, loads)[0]
+
+
+@given(st.dictionaries(keys, st.sets(st.sampled_from(WORKERS))), loads_)
 def test_holders_and_the_least_loaded_are_enough_to_choose(
     holders: dict[str, set[str]], loads: dict[str, float]
 ) -> None:
-    """So that a router of many workers need not look at all of them."""
     least = min(loads.values())
     few = {
         worker: load
