@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from kvcomm.engine.engine import DEFAULT_TENANT
 from kvcomm.server.callers import Callers, use_origin_form
 from kvcomm.server.errors import ApiError
-from kvcomm.server.keys import KeyRing, Role
+from kvcomm.server.keys import KeyRecord, KeyRing, Role
 from kvcomm.server.logs import notes_of
 
 if TYPE_CHECKING:
@@ -105,34 +105,47 @@ class Door:
         roles = roles_for(scope["path"])
         if not roles:
             return
-        headers = Headers(scope=scope)
-        self._callers.require_host(headers)
-        self._callers.require_own_page(headers, is_operators=Role.TENANT not in roles)
-        name = DEFAULT_TENANT if self._keys is None else self._identify(self._keys, scope, roles)
+        name = identify(scope, self._keys, self._callers)
         scope["state"]["tenant"] = name
         if name is not None:
             notes_of(scope).tenant = name
             if Role.TENANT in roles and scope["path"] not in UNMETERED:
                 self._tenant(name).require_rate()
 
-    def _identify(self, keys: KeyRing, scope: Scope, roles: frozenset[Role]) -> str | None:
-        headers = Headers(scope=scope)
-        given = headers.get("authorization", "")
-        if given.lower().startswith(BEARER):
-            key = given[len(BEARER) :].strip()
-        elif not (key := headers.get(KEY_HEADER, "").strip()):
-            message = f"no API key: send the header 'Authorization: Bearer KEY', or '{KEY_HEADER}: KEY'"
-            raise _unauthorized("missing_api_key", message)
-        record = keys.find(key)
-        if record is None:
-            raise _unauthorized("invalid_api_key", "this API key is not known")
-        if record.role not in roles:
-            wanted = " or ".join(sorted(role.value for role in roles))
-            message = (
-                f"{scope['path']} needs the key of a role {wanted}, and this one is of the role {record.role.value}"
-            )
-            raise ApiError(403, "wrong_key", message)
-        return record.tenant
+
+def identify(scope: Scope, keys: KeyRing | None, callers: Callers) -> str | None:
+    """The tenant of whoever may ask for a path; None: it is open to all, or for the operator.
+
+    Args:
+        keys: None: everybody is the one default tenant, the operator too.
+
+    Raises:
+        ApiError: 400 or 403 for a host or a web page that may not, 401 or 403 for a key that does not open the path.
+    """
+    roles = roles_for(scope["path"])
+    if not roles:
+        return None
+    headers = Headers(scope=scope)
+    callers.require_host(headers)
+    callers.require_own_page(headers, is_operators=Role.TENANT not in roles)
+    return DEFAULT_TENANT if keys is None else _key_of(keys, scope, headers, roles).tenant
+
+
+def _key_of(keys: KeyRing, scope: Scope, headers: Headers, roles: frozenset[Role]) -> KeyRecord:
+    given = headers.get("authorization", "")
+    if given.lower().startswith(BEARER):
+        key = given[len(BEARER) :].strip()
+    elif not (key := headers.get(KEY_HEADER, "").strip()):
+        message = f"no API key: send the header 'Authorization: Bearer KEY', or '{KEY_HEADER}: KEY'"
+        raise _unauthorized("missing_api_key", message)
+    record = keys.find(key)
+    if record is None:
+        raise _unauthorized("invalid_api_key", "this API key is not known")
+    if record.role not in roles:
+        wanted = " or ".join(sorted(role.value for role in roles))
+        message = f"{scope['path']} needs the key of a role {wanted}, and this one is of the role {record.role.value}"
+        raise ApiError(403, "wrong_key", message)
+    return record
 
 
 def _unauthorized(code: str, message: str) -> ApiError:

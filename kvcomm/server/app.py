@@ -32,6 +32,7 @@ from kvcomm.server.anthropic import surface as messages
 from kvcomm.server.callers import Callers, cors_of
 from kvcomm.server.contexts import snapshot_surface as snapshots
 from kvcomm.server.contexts import surface as contexts
+from kvcomm.server.contexts.registry import NewId, new_id
 from kvcomm.server.contexts.snapshots import open_folder
 from kvcomm.server.draining import DrainedBodies
 from kvcomm.server.keys import KeyRing
@@ -74,12 +75,14 @@ def make_app(
     *,
     keys: KeyRing | None = None,
     traces: TracerProvider | None = None,
+    new_id: NewId = new_id,
 ) -> FastAPI:
     """An app over an engine, which stays the caller's to close.
 
     Args:
         keys: by default those of the file in the settings; none there: no keys, one tenant.
         traces: where spans of requests go, and the caller's to shut down; None: there are none.
+        new_id: makes the ids of contexts, and of responses, which share them; by default such as nobody guesses.
 
     Raises:
         KeyFileError: the settings name a key file that cannot be read.
@@ -91,7 +94,7 @@ def make_app(
     settings.require_safe_origins(has_keys=keys is not None)
     if settings.snapshots is not None:
         open_folder(settings.snapshots)
-    state = ServerState(engine, settings, keys)
+    state = ServerState(engine, settings, keys, new_id=new_id)
     app = FastAPI(docs_url=None, redoc_url=None)  # their pages load scripts from elsewhere
     app.state.kvcomm = state
     for surface in SURFACES:

@@ -83,10 +83,11 @@ def make_server(app: FastAPI) -> DrainingServer:
         timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=settings.drain_timeout_s,
     )
-    return DrainingServer(config, state.admission.drain, partial(_tick, state), state.engine.prepare_grammars)
+    return DrainingServer(config, state.admission.drain, partial(tick, state), state.engine.prepare_grammars)
 
 
-async def _tick(state: ServerState) -> None:
+async def tick(state: ServerState) -> None:
+    """Let go of what has expired, and of what tenants without keys had; for about once a second."""
     await state.contexts.sweep()
     await remove_revoked(state)
 

@@ -13,7 +13,7 @@ from fastapi import Depends, Request
 from kvcomm.engine.engine import Engine
 from kvcomm.server.access import tenant_name
 from kvcomm.server.admission import Admission
-from kvcomm.server.contexts.registry import Contexts
+from kvcomm.server.contexts.registry import Contexts, NewId, new_id
 from kvcomm.server.errors import ApiError
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.logs import Ended
@@ -34,6 +34,7 @@ class ServerState:
 
     Attributes:
         keys: None: no keys, everybody who can connect is the one default tenant.
+        new_id: makes the ids of contexts and responses.
         started_s: when it was made, on `clock`.
         is_engine_closed: a request has found the engine closed; nothing will be served any more.
     """
@@ -42,6 +43,7 @@ class ServerState:
     settings: ServerSettings
     keys: KeyRing | None
     clock: Callable[[], float] = time.monotonic
+    new_id: NewId = new_id
     created: int = field(default_factory=lambda: int(time.time()))
     is_engine_closed: bool = False
     started_s: float = field(init=False)
@@ -58,7 +60,7 @@ class ServerState:
         self.started_s = self.clock()
         self.admission = Admission(self.settings, self.num_tenants)
         self.tenants = Tenants(self.engine, self.settings, self.keys, self.clock)
-        self.contexts = Contexts(self.engine, self.settings, self.clock)
+        self.contexts = Contexts(self.engine, self.settings, self.clock, self.new_id)
         self.registries = SegmentRegistries(self.settings.max_segment_bytes, self.settings.max_segments)
         self.prompts = PromptMaker(
             self.engine,

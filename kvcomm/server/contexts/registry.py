@@ -28,9 +28,12 @@ from kvcomm.server.schemas.contexts import Terms
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.tenants import Tenant
 
+NewId = Callable[[str | None], str]
+"""Makes the id of a context, given that of the context it came from, if there is one."""
 
-def new_id() -> str:
-    """An id that nobody guesses."""
+
+def new_id(parent: str | None = None) -> str:
+    """An id that nobody guesses, whatever it came from."""
     return f"ctx_{secrets.token_hex(12)}"
 
 
@@ -90,9 +93,17 @@ class ContextRegistry:
         conversations: what they keep beside their KV.
     """
 
-    def __init__(self, engine: Engine, settings: ServerSettings, tenant: Tenant, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        settings: ServerSettings,
+        tenant: Tenant,
+        clock: Callable[[], float],
+        new_id: NewId = new_id,
+    ) -> None:
         self._engine = engine
         self._settings = settings
+        self._new_id = new_id
         self.tenant = tenant
         self.conversations = ConversationQuota(settings)
         self._clock = clock
@@ -152,7 +163,8 @@ class ContextRegistry:
         if self.tenant.is_gone:
             context.release()
         self.tenant.require_there()
-        node = self._add(Node(context, salt=salt, conversation=conversation), terms, self._settings.context_ttl_s)
+        node = Node(context, salt=salt, conversation=conversation, id=self._new_id(None))
+        self._add(node, terms, self._settings.context_ttl_s)
         self.count()
         return node
 
@@ -175,10 +187,26 @@ class ContextRegistry:
         self.count()
         return node
 
+    def bring_back(self, node: Node, parent: str | None) -> None:
+        """Take in a context as another server had it, under its own id; raises as `adopt`.
+
+        Args:
+            parent: id of what it came from, which it stands behind if that is here.
+        """
+        if self.tenant.is_gone:
+            node.release()
+        self.tenant.require_there()
+        node.parent = None if parent is None else self._nodes.get(parent)
+        node.used_s = self._clock()
+        self._nodes[node.id] = node
+        self.conversations.keep(node, node.conversation)
+        self.conversations.keep(node.response, node.response)
+        self.count()
+
     def fork(self, parent: Node, terms: Terms) -> Node:
         """A second context with all that is known of a first at this moment."""
         context, conversation = parent.fork()
-        child = Node(context, salt=parent.salt, conversation=conversation, parent=parent)
+        child = Node(context, salt=parent.salt, conversation=conversation, parent=parent, id=self._new_id(parent.id))
         child.num_inherited = min(context.num_tokens, parent.context.num_tokens)
         self._add(child, terms, parent.ttl_s)
         if parent.turn is not None:
@@ -313,17 +341,23 @@ class ContextRegistry:
 class Contexts:
     """The contexts of all tenants."""
 
-    def __init__(self, engine: Engine, settings: ServerSettings, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, engine: Engine, settings: ServerSettings, clock: Callable[[], float], new_id: NewId = new_id
+    ) -> None:
+        """`new_id` makes the ids of contexts, and of responses, which share them."""
         self._engine = engine
         self._settings = settings
         self._clock = clock
+        self.new_id = new_id
         self._registries: dict[str, ContextRegistry] = {}
 
     def of(self, tenant: Tenant) -> ContextRegistry:
         """A tenant's own; raises ApiError 409 when the operator has removed it."""
         tenant.require_there()
         if tenant.name not in self._registries:
-            self._registries[tenant.name] = ContextRegistry(self._engine, self._settings, tenant, self._clock)
+            self._registries[tenant.name] = ContextRegistry(
+                self._engine, self._settings, tenant, self._clock, self.new_id
+            )
         return self._registries[tenant.name]
 
     def find(self, tenant: str) -> ContextRegistry | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
@@ -15,7 +14,7 @@ from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError
 from kvcomm.server.generation import Call
 from kvcomm.server.logprobs import told_logprobs
-from kvcomm.server.responses.keeping import QUOTA_EXCEEDED, Place, Stored, find
+from kvcomm.server.responses.keeping import QUOTA_EXCEEDED, Place, Stored, find, response_id
 from kvcomm.server.responses.output import Output, Told
 from kvcomm.server.responses.translation import chat_request, items_of
 from kvcomm.server.schemas.chat import ChatRequest
@@ -40,7 +39,7 @@ class ResponseAnswer:
     def __init__(self, body: ResponseRequest, call: Call) -> None:
         self._body = body
         self._call = call
-        self._id = f"resp_{uuid.uuid4().hex[:24]}"
+        self._id = response_id(call.state.contexts.new_id, body.previous_response_id)
         self._output = Output()
         self._num_told = 0
         self._past: Stored | None = None

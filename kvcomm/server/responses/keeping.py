@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 from pydantic import TypeAdapter
 
 from kvcomm.server.contexts.kept_response import KeptResponse
-from kvcomm.server.contexts.registry import ContextRegistry, Node
+from kvcomm.server.contexts.registry import ContextRegistry, NewId, Node
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError
 from kvcomm.server.generation import Call
@@ -33,6 +33,16 @@ QUOTA_EXCEEDED = "quota_exceeded"
 """Code of the error where a tenant keeps as much as it may."""
 
 ITEMS: TypeAdapter[list[SentItem]] = TypeAdapter(list[Item])
+
+
+def context_id_of(response_id: str) -> str:
+    """Of the context that a response ends."""
+    return f"ctx_{response_id.removeprefix('resp_')}"
+
+
+def response_id(new_id: NewId, previous: str | None) -> str:
+    """A new id for a response; `previous` is the id of the one that it follows, if it follows one."""
+    return f"resp_{new_id(None if previous is None else context_id_of(previous)).removeprefix('ctx_')}"
 
 
 class Stored:
@@ -78,7 +88,7 @@ def find(registry: ContextRegistry, response_id: str, *, is_previous: bool = Fal
         ApiError: 404.
     """
     try:
-        node = registry.find(f"ctx_{response_id.removeprefix('resp_')}")
+        node = registry.find(context_id_of(response_id))
     except ApiError:
         node = None
     if node is not None and node.response is not None:
@@ -131,7 +141,7 @@ class Place:
         node = Node(
             turn.hand_over(),
             name=response.id,
-            id=f"ctx_{response.id.removeprefix('resp_')}",
+            id=context_id_of(response.id),
             response=kept,
             is_spare=self.is_spare,
         )

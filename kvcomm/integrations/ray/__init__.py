@@ -1,0 +1,28 @@
+"""kvcomm on Ray Serve: an ingress with the whole HTTP surface, and engines behind it that know of one another.
+
+    serve run kvcomm.integrations.ray:app model=smollm2-135m replicas=2 tier=file:///srv/kv
+
+`app` takes the arguments that `settings.AppSettings` documents, and every setting of `kvcomm serve` by its own name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+__all__ = ["app"]
+
+
+def app(arguments: Mapping[str, Any]) -> Application:
+    """The Ray Serve application for `serve run`, `serve build` and `serve.run`.
+
+    Raises:
+        InvalidRequest: an unknown argument or a bad value, by name.
+        MissingExtra: Ray Serve, or what the server needs, is not installed.
+    """
+    from kvcomm.integrations.ray.building import build
+
+    return build(arguments)
