@@ -244,10 +244,11 @@ def parts_of(
     for each in occurrences(segments):
         at = max(each.start, num_exact)
         is_behind = any(start < each.end for start, _ in moved)
-        if each.segment.name is None:
-            reason = Reason.GLUE if is_behind else otherwise
-        else:
-            reason = Reason.DISPLACED if is_displaced and not each.before else unmoved
+        static = Reason.GLUE if is_behind else otherwise
+        # A slot that the exact prefix reaches into has a source of its own, which ends there.
+        reason = static if each.segment.name is None or at > each.start else unmoved
+        if reason is unmoved and is_displaced and not each.before and each.segment.name is not None:
+            reason = Reason.DISPLACED
         for start, end in moved:
             if start >= at and end <= each.end:
                 parts += [Part(at, start, reason), Part(start, end, None)]
