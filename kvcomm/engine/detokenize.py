@@ -36,10 +36,12 @@ class _End(NamedTuple):
         tail: the last of these letters, which could still change then.
         is_silent: the last of the ids has no text.
         is_whole: what is before it can stand alone, if its text stays as it was; not so inside a run of bytes.
+        limit: letters that these ids can own at most: a later token may have taken some of theirs away.
     """
 
     num_tokens: int
     position: int
+    limit: int
     tail: str = ""
     is_silent: bool = False
     is_whole: bool = True
@@ -184,7 +186,11 @@ class Detokenizer:
 
     def _end(self, position: int, tail: str = "", *, is_silent: bool = False, is_whole: bool = True) -> None:
         self._num_ended += 1
-        self._ends.append(_End(self._num_ended, position, tail, is_silent, is_whole))
+        for at in range(len(self._ends) - 1, -1, -1):  # limits never fall from one end to the next
+            if self._ends[at].limit <= position:
+                break
+            self._ends[at] = self._ends[at]._replace(limit=position)
+        self._ends.append(_End(self._num_ended, position, position, tail, is_silent, is_whole))
 
     def _end_run(self) -> None:
         """Note where the tokens of a run of bytes end, if one has just ended."""
@@ -214,7 +220,7 @@ class Detokenizer:
         begin = place = base + num_common(tail, out[base - start : base - start + len(tail)])
         if self._ends and end.tail.endswith(REPLACEMENT) and place == self._ends[0].position:
             begin -= not self._ends[0].is_silent  # the same mark stands for both
-        self._starts.append(max(begin, self._starts[-1]))
+        self._starts.append(max(min(begin, end.limit), self._starts[-1]))
         return place
 
     def _num_held_back(self) -> int:

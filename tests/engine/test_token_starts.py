@@ -154,6 +154,7 @@ def test_what_a_stop_string_leaves_of_a_token_has_a_place(kind: str, data: st.Da
         ("llama", ["<0x20>", "<0xC3>", "<0xA9>"], "", "é", [0, 0, 0]),
         ("llama", ["<0x20>", "<0x80>"], "", "\ufffd\ufffd", [0, 1]),
         ("wordpiece", ["hello", "world", "##n"], "", "hello worldn", [0, 5, 11]),
+        ("joined", ["d@@", " ", "@"], "", "d@", [0, 1, 1]),
     ],
 )
 def test_known_places(kind: str, pieces: list[str], stop: str, text: str, starts: list[int]) -> None:
