@@ -41,7 +41,7 @@ from kvcomm.tiers.record import (
 from kvcomm.tiers.space import KV, PrefixRead, RenditionName, StoredRendition, TierMiss, TierSpace
 from kvcomm.tiers.store import ObjectStore, StoredObject, open_store
 from kvcomm.tiers.write_behind import Dropped, Work, WriteBehind
-from kvcomm.values import whole_number
+from kvcomm.values import text, whole_number
 
 __all__ = ["KV", "PrefixRead", "RenditionName", "StoredRendition", "Tier", "TierMiss", "TierSpace", "TierStats"]
 
@@ -332,7 +332,12 @@ class Tier:
         return TierMiss.SLOW if got is None else got
 
     def put_blob(self, space: TierSpace, kind: BlobKind, name: str, content: bytes) -> bool:
-        """Write a new version, and remove the ones before it; False: it could not be written."""
+        """Write a new version, and remove the ones before it; False: it could not be written.
+
+        Raises:
+            InvalidRequest: the name holds half of a surrogate pair.
+        """
+        text("a blob's name", name)
         keys = self._keys_of(space)
         if keys is None or not self._may_write(len(content)):
             return False
