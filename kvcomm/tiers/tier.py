@@ -152,7 +152,7 @@ class Tier:
             deadline_s: seconds after which 0 is returned.
         """
         keys = self._keys_of(space)
-        if keys is None:
+        if keys is None or not space.knows(token_ids):
             return 0
         links = keys.chain(token_ids, self.run_tokens)
         found = self._late.within(deadline_s, partial(self._held_runs, keys, links), self._seconds_late(PROBE_BYTES))
@@ -188,6 +188,8 @@ class Tier:
         keys = self._keys_of(space)
         if keys is None:
             return PrefixRead([], TierMiss.REFUSED)
+        if not space.knows(token_ids):
+            return PrefixRead([], self._counts.miss(TierMiss.ABSENT))
         links = keys.chain(token_ids[:end], size)[start // size :]
         runs: list[KV] = []
         work = partial(self._read_runs, keys, links, token_ids, runs)
@@ -232,7 +234,7 @@ class Tier:
             ended: called once whatever becomes of it.
         """
         keys = self._keys_of(space)
-        links = keys.chain(token_ids, self.run_tokens) if keys else []
+        links = keys.chain(token_ids, self.run_tokens) if keys and space.knows(token_ids) else []
         if keys is None or not links or all(keys.prefix(link) in self._known for link in links):
             ended()
             return None if links else Dropped.NOTHING

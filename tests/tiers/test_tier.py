@@ -137,6 +137,14 @@ def test_kv_that_does_not_fit(tier: Tier) -> None:
         tier.put_prefix(make_space(), (97,) * 4, make_kv((97,) * 4))
 
 
+@pytest.mark.parametrize("token", [-1, 97, 2**31, 2**70])
+def test_tokens_that_the_model_does_not_know_are_nowhere(tier: Tier, token: int) -> None:
+    ids = (token, *IDS[1:])
+    assert tier.prefix_length(make_space(), ids) == 0
+    assert tier.get_prefix(make_space(), ids, 0, 4) is TierMiss.ABSENT
+    assert later(tier, ids, make_kv, lambda: None) is Dropped.NOTHING  # type: ignore[arg-type]
+
+
 def test_numbers_that_are_not_finite_are_neither_written_nor_read(
     store: DictStore, tier: Tier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
