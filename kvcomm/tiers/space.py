@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,7 +106,8 @@ class TierSpace:
 
     def knows(self, token_ids: Sequence[int]) -> bool:
         """Whether all tokens are in the vocabulary."""
-        return all(0 <= each < self.vocab_size for each in token_ids)
+        ids = np.asarray(token_ids)
+        return ids.size == 0 or bool(ids.min() >= 0 and ids.max() < self.vocab_size)
 
     def _is_like(self, tensor: Tensor, *shape: int) -> bool:
         return tuple(tensor.shape) == shape and tensor.dtype == self.dtype and tensor.device.type == "cpu"

@@ -41,7 +41,7 @@ from kvcomm.tiers.record import (
 from kvcomm.tiers.space import KV, PrefixRead, RenditionName, StoredRendition, TierMiss, TierSpace
 from kvcomm.tiers.store import ObjectStore, StoredObject, open_store
 from kvcomm.tiers.write_behind import Dropped, Work, WriteBehind
-from kvcomm.values import whole_number
+from kvcomm.values import text, whole_number
 
 __all__ = ["KV", "PrefixRead", "RenditionName", "StoredRendition", "Tier", "TierMiss", "TierSpace", "TierStats"]
 
@@ -152,7 +152,7 @@ class Tier:
             deadline_s: seconds after which 0 is returned.
         """
         keys = self._keys_of(space)
-        if keys is None:
+        if keys is None or not space.knows(token_ids):
             return 0
         links = keys.chain(token_ids, self.run_tokens)
         found = self._late.within(deadline_s, partial(self._held_runs, keys, links), self._seconds_late(PROBE_BYTES))
@@ -188,6 +188,8 @@ class Tier:
         keys = self._keys_of(space)
         if keys is None:
             return PrefixRead([], TierMiss.REFUSED)
+        if not space.knows(token_ids):
+            return PrefixRead([], self._counts.miss(TierMiss.ABSENT))
         links = keys.chain(token_ids[:end], size)[start // size :]
         runs: list[KV] = []
         work = partial(self._read_runs, keys, links, token_ids, runs)
@@ -232,7 +234,7 @@ class Tier:
             ended: called once whatever becomes of it.
         """
         keys = self._keys_of(space)
-        links = keys.chain(token_ids, self.run_tokens) if keys else []
+        links = keys.chain(token_ids, self.run_tokens) if keys and space.knows(token_ids) else []
         if keys is None or not links or all(keys.prefix(link) in self._known for link in links):
             ended()
             return None if links else Dropped.NOTHING
@@ -332,7 +334,12 @@ class Tier:
         return TierMiss.SLOW if got is None else got
 
     def put_blob(self, space: TierSpace, kind: BlobKind, name: str, content: bytes) -> bool:
-        """Write a new version, and remove the ones before it; False: it could not be written."""
+        """Write a new version, and remove the ones before it; False: it could not be written.
+
+        Raises:
+            InvalidRequest: the name holds half of a surrogate pair.
+        """
+        text("a blob's name", name)
         keys = self._keys_of(space)
         if keys is None or not self._may_write(len(content)):
             return False

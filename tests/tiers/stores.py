@@ -1,21 +1,20 @@
 """Stores for tests: one in a dictionary that can be told to fail, and the real ones where they can be had.
 
-Redis is started if there is a `redis-server`, or one at `KVCOMM_REDIS_SERVER`; an S3 server (`moto_server`) if it is in
-the path, or at `KVCOMM_MOTO_SERVER`. Both are looked for, never installed.
+Redis is started if there is a `redis-server` in the path, or one at `KVCOMM_REDIS_SERVER`; it is looked for, never
+installed.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import socket
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from subprocess import DEVNULL
 
+from eval.moto import free_port, is_open
 from kvcomm.errors import ObjectMissing, StoreFailed
 from kvcomm.tiers.store import StoredObject, safe_key, safe_prefix
 from tests.limits import process, wait_for
@@ -96,11 +95,6 @@ def redis_server() -> str | None:
     return os.environ.get("KVCOMM_REDIS_SERVER") or shutil.which("redis-server")
 
 
-def moto_server() -> str | None:
-    """The program, if there is one."""
-    return os.environ.get("KVCOMM_MOTO_SERVER") or shutil.which("moto_server")
-
-
 @contextmanager
 def redis_running(program: str, folder: Path) -> Iterator[str]:
     """The URL of an empty Redis server."""
@@ -110,31 +104,3 @@ def redis_running(program: str, folder: Path) -> Iterator[str]:
         wait_for(lambda: server.poll() is not None or is_open(port))
         assert server.poll() is None, "the Redis server ended"
         yield f"redis://127.0.0.1:{port}/0"
-
-
-@contextmanager
-def s3_running(program: str) -> Iterator[str]:
-    """The URL of an empty bucket on an S3 server that takes any credentials."""
-    port = free_port()
-    with process([program, "-H", "127.0.0.1", "-p", str(port)], stdout=DEVNULL, stderr=DEVNULL) as server:
-        wait_for(lambda: server.poll() is not None or is_open(port))
-        assert server.poll() is None, "the S3 server ended"
-        endpoint = f"http://127.0.0.1:{port}"
-        request = urllib.request.Request(f"{endpoint}/agents", method="PUT")
-        with urllib.request.urlopen(request, timeout=600):
-            pass
-        keys = "access_key_id=key&secret_access_key=secret"
-        yield f"s3://agents/some/prefix?endpoint={endpoint}&region=us-east-1&{keys}"
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def is_open(port: int) -> bool:
-    """Whether somebody listens."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0

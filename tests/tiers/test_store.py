@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from eval.moto import moto_program, s3_running
 from kvcomm.errors import MissingExtra, ObjectMissing, StoreFailed, TierError
 from kvcomm.tiers import folder as folder_module
 from kvcomm.tiers.folder import FolderStore
 from kvcomm.tiers.redis_store import CHUNK_BYTES, RedisStore
 from kvcomm.tiers.store import ObjectStore, open_store, safe_key, shown_url
 from tests.limits import at_once
-from tests.tiers.stores import DictStore, moto_server, redis_running, redis_server, s3_running
+from tests.tiers.stores import DictStore, redis_running, redis_server
 
 
 @pytest.fixture(scope="module", params=["dict", "folder", "unmapped", "redis", "s3"])
@@ -36,10 +37,10 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         with redis_running(program, folder) as url:
             yield open_store(url)
     else:
-        if (program := moto_server()) is None:
+        if moto_program() is None:
             pytest.skip("there is no moto_server here; set KVCOMM_MOTO_SERVER to one")
-        with s3_running(program) as url:
-            yield open_store(url)
+        with s3_running() as server:
+            yield open_store(server.url)
 
 
 def test_what_is_put_is_there_once(store: ObjectStore) -> None:
