@@ -145,17 +145,17 @@ class _TierCollector(Collector):
         for name, meaning, total in _tier_totals(stats):
             family = CounterMetricFamily(f"kvcomm:{name}", meaning, labels=["tier"])
             yield _labelled(family, stats, {(): total})
-        yield self._by_reason("tier_misses", "Reads that gave nothing.", stats, stats and stats.misses)
-        yield self._by_reason("tier_dropped", "What was not written.", stats, stats and stats.dropped)
+        yield self._by_reason("tier_misses", "Reads that gave nothing.", stats, stats.misses if stats else {})
+        yield self._by_reason("tier_dropped", "What was not written.", stats, stats.dropped if stats else {})
         queue = GaugeMetricFamily("kvcomm:tier_queue", "What waits to be written.", labels=["tier"])
         yield _labelled(queue, stats, {(): stats.queued if stats else 0})
         meaning = "Whether the latest read or write failed."
         failing = GaugeMetricFamily("kvcomm:tier_is_failing", meaning, labels=["tier"])
         yield _labelled(failing, stats, {(): int(stats.is_failing) if stats else 0})
 
-    def _by_reason(self, name: str, meaning: str, stats: TierStats | None, counts: Mapping[str, int] | None) -> Metric:
+    def _by_reason(self, name: str, meaning: str, stats: TierStats | None, counts: Mapping[str, int]) -> Metric:
         family = CounterMetricFamily(f"kvcomm:{name}", meaning, labels=["tier", "reason"])
-        return _labelled(family, stats, {(reason,): number for reason, number in (counts or {}).items()})
+        return _labelled(family, stats, {(reason,): number for reason, number in counts.items()})
 
 
 def _tier_totals(stats: TierStats | None) -> list[tuple[str, str, float]]:
