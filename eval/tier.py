@@ -5,9 +5,9 @@
 `get_over_compute`: seconds of the processor of getting KV of 1,024 tokens from the tier, every byte of it checked, over
 those of computing them. `put_over_compute` likewise; what is got must equal what was computed. `torn_reads` and
 `wrong_reads`: a process writes and is killed at a random moment, again and again; another one reads all that it has
-written: what is there must be whole and right. Engines over the tier, prompts recomputed by a second worker and the cost
-of a tier that becomes slow: see `eval.tier_serving`. `--moto` serves `s3://` from this machine, in a process of its own,
-whose work then counts as the tier's.
+written: what is there must be whole and right. What a second worker computes again, and what a tier costs that becomes
+slow: see `eval.tier_serving`. `--moto` serves `s3://` from this machine, in a process of its own, whose work then counts
+as the tier's.
 """
 
 from __future__ import annotations
