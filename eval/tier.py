@@ -6,8 +6,8 @@
 those of computing them. `put_over_compute` likewise; what is got must equal what was computed. `torn_reads` and
 `wrong_reads`: a process writes and is killed at a random moment, again and again; another one reads all that it has
 written: what is there must be whole and right. What a second worker computes again, and what a tier costs that becomes
-slow: see `eval.tier_serving`. `--moto` serves `s3://` from this machine, in a process of its own, whose work then counts
-as the tier's.
+slow: see `eval.tier_serving`. `--moto` serves `s3://` from this machine, in a process of its own, whose work then
+counts as the tier's.
 """
 
 from __future__ import annotations
