@@ -5,8 +5,9 @@
 `get_over_compute`: seconds of the processor of getting KV of 1,024 tokens from the tier, every byte of it checked, over
 those of computing them. `put_over_compute` likewise; what is got must equal what was computed. `torn_reads` and
 `wrong_reads`: a process writes and is killed at a random moment, again and again; another one reads all that it has
-written: what is there must be whole and right. `--moto` serves `s3://` from this machine, in a process of its own,
-whose work then counts as the tier's.
+written: what is there must be whole and right. What a second worker computes again, and what a tier costs that becomes
+slow: see `eval.tier_serving`. `--moto` serves `s3://` from this machine, in a process of its own, whose work then
+counts as the tier's.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from eval.figures import Figure, Report
 from eval.moto import s3_running
+from eval.tier_serving import Sizes, second_worker, slowed_tier
 from eval.workload import add_sizes, make_parser, note, parse, run, settings
 from kvcomm import Engine
 from kvcomm.errors import TierError
@@ -70,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("tier", "What a shared tier costs, and what a killed writer leaves in it.")
     parser.add_argument("--url", help="of the tier: a folder, s3://bucket/prefix, redis://host/0")
     parser.add_argument("--moto", action="store_true", help="start an S3 server here, and use that")
-    add_sizes(parser, prompt_tokens=1024, kills=100)
+    add_sizes(parser, prompt_tokens=1024, kills=100, served_prompts=5)
     options = parse(parser, arguments, repeats=5, quick_repeats=2)
     if bool(options.url) is options.moto:
         parser.error("give --url or --moto")
@@ -88,6 +90,7 @@ def measure(engine: Engine, take: TakeTokens, options: Namespace, opened: Opened
         get, put, compute = costs(engine, take, options, tier, opened.cpu_s)
         kind, shown = tier.kind, tier.url
     kills = killed_writers(opened.url, options.kills, options.seed)
+    sizes = Sizes(opened.url, options.model, options.prompt_tokens, options.served_prompts)
     figures = [
         _ratio("get_over_compute", get.per(compute), GOALS.get(kind, "")),
         _ratio("put_over_compute", put.per(compute)),
@@ -98,6 +101,8 @@ def measure(engine: Engine, take: TakeTokens, options: Namespace, opened: Opened
         Figure("torn_reads", kills.torn, "", None, "0"),
         Figure("wrong_reads", kills.wrong, "", None, "0"),
         Figure("leftovers", kills.leftovers, ""),
+        *second_worker(sizes),
+        *slowed_tier(sizes),
     ]
     samples = {"get_cpu_s": get.values, "put_cpu_s": put.values, "compute_cpu_s": compute.values}
     return Report("tier", figures, settings(engine, options, url=shown, kind=kind), samples)

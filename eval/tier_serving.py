@@ -91,6 +91,15 @@ class Asked(NamedTuple):
         return self.cpu_s + self.waited_s
 
 
+class Sizes(NamedTuple):
+    """What is measured: the tier's URL, the model, tokens of each prompt, prompts before and behind the change."""
+
+    url: str
+    model: str = "smollm2-135m"
+    num_tokens: int = 900
+    num_prompts: int = 5
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit code."""
     options = _parser().parse_args(arguments)
@@ -110,17 +119,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(options: Namespace) -> Report:
     """All figures."""
-    figures = [*second_worker(options), *slowed_tier(options)]
+    sizes = Sizes(options.url, options.model, options.tokens, options.prompts)
+    figures = [*second_worker(sizes), *slowed_tier(sizes)]
     config = {"model": options.model, "tokens": options.tokens, "prompts": options.prompts, "slowdown": SLOWDOWN}
     return Report("tier_serving", figures, config)
 
 
-def second_worker(options: Namespace) -> list[Figure]:
+def second_worker(sizes: Sizes) -> list[Figure]:
     """What a process computes of prompts that another one has finished."""
     seed = int(time.time())
-    first, second = (_in_process(options, seed) for _ in range(2))
-    run_tokens = Tier.open(options.url).run_tokens
-    num_rest = options.tokens - (options.tokens - 1) // run_tokens * run_tokens
+    first, second = (_in_process(sizes, seed) for _ in range(2))
+    run_tokens = Tier.open(sizes.url).run_tokens
+    num_rest = sizes.num_tokens - (sizes.num_tokens - 1) // run_tokens * run_tokens
     recomputed = sum(max(0, each.computed_tokens - num_rest) for each in second)
     ratio = float(np.median([each.cpu_s for each in second]) / np.median([each.cpu_s for each in first]))
     return [
@@ -129,13 +139,13 @@ def second_worker(options: Namespace) -> list[Figure]:
     ]
 
 
-def slowed_tier(options: Namespace) -> list[Figure]:
+def slowed_tier(sizes: Sizes) -> list[Figure]:
     """What a tier costs that becomes slow while it is used."""
-    loaded = load_model(options.model)
-    store = SlowedStore(open_store(options.url))
+    loaded = load_model(sizes.model)
+    store = SlowedStore(open_store(sizes.url))
     tier = Tier(store)
     known = {"weights_id": loaded.weights_digest}
-    prompts = _prompts(2 * options.prompts, options.tokens, int(time.time()) + 1)
+    prompts = _prompts(2 * sizes.num_prompts, sizes.num_tokens, int(time.time()) + 1)
     with Engine(loaded.model, loaded.tokenizer, **known, tier=tier) as first:
         for index, prompt in enumerate(prompts):
             note(f"computing prompt {index + 1} of {len(prompts)}")
@@ -147,13 +157,13 @@ def slowed_tier(options: Namespace) -> list[Figure]:
         Engine(loaded.model, loaded.tokenizer, **known, tier=tier) as second,
     ):
         for index, prompt in enumerate(prompts):
-            if index == options.prompts:
+            if index == sizes.num_prompts:
                 store.byte_s = (SLOWDOWN - 1) * tier.reads.byte_s
             note(f"prompt {index + 1} of {len(prompts)}{', slowed' if store.byte_s else ''}")
             costs.append((_ask(exact, prompt), _ask(second, prompt)))
     tier.close()
-    quick, slow = costs[: options.prompts], costs[options.prompts :]
-    read = sum(own.tier_tokens for _, own in quick) / (len(quick) * options.tokens)
+    quick, slow = costs[: sizes.num_prompts], costs[sizes.num_prompts :]
+    read = sum(own.tier_tokens for _, own in quick) / (len(quick) * sizes.num_tokens)
     return [
         Figure("tier_over_exact_cpu", float(np.median([own.cpu_s / other.cpu_s for other, own in quick])), "x"),
         Figure("tier_share", read, "share"),
@@ -162,11 +172,11 @@ def slowed_tier(options: Namespace) -> list[Figure]:
     ]
 
 
-def _in_process(options: Namespace, seed: int) -> list[Asked]:
+def _in_process(sizes: Sizes, seed: int) -> list[Asked]:
     note("a worker answers")
-    command = [sys.executable, "-m", "eval.tier_serving", "--url", options.url, "--model", options.model]
-    sizes = ["--tokens", str(options.tokens), "--prompts", str(options.prompts), "--worker", str(seed)]
-    done = subprocess.run([*command, *sizes], stdout=subprocess.PIPE, text=True, check=True)
+    command = [sys.executable, "-m", "eval.tier_serving", "--url", sizes.url, "--model", sizes.model]
+    numbers = ["--tokens", str(sizes.num_tokens), "--prompts", str(sizes.num_prompts), "--worker", str(seed)]
+    done = subprocess.run([*command, *numbers], stdout=subprocess.PIPE, text=True, check=True)
     return [Asked(**each) for each in json.loads(done.stdout)]
 
 

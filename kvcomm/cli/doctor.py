@@ -34,9 +34,12 @@ ModelName = Annotated[
 
 
 VllmFlag = Annotated[bool, typer.Option("--vllm", help="Say whether kvcomm serves in the vLLM that is installed.")]
+TierUrl = Annotated[
+    str | None, typer.Option("--tier", metavar="URL", help="A shared tier to look at as well; see kvcomm serve.")
+]
 
 
-def doctor(model: ModelName = None, vllm: VllmFlag = False, as_json: JsonFlag = False) -> None:
+def doctor(model: ModelName = None, tier: TierUrl = None, vllm: VllmFlag = False, as_json: JsonFlag = False) -> None:
     """Show what is installed, what runs here and why the rest does not; with MODEL, what it supports."""
     report: dict[str, Any] = {
         "versions": {"kvcomm": __version__, **{package: _version(package) for package in PACKAGES}},
@@ -46,6 +49,8 @@ def doctor(model: ModelName = None, vllm: VllmFlag = False, as_json: JsonFlag = 
         "moving": _moving(),
         "cache": _cache(),
     }
+    if tier is not None:
+        report["tier"] = _tier(tier)
     if model is not None:
         report["model"] = _model(model)
     if vllm:
@@ -112,6 +117,22 @@ def _vllm() -> dict[str, Any]:
     return look()._asdict()
 
 
+def _tier(url: str) -> dict[str, Any]:
+    """Whether a tier can be opened and listed; nothing is written."""
+    from kvcomm.errors import KVCommError
+    from kvcomm.tiers.store import open_store
+
+    try:
+        store = open_store(url)
+        try:
+            holds_anything = next(iter(store.list()), None) is not None
+        finally:
+            store.close()
+    except KVCommError as error:
+        return {"works": False, "reason": str(error)}
+    return {"works": True, "kind": store.kind, "url": store.url, "holds_anything": holds_anything}
+
+
 def _model(name: str) -> dict[str, Any]:
     from kvcomm.errors import UnsupportedModel
     from kvcomm.model.geometry import ModelGeometry
@@ -158,10 +179,12 @@ def _views(report: dict[str, Any]) -> list[RenderableType]:
         table(None, moving, title="Moving KV"),
         table(None, _cache_rows(report["cache"]), title="Cache folder"),
     ]
+    if "tier" in report:
+        sections.append(table(None, _plain_rows(report["tier"]), title="Shared tier"))
     if "model" in report:
-        sections.append(table(None, _model_rows(report["model"]), title="Model"))
+        sections.append(table(None, _plain_rows(report["model"]), title="Model"))
     if "vllm" in report:
-        sections.append(table(None, _model_rows(report["vllm"]), title="vLLM"))
+        sections.append(table(None, _plain_rows(report["vllm"]), title="vLLM"))
     return sections
 
 
@@ -188,7 +211,7 @@ def _cache_rows(cache: dict[str, Any]) -> list[tuple[str, object]]:
     ]
 
 
-def _model_rows(model: dict[str, Any]) -> list[tuple[str, object]]:
+def _plain_rows(model: dict[str, Any]) -> list[tuple[str, object]]:
     return [(key.replace("_", " "), _plain(value)) for key, value in model.items() if value is not None]
 
 

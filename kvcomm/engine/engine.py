@@ -575,7 +575,7 @@ class Engine:
     ) -> Explanation:
         """The plan of a request that is not made: what would come from the cache, what not, why, and what it takes.
 
-        Counts as no use of the cache. Where nothing happens in between, a request gets this plan.
+        Counts as no use of the cache, and asks no tier. Where nothing happens in between, a request gets this plan.
 
         Raises:
             InvalidRequest: empty, too long, unknown tokens.

@@ -50,6 +50,9 @@ MIN_ROWS = 64
 BUSY_S = 30.0
 """Seconds for which that is believed."""
 
+MAX_BUSYNESS = 20.0
+"""Times as long as on an idle machine; what took longer was something else, such as the first pass of all."""
+
 MAX_RENDITIONS = 2
 """Of one segment, that are fetched."""
 
@@ -172,7 +175,7 @@ class ReadAhead:
         """A pass over stretches of prompts has taken so long; on a busy machine that is more than predicted."""
         if self._cost.model is not None and sum(end - start for start, end in stretches) >= MIN_ROWS:
             predicted_s = self._cost.model.compute_s(stretches)
-            self._slowdown = max(1.0, seconds / predicted_s) if predicted_s > 0 else 1.0
+            self._slowdown = min(MAX_BUSYNESS, max(1.0, seconds / predicted_s)) if predicted_s > 0 else 1.0
             self._slowdown_at_s = time.monotonic()
 
     def must_wait(self, ask: Ask) -> bool:

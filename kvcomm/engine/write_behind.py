@@ -21,7 +21,7 @@ from kvcomm.tiers.tier import KV, RenditionName, Tier, TierSpace
 from kvcomm.tiers.write_behind import Work
 
 MAX_SHARE = 0.25
-"""Of the pool's pages, that may wait to be written."""
+"""Of the pool's pages, that several prefixes and renditions together may refer to while they wait."""
 
 
 @dataclass(eq=False)
@@ -106,11 +106,13 @@ class WriteBehind:
                 pass
 
     def _hold(self, pages: PageIds, end: int) -> Held | None:
-        """Keep pages as they are until they are copied; None: there is no room for them in the queue."""
-        most = int(self._pool.num_pages * MAX_SHARE)
-        if not end or self._is_closed or pages.size > most:
+        """Keep pages as they are until they are copied; None: there is no room for them in the queue.
+
+        What is alone in the queue may be of any size.
+        """
+        if not end or self._is_closed:
             return None
-        while self._num_held() + pages.size > most:
+        while self._held and self._num_held() + pages.size > self._pool.num_pages * MAX_SHARE:
             if not self.give_way():
                 return None
         held = Held(pages.copy(), end)

@@ -23,7 +23,7 @@ from kvcomm.server.endings import reasons_of
 from kvcomm.server.errors import CLIENT_GONE
 from kvcomm.server.logs import Ended
 from kvcomm.server.tally import SECONDS
-from kvcomm.tiers.tier import Tier
+from kvcomm.tiers.tier import Tier, TierStats
 
 if TYPE_CHECKING:
     from kvcomm.server.admission import Admission
@@ -56,8 +56,7 @@ class Metrics:
         """`turns`: those for the engine."""
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(engine, admission, turns))
-        if engine.tier is not None:
-            self.registry.register(_TierCollector(engine.tier))
+        self.registry.register(_TierCollector(engine.tier))
         self._queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self._hits = self._counter("prefix_cache_hits", "Prompt tokens found there.")
         self._from_tier = self._counter("prompt_tokens_from_tier", "Of the exact ones, those from the shared tier.")
@@ -135,42 +134,53 @@ class Metrics:
 
 
 class _TierCollector(Collector):
-    """What the shared tier has counted, with the kind of its store as a label."""
+    """What the shared tier has counted, with the kind of its store as a label; without a tier there are no samples."""
 
-    def __init__(self, tier: Tier) -> None:
+    def __init__(self, tier: Tier | None) -> None:
         self._tier = tier
 
     def collect(self) -> Iterator[Metric]:
         """The present values."""
-        stats = self._tier.stats()
-        totals = {
-            "tier_gets": ("Objects read from the tier and right.", stats.hits),
-            "tier_get_bytes": ("Their bytes.", stats.read_bytes),
-            "tier_get_seconds": ("Their seconds.", stats.read_s),
-            "tier_puts": ("Objects written to the tier.", stats.puts),
-            "tier_put_bytes": ("Their bytes.", stats.written_bytes),
-            "tier_put_seconds": ("Their seconds.", stats.write_s),
-            "tier_failed_puts": ("Objects that could not be written.", stats.unwritten),
-        }
-        for name, (meaning, total) in totals.items():
-            yield self._labelled(CounterMetricFamily(f"kvcomm:{name}", meaning, labels=["tier"]), {(): total})
-        misses = CounterMetricFamily("kvcomm:tier_misses", "Reads that gave nothing.", labels=["tier", "reason"])
-        yield self._labelled(misses, {(reason,): number for reason, number in stats.misses.items()})
-        dropped = CounterMetricFamily("kvcomm:tier_dropped", "What was not written.", labels=["tier", "reason"])
-        yield self._labelled(dropped, {(reason,): number for reason, number in stats.dropped.items()})
-        gauges = {
-            "tier_queue": ("What waits to be written.", stats.queued),
-            "tier_is_failing": ("Whether the latest read or write failed.", int(stats.is_failing)),
-        }
-        for name, (meaning, value) in gauges.items():
-            yield self._labelled(GaugeMetricFamily(f"kvcomm:{name}", meaning, labels=["tier"]), {(): value})
+        stats = None if self._tier is None else self._tier.stats()
+        for name, meaning, total in _tier_totals(stats):
+            family = CounterMetricFamily(f"kvcomm:{name}", meaning, labels=["tier"])
+            yield _labelled(family, stats, {(): total})
+        yield self._by_reason("tier_misses", "Reads that gave nothing.", stats, stats.misses if stats else {})
+        yield self._by_reason("tier_dropped", "What was not written.", stats, stats.dropped if stats else {})
+        queue = GaugeMetricFamily("kvcomm:tier_queue", "What waits to be written.", labels=["tier"])
+        yield _labelled(queue, stats, {(): stats.queued if stats else 0})
+        meaning = "Whether the latest read or write failed."
+        failing = GaugeMetricFamily("kvcomm:tier_is_failing", meaning, labels=["tier"])
+        yield _labelled(failing, stats, {(): int(stats.is_failing) if stats else 0})
 
-    def _labelled(
-        self, family: CounterMetricFamily | GaugeMetricFamily, values: Mapping[tuple[str, ...], float]
-    ) -> Metric:
+    def _by_reason(self, name: str, meaning: str, stats: TierStats | None, counts: Mapping[str, int]) -> Metric:
+        family = CounterMetricFamily(f"kvcomm:{name}", meaning, labels=["tier", "reason"])
+        return _labelled(family, stats, {(reason,): number for reason, number in counts.items()})
+
+
+def _tier_totals(stats: TierStats | None) -> list[tuple[str, str, float]]:
+    """Name, meaning and value of what a tier counts."""
+    return [
+        ("tier_gets", "Objects read from the tier and right.", stats.hits if stats else 0),
+        ("tier_get_bytes", "Their bytes.", stats.read_bytes if stats else 0),
+        ("tier_get_seconds", "Their seconds.", stats.read_s if stats else 0),
+        ("tier_puts", "Objects written to the tier.", stats.puts if stats else 0),
+        ("tier_put_bytes", "Their bytes.", stats.written_bytes if stats else 0),
+        ("tier_put_seconds", "Their seconds.", stats.write_s if stats else 0),
+        ("tier_failed_puts", "Objects that could not be written.", stats.unwritten if stats else 0),
+    ]
+
+
+def _labelled(
+    family: CounterMetricFamily | GaugeMetricFamily,
+    stats: TierStats | None,
+    values: Mapping[tuple[str, ...], float],
+) -> Metric:
+    """A family with a sample for each label behind the tier's kind; without a tier it has none."""
+    if stats is not None:
         for labels, value in values.items():
-            family.add_metric([self._tier.kind, *labels], value)
-        return family
+            family.add_metric([stats.kind, *labels], value)
+    return family
 
 
 class _EngineCollector(Collector):

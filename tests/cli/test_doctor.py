@@ -32,8 +32,17 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert [tuple(info.values()) for info in found["attention"]] == [tuple(info) for info in available_backends()]
     assert [tuple(info.values()) for info in found["moving"]] == [tuple(info) for info in available_ops()]
     assert found["moving"][0]["runs"]
-    assert found["extras"].keys() == {"faiss", "triton", "server", "eval"}
+    assert found["extras"].keys() == {"faiss", "triton", "server", "tiers", "redis", "eval"}
     assert "model" not in found
+
+
+def test_tier(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    found = report(capsys, "--tier", str(tmp_path))["tier"]
+    assert found == {"works": True, "kind": "folder", "url": str(tmp_path), "holds_anything": False}
+    found = report(capsys, "--tier", "ftp://user:word@host/kv")["tier"]
+    assert not found["works"]
+    assert "ftp" in found["reason"]
+    assert "word" not in found["reason"]
 
 
 def test_extra_is_there_when_all_or_one_of_its_packages_are(

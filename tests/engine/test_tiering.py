@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from kvcomm.align.ladder import Rung
 from kvcomm.engine import read_ahead
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.segments import Segment
+from kvcomm.model.loading import LoadedModel
 from kvcomm.reuse.cost import CostModel
 from kvcomm.reuse.plan import SpanKind
 from kvcomm.tiers.tier import Tier
@@ -301,3 +303,48 @@ def test_renditions_are_moved_by_another_engine(shared_model: TinyModel, store: 
 def test_no_tier_at_all_is_refused_by_name(shared_model: TinyModel) -> None:
     with pytest.raises(InvalidRequest, match="tier must be a Tier"):
         Engine(shared_model.model, shared_model.tokenizer, config=SMALL, tier=7)  # type: ignore[arg-type]
+
+
+def test_beside_a_tier_that_is_expected_later_prompts_are_computed_in_pieces(
+    shared_model: TinyModel, store: FaultyStore
+) -> None:
+    """As long as that costs next to nothing, and pieces are as long as the tier is expected to take."""
+    prompt = some_tokens(200)
+    fill_tier(shared_model, store, prompt)
+    cost = CostModel(pass_s=0.001, row_s=0.1, pair_s=0, move_s=0)
+    with over(shared_model, store, cost=cost, max_batch_tokens=400) as engine:
+        assert engine.tier is not None
+        engine.tier.reads.done(0, 1e-6)
+        engine.tier.reads.done(1_000_000, 1_000_000 * 5.0 / (192 * 256))  # five seconds for what the tier has
+        store.open_for_reads.clear()
+        forward, rows = engine.runner.forward, []
+
+        def counting(runs, **settings):  # type: ignore[no-untyped-def]
+            rows.append(sum(len(run.token_ids) for run in runs))
+            return forward(runs, **settings)
+
+        engine.runner.forward = counting  # type: ignore[method-assign]
+        found = engine.generate(prompt, max_new_tokens=4, temperature=0, ignore_eos=True)
+        store.open_for_reads.set()
+    assert list(found.token_ids) == greedy(shared_model.model, prompt, 4)
+    assert len(rows) >= 5
+    assert max(rows) < 100
+
+
+def test_the_real_model(smollm2: LoadedModel, tmp_path: Path) -> None:
+    """Through files, in whole runs of 256: greedy tokens are the same, and logits within 1e-4."""
+    prompt = [int(token) for token in np.random.default_rng(5).integers(1000, 40_000, 300)]
+    settings = {"max_new_tokens": 6, "temperature": 0, "logprobs": 5, "ignore_eos": True}
+    found = []
+    for expected in (0, 256):
+        with Engine(
+            smollm2.model, smollm2.tokenizer, weights_id=smollm2.weights_digest, tier=str(tmp_path / "tier")
+        ) as engine:
+            engine.reuse.cost.model = PATIENT
+            found.append(engine.generate(prompt, **settings))
+            assert found[-1].usage.tier_tokens == expected
+            assert engine.flush_tier(PATIENCE_S)
+    cold, warm = found
+    assert warm.token_ids == cold.token_ids
+    for one, other in zip(cold.logprobs or (), warm.logprobs or (), strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)

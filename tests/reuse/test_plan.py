@@ -20,3 +20,16 @@ def test_reasons_add_up() -> None:
     compute = SpanKind.COMPUTE
     plan = Plan((Span(compute, 0, 2, Reason.NEW), Span(SpanKind.EXACT, 2, 4), Span(compute, 4, 9, Reason.NEW)))
     assert plan.reasons == {"new": 7}
+
+
+def test_what_comes_while_a_prompt_is_computed_is_reused() -> None:
+    plan = exact_plan(4, 20, Reason.NEW).reused(8, 16)
+    kinds = [(span.kind, span.start, span.end) for span in plan.spans]
+    assert kinds == [
+        (SpanKind.EXACT, 0, 4),
+        (SpanKind.COMPUTE, 4, 8),
+        (SpanKind.EXACT, 8, 16),
+        (SpanKind.COMPUTE, 16, 20),
+    ]
+    assert plan.reasons == {"new": 8}
+    assert plan.stretches == ((4, 8), (16, 20))
