@@ -52,6 +52,8 @@ class Level(StrEnum):
     PRIOR = "prior"
 
 
+_NOBODY = Reader("")
+"""No reader in particular."""
 LEVELS = (Level.OWN, Level.POOL, Level.PRIOR)
 """From the most specific to the least."""
 
@@ -306,6 +308,17 @@ class ReaderBook:
         """The pairs of all readers of a tenant, the oldest first."""
         tenant = self._tenants.get(namespace)
         return () if tenant is None else tuple(tenant.pool)
+
+    def usually_read_all(self, namespace: str) -> bool | None:
+        """Whether sources had read all that stands before them, in most pooled pairs; None: there are no such pairs.
+
+        What a reader's sources will be like that has no pairs yet: those of the tenant's prompts, or of the prior's.
+        """
+        for level in (Level.POOL, Level.PRIOR):
+            kinds = [pair.sources.have_read_all for pair in self._pairs(namespace, _NOBODY, level)]
+            if kinds:
+                return 2 * sum(kinds) >= len(kinds)
+        return None
 
     def heads(self, namespace: str) -> HeadFit:
         """What exact answers of a tenant tell about heads; all readers share it, as heads are the model's."""

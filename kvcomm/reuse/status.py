@@ -33,7 +33,7 @@ class LevelStatus(Plain):
 
     Attributes:
         estimator: of the ladder.
-        num_pairs: there are.
+        num_pairs: there are; at pool and prior of the kind that the reader's sources are, see `Sources.have_read_all`.
         num_needed: from which on the level may decide, if none of them breaks the bound.
         num_settled: from which on it decides although other levels have more.
         is_barred: audits have shown that it does not hold, for this reader or at all.
@@ -156,13 +156,17 @@ class ReaderStatus(Plain):
 def status_of(parts: ReuseParts, namespace: str, reader: Reader, policy: ReusePolicy) -> ReaderStatus:
     """A reader, whether it is known or not; its next request's sources are taken to be like those of its latest pair.
 
+    Of a reader without pairs they are taken to be like most of the pooled ones. Pooled pairs of the other kind do not
+    count, as they would not for that request.
+
     Raises:
         InvalidRequest: a rung of the policy names what the engine does not have.
     """
     parts.planner.require_known(policy.rungs)
     found = parts.book.find(namespace, reader.digest) or Standing(reader)
     latest = next(reversed([*found.pairs]), None)
-    have_read_all = None if latest is None else latest.sources.have_read_all
+    usual = parts.book.usually_read_all(namespace)
+    have_read_all = usual if latest is None else latest.sources.have_read_all
     edges = edges_to(parts, namespace, reader)
     bound = policy.bound
     following: Acceptance | Reason | None = None

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from kvcomm.align.calibration import pairs_needed
 from kvcomm.align.ladder import DEFAULT_RUNGS, ladders_of
-from kvcomm.align.levels import Audit, Level, Standing
+from kvcomm.align.levels import Audit, Count, Level, Standing
 from kvcomm.align.readers import Reader
 from kvcomm.align.watch import Watch
 from kvcomm.engine.engine import Engine
@@ -98,8 +98,7 @@ def _status(told: EngineStatus) -> ReaderStatus:
 
 
 def _watched(engine: Engine, namespace: str, level: Level, reader: Reader | None, watch: Watch) -> WatchedBound:
-    counts = engine.reuse.book.counts(namespace, reader or NOBODY, LADDERS, watch.bound, (level,))
-    most = max(counts, key=lambda count: count.num_pairs)
+    most = max(_counts(engine, namespace, level, reader, watch), key=lambda count: count.num_pairs)
     return WatchedBound(
         reader=None if reader is None else reader.digest,
         slots=[] if reader is None else list(reader.slots),
@@ -113,6 +112,17 @@ def _watched(engine: Engine, namespace: str, level: Level, reader: Reader | None
         num_violations=watch.breaker.num_violations,
         tripped=watch.is_tripped,
     )
+
+
+def _counts(engine: Engine, namespace: str, level: Level, reader: Reader | None, watch: Watch) -> list[Count]:
+    """Pairs of either kind of sources by themselves, since a request asks for those of its own kind."""
+    return [
+        count
+        for have_read_all in (True, False)
+        for count in engine.reuse.book.counts(
+            namespace, reader or NOBODY, LADDERS, watch.bound, (level,), have_read_all=have_read_all
+        )
+    ]
 
 
 def _standing(standing: Standing) -> ReaderStanding:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from kvcomm.align.calibration import Measured, Pair, pairs_needed
+from kvcomm.align.calibration import Measured, Pair, Sources, pairs_needed
 from kvcomm.align.ladder import CORRECTED, DEFAULT_RUNGS, TURNED, Rung
 from kvcomm.align.levels import Audit, Level
 from kvcomm.align.readers import Reader, reader_of
@@ -92,6 +93,21 @@ def test_what_is_missing_is_told_in_numbers(engine: Engine) -> None:
     assert json.loads(json.dumps(status.to_dict()))["levels"][1]["num_pairs"] == 3
     own = engine.reuse_status(reader, policy=ReusePolicy(0.1, 0.9, basis="own"))
     assert {each.level for each in own.levels} == {Level.OWN}
+
+
+def test_pooled_pairs_of_another_kind_do_not_count(engine: Engine) -> None:
+    """They were once counted together for a newcomer, and a level seemed to have enough that decided about nobody."""
+    unread = Sources(num_segments=1, num_unread=1, num_tokens=40)
+    add(engine, reader_of(whole(0, template=2)), *[pair(0.01)] * 4, *[replace(pair(0.01), sources=unread)] * 6)
+    newcomer = engine.reuse_status(whole(0))
+    assert newcomer.num_pairs(Level.POOL) == 6
+    assert newcomer.reason is Reason.UNCALIBRATED
+    reader = reader_of(whole(0, template=3))
+    add(engine, reader, pair(0.01))  # its sources have read all
+    assert engine.reuse_status(reader).num_pairs(Level.POOL) == 5
+    add(engine, reader_of(whole(0, template=2)), *[replace(pair(0.01), sources=unread)] * 3)
+    assert engine.reuse_status(whole(0)).level is Level.POOL
+    assert engine.reuse_status(reader).reason is Reason.UNCALIBRATED
 
 
 def test_no_rung_that_holds_is_told_as_such(engine: Engine) -> None:

@@ -133,7 +133,9 @@ class WatchedBound(ResponseModel):
     level: LevelName
     max_divergence: float
     confidence: float
-    num_pairs: Annotated[int, Field(description="That the level has, of the rungs of which it has most.")]
+    num_pairs: Annotated[
+        int, Field(description="That the level has, of the rungs and the kind of sources of which it has most.")
+    ]
     num_needed: Annotated[int, Field(description=NEEDED_PAIRS)]
     working_delta: Annotated[float, Field(description=WORKING_DELTA)]
     num_audited: int
