@@ -13,9 +13,12 @@ import re
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
-from typing import cast
+from time import thread_time
+from typing import NamedTuple, cast
 
+import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.hf import from_tokenizer
 from tokenizers import decoders
@@ -23,7 +26,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kvcomm.engine.encoding import without_prefix
 from kvcomm.engine.grammar import Grammar
-from kvcomm.engine.grammar_state import MAX_MESSAGE, GrammarState
+from kvcomm.engine.grammar_state import MAX_MESSAGE, GrammarState, MaskBytes
 from kvcomm.engine.token_texts import TokenTexts
 from kvcomm.errors import InvalidRequest
 
@@ -45,6 +48,14 @@ LIMITS = LLParserLimits(
 _UNKNOWN_KEYS = re.compile(r"Unimplemented keys: \[(.*?)\]")
 
 
+class _Compiled(NamedTuple):
+    """A grammar at the beginning of an answer, what it says about the first token, and what it cost to ask."""
+
+    matcher: LLMatcher
+    mask: MaskBytes
+    cost_s: float
+
+
 class GrammarCompiler:
     """Compiles grammars for one tokenizer. Safe to use from several threads."""
 
@@ -61,7 +72,7 @@ class GrammarCompiler:
         self._texts = texts
         self._vocab_size = vocab_size
         self._end_token_ids = sorted(end_token_ids)
-        self._compiled: OrderedDict[tuple[str, Grammar], LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[tuple[str, Grammar], _Compiled] = OrderedDict()
         self._lock = threading.Lock()
         self._making = threading.Lock()
 
@@ -76,29 +87,37 @@ class GrammarCompiler:
         """
         key = owner, grammar
         with self._lock:
-            matcher = self._compiled.get(key)
-            if matcher is not None:
+            compiled = self._compiled.get(key)
+            if compiled is not None:
                 self._compiled.move_to_end(key)
-        if matcher is None:
-            matcher = self._compile(grammar)
+        if compiled is None:
+            compiled = self._compile(grammar)
             with self._lock:
-                self._keep(key, matcher)
-        return GrammarState(matcher.deep_copy(), grammar, self._end_token_ids, self._vocab_size)
+                self._keep(key, compiled)
+        matcher, mask, cost_s = compiled
+        own = matcher.deep_copy()
+        return GrammarState(own, grammar, self._end_token_ids, self._vocab_size, mask=mask, cost_s=cost_s)
 
-    def _compile(self, grammar: Grammar) -> LLMatcher:
+    def prepare(self) -> None:
+        """Look at all tokens now, so that the first grammar does not wait for it; nothing where they cannot be read."""
+        with suppress(InvalidRequest):  # whoever brings a grammar is told
+            self._known_tokens  # noqa: B018  # to look is what it is for
+
+    def _compile(self, grammar: Grammar) -> _Compiled:
         matcher = LLMatcher(self._known_tokens, _notation(grammar), log_level=0, limits=LIMITS)
         if not matcher.is_error():
             # The first step is the dearest one, and shows whether there is any answer at all.
             probe = matcher.deep_copy()
-            probe.compute_bitmask()
+            begun_s = thread_time()
+            mask = np.frombuffer(probe.compute_bitmask(), dtype=np.uint8)
             if not probe.is_error() and (not probe.is_stopped() or probe.is_accepting()):
-                return matcher
+                return _Compiled(matcher, mask, thread_time() - begun_s)
             matcher = probe
         raise InvalidRequest(_explained(grammar, matcher))
 
-    def _keep(self, key: tuple[str, Grammar], matcher: LLMatcher) -> None:
+    def _keep(self, key: tuple[str, Grammar], compiled: _Compiled) -> None:
         """Forget what the owner of most has not used for longest, where there are too many."""
-        self._compiled[key] = matcher
+        self._compiled[key] = compiled
         while len(self._compiled) > MAX_COMPILED:
             ((owner, _),) = Counter(owner for owner, _ in self._compiled).most_common(1)
             del self._compiled[next(each for each in self._compiled if each[0] == owner)]

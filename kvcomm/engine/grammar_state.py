@@ -7,8 +7,10 @@ they belong to the answer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import thread_time
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from llguidance import LLMatcher
 from torch import Tensor
@@ -20,11 +22,39 @@ MAX_MESSAGE = 300
 """Letters of an error that come from the library."""
 
 
-class GrammarState:
-    """The state of one answer. Used by one thread at a time."""
+DEAR_S = 0.001
+"""Of computing, from which on a grammar is dear; an ordinary one takes a fifth of it."""
 
-    def __init__(self, matcher: LLMatcher, grammar: Grammar, end_token_ids: Sequence[int], vocab_size: int) -> None:
-        """`matcher`: its own, at the beginning of the answer."""
+MaskBytes = npt.NDArray[np.uint8]
+
+
+class GrammarState:
+    """The state of one answer. Used by one thread at a time.
+
+    Attributes:
+        cost_s: of computing, what the next look at all tokens is taken to cost: what the latest one did, or half of
+            what was expected of it, so that one that is dear now and then counts as dear between.
+        num_waited: steps that the answer has been left out of lately, see `grammar_turns`.
+    """
+
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        grammar: Grammar,
+        end_token_ids: Sequence[int],
+        vocab_size: int,
+        *,
+        mask: MaskBytes | None = None,
+        cost_s: float = 0.0,
+    ) -> None:
+        """Args:
+        matcher: its own, at the beginning of the answer.
+        mask: what it says about the first token, if that is known.
+        cost_s: of computing that.
+        """
+        self.cost_s = cost_s
+        self.num_waited = 0
+        self._mask = mask
         self._matcher = matcher
         self._grammar = grammar
         self._end_token_ids = torch.tensor([each for each in end_token_ids if each < vocab_size], dtype=torch.int64)
@@ -46,6 +76,23 @@ class GrammarState:
         """Whether it must end here."""
         return self._matcher.is_stopped()
 
+    @property
+    def is_dear(self) -> bool:
+        """Whether looking at the next tokens takes long, as far as is known."""
+        return self.cost_s >= DEAR_S
+
+    @property
+    def must_look(self) -> bool:
+        """Whether `look` would cost anything."""
+        return self._mask is None
+
+    def look(self) -> None:
+        """Find out what `forbidden` will say. It is the dearest part of a step, and needs no lock."""
+        if self._mask is None:
+            begun_s = thread_time()
+            self._mask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+            self.cost_s = max(thread_time() - begun_s, self.cost_s / 2)
+
     def forbidden(self, *, with_ends: bool = True) -> Tensor:
         """The tokens that may not come next: [vocab_size] bool; end tokens may come where the answer may end.
 
@@ -55,9 +102,10 @@ class GrammarState:
         Raises:
             InvalidRequest: going on costs more than a step may take.
         """
-        mask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        self.look()
+        assert self._mask is not None
         self._require_sound()
-        allowed = np.unpackbits(mask, bitorder="little", count=self._vocab_size)
+        allowed = np.unpackbits(self._mask, bitorder="little", count=self._vocab_size)
         forbidden = ~torch.from_numpy(allowed.view(np.bool_))
         if not with_ends:
             forbidden[self._end_token_ids] = True
@@ -69,6 +117,7 @@ class GrammarState:
         Raises:
             InvalidRequest: going on costs more than a step may take.
         """
+        self._mask = None
         self._matcher.consume_token(token_id)
         self._require_sound()
 

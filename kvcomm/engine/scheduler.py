@@ -27,6 +27,8 @@ from torch import Tensor
 
 from kvcomm.config import EngineConfig
 from kvcomm.engine.adapters import Adapters, Turns
+from kvcomm.engine.grammar_state import GrammarState
+from kvcomm.engine.grammar_turns import STEP_S, left_out, look
 from kvcomm.engine.guesses import repeated
 from kvcomm.engine.passes import Computed, Failure, Work, compute
 from kvcomm.engine.request import ANSWER, Branch, Request
@@ -100,6 +102,7 @@ class Scheduler:
         self._running: list[Request] = []
         self._closed: EngineClosed | None = None
         self._next_expire_s = 0.0
+        self._has_left_out = False  # of the step that is built, answers that could be decoded
 
     @property
     def num_waiting(self) -> int:
@@ -186,8 +189,9 @@ class Scheduler:
             return
         self._looked_at.clear()
         computed, failures = compute(self._runner, batch)
+        drawable = self._look_ahead(computed)
         with self.lock:
-            self._commit(computed, failures)
+            self._commit(drawable, failures)
 
     @contextmanager
     def _on_behalf_of(self, request: Request) -> Iterator[None]:
@@ -376,13 +380,14 @@ class Scheduler:
 
     def _build_batch(self) -> list[Work]:
         stuck: list[Request] = []
+        self._has_left_out = False
         for digest in self._turns.order(self._running):
             batch = self._batch_of([each for each in self._running if each.weights.digest == digest], stuck)
             if batch:
                 self._turns.taken(digest)
                 return batch
         stuck = [request for request in stuck if not request.handle.done]
-        if stuck:
+        if stuck and not self._has_left_out:
             # Everybody waits for pages and nobody can return any: the youngest gives way.
             victim = stuck[-1]
             self._fail(victim, self._nothing_to_wait_for(victim, PoolExhausted("while decoding")))
@@ -408,6 +413,10 @@ class Scheduler:
         batch: list[Work] = []
         answers = [(request, branch) for request in running for branch in request.active_branches]
         answers = [(request, branch) for request, branch in answers if request.is_prefilled]
+        if self._has_several_tenants:
+            waiting = left_out(branch.grammar for _, branch in answers if branch.grammar and not branch.forced)
+            answers = [(request, branch) for request, branch in answers if branch.grammar not in waiting]
+            self._has_left_out = self._has_left_out or bool(waiting)
         num_spare = self._config.draft_rows - len(answers)
         for index, (request, branch) in enumerate(answers):
             if request.handle.done:
@@ -430,6 +439,8 @@ class Scheduler:
         num = min(num_rows, num_wanted, num_slots)
         if branch.forced:  # these are none: they will come
             return np.array(list(branch.forced)[: max(0, num)], dtype=np.int32)
+        if branch.grammar is not None and branch.grammar.is_dear:
+            num = 0  # behind each that is right it would be asked once more
         return branch.allowed(repeated(branch.sequence.token_ids, num))
 
     def _prefill_work(self, request: Request, budget: int, stuck: list[Request]) -> Work | None:
@@ -477,6 +488,20 @@ class Scheduler:
             except PoolExhausted:
                 if not self._idle.give_way():
                     raise
+
+    def _look_ahead(self, computed: AnySequence[Computed]) -> AnySequence[Computed]:
+        """Let grammars say which tokens may come next: outside the lock, since hostile ones take their time.
+
+        Where they take too much of it, what is left of them is not committed and computed again: a few rows, while
+        everybody in the step would wait.
+        """
+        states = [state for each in computed if (state := _must_look(each.work)) is not None]
+        waiting = look(states, STEP_S if self._has_several_tenants else math.inf)
+        return [each for each in computed if _must_look(each.work) not in waiting]
+
+    @property
+    def _has_several_tenants(self) -> bool:
+        return len({request.tenant for request in self.requests()}) > 1
 
     def _commit(self, computed: AnySequence[Computed], failures: AnySequence[Failure]) -> None:
         for request, error in failures:
@@ -693,6 +718,14 @@ class Scheduler:
         if num_tokens:
             pages = sequence.pages[: -(-num_tokens // page_size)]
             self._tree.insert(request.namespace, sequence.token_ids[:num_tokens], pages)
+
+
+def _must_look(work: Work) -> GrammarState | None:
+    """The grammar that has to say which token may come next, before one is drawn."""
+    branch = work.branch
+    if branch is None or branch.grammar is None or branch.forced or not branch.grammar.must_look:
+        return None
+    return branch.grammar
 
 
 def _run(sequence: Sequence, start: int, end: int, *, num_logits: int) -> Run:

@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+import torch
+from llguidance.hf import from_tokenizer
 
 from kvcomm import Grammar
 from kvcomm.engine.grammar_compiler import MAX_COMPILED, GrammarCompiler
@@ -229,3 +231,36 @@ def test_every_kind_of_tokenizer_follows_or_refuses(kind: str) -> None:
         shown = tokenizer.decode(ids)
         assert "hello world".startswith(shown.lstrip())
     assert state.is_complete
+
+
+def test_what_is_prepared_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first grammar once waited for a look at the whole vocabulary, seconds for a large one."""
+    looks: list[int] = []
+
+    def looking(tokenizer: Any, n_vocab: int, eos_token: list[int]) -> Any:
+        looks.append(n_vocab)
+        return from_tokenizer(tokenizer, n_vocab=n_vocab, eos_token=eos_token)
+
+    monkeypatch.setattr("kvcomm.engine.grammar_compiler.from_tokenizer", looking)
+    compiler = make_compiler("byte-level")
+    compiler.prepare()
+    assert len(looks) == 1
+    compiler.compile(Grammar.regex("a"))
+    compiler.prepare()
+    assert len(looks) == 1
+
+
+def test_where_no_grammar_can_be_followed_nothing_is_prepared() -> None:
+    make_compiler(REFUSED[0]).prepare()
+
+
+def test_the_first_tokens_are_known_when_it_is_compiled(compiler: GrammarCompiler) -> None:
+    """Many prompts may be done in one step, so looking at it again then would take the time of all their grammars."""
+    states = [compiler.compile(Grammar.regex("[ab]c[de]")) for _ in range(3)]
+    assert not any(state.must_look for state in states)
+    allowed = [torch.nonzero(~state.forbidden()).flatten().tolist() for state in states]
+    assert [len(each) for each in allowed] == [2, 2, 2]
+    states[0].take(allowed[0][0])
+    assert states[0].must_look
+    states[0].forbidden()
+    assert not states[0].must_look
