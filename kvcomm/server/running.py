@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import threading
 from collections.abc import Awaitable, Callable
 from functools import partial
 from types import FrameType
@@ -23,11 +24,26 @@ TICKS_PER_S = 10
 class DrainingServer(uvicorn.Server):
     """On SIGTERM or SIGINT: not ready, no new requests; those in flight end by themselves, for a while at most."""
 
-    def __init__(self, config: uvicorn.Config, drain: Callable[[], None], tick: Callable[[], Awaitable[None]]) -> None:
-        """`tick` is called about once a second."""
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        drain: Callable[[], None],
+        tick: Callable[[], Awaitable[None]],
+        prepare: Callable[[], None],
+    ) -> None:
+        """Args:
+        tick: is called about once a second.
+        prepare: is called once it listens, in a thread of its own: what requests would else have to wait for.
+        """
         super().__init__(config)
         self._drain = drain
         self._tick = tick
+        self._prepare = prepare
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to serve, and to prepare beside it."""
+        await super().startup(sockets)
+        threading.Thread(target=self._prepare, name="kvcomm-prepare", daemon=True).start()
 
     async def on_tick(self, counter: int) -> bool:
         """uvicorn's own bookkeeping, ten times a second."""
@@ -67,7 +83,7 @@ def make_server(app: FastAPI) -> DrainingServer:
         timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=settings.drain_timeout_s,
     )
-    return DrainingServer(config, state.admission.drain, partial(_tick, state))
+    return DrainingServer(config, state.admission.drain, partial(_tick, state), state.engine.prepare_grammars)
 
 
 async def _tick(state: ServerState) -> None:

@@ -508,3 +508,8 @@ def test_requests_of_a_tenant_are_bounded(engine: Engine, stalled: threading.Eve
         stalled.set()
         assert first.recv(12) == b"HTTP/1.1 200"
         first.close()
+
+
+def test_grammars_are_prepared_before_somebody_brings_one(live: Live, engine: Engine) -> None:
+    """The first request with a schema once waited for a look at the whole vocabulary."""
+    wait_for(lambda: "_tokens" in vars(engine._grammars))
