@@ -70,21 +70,26 @@ class RadixTree:
     """Longest-prefix cache of exact KV pages.
 
     `ttl_s` is how long an unused path lives unless `insert` says otherwise; None is forever. `clock` gives
-    seconds.
+    seconds. `max_events` wait for `take_events`; then the oldest are lost.
 
     Attributes:
         ages: how long pages lived and lay unused, of all namespaces together.
     """
 
     def __init__(
-        self, pool: PagePool, *, clock: Callable[[], float] = time.monotonic, ttl_s: float | None = None
+        self,
+        pool: PagePool,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        ttl_s: float | None = None,
+        max_events: int = 65_536,
     ) -> None:
         self._pool = pool
         self._clock = clock
         self._ttl_s = math.inf if ttl_s is None else ttl_s
         self._namespaces: dict[str, Namespace] = {}
         self._forgotten = Namespace("")  # the counters of all that are not known any more
-        self._log = EventLog()
+        self._log = EventLog(max_events)
         self.ages = PageAges()
         self._reaper = Reaper(pool, self._log, self.ages, clock)
         self._num_uses = 0

@@ -65,6 +65,24 @@ def test_hosts_and_origins_may_be_repeated(capsys: pytest.CaptureFixture[str]) -
     assert settings["cors_origins"] == ["http://a"]
 
 
+def test_kv_events_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--kv-events", "tcp://*:5557", "--kv-events-replay", "tcp://*:5558", "--kv-events-format", "array"]
+    tenants = ["--kv-events-tenant", "ann", "--kv-events-tenant", "bob="]
+    assert app.run(["serve", "--check", "--json", *given, *tenants, "--kv-events-seed", "0"]) == 0
+    settings = printed(capsys)["settings"]
+    assert settings["kv_events"] == {
+        "url": "tcp://*:5557",
+        "topic": None,
+        "format": "array",
+        "replay": "tcp://*:5558",
+        "block_size": 16,
+        "seed": "0",
+        "tenants": {"ann": "ann", "bob": ""},
+    }
+    assert app.run(["serve", "--check", "--json"]) == 0
+    assert printed(capsys)["settings"]["kv_events"] is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -74,6 +92,19 @@ def test_hosts_and_origins_may_be_repeated(capsys: pytest.CaptureFixture[str]) -
         (["--port", "70000"], 2, "setting 'port' in the command line"),
         (["--host", "192.0.2.1", "--keys"], 2, "cannot listen on 192.0.2.1:8000"),
         (["--traces", "collector:4318"], 2, "setting 'traces' in the command line"),
+        (["--kv-events", "5557"], 2, "setting 'kv_events.url' in the command line"),
+        (["--kv-events-topic", "kv@pod@model"], 2, "setting 'kv_events.url' in the command line: Field required"),
+        (["--kv-events", "tcp://*:1", "--kv-events-format", "xml"], 2, "setting 'kv_events.format' in the command"),
+        (["--kv-events", "tcp://*:1", "--kv-events-block-size", "0"], 2, "setting 'kv_events.block_size' in the"),
+        (["--kv-events", "tcp://*:1", "--kv-events-tenant", "="], 2, "--kv-events-tenant '=': no name"),
+        (
+            ["--kv-events", "tcp://*:1", "--kv-events-tenant", "a=s", "--kv-events-tenant", "b=s"],
+            2,
+            "must give each tenant a salt of its own, and that of 'a', 's', is another's too",
+        ),
+        (["--kv-events", "tcp://*:70000"], 2, "setting 'kv_events.url' in the command line"),
+        (["--kv-events", "ipc:///nowhere/events"], 2, "KV events cannot listen on ipc:///nowhere/events"),
+        (["--kv-events", "tcp://*:1", "--keys"], 2, "with keys only tenants that are named are announced"),
         (["--log-level", "loud"], 2, "setting 'log_level' in the command line"),
         (["--allowed-host", "http://x"], 2, "setting 'allowed_hosts.0' in the command line"),
         (["--cors-origin", "x.example"], 2, "setting 'cors_origins.0' in the command line"),

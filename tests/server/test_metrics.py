@@ -124,3 +124,27 @@ def test_health_follows_the_engine(make_client: MakeClient, engine: Engine) -> N
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_closed")
     for path in ("/health", "/ready"):
         assert client.get(path).status_code == 503
+
+
+def test_the_names_that_routers_scrape(make_client: MakeClient, engine: Engine) -> None:
+    """As vLLM means them: what is only cached is free for the next request."""
+    found = samples(make_client(kv_events={"url": "tcp://*:5557", "block_size": 8}))
+    mine = (("engine", "0"), ("model_name", "tiny"))
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "gpu_cache_usage_perc"):
+        assert found[f"vllm:{name}", mine] == 0
+    (config,) = [dict(labels) for name, labels in found if name == "vllm:cache_config_info"]
+    assert (config["block_size"], config["num_gpu_blocks"]) == ("8", "512")
+
+    client = make_client(vllm_metrics=True)
+    client.post(CHAT, json=chat())
+    assert engine.memory_stats().num_cached > 0
+    assert samples(client)["vllm:kv_cache_usage_perc", mine] == 0
+    with engine.context("x" * 100) as context:
+        assert context.num_tokens > 0
+        stats = engine.memory_stats()
+        assert samples(client)["vllm:kv_cache_usage_perc", mine] == stats.num_in_contexts / stats.num_pages > 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"kv_events": {"url": "tcp://*:5557"}, "vllm_metrics": False}])
+def test_only_where_they_are_wanted(make_client: MakeClient, settings: dict[str, object]) -> None:
+    assert not any(name.startswith("vllm:") for name, _ in samples(make_client(**settings)))
