@@ -28,6 +28,7 @@ from kvcomm.memory.pool import LayerShape, PagePool
 from kvcomm.memory.tree import Node, RadixTree
 from kvcomm.server.kv_events.announcer import AllCleared, Announcer, BlocksRemoved, BlocksStored, KVEvent
 from kvcomm.server.kv_events.blocks import DEFAULT_SEED, Owner, as_int, block_hash, root_hash
+from kvcomm.server.kv_events.publisher import require_extra
 from kvcomm.server.kv_events.wire import Encoder, Form
 
 SEED = 0
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("out/kv_events.json"), help="file of the run [%(default)s]")
     options = parser.parse_args(arguments)
     try:
+        require_extra()
         report = measure(options)
         report.emit(as_json=options.json)
         report.save(options.out)

@@ -198,10 +198,10 @@ class Scheduler:
         self._looked_at.clear()
         begun_s = time.monotonic()
         computed, failures = compute(self._runner, batch)
-        computed = self._look_ahead(computed)
+        drawable = self._look_ahead(computed)
         with self.lock:
             self._tiering.computed(batch, time.monotonic() - begun_s)
-            self._commit(computed, failures)
+            self._commit(drawable, failures)
 
     @contextmanager
     def _on_behalf_of(self, request: Request) -> Iterator[None]:

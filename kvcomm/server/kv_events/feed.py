@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,8 @@ from kvcomm.server.kv_events.wire import Encoder
 
 TICK_S = 0.05
 """Between looks at the tree."""
+MAX_SEEN = 4096
+"""Namespaces that are remembered, most of them of tenants and salts that are not announced."""
 
 
 class KVEventFeed:
@@ -50,7 +52,8 @@ class KVEventFeed:
         self._announcer = announcer
         self._encoder = encoder
         self._find_owners = owners
-        self._owners: Mapping[str, Owner] | None = None
+        self._owners: Mapping[str, Owner] = {}
+        self._seen: set[str] = set()  # namespaces whether they have an owner or not
         self._is_ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvcomm-kv-events", daemon=True)
 
@@ -71,11 +74,22 @@ class KVEventFeed:
             return
         with self._engine.lock:
             events = self._engine.tree.take_events()
-        owners = self._find_owners()
-        if owners != self._owners or any(event.kind is EventKind.LOST for event in events):
-            self._begin_again(owners)
+        is_lost = any(event.kind is EventKind.LOST for event in events)
+        unseen = {event.namespace for event in events} - self._seen
+        before = self._owners
+        if is_lost or unseen:
+            self._ask_for_owners(unseen)
+        if is_lost or self._owners != before:
+            self._begin_again()
         else:
-            self._publish(self._announcer.announce(events, owners))
+            self._publish(self._announcer.announce(events, self._owners))
+
+    def _ask_for_owners(self, unseen: Iterable[str]) -> None:
+        """Where there is a namespace that nobody has seen, those that had an owner may be nobody's any more."""
+        self._owners = self._find_owners()
+        if len(self._seen) > MAX_SEEN:
+            self._seen.clear()
+        self._seen.update(self._owners, unseen)
 
     def _run(self) -> None:
         while not self._is_ending.is_set():
@@ -89,11 +103,11 @@ class KVEventFeed:
     def _begin(self) -> None:
         """Whoever knew a former process at this address forgets what that had."""
         self._publish([AllCleared()])
-        self._begin_again(self._find_owners())
+        self._ask_for_owners(())
+        self._begin_again()
 
-    def _begin_again(self, owners: Mapping[str, Owner]) -> None:
-        self._owners = owners
-        self._publish(self._announcer.begin_again(self._all_stored(), owners))
+    def _begin_again(self) -> None:
+        self._publish(self._announcer.begin_again(self._all_stored(), self._owners))
 
     def _all_stored(self) -> list[CacheEvent]:
         with self._engine.lock:

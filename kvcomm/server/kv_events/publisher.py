@@ -58,7 +58,7 @@ class Publisher:
             MissingExtra: pyzmq, msgspec or cbor2 is not installed.
             InvalidRequest: an address cannot be used.
         """
-        _require_extra()
+        require_extra()
         import zmq
 
         self._topic = topic.encode()
@@ -69,11 +69,12 @@ class Publisher:
         self._num_bytes = 0
         self._next = 0
         self._context = zmq.Context()
+        self._sockets: list[zmq.Socket[bytes]] = []
         try:
             self._socket = self._open(zmq.PUB, url, MAX_QUEUED)
             self._replay = None if replay is None else self._open(zmq.ROUTER, replay, kept_batches + 1)
-        except BaseException:
-            self._context.destroy(linger=0)
+        except InvalidRequest:
+            self.close()
             raise
 
     @property
@@ -111,7 +112,9 @@ class Publisher:
 
     def close(self) -> None:
         """Give the sockets back; what waits for slow readers is dropped. Idempotent."""
-        self._context.destroy(linger=0)
+        for socket in self._sockets:
+            socket.close(linger=0)
+        self._context.term()
 
     def __enter__(self) -> Self:
         return self
@@ -137,6 +140,7 @@ class Publisher:
         import zmq
 
         socket = self._context.socket(kind)
+        self._sockets.append(socket)
         socket.set_hwm(max_queued)
         socket.ipv6 = "[" in url
         must_bind = kind == zmq.ROUTER or is_own_address(url)
@@ -163,7 +167,8 @@ def is_own_address(url: str) -> bool:
     return "*" in address or not url.startswith("tcp://") or address.startswith(LOCAL_HOSTS)
 
 
-def _require_extra() -> None:
+def require_extra() -> None:
+    """Raises MissingExtra where pyzmq, msgspec or cbor2 is not installed."""
     missing = [package for module, package in EXTRA_MODULES.items() if find_spec(module) is None]
     if missing:
         raise MissingExtra(f"KV events need {', '.join(missing)}: pip install 'kvcomm[events]'")

@@ -9,6 +9,7 @@ announced: its salt says that nobody should look for it.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -16,7 +17,19 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from kvcomm.errors import InvalidRequest
 from kvcomm.server.kv_events.blocks import DEFAULT_SEED
 
-Url = Annotated[str, Field(pattern=r"^(tcp|ipc)://\S+$")]
+MAX_PORT = 65_535
+ADDRESS = re.compile(r"ipc://\S+|tcp://\S+:(?P<port>\*|\d{1,5})")
+
+
+def _address(url: str) -> str:
+    found = ADDRESS.fullmatch(url)
+    port = None if found is None else found["port"]
+    if found is None or (port is not None and port != "*" and int(port) > MAX_PORT):
+        raise ValueError("must be an address such as tcp://*:5557, tcp://HOST:5557 or ipc:///a/file")
+    return url
+
+
+Url = Annotated[str, AfterValidator(_address)]
 
 
 def _apart(tenants: dict[str, str]) -> dict[str, str]:

@@ -165,7 +165,7 @@ class MirrorMachine(TreeMachine):
 
 
 TestMirrorMachine = MirrorMachine.TestCase
-TestMirrorMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestMirrorMachine.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
 
 
 def test_a_reader_forgets_what_is_cleared() -> None:

