@@ -99,7 +99,7 @@ class Bench:
             MissingExtra: there is no vLLM here.
         """
         try:
-            from vllm import LLM, SamplingParams
+            import vllm
             from vllm.config import KVTransferConfig
         except ImportError as error:
             raise MissingExtra(
@@ -109,12 +109,12 @@ class Bench:
         from kvcomm.integrations.vllm import adapter
         from kvcomm.model.packaged import fetch_model
 
-        self._sampling = SamplingParams
+        self._sampling = vllm.SamplingParams
         self.version = adapter.version()
         self._model = model
         path = model if Path(model).exists() else str(fetch_model(model))
         note("starting vLLM")
-        self._llm = LLM(
+        self._llm = vllm.LLM(
             model=path,
             dtype="float32",
             enforce_eager=True,
