@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from kvcomm import __version__
-from kvcomm.cli import anchors, bench, context, doctor, model, segment, serve, snapshot
+from kvcomm.cli import anchors, bench, context, doctor, model, segment, serve, snapshot, tier
 from kvcomm.cli import run as run_cli
 from kvcomm.cli import top as top_cli
 from kvcomm.cli import tune as tune_cli
@@ -37,6 +37,7 @@ app.add_typer(context.app, name="context")
 app.add_typer(segment.app, name="segment")
 app.add_typer(snapshot.app, name="snapshot")
 app.add_typer(anchors.app, name="anchors")
+app.add_typer(tier.app, name="tier")
 app.add_typer(model.app, name="model")
 app.add_typer(bench.app, name="bench")
 app.add_typer(serve.app, name="serve")

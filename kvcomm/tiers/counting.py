@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
 
@@ -15,6 +17,8 @@ from kvcomm.tiers.write_behind import WriteBehind
 logger = logging.getLogger(__name__)
 
 MAX_KNOWN = 65_536
+KNOWN_S = 300.0
+"""Seconds after which an object that was seen may be gone: others remove what is old."""
 
 
 @dataclass(frozen=True)
@@ -129,19 +133,20 @@ class Counts:
 class KnownKeys:
     """Names of objects that were seen lately. Safe to use from several threads."""
 
-    def __init__(self, max_known: int = MAX_KNOWN) -> None:
+    def __init__(self, clock: Callable[[], float], max_known: int = MAX_KNOWN) -> None:
+        self._clock = clock
         self._max_known = max_known
         self._lock = Lock()
-        self._keys: OrderedDict[str, None] = OrderedDict()
+        self._keys: OrderedDict[str, float] = OrderedDict()  # when they were seen
 
     def __contains__(self, key: str) -> bool:
         with self._lock:
-            return key in self._keys
+            return self._clock() - self._keys.get(key, -math.inf) < KNOWN_S
 
     def add(self, key: str) -> None:
         """Seen now."""
         with self._lock:
-            self._keys[key] = None
+            self._keys[key] = self._clock()
             self._keys.move_to_end(key)
             if len(self._keys) > self._max_known:
                 self._keys.popitem(last=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,6 +26,11 @@ LOCAL_DISKS = frozenset(
     {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay", "f2fs", "bcachefs"}
 )
 """Kinds of file systems whose mapped files stay readable after they are removed."""
+
+LEFTOVER = re.compile(r"[0-9a-f-]{16,}#[0-9]+")
+"""What a killed writer leaves who puts objects into the folder through obstore."""
+LEFTOVER_S = 3600.0
+"""Seconds since it was written after which nobody writes it any more."""
 
 USED_AGAIN_S = 60.0
 """An object's time of use is written no more often than this."""
@@ -45,20 +51,24 @@ class FolderStore:
         self.is_mapped = is_mapped
 
     @classmethod
-    def open(cls, root: Path) -> FolderStore:
-        """The store in a folder, which is made, for its owner alone, if its parent is there.
+    def open(cls, root: Path, *, is_made: bool = True) -> FolderStore:
+        """The store in a folder.
+
+        Args:
+            is_made: it is made, for its owner alone, if its parent is there.
 
         Raises:
             TierError: it is no folder, or cannot be made or read.
         """
         try:
             root = root.resolve()
-            if not root.parent.is_dir():
+            if is_made and not root.parent.is_dir():
                 raise TierError(f"the folder {root} cannot be made: there is no {root.parent}; is it misspelt?")
-            root.mkdir(mode=0o700, exist_ok=True)
+            if is_made:
+                root.mkdir(mode=0o700, exist_ok=True)
             with os.scandir(root):
                 pass
-        except FileExistsError as error:
+        except (FileExistsError, NotADirectoryError) as error:
             raise TierError(f"{root} is no folder") from error
         except (OSError, RuntimeError) as error:  # RuntimeError: of links in a circle
             reason = getattr(error, "strerror", None) or error
@@ -120,7 +130,9 @@ class FolderStore:
             folder = folders.pop()
             num_swept += sweep(folder)
             with suppress(OSError), os.scandir(folder) as entries:
-                folders += [Path(each) for each in entries if each.is_dir(follow_symlinks=False) and _is_shown(each)]
+                found = [each for each in entries if _is_shown(each)]
+                folders += [Path(each) for each in found if each.is_dir(follow_symlinks=False)]
+                num_swept += sum(map(_is_removed_leftover, found))
         return num_swept
 
     def close(self) -> None:
@@ -193,6 +205,15 @@ class FolderStore:
         used_s = max(status.st_atime, status.st_mtime)
         key = Path(entry.path).relative_to(self.root).as_posix()
         return StoredObject(key, status.st_size, status.st_mtime, used_s) if is_safe(key) else None
+
+
+def _is_removed_leftover(entry: os.DirEntry[str]) -> bool:
+    """Remove a file that a killed writer of obstore's left, once no living one can be at it any more."""
+    with suppress(OSError):
+        if LEFTOVER.fullmatch(entry.name) and time.time() - entry.stat(follow_symlinks=False).st_mtime > LEFTOVER_S:
+            os.unlink(entry.path)
+            return True
+    return False
 
 
 def _is_shown(entry: os.DirEntry[str]) -> bool:

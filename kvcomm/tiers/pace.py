@@ -23,7 +23,6 @@ WEIGHT = 0.25
 """Of a measurement that is no surprise, on a logarithmic scale."""
 FIRST_REST_S = 1.0
 MAX_REST_S = 60.0
-MIN_S = 1e-9
 
 
 class Pace:
@@ -113,8 +112,10 @@ class Pace:
     def _learn(self, num_bytes: int, seconds: float) -> None:
         if num_bytes <= SMALL_BYTES:
             self._latency_s = _mixed(self._latency_s, seconds)
-        else:
-            self._byte_s = _mixed(self._byte_s, self._per_byte_s(num_bytes, seconds))
+            return
+        if self._latency_s is not None:
+            self._latency_s = min(self._latency_s, seconds)  # a part of it cannot have taken longer
+        self._byte_s = _mixed(self._byte_s, self._per_byte_s(num_bytes, seconds))
 
     def _believe(self, num_bytes: int, seconds: float) -> None:
         if num_bytes <= SMALL_BYTES:
@@ -128,7 +129,6 @@ class Pace:
 
 def _mixed(before: float | None, seconds: float) -> float:
     """A running geometric mean, given up where the new value is far from it."""
-    seconds = max(seconds, MIN_S / 2**40)
-    if before is None or before <= 0 or not 1 / SURPRISE < seconds / before < SURPRISE:
+    if before is None or not before or not 1 / SURPRISE < seconds / before < SURPRISE:
         return seconds
     return math.exp((1 - WEIGHT) * math.log(before) + WEIGHT * math.log(seconds))

@@ -98,11 +98,12 @@ class ObjectStore(Protocol):
         """Give up connections; the store is not used afterwards."""
 
 
-def open_store(url: str) -> ObjectStore:
+def open_store(url: str, *, is_made: bool = True) -> ObjectStore:
     """The store at a URL.
 
     Args:
         url: a folder as a path or `file://` URL, `s3://bucket/prefix`, `gs://...`, `az://...` or `redis://host/0`.
+        is_made: a folder that is not there is made, for its owner alone, if its parent is.
 
     Raises:
         TierError: no such kind of store, or it cannot be opened; says why in one line.
@@ -113,10 +114,10 @@ def open_store(url: str) -> ObjectStore:
     if not text("a tier's URL", url).strip() or "\0" in url:
         raise TierError(f"a tier is named by a folder or a URL, not by {url!r}")
     if not _SCHEME.match(url):
-        return FolderStore.open(Path(url).expanduser())
+        return FolderStore.open(Path(url).expanduser(), is_made=is_made)
     scheme = url.partition("://")[0].lower()
     if scheme == "file":
-        return FolderStore.open(_local_path(url))
+        return FolderStore.open(_local_path(url), is_made=is_made)
     if scheme in BUCKETS:
         from kvcomm.tiers.objects import open_bucket
 

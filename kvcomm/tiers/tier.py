@@ -18,10 +18,10 @@ from typing import Protocol
 from kvcomm.errors import InvalidRequest, ObjectMissing, RecordCorrupt, RecordTooNew, StoreFailed
 from kvcomm.files.reading import BadContent
 from kvcomm.memory.fidelity import Fidelity
-from kvcomm.memory.packed import header_bytes
 from kvcomm.memory.segments import Segment
 from kvcomm.tiers.counting import Counts, KnownKeys, TierStats
 from kvcomm.tiers.deadline import LateReads
+from kvcomm.tiers.inventory import leading_bytes
 from kvcomm.tiers.janitor import Swept, sweep
 from kvcomm.tiers.keys import ChainLink, SpaceKeys, require_secret, tenant_key
 from kvcomm.tiers.pace import Pace
@@ -41,14 +41,14 @@ from kvcomm.tiers.record import (
 from kvcomm.tiers.space import KV, PrefixRead, RenditionName, StoredRendition, TierMiss, TierSpace
 from kvcomm.tiers.store import ObjectStore, StoredObject, open_store
 from kvcomm.tiers.write_behind import Dropped, Work, WriteBehind
-from kvcomm.values import whole_number
+from kvcomm.values import text, whole_number
 
 __all__ = ["KV", "PrefixRead", "RenditionName", "StoredRendition", "Tier", "TierMiss", "TierSpace", "TierStats"]
 
 RUN_TOKENS = 256
 PROBE_BYTES = 64
-HEADER_GUESS = 16 * 2**10
-"""Leading bytes of a record that are read for its header; more where it is longer."""
+MAX_SPACES = 4096
+"""Whose keys are kept; made again where there are more."""
 MAX_LISTED = 64
 """Renditions of a segment, or versions of a blob, that are looked at."""
 WRITE_S = 10.0
@@ -99,7 +99,7 @@ class Tier:
         self._clock = clock
         self._late = LateReads()
         self._counts = Counts()
-        self._known = KnownKeys()
+        self._known = KnownKeys(clock)
         self._keys: dict[TierSpace, SpaceKeys] = {}
         self._lock = Lock()
         self._is_closed = False
@@ -255,7 +255,7 @@ class Tier:
         miss = TierMiss.ABSENT
         for fidelity in (Fidelity.EXACT, Fidelity.APPROXIMATE)[: 1 + allows_approximate]:
             work = partial(self._read_rendition, keys, name, fidelity)
-            got = self._late.within(deadline_s, work, self._seconds_late(0))
+            got = self._late.within(deadline_s, work, self._seconds_late(space.token_bytes * self.run_tokens))
             if isinstance(got, StoredRendition):
                 return got
             miss = TierMiss.SLOW if got is None else got
@@ -324,11 +324,20 @@ class Tier:
         keys = self._keys_of(space)
         if keys is None:
             return TierMiss.REFUSED
-        got = self._late.within(deadline_s, partial(self._read_blob, keys, kind, name), self._seconds_late(0))
+        got = self._late.within(
+            deadline_s,
+            partial(self._read_blob, keys, kind, name),
+            self._seconds_late(space.token_bytes * self.run_tokens),
+        )
         return TierMiss.SLOW if got is None else got
 
     def put_blob(self, space: TierSpace, kind: BlobKind, name: str, content: bytes) -> bool:
-        """Write a new version, and remove the ones before it; False: it could not be written."""
+        """Write a new version, and remove the ones before it; False: it could not be written.
+
+        Raises:
+            InvalidRequest: the name holds half of a surrogate pair.
+        """
+        text("a blob's name", name)
         keys = self._keys_of(space)
         if keys is None or not self._may_write(len(content)):
             return False
@@ -383,6 +392,8 @@ class Tier:
         with self._lock:
             keys = self._keys.get(space)
             if keys is None and (key := tenant_key(self._secret, space.tenant)) is not None:
+                if len(self._keys) >= MAX_SPACES:
+                    self._keys.clear()
                 keys = self._keys[space] = SpaceKeys(key, space)
             is_refused = keys is None or self._is_closed
         if is_refused:
@@ -458,10 +469,7 @@ class Tier:
     def _read_header(self, keys: SpaceKeys, key: str) -> RecordHeader | None:
         """The header of a record that is sealed under its name; its tensors are not read."""
         try:
-            content = self._store.get_range(key, 0, HEADER_GUESS)
-            if (num_bytes := header_bytes(content)) > len(content):
-                content = self._store.get_range(key, 0, num_bytes)
-            header, metadata = unpack_header(key, content)
+            header, metadata = unpack_header(key, leading_bytes(self._store, key))
         except (ObjectMissing, BadContent, RecordCorrupt, RecordTooNew):
             return None
         except StoreFailed as error:
