@@ -4,15 +4,15 @@ Two prompts share KV exactly as far as their paths agree, so a block is known by
 `BLOCK_TOKENS` are taken together, and what is left of a prompt behind its last whole block is never shared.
 
 A large cluster needs more users than one trace has: `copies` are independent populations whose prompts share nothing,
-each with its time turned by a random part of the whole. Sessions without a common clock start spread over the trace,
-and a request of a session waits for the answer to the one before it: an agent cannot ask earlier. Time is scaled as a
-whole later, the same for every router.
+each with its time turned by a random part of the whole. Of sessions without a common clock the first `SESSION_S` are
+taken, spread over as long; a request of a session waits for the answer to the one before it, because an agent cannot
+ask earlier. Time is scaled as a whole later, the same for every router.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,9 @@ from kvcomm.lab.load.trace_file import IdArray, Request, Trace
 BLOCK_TOKENS = 512
 AGENTIC = "agentic"
 """A format whose sessions have no common clock."""
+
+SESSION_S = 3600.0
+"""Of each such session: so many are under way at any time that a cluster has something to do."""
 
 
 class Arrival(NamedTuple):
@@ -73,6 +76,7 @@ class Workload:
 def make_workload(trace: Trace, *, copies: int = 1, seed: int = 0) -> Workload:
     """The workload of a trace; the same for the same seed."""
     generator = np.random.default_rng(seed)
+    trace = beginnings(trace)
     requests, block_tokens = _whole_blocks(trace)
     paths, num_nodes = trie_paths(requests)
     num_tokens = [max(request.blocks.size * trace.block_size, 1) for request in trace.requests]
@@ -129,15 +133,17 @@ def _times(trace: Trace, generator: np.random.Generator) -> tuple[float, npt.NDA
     sessions = np.array([request.session for request in trace.requests])
     span = max(float(times.max() - times.min()), 1e-9) * (1 + 1 / max(len(times), 1))
     if trace.format == AGENTIC:
-        span = max(_session_spans(times, sessions)) * 1.01 + 1e-9
-        starts = generator.uniform(0, span, len(np.unique(sessions)))
-        return span, times + starts[_numbered(sessions)]
+        starts = generator.uniform(0, SESSION_S, len(np.unique(sessions)))
+        return SESSION_S, times + starts[np.unique(sessions, return_inverse=True)[1]]
     return span, times - times.min()
 
 
-def _session_spans(times: npt.NDArray[np.float64], sessions: npt.NDArray[np.int64]) -> Sequence[float]:
-    return [float(np.ptp(times[sessions == session])) for session in np.unique(sessions)]
-
-
-def _numbered(sessions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    return np.unique(sessions, return_inverse=True)[1]
+def beginnings(trace: Trace) -> Trace:
+    """Of sessions without a common clock the first `SESSION_S`, each from its own second 0; another trace as it is."""
+    if trace.format != AGENTIC:
+        return trace
+    starts: dict[int, float] = {}
+    for request in trace.requests:  # in the order of time
+        starts.setdefault(request.session, request.at_s)
+    moved = (request._replace(at_s=request.at_s - starts[request.session]) for request in trace.requests)
+    return replace(trace, requests=tuple(request for request in moved if request.at_s < SESSION_S))

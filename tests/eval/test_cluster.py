@@ -18,7 +18,7 @@ from eval.cluster.costs import Costs
 from eval.cluster.routers import BOUND, ROUTERS, Cluster
 from eval.cluster.simulation import Outcome, Simulation
 from eval.cluster.workload import AGENTIC as AGENTIC_FORMAT
-from eval.cluster.workload import BLOCK_TOKENS, Arrival, Workload, make_workload
+from eval.cluster.workload import BLOCK_TOKENS, SESSION_S, Arrival, Workload, make_workload
 from kvcomm.lab.load.trace_file import Request, Trace
 from tests.lab.load.test_trace_file import AGENTIC, write
 
@@ -261,6 +261,12 @@ def test_a_session_waits_for_its_answer() -> None:
     chained = Workload((first, other._replace(after=0)), BLOCK, 1, 2.0)
     assert outcome(apart, costs=costs).ttft_s.tolist() == [10, 9 + 1 + 3]  # a step of the first answer within
     assert outcome(chained, costs=costs).ttft_s.tolist() == [10, 1]
+
+
+def test_only_the_beginning_of_a_session_is_taken() -> None:
+    requests = tuple(Request(0, 5.0 + at, np.array([0], dtype=np.int32)) for at in (0, SESSION_S - 1, SESSION_S))
+    made = make_workload(Trace(AGENTIC_FORMAT, BLOCK_TOKENS, 1, requests, ""))
+    assert (len(made.arrivals), made.span) == (2, SESSION_S)
 
 
 def test_requests_of_a_session_follow_each_other() -> None:
