@@ -28,14 +28,13 @@ from typing import NamedTuple
 import numpy as np
 
 from eval.cluster.caches import SharedTier
-from eval.cluster.costs import SMOLLM2, Costs, measure
+from eval.cluster.costs import SMOLLM2, Costs
 from eval.cluster.routers import ROUTERS
 from eval.cluster.simulation import Outcome, Simulation
-from eval.cluster.workload import Workload, make_workload
+from eval.cluster.workload import Workload, beginnings, make_workload
 from eval.figures import Figure, Report
-from kvcomm import Engine, KVCommError
+from kvcomm.errors import KVCommError
 from kvcomm.lab.load.trace_file import Trace, TraceError, read_trace
-from kvcomm.lab.timings import random_tokens, warm_up
 
 BASELINE, OURS = "prefix_hash", "ours"
 LARGE = 64
@@ -75,7 +74,8 @@ class Row(NamedTuple):
 
 def simulate(name: str, trace: Trace, num_workers: int, settings: Settings) -> list[Row]:
     """All routers on one cluster."""
-    copies = settings.copies or max(1, -(-num_workers * REQUESTS_PER_WORKER // len(trace.requests)))
+    num_requests = len(beginnings(trace).requests)
+    copies = settings.copies or max(1, -(-num_workers * REQUESTS_PER_WORKER // num_requests))
     workload = make_workload(trace, copies=copies, seed=settings.seed)
 
     def run(router: str, speed: float) -> Outcome:
@@ -94,7 +94,7 @@ def simulate(name: str, trace: Trace, num_workers: int, settings: Settings) -> l
     rows = []
     for router in settings.routers:
         rows.append(Row(name, num_workers, router, run(router, speed)))
-        note(f"{name}, {num_workers} workers, {copies} x {len(trace.requests)} requests: {told(rows[-1])}")
+        note(f"{name}, {num_workers} workers, {copies} x {num_requests} requests: {told(rows[-1])}")
     return rows
 
 
@@ -183,6 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if options.measure:
+            from eval.cluster.measuring import measured  # needs torch, which simulating does without
+
             sys.stdout.write(f"{measured(options.model)}\n")
             return 0
         if not options.trace:
@@ -194,14 +196,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0
-
-
-def measured(model: str) -> Costs:
-    """What a worker with this model takes on this machine."""
-    with Engine.load(model, dtype="float32", progress=True) as engine:
-        take = random_tokens(engine)
-        warm_up(engine, take)
-        return measure(engine, take)
 
 
 def _report(options: argparse.Namespace) -> Report:

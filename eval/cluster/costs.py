@@ -1,4 +1,4 @@
-"""What things cost a simulated worker, in seconds and bytes: measured on one real engine, and how to measure them.
+"""What things cost a simulated worker, in seconds and bytes; measured on a real one by `eval.cluster.measuring`.
 
 The constants are those of SmolLM2-135M in float32 on one thread of a two-core machine without a GPU, as `python -m
 eval.cluster --measure` prints them, and of a tier in a folder on the same machine. Gains are ratios under one set of
@@ -7,13 +7,7 @@ costs, so another machine moves the seconds far more than the gains.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
-
-from kvcomm import Engine
-from kvcomm.lab.timings import TakeTokens, prefilled, time_decode_step, time_request
+from dataclasses import dataclass
 
 CHUNK_TOKENS = 512
 """Tokens of a prompt between two decode steps of the answers that run beside it."""
@@ -78,25 +72,3 @@ SMOLLM2 = Costs(
     get_byte_s=4.0e-10,
     network_bytes_s=1.25e9,
 )
-
-
-def measure(engine: Engine, take: TakeTokens, lengths: Sequence[int] = (512, 1024, 2048, 4096)) -> Costs:
-    """The costs of this engine on this machine; those of tier and network stay as they are in `SMOLLM2`."""
-    samples = []
-    for length in lengths:
-        engine.clear_cache()
-        seconds = min(time_request(engine, take(length))[0] for _ in range(2))
-        samples.append((length, length * (length + 1) / 2, seconds))
-    lengths_, pairs, seconds_ = np.array(samples).T
-    token_s, pair_s = np.linalg.lstsq(np.stack([lengths_, pairs], axis=1), seconds_, rcond=None)[0].tolist()
-    with prefilled(engine, take, num_contexts=8, num_tokens=256, num_room_tokens=33) as contexts:
-        one = time_decode_step(engine, contexts[:1], num_new_tokens=33)
-        eight = time_decode_step(engine, contexts, num_new_tokens=33)
-    return replace(
-        SMOLLM2,
-        token_s=max(token_s, 0.0),
-        pair_s=max(pair_s, 0.0),
-        step_s=one,
-        stream_s=max((eight - one) / 7, 0.0),
-        token_bytes=engine.geometry.kv_bytes_per_token,
-    )

@@ -17,7 +17,8 @@ from eval.cluster.caches import PrefixCache, SharedTier
 from eval.cluster.costs import Costs
 from eval.cluster.routers import BOUND, ROUTERS, Cluster
 from eval.cluster.simulation import Outcome, Simulation
-from eval.cluster.workload import BLOCK_TOKENS, Arrival, Workload, make_workload
+from eval.cluster.workload import AGENTIC as AGENTIC_FORMAT
+from eval.cluster.workload import BLOCK_TOKENS, SESSION_S, Arrival, Workload, make_workload
 from kvcomm.lab.load.trace_file import Request, Trace
 from tests.lab.load.test_trace_file import AGENTIC, write
 
@@ -170,7 +171,7 @@ def test_laws(
 def test_one_worker_with_time_and_room_computes_what_is_distinct(router: str) -> None:
     made = workload((0, [0, 1], 25), (1_000, [0, 1, 2], 35), (2_000, [0, 3], 20), (3_000, [0, 1, 2], 33))
     done = outcome(made, router)
-    assert done.computed_tokens == made.distinct_tokens + 1  # of the third prompt nothing is left: its last token
+    assert done.computed_tokens == made.distinct_tokens == 25 + 15 + 10 + 3
 
 
 def sent_to(router: str, made: Workload, *, num_workers: int) -> list[int]:
@@ -252,6 +253,33 @@ def test_sessions_start_apart_from_each_other() -> None:
     assert len({int(arrival.path[0]) for arrival in made.arrivals}) == 50
 
 
+def test_a_session_waits_for_its_answer() -> None:
+    """10 s for the prompt and 2 steps of 3 s for the rest of the answer: the next one is asked at 16, not at 1."""
+    first, other = (Arrival(at, np.array([node], dtype=np.int32), 10, 3) for at, node in ((0.0, 0), (1.0, 0)))
+    costs = Costs(1, 0, 3, 0, 4, 0, 0, 1)
+    apart = Workload((first, other), BLOCK, 1, 2.0)
+    chained = Workload((first, other._replace(after=0)), BLOCK, 1, 2.0)
+    assert outcome(apart, costs=costs).ttft_s.tolist() == [10, 9 + 1 + 3]  # a step of the first answer within
+    assert outcome(chained, costs=costs).ttft_s.tolist() == [10, 1]
+
+
+def test_only_the_beginning_of_a_session_is_taken() -> None:
+    requests = tuple(Request(0, 5.0 + at, np.array([0], dtype=np.int32)) for at in (0, SESSION_S - 1, SESSION_S))
+    made = make_workload(Trace(AGENTIC_FORMAT, BLOCK_TOKENS, 1, requests, ""))
+    assert (len(made.arrivals), made.span) == (2, SESSION_S)
+
+
+def test_requests_of_a_session_follow_each_other() -> None:
+    requests = tuple(Request(at % 2, float(at), np.array([at], dtype=np.int32)) for at in range(10))
+    made = make_workload(Trace(AGENTIC_FORMAT, BLOCK_TOKENS, 2, requests, ""), copies=2, seed=3)
+    followers = [arrival for arrival in made.arrivals if arrival.after is not None]
+    assert len(followers) >= 20 - 2 * 2 * 2  # each session of each copy begins once, and wraps around once at most
+    for arrival in followers:
+        assert made.arrivals[arrival.after].at < arrival.at
+        nodes = [int(each.path[0]) for each in (made.arrivals[arrival.after], arrival)]
+        assert nodes[1] - nodes[0] == 2  # the next one of the same session
+
+
 def test_the_speed_keeps_the_baseline_as_busy_as_wanted() -> None:
     made = workload(*((at, [at % 7], 15) for at in range(300)))
     wanted = Settings(("ours",), 1_000, 0.7, SECOND_A_TOKEN, False, 1, 0)
@@ -273,8 +301,9 @@ def test_gains_by_hand() -> None:
     rows = [row("prefix_hash", 20, 9.0, 64), row("ours", 30, 3.0, 64), row("random", 10, 6.0, 64)]
     rows += [row("prefix_hash", 20, 4.0, 8), row("ours", 20, 4.0, 8)]
     found = {figure.id: figure.value for figure in gains_of(rows)}
-    assert (found["hit_gain"], found["p90_gain"]) == (1.5, 3)
-    assert (found["hit_gain_mooncake_8"], found["hit_gain_over_random"], found["p90_gain_over_random"]) == (1, 3, 2)
+    assert (found["hit_gain"], found["p90_gain"]) == pytest.approx((1.5, 3))
+    others = [found[name] for name in ("hit_gain_mooncake_8", "hit_gain_over_random", "p90_gain_over_random")]
+    assert others == pytest.approx([1, 3, 2])
     assert gains_of([row("random", 1, 1.0, 64)]) == []
 
 

@@ -139,7 +139,13 @@ def error_of(body: object, path: str = CHAT) -> tuple[int, dict[str, Any]]:
 
 words = st.sampled_from(["model", "messages", "prompt", "stream", "content", "role", "text", "n"])
 leaves = st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.sampled_from([*OURS, *OF_PARTS])
-others = st.recursive(leaves, lambda each: st.lists(each, max_size=3) | st.dictionaries(words, each, max_size=3))
+
+
+def deeper(each: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.lists(each, max_size=3) | st.dictionaries(words, each, max_size=3)
+
+
+others = st.recursive(leaves, deeper)
 
 
 def in_pieces(raw: bytes, cuts: list[int]) -> list[bytes]:
