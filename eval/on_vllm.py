@@ -10,13 +10,13 @@ often that was.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from eval.figures import Figure, Report
@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _elsewhere(options.python, sys.argv[1:] if arguments is None else arguments)
     os.environ.update({key: os.environ.get(key, value) for key, value in SAFE_ENVIRONMENT.items()})
     try:
-        report = measure(options)
+        with _stdout_kept():  # vLLM logs there
+            report = measure(options)
         if options.out is not None:
             report.save(options.out)
     except (KVCommError, OSError) as error:
@@ -121,6 +122,20 @@ def _same(found: object) -> list[Figure]:
     ]
 
 
+@contextmanager
+def _stdout_kept() -> Iterator[None]:
+    """Let all that is written to stdout go to stderr, also by other code than Python's."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def _elsewhere(python: str, arguments: Sequence[str]) -> int:
     """Run this in another interpreter; returns its exit code."""
     kept, skip = [], False
@@ -160,8 +175,6 @@ def _parse(arguments: Sequence[str] | None) -> Namespace:
             parser.error(f"--{name} must be at least 1, not {getattr(options, name)}")
     return options
 
-
-__all__ = ["json", "main", "measure"]
 
 if __name__ == "__main__":
     sys.exit(main())

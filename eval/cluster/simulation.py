@@ -102,13 +102,16 @@ class Simulation:
         seed: int = 0,
         tier: SharedTier | None = None,
     ) -> None:
-        self._workload, self._costs, self._tier, self._speed = workload, costs, tier, speed
+        self._workload, self._costs, self._tier = workload, costs, tier
         self._cluster = Cluster(num_workers, block_tokens=workload.block_tokens, capacity_tokens=capacity_tokens)
         self._router = make_router(self._cluster, np.random.default_rng(seed))
         blocks = max(1, capacity_tokens // workload.block_tokens)
         self._workers = [_Worker(PrefixCache(blocks)) for _ in range(num_workers)]
         self._events: list[tuple[float, int, _Kind, int, int]] = []
         self._num_events = 0
+        self._arrived_at = [arrival.at / speed for arrival in workload.arrivals]
+        self._next: dict[int, list[int]] = {}  # request -> those that are due and wait for its answer
+        self._answered: set[int] = set()
         self._ttft = np.zeros(len(workload.arrivals))
         self._busy = np.zeros(num_workers)
         self._hit = self._from_tier = self._computed = self._read = self._written = 0
@@ -117,9 +120,12 @@ class Simulation:
     def run(self) -> Outcome:
         """All requests, to the last first token."""
         for index, arrival in enumerate(self._workload.arrivals):
-            now = arrival.at / self._speed
+            now = self._arrived_at[index]
             self._until(now)
-            self._arrive(index, arrival, now)
+            if arrival.after is None or arrival.after in self._answered:
+                self._arrive(index, now)
+            else:
+                self._next.setdefault(arrival.after, []).append(index)
         self._until(float("inf"))
         return Outcome(
             self._ttft,
@@ -130,10 +136,12 @@ class Simulation:
             self._read,
             self._written,
             self._busy,
-            self._last - (self._workload.arrivals[0].at / self._speed if self._workload.arrivals else 0.0),
+            self._last - min(self._arrived_at, default=0.0),
         )
 
-    def _arrive(self, index: int, arrival: Arrival, now: float) -> None:
+    def _arrive(self, index: int, now: float) -> None:
+        arrival = self._workload.arrivals[index]
+        self._arrived_at[index] = now
         depth = 0 if self._tier is None else self._tier.depth(arrival.path, now)
         number = self._router.choose(arrival, now, depth)
         self._router.sent(number, index, arrival)
@@ -149,8 +157,14 @@ class Simulation:
             if kind is _Kind.first_token:
                 self._first_token(number, index, at)
             else:
-                self._workers[number].num_answers -= 1
-                self._cluster.done(number, self._workload.arrivals[index])
+                self._done(number, index, at)
+
+    def _done(self, number: int, index: int, now: float) -> None:
+        self._workers[number].num_answers -= 1
+        self._cluster.done(number, self._workload.arrivals[index])
+        self._answered.add(index)
+        for waiting in self._next.pop(index, ()):
+            self._arrive(waiting, now)
 
     def _start(self, number: int, now: float) -> None:
         worker = self._workers[number]
@@ -185,7 +199,7 @@ class Simulation:
     def _first_token(self, number: int, index: int, now: float) -> None:
         worker, arrival = self._workers[number], self._workload.arrivals[index]
         self._last = now
-        self._ttft[index] = now - arrival.at / self._speed
+        self._ttft[index] = now - self._arrived_at[index]
         came, went = worker.cache.use(arrival.path)
         self._put(came, now)
         self._router.computed(number, index, came, went, now)

@@ -17,7 +17,8 @@ from eval.cluster.caches import PrefixCache, SharedTier
 from eval.cluster.costs import Costs
 from eval.cluster.routers import BOUND, ROUTERS, Cluster
 from eval.cluster.simulation import Outcome, Simulation
-from eval.cluster.workload import BLOCK_TOKENS, Arrival, Workload, make_workload
+from eval.cluster.workload import AGENTIC as AGENTIC_FORMAT
+from eval.cluster.workload import BLOCK_TOKENS, SESSION_S, Arrival, Workload, make_workload
 from kvcomm.lab.load.trace_file import Request, Trace
 from tests.lab.load.test_trace_file import AGENTIC, write
 
@@ -250,6 +251,33 @@ def test_sessions_start_apart_from_each_other() -> None:
     made = make_workload(Trace("agentic", BLOCK_TOKENS, 50, requests, ""))
     assert len({arrival.at for arrival in made.arrivals}) == 50
     assert len({int(arrival.path[0]) for arrival in made.arrivals}) == 50
+
+
+def test_a_session_waits_for_its_answer() -> None:
+    """10 s for the prompt and 2 steps of 3 s for the rest of the answer: the next one is asked at 16, not at 1."""
+    first, other = (Arrival(at, np.array([node], dtype=np.int32), 10, 3) for at, node in ((0.0, 0), (1.0, 0)))
+    costs = Costs(1, 0, 3, 0, 4, 0, 0, 1)
+    apart = Workload((first, other), BLOCK, 1, 2.0)
+    chained = Workload((first, other._replace(after=0)), BLOCK, 1, 2.0)
+    assert outcome(apart, costs=costs).ttft_s.tolist() == [10, 9 + 1 + 3]  # a step of the first answer within
+    assert outcome(chained, costs=costs).ttft_s.tolist() == [10, 1]
+
+
+def test_only_the_beginning_of_a_session_is_taken() -> None:
+    requests = tuple(Request(0, 5.0 + at, np.array([0], dtype=np.int32)) for at in (0, SESSION_S - 1, SESSION_S))
+    made = make_workload(Trace(AGENTIC_FORMAT, BLOCK_TOKENS, 1, requests, ""))
+    assert (len(made.arrivals), made.span) == (2, SESSION_S)
+
+
+def test_requests_of_a_session_follow_each_other() -> None:
+    requests = tuple(Request(at % 2, float(at), np.array([at], dtype=np.int32)) for at in range(10))
+    made = make_workload(Trace(AGENTIC_FORMAT, BLOCK_TOKENS, 2, requests, ""), copies=2, seed=3)
+    followers = [arrival for arrival in made.arrivals if arrival.after is not None]
+    assert len(followers) >= 20 - 2 * 2 * 2  # each session of each copy begins once, and wraps around once at most
+    for arrival in followers:
+        assert made.arrivals[arrival.after].at < arrival.at
+        nodes = [int(each.path[0]) for each in (made.arrivals[arrival.after], arrival)]
+        assert nodes[1] - nodes[0] == 2  # the next one of the same session
 
 
 def test_the_speed_keeps_the_baseline_as_busy_as_wanted() -> None:

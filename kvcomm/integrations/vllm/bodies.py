@@ -146,7 +146,7 @@ class BodyMaker:
                 message = f"prompt: one prompt stands behind segments, not {len(given)}; send one request for each"
                 raise ApiError(400, "invalid_value", message, param="prompt")
             given = given[0]
-        prompt = self._prompts.completion(given, request, DEFAULT_TENANT)  # type: ignore[arg-type]  # one of either
+        prompt = self._prompts.completion(given, request, DEFAULT_TENANT)
         return _with_prompt(others, prompt, request.reuse, is_chat=False)
 
 

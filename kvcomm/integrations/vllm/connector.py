@@ -72,6 +72,11 @@ class KVCommConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, un
             self._worker = WorkerSide(self._settings)
 
     @property
+    def requires_kv_delivery(self) -> bool:
+        """Nobody waits for what is saved."""
+        return False
+
+    @property
     def ledger(self) -> Ledger:
         """Of the scheduler's side."""
         return self._ledger

@@ -45,6 +45,8 @@ def make_engine(host: Host, loaded: LoadedModel, settings: ConnectorSettings) ->
     if engine.geometry.immovable is not None:
         engine.close()
         raise UnsupportedModel(engine.geometry.immovable)
+    # Asking what a prompt would take has the machine measured in idle time, before the first request wants to know.
+    engine.explain([Segment((0,))])
     return engine
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from kvcomm.errors import SnapshotError
+from kvcomm.errors import SnapshotError, StoreFailed
 from kvcomm.integrations.vllm.params import RequestParams
 from kvcomm.integrations.vllm.preparation import KVLists
 from kvcomm.memory.fidelity import Fidelity
@@ -85,7 +85,7 @@ class TierShelf:
 
         def load(first: int) -> KV:
             if first < start:
-                raise ValueError(f"the tier has lost tokens before {start}")  # it is written when it is computed again
+                raise StoreFailed(f"the tier has lost tokens before {start}; they are written when they are computed")
             return on_cpu.part(first - start, len(token_ids) // self.tier.run_tokens * self.tier.run_tokens - start)
 
         space = self._of(params.tenant, self._space.producer)

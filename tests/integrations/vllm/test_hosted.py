@@ -118,8 +118,9 @@ def test_geometry_is_the_models_own(tiny: TinyModel, host: ModelHost) -> None:
     assert (found.max_context, found.vocab_size, found.immovable) == (512, expected.vocab_size, None)
 
 
-def test_answers_and_names_are_those_of_an_engine_of_its_own(tiny: TinyModel, engine: Engine) -> None:
-    with Engine(tiny.model, tiny.tokenizer, config=EngineConfig(pool_tokens=2048), prior=None) as own:
+def test_answers_and_names_are_those_of_an_engine_of_its_own(engine: Engine) -> None:
+    same = tiny_model()
+    with Engine(same.model, same.tokenizer, config=EngineConfig(pool_tokens=2048), prior=None) as own:
         prompt = [Segment(PROMPT[:40]), Segment(PROMPT[40:], "document")]
         settings: Any = {"max_new_tokens": 20, "ignore_eos": True}
         assert engine.generate(prompt, **settings).token_ids == own.generate(prompt, **settings).token_ids
@@ -207,8 +208,8 @@ def test_an_abort_at_any_moment_leaves_nothing(engine: Engine, host: ModelHost, 
 def test_a_prompt_that_cannot_be_is_left_to_vllm(engine: Engine, host: ModelHost, pages: TensorPages) -> None:
     preparations = Preparations(pages, host.turns, engine, None)
     preparations.begin(Prepare("long", tuple(range(10, 200)) * 4, MOVES, True))  # longer than the model sees
-    preparations.begin(Prepare("unknown", (10, 20, 10**6), RequestParams(reuse=Reuse()), True))
     assert prepared(preparations, "long") == 0
+    preparations.begin(Prepare("unknown", (10, 20, 10**6), RequestParams(reuse=Reuse()), True))
     assert prepared(preparations, "unknown") == 0
     preparations.close()
 

@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvcomm import ReusePolicy
-from kvcomm.integrations.vllm import adapter
+from kvcomm.integrations.vllm import adapter, plugin
 from kvcomm.memory.segments import Segment
 from tests.integrations.vllm.in_process import set_environment
 from tests.tiny import tiny_tokenizer
@@ -53,6 +53,7 @@ class Server:
         torch.manual_seed(0)
         LlamaForCausalLM(config).eval().save_pretrained(model)
         tokenizer.save_pretrained(model)
+        plugin.register()  # as vLLM does where kvcomm is installed
         self.llm = vllm.LLM(
             model=str(model),
             dtype="float32",
