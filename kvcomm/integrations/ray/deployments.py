@@ -30,12 +30,12 @@ from kvcomm.integrations.ray.pinning import PinnedIds
 from kvcomm.integrations.ray.records import ContextRecords
 from kvcomm.integrations.ray.sealed import SealedObjects
 from kvcomm.integrations.ray.serving import Serving
-from kvcomm.integrations.ray.settings import AppSettings, secret_of
+from kvcomm.integrations.ray.settings import AppSettings
 from kvcomm.server.logs import logging_config
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.state import ServerState
+from kvcomm.tiers.keys import read_secret
 from kvcomm.tiers.store import open_store
-from kvcomm.tiers.tier import Tier
 
 logger = logging.getLogger("kvcomm.ray")
 
@@ -65,7 +65,7 @@ class EngineReplica:
         sys.setswitchinterval(SWITCH_S)
         torch.set_num_threads(settings.num_threads)
         name = get_replica_context().replica_id.unique_id
-        self._tier = _tier(server)
+        self._tier = server.open_tier()
         self._engine = Engine.load(
             server.model, dtype=server.dtype, device=server.device, config=server.engine, tier=self._tier
         )
@@ -73,7 +73,7 @@ class EngineReplica:
             self._engine.load_adapter(adapter, folder)
         app = make_app(self._engine, server, new_id=PinnedIds(name))
         self._serving = Serving(app, name)
-        objects = None if server.tier is None else SealedObjects(open_store(server.tier), secret_of(server))
+        objects = _objects(server)
         self._exchange: LearningExchange | None = None
         if objects is not None:
             state = self._serving.state
@@ -130,10 +130,11 @@ class EngineReplica:
             await asyncio.sleep(FOLLOW_S)
 
 
-def _tier(server: ServerSettings) -> Tier | None:
+def _objects(server: ServerSettings) -> SealedObjects | None:
     if server.tier is None:
         return None
-    return Tier.open(server.tier, secret=secret_of(server), max_bytes=server.tier_bytes)
+    secret = None if server.tier_secret_file is None else read_secret(server.tier_secret_file)
+    return SealedObjects(open_store(server.tier), secret)
 
 
 def _tenants(state: ServerState) -> list[str]:

@@ -106,19 +106,6 @@ def read_arguments(given: Mapping[str, Any]) -> tuple[AppSettings, ServerSetting
     return settings, server
 
 
-def secret_of(server: ServerSettings) -> bytes | None:
-    """The tier's secret; None: it has none.
-
-    Raises:
-        InvalidRequest: the file cannot be read.
-    """
-    file = server.tier_secret_file
-    try:
-        return None if file is None else file.read_bytes()
-    except OSError as error:
-        raise InvalidRequest(f"the tier's secret, {file}, cannot be read: {error.strerror or error}") from error
-
-
 def _validated(values: Mapping[str, Any]) -> AppSettings:
     try:
         return AppSettings.model_validate(dict(values))
