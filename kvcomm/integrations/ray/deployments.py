@@ -163,7 +163,15 @@ class _AppResponse(Response):
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._app({**scope, "state": {}}, receive, send)
+        await self._app({**scope, **_below(scope), "state": {}}, receive, send)
+
+
+def _below(scope: Scope) -> dict[str, Any]:
+    """A request's path behind the prefix that Ray routes by, as the server knows its paths."""
+    root, path, raw = scope.get("root_path", "").rstrip("/"), scope["path"], scope.get("raw_path") or b""
+    if not path.startswith(f"{root}/"):
+        return {}
+    return {"path": path[len(root) :], "raw_path": raw.removeprefix(root.encode()), "root_path": ""}
 
 
 class _RayReplicas:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import anyio.to_thread
 
@@ -35,6 +36,12 @@ from kvcomm.server.state import ServerState
 from kvcomm.server.tenants import Tenant
 
 logger = logging.getLogger("kvcomm.ray")
+
+KEEP_S = 2.0
+"""Seconds that an answer waits for what it has changed to be kept."""
+
+CHANGING = ("/v1/contexts", "/v1/responses", "/v1/snapshots")
+"""Beginnings of paths where contexts come to be and end."""
 
 REFRESH_SHARE = 0.1
 """Of a context's life, after which its last use is written anew."""
@@ -66,12 +73,22 @@ class ContextKeeper:
         self._records = records
         self._now = now
         self._kept: dict[str, dict[str, _Kept]] = {}  # tenant -> context -> what was kept
-        self._lock = asyncio.Lock()
-        self._coming: dict[str, asyncio.Lock] = {}
+        self._keeping: dict[str, asyncio.Lock] = {}  # by tenant
+        self._coming: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by family
+        self._writes: set[asyncio.Task[dict[str, int]]] = set()
 
     async def keep(self, asked: Asked) -> dict[str, int]:
-        """Write what has changed since the last time; returns the versions of what did, by id."""
-        return {} if asked.tenant is None else await self._keep(asked.tenant)
+        """Write what a request has changed; returns the versions of that, by id.
+
+        Where the store takes longer than `KEEP_S` the writing goes on, and nothing is returned.
+        """
+        if asked.tenant is None or not (asked.context_id or asked.path.startswith(CHANGING)):
+            return {}
+        writing = asyncio.create_task(self._keep(asked.tenant))
+        self._writes.add(writing)
+        writing.add_done_callback(self._writes.discard)
+        done, _ = await asyncio.wait((writing,), timeout=KEEP_S)
+        return writing.result() if done else {}
 
     async def follow(self) -> None:
         """Write and remove what time has changed."""
@@ -80,6 +97,7 @@ class ContextKeeper:
 
     async def close(self) -> None:
         """Keep everything a last time; nothing is removed any more."""
+        await asyncio.gather(*self._writes)
         for tenant in list(self._state.tenants.names):
             await self._keep(tenant, removes=False)
 
@@ -95,21 +113,22 @@ class ContextKeeper:
         tenant, pin = asked.tenant, pin_of(context_id)
         if tenant is None or pin is None or not self._records.serves(tenant):
             return None
-        async with self._coming.setdefault(pin.family, asyncio.Lock()):
+        lock = self._coming.setdefault(pin.family, asyncio.Lock())
+        async with lock:
             is_back = await self._recall(self._state.tenants.get(tenant), context_id, asked)
-        self._coming.pop(pin.family, None)
         return pin.family if is_back else None
 
     async def _recall(self, tenant: Tenant, context_id: str, asked: Asked) -> bool:
         registry = self._state.contexts.of(tenant)
         registry.sweep()
-        await self._keep(tenant.name)  # what has expired is removed before it could be brought back
         kept = self._kept.get(tenant.name, {}).get(context_id)
-        here = any(node.id == context_id for node in registry.nodes)
-        if here and (kept is None or asked.version is None or kept.version >= asked.version):
-            return False
-        if here:
+        if any(node.id == context_id for node in registry.nodes):
+            if kept is None or asked.version is None or kept.version >= asked.version:
+                return False
             await self._drop(registry, context_id)
+        elif kept is not None:  # it was deleted here, or has expired
+            await self._keep(tenant.name)
+            return False
         at = asked.version if asked.is_again else None
         record = await self._read(tenant.name, context_id, at=at)
         if record is None:
@@ -168,7 +187,7 @@ class ContextKeeper:
         if not self._records.serves(tenant) or (registry is None and tenant not in self._kept):
             return {}
         versions: dict[str, int] = {}
-        async with self._lock:
+        async with self._keeping.setdefault(tenant, asyncio.Lock()):
             kept = self._kept.setdefault(tenant, {})
             nodes = {} if registry is None else {node.id: node for node in registry.nodes}
             for node in nodes.values():
@@ -177,23 +196,27 @@ class ContextKeeper:
                     continue
                 version = 1 if before is None else before.version + 1
                 record = _recorded(node, tenant, version, self._namespace, self._used_s(node))
-                if await self._write(record):
+                is_written = await self._write(record)
+                if is_written:
                     self._note(tenant, node, version, stamp=_stamp_of(record))
                     versions[node.id] = version
+                elif is_written is False and registry is not None:
+                    await self._drop(registry, node.id)
             for gone in kept.keys() - nodes.keys() if removes else ():
                 del kept[gone]
                 await self._remove(tenant, gone)
         return versions
 
-    async def _write(self, record: ContextRecord) -> bool:
+    async def _write(self, record: ContextRecord) -> bool | None:
+        """Whether it is written; False: another replica has changed the context, None: the store failed."""
         try:
-            is_new = await anyio.to_thread.run_sync(partial(self._records.put, record))
+            is_ours = await anyio.to_thread.run_sync(partial(self._records.put, record))
         except KVCommError as error:
             logger.warning("context %s is not kept: %s", record.id, error)
-            return False
-        if not is_new:
-            logger.error("context %s was changed by another replica meanwhile: this change is not kept", record.id)
-        return is_new
+            return None
+        if not is_ours:
+            logger.error("context %s was changed by another replica meanwhile: this copy of it ends", record.id)
+        return is_ours
 
     async def _remove(self, tenant: str, context_id: str) -> None:
         try:
