@@ -54,7 +54,7 @@ class AppSettings(BaseModel):
     config: Path | None = None
     health_period_s: Seconds = 2.0
     health_timeout_s: Seconds = 10.0
-    stats_period_s: Seconds = 0.5
+    stats_period_s: Seconds = 1.0
 
     @model_validator(mode="after")
     def _require_order(self) -> AppSettings:
