@@ -26,6 +26,7 @@ from kvcomm.integrations.ray.ingress import ReplicaDied, make_ingress
 from kvcomm.integrations.ray.keeping import ContextKeeper
 from kvcomm.integrations.ray.learning import LearningExchange
 from kvcomm.integrations.ray.messages import Asked, Part, Whole
+from kvcomm.integrations.ray.naming import NameKeeper
 from kvcomm.integrations.ray.pinning import PinnedIds
 from kvcomm.integrations.ray.records import ContextRecords
 from kvcomm.integrations.ray.sealed import SealedObjects
@@ -78,6 +79,7 @@ class EngineReplica:
         if objects is not None:
             state = self._serving.state
             self._serving.keeper = ContextKeeper(state, ContextRecords(objects, self._engine.namespace()))
+            self._serving.names = NameKeeper(state, objects)
             self._exchange = LearningExchange(self._engine, objects, name, partial(_tenants, state))
         self._following: asyncio.Task[None] | None = None
         gc.collect()

@@ -135,6 +135,22 @@ def test_what_every_replica_keeps_is_told_to_all(tiny: TinyModel) -> None:
         assert client.delete("/v1/segments/doc").json()["versions"] == 1
 
 
+def test_a_replica_that_comes_later_knows_the_names_of_segments(tiny: TinyModel, tmp_path: Path) -> None:
+    with cluster(tiny, "a", "b", tier=tmp_path) as two:
+        client = two.client()
+        for text in ("The quick", "The quick brown fox."):
+            assert client.put("/v1/segments/doc", json={"content": text}).status_code == 200
+        assert client.put("/v1/segments/gone", json={"content": "x"}).status_code == 200
+        assert client.delete("/v1/segments/gone").status_code == 200
+        before = client.get("/v1/segments/doc/versions").json()
+        two.add("c")
+        for name in ("a", "b"):
+            two.replicas.kill(name)
+        assert client.get("/v1/segments/doc/versions").json() == before
+        assert client.get("/v1/segments/gone").status_code == 404
+        assert chat(client, segments=[{"id": "d", "name": "doc", "version": 1}])["usage"]["prompt_tokens"]
+
+
 def kill_holder(two: Cluster, context_id: str) -> None:
     (holder,) = two.replicas.holder_of(context_id)
     two.replicas.kill(holder)
