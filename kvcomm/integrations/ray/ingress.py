@@ -44,7 +44,6 @@ MAX_TRIES = 3
 MAX_VERSIONS = 32_768
 """Contexts whose last version is remembered."""
 
-SAFE = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 EVENTS = "text/event-stream"
 
 
@@ -116,7 +115,7 @@ class Proxy:
             work = partial(self._asked, scope, body)
             asked, destination = await anyio.to_thread.run_sync(work) if len(body) > LONG_BYTES else work()
             if destination.reach is Reach.ONE:
-                await self._pass_on(asked, scope, receive, send)
+                await self._pass_on(asked, send)
             else:
                 await _send_whole(await self._gathered(asked, destination), send)
         except ApiError as error:
@@ -134,12 +133,13 @@ class Proxy:
             request_id=notes_of(scope).request_id,
             tenant=tenant,
             context_id=context_id,
+            changes=destination.changes,
             wanted=wanted_of(values, tenant=tenant or "", may_move=self._may_move),
             version=None if version is None else int(version),
         )
         return asked, destination
 
-    async def _pass_on(self, asked: Asked, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _pass_on(self, asked: Asked, send: Send) -> None:
         """Send the answer of one replica; of another one if the first dies before it has said anything."""
         for num_tries in range(1, MAX_TRIES + 1):
             begun = _Begun(send)
@@ -215,7 +215,7 @@ class _Begun:
 
 def _may_repeat(asked: Asked) -> bool:
     """Whether doing a request a second time does no more than doing it once."""
-    return asked.method in SAFE or asked.context_id is None or asked.version is not None
+    return not asked.changes or asked.version is not None
 
 
 def _lost(asked: Asked) -> ApiError:

@@ -34,6 +34,7 @@ class Asked:
         tenant: whose key it carries; None: it is nobody's.
         context_id: of the context, or response, that it is about; None: no certain one.
         wanted: what replicas could hold of it.
+        changes: that context.
         version: of that context, as the ingress knows it; None: unknown. An older one must not answer.
         is_again: a replica died while it had the request; what that one made of the context is not to count.
     """
@@ -49,6 +50,7 @@ class Asked:
     scheme: str = "http"
     tenant: str | None = None
     context_id: str | None = None
+    changes: bool = False
     wanted: Wanted = field(default_factory=lambda: Wanted(0))
     version: int | None = None
     is_again: bool = False
