@@ -75,6 +75,7 @@ class ContextKeeper:
         self._kept: dict[str, dict[str, _Kept]] = {}  # tenant -> context -> what was kept
         self._keeping: dict[str, asyncio.Lock] = {}  # by tenant
         self._coming: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by family
+        self._changing: dict[str, str] = {}  # nonce of the request that changes a context now, by context
         self._writes: set[asyncio.Task[dict[str, int]]] = set()
 
     async def keep(self, asked: Asked) -> dict[str, int]:
@@ -88,6 +89,8 @@ class ContextKeeper:
         self._writes.add(writing)
         writing.add_done_callback(self._writes.discard)
         done, _ = await asyncio.wait((writing,), timeout=KEEP_S)
+        if asked.changes and asked.context_id is not None and done:
+            self._changing.pop(asked.context_id, None)
         return writing.result() if done else {}
 
     async def follow(self) -> None:
@@ -111,6 +114,8 @@ class ContextKeeper:
         assert asked.context_id is not None, "the request is about a context"
         context_id = f"ctx_{asked.context_id.partition('_')[2]}"
         tenant, pin = asked.tenant, pin_of(context_id)
+        if asked.changes:
+            self._changing[context_id] = asked.nonce
         if tenant is None or pin is None or not self._records.serves(tenant):
             return None
         lock = self._coming.setdefault(pin.family, asyncio.Lock())
@@ -129,8 +134,9 @@ class ContextKeeper:
         elif kept is not None:  # it was deleted here, or has expired
             await self._keep(tenant.name)
             return False
-        at = asked.version if asked.is_again else None
-        record = await self._read(tenant.name, context_id, at=at)
+        record = await self._read(tenant.name, context_id)
+        if record is not None and asked.is_again and record.nonce == asked.nonce:
+            record = await self._read(tenant.name, context_id, at=record.version - 1)
         if record is None:
             return False
         if asked.version is not None and record.version < asked.version:
@@ -195,7 +201,7 @@ class ContextKeeper:
                 if before is not None and before.stamp == _stamp(node) and not _is_stale(node, before):
                     continue
                 version = 1 if before is None else before.version + 1
-                record = _recorded(node, tenant, version, self._namespace, self._used_s(node))
+                record = self._recorded(node, tenant, version)
                 is_written = await self._write(record)
                 if is_written:
                     self._note(tenant, node, version, stamp=_stamp_of(record))
@@ -235,13 +241,32 @@ class ContextKeeper:
     def _note(self, tenant: str, node: Node, version: int, *, stamp: _Stamp | None = None) -> None:
         self._kept.setdefault(tenant, {})[node.id] = _Kept(stamp or _stamp(node), version, node.used_s)
 
-    def _used_s(self, node: Node) -> float:
-        """Since 1970."""
-        return self._now() - (self._state.clock() - node.used_s)
-
-    @property
-    def _namespace(self) -> str:
-        return self._state.engine.namespace()
+    def _recorded(self, node: Node, tenant: str, version: int) -> ContextRecord:
+        context = node.context
+        segments = [(each.name, each.token_ids) for each in context.segments]
+        num_told = sum(len(token_ids) for _, token_ids in segments)
+        if context.num_tokens > num_told:
+            segments.append((ANSWER, context.tokens[num_told:]))
+        return ContextRecord(
+            id=node.id,
+            version=version,
+            nonce=self._changing.get(node.id, ""),
+            tenant=tenant,
+            namespace=self._state.engine.namespace(),
+            name=node.name,
+            salt=node.salt,
+            adapter=context.adapter,
+            parent=None if node.parent is None else node.parent.id,
+            num_inherited=node.num_inherited,
+            is_pinned=node.is_pinned,
+            is_spare=node.is_spare,
+            ttl_s=node.ttl_s,
+            used_s=self._now() - (self._state.clock() - node.used_s),
+            created=node.created,
+            segments=tuple(segments),
+            note=None if node.conversation is None else node.conversation.note(),
+            response=None if node.response is None else json.dumps(node.response.read()),
+        )
 
 
 def _stamp(node: Node) -> _Stamp:
@@ -256,33 +281,6 @@ def _stamp_of(record: ContextRecord) -> _Stamp:
 def _is_stale(node: Node, kept: _Kept) -> bool:
     """Whether what was kept says too early a time of the last use."""
     return not node.is_pinned and node.used_s - kept.used_s > REFRESH_SHARE * node.ttl_s
-
-
-def _recorded(node: Node, tenant: str, version: int, namespace: str, used_s: float) -> ContextRecord:
-    context = node.context
-    segments = [(each.name, each.token_ids) for each in context.segments]
-    num_told = sum(len(token_ids) for _, token_ids in segments)
-    if context.num_tokens > num_told:
-        segments.append((ANSWER, context.tokens[num_told:]))
-    return ContextRecord(
-        id=node.id,
-        version=version,
-        tenant=tenant,
-        namespace=namespace,
-        name=node.name,
-        salt=node.salt,
-        adapter=context.adapter,
-        parent=None if node.parent is None else node.parent.id,
-        num_inherited=node.num_inherited,
-        is_pinned=node.is_pinned,
-        is_spare=node.is_spare,
-        ttl_s=node.ttl_s,
-        used_s=used_s,
-        created=node.created,
-        segments=tuple(segments),
-        note=None if node.conversation is None else node.conversation.note(),
-        response=None if node.response is None else json.dumps(node.response.read()),
-    )
 
 
 def _made(state: ServerState, record: ContextRecord, space: str) -> Node:
@@ -310,9 +308,10 @@ def _computed(engine: Engine, record: ContextRecord, space: str) -> Context:
     The first segment goes in as ids, to which nothing is added: behind segments a tokenizer's start tokens would be.
     """
     first, *rest = (Segment(token_ids, name) for name, token_ids in record.segments)
-    context = engine.context(
-        first.token_ids, adapter=record.adapter, tenant=space, name=record.name, policy=ReusePolicy.exact()
-    )
+    start = first.token_ids or [first, *rest]
+    context = engine.context(start, adapter=record.adapter, tenant=space, name=record.name, policy=ReusePolicy.exact())
+    if not first.token_ids:
+        return context
     try:
         return context.extend(rest) if any(segment.token_ids for segment in rest) else context
     except BaseException:

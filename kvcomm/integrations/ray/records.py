@@ -32,6 +32,7 @@ class ContextRecord(BaseModel):
     Attributes:
         namespace: of the model that the tokens are of.
         version: counts changes from 1 on.
+        nonce: of the request that made this version, where that was one that changes the context; see `Asked`.
         used_s: when it was last used, in seconds since 1970.
         segments: name and token ids of each.
         note: its conversation; see `KeptConversation.note`.
@@ -42,6 +43,7 @@ class ContextRecord(BaseModel):
 
     id: str
     version: Annotated[int, Field(ge=1)]
+    nonce: str
     tenant: str
     namespace: str
     name: str | None
