@@ -34,6 +34,7 @@ from kvcomm.server.contexts.registry import ContextRegistry, Node
 from kvcomm.server.errors import ApiError, translate
 from kvcomm.server.state import ServerState
 from kvcomm.server.tenants import Tenant
+from kvcomm.server.waiting import in_thread
 
 logger = logging.getLogger("kvcomm.ray")
 
@@ -169,11 +170,17 @@ class ContextKeeper:
     async def _make(self, registry: ContextRegistry, record: ContextRecord) -> None:
         tenant = registry.tenant
         space = self._state.tenants.open_namespace(tenant, record.salt)
+        made: list[Node] = []
         with registry.place():
             try:
-                node = await anyio.to_thread.run_sync(partial(_made, self._state, record, space))
+                await in_thread(lambda: made.append(_made(self._state, record, space)))
             except KVCommError as error:
                 raise translate(error) from error
+            except BaseException:  # cancelled: nobody will have what was made meanwhile
+                for node in made:
+                    node.release()
+                raise
+            (node,) = made
             registry.bring_back(node, record.parent)
         self._note(tenant.name, node, record.version)
 
