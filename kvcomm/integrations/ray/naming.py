@@ -48,7 +48,8 @@ class NameKeeper:
             return
         if tenant not in self._reading:
             self._reading[tenant] = asyncio.create_task(self._bring(tenant))
-        await asyncio.wait((self._reading[tenant],), timeout=BRING_S)
+        if not self._reading[tenant].done():
+            await asyncio.wait((self._reading[tenant],), timeout=BRING_S)
 
     async def keep(self, asked: Asked) -> None:
         """Write what a request has changed about a name."""
