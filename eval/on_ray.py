@@ -8,8 +8,9 @@ its interpreter. Ray is started here, and ended at the end. One engine without R
 `moved_keys`: prompts that some other replica than their first answered, though it lived and was idle. Then clients ask
 without a pause while a replica that holds prompts and contexts is killed (SIGKILL). `errors`: requests not answered,
 before, while and after; `failover_s`: from the kill to the first answer about what the dead replica held;
-`failover_longest_s`: the longest of those requests; `same_tokens`: share of answers that are the one engine's own,
-those behind contexts included; `lost_contexts`: that are not there any more, or hold something else.
+`failover_longest_s`: the longest of those requests; `request_s`: the median of all before the kill; `same_tokens`:
+share of answers that are the one engine's own, those behind contexts included; `lost_contexts`: that are not there any
+more, or hold something else.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import IO, Any, NamedTuple
 
 from eval.figures import Figure, Report
@@ -201,6 +203,7 @@ def _measured(options: Namespace, port: int, wanted: dict[str, str]) -> Report:
         holders = [client.replica_of(context_id) for context_id in contexts]
         for number, context_id in enumerate(contexts):
             seen.note(f"context {number}", client.behind(context_id))
+        before = [each.seconds for some in seen.answers.values() for each in some]
         victim = next(name for name in (*holders, *seen.firsts.values()) if name)
         failover = _kill(options, port, client, seen, victim, contexts, holders)
         lost = sum(client.replica_of(context_id) is None for context_id in contexts)
@@ -216,13 +219,14 @@ def _measured(options: Namespace, port: int, wanted: dict[str, str]) -> Report:
         Figure("errors", seen.num_errors, "requests", None, "0"),
         Figure("failover_s", failover[0], "s", None, "<= 5"),
         Figure("failover_longest_s", max(failover), "s"),
+        Figure("request_s", median(before), "s"),
         Figure("same_tokens", num_same / num_all, "share", None, "1"),
         Figure("lost_contexts", lost, "contexts", None, "0"),
         Figure("replicas_used", len(set(seen.firsts.values())), "replicas"),
         Figure("answers", num_all, "requests"),
     ]
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    return Report("on_ray", figures, config, {"failover_s": failover})
+    return Report("on_ray", figures, config, {"failover_s": failover, "request_s": before})
 
 
 def _kill(

@@ -8,10 +8,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from kvcomm.errors import MissingExtra
-from kvcomm.integrations.ray.settings import AppSettings, read_arguments, secret_of
+from kvcomm.integrations.ray.settings import AppSettings, read_arguments
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.settings import ServerSettings
-from kvcomm.tiers.tier import Tier
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -64,8 +63,8 @@ def _try_out(server: ServerSettings) -> None:
     """Mistakes are found before a model is loaded for them."""
     if server.keys is not None:
         KeyRing(server.keys)
-    if server.tier is not None:
-        Tier.open(server.tier, secret=secret_of(server)).close()
+    if (tier := server.open_tier()) is not None:
+        tier.close()
 
 
 def _actor(settings: AppSettings) -> dict[str, Any]:

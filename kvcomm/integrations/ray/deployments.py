@@ -26,16 +26,17 @@ from kvcomm.integrations.ray.ingress import ReplicaDied, make_ingress
 from kvcomm.integrations.ray.keeping import ContextKeeper
 from kvcomm.integrations.ray.learning import LearningExchange
 from kvcomm.integrations.ray.messages import Asked, Part, Whole
+from kvcomm.integrations.ray.naming import NameKeeper
 from kvcomm.integrations.ray.pinning import PinnedIds
 from kvcomm.integrations.ray.records import ContextRecords
 from kvcomm.integrations.ray.sealed import SealedObjects
 from kvcomm.integrations.ray.serving import Serving
-from kvcomm.integrations.ray.settings import AppSettings, secret_of
+from kvcomm.integrations.ray.settings import AppSettings
 from kvcomm.server.logs import logging_config
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.state import ServerState
+from kvcomm.tiers.keys import read_secret
 from kvcomm.tiers.store import open_store
-from kvcomm.tiers.tier import Tier
 
 logger = logging.getLogger("kvcomm.ray")
 
@@ -65,7 +66,7 @@ class EngineReplica:
         sys.setswitchinterval(SWITCH_S)
         torch.set_num_threads(settings.num_threads)
         name = get_replica_context().replica_id.unique_id
-        self._tier = _tier(server)
+        self._tier = server.open_tier()
         self._engine = Engine.load(
             server.model, dtype=server.dtype, device=server.device, config=server.engine, tier=self._tier
         )
@@ -73,11 +74,12 @@ class EngineReplica:
             self._engine.load_adapter(adapter, folder)
         app = make_app(self._engine, server, new_id=PinnedIds(name))
         self._serving = Serving(app, name)
-        objects = None if server.tier is None else SealedObjects(open_store(server.tier), secret_of(server))
+        objects = _objects(server)
         self._exchange: LearningExchange | None = None
         if objects is not None:
             state = self._serving.state
             self._serving.keeper = ContextKeeper(state, ContextRecords(objects, self._engine.namespace()))
+            self._serving.names = NameKeeper(state, objects)
             self._exchange = LearningExchange(self._engine, objects, name, partial(_tenants, state))
         self._following: asyncio.Task[None] | None = None
         gc.collect()
@@ -130,10 +132,11 @@ class EngineReplica:
             await asyncio.sleep(FOLLOW_S)
 
 
-def _tier(server: ServerSettings) -> Tier | None:
+def _objects(server: ServerSettings) -> SealedObjects | None:
     if server.tier is None:
         return None
-    return Tier.open(server.tier, secret=secret_of(server), max_bytes=server.tier_bytes)
+    secret = None if server.tier_secret_file is None else read_secret(server.tier_secret_file)
+    return SealedObjects(open_store(server.tier), secret)
 
 
 def _tenants(state: ServerState) -> list[str]:
@@ -162,7 +165,15 @@ class _AppResponse(Response):
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._app({**scope, "state": {}}, receive, send)
+        await self._app({**scope, **_below(scope), "state": {}}, receive, send)
+
+
+def _below(scope: Scope) -> dict[str, Any]:
+    """A request's path behind the prefix that Ray routes by, as the server knows its paths."""
+    root, path, raw = scope.get("root_path", "").rstrip("/"), scope["path"], scope.get("raw_path") or b""
+    if not path.startswith(f"{root}/"):
+        return {}
+    return {"path": path[len(root) :], "raw_path": raw.removeprefix(root.encode()), "root_path": ""}
 
 
 class _RayReplicas:

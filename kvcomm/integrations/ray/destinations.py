@@ -30,16 +30,22 @@ class Reach(StrEnum):
 
 
 class Destination(NamedTuple):
-    """`context_id` is that of the context or response whose replica is to answer."""
+    """Where a request goes.
+
+    Attributes:
+        context_id: of the context or response whose replica is to answer.
+        changes: that context, so that a second time is another change; what only comes to be from it does not.
+    """
 
     reach: Reach
     context_id: str | None = None
+    changes: bool = False
 
 
 def destination_of(method: str, path: str, body: Mapping[str, Any]) -> Destination:
     """Where a request goes; `body` is empty where there is none, or it is no object."""
     if found := PATH_IDS.fullmatch(path) or TENANT_PATH_IDS.fullmatch(path):
-        return Destination(Reach.ONE, found[1])
+        return Destination(Reach.ONE, found[1], changes=path.endswith("/extend"))
     if path == "/metrics":
         return Destination(Reach.METRICS)
     if method == "GET" and path == "/v1/contexts":
@@ -47,4 +53,4 @@ def destination_of(method: str, path: str, body: Mapping[str, Any]) -> Destinati
     if method in ("PUT", "DELETE") and (SEGMENT_NAMES.fullmatch(path) or path.startswith("/admin/")):
         return Destination(Reach.EVERY)
     named = next((value for name in BODY_IDS if isinstance(value := body.get(name), str)), None)
-    return Destination(Reach.ONE, named)
+    return Destination(Reach.ONE, named, changes=bool(body.get("context_id")) and body.get("store") is True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from kvcomm.integrations.ray.routing import Wanted
 
-MAX_KEYS = 4096
+MAX_KEYS = 2048
 MAX_FAMILIES = 4096
 HELD, RESTORED, LOAD = "held", "restored", "load"
 """Names in what a replica tells."""

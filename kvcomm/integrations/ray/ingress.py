@@ -44,7 +44,6 @@ MAX_TRIES = 3
 MAX_VERSIONS = 32_768
 """Contexts whose last version is remembered."""
 
-SAFE = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 EVENTS = "text/event-stream"
 
 
@@ -116,7 +115,7 @@ class Proxy:
             work = partial(self._asked, scope, body)
             asked, destination = await anyio.to_thread.run_sync(work) if len(body) > LONG_BYTES else work()
             if destination.reach is Reach.ONE:
-                await self._pass_on(asked, scope, receive, send)
+                await self._pass_on(asked, send)
             else:
                 await _send_whole(await self._gathered(asked, destination), send)
         except ApiError as error:
@@ -134,14 +133,15 @@ class Proxy:
             request_id=notes_of(scope).request_id,
             tenant=tenant,
             context_id=context_id,
+            changes=destination.changes,
             wanted=wanted_of(values, tenant=tenant or "", may_move=self._may_move),
             version=None if version is None else int(version),
         )
         return asked, destination
 
-    async def _pass_on(self, asked: Asked, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _pass_on(self, asked: Asked, send: Send) -> None:
         """Send the answer of one replica; of another one if the first dies before it has said anything."""
-        for num_tries in range(1, MAX_TRIES + 1):
+        for _ in range(MAX_TRIES):
             begun = _Begun(send)
             try:
                 async with aclosing(self._replicas.one(asked)) as parts:
@@ -155,10 +155,9 @@ class Proxy:
                 if begun.is_begun:
                     await begun.break_off()
                     return
-                if num_tries == MAX_TRIES or not _may_repeat(asked):
-                    break
                 asked = replace(asked, is_again=True)
-        raise _lost(asked)
+        message = f"{MAX_TRIES} replicas died one after the other while they had the request"
+        raise ApiError(503, "replica_lost", message, retry_after_s=1)
 
     def _remember(self, tail: Tail) -> None:
         for context_id, version in tail.versions.items():
@@ -211,18 +210,6 @@ class _Begun:
         error = ApiError(503, "replica_lost", "the replica that answered is gone; ask again", retry_after_s=1)
         event = f"data: {json.dumps(error.body)}\n\n".encode()
         await self._send({"type": "http.response.body", "body": event, "more_body": False})
-
-
-def _may_repeat(asked: Asked) -> bool:
-    """Whether doing a request a second time does no more than doing it once."""
-    return asked.method in SAFE or asked.context_id is None or asked.version is not None
-
-
-def _lost(asked: Asked) -> ApiError:
-    message = "the replica that had the request is gone"
-    if not _may_repeat(asked):
-        message += f"; whether {asked.context_id} was changed is not known: look at it before you go on"
-    return ApiError(503, "replica_lost", message, retry_after_s=1)
 
 
 async def _body(receive: Receive) -> bytes:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import anyio.to_thread
 
@@ -33,8 +34,15 @@ from kvcomm.server.contexts.registry import ContextRegistry, Node
 from kvcomm.server.errors import ApiError, translate
 from kvcomm.server.state import ServerState
 from kvcomm.server.tenants import Tenant
+from kvcomm.server.waiting import in_thread
 
 logger = logging.getLogger("kvcomm.ray")
+
+KEEP_S = 2.0
+"""Seconds that an answer waits for what it has changed to be kept."""
+
+CHANGING = ("/v1/contexts", "/v1/responses", "/v1/snapshots")
+"""Beginnings of paths where contexts come to be and end."""
 
 REFRESH_SHARE = 0.1
 """Of a context's life, after which its last use is written anew."""
@@ -66,12 +74,25 @@ class ContextKeeper:
         self._records = records
         self._now = now
         self._kept: dict[str, dict[str, _Kept]] = {}  # tenant -> context -> what was kept
-        self._lock = asyncio.Lock()
-        self._coming: dict[str, asyncio.Lock] = {}
+        self._keeping: dict[str, asyncio.Lock] = {}  # by tenant
+        self._coming: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by family
+        self._changing: dict[str, str] = {}  # nonce of the request that changes a context now, by context
+        self._writes: set[asyncio.Task[dict[str, int]]] = set()
 
     async def keep(self, asked: Asked) -> dict[str, int]:
-        """Write what has changed since the last time; returns the versions of what did, by id."""
-        return {} if asked.tenant is None else await self._keep(asked.tenant)
+        """Write what a request has changed; returns the versions of that, by id.
+
+        Where the store takes longer than `KEEP_S` the writing goes on, and nothing is returned.
+        """
+        if asked.tenant is None or not (asked.context_id or asked.path.startswith(CHANGING)):
+            return {}
+        writing = asyncio.create_task(self._keep(asked.tenant))
+        self._writes.add(writing)
+        writing.add_done_callback(self._writes.discard)
+        done, _ = await asyncio.wait((writing,), timeout=KEEP_S)
+        if asked.changes and asked.context_id is not None and done:
+            self._changing.pop(asked.context_id, None)
+        return writing.result() if done else {}
 
     async def follow(self) -> None:
         """Write and remove what time has changed."""
@@ -80,6 +101,7 @@ class ContextKeeper:
 
     async def close(self) -> None:
         """Keep everything a last time; nothing is removed any more."""
+        await asyncio.gather(*self._writes)
         for tenant in list(self._state.tenants.names):
             await self._keep(tenant, removes=False)
 
@@ -93,25 +115,29 @@ class ContextKeeper:
         assert asked.context_id is not None, "the request is about a context"
         context_id = f"ctx_{asked.context_id.partition('_')[2]}"
         tenant, pin = asked.tenant, pin_of(context_id)
+        if asked.changes:
+            self._changing[context_id] = asked.nonce
         if tenant is None or pin is None or not self._records.serves(tenant):
             return None
-        async with self._coming.setdefault(pin.family, asyncio.Lock()):
+        lock = self._coming.setdefault(pin.family, asyncio.Lock())
+        async with lock:
             is_back = await self._recall(self._state.tenants.get(tenant), context_id, asked)
-        self._coming.pop(pin.family, None)
         return pin.family if is_back else None
 
     async def _recall(self, tenant: Tenant, context_id: str, asked: Asked) -> bool:
         registry = self._state.contexts.of(tenant)
         registry.sweep()
-        await self._keep(tenant.name)  # what has expired is removed before it could be brought back
         kept = self._kept.get(tenant.name, {}).get(context_id)
-        here = any(node.id == context_id for node in registry.nodes)
-        if here and (kept is None or asked.version is None or kept.version >= asked.version):
-            return False
-        if here:
+        if any(node.id == context_id for node in registry.nodes):
+            if kept is None or asked.version is None or kept.version >= asked.version:
+                return False
             await self._drop(registry, context_id)
-        at = asked.version if asked.is_again else None
-        record = await self._read(tenant.name, context_id, at=at)
+        elif kept is not None:  # it was deleted here, or has expired
+            await self._keep(tenant.name)
+            return False
+        record = await self._read(tenant.name, context_id)
+        if record is not None and asked.is_again and record.nonce == asked.nonce:
+            record = await self._read(tenant.name, context_id, at=record.version - 1)
         if record is None:
             return False
         if asked.version is not None and record.version < asked.version:
@@ -144,11 +170,17 @@ class ContextKeeper:
     async def _make(self, registry: ContextRegistry, record: ContextRecord) -> None:
         tenant = registry.tenant
         space = self._state.tenants.open_namespace(tenant, record.salt)
+        made: list[Node] = []
         with registry.place():
             try:
-                node = await anyio.to_thread.run_sync(partial(_made, self._state, record, space))
+                await in_thread(lambda: made.append(_made(self._state, record, space)))
             except KVCommError as error:
                 raise translate(error) from error
+            except BaseException:  # cancelled: nobody will have what was made meanwhile
+                for node in made:
+                    node.release()
+                raise
+            (node,) = made
             registry.bring_back(node, record.parent)
         self._note(tenant.name, node, record.version)
 
@@ -168,7 +200,7 @@ class ContextKeeper:
         if not self._records.serves(tenant) or (registry is None and tenant not in self._kept):
             return {}
         versions: dict[str, int] = {}
-        async with self._lock:
+        async with self._keeping.setdefault(tenant, asyncio.Lock()):
             kept = self._kept.setdefault(tenant, {})
             nodes = {} if registry is None else {node.id: node for node in registry.nodes}
             for node in nodes.values():
@@ -176,24 +208,28 @@ class ContextKeeper:
                 if before is not None and before.stamp == _stamp(node) and not _is_stale(node, before):
                     continue
                 version = 1 if before is None else before.version + 1
-                record = _recorded(node, tenant, version, self._namespace, self._used_s(node))
-                if await self._write(record):
+                record = self._recorded(node, tenant, version)
+                is_written = await self._write(record)
+                if is_written:
                     self._note(tenant, node, version, stamp=_stamp_of(record))
                     versions[node.id] = version
+                elif is_written is False and registry is not None:
+                    await self._drop(registry, node.id)
             for gone in kept.keys() - nodes.keys() if removes else ():
                 del kept[gone]
                 await self._remove(tenant, gone)
         return versions
 
-    async def _write(self, record: ContextRecord) -> bool:
+    async def _write(self, record: ContextRecord) -> bool | None:
+        """Whether it is written; False: another replica has changed the context, None: the store failed."""
         try:
-            is_new = await anyio.to_thread.run_sync(partial(self._records.put, record))
+            is_ours = await anyio.to_thread.run_sync(partial(self._records.put, record))
         except KVCommError as error:
             logger.warning("context %s is not kept: %s", record.id, error)
-            return False
-        if not is_new:
-            logger.error("context %s was changed by another replica meanwhile: this change is not kept", record.id)
-        return is_new
+            return None
+        if not is_ours:
+            logger.error("context %s was changed by another replica meanwhile: this copy of it ends", record.id)
+        return is_ours
 
     async def _remove(self, tenant: str, context_id: str) -> None:
         try:
@@ -212,13 +248,32 @@ class ContextKeeper:
     def _note(self, tenant: str, node: Node, version: int, *, stamp: _Stamp | None = None) -> None:
         self._kept.setdefault(tenant, {})[node.id] = _Kept(stamp or _stamp(node), version, node.used_s)
 
-    def _used_s(self, node: Node) -> float:
-        """Since 1970."""
-        return self._now() - (self._state.clock() - node.used_s)
-
-    @property
-    def _namespace(self) -> str:
-        return self._state.engine.namespace()
+    def _recorded(self, node: Node, tenant: str, version: int) -> ContextRecord:
+        context = node.context
+        segments = [(each.name, each.token_ids) for each in context.segments]
+        num_told = sum(len(token_ids) for _, token_ids in segments)
+        if context.num_tokens > num_told:
+            segments.append((ANSWER, context.tokens[num_told:]))
+        return ContextRecord(
+            id=node.id,
+            version=version,
+            nonce=self._changing.get(node.id, ""),
+            tenant=tenant,
+            namespace=self._state.engine.namespace(),
+            name=node.name,
+            salt=node.salt,
+            adapter=context.adapter,
+            parent=None if node.parent is None else node.parent.id,
+            num_inherited=node.num_inherited,
+            is_pinned=node.is_pinned,
+            is_spare=node.is_spare,
+            ttl_s=node.ttl_s,
+            used_s=self._now() - (self._state.clock() - node.used_s),
+            created=node.created,
+            segments=tuple(segments),
+            note=None if node.conversation is None else node.conversation.note(),
+            response=None if node.response is None else json.dumps(node.response.read()),
+        )
 
 
 def _stamp(node: Node) -> _Stamp:
@@ -233,33 +288,6 @@ def _stamp_of(record: ContextRecord) -> _Stamp:
 def _is_stale(node: Node, kept: _Kept) -> bool:
     """Whether what was kept says too early a time of the last use."""
     return not node.is_pinned and node.used_s - kept.used_s > REFRESH_SHARE * node.ttl_s
-
-
-def _recorded(node: Node, tenant: str, version: int, namespace: str, used_s: float) -> ContextRecord:
-    context = node.context
-    segments = [(each.name, each.token_ids) for each in context.segments]
-    num_told = sum(len(token_ids) for _, token_ids in segments)
-    if context.num_tokens > num_told:
-        segments.append((ANSWER, context.tokens[num_told:]))
-    return ContextRecord(
-        id=node.id,
-        version=version,
-        tenant=tenant,
-        namespace=namespace,
-        name=node.name,
-        salt=node.salt,
-        adapter=context.adapter,
-        parent=None if node.parent is None else node.parent.id,
-        num_inherited=node.num_inherited,
-        is_pinned=node.is_pinned,
-        is_spare=node.is_spare,
-        ttl_s=node.ttl_s,
-        used_s=used_s,
-        created=node.created,
-        segments=tuple(segments),
-        note=None if node.conversation is None else node.conversation.note(),
-        response=None if node.response is None else json.dumps(node.response.read()),
-    )
 
 
 def _made(state: ServerState, record: ContextRecord, space: str) -> Node:
@@ -287,9 +315,10 @@ def _computed(engine: Engine, record: ContextRecord, space: str) -> Context:
     The first segment goes in as ids, to which nothing is added: behind segments a tokenizer's start tokens would be.
     """
     first, *rest = (Segment(token_ids, name) for name, token_ids in record.segments)
-    context = engine.context(
-        first.token_ids, adapter=record.adapter, tenant=space, name=record.name, policy=ReusePolicy.exact()
-    )
+    start = first.token_ids or [first, *rest]
+    context = engine.context(start, adapter=record.adapter, tenant=space, name=record.name, policy=ReusePolicy.exact())
+    if not first.token_ids:
+        return context
     try:
         return context.extend(rest) if any(segment.token_ids for segment in rest) else context
     except BaseException:

@@ -7,6 +7,7 @@ parts, a head and then bytes, so that a stream is passed on while it is written.
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,7 +35,9 @@ class Asked:
         tenant: whose key it carries; None: it is nobody's.
         context_id: of the context, or response, that it is about; None: no certain one.
         wanted: what replicas could hold of it.
+        changes: that context.
         version: of that context, as the ingress knows it; None: unknown. An older one must not answer.
+        nonce: of this request alone, whatever id its client gave it.
         is_again: a replica died while it had the request; what that one made of the context is not to count.
     """
 
@@ -49,8 +52,10 @@ class Asked:
     scheme: str = "http"
     tenant: str | None = None
     context_id: str | None = None
+    changes: bool = False
     wanted: Wanted = field(default_factory=lambda: Wanted(0))
     version: int | None = None
+    nonce: str = ""
     is_again: bool = False
 
 
@@ -94,6 +99,7 @@ def asked_of(scope: Scope, body: bytes, *, request_id: str, **more: Any) -> Aske
         client=_address(scope.get("client")),
         server=_address(scope.get("server")),
         scheme=scope.get("scheme", "http"),
+        nonce=uuid.uuid4().hex,
         **more,
     )
 

@@ -32,6 +32,7 @@ class ContextRecord(BaseModel):
     Attributes:
         namespace: of the model that the tokens are of.
         version: counts changes from 1 on.
+        nonce: of the request that made this version, where that was one that changes the context; see `Asked`.
         used_s: when it was last used, in seconds since 1970.
         segments: name and token ids of each.
         note: its conversation; see `KeptConversation.note`.
@@ -42,6 +43,7 @@ class ContextRecord(BaseModel):
 
     id: str
     version: Annotated[int, Field(ge=1)]
+    nonce: str
     tenant: str
     namespace: str
     name: str | None
@@ -83,16 +85,19 @@ class ContextRecords:
         return self._objects.serves(tenant)
 
     def put(self, record: ContextRecord) -> bool:
-        """Write a version; False: there is one of that number already, written by somebody else.
+        """Write a version; False: there is another one of that number already.
 
         Raises:
             KVCommError: the store cannot be written.
         """
         folder = self._folder(record.tenant, record.id)
-        is_new = self._objects.put(record.tenant, _name(folder, record.version), record.model_dump_json().encode())
-        if is_new and record.version > KEPT_VERSIONS:
+        name = _name(folder, record.version)
+        if not self._objects.put(record.tenant, name, record.model_dump_json().encode()):
+            there = self._read(record.tenant, name)  # maybe written by us, and only the answer was lost
+            return there is not None and there.model_copy(update={"used_s": record.used_s}) == record
+        if record.version > KEPT_VERSIONS:
             self._objects.clear(_name(folder, record.version - KEPT_VERSIONS))
-        return is_new
+        return True
 
     def get(self, tenant: str, context_id: str, *, at: int | None = None) -> ContextRecord | None:
         """The latest version that is whole; None: there is none.

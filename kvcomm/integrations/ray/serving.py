@@ -17,6 +17,7 @@ from starlette.types import Message
 from kvcomm.integrations.ray.holding import Holding
 from kvcomm.integrations.ray.keeping import ContextKeeper
 from kvcomm.integrations.ray.messages import Asked, Head, Part, Tail, Whole, answer
+from kvcomm.integrations.ray.naming import NameKeeper
 from kvcomm.server.errors import ApiError
 from kvcomm.server.running import tick
 from kvcomm.server.state import ServerState
@@ -31,6 +32,7 @@ class Serving:
     Attributes:
         holding: what it tells routers.
         keeper: of contexts; None: they end with their replica.
+        names: of segments; None: a replica knows those that it was told of.
     """
 
     def __init__(self, app: FastAPI, replica: str, keeper: ContextKeeper | None = None) -> None:
@@ -38,6 +40,7 @@ class Serving:
         self._app = app
         self._replica = replica
         self.keeper = keeper
+        self.names: NameKeeper | None = None
         self.holding = Holding()
 
     @property
@@ -107,6 +110,8 @@ class Serving:
 
     async def _messages(self, asked: Asked) -> AsyncGenerator[Message, None]:
         try:
+            if self.names is not None:
+                await self.names.bring(asked)
             if self.keeper is not None and asked.context_id is not None:
                 family = await self.keeper.recall(asked)
                 if family is not None:
@@ -120,4 +125,6 @@ class Serving:
                 yield message
 
     async def _kept(self, asked: Asked) -> Tail:
+        if self.names is not None:
+            await self.names.keep(asked)
         return Tail({} if self.keeper is None else await self.keeper.keep(asked))

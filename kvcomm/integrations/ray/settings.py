@@ -54,7 +54,7 @@ class AppSettings(BaseModel):
     config: Path | None = None
     health_period_s: Seconds = 2.0
     health_timeout_s: Seconds = 10.0
-    stats_period_s: Seconds = 0.5
+    stats_period_s: Seconds = 1.0
 
     @model_validator(mode="after")
     def _require_order(self) -> AppSettings:
@@ -104,19 +104,6 @@ def read_arguments(given: Mapping[str, Any]) -> tuple[AppSettings, ServerSetting
     if server.tier_secret_file is not None and server.tier is None:
         raise InvalidRequest("tier_secret_file is of no use without tier")
     return settings, server
-
-
-def secret_of(server: ServerSettings) -> bytes | None:
-    """The tier's secret; None: it has none.
-
-    Raises:
-        InvalidRequest: the file cannot be read.
-    """
-    file = server.tier_secret_file
-    try:
-        return None if file is None else file.read_bytes()
-    except OSError as error:
-        raise InvalidRequest(f"the tier's secret, {file}, cannot be read: {error.strerror or error}") from error
 
 
 def _validated(values: Mapping[str, Any]) -> AppSettings:

@@ -82,6 +82,16 @@ class SegmentRegistry:
             self._names[text.name], self._num_bytes = kept, needed
             return new
 
+    def bring_back(self, versions: Sequence[NamedText]) -> bool:
+        """Take in a name as another server had it; False: it is known here, or there is no room for it."""
+        with self._lock:
+            name, num_bytes = versions[0].name, self._num_bytes + sum(each.num_bytes for each in versions)
+            if name in self._names or len(self._names) >= self._max_names or num_bytes > self._max_bytes:
+                return False
+            self._names[name] = tuple(replace(each, token_ids=array("I", each.token_ids)) for each in versions)
+            self._num_bytes = num_bytes
+            return True
+
     def get(self, name: str, version: int | None = None) -> NamedText:
         """A version, by default the latest.
 

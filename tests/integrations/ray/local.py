@@ -15,6 +15,7 @@ from kvcomm.integrations.ray.choosing import Chooser
 from kvcomm.integrations.ray.ingress import ReplicaDied, make_ingress
 from kvcomm.integrations.ray.keeping import ContextKeeper
 from kvcomm.integrations.ray.messages import Asked, Head, Part, Whole
+from kvcomm.integrations.ray.naming import NameKeeper
 from kvcomm.integrations.ray.pinning import PinnedIds
 from kvcomm.integrations.ray.records import ContextRecords
 from kvcomm.integrations.ray.sealed import SealedObjects
@@ -42,8 +43,10 @@ class Replica:
         self.engine = Engine(tiny.model, tiny.tokenizer, config=SMALL)
         self.serving = Serving(make_app(self.engine, settings, new_id=PinnedIds(name)), name)
         if tier is not None:
-            records = ContextRecords(SealedObjects(open_store(str(tier)), secret), self.engine.namespace())
+            objects = SealedObjects(open_store(str(tier)), secret)
+            records = ContextRecords(objects, self.engine.namespace())
             self.serving.keeper = ContextKeeper(self.serving.state, records)
+            self.serving.names = NameKeeper(self.serving.state, objects)
         self.asked: list[Asked] = []
 
 

@@ -135,6 +135,22 @@ def test_what_every_replica_keeps_is_told_to_all(tiny: TinyModel) -> None:
         assert client.delete("/v1/segments/doc").json()["versions"] == 1
 
 
+def test_a_replica_that_comes_later_knows_the_names_of_segments(tiny: TinyModel, tmp_path: Path) -> None:
+    with cluster(tiny, "a", "b", tier=tmp_path) as two:
+        client = two.client()
+        for text in ("The quick", "The quick brown fox."):
+            assert client.put("/v1/segments/doc", json={"content": text}).status_code == 200
+        assert client.put("/v1/segments/gone", json={"content": "x"}).status_code == 200
+        assert client.delete("/v1/segments/gone").status_code == 200
+        before = client.get("/v1/segments/doc/versions").json()
+        two.add("c")
+        for name in ("a", "b"):
+            two.replicas.kill(name)
+        assert client.get("/v1/segments/doc/versions").json() == before
+        assert client.get("/v1/segments/gone").status_code == 404
+        assert chat(client, segments=[{"id": "d", "name": "doc", "version": 1}])["usage"]["prompt_tokens"]
+
+
 def kill_holder(two: Cluster, context_id: str) -> None:
     (holder,) = two.replicas.holder_of(context_id)
     two.replicas.kill(holder)
@@ -252,15 +268,21 @@ def test_an_extension_counts_once_though_its_first_replica_died_before_it_was_to
         assert first["own_tokens"] == extend(client, context(client)["id"])["own_tokens"]
 
 
-def test_an_extension_of_unknown_outcome_is_not_repeated(tiny: TinyModel, tmp_path: Path) -> None:
-    with cluster(tiny, "a", "b", tier=tmp_path) as two:
-        made = context(two.client())
-        other = two.client()  # another ingress, which has not seen the context before
-        died = []
-        two.replicas.dies = lambda asked, part: part is None and not died and died.append(asked) is None  # type: ignore[func-returns-value]
-        answer = other.post(f"/v1/contexts/{made['id']}/extend", json={"text": MORE})
-        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "replica_lost")
-        assert other.get(f"/v1/contexts/{made['id']}").json()["tokens"] == made["tokens"]
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_an_extension_through_another_ingress_counts_once_as_well(
+    tiny: TinyModel, tmp_path: Path, is_kept: bool
+) -> None:
+    """Which has not seen the context before, and whose client gives all its requests one id."""
+    with cluster(tiny, "a", "b", "c", tier=tmp_path) as three:
+        made = context(three.client())
+        other = three.client()
+        other.headers["x-request-id"] = "always-the-same"
+        wanted = extend(other, made["id"])
+        died: list[Any] = []
+        three.replicas.dies = lambda asked, part: is_head(part) is is_kept and not died and died.append(asked) is None  # type: ignore[func-returns-value]
+        again = extend(other, made["id"])
+        assert len(died) == 1
+        assert again["tokens"] - wanted["tokens"] == wanted["tokens"] - made["tokens"]
 
 
 def test_a_stream_whose_replica_dies_says_so(tiny: TinyModel) -> None:

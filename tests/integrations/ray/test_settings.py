@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvcomm.errors import InvalidRequest
-from kvcomm.integrations.ray.settings import read_arguments, secret_of
+from kvcomm.integrations.ray.settings import read_arguments
 
 
 def test_arguments_are_texts_or_values_of_yaml(tmp_path: Path) -> None:
@@ -55,13 +55,3 @@ def test_wrong_arguments_are_refused_by_name(given: dict[str, str], message: str
     with pytest.raises(InvalidRequest, match=message) as refused:
         read_arguments(given)
     assert "\n" not in str(refused.value)
-
-
-def test_the_secret_is_the_files_bytes(tmp_path: Path) -> None:
-    file = tmp_path / "secret"
-    _, server = read_arguments({"tier": str(tmp_path), "tier_secret_file": str(file)})
-    with pytest.raises(InvalidRequest, match=r"secret, .* cannot be read"):
-        secret_of(server)
-    file.write_bytes(b"0123456789abcdef")
-    assert secret_of(server) == b"0123456789abcdef"
-    assert secret_of(read_arguments({})[1]) is None
