@@ -244,11 +244,13 @@ def parts_of(
     for each in occurrences(segments):
         at = max(each.start, num_exact)
         is_behind = any(start < each.end for start, _ in moved)
-        static = Reason.GLUE if is_behind else otherwise
-        # A slot that the exact prefix reaches into has a source of its own, which ends there.
-        reason = static if each.segment.name is None or at > each.start else unmoved
-        if reason is unmoved and is_displaced and not each.before and each.segment.name is not None:
-            reason = Reason.DISPLACED
+        # Of a text that is cached but for its last token that one is computed anyway: for its logits, or as the last
+        # one that a context has drawn.
+        is_all_but_read = each.start < at == each.end - 1
+        if each.segment.name is None or is_all_but_read:
+            reason = Reason.GLUE if is_behind else otherwise
+        else:
+            reason = Reason.DISPLACED if is_displaced and not each.before else unmoved
         for start, end in moved:
             if start >= at and end <= each.end:
                 parts += [Part(at, start, reason), Part(start, end, None)]

@@ -21,7 +21,7 @@ from kvcomm.memory.segments import Rendition, Segment
 from kvcomm.memory.sequences import Identity
 from kvcomm.memory.sequences import Sequence as KVSequence
 from kvcomm.reuse.finder import MAX_RENDITIONS, MoveFinder, occurrences, parts_of
-from kvcomm.reuse.plan import Reason, plan_of
+from kvcomm.reuse.plan import Part, Reason, plan_of
 
 ROLE_A, ROLE_B = Segment(tuple(range(10))), Segment(tuple(range(20, 35)))
 QUESTION, FIRST = Segment(tuple(range(40, 46)), "question"), Segment(tuple(range(50, 58)), "first")
@@ -256,6 +256,19 @@ def test_the_plan_says_why_each_part_is_computed() -> None:
     ]
     plan = plan_of(4, parts)
     assert plan.reasons == {"new": 8, "displaced": 6, "no_source": 7, "glue": 2}
+
+
+def test_the_rest_of_a_slot_has_the_slots_own_reason() -> None:
+    """Where the exact prefix reached into a slot, its rest was once told as `new`, whatever kept it from moving."""
+    segments = (ROLE_A, QUESTION, TAIL, FIRST)  # 10, 6, 2, 8
+    parts = parts_of(segments, 13, [], otherwise=Reason.NEW, unmoved=Reason.BOUND, is_displaced=False)
+    assert parts == [Part(13, 16, Reason.BOUND), Part(16, 18, Reason.NEW), Part(18, 26, Reason.BOUND)]
+    displaced = parts_of(segments, 13, [], otherwise=Reason.NEW, unmoved=Reason.BOUND, is_displaced=True)
+    assert displaced[0] == Part(13, 16, Reason.DISPLACED)
+    asked_again = parts_of(segments, 25, [], otherwise=Reason.LAST_TOKEN, unmoved=Reason.BOUND, is_displaced=False)
+    assert asked_again == [Part(25, 26, Reason.LAST_TOKEN)]
+    moved = parts_of(segments, 13, [(13, 15)], otherwise=Reason.NEW, unmoved=Reason.BOUND, is_displaced=False)
+    assert moved[:3] == [Part(13, 15, None), Part(15, 16, Reason.BOUND), Part(16, 18, Reason.GLUE)]
 
 
 TEXTS = [passage(number, "document", 4) for number in range(4)]
