@@ -71,8 +71,8 @@ class Chooser:
             for key in keys.intersection(each.get(HELD, ())):
                 holders.setdefault(key, set()).add(replica)
         for key in keys:
-            if (replica := self._sent.get(key)) is not None:
-                holders.setdefault(key, set()).add(replica)
+            if (last := self._sent.get(key)) is not None:
+                holders.setdefault(key, set()).add(last)
         return holders
 
 

@@ -75,14 +75,14 @@ class Serving:
 
     async def whole(self, asked: Asked) -> Whole:
         """The same in one piece."""
-        status, headers, body = 500, [], b""
+        head, body = Head(500, []), b""
         async with aclosing(self.parts(asked)) as parts:
             async for part in parts:
                 if isinstance(part, Head):
-                    status, headers = part
+                    head = part
                 elif isinstance(part, bytes):
                     body += part
-        return Whole(self._replica, status, headers, body)
+        return Whole(self._replica, head.status, head.headers, body)
 
     async def follow(self) -> None:
         """To be called about once a second: what has expired goes, here and where it is kept."""
