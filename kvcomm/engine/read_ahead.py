@@ -14,6 +14,7 @@ tier and writes pages.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -240,7 +241,9 @@ class ReadAhead:
     @property
     def _busyness(self) -> float:
         """How many times as long passes take as on a machine that does nothing else."""
-        return self._slowdown if time.monotonic() - self._slowdown_at_s < BUSY_S else 1.0
+        if time.monotonic() - self._slowdown_at_s < BUSY_S:
+            return self._slowdown
+        return min(MAX_BUSYNESS, max(1.0, _load()))
 
     def _begin(self, ask: Ask) -> None:
         """Put an ask in the queue, unless the tier is not worth it."""
@@ -294,9 +297,12 @@ class ReadAhead:
         """Fetch what the tier has and this engine lacks; why a prefix was not had, if it was not."""
         reason = self._fetch_prefix(ask)
         for segment in ask.segments:
-            if not (ask.is_given_up or self._is_closed):
+            if self._is_wanted(ask):
                 self._fetch_rendition(ask, segment)
         return reason
+
+    def _is_wanted(self, ask: Ask) -> bool:
+        return not (ask.is_given_up or self._is_closed)
 
     def _fetch_rendition(self, ask: Ask, segment: Segment) -> None:
         digest, deadline_s = segment.digest(ask.space.namespace), max(MIN_DEADLINE_S, ask.exact_s or 0.0)
@@ -354,9 +360,7 @@ class ReadAhead:
         with self._lock:
             ask.num_there = num_there
             start = self._memory.tree.look(ask.namespace, ask.token_ids).num_tokens // run_tokens * run_tokens
-            if ask.is_given_up or self._is_closed or start >= num_there:
-                return None
-        while start < num_there and not (ask.is_given_up or self._is_closed):
+        while start < num_there and self._is_wanted(ask):
             end = start + run_tokens
             read = tier.read_prefix(ask.space, tokens, start, end, deadline_s=deadline_s)
             if read.miss is not None:
@@ -415,3 +419,11 @@ class ReadAhead:
         for stored, parts in zip((*pool.keys, *pool.values), pieces, strict=True):
             new = parts[0] if len(parts) == 1 else torch.cat(parts)
             stored[slots] = new[skipped:].to(stored.device)
+
+
+def _load() -> float:
+    """Processes that want to run for each processor; 1 where the system does not say."""
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except (AttributeError, OSError):
+        return 1.0
