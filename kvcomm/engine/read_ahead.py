@@ -1,9 +1,10 @@
 """Read-ahead: what a shared tier has of a waiting prompt is fetched before it is computed, or beside that.
 
 A request waits for the tier for a small share of the time that computing takes, and not at all where the tier is
-expected to take longer. From then on it is computed, in pieces where something is about to come: what comes is used for
-all that is not computed yet, and by others. So a tier that is gone or slow costs a first token a few hundredths of its
-time, and never an answer.
+expected to take longer for its first run of tokens. Each run that comes has saved the time of computing it, and the
+request waits so much longer for the next one. From then on it is computed, in pieces where something is about to come:
+what comes is used for all that is not computed yet, and by others. So a tier that is gone or slow, or becomes so in the
+middle, costs a first token a few hundredths of its time, and never an answer.
 
 Everything fetched goes into the tree of exact prefixes, the same as if it had been computed here; requests find it
 there. Methods but `close` are called under the engine's lock, which the reading thread does not hold while it asks the
@@ -13,6 +14,7 @@ tier and writes pages.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -36,7 +38,10 @@ from kvcomm.tiers.tier import KV, StoredRendition, Tier, TierMiss, TierSpace
 logger = logging.getLogger("kvcomm.tiers")
 
 WAIT_SHARE = 0.025
-"""Of the time that computing takes, that a request waits for the tier at most."""
+"""Of the time that computing takes, that a request waits for the tier at most while nothing comes."""
+
+SAVED_SHARE = 0.9
+"""Of the time that what has come has saved, that it waits for more."""
 
 RACE_SHARE = 0.02
 """Of that time, that computing in pieces beside the tier may cost."""
@@ -86,7 +91,9 @@ class Ask:
         num_local: of these, cached here when it was asked.
         asked_s: on the monotonic clock.
         exact_s: predicted seconds of computing what is not cached here; None: not known yet.
-        expected_s: predicted seconds until the tier has given all it can have; None: nothing is known of its pace.
+        first_s: predicted seconds until the first of it can be here; None: nothing is known of the tier's pace.
+        expected_s: predicted seconds until the tier has given all it can have; None as above.
+        saved_s: predicted seconds of computing what the tier has given so far.
         num_there: leading tokens that the tier has; None: not known yet.
         num_placed: leading tokens that are cached here since the tier gave the last of them.
         spans: `[start, end)` of the tokens that it gave.
@@ -103,7 +110,9 @@ class Ask:
     num_local: int
     asked_s: float
     exact_s: float | None = None
+    first_s: float | None = None
     expected_s: float | None = None
+    saved_s: float = 0.0
     num_there: int | None = None
     num_placed: int = 0
     spans: list[tuple[int, int]] = field(default_factory=list)
@@ -119,8 +128,8 @@ class Ask:
         if self.is_settled or self.exact_s is None:
             return -np.inf
         patience_s = min(MAX_WAIT_S, WAIT_SHARE * self.exact_s)
-        is_hopeless = self.expected_s is not None and self.expected_s > patience_s
-        return self.asked_s + (0.0 if is_hopeless else patience_s)
+        is_hopeless = self.first_s is not None and self.first_s > patience_s
+        return self.asked_s + (0.0 if is_hopeless else patience_s + SAVED_SHARE * self.saved_s)
 
     @property
     def left_s(self) -> float:
@@ -232,7 +241,9 @@ class ReadAhead:
     @property
     def _busyness(self) -> float:
         """How many times as long passes take as on a machine that does nothing else."""
-        return self._slowdown if time.monotonic() - self._slowdown_at_s < BUSY_S else 1.0
+        if time.monotonic() - self._slowdown_at_s < BUSY_S:
+            return self._slowdown
+        return min(MAX_BUSYNESS, max(1.0, _load()))
 
     def _begin(self, ask: Ask) -> None:
         """Put an ask in the queue, unless the tier is not worth it."""
@@ -251,6 +262,7 @@ class ReadAhead:
         if self._is_closed or is_stuck or not self._tier.is_worth(num_bytes, saved_s):
             self._settle(ask, Reason.TIER_SLOW)
             return
+        ask.first_s = self._tier.reads.expected_s(min(num_bytes, run_tokens * ask.space.token_bytes))
         ask.expected_s = self._tier.reads.expected_s(num_bytes)
         self._asks.append(ask)
         if self._thread is None:
@@ -285,9 +297,12 @@ class ReadAhead:
         """Fetch what the tier has and this engine lacks; why a prefix was not had, if it was not."""
         reason = self._fetch_prefix(ask)
         for segment in ask.segments:
-            if not (ask.is_given_up or self._is_closed):
+            if self._is_wanted(ask):
                 self._fetch_rendition(ask, segment)
         return reason
+
+    def _is_wanted(self, ask: Ask) -> bool:
+        return not (ask.is_given_up or self._is_closed)
 
     def _fetch_rendition(self, ask: Ask, segment: Segment) -> None:
         digest, deadline_s = segment.digest(ask.space.namespace), max(MIN_DEADLINE_S, ask.exact_s or 0.0)
@@ -345,12 +360,15 @@ class ReadAhead:
         with self._lock:
             ask.num_there = num_there
             start = self._memory.tree.look(ask.namespace, ask.token_ids).num_tokens // run_tokens * run_tokens
-            if ask.is_given_up or self._is_closed or start >= num_there:
-                return None
-        read = tier.read_prefix(ask.space, tokens, start, num_there, deadline_s=deadline_s)
-        if read.runs and not self._place(ask, read.runs, start):
-            return Reason.NO_ROOM
-        return None if read.miss is None else REASONS[read.miss]
+        while start < num_there and self._is_wanted(ask):
+            end = start + run_tokens
+            read = tier.read_prefix(ask.space, tokens, start, end, deadline_s=deadline_s)
+            if read.miss is not None:
+                return REASONS[read.miss]
+            if not self._place(ask, read.runs, start):
+                return Reason.NO_ROOM
+            start = end
+        return None
 
     def _place(self, ask: Ask, runs: Sequence[KV], start: int) -> bool:
         """Put KV of the tokens from `start` on into the tree; False: no room, or what stood before is gone."""
@@ -378,6 +396,10 @@ class ReadAhead:
                 tree.insert(ask.namespace, ask.token_ids[:end], sequence.pages)
                 ask.num_placed = end
                 ask.spans.append((match.num_tokens, end))
+                if self._cost.model is not None:
+                    saved_s = self._cost.model.compute_s([(match.num_tokens, end)]) - self._cost.model.pass_s
+                    ask.saved_s += self._busyness * saved_s
+                self._changed.notify_all()
         finally:
             with self._lock:
                 self._filling = None
@@ -397,3 +419,11 @@ class ReadAhead:
         for stored, parts in zip((*pool.keys, *pool.values), pieces, strict=True):
             new = parts[0] if len(parts) == 1 else torch.cat(parts)
             stored[slots] = new[skipped:].to(stored.device)
+
+
+def _load() -> float:
+    """Processes that want to run for each processor; 1 where the system does not say."""
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except (AttributeError, OSError):
+        return 1.0
