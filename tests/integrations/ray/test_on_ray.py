@@ -19,6 +19,8 @@ from tests.tiny import tiny_model
 
 pytest.importorskip("ray", reason="Ray is not installed here: bash scripts/setup-env --integration ray")
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own warnings are not ours to answer for
+
 TEXT = "You are a helpful agent. Question: how many apples are left?"
 
 
