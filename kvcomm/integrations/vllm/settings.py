@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticCustomError
 
 from kvcomm.errors import InvalidRequest
+from kvcomm.tiers.keys import read_secret
 
 DEFAULT_POOL_TOKENS = 16384
 
@@ -52,17 +53,9 @@ class ConnectorSettings(BaseModel):
         """What the secret's file holds.
 
         Raises:
-            InvalidRequest: it cannot be read, or is empty.
+            TierError: it cannot be read, or is too short.
         """
-        if self.tier_secret_file is None:
-            return None
-        try:
-            found = self.tier_secret_file.read_bytes().strip()
-        except OSError as error:
-            raise InvalidRequest(f"tier_secret_file {self.tier_secret_file}: {error.strerror}") from error
-        if not found:
-            raise InvalidRequest(f"tier_secret_file {self.tier_secret_file} is empty")
-        return found
+        return None if self.tier_secret_file is None else read_secret(self.tier_secret_file)
 
 
 def read_settings(given: Mapping[str, Any]) -> ConnectorSettings:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcomm.errors import InvalidRequest
+from kvcomm.errors import InvalidRequest, TierError
 from kvcomm.integrations.vllm.params import RequestParams, read_params
 from kvcomm.integrations.vllm.settings import read_settings
 from kvcomm.reuse.policy import ReusePolicy
@@ -114,10 +114,10 @@ def test_bad_settings_are_named(given_settings: dict[str, Any], named: str) -> N
 def test_a_secret_comes_from_its_file(tmp_path: Any) -> None:
     file = tmp_path / "secret"
     settings = read_settings({"tier": "/tier", "tier_secret_file": str(file)})
-    with pytest.raises(InvalidRequest, match="No such file"):
+    with pytest.raises(TierError, match="No such file"):
         _ = settings.secret
     file.write_text("\n")
-    with pytest.raises(InvalidRequest, match="is empty"):
+    with pytest.raises(TierError, match="has 0 bytes"):
         _ = settings.secret
     file.write_text("of all who share the tier\n")
     assert settings.secret == b"of all who share the tier"
