@@ -12,7 +12,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -138,3 +139,17 @@ def _processor() -> str:
 def _accelerator() -> str | None:
     torch = sys.modules.get("torch")  # whoever measures on one has imported it
     return torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
+
+
+@contextmanager
+def stdout_kept() -> Iterator[None]:
+    """Let all that is written to stdout go to stderr, also by other code than Python's."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -32,7 +32,7 @@ from pathlib import Path
 from statistics import median
 from typing import IO, Any, NamedTuple
 
-from eval.figures import Figure, Report
+from eval.figures import Figure, Report, stdout_kept
 from eval.workload import note
 
 TIMEOUT_S = 600.0
@@ -173,7 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.quick:
         options.keys, options.contexts, options.rounds = 4, 2, 2
-    report = measure(options)
+    with stdout_kept():  # Ray says there what befell its processes
+        report = measure(options)
     report.emit(as_json=options.json)
     if options.out is not None:
         report.save(options.out)

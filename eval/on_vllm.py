@@ -15,11 +15,10 @@ import subprocess
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-from eval.figures import Figure, Report
+from eval.figures import Figure, Report, stdout_kept
 from kvcomm import KVCommError
 
 SAFE_ENVIRONMENT = {
@@ -42,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _elsewhere(options.python, sys.argv[1:] if arguments is None else arguments)
     os.environ.update({key: os.environ.get(key, value) for key, value in SAFE_ENVIRONMENT.items()})
     try:
-        with _stdout_kept():  # vLLM logs there
+        with stdout_kept():  # vLLM logs there
             report = measure(options)
         if options.out is not None:
             report.save(options.out)
@@ -120,20 +119,6 @@ def _same(found: object) -> list[Figure]:
         Figure("violations", violations / audits if audits else 0.0, "share", None, f"<= {delta + error:.3f}"),
         Figure("audits", audits, "requests"),
     ]
-
-
-@contextmanager
-def _stdout_kept() -> Iterator[None]:
-    """Let all that is written to stdout go to stderr, also by other code than Python's."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def _elsewhere(python: str, arguments: Sequence[str]) -> int:

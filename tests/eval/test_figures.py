@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from eval.figures import Figure, Report, format_number
+from eval.figures import Figure, Report, format_number, stdout_kept
 
 REPORT = Report(
     "test",
@@ -59,3 +60,11 @@ def test_file_of_a_run(tmp_path: Path) -> None:
 )
 def test_format_number(value: float, text: str) -> None:
     assert format_number(value) == text
+
+
+def test_what_others_write_to_stdout_goes_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    """Also what code that is not Python's writes: stdout has one JSON object, or a table."""
+    with stdout_kept():
+        os.write(1, b"by others\n")
+    os.write(1, b"the report\n")
+    assert capfd.readouterr() == ("the report\n", "by others\n")
