@@ -17,9 +17,13 @@ import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eval.figures import Figure, Report, stdout_kept
 from kvcomm import KVCommError
+
+if TYPE_CHECKING:
+    from eval.on_vllm_runs import Cost
 
 SAFE_ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
@@ -69,10 +73,9 @@ def measure(options: Namespace) -> Report:
     return Report("on_vllm", figures, {**config, "vllm": bench.version, "kv_difference": bench.difference})
 
 
-def _costs(costs: object) -> list[Figure]:
+def _costs(costs: list[dict[str, Cost]]) -> list[Figure]:
     from kvcomm.lab.timings import Samples
 
-    assert isinstance(costs, list)
     figures = []
     for kind in ("cpu_s", "wall_s"):
         samples = {name: Samples(tuple(getattr(each[name], kind) for each in costs)) for name in costs[0]}
@@ -91,8 +94,8 @@ def _costs(costs: object) -> list[Figure]:
     return figures
 
 
-def _isolation(found: object) -> list[Figure]:
-    num_plain, num_tainted, num_approximate = found  # type: ignore[misc]
+def _isolation(found: tuple[int, int, int]) -> list[Figure]:
+    num_plain, num_tainted, num_approximate = found
     return [
         Figure("tainted", num_tainted, "requests", None, "0"),
         Figure("plain_requests", num_plain, "requests"),
@@ -100,8 +103,8 @@ def _isolation(found: object) -> list[Figure]:
     ]
 
 
-def _storms(found: object) -> list[Figure]:
-    num_answers, num_wrong, num_leaked = found  # type: ignore[misc]
+def _storms(found: tuple[int, int, int]) -> list[Figure]:
+    num_answers, num_wrong, num_leaked = found
     return [
         Figure("wrong", num_wrong, "answers", None, "0"),
         Figure("leaked", num_leaked, "blocks", None, "0"),
@@ -109,8 +112,8 @@ def _storms(found: object) -> list[Figure]:
     ]
 
 
-def _same(found: object) -> list[Figure]:
-    same, plans, moved, audits, violations, delta = found  # type: ignore[misc]
+def _same(found: tuple[float, float, int, int, int, float]) -> list[Figure]:
+    same, plans, moved, audits, violations, delta = found
     error = 2 * (delta * (1 - delta) / audits) ** 0.5 if audits else 0.0
     return [
         Figure("same_tokens", same, "share", None, "1"),

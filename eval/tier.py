@@ -21,6 +21,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from multiprocessing import get_context
+from multiprocessing.synchronize import Event
 from typing import NamedTuple
 
 import torch
@@ -162,11 +163,11 @@ def _kill_one(url: str, seed: int, after_s: float) -> None:
     writer.join()
 
 
-def _write(url: str, seed: int, began: object) -> None:
+def _write(url: str, seed: int, began: Event) -> None:
     """Write one prefix after the other, until killed."""
     torch.set_num_threads(1)
     tier = Tier.open(url)
-    began.set()  # type: ignore[attr-defined]  # an event of whichever context
+    began.set()
     for index in range(1000):
         token_ids, kv = _victim(tier, seed, index)
         tier.put_prefix(VICTIM, token_ids, kv)

@@ -6,7 +6,7 @@ import gc
 import os
 import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -286,14 +286,21 @@ def _serve(settings: ServerSettings, *, as_json: bool) -> None:
     from kvcomm.server.running import address_of, bind
     from kvcomm.server.traces import exporting_provider, shut_down
 
-    # Mistakes are found before a model is loaded for them.
-    keys = KeyRing(settings.keys) if settings.keys is not None else None
-    traces = exporting_provider(settings.traces) if settings.traces is not None else None
-    tier = settings.open_tier()
-    publisher = open_publisher(settings.kv_events, settings.name) if settings.kv_events is not None else None
-    listener = bind(settings)
-    dictConfig(logging_config(settings.log_level))
-    try:
+    with ExitStack() as opened:
+        # Mistakes are found before a model is loaded for them.
+        keys = KeyRing(settings.keys) if settings.keys is not None else None
+        traces = exporting_provider(settings.traces) if settings.traces is not None else None
+        if traces is not None:
+            opened.callback(shut_down, traces)
+        if (tier := settings.open_tier()) is not None:
+            opened.callback(tier.close)
+        publisher = open_publisher(settings.kv_events, settings.name) if settings.kv_events is not None else None
+        if publisher is not None:
+            opened.callback(publisher.close)
+        listener = bind(settings)
+        opened.callback(listener.close)
+        dictConfig(logging_config(settings.log_level))
+
         from kvcomm.engine.engine import Engine
         from kvcomm.server.app import make_app
         from kvcomm.server.running import make_server
@@ -314,14 +321,6 @@ def _serve(settings: ServerSettings, *, as_json: bool) -> None:
             listener.listen()  # whoever reads the address can connect at once
             _print(settings, address_of(listener), as_json=as_json)
             server.run(sockets=[listener])
-    finally:
-        listener.close()
-        if tier is not None:
-            tier.close()
-        if publisher is not None:
-            publisher.close()
-        if traces is not None:
-            shut_down(traces)
 
 
 def _announcing(

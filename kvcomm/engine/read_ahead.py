@@ -157,7 +157,6 @@ class ReadAhead:
         self._changed = threading.Condition(lock)
         self._is_closed = False
         self._thread: threading.Thread | None = None
-        self.num_failed = 0
 
     def ask(
         self, namespace: str, space: TierSpace, token_ids: IntArray, segments: Iterable[Segment] = ()
@@ -286,7 +285,6 @@ class ReadAhead:
             try:
                 reason = self._answer(ask)
             except Exception:  # a tier never raises; whatever this was, the request is computed
-                self.num_failed += 1
                 logger.exception("what the tier has of a prompt could not be taken over")
             finally:
                 with self._lock:

@@ -48,7 +48,6 @@ class WriteBehind:
         self._lock = lock
         self._held: dict[int, Held] = {}  # by id, those first that have waited longest
         self._is_closed = False
-        self.num_dropped = 0
 
     def num_whole(self, num_tokens: int) -> int:
         """Tokens of the whole runs of so many."""
@@ -82,7 +81,6 @@ class WriteBehind:
         if held is None:
             return False
         self._give_back(held)
-        self.num_dropped += 1
         return True
 
     def droppable_pages(self) -> list[PageIds]:

@@ -14,7 +14,11 @@ import httpx2
 import pytest
 
 from kvcomm.cli import app
+from kvcomm.cli.serve import _serve
+from kvcomm.errors import InvalidRequest
 from kvcomm.server.keys import KeyRing
+from kvcomm.server.settings import ServerSettings
+from kvcomm.tiers.tier import Tier
 from tests.limits import PATIENCE_S, process
 
 
@@ -202,3 +206,22 @@ def test_a_run(model_folder: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     (request,) = [line for line in lines if line["message"] == "request"]
     assert request["status"] == 200
+
+
+def test_a_tier_is_closed_where_the_rest_cannot_be_opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Bug: what was opened before a mistake was found stayed open."""
+    closed: list[str] = []
+    real = Tier.close
+
+    def close(tier: Tier) -> None:
+        closed.append(tier.url)
+        real(tier)
+
+    def bind(settings: ServerSettings) -> None:
+        raise InvalidRequest("the port is taken")
+
+    monkeypatch.setattr(Tier, "close", close)
+    monkeypatch.setattr("kvcomm.server.running.bind", bind)
+    with pytest.raises(InvalidRequest, match="the port is taken"):
+        _serve(ServerSettings(tier=str(tmp_path)), as_json=False)
+    assert len(closed) == 1

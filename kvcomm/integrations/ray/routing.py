@@ -17,14 +17,11 @@ What routers know may be wrong: a holder may have evicted what it held. That cos
 from __future__ import annotations
 
 import hashlib
-from array import array
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-KEY_BYTES = 16
-DEFAULT_RUN_TOKENS = 256
 DEFAULT_SLACK = 256
 DEFAULT_THRIFT = 2.0
 DEFAULT_SEGMENT_WORTH = 0.8
@@ -169,23 +166,6 @@ def holders_of(wanted: Wanted, holders: Mapping[str, Collection[str]]) -> set[st
 def rendezvous(key: str, worker: str) -> int:
     """How much `worker` attracts `key`, in [0, 2**64): the same on every machine."""
     return int.from_bytes(hashlib.blake2b(f"{key}|{worker}".encode(), digest_size=8).digest(), "big")
-
-
-def run_keys(token_ids: Sequence[int], run_tokens: int = DEFAULT_RUN_TOKENS, *, space: str = "") -> tuple[Run, ...]:
-    """Keys of the whole leading runs of a prompt: a chain, so that equal keys mean equal tokens from the start.
-
-    Args:
-        token_ids: non-negative, below 2**63.
-        run_tokens: tokens of a run.
-        space: what must agree besides the tokens, such as model and tenant.
-    """
-    digest = hashlib.blake2b(space.encode(), digest_size=KEY_BYTES).digest()
-    runs = []
-    for end in range(run_tokens, len(token_ids) + 1, run_tokens):
-        tokens = array("q", token_ids[end - run_tokens : end]).tobytes()
-        digest = hashlib.blake2b(digest + tokens, digest_size=KEY_BYTES).digest()
-        runs.append(Run(digest.hex(), end))
-    return tuple(runs)
 
 
 def _tokens_saved(

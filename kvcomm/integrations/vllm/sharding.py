@@ -9,7 +9,8 @@ read its heads out of a whole model's record would read all of it, and a rank th
 others. The part stands in the namespace of the shard's space, by its heads and not by its rank: ranks with copies share
 an object. Readers with another number of ranks ask for the parts that cover their heads (`covering`) and cut theirs out
 of them (`heads_of`). What one rank has and another lacks is not there: `common_length`. Sums over ranks are rounded in
-another order for another number of ranks: whether such KV counts as exact is for the space's producer to say.
+another order for another number of ranks, so the connector puts that number into the producer and reads only parts that
+as many ranks wrote; joining parts of others is proven here and used by nobody yet.
 
 Proven by simulated shards; it has never run on more than one device.
 """

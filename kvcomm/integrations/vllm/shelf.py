@@ -1,4 +1,4 @@
-"""Exact KV that vLLM's kernels computed, in a tier that other workers and kvcomm's own engines read.
+"""Exact KV that vLLM's kernels computed, in a tier that other workers read.
 
 The producer stands in every name: KV of vLLM is found by vLLMs of the same version and kind. KV of kvcomm's kernels is
 read as well where a comparison at start has shown that both agree; never the other way round from here.

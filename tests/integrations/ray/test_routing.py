@@ -15,7 +15,6 @@ from kvcomm.integrations.ray.routing import (
     holders_of,
     rank,
     rendezvous,
-    run_keys,
 )
 
 WORKERS = [f"w{number}" for number in range(8)]
@@ -113,15 +112,6 @@ def test_holders_and_the_least_loaded_are_enough_to_choose(
         if load - least <= Policy().slack or worker in holders_of(PROMPT, holders)
     }
     assert rank(PROMPT, holders, few)[0] == rank(PROMPT, holders, loads)[0]
-
-
-@given(st.lists(st.integers(0, 49_151), max_size=40), st.lists(st.integers(0, 49_151), max_size=40))
-def test_keys_of_runs_agree_as_far_as_the_tokens_do(left: list[int], right: list[int]) -> None:
-    ours, theirs = run_keys(left, 4), run_keys(right, 4)
-    assert [run.end for run in ours] == list(range(4, len(left) + 1, 4))
-    for mine, other in zip(ours, theirs, strict=False):
-        assert (mine == other) == (left[: mine.end] == right[: other.end])
-    assert not set(ours) & set(run_keys(left, 4, space="another"))
 
 
 def test_rendezvous_is_the_same_everywhere() -> None:
