@@ -118,7 +118,8 @@ class Holdings:
             for request in self._requests()
             for branch in request.branches
         }
-        return [entry for key, entry in own.items() if key not in self._held]
+        twins = [(each.owner, each.healing.twin) for each in self._requests() if each.healing is not None]
+        return [entry for key, entry in own.items() if key not in self._held] + twins
 
     def reclaim(self) -> None:
         """Give back what forgotten contexts held."""

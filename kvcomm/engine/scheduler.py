@@ -30,6 +30,7 @@ from kvcomm.engine.adapters import Adapters, Turns
 from kvcomm.engine.grammar_state import GrammarState
 from kvcomm.engine.grammar_turns import STEP_S, left_out, look
 from kvcomm.engine.guesses import repeated
+from kvcomm.engine.healing_work import HealingWork, is_of_twin
 from kvcomm.engine.passes import Computed, Failure, Work, compute
 from kvcomm.engine.request import ANSWER, Branch, Request
 from kvcomm.engine.results import Completion
@@ -99,6 +100,7 @@ class Scheduler:
         self._adapters = adapters
         self._tiering = tiering
         self._reclaim = reclaim
+        self._healing = HealingWork(memory)
         self._turns = Turns()
         self._looked_at: set[str] = set()  # closely: digests of weights, since the last pass
         self._waiting: list[Request] = []
@@ -327,7 +329,8 @@ class Scheduler:
             while True:
                 try:
                     num_missing = sequence.num_missing_pages(request.max_tokens)
-                    self._make_room(num_missing + num_own * (len(request.branches) - 1))
+                    num_missing += num_own * (len(request.branches) - 1)
+                    self._make_room(num_missing + self._healing.num_pages(request))
                     break
                 except PoolExhausted:
                     if self._running or not self._do_without(request):
@@ -340,6 +343,7 @@ class Scheduler:
                 sequence.release()
             raise
         sequence.make_writable(sequence.num_computed, request.max_tokens)
+        self._healing.reserve(request)
         for branch in request.branches[1:]:
             # Until the prompt is computed and can be forked, a further choice holds just the pages it will need.
             branch.sequence = Sequence(self._pool)
@@ -348,6 +352,8 @@ class Scheduler:
     def _do_without(self, request: Request) -> bool:
         """Give up something that was found for a request and takes room; False if there is nothing like that."""
         sequence, page_size = request.sequence, self._pool.page_size
+        if self._healing.do_without(request):
+            return True
         if request.attempt is not None:
             self._drop_attempt(request)
         elif not request.is_lent and request.ready_logits is None and sequence.num_computed % page_size:
@@ -422,14 +428,15 @@ class Scheduler:
 
     def _batch_of(self, running: AnySequence[Request], stuck: list[Request]) -> list[Work]:
         """Work for one pass: of requests that have the same weights."""
+        self._take_over(running)
         batch = self._decode_work(running, stuck)
         budget = self._config.max_batch_tokens - sum(work.num_tokens for work in batch)
-        if any(request.is_prefilled for request in self._running):
+        if any(request.is_prefilled and not self._healing.is_awaited(request) for request in self._running):
             budget = min(budget, self._config.prefill_chunk)
         for request in running:
-            if budget > 0 and not request.is_prefilled:
+            if budget > 0 and (not request.is_prefilled or self._healing.is_awaited(request)):
                 with self._on_behalf_of(request):
-                    work = self._prefill_work(request, budget, stuck)
+                    work = self._awaited_work(request, budget, stuck)
                     if work is not None:
                         budget -= work.num_tokens
                         batch.append(work)
@@ -439,7 +446,7 @@ class Scheduler:
     def _decode_work(self, running: AnySequence[Request], stuck: list[Request]) -> list[Work]:
         batch: list[Work] = []
         answers = [(request, branch) for request in running for branch in request.active_branches]
-        answers = [(request, branch) for request, branch in answers if request.is_prefilled]
+        answers = [each for each in answers if each[0].is_prefilled and not self._healing.is_awaited(each[0])]
         if self._has_several_tenants:
             waiting = left_out(branch.grammar for _, branch in answers if branch.grammar and not branch.forced)
             answers = [(request, branch) for request, branch in answers if branch.grammar not in waiting]
@@ -464,11 +471,23 @@ class Scheduler:
         num_wanted = request.sampling.max_new_tokens - len(branch.token_ids) - 1
         num_slots = branch.sequence.num_pages * self._pool.page_size - branch.sequence.num_tokens
         num = min(num_rows, num_wanted, num_slots)
+        if (num_moved := self._healing.num_guesses(request, branch)) is not None:
+            num = min(num, num_moved)
         if branch.forced:  # these are none: they will come
             return np.array(list(branch.forced)[: max(0, num)], dtype=np.int32)
         if branch.grammar is not None and branch.grammar.is_dear:
             num = 0  # behind each that is right it would be asked once more
         return branch.allowed(repeated(branch.sequence.token_ids, num))
+
+    def _awaited_work(self, request: Request, budget: int, stuck: list[Request]) -> Work | None:
+        """What comes next of a prompt, or of the exact twin that an answer waits for."""
+        if not request.is_prefilled:
+            return self._prefill_work(request, budget, stuck)
+        try:
+            return self._healing.awaited_work(request, budget)
+        except PoolExhausted:
+            stuck.append(request)
+            return None
 
     def _prefill_work(self, request: Request, budget: int, stuck: list[Request]) -> Work | None:
         sequence = request.sequence
@@ -540,7 +559,9 @@ class Scheduler:
             if work.request.handle.done:
                 continue  # closed meanwhile, or another choice of the same request failed in this very step
             with self._on_behalf_of(work.request):
-                if work.branch is not None:
+                if is_of_twin(work):
+                    self._healed(work, logits, finite)
+                elif work.branch is not None:
                     self._decoded(work, work.branch, logits, finite)
                 else:
                     self._prefilled(work, logits, finite)
@@ -563,6 +584,38 @@ class Scheduler:
                 raise _not_finite(work.request, end)
             if end == sequence.num_tokens:  # else what comes next is known: it was forced by what was just drawn
                 self._accept(work.request, branch, logits[index])
+
+    def _healed(self, work: Work, logits: Tensor, finite: AnySequence[bool]) -> None:
+        """Count what was computed of an exact twin; where that was its last, its request goes on with it."""
+        request = work.request
+        work.sequence.count(work.end)
+        if self._healing.has_caught_up(request):
+            self._let_take_over(request)
+        if work.branch is not None:
+            if not all(finite):
+                raise _not_finite(request, work.end)
+            self._accept(request, work.branch, logits[-1])
+
+    def _take_over(self, running: AnySequence[Request]) -> None:
+        """Let the twins of requests that wait for nothing else take over."""
+        for request in running:
+            if self._healing.has_caught_up(request):
+                with self._on_behalf_of(request):
+                    self._let_take_over(request)
+
+    def _let_take_over(self, request: Request) -> None:
+        """From now on all KV of a request is exact, for it and for others. What was served before is judged as such."""
+        assert request.healing is not None
+        self._require_its_weights(request)
+        self._learn_from(request)
+        request.healing.put_in_place()
+        if request.on_healed is not None:
+            request.on_healed()
+        self._remember(request, request.sequence, whole=False)
+        if self._config.cache:
+            self._planner.replace(request, request.segments)
+        if not request.active_branches:
+            self._finish(request)
 
     def _prefilled(self, work: Work, logits: Tensor, finite: AnySequence[bool]) -> None:
         """Count what was computed of a prompt. Behind moved KV nothing counts before all of it is in place."""
@@ -597,6 +650,7 @@ class Scheduler:
         self._remember(request, request.sequence, whole=False)
         self._publish(request)
         request.last_logits = logits.clone()
+        self._healing.begin(request)
         request.clock.first_token = time.monotonic()
         if request.sampling.max_new_tokens == 0:
             for branch in request.branches:
@@ -658,7 +712,7 @@ class Scheduler:
         if branch.sequence is not request.sequence:
             self._remember(request, branch.sequence, whole=True)
             branch.sequence.release()
-        if not request.active_branches:
+        if not request.active_branches and not self._healing.is_awaited(request):
             self._finish(request)
 
     def _finish(self, request: Request) -> None:
@@ -676,6 +730,8 @@ class Scheduler:
         self._settle(request, completion)
 
     def _learn_from(self, request: Request) -> None:
+        if request.healed_after is not None:
+            return  # that was done while what it was served was still there
         try:
             self._learner.after(request)
         except Exception:  # the answer is there, whether or not anything can be learned from it
@@ -698,11 +754,12 @@ class Scheduler:
         self._settle(request, error)
 
     def _settle(self, request: Request, outcome: Completion | BaseException) -> None:
-        request.on_success = None  # it knows the context, which is kept by nobody but its user
+        request.on_success = request.on_healed = None  # they know the context, which is kept by nobody but its user
         request.handle.settle(outcome)
 
     def _return_pages(self, request: Request, num_kept: int) -> None:
         """Release what the request holds; a lent sequence keeps its first `num_kept` tokens instead."""
+        self._healing.drop(request)
         for branch in request.branches:
             if branch.sequence is not request.sequence:
                 branch.sequence.release()
