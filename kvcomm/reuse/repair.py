@@ -67,19 +67,21 @@ class Repairer:
                         break
                 yield from self._trials.prefill(healing.twin)
                 with self._trials.lock:
-                    if not context.busy and own.approximate_from is not None and healing.has_caught_up:
-                        self._put_in_place(namespace, healing, context)
+                    if self._put_in_place(namespace, healing, context):
                         break
                 yield
             return not context.released and own.approximate_from is None
 
         return self._trials.promise(namespace, weights, (), steps, ReusePolicy.exact())
 
-    def _put_in_place(self, namespace: str, healing: Healing, context: Repairable) -> None:
-        """Under the lock."""
+    def _put_in_place(self, namespace: str, healing: Healing, context: Repairable) -> bool:
+        """Let a context that nobody writes go on with its twin, if that has caught up. Under the lock."""
         own, page_size = healing.own, self._memory.pool.page_size
+        if context.busy or own.approximate_from is None or not healing.has_caught_up:
+            return False
         healing.put_in_place()
         context.repaired()
         whole = own.num_computed - own.num_computed % page_size
         self._memory.tree.insert(namespace, own.token_ids[:whole], own.pages[: whole // page_size])
         self._finder.replace(namespace, context.segments, own)
+        return True
