@@ -78,7 +78,7 @@ class ReadAlong:
 
     def touch(self) -> None:
         """Something has changed that readings depend on: text, a source, a wish. By any thread, under the lock."""
-        self._is_touched = True
+        self._is_touched = bool(self._readings)
 
     def add(self, reading: Reading) -> None:
         """A prompt has been opened. By any thread, under the lock."""
