@@ -8,8 +8,10 @@ only this request waits for it. An answer that ends sooner is out when it ends; 
 
 from __future__ import annotations
 
+from kvcomm.engine.open_prompt import Reading
 from kvcomm.engine.passes import Work
 from kvcomm.engine.request import Branch, Request
+from kvcomm.engine.spare import MIN_CHUNK
 from kvcomm.memory.memory import Memory
 from kvcomm.model.runner import Run
 from kvcomm.reuse.healing import Healing, NotHealed
@@ -92,15 +94,16 @@ class HealingWork:
         return self._work(request, num_tokens, budget, branch if draws else None)
 
     def spare_work(self, request: Request, budget: int) -> Work | None:
-        """What can be computed beside answers of a twin that is not awaited yet; None: nothing."""
+        """What is worth computing beside answers of a twin that is not awaited yet; None: nothing."""
         if not _is_begun(request) or self.is_awaited(request):
             return None
         assert request.healing is not None
         # The last token is the answer's to compute: with it comes the next one.
         num_tokens = request.sequence.num_tokens - 1
-        if request.healing.twin.num_computed >= num_tokens:
+        num_missing = num_tokens - request.healing.twin.num_computed
+        if budget < min(MIN_CHUNK, num_missing) or not num_missing:
             return None
-        return self._work(request, num_tokens, budget, None)
+        return self._work(request, num_tokens, budget, None)._replace(is_beside=True)
 
     def _work(self, request: Request, num_tokens: int, budget: int, branch: Branch | None) -> Work:
         healing = request.healing
@@ -108,11 +111,11 @@ class HealingWork:
         is_alike = healing.grow(num_tokens)
         assert is_alike, f"the twin of request {request.request_id} has other tokens"
         start, end = healing.stretch(num_tokens)
+        twin, is_last = healing.twin, end <= start + budget
         end = min(end, start + budget)
-        draws = branch is not None and end == request.sequence.num_tokens
-        twin = healing.twin
-        run = Run(twin.token_ids[start:end].copy(), twin.pages.copy(), start, int(draws))
-        return Work(request, branch if draws else None, twin, (run,))
+        # Logits of its last token also tell whether what was computed are numbers.
+        run = Run(twin.token_ids[start:end].copy(), twin.pages.copy(), start, int(is_last))
+        return Work(request, branch if is_last and end == request.sequence.num_tokens else None, twin, (run,))
 
     def _is_refused(self, request: Request) -> NotHealed | None:
         """Why a request is never healed, whatever room there is."""
@@ -123,7 +126,7 @@ class HealingWork:
 
 def is_of_twin(work: Work) -> bool:
     """Whether work is of a request's exact twin."""
-    healing = work.request.healing
+    healing = None if isinstance(work.request, Reading) else work.request.healing
     return healing is not None and work.sequence is healing.twin
 
 
