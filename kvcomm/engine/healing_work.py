@@ -8,10 +8,13 @@ only this request waits for it. An answer that ends sooner is out when it ends; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kvcomm.engine.open_prompt import Reading
 from kvcomm.engine.passes import Work
 from kvcomm.engine.request import Branch, Request
 from kvcomm.engine.spare import MIN_CHUNK
+from kvcomm.errors import QuotaExceeded
 from kvcomm.memory.memory import Memory
 from kvcomm.model.runner import Run
 from kvcomm.reuse.healing import Healing, NotHealed
@@ -20,8 +23,12 @@ from kvcomm.reuse.healing import Healing, NotHealed
 class HealingWork:
     """What the scheduler asks about healing; under its lock. Keeps nothing: a request's healing is the request's."""
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, *, require_quota: Callable[[str, int], None]) -> None:
+        """Args:
+        require_quota: raises where a tenant's quota leaves no room for so many more pages.
+        """
         self._memory = memory
+        self._require_quota = require_quota
         self._page_size = memory.pool.page_size
 
     def num_pages(self, request: Request) -> int:
@@ -34,9 +41,15 @@ class HealingWork:
         return -(-_end(request) // self._page_size) - min(starts) // self._page_size if starts else 0
 
     def reserve(self, request: Request) -> None:
-        """Hold the pages of a twin, for which there is room."""
+        """Hold the pages of a twin, for which there is room in the pool."""
         num_pages = self.num_pages(request)
-        if num_pages:
+        if not num_pages:
+            return
+        try:
+            self._require_quota(request.owner, num_pages)
+        except QuotaExceeded:
+            request.not_healed = NotHealed.QUOTA
+        else:
             request.healing = Healing(self._memory, request.namespace, request.sequence)
             request.healing.reserve(num_pages)
 
@@ -53,7 +66,7 @@ class HealingWork:
             request.not_healed = None
             self.drop(request)
         elif request.healing is None:
-            request.not_healed = self._is_refused(request) or NotHealed.NO_ROOM
+            request.not_healed = self._is_refused(request) or request.not_healed
         else:
             request.healing.begin(_end(request))
 

@@ -123,7 +123,7 @@ class Scheduler:
         self._adapters = adapters
         self._tiering = tiering
         self._reclaim = reclaim
-        self._healing = HealingWork(memory)
+        self._healing = HealingWork(memory, require_quota=require_quota)
         self._spare = Spare(config.follow_share)
         self._gain = GuessGain()
         self.read_along = ReadAlong(

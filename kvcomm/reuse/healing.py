@@ -21,6 +21,8 @@ class NotHealed(StrEnum):
 
     NO_ROOM = "no_room"
     """The pool cannot hold the prompt twice."""
+    QUOTA = "quota"
+    """The tenant's quota of held tokens leaves no room for it."""
     SEVERAL_ANSWERS = "several_answers"
     """Every choice stands on the same moved KV, and none of them is kept."""
     NO_ANSWER = "no_answer"

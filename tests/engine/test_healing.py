@@ -277,6 +277,15 @@ def test_a_pool_that_holds_no_twin_serves_without(shared_model: TinyModel, unhea
         engine.check_integrity()
 
 
+def test_a_quota_that_leaves_no_room_for_a_twin(engine: Engine, unhealed: list[int]) -> None:
+    engine.set_quota(held_tokens=len(TOKENS) + NUM_ANSWER + len(TEXT))
+    completion = answer(engine, healing(4))
+    assert list(completion.token_ids) == unhealed
+    assert completion.usage.not_healed is NotHealed.QUOTA
+    engine.set_quota()
+    assert answer(engine, healing(4)).usage.healed_after == 4
+
+
 def test_a_twin_waits_for_room_that_others_return(shared_model: TinyModel, unhealed: list[int]) -> None:
     """Whether an answer is healed must not depend on who else is running."""
     config = replace(SMALL, pool_tokens=4 * len(TOKENS))
@@ -322,6 +331,20 @@ def test_a_fork_in_the_middle_keeps_what_its_parent_had(
             assert list(healed.token_ids) == expected(shared_model, unhealed, 8)[3:]
             assert_cold(child, engine)
             engine.check_integrity()
+
+
+def test_what_is_read_along_behind_moved_text_is_healed_with_it(engine: Engine, shared_model: TinyModel) -> None:
+    with moved_context(engine, healing(3)) as context:
+        producer = engine.submit(some_tokens(9), max_new_tokens=6, ignore_eos=True)
+        answered = context.follow(producer).close(SAMPLING).result()
+        followed = producer.result().token_ids
+        tokens = [*TOKENS, *followed, *answered.token_ids]
+        assert list(context.tokens) == tokens
+        assert answered.usage.healed_after == 3
+        begun = len(TOKENS) + 6 + 3
+        assert list(answered.token_ids[3:]) == greedy(shared_model.model, tokens[:begun], NUM_ANSWER - 3)
+        assert_cold(context, engine)
+        engine.check_integrity()
 
 
 @pytest.mark.parametrize("within", [1, 2, 6])

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval import fidelity
+from eval import fidelity, healed
 from eval.bound import bound_figures
 from eval.plans import best_plan, judge
 from eval.replayed import Replayed, num_moved
@@ -29,6 +29,7 @@ from kvcomm.engine.engine import Engine
 from kvcomm.memory.segments import Segment
 from kvcomm.reuse.decision import Rungs
 from kvcomm.reuse.replay import Outcome
+from tests.engine.conftest import ROWS_ONLY
 from tests.tiny import tiny_model
 
 TEAM = """
@@ -274,3 +275,45 @@ def test_who_reads_others_comes_after_them() -> None:
         assert [name for name, _ in in_order(engine, run)] == ["two", "last"]  # the first of all has nothing to move
         ring = {"one": reading("two"), "two": reading("one")}
         assert [name for name, _ in in_order(engine, ring)] == ["two"]
+
+
+def test_healing(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Measured once, and kept: what healing leaves, and contexts that are exact."""
+    assert fidelity.main([*arguments, "--heal"]) == 0
+    told = capsys.readouterr().out
+    values, file = values_of(told), tmp_path / "run.healed.jsonl"
+    assert values["prompts"] == values["longer answers"] == 3
+    assert 0 < values["heal4"] < values["heal8"] < 1
+    assert values["healed within 4"] == pytest.approx(values["heal4"] * values["not healed"])
+    assert values["heal_exact"] == 1
+    assert values["heal_error"] < 1e-4
+    samples = json.loads((tmp_path / "run.json").read_text())["samples"]
+    assert set(samples) == {"second not healed", "second healed within 4", "second healed within 8"}
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text(lines[0] + lines[1][:40])
+    assert fidelity.main([*arguments, "--heal"]) == 0
+    assert len(file.read_text().splitlines()) == 3
+    again = values_of(capsys.readouterr().out)
+    assert again["heal4"] == pytest.approx(values["heal4"], rel=1e-3)
+
+
+def test_healing_behind_the_answer_leaves_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(healed, "RUNG", Rung("rotate"))
+    monkeypatch.setattr(healed, "WITHIN", (1, 10, 30))
+    tiny, text = tiny_model(), Segment(tuple(range(30, 90)), "question")
+    with Engine(tiny.model, tiny.tokenizer) as engine:
+        engine.reuse.cost.model = ROWS_ONLY
+        reader = (Segment((8, 9)), text, Segment((4,)))
+        answer = engine.generate(reader, max_new_tokens=20, ignore_eos=True).token_ids
+        engine.clear_cache()
+        engine.generate((Segment((5, 6, 7)), text), max_new_tokens=1)
+        measured = healed._measure(engine, "reader", Reading(reader, answer))
+        assert measured is not None
+        whole, one, half, behind = measured.nats
+        assert 0 < one < half < whole
+        assert behind == pytest.approx(whole, rel=1e-3)
+        assert measured.num_tokens == 20
+        assert len(measured.errors) == measured.num_contexts == 3
+        assert max(measured.errors) < 1e-4
+        engine.check_integrity()
+        assert healed._measure(engine, "reader", Reading((Segment((8, 9)),), answer)) is None  # nothing to move

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from starlette.testclient import TestClient
 from kvcomm.align.levels import Level
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.results import ApproximationReport, Usage
+from kvcomm.reuse.healing import NotHealed
 from kvcomm.reuse.plan import BoundInForce
 from kvcomm.server.sampling import default_policy
 from kvcomm.server.settings import ServerSettings
@@ -117,9 +119,6 @@ def test_moved_text_is_healed_on_request(client: TestClient) -> None:
     exact = ask(client, 1, 99, reuse={"mode": "exact"})
     assert exact["cached_prefix_tokens"] > healed["aligned_tokens"]  # what was healed is an exact prefix
     assert (exact["healed_after"], exact["not_healed"]) == (None, None)
-    ask(client, 0, 98, reuse=LOOSE)
-    several = ask(client, 1, 98, reuse=heal, n=2)
-    assert (several["healed_after"], several["not_healed"]) == (None, "several_answers")
 
 
 def test_the_server_heals_where_a_request_does_not_say() -> None:
@@ -157,6 +156,16 @@ def test_the_bound_of_several_prompts_rests_on_least() -> None:
     assert alone.bound is not None
     assert (alone.bound.level, alone.bound.num_pairs, alone.rung, alone.rung_name) == (None, 0, None, None)
     assert usage_of([usage(None, None)]).bound is None
+
+
+def test_several_prompts_are_healed_with_the_last_of_them() -> None:
+    usage = Usage(10, 0, 0, 10, 1, 0.0, 0.1, 0.2)
+    healed = [replace(usage, healed_after=3), usage, replace(usage, healed_after=8)]
+    assert (usage_of(healed).healed_after, usage_of(healed).not_healed) == (8, None)
+    told = usage_of([usage, *(replace(usage, not_healed=reason) for reason in NotHealed)])
+    assert (told.healed_after, told.not_healed) == (None, "no_room")
+    for reason in NotHealed:
+        assert usage_of([replace(usage, not_healed=reason)]).not_healed == reason.value
 
 
 @pytest.mark.parametrize("reuse", [None, {"mode": "exact"}])

@@ -90,7 +90,7 @@ class Usage(ResponseModel):
         ),
     ] = None
     not_healed: Annotated[
-        Literal["no_room", "several_answers", "no_answer"] | None,
+        Literal["no_room", "quota", "several_answers", "no_answer"] | None,
         Field(description="Why moved KV was not healed although the request asked for it; null otherwise."),
     ] = None
     bound: Annotated[Bound | None, Field(description="The bound in force; null for exact requests.")]
