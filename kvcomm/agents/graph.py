@@ -50,6 +50,10 @@ class AgentGraph:
         """Names of all agents."""
         return tuple(agent.name for agent in self.agents)
 
+    def agent(self, name: str) -> Agent:
+        """The agent with a name, which is in the group."""
+        return next(agent for agent in self.agents if agent.name == name)
+
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names that a run has to be given, in order of first use."""
@@ -64,7 +68,7 @@ class AgentGraph:
 
     def needs(self, task: Task) -> frozenset[Task]:
         """Tasks to finish before this one starts: what it reads, and the agent's own last answer."""
-        agent = next(agent for agent in self.agents if agent.name == task.agent)
+        agent = self.agent(task.agent)
         needed = {Task(name, task.round) for name in self._sources(agent)}
         if task.round > 1:
             earlier = [slot.name for slot in agent.slots if slot.previous] + [agent.name]
