@@ -142,7 +142,7 @@ def test_independent_agents_run_in_one_batch(engine: Engine, monkeypatch: pytest
         return forward(runs, **more)
 
     monkeypatch.setattr(engine.scheduler._runner, "forward", counted)
-    with closing(team(engine).stream(question="1 + 1?")) as events:
+    with closing(team(engine, read_along=False).stream(question="1 + 1?")) as events:
         with engine.lock:  # no step begins before all three are submitted
             next(events)
         answered = [event.result for event in events if isinstance(event, GroupFinished)]
