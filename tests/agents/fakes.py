@@ -138,16 +138,17 @@ class FakeOpenPrompt:
     """Knows what it was given; what it is closed with must begin with that.
 
     Attributes:
-        parts: token ids that are final; handles of answers, and what of their ids is kept.
+        settings: with which it was opened.
+        names: of the segments that it was given.
     """
 
     def __init__(self, engine: FakeEngine, settings: dict[str, Any]) -> None:
         self.engine = engine
         self.settings = settings
-        self.parts: list[tuple[int, ...] | tuple[RequestHandle, Callable[..., tuple[int, ...]]]] = []
         self.names: list[str | None] = []
         self.is_closed = False
         self.is_cancelled = False
+        self._parts: list[Callable[[], tuple[int, ...] | None]] = []  # None: not known yet
 
     @property
     def is_open(self) -> bool:
@@ -155,13 +156,14 @@ class FakeOpenPrompt:
 
     @property
     def text(self) -> str:
-        """All that is final."""
-        return self.engine.tokenizer.decode(self._final())
+        """All that is known, up to an answer that is not there yet."""
+        return self.engine.tokenizer.decode(self._known())
 
     def append(self, prompt: Sequence[Segment]) -> FakeOpenPrompt:
         assert self.is_open
         assert any(segment.token_ids for segment in prompt), "the engine refuses an empty prompt"
-        self.parts += [segment.token_ids for segment in prompt]
+        ids = tuple(token for segment in prompt for token in segment.token_ids)
+        self._parts.append(lambda: ids)
         self.names += [segment.name for segment in prompt]
         return self
 
@@ -170,16 +172,15 @@ class FakeOpenPrompt:
     ) -> FakeOpenPrompt:
         assert self.is_open
         assert source in self.engine.handles
-        self.parts.append((source, keep))
+        self._parts.append(lambda: keep(source.result().token_ids) if source.done else None)
         self.names.append(name)
         return self
 
     def close(self, sampling: SamplingParams, *, prompt: Sequence[Segment]) -> RequestHandle:
         assert self.is_open
         self.is_closed = True
-        whole = [token for segment in prompt for token in segment.token_ids]
-        read = self._final()
-        assert read == whole[: len(read)]
+        read = self._known()
+        assert read == [token for segment in prompt for token in segment.token_ids][: len(read)]
         return self.engine.submit(prompt, sampling, **self.settings)
 
     def cancel(self) -> None:
@@ -192,17 +193,9 @@ class FakeOpenPrompt:
         if not self.is_closed:
             self.cancel()
 
-    def _final(self) -> list[int]:
-        ids: list[int] = []
-        for part in self.parts:
-            if isinstance(part[0], RequestHandle):
-                source, keep = part
-                if not source.done:
-                    break
-                ids += keep(source.result().token_ids)
-            else:
-                ids += part
-        return ids
+    def _known(self) -> list[int]:
+        known = itertools.takewhile(lambda ids: ids is not None, (part() for part in self._parts))
+        return [token for ids in known for token in ids or ()]
 
 
 class ContextCounter:
