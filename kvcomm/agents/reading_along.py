@@ -61,7 +61,7 @@ class ReadingAlong:
             handles: of answers that are being written.
             results: answers that there are.
         """
-        if not self._plan.read_along or self._plan.lessons is not None:
+        if not self._plan.read_along:
             return
         for task in pending:
             if task not in self._open and task not in self._left_out and self._is_next(task, pending):

@@ -69,7 +69,7 @@ class RunPlan:
         sampling: for agents that bring none of their own.
         lessons: takes what is to be learned from every request, which is served exactly then; None: requests teach as
             the policy says.
-        read_along: whether agents that wait read along; where lessons are taken they never do.
+        read_along: whether agents that wait read along; not where lessons are taken.
     """
 
     engine: Engine

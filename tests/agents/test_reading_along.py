@@ -18,6 +18,7 @@ from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import InvalidRequest, NumericalError, PromptTooLong, SourceFailed
 from tests.agents.fakes import FakeEngine, FakeOpenPrompt, byte_tokenizer
+from tests.agents.teams import reading_teams
 
 
 def plain_engine(answer: Callable[[str], str | Exception] = str.upper, **settings: Any) -> FakeEngine:
@@ -134,28 +135,13 @@ def test_passages_of_an_input_stand_in_an_open_prompt_as_in_the_prompt() -> None
     assert engine.prompts[1] == "one\n\ntwo|A"
 
 
-@st.composite
-def teams(draw: st.DrawFn) -> tuple[dict[str, str], int]:
-    """Random prompts without cycles: agents read agents before them, anyone's previous answer, and an input."""
-    num_agents = draw(st.integers(1, 6))
-    prompts = {}
-    for index in range(num_agents):
-        reads = [f"{{a{i}}}" for i in range(index)]
-        slots = [*reads, *(f"{{a{i}@previous}}" for i in range(num_agents)), "{q}"]
-        prompts[f"a{index}"] = f"a{index}:" + ".".join(draw(st.lists(st.sampled_from(slots), max_size=5)))
-    if not any("{q}" in prompt for prompt in prompts.values()):
-        prompts["a0"] += "{q}"
-    order = draw(st.permutations(sorted(prompts)))
-    return {name: prompts[name] for name in order}, draw(st.integers(1, 3))
-
-
 def short(text: str) -> str:
     """Some answer to a text; now and then an empty one."""
     return "" if sum(text.encode()) % 5 == 0 else f"<{sum(text.encode()) % 1000}>"
 
 
 @settings(max_examples=60, deadline=None)
-@given(teams(), st.integers(0, 2**32))
+@given(reading_teams(), st.integers(0, 2**32))
 def test_prompts_and_answers_are_the_same_with_and_without(team: tuple[dict[str, str], int], seed: int) -> None:
     prompts, rounds = team
     found = []

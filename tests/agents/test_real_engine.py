@@ -8,8 +8,6 @@ from contextlib import closing
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvcomm.agents import (
     Agent,
@@ -23,33 +21,14 @@ from kvcomm.agents import (
     load_team,
     mcts,
 )
-from kvcomm.config import EngineConfig
 from kvcomm.engine.context import Context
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import PoolTooSmall, PromptTooLong, TemplateError
 from kvcomm.model.runner import ModelRunner
-from tests.agents.fakes import byte_tokenizer
+from tests.agents.tiny_engine import make_engine
 
 GREEDY = SamplingParams(max_new_tokens=12)
-
-
-def make_engine(*, num_slots: int = 8192, cache: bool = True) -> Engine:
-    torch.manual_seed(0)
-    tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.4,  # otherwise the untrained model repeats one token
-    )
-    return Engine(LlamaForCausalLM(config), tokenizer, config=EngineConfig(pool_tokens=num_slots, cache=cache))
 
 
 def test_agents_that_are_ready_together_share_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
