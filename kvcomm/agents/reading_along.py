@@ -118,14 +118,14 @@ class ReadingAlong:
         while reader.parts:
             part = reader.parts[0]
             source = self._plan.source_of(part, task) if isinstance(part, Slot) else None
-            if source is None or source in results:
+            if isinstance(part, Slot) and source is not None and source not in results:
+                if source not in handles:
+                    return
+                reader.prompt.follow(handles[source], name=part.label, keep=self._kept(source))
+            else:
                 known = self._plan.fill(part, task, results)
                 if any(segment.token_ids for segment in known):  # not a slot that nothing stands in
                     reader.prompt.append(known)
-            elif source in handles:
-                reader.prompt.follow(handles[source], name=part.label, keep=self._kept(source))
-            else:
-                return
             reader.parts.popleft()
 
     def _kept(self, source: Task) -> Callable[[tuple[int, ...]], tuple[int, ...]]:
