@@ -31,7 +31,9 @@ from kvcomm.config import EngineConfig
 from kvcomm.engine.adapters import Adapters, Turns
 from kvcomm.engine.grammar_state import GrammarState
 from kvcomm.engine.grammar_turns import STEP_S, left_out, look
-from kvcomm.engine.guesses import repeated
+from kvcomm.engine.guess_gain import GuessGain
+from kvcomm.engine.guesses import CERTAIN, MAX_MATCH, Found, repeated
+from kvcomm.engine.healing_work import HealingWork, is_of_twin
 from kvcomm.engine.open_prompt import Reading
 from kvcomm.engine.passes import Computed, Failure, Work, compute
 from kvcomm.engine.read_along import ReadAlong
@@ -52,7 +54,6 @@ from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
-from kvcomm.model.attention.contract import IntArray
 from kvcomm.model.live import Weights
 from kvcomm.model.runner import ModelRunner, Run
 from kvcomm.reuse.attempt import Attempt, Stage, ToCompute
@@ -122,7 +123,9 @@ class Scheduler:
         self._adapters = adapters
         self._tiering = tiering
         self._reclaim = reclaim
+        self._healing = HealingWork(memory)
         self._spare = Spare(config.follow_share)
+        self._gain = GuessGain()
         self.read_along = ReadAlong(
             memory, config, self._spare, require_weights=self._require_closely, require_quota=require_quota
         )
@@ -237,8 +240,14 @@ class Scheduler:
         with self.lock:
             self._tiering.computed(batch, seconds)
             if not failures:
-                self._spare.passed(*_num_rows(batch), seconds)
+                self._timed(_num_rows(batch), seconds)
             self._commit(drawable, failures)
+
+    def _timed(self, rows: _Rows, seconds: float) -> None:
+        """Learn from what a pass has taken: what is spare beside answers, and what guesses are worth."""
+        self._spare.passed(*rows, seconds)
+        if rows.answers and not rows.prompts and not rows.beside:
+            self._gain.passed(rows.answers, seconds)
 
     @contextmanager
     def _on_behalf_of(self, request: Request) -> Iterator[None]:
@@ -364,7 +373,8 @@ class Scheduler:
             while True:
                 try:
                     num_missing = sequence.num_missing_pages(request.max_tokens)
-                    self._make_room(num_missing + num_own * (len(request.branches) - 1))
+                    num_missing += num_own * (len(request.branches) - 1)
+                    self._make_room(num_missing + self._healing.num_pages(request))
                     break
                 except PoolExhausted:
                     if self._running or not self._do_without(request):
@@ -378,6 +388,7 @@ class Scheduler:
             raise
         self._drop_reading(request)  # first: a page that both hold would be copied
         sequence.make_writable(sequence.num_computed, request.max_tokens)
+        self._healing.reserve(request)
         for branch in request.branches[1:]:
             # Until the prompt is computed and can be forked, a further choice holds just the pages it will need.
             branch.sequence = Sequence(self._pool)
@@ -386,6 +397,8 @@ class Scheduler:
     def _do_without(self, request: Request) -> bool:
         """Give up something that was found for a request and takes room; False if there is nothing like that."""
         sequence, page_size = request.sequence, self._pool.page_size
+        if self._healing.do_without(request):
+            return True
         if request.attempt is not None:
             self._drop_attempt(request)
         elif not request.is_lent and request.ready_logits is None and sequence.num_computed % page_size:
@@ -467,21 +480,35 @@ class Scheduler:
         return []
 
     def _beside(self, digest: str, batch: AnySequence[Work]) -> list[Work]:
-        """What is computed beside a batch, for nobody who waits: not where a first token is waited for."""
+        """What is computed beside a batch, for nobody who waits: not where a first token is waited for.
+
+        Open prompts come before twins: what they have not read by the end delays a first token, a twin a later one.
+        """
         if self.awaits_first_token:
             return []
-        return self.read_along.work(digest, _num_rows(batch).answers)
+        num_answer_rows = _num_rows(batch).answers
+        beside = self.read_along.work(digest, num_answer_rows)
+        num_left = self._spare.num_rows(num_answer_rows) - sum(work.num_tokens for work in beside)
+        for request in list(self._running) if num_answer_rows else ():
+            if request.weights.digest == digest:
+                with self._on_behalf_of(request):
+                    work = self._healing.spare_work(request, num_left)
+                    if work is not None:
+                        num_left -= work.num_tokens
+                        beside.append(work)
+        return beside
 
     def _batch_of(self, running: AnySequence[Request], stuck: list[Request]) -> list[Work]:
         """Work for one pass: of requests that have the same weights."""
+        self._take_over(running)
         batch = self._decode_work(running, stuck)
         budget = self._config.max_batch_tokens - sum(work.num_tokens for work in batch)
-        if any(request.is_prefilled for request in self._running):
+        if any(request.is_prefilled and not self._healing.is_awaited(request) for request in self._running):
             budget = min(budget, self._config.prefill_chunk)
         for request in running:
-            if budget > 0 and not request.is_prefilled:
+            if budget > 0 and (not request.is_prefilled or self._healing.is_awaited(request)):
                 with self._on_behalf_of(request):
-                    work = self._prefill_work(request, budget, stuck)
+                    work = self._awaited_work(request, budget, stuck)
                     if work is not None:
                         budget -= work.num_tokens
                         batch.append(work)
@@ -491,36 +518,52 @@ class Scheduler:
     def _decode_work(self, running: AnySequence[Request], stuck: list[Request]) -> list[Work]:
         batch: list[Work] = []
         answers = [(request, branch) for request in running for branch in request.active_branches]
-        answers = [(request, branch) for request, branch in answers if request.is_prefilled]
+        answers = [each for each in answers if each[0].is_prefilled and not self._healing.is_awaited(each[0])]
         if self._has_several_tenants:
             waiting = left_out(branch.grammar for _, branch in answers if branch.grammar and not branch.forced)
             answers = [(request, branch) for request, branch in answers if branch.grammar not in waiting]
             self._has_left_out = self._has_left_out or bool(waiting)
-        num_spare = self._config.draft_rows - len(answers)
-        for index, (request, branch) in enumerate(answers):
+        found = [self._found(request, branch) for request, branch in answers]
+        num_rows = self._config.draft_rows - len(answers)
+        shares = self._gain.shares([(each.num_matched, len(each.token_ids)) for each in found], num_rows)
+        for (request, branch), each, num_guesses in zip(answers, found, shares, strict=True):
             if request.handle.done:
-                continue  # another choice of it has failed just now
+                continue  # it, or another choice of it, has failed just now
             with self._on_behalf_of(request):
                 sequence = branch.sequence
                 if self._can_write(request, sequence, sequence.num_tokens, stuck):
-                    # The first guesses at an answer are right most often, so all answers have their share.
-                    guesses = self._guesses(request, branch, math.ceil(num_spare / (len(answers) - index)))
-                    num_spare -= len(guesses)
+                    guesses, branch.num_matched = each.token_ids[:num_guesses], each.num_matched
                     run = _run(sequence, sequence.num_computed, sequence.num_tokens, num_logits=1 + len(guesses))
                     run = run._replace(token_ids=np.concatenate([run.token_ids, guesses]))
                     batch.append(Work(request, branch, sequence, (run,)))
         return batch
 
-    def _guesses(self, request: Request, branch: Branch, num_rows: int) -> IntArray:
+    def _found(self, request: Request, branch: Branch) -> Found:
         """Guesses at the next tokens of a choice: those its answer may still have, within the pages it owns."""
         num_wanted = request.sampling.max_new_tokens - len(branch.token_ids) - 1
         num_slots = branch.sequence.num_pages * self._pool.page_size - branch.sequence.num_tokens
-        num = min(num_rows, num_wanted, num_slots)
+        num = max(0, min(self._config.draft_rows, num_wanted, num_slots))
+        if (num_moved := self._healing.num_guesses(request, branch)) is not None:
+            num = max(0, min(num, num_moved))
         if branch.forced:  # these are none: they will come
-            return np.array(list(branch.forced)[: max(0, num)], dtype=np.int32)
+            return Found(np.array(list(branch.forced)[:num], dtype=np.int32), CERTAIN)
         if branch.grammar is not None and branch.grammar.is_dear:
             num = 0  # behind each that is right it would be asked once more
-        return branch.allowed(repeated(branch.sequence.token_ids, num))
+        found = repeated(branch.sequence.token_ids, num)
+        allowed = found.token_ids[:0]
+        with self._on_behalf_of(request):
+            allowed = branch.allowed(found.token_ids)
+        return found._replace(token_ids=allowed)
+
+    def _awaited_work(self, request: Request, budget: int, stuck: list[Request]) -> Work | None:
+        """What comes next of a prompt, or of the exact twin that an answer waits for."""
+        if not request.is_prefilled:
+            return self._prefill_work(request, budget, stuck)
+        try:
+            return self._healing.awaited_work(request, budget)
+        except PoolExhausted:
+            stuck.append(request)
+            return None
 
     def _prefill_work(self, request: Request, budget: int, stuck: list[Request]) -> Work | None:
         sequence = request.sequence
@@ -600,14 +643,22 @@ class Scheduler:
             if request.handle.done:
                 continue  # closed meanwhile, or another choice of the same request failed in this very step
             with self._on_behalf_of(request):
-                if work.branch is not None:
+                if is_of_twin(work):
+                    self._healed(work, request, logits, finite)
+                elif work.branch is not None:
                     self._decoded(work, request, work.branch, logits, finite)
                 else:
                     self._prefilled(work, request, logits, finite)
 
     def _decoded(self, work: Work, request: Request, branch: Branch, logits: Tensor, finite: AnySequence[bool]) -> None:
         """Draw the next token of a choice, and behind every guess that equals what was drawn one more."""
-        run, sequence = work.runs[0], work.sequence
+        num_right = self._draw(work, request, branch, logits, finite)
+        if branch.finish_reason is None and 0 < branch.num_matched <= MAX_MATCH:
+            self._gain.tried(branch.num_matched, len(finite) - 1, num_right)
+
+    def _draw(self, work: Work, request: Request, branch: Branch, logits: Tensor, finite: AnySequence[bool]) -> int:
+        """Draw as far as guesses are right; returns how many were."""
+        run, sequence, num_right = work.runs[0], work.sequence, 0
         num_before = run.end - len(finite)  # tokens that were forced, and of which nobody wants to know the next
         for index, is_finite in enumerate(finite):
             end = num_before + index + 1
@@ -616,13 +667,46 @@ class Scheduler:
                     branch.finish_reason is not None
                     or sequence.token_ids[end - 1] != run.token_ids[end - 1 - run.start]
                 ):
-                    return
+                    break
                 branch.num_guessed += 1
+                num_right += 1
             sequence.count(end)
             if not is_finite:
                 raise _not_finite(request, end)
             if end == sequence.num_tokens:  # else what comes next is known: it was forced by what was just drawn
                 self._accept(request, branch, logits[index])
+        return num_right
+
+    def _healed(self, work: Work, request: Request, logits: Tensor, finite: AnySequence[bool]) -> None:
+        """Count what was computed of an exact twin; where that was its last, its request goes on with it."""
+        work.sequence.count(work.end)
+        if not all(finite):
+            raise _not_finite(request, work.end)
+        if self._healing.has_caught_up(request):
+            self._let_take_over(request)
+        if work.branch is not None:
+            self._accept(request, work.branch, logits[-1])
+
+    def _take_over(self, running: AnySequence[Request]) -> None:
+        """Let the twins of requests that wait for nothing else take over."""
+        for request in running:
+            if self._healing.has_caught_up(request):
+                with self._on_behalf_of(request):
+                    self._let_take_over(request)
+
+    def _let_take_over(self, request: Request) -> None:
+        """From now on all KV of a request is exact, for it and for others. What was served before is judged as such."""
+        assert request.healing is not None
+        self._require_its_weights(request)
+        self._learn_from(request)
+        request.healing.put_in_place()
+        if request.on_healed is not None:
+            request.on_healed()
+        self._remember(request, request.sequence, whole=False)
+        if self._config.cache:
+            self._planner.replace(request, request.segments)
+        if not request.active_branches:
+            self._finish(request)
 
     def _prefilled(self, work: Work, request: Request, logits: Tensor, finite: AnySequence[bool]) -> None:
         """Count what was computed of a prompt. Behind moved KV nothing counts before all of it is in place."""
@@ -657,6 +741,7 @@ class Scheduler:
         self._remember(request, request.sequence, whole=False)
         self._publish(request)
         request.last_logits = logits.clone()
+        self._healing.begin(request)
         request.clock.first_token = time.monotonic()
         if request.sampling.max_new_tokens == 0:
             for branch in request.branches:
@@ -718,7 +803,7 @@ class Scheduler:
         if branch.sequence is not request.sequence:
             self._remember(request, branch.sequence, whole=True)
             branch.sequence.release()
-        if not request.active_branches:
+        if not request.active_branches and not self._healing.is_awaited(request):
             self._finish(request)
 
     def _finish(self, request: Request) -> None:
@@ -736,6 +821,8 @@ class Scheduler:
         self._settle(request, completion)
 
     def _learn_from(self, request: Request) -> None:
+        if request.healed_after is not None:
+            return  # that was done while what it was served was still there
         try:
             self._learner.after(request)
         except Exception:  # the answer is there, whether or not anything can be learned from it
@@ -758,12 +845,13 @@ class Scheduler:
         self._settle(request, error)
 
     def _settle(self, request: Request, outcome: Completion | BaseException) -> None:
-        request.on_success = None  # it knows the context, which is kept by nobody but its user
+        request.on_success = request.on_healed = None  # they know the context, which is kept by nobody but its user
         request.handle.settle(outcome)
         self.read_along.touch()  # its answer may be followed
 
     def _return_pages(self, request: Request, num_kept: int) -> None:
         """Release what the request holds; a lent sequence keeps its first `num_kept` tokens instead."""
+        self._healing.drop(request)
         for branch in request.branches:
             if branch.sequence is not request.sequence:
                 branch.sequence.release()
@@ -841,7 +929,7 @@ class _Rows(NamedTuple):
 
 def _num_rows(batch: AnySequence[Work]) -> _Rows:
     beside = sum(work.num_tokens for work in batch if work.is_beside)
-    answers = sum(work.num_tokens for work in batch if work.branch is not None)
+    answers = sum(work.num_tokens for work in batch if work.branch is not None and not is_of_twin(work))
     return _Rows(answers, sum(work.num_tokens for work in batch) - answers - beside, beside)
 
 
