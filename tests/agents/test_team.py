@@ -57,6 +57,18 @@ def test_reads_everything(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(team)) == team
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"), [({}, False), ({"read_along": True}, True), ({"read_along": False}, False)]
+)
+def test_a_group_may_say_otherwise_whether_agents_read_along(
+    tmp_path: Path, given: dict[str, bool], wanted: bool
+) -> None:
+    engine = FakeEngine(tokenizer=byte_tokenizer())
+    team = load_team(write(tmp_path, FULL))
+    team.group(engine, **given).run(question="why?", **team.inputs)  # type: ignore[arg-type]
+    assert bool(engine.open_prompts) == wanted
+
+
 def test_the_smallest_team(tmp_path: Path) -> None:
     team = load_team(str(write(tmp_path, '[[agents]]\nname = "a"')))
     assert (team.name, team.rounds, team.read_along, team.agents) == ("team", 1, True, (Agent("a"),))
