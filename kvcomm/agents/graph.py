@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from typing import NamedTuple
 
@@ -50,6 +51,10 @@ class AgentGraph:
         """Names of all agents."""
         return tuple(agent.name for agent in self.agents)
 
+    def agent(self, name: str) -> Agent:
+        """The agent with a name, which is in the group."""
+        return self._by_name[name]
+
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names that a run has to be given, in order of first use."""
@@ -64,7 +69,7 @@ class AgentGraph:
 
     def needs(self, task: Task) -> frozenset[Task]:
         """Tasks to finish before this one starts: what it reads, and the agent's own last answer."""
-        agent = next(agent for agent in self.agents if agent.name == task.agent)
+        agent = self.agent(task.agent)
         needed = {Task(name, task.round) for name in self._sources(agent)}
         if task.round > 1:
             earlier = [slot.name for slot in agent.slots if slot.previous] + [agent.name]
@@ -86,6 +91,10 @@ class AgentGraph:
                 self._check_slot(agent, slot, inputs)
         for name, value in inputs.items():
             self._check_value(name, value)
+
+    @cached_property
+    def _by_name(self) -> dict[str, Agent]:
+        return {agent.name: agent for agent in self.agents}
 
     def _sources(self, agent: Agent) -> tuple[str, ...]:
         return tuple(slot.name for slot in agent.slots if not slot.previous and slot.name in self.names)

@@ -42,6 +42,8 @@ class KVCommAgentGroup:
         policy: how far reuse may depart from exact answers; None: the engine's.
         sampling: for agents that bring none; None: `SamplingParams()`.
         tenant: whose cache is used.
+        read_along: whether agents that wait read what others write while they write it, as far as the answers in
+            progress leave time for that. Prompts and answers are the same; first tokens come sooner.
 
     Raises:
         InvalidRequest: a model without a tokenizer, or an Engine with one.
@@ -56,6 +58,7 @@ class KVCommAgentGroup:
         policy: ReusePolicy | None = None,
         sampling: SamplingParams | None = None,
         tenant: str = "default",
+        read_along: bool = True,
     ) -> None:
         check_one_answer(sampling, owner="the group")
         self._engine, self._owns_engine = _as_engine(engine_or_model, tokenizer, policy)
@@ -63,6 +66,7 @@ class KVCommAgentGroup:
         self._graph = AgentGraph(())
         self._sampling = sampling or SamplingParams()
         self._tenant = tenant
+        self._read_along = read_along
         self.policy = policy or self._engine.policy
 
     def __repr__(self) -> str:
@@ -236,6 +240,7 @@ class KVCommAgentGroup:
             sampling=self._sampling,
             tenant=self._tenant,
             policy=self.policy,
+            read_along=self._read_along,
         )
         plan.check_adapters()
         plan.check_grammars()

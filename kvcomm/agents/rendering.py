@@ -51,14 +51,16 @@ class RenderedPrompt:
 
     def fill(self, values: Mapping[Slot, Filling]) -> tuple[Segment, ...]:
         """The prompt's segments; one without tokens for each slot without a value, since the reader is the same."""
+        return tuple(segment for part in self.parts for segment in self.fill_part(part, values))
+
+    def fill_part(self, part: Segment | Slot, values: Mapping[Slot, Filling]) -> tuple[Segment, ...]:
+        """The segments of one part of the prompt."""
+        if isinstance(part, Segment):
+            return (part,)
+        texts = [Segment(tuple(ids), name=part.label) for ids in values.get(part, ()) if ids]
         segments: list[Segment] = []
-        for part in self.parts:
-            if isinstance(part, Segment):
-                segments.append(part)
-                continue
-            texts = [Segment(tuple(ids), name=part.label) for ids in values.get(part, ()) if ids]
-            for index, text in enumerate(texts or [Segment((), name=part.label)]):
-                segments += [self.separator, text] if index else [text]
+        for index, text in enumerate(texts or [Segment((), name=part.label)]):
+            segments += [self.separator, text] if index else [text]
         return tuple(segments)
 
 

@@ -3,8 +3,9 @@
 One thread per agent in flight waits for its tokens; the thread that finishes an agent also submits the agents
 that were waiting for it, so progress does not depend on how fast events are read. Agents that are ready together are
 submitted before the engine takes its next step, so they share a batch from their first token on. After `close()` or a
-failure nothing of the run is in flight, nothing is submitted any more, and every thread has ended. A run
-knows the engine only through `submit` and its lock.
+failure nothing of the run is in flight, nothing is submitted any more, and every thread has ended. Agents that wait
+read along (`kvcomm.agents.reading_along`), if the run is to. A run knows the engine only through `submit`,
+`open_prompt` and its lock.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from kvcomm.agents.agent import Agent
 from kvcomm.agents.graph import AgentGraph, Task
+from kvcomm.agents.reading_along import ReadingAlong
 from kvcomm.agents.rendering import Filling, PromptRenderer, RenderedPrompt
 from kvcomm.agents.results import (
     AgentFinished,
@@ -67,6 +69,7 @@ class RunPlan:
         sampling: for agents that bring none of their own.
         lessons: takes what is to be learned from every request, which is served exactly then; None: requests teach as
             the policy says.
+        read_along: whether agents that wait read along; not where lessons are taken.
     """
 
     engine: Engine
@@ -79,6 +82,7 @@ class RunPlan:
     tenant: str
     policy: ReusePolicy
     lessons: Lessons | None = None
+    read_along: bool = False
 
     def check_adapters(self) -> None:
         """Raise UnknownAdapter for an agent whose adapter the engine does not have."""
@@ -122,11 +126,27 @@ class RunPlan:
             raise PromptTooLong(self._describe_excess(agent, num_tokens, values))
         return prompt
 
-    def _value(self, slot: Slot, task: Task, results: Mapping[Task, AgentResult]) -> Filling:
+    def answer_of(self, agent: Agent, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """What readers get of the ids that an agent's answer ended with."""
+        return self.renderer.strip_end(token_ids, self.sampling_of(agent).stop_token_ids)
+
+    def source_of(self, slot: Slot, task: Task) -> Task | None:
+        """Whose answer fills a slot; None: an input does, or nothing, since there is no round before."""
         if not slot.previous and slot.name in self.inputs:
-            return self.inputs[slot.name]
-        answer = results.get(Task(slot.name, task.round - slot.previous))
-        return (answer.token_ids,) if answer else ()
+            return None
+        source = Task(slot.name, task.round - slot.previous)
+        return source if source.round else None
+
+    def fill(self, part: Segment | Slot, task: Task, results: Mapping[Task, AgentResult]) -> tuple[Segment, ...]:
+        """The segments of one part of a task's prompt, from the inputs and the answers there are."""
+        values = {part: self._value(part, task, results)} if isinstance(part, Slot) else {}
+        return self.prompts[task.agent].fill_part(part, values)
+
+    def _value(self, slot: Slot, task: Task, results: Mapping[Task, AgentResult]) -> Filling:
+        source = self.source_of(slot, task)
+        if source is None:
+            return () if slot.previous else self.inputs[slot.name]
+        return (results[source].token_ids,) if source in results else ()
 
     def _describe_excess(self, agent: Agent, num_tokens: int, values: Mapping[Slot, Filling]) -> str:
         lengths = {slot: sum(map(len, texts)) for slot, texts in values.items()}
@@ -157,6 +177,7 @@ class GroupRun:
         self._handles: dict[Task, RequestHandle] = {}
         self._results: dict[Task, AgentResult] = {}
         self._threads: list[threading.Thread] = []
+        self._along = ReadingAlong(plan)
         self._stopped = False
         self._began_s = time.monotonic()
 
@@ -173,9 +194,10 @@ class GroupRun:
             self._threads.pop()
 
     def _stop(self) -> bool:
-        """Cancel what is in flight; whether this call was the first to stop the run."""
+        """Cancel what is in flight or reads along; whether this call was the first to stop the run."""
         with self._lock:
             first, self._stopped = not self._stopped, True
+            self._along.cancel()
             for handle in self._handles.values():
                 handle.cancel()
             return first
@@ -195,15 +217,12 @@ class GroupRun:
                     self._submit(task, prompt)
                 except Exception as error:  # reported to the reader, who raises it
                     self._fail(AgentFailed(*task, error))
+            if not self._stopped:
+                self._along.advance(self._pending, self._handles, self._results)
 
     def _submit(self, task: Task, prompt: tuple[Segment, ...]) -> None:
-        sampling = self._plan.sampling_of(self._agents[task.agent])
-        plan, adapter, started_s = self._plan, self._agents[task.agent].adapter, self._now_s()
-        if plan.lessons is None:
-            handle = plan.engine.submit(prompt, sampling, adapter=adapter, tenant=plan.tenant, policy=plan.policy)
-        else:
-            lesson = plan.lessons.begin(prompt, adapter)
-            handle = plan.engine.submit(prompt, sampling, adapter=adapter, tenant=plan.tenant, lesson=lesson)
+        started_s = self._now_s()
+        handle = self._ask(task, prompt)
         del self._pending[task]
         self._handles[task] = handle
         self._emit(AgentStarted(*task, sum(len(segment.token_ids) for segment in prompt)))
@@ -216,6 +235,18 @@ class GroupRun:
         thread.start()
         self._threads.append(thread)
 
+    def _ask(self, task: Task, prompt: tuple[Segment, ...]) -> RequestHandle:
+        """Submit a prompt, with what has been read of it along if something has."""
+        plan, agent = self._plan, self._agents[task.agent]
+        sampling = plan.sampling_of(agent)
+        handle = self._along.close(task, sampling, prompt)
+        if handle is not None:
+            return handle
+        if plan.lessons is None:
+            return plan.engine.submit(prompt, sampling, adapter=agent.adapter, tenant=plan.tenant, policy=plan.policy)
+        lesson = plan.lessons.begin(prompt, agent.adapter)
+        return plan.engine.submit(prompt, sampling, adapter=agent.adapter, tenant=plan.tenant, lesson=lesson)
+
     def _follow(self, task: Task, handle: RequestHandle, prompt: tuple[Segment, ...], started_s: float) -> None:
         try:
             for chunk in handle:
@@ -226,12 +257,11 @@ class GroupRun:
             self._fail(AgentFailed(*task, error))
 
     def _result(self, task: Task, completion: Completion, prompt: tuple[Segment, ...], started_s: float) -> AgentResult:
-        stops = self._plan.sampling_of(self._agents[task.agent]).stop_token_ids
         return AgentResult(
             name=task.agent,
             round=task.round,
             text=completion.text,
-            token_ids=self._plan.renderer.strip_end(completion.token_ids, stops),
+            token_ids=self._plan.answer_of(self._agents[task.agent], completion.token_ids),
             prompt=prompt,
             usage=completion.usage,
             finish_reason=completion.finish_reason,
