@@ -42,6 +42,8 @@ class EngineConfig:
         cache_ttl_s: seconds after which an unused cached prefix is dropped; None: only when pages are needed.
         anchor_bytes: of offsets that one edge keeps at most.
         learning_share: of the time, that is spent on learning while requests come without a pause; 0: none.
+        follow_share: of the time of answers in progress, that reading along and healing beside them may cost; 0: what
+            is read along is read when nobody decodes, and healed at the deadline.
         idle_after_s: seconds without any request before idle work goes on: the next agent of a team asks at once.
         neighbors: anchor tokens by which each moved token is corrected.
         alpha: factors on the correction: one for all layers, or one per group of layers that looks for neighbors.
@@ -61,6 +63,7 @@ class EngineConfig:
     cache_ttl_s: float | None = None
     anchor_bytes: int = 16 * 2**20
     learning_share: float = 0.1
+    follow_share: float = 0.09
     idle_after_s: float = 0.05
     neighbors: int = 8
     alpha: tuple[float, ...] = (1.0,)
@@ -83,6 +86,8 @@ class EngineConfig:
             raise InvalidRequest(f"draft_rows must be at least 0, not {self.draft_rows}")
         if not 0 <= self.learning_share < 1:
             raise InvalidRequest(f"learning_share must be a share of the time in [0, 1), not {self.learning_share}")
+        if not 0 <= self.follow_share < 1:
+            raise InvalidRequest(f"follow_share must be a share of the time in [0, 1), not {self.follow_share}")
         if not self.idle_after_s >= 0:
             raise InvalidRequest(f"idle_after_s must be at least 0, not {self.idle_after_s}")
 
@@ -94,7 +99,7 @@ class EngineConfig:
             object.__setattr__(self, "pool_tokens", whole_number("pool_tokens", self.pool_tokens))
         if self.cache_ttl_s is not None:
             object.__setattr__(self, "cache_ttl_s", real_number("cache_ttl_s", self.cache_ttl_s))
-        for name in ("idle_after_s", "learning_share"):
+        for name in ("idle_after_s", "learning_share", "follow_share"):
             object.__setattr__(self, name, real_number(name, getattr(self, name)))
         object.__setattr__(self, "attention", text("attention", self.attention))
         factors = items("alpha", self.alpha, "finite factors, one or one per group")

@@ -16,6 +16,7 @@ the way out. Our own broken invariants stay `AssertionError`.
     |  +- PoolTooSmall                    would not fit even an empty pool
     |  +- QuotaExceeded                   the tenant's own quota, not the pool, is full
     +- RequestCancelled                   the request was cancelled; what was generated is attached
+    +- SourceFailed                       a request whose answer is followed gave none, or not in time
     +- WeightsChanged                     the KV was computed by other weights, or another adapter, than are there now
     +- NumericalError                     NaN or infinite logits
     +- AgentFailed                        an agent of a group could not answer; __cause__ says why
@@ -99,6 +100,10 @@ class QuotaExceeded(PoolExhausted):
 
 class RequestCancelled(KVCommError):
     """The request was cancelled before it finished."""
+
+
+class SourceFailed(KVCommError):
+    """A request whose answer an open prompt follows failed, was cancelled, or did not end in time."""
 
 
 class NumericalError(KVCommError):

@@ -21,6 +21,7 @@ from transformers import DynamicCache
 
 from kvcomm.engine.grammar import Grammar
 from kvcomm.engine.handle import RequestHandle
+from kvcomm.engine.open_prompt import OpenPrompt, Reading
 from kvcomm.engine.prompts import Prompt
 from kvcomm.engine.request import ANSWER, Carried, Request
 from kvcomm.engine.results import Chunk, Completion
@@ -52,8 +53,15 @@ class ContextHost(Protocol):
     def read_prompt(self, prompt: Prompt, *, is_start: bool) -> tuple[Segment, ...]: ...
 
     def submit_lent(
-        self, context: Context, sequence: Sequence, segments: tuple[Segment, ...], sampling: SamplingParams
+        self,
+        context: Context,
+        sequence: Sequence,
+        segments: tuple[Segment, ...],
+        sampling: SamplingParams,
+        reading: Reading | None = None,
     ) -> RequestHandle: ...
+
+    def open_behind(self, context: Context, deadline_s: float) -> OpenPrompt: ...
 
     def compile_grammar(self, grammar: Grammar, *, tenant: str) -> None: ...
 
@@ -234,6 +242,41 @@ class Context:
     async def agenerate(self, sampling: SamplingParams | None = None, **settings: object) -> Completion:
         """`generate` for asyncio."""
         return await self.submit(sampling_params(sampling, settings)).aresult()
+
+    def follow(
+        self, source: RequestHandle | OpenPrompt, *, name: str = ANSWER, deadline_s: float = 600.0
+    ) -> OpenPrompt:
+        """Read the answer of a request in flight while it is written; closing what this returns starts an answer to it.
+
+        The context itself stays as it is until then, and can be used as ever; what is read is behind what it holds now.
+        What follows, the answer included, is kept as by `submit` with a prompt.
+
+        Args:
+            name: of the segment that the answer becomes.
+            deadline_s: seconds after which it is given up if it is not complete by then.
+
+        Raises:
+            ContextReleased: there is nothing to go on from.
+            WeightsChanged: see `extend`.
+            InvalidRequest: there is no such request of this tenant.
+        """
+        self._require_alive()
+        opened = self._engine.open_behind(self, deadline_s)
+        try:
+            return opened.follow(source, name=name)
+        except BaseException:
+            opened.cancel()
+            raise
+
+    def begin(self, reading: Reading, segments: tuple[Segment, ...]) -> None:
+        """For the engine, under its lock: an open prompt behind the context is complete.
+
+        Raises:
+            ContextReleased, ContextBusy: the context cannot be written.
+        """
+        assert reading.sampling is not None
+        self._require_idle()
+        self._request = self._engine.submit_lent(self, self._sequence, segments, reading.sampling, reading)
 
     def save(self, file: str | Path, *, replace: bool = True) -> Path:
         """Write a snapshot; `Engine.restore` reads it. The file appears whole or not at all.

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import secrets
+import time
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from functools import partial
@@ -41,6 +42,7 @@ from kvcomm.engine.grammar_state import GrammarState
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.holdings import Holdings, num_distinct
 from kvcomm.engine.loop import EngineLoop
+from kvcomm.engine.open_prompt import OpenPrompt, Reading, require_open
 from kvcomm.engine.prompts import Prompt, PromptReader
 from kvcomm.engine.request import Branch, Request
 from kvcomm.engine.results import Completion
@@ -75,6 +77,9 @@ from kvcomm.reuse.status import ReaderStatus, status_of
 from kvcomm.tiers.tier import Tier, TierSpace
 
 DEFAULT_TENANT = "default"
+
+DEADLINE_S = 600.0
+"""Seconds for which a prompt may be open."""
 
 
 class MemoryStats(NamedTuple):
@@ -150,7 +155,7 @@ class Engine:
         known = _prior(prior, self.prior_model)
         self._prior_weights = None if known is None else first
         self.reuse = ReuseParts.make(self.config, self.memory, self.geometry, runner, self._lock, identity, ends, known)
-        self._holdings = Holdings(self.pool, lambda: scheduler.requests())
+        self._holdings = Holdings(self.pool, lambda: scheduler.requests(), lambda: scheduler.read_along.sequences())
         own_tier = Tier.open(tier) if isinstance(tier, str) else None
         self._tiering = Tiering(
             own_tier or _tier(tier),
@@ -172,6 +177,7 @@ class Engine:
             adapters=self._adapters,
             tiering=self._tiering,
             reclaim=self._holdings.reclaim,
+            require_quota=partial(self._holdings.require_quota, num_held=0),
         )
         self.encoder = TextEncoder(tokenizer)
         self._texts = TokenTexts(tokenizer)
@@ -469,6 +475,113 @@ class Engine:
         self._loop.submit(request)
         return request.handle
 
+    def open_prompt(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        adapter: str | None = None,
+        tenant: str = DEFAULT_TENANT,
+        policy: ReusePolicy | None = None,
+        deadline_s: float = DEADLINE_S,
+    ) -> OpenPrompt:
+        """A prompt that is not complete yet: what is known of it is computed while others decode, and exactly.
+
+        Text is put behind it as it becomes known, answers of requests in flight while they are written
+        (`OpenPrompt.follow`); closing it starts the answer, whose prompt is then computed but for its last tokens.
+
+        Args:
+            prompt: what is known already.
+            adapter, policy: as in `submit`.
+            deadline_s: seconds after which it is given up if it is not complete by then.
+
+        Raises:
+            InvalidRequest: empty, too long, unknown tokens, unknown adapter, a deadline that is no positive number.
+            WeightsChanged: nothing can be computed with what the model has become.
+            EngineClosed: the engine has been closed.
+        """
+        wanted = _policy(policy)
+        weights = self._adapters.weights(adapter)
+
+        def begin(reading: Reading, segments: tuple[Segment, ...]) -> None:
+            assert reading.sampling is not None
+            whole = self.read_prompt(segments, is_start=True)
+            sequence = Sequence(self.pool, _token_ids(whole))
+            now = self._adapters.weights(adapter)
+            request = self._request(sequence, whole, reading.sampling, tenant, wanted, now, reading=reading)
+            request.adapter = adapter
+            self._loop.submit(request)
+
+        opened = self._open(Sequence(self.pool), weights, tenant, deadline_s, begin)
+        return opened if prompt is None else opened.append(prompt)
+
+    def open_behind(self, context: Context, deadline_s: float) -> OpenPrompt:
+        """See `Context.follow`."""
+        weights = self._weights_of(context)
+        with self.lock:
+            past = context.sequence.fork()
+            return self._open(past, weights, context.tenant, deadline_s, context.begin)
+
+    def _open(
+        self,
+        sequence: Sequence,
+        weights: Weights,
+        tenant: str,
+        deadline_s: float,
+        begin: Callable[[Reading, tuple[Segment, ...]], None],
+    ) -> OpenPrompt:
+        seconds = values.real_number("deadline_s", deadline_s)
+        if not seconds > 0:
+            raise InvalidRequest(f"deadline_s must be a positive number of seconds, not {seconds}")
+        reading = Reading(
+            request_id=next(self._request_ids),
+            namespace=self._namespace(weights, tenant),
+            tenant=tenant,
+            owner=self.home(tenant),
+            weights=weights,
+            sequence=sequence,
+            due_s=time.monotonic() + seconds,
+            max_tokens=self.geometry.max_context,
+            begin=begin,
+        )
+        self._loop.require_open()
+        with self.lock:
+            self.scheduler.read_along.add(reading)
+        self._loop.wake()
+        return OpenPrompt(self, reading)
+
+    def change_open(self, reading: Reading, change: Callable[[], None]) -> None:
+        """Change an open prompt, under the lock, and have the change looked at."""
+        with self.lock:
+            change()
+            self.scheduler.read_along.touch()
+        self._loop.wake()
+
+    def require_followable(self, reading: Reading, source: RequestHandle) -> None:
+        """Raises InvalidRequest where an open prompt cannot follow a request: nobody learns of others' requests."""
+        if source.engine_id != id(self):
+            raise InvalidRequest(f"request {source.request_id} is none of this engine's: follow where it is computed")
+        if source.tenant != reading.tenant:
+            raise InvalidRequest(f"there is no request {source.request_id} to follow")
+
+    def close_open(
+        self, reading: Reading, sampling: SamplingParams | None, settings: dict[str, object], prompt: Prompt | None
+    ) -> RequestHandle:
+        """See `OpenPrompt.close`."""
+        params = sampling_params(sampling, settings)
+        if params.grammar is not None:
+            self.compile_grammar(params.grammar, tenant=reading.tenant)  # not under the lock
+        is_start = not reading.num_before
+        whole = None if prompt is None else self.read_prompt(prompt, is_start=is_start)
+        with self.lock:
+            require_open(reading)
+            if whole is None and not reading.parts and is_start:
+                raise InvalidRequest("the open prompt holds nothing; append a text, or follow an answer")
+            reading.sampling, reading.prompt = params, whole
+            reading.handle = handle = self._handle(reading.tenant, partial(self.change_open, reading, reading.cancel))
+            self.scheduler.read_along.begin_now(reading)
+        self._loop.wake()
+        return handle
+
     def generate(
         self,
         prompt: Prompt,
@@ -602,6 +715,7 @@ class Engine:
         weights: Weights,
         *,
         lent_by: Context | None = None,
+        reading: Reading | None = None,
     ) -> Request:
         num_tokens = sum(len(segment.token_ids) for segment in segments)
         assert num_tokens == sequence.num_tokens, f"segments of {num_tokens} tokens, {sequence.num_tokens} in sequence"
@@ -612,8 +726,9 @@ class Engine:
         if not wanted.is_exact:
             self.reuse.planner.require_known(wanted.rungs)
             self._shared_learning.used(self._namespace(weights, tenant), self._tiering.space_of(weights, tenant))
-        request_id = next(self._request_ids)
-        handle = RequestHandle(request_id, cancel=lambda: self.scheduler.cancel(request))
+        handle = None if reading is None else reading.handle
+        if handle is None:
+            handle = self._handle(tenant, lambda: self.scheduler.cancel(request))
         entropy = secrets.randbits(62)
         texts = self._texts if sampling.skip_special_tokens else self._shown_texts
         branches = []
@@ -628,7 +743,7 @@ class Engine:
             )
             branches.append(Branch(index, sequence, sampler, detokenizer, grammar))
         request = Request(  # named, for the handle's cancel above
-            request_id=request_id,
+            request_id=handle.request_id,
             namespace=self._namespace(weights, tenant),
             tenant=tenant,
             owner=self.home(tenant),
@@ -641,11 +756,19 @@ class Engine:
             policy=wanted,
             is_lent=lent_by is not None,
             reads_cache=not is_scored,
+            reading=reading,
         )
         with self.lock:
             num_wanted = request.num_pages(self.config.page_size)
-            self._holdings.require_quota(self.home(tenant), sequence.num_pages, num_wanted)
+            num_read = self.scheduler.read_along.num_usable(request) // self.config.page_size
+            num_held = sequence.num_pages + max(0, num_read - sequence.num_pages)
+            self._holdings.require_quota(self.home(tenant), num_wanted, num_held=num_held)
+        if reading is not None:
+            reading.cancel_request = lambda: self.scheduler.cancel(request)
         return request
+
+    def _handle(self, tenant: str, cancel: Callable[[], None]) -> RequestHandle:
+        return RequestHandle(next(self._request_ids), cancel, tenant=tenant, engine_id=id(self))
 
     def _beginnings(self, sampling: SamplingParams, tenant: str) -> list[GrammarState | None]:
         """Where each choice stands in its grammar before its first token."""
@@ -658,9 +781,18 @@ class Engine:
         return self._reader.read(prompt, is_start=is_start)
 
     def submit_lent(
-        self, context: Context, sequence: Sequence, segments: tuple[Segment, ...], sampling: SamplingParams
+        self,
+        context: Context,
+        sequence: Sequence,
+        segments: tuple[Segment, ...],
+        sampling: SamplingParams,
+        reading: Reading | None = None,
     ) -> RequestHandle:
-        """Append segments to a context's sequence and run a request on it, under the lock."""
+        """Append segments to a context's sequence and run a request on it, under the lock.
+
+        Args:
+            reading: the open prompt that the segments have been.
+        """
         num_kept = sequence.num_tokens
         weights = self._weights_of(context)
         new_tokens = _token_ids(segments)
@@ -674,7 +806,9 @@ class Engine:
         try:
             whole = (*context.segments, *segments)
             lent_by = None if is_fork else context
-            request = self._request(target, whole, sampling, context.tenant, context.policy, weights, lent_by=lent_by)
+            request = self._request(
+                target, whole, sampling, context.tenant, context.policy, weights, lent_by=lent_by, reading=reading
+            )
             request.adapter = context.adapter
             request.num_kept_tokens = num_kept
             request.carried = context.carried

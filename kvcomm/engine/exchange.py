@@ -173,7 +173,7 @@ class KVExchange:
         sequence = Sequence(pool, token_ids)
         with self._lock:
             self._require_open()
-            self._holdings.require_quota(namespace, 0, -(-len(token_ids) // pool.page_size))
+            self._holdings.require_quota(namespace, -(-len(token_ids) // pool.page_size), num_held=0)
             self._memory.make_writable(sequence, 0, num_computed)
             self._holdings.hold(sequence, namespace)
         try:

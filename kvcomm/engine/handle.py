@@ -17,11 +17,21 @@ logger = logging.getLogger("kvcomm.engine")
 
 
 class RequestHandle:
-    """A request in flight. Iterating yields its chunks; leaving an iteration early cancels the request."""
+    """A request in flight. Iterating yields its chunks; leaving an iteration early cancels the request.
 
-    def __init__(self, request_id: int, cancel: Callable[[], None]) -> None:
+    Attributes:
+        tenant: whose request it is.
+        engine_id: tells the engine that computes it from others.
+    """
+
+    def __init__(
+        self, request_id: int, cancel: Callable[[], None], *, tenant: str = "default", engine_id: int | None = None
+    ) -> None:
         self.request_id = request_id
+        self.tenant = tenant
+        self.engine_id = engine_id
         self._cancel = cancel
+        self._drawn: list[int] = []
         self._changed = threading.Condition()
         self._chunks: list[Chunk] = []
         self._outcome: Completion | BaseException | None = None
@@ -36,6 +46,11 @@ class RequestHandle:
     def done(self) -> bool:
         """Whether the request has ended, in whatever way."""
         return self._outcome is not None
+
+    @property
+    def drawn(self) -> tuple[int, ...]:
+        """Token ids of the first choice whose text is out so far; what the answer keeps of them may be less."""
+        return tuple(self._drawn)
 
     def cancel(self) -> None:
         """Stop the request at the next step; its pages are returned. No effect once it has ended."""
@@ -117,6 +132,8 @@ class RequestHandle:
         """For the engine: hand out a chunk."""
         with self._changed:
             self._chunks.append(chunk)
+            if chunk.choice == 0:
+                self._drawn += chunk.token_ids
         self._notify()
 
     def settle(self, outcome: Completion | BaseException) -> None:

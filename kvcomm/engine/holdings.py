@@ -28,10 +28,19 @@ class _Held(NamedTuple):
 class Holdings:
     """Living contexts, and the pages that they and the requests in flight refer to."""
 
-    def __init__(self, pool: PagePool, requests: Callable[[], list[Request]]) -> None:
-        """`requests` lists the requests in flight."""
+    def __init__(
+        self,
+        pool: PagePool,
+        requests: Callable[[], list[Request]],
+        readings: Callable[[], Iterable[tuple[str, Sequence]]],
+    ) -> None:
+        """Args:
+        requests: lists the requests in flight.
+        readings: owners and sequences of open prompts.
+        """
         self._pool = pool
         self._requests = requests
+        self._readings = readings
         self._held: dict[int, _Held] = {}  # by id of the sequence
         self._contexts: weakref.WeakValueDictionary[int, Context] = weakref.WeakValueDictionary()
         self._forgotten: deque[Sequence] = deque()
@@ -82,7 +91,7 @@ class Holdings:
         if num_pages is not None:
             self._quota_pages[namespace] = num_pages
 
-    def require_quota(self, namespace: str, num_held: int, num_wanted: int) -> None:
+    def require_quota(self, namespace: str, num_wanted: int, *, num_held: int) -> None:
         """Raises QuotaExceeded when a request for `num_wanted` pages does not fit its namespace's quota.
 
         Args:
@@ -104,7 +113,7 @@ class Holdings:
         return [sequence.pages for sequence in self.sequences]
 
     def pages_in_requests(self) -> list[PageIds]:
-        """Page tables of requests that no context lent."""
+        """Page tables of requests that no context lent, and of open prompts."""
         return [sequence.pages for _, sequence in self._own_sequences()]
 
     def _all_pages(self) -> list[tuple[str, PageIds]]:
@@ -118,7 +127,8 @@ class Holdings:
             for request in self._requests()
             for branch in request.branches
         }
-        return [entry for key, entry in own.items() if key not in self._held]
+        in_requests = [entry for key, entry in own.items() if key not in self._held]
+        return [*in_requests, *self._readings()]
 
     def reclaim(self) -> None:
         """Give back what forgotten contexts held."""

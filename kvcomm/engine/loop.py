@@ -19,6 +19,9 @@ from kvcomm.errors import EngineClosed
 from kvcomm.reuse.budget import Budget
 from kvcomm.reuse.idle_work import IdleWork
 
+READ_AFTER_S = 0.003
+"""Seconds without any request before open prompts are read in whole chunks."""
+
 
 class EngineLoop:
     """Starts with the first request, sleeps when idle, ends with `close`."""
@@ -95,16 +98,23 @@ class EngineLoop:
             with self._wake:
                 if not self._has_work:
                     self._wake.notify_all()  # whoever waits for idleness
-                self._wake.wait_for(lambda: self._is_closing or self._has_work)
+                # An open prompt that nobody adds to is given up when its time is over.
+                due_s = self._scheduler.read_along.next_due_s
+                self._wake.wait_for(lambda: self._is_closing or self._has_work, due_s)
                 is_closing = self._is_closing
             if is_closing:
                 self._fail_all()  # here, too: a second Ctrl-C may end whoever waits for this thread
                 return
             try:
-                if self._scheduler.has_work:
+                if self._scheduler.has_requests:
                     with self._stepping:
                         self._serve()
-                elif not self._is_awaiting_request():
+                elif self._scheduler.read_along.has_work:
+                    # Who has just got an answer asks the next agent at once: no chunk for nobody comes before that.
+                    if not self._is_awaiting_request(READ_AFTER_S):
+                        with self._stepping:
+                            self._scheduler.step()
+                elif self._idle.has_work and not self._is_awaiting_request(self._idle_after_s):
                     with self._stepping:
                         self._idle.step()
             except BaseException as error:
@@ -123,11 +133,11 @@ class EngineLoop:
             self._budget.learned(self._idle.step())
         self._busy_until = time.monotonic()
 
-    def _is_awaiting_request(self) -> bool:
-        """Wait until a request comes, or none has for long enough; True: there is a request, or the end."""
+    def _is_awaiting_request(self, after_s: float) -> bool:
+        """Wait until a request comes, or none has for so many seconds; True: there is a request, or the end."""
         with self._wake:
-            left_s = self._busy_until + self._idle_after_s - time.monotonic()
-            return self._wake.wait_for(lambda: self._is_closing or self._scheduler.has_work, max(0.0, left_s))
+            left_s = self._busy_until + after_s - time.monotonic()
+            return self._wake.wait_for(lambda: self._is_closing or self._scheduler.has_requests, max(0.0, left_s))
 
 
 def _closed() -> EngineClosed:

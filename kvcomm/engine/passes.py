@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvcomm.engine.open_prompt import Reading
 from kvcomm.engine.request import Branch, Request
 from kvcomm.errors import UnsupportedModel, WeightsChanged
 from kvcomm.memory.sequences import Sequence as KVSequence
@@ -28,13 +29,14 @@ logger = logging.getLogger("kvcomm.engine")
 class Work(NamedTuple):
     """Runs of one sequence in a step, ascending, and whom they are for; `branch` is None while the prompt is prefilled.
 
-    Only the last run may give logits.
+    Only the last run may give logits. `is_beside`: nobody waits for it.
     """
 
-    request: Request
+    request: Request | Reading
     branch: Branch | None
     sequence: KVSequence
     runs: tuple[Run, ...]
+    is_beside: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -68,7 +70,7 @@ class Computed(NamedTuple):
 class Failure(NamedTuple):
     """A request whose work could not be computed, and why."""
 
-    request: Request
+    request: Request | Reading
     error: BaseException
 
 

@@ -17,6 +17,7 @@ from kvcomm.align.ladder import Rung
 from kvcomm.engine.detokenize import Detokenizer
 from kvcomm.engine.grammar_state import GrammarState
 from kvcomm.engine.handle import RequestHandle
+from kvcomm.engine.open_prompt import Reading
 from kvcomm.engine.read_ahead import Ask
 from kvcomm.engine.results import Choice, Chunk, Completion, Usage
 from kvcomm.engine.sampling import Sampler, SamplingParams, TokenLogprob, token_logprob
@@ -26,7 +27,7 @@ from kvcomm.model.attention.contract import IntArray
 from kvcomm.model.live import Weights
 from kvcomm.reuse.attempt import Attempt, ToCompute
 from kvcomm.reuse.lesson import Lesson
-from kvcomm.reuse.plan import BoundInForce, Plan, SpanKind
+from kvcomm.reuse.plan import BoundInForce, Plan, Reason, SpanKind
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.reuse.replay import NUM_CONTINUATION
 
@@ -143,6 +144,8 @@ class Request:
         pending: `[start, end)` of prompt tokens still to be computed, ascending.
         attempt: how moved KV is reused; None: not at all.
         ask: what it wants to know of a shared tier; None: nothing.
+        reading: the open prompt that it was, as long as what that has read may be of use.
+        num_read: prompt tokens that were computed before the prompt was complete.
         num_offered: leading tokens that have been offered to the tier.
         is_trial: it is only planned, to explain it: what it finds does not count as used.
         published_s: when others could first move what this request computed, on the monotonic clock.
@@ -174,6 +177,8 @@ class Request:
     pending: list[tuple[int, int]] = field(default_factory=list)
     attempt: Attempt | None = None
     ask: Ask | None = None
+    reading: Reading | None = None
+    num_read: int = 0
     num_offered: int = 0
     is_trial: bool = False
     published_s: float | None = None
@@ -294,7 +299,7 @@ class Request:
 
     def _usage(self) -> Usage:
         now, clock = time.monotonic(), self.clock
-        computed = self.plan.num_tokens(SpanKind.COMPUTE) + self.carried.num_tokens
+        computed = self.plan.num_tokens(SpanKind.COMPUTE) + self.carried.num_tokens + self.num_read
         aligned = self.plan.num_tokens(SpanKind.ALIGNED) + self.carried.num_aligned
         exact = self.num_prompt_tokens - computed - aligned
         if self.sequence.approximate_from is not None:
@@ -310,12 +315,17 @@ class Request:
             queue_s=(clock.admitted or now) - clock.submitted,
             ttft_s=(clock.first_token or now) - clock.submitted,
             total_s=now - clock.submitted,
-            reasons=self.carried.plus(self.plan).reasons,
+            reasons=self._reasons(),
             bound=self._bound(),
             approximation=None if self.attempt is None or not self.attempt.is_accepted else self.attempt.report(),
             spans=self.plan.exact_up_to(self.sequence.approximate_from).spans,
             tier_tokens=min(exact, self.num_tier_tokens + self.carried.num_tier),
+            read_along_tokens=self.num_read,
         )
+
+    def _reasons(self) -> dict[str, int]:
+        reasons = dict(self.carried.plus(self.plan).reasons)
+        return reasons | {Reason.READ_ALONG.value: self.num_read} if self.num_read else reasons
 
     def _bound(self) -> BoundInForce | None:
         bound = self.policy.bound

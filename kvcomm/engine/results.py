@@ -58,6 +58,7 @@ class Usage(Plain):
             before is a reused span here, and yet among the computed tokens of the request that reports it.
         guessed_tokens: generated tokens that came without a pass of their own, see `EngineConfig.draft_rows`.
         tier_tokens: of the exact tokens, those that a shared tier gave for this request.
+        read_along_tokens: of the computed tokens, those that were computed before the prompt was complete.
     """
 
     prompt_tokens: int
@@ -74,17 +75,19 @@ class Usage(Plain):
     guessed_tokens: int = 0
     spans: tuple[Span, ...] = ()
     tier_tokens: int = 0
+    read_along_tokens: int = 0
 
     def __repr__(self) -> str:
         most = sorted(self.reasons.items(), key=lambda each: -each[1])[:MAX_REASONS]
         reasons = ", ".join(f"{tokens} {reason}" for reason, tokens in most)
         tier = f" ({self.tier_tokens} from the tier)" if self.tier_tokens else ""
+        along = f", {self.read_along_tokens} of them read along" if self.read_along_tokens else ""
         bound = "" if self.bound is None else f", bound {self.bound.max_divergence:g} at {self.bound.confidence:g}"
         if self.bound is not None and self.bound.level is not None:
             bound += f" by {self.bound.num_pairs} pairs ({self.bound.level})"
         return (
             f"Usage({self.prompt_tokens} prompt = {self.exact_tokens} exact{tier} + {self.aligned_tokens} aligned + "
-            f"{self.computed_tokens} computed ({reasons or 'nothing'}), {self.generated_tokens} generated, "
+            f"{self.computed_tokens} computed ({reasons or 'nothing'}){along}, {self.generated_tokens} generated, "
             f"first token {self.ttft_s:.3g} s, all {self.total_s:.3g} s{bound})"
         )
 

@@ -1,7 +1,8 @@
 """Continuous batching: every step computes one token of each running answer and chunks of waiting prompts.
 
 Where few answers run, a step also tries guesses at their next tokens (see `guesses`): each token is drawn as always,
-and a guess that equals it has its successor's logits already.
+and a guess that equals it has its successor's logits already. What is spare beside answers goes to open prompts (see
+`read_along`), but for the time in which anybody waits for a first token.
 
 A step is: drop what was cancelled, admit, write moved KV, build the batch, forward, commit. The lock is held while
 state changes and released during the forward pass, so contexts can be forked and requests submitted meanwhile. Only
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as AnySequence
 from contextlib import contextmanager, suppress
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -30,10 +32,13 @@ from kvcomm.engine.adapters import Adapters, Turns
 from kvcomm.engine.grammar_state import GrammarState
 from kvcomm.engine.grammar_turns import STEP_S, left_out, look
 from kvcomm.engine.guesses import repeated
+from kvcomm.engine.open_prompt import Reading
 from kvcomm.engine.passes import Computed, Failure, Work, compute
+from kvcomm.engine.read_along import ReadAlong
 from kvcomm.engine.request import ANSWER, Branch, Request
 from kvcomm.engine.results import Completion
 from kvcomm.engine.sampling import token_logprob
+from kvcomm.engine.spare import Spare
 from kvcomm.engine.tiering import Tiering
 from kvcomm.errors import (
     EngineClosed,
@@ -44,9 +49,11 @@ from kvcomm.errors import (
 )
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
+from kvcomm.memory.pool import PageIds
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
 from kvcomm.model.attention.contract import IntArray
+from kvcomm.model.live import Weights
 from kvcomm.model.runner import ModelRunner, Run
 from kvcomm.reuse.attempt import Attempt, Stage, ToCompute
 from kvcomm.reuse.idle_work import IdleWork
@@ -63,6 +70,18 @@ MAX_SCORED = 128
 
 MAX_FORCED = 64
 """Forced tokens that are computed in one pass with the token before them."""
+
+
+class GivesWay(Protocol):
+    """Holds pages that requests come before."""
+
+    def give_way(self) -> bool:
+        """Give some of them back; False: there are none."""
+        ...
+
+    def droppable_pages(self) -> list[PageIds]:
+        """Page references that `give_way` would give back, sooner or later."""
+        ...
 
 
 class Scheduler:
@@ -85,8 +104,12 @@ class Scheduler:
         adapters: Adapters,
         tiering: Tiering,
         reclaim: Callable[[], None],
+        require_quota: Callable[[str, int], None],
     ) -> None:
-        """`reclaim` gives back the pages of contexts that their users forgot."""
+        """Args:
+        reclaim: gives back the pages of contexts that their users forgot.
+        require_quota: raises where a tenant's quota leaves no room for so many more pages.
+        """
         self.lock = lock
         self._planner = planner
         self._learner = learner
@@ -99,6 +122,10 @@ class Scheduler:
         self._adapters = adapters
         self._tiering = tiering
         self._reclaim = reclaim
+        self._spare = Spare(config.follow_share)
+        self.read_along = ReadAlong(
+            memory, config, self._spare, require_weights=self._require_closely, require_quota=require_quota
+        )
         self._turns = Turns()
         self._looked_at: set[str] = set()  # closely: digests of weights, since the last pass
         self._waiting: list[Request] = []
@@ -123,9 +150,14 @@ class Scheduler:
         return self._closed is not None
 
     @property
+    def has_requests(self) -> bool:
+        """Whether any request is waiting or running."""
+        return bool(self._waiting or self._running)
+
+    @property
     def has_work(self) -> bool:
         """Whether a step would find anything to do."""
-        return bool(self._waiting or self._running)
+        return self.has_requests or self.read_along.has_work
 
     @property
     def awaits_first_token(self) -> bool:
@@ -179,6 +211,7 @@ class Scheduler:
             self._closed = reason
             for request in self.requests():
                 self._fail(request, reason)
+            self.read_along.close(reason)
 
     def step(self) -> None:
         """Compute one batch and commit it."""
@@ -186,6 +219,7 @@ class Scheduler:
         self._prepare_reuse()
         with self.lock:
             self._drop_cancelled()
+            self.read_along.tend()
             self._expire()
             self._admit()
             if not self._running:
@@ -198,9 +232,12 @@ class Scheduler:
         self._looked_at.clear()
         begun_s = time.monotonic()
         computed, failures = compute(self._runner, batch)
+        seconds = time.monotonic() - begun_s
         drawable = self._look_ahead(computed)
         with self.lock:
-            self._tiering.computed(batch, time.monotonic() - begun_s)
+            self._tiering.computed(batch, seconds)
+            if not failures:
+                self._spare.passed(*_num_rows(batch), seconds)
             self._commit(drawable, failures)
 
     @contextmanager
@@ -339,6 +376,7 @@ class Scheduler:
             else:
                 sequence.release()
             raise
+        self._drop_reading(request)  # first: a page that both hold would be copied
         sequence.make_writable(sequence.num_computed, request.max_tokens)
         for branch in request.branches[1:]:
             # Until the prompt is computed and can be forked, a further choice holds just the pages it will need.
@@ -366,13 +404,16 @@ class Scheduler:
         if request.ready_logits is None:
             # The last token is always computed: its logits are not in the cache.
             sequence.rewind(min(sequence.num_computed, sequence.num_tokens - 1))
+        if request.ready_logits is None and request.reads_cache:
+            self.read_along.share(request)
         reason = Reason.NEW if self._may_read_cache(request) else Reason.CACHE_OFF
         if self._uses_tree(request):
             reason = self._share_from_tree(request)
         if self._planner.may_reuse(request) and request.ready_logits is None:
-            request.plan, request.attempt = self._planner.plan(request, reason)
+            plan, request.attempt = self._planner.plan(request, reason)
+            request.plan = self.read_along.told(request, plan)
         else:
-            request.plan = self._tiering.plan(request, reason)
+            request.plan = self.read_along.told(request, self._tiering.plan(request, reason))
         request.pending = list(request.plan.stretches)
 
     def _share_from_tree(self, request: Request) -> Reason:
@@ -412,13 +453,24 @@ class Scheduler:
             batch = self._batch_of([each for each in self._running if each.weights.digest == digest], stuck)
             if batch:
                 self._turns.taken(digest)
-                return batch
+                return [*batch, *self._beside(digest, batch)]
+        if not self.has_requests:
+            for digest in self.read_along.digests():
+                batch = self._beside(digest, [])
+                if batch:
+                    return batch
         stuck = [request for request in stuck if not request.handle.done]
         if stuck and not self._has_left_out:
             # Everybody waits for pages and nobody can return any: the youngest gives way.
             victim = stuck[-1]
             self._fail(victim, self._nothing_to_wait_for(victim, PoolExhausted("while decoding")))
         return []
+
+    def _beside(self, digest: str, batch: AnySequence[Work]) -> list[Work]:
+        """What is computed beside a batch, for nobody who waits: not where a first token is waited for."""
+        if self.awaits_first_token:
+            return []
+        return self.read_along.work(digest, _num_rows(batch).answers)
 
     def _batch_of(self, running: AnySequence[Request], stuck: list[Request]) -> list[Work]:
         """Work for one pass: of requests that have the same weights."""
@@ -434,7 +486,7 @@ class Scheduler:
                         budget -= work.num_tokens
                         batch.append(work)
         # Where one choice of a request has failed, the pages of its others are gone as well.
-        return [work for work in batch if not work.request.handle.done]
+        return [work for work in batch if not _has_ended(work.request)]
 
     def _decode_work(self, running: AnySequence[Request], stuck: list[Request]) -> list[Work]:
         batch: list[Work] = []
@@ -510,13 +562,14 @@ class Scheduler:
         if num_pages <= self._pool.num_free:
             return  # nearly always; who decodes asks in every step
         self._reclaim()
-        self._memory.require_possible(num_pages, [*self._tiering.droppable_pages(), *self._idle.droppable_pages()])
+        others: tuple[GivesWay, ...] = (self._tiering, self._idle, self.read_along)
+        self._memory.require_possible(num_pages, [pages for each in others for pages in each.droppable_pages()])
         while True:
             try:
                 self._memory.make_room(num_pages)
                 return
             except PoolExhausted:
-                if not self._tiering.give_way() and not self._idle.give_way():
+                if not any(each.give_way() for each in others):
                     raise
 
     def _look_ahead(self, computed: AnySequence[Computed]) -> AnySequence[Computed]:
@@ -535,17 +588,24 @@ class Scheduler:
 
     def _commit(self, computed: AnySequence[Computed], failures: AnySequence[Failure]) -> None:
         for request, error in failures:
-            self._fail(request, error)
+            if isinstance(request, Reading):
+                self.read_along.spoil(request, error)
+            else:
+                self._fail(request, error)
         for work, logits, finite in computed:
-            if work.request.handle.done:
+            request = work.request
+            if isinstance(request, Reading):
+                self.read_along.computed(request, work.runs[0])
+                continue
+            if request.handle.done:
                 continue  # closed meanwhile, or another choice of the same request failed in this very step
-            with self._on_behalf_of(work.request):
+            with self._on_behalf_of(request):
                 if work.branch is not None:
-                    self._decoded(work, work.branch, logits, finite)
+                    self._decoded(work, request, work.branch, logits, finite)
                 else:
-                    self._prefilled(work, logits, finite)
+                    self._prefilled(work, request, logits, finite)
 
-    def _decoded(self, work: Work, branch: Branch, logits: Tensor, finite: AnySequence[bool]) -> None:
+    def _decoded(self, work: Work, request: Request, branch: Branch, logits: Tensor, finite: AnySequence[bool]) -> None:
         """Draw the next token of a choice, and behind every guess that equals what was drawn one more."""
         run, sequence = work.runs[0], work.sequence
         num_before = run.end - len(finite)  # tokens that were forced, and of which nobody wants to know the next
@@ -560,13 +620,13 @@ class Scheduler:
                 branch.num_guessed += 1
             sequence.count(end)
             if not is_finite:
-                raise _not_finite(work.request, end)
+                raise _not_finite(request, end)
             if end == sequence.num_tokens:  # else what comes next is known: it was forced by what was just drawn
-                self._accept(work.request, branch, logits[index])
+                self._accept(request, branch, logits[index])
 
-    def _prefilled(self, work: Work, logits: Tensor, finite: AnySequence[bool]) -> None:
+    def _prefilled(self, work: Work, request: Request, logits: Tensor, finite: AnySequence[bool]) -> None:
         """Count what was computed of a prompt. Behind moved KV nothing counts before all of it is in place."""
-        request, sequence = work.request, work.sequence
+        sequence = work.sequence
         request.pending = [(max(start, work.end), end) for start, end in request.pending if end > work.end]
         if request.attempt is None or not request.pending:
             sequence.count(work.end)
@@ -700,6 +760,7 @@ class Scheduler:
     def _settle(self, request: Request, outcome: Completion | BaseException) -> None:
         request.on_success = None  # it knows the context, which is kept by nobody but its user
         request.handle.settle(outcome)
+        self.read_along.touch()  # its answer may be followed
 
     def _return_pages(self, request: Request, num_kept: int) -> None:
         """Release what the request holds; a lent sequence keeps its first `num_kept` tokens instead."""
@@ -718,12 +779,21 @@ class Scheduler:
         Raises:
             WeightsChanged, UnsupportedModel: they are not.
         """
-        if request.weights.digest not in self._looked_at:
-            self._adapters.live.require(request.weights, closely=True)
-            self._looked_at.add(request.weights.digest)
+        self._require_closely(request.weights)
+
+    def _require_closely(self, weights: Weights) -> None:
+        if weights.digest not in self._looked_at:
+            self._adapters.live.require(weights, closely=True)
+            self._looked_at.add(weights.digest)
+
+    def _drop_reading(self, request: Request) -> None:
+        """A request needs the open prompt no more that it was."""
+        if request.reading is not None:
+            self.read_along.end(request.reading)
 
     def _leave(self, request: Request) -> None:
         self._tiering.is_computed(request)
+        self._drop_reading(request)
         for queue in (self._waiting, self._running):
             if request in queue:
                 queue.remove(request)
@@ -759,6 +829,24 @@ def _must_look(work: Work) -> GrammarState | None:
     if branch is None or branch.grammar is None or branch.forced or not branch.grammar.must_look:
         return None
     return branch.grammar
+
+
+class _Rows(NamedTuple):
+    """Rows of a pass: of answers, of prompts that somebody waits for, and beside them."""
+
+    answers: int
+    prompts: int
+    beside: int
+
+
+def _num_rows(batch: AnySequence[Work]) -> _Rows:
+    beside = sum(work.num_tokens for work in batch if work.is_beside)
+    answers = sum(work.num_tokens for work in batch if work.branch is not None)
+    return _Rows(answers, sum(work.num_tokens for work in batch) - answers - beside, beside)
+
+
+def _has_ended(request: Request | Reading) -> bool:
+    return request.handle is not None and request.handle.done
 
 
 def _run(sequence: Sequence, start: int, end: int, *, num_logits: int) -> Run:

@@ -71,6 +71,13 @@ class Reason(StrEnum):
     FAILED = "failed"
     """Moving it failed; the engine's log says how."""
 
+    READ_ALONG = "read_along"
+    """Computed before the prompt was complete, while others decoded or nobody did."""
+    TOO_LATE = "too_late"
+    """An answer was followed, and this of it was written too late to be read along."""
+    NO_SPARE = "no_spare"
+    """An answer was followed, and answers in progress left no time to read this of it along."""
+
     TIER_SLOW = "tier_slow"
     """The shared tier has it, and computing it was quicker."""
     TIER_CORRUPT = "tier_corrupt"
@@ -139,6 +146,19 @@ class Plan(Plain):
                 spans.append(span)
                 continue
             pieces = [span._replace(end=first), Span(SpanKind.EXACT, first, last), span._replace(start=last)]
+            spans += [piece for piece in pieces if piece.start < piece.end]
+        return Plan(tuple(spans))
+
+    def explained(self, start: int, end: int, known: Reason, reason: Reason) -> Plan:
+        """The same plan where what of `[start, end)` is computed for a known reason is told with another one."""
+        spans: list[Span] = []
+        for span in self.spans:
+            first, last = max(start, span.start), min(end, span.end)
+            if span.reason is not known or first >= last:
+                spans.append(span)
+                continue
+            within = Span(span.kind, first, last, reason)
+            pieces = [span._replace(end=first), within, span._replace(start=last)]
             spans += [piece for piece in pieces if piece.start < piece.end]
         return Plan(tuple(spans))
 

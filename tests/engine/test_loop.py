@@ -17,6 +17,11 @@ from kvcomm.reuse.budget import LOAN_S, OVERDUE_S, Budget
 from tests.limits import PATIENCE_S, wait_for
 
 
+class NoOpenPrompts:
+    has_work = False
+    next_due_s = None
+
+
 class Work:
     """A queue of requests, or of idle jobs, that writes down what is done."""
 
@@ -29,6 +34,14 @@ class Work:
     @property
     def has_work(self) -> bool:
         return self.num_waiting > 0
+
+    @property
+    def has_requests(self) -> bool:
+        return self.has_work
+
+    @property
+    def read_along(self) -> NoOpenPrompts:
+        return NoOpenPrompts()
 
     def submit(self, request: Request) -> None:
         self.num_waiting += 1

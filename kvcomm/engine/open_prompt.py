@@ -1,0 +1,401 @@
+"""Open prompts: prompts that are not complete yet, of which what is known is computed while others decode.
+
+An agent's role and question need not wait for the answers that it will read, and an answer can be read while it is
+written: its tokens go into its readers' prompts, a few at a time. When it ends, a reader has a few tokens left to
+compute: the first token of an exact prefix hit, and nothing about it is approximate.
+
+`OpenPrompt` is the caller's end; `Reading` is what the engine's thread works on (`read_along`). A follower knows no
+more of a request than what its handle tells everybody: the ids whose text is out, and at the end the answer's. What was
+read too far (a stop string cuts text that looked final, an agent's end-of-turn token is not passed on) is taken back.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+
+import numpy as np
+
+from kvcomm.engine.handle import RequestHandle
+from kvcomm.engine.sampling import SamplingParams
+from kvcomm.errors import InvalidRequest, KVCommError, PromptTooLong, RequestCancelled, SourceFailed
+from kvcomm.memory.segments import Segment
+from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.model.attention.contract import IntArray
+from kvcomm.model.live import Weights
+from kvcomm.values import told
+
+if TYPE_CHECKING:
+    from kvcomm.engine.prompts import Prompt
+
+TokenIds = tuple[int, ...]
+Keep = Callable[[TokenIds], TokenIds]
+
+
+class Known(NamedTuple):
+    """What is known of an answer: its ids so far, and whether these are all."""
+
+    token_ids: TokenIds
+    is_final: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Followed:
+    """An answer that stands in a prompt, whoever gives it.
+
+    Attributes:
+        source: the request, or the prompt that will become it.
+        keep: what of the final ids is passed on.
+    """
+
+    source: RequestHandle | Reading
+    name: str
+    keep: Keep
+
+    @property
+    def handle(self) -> RequestHandle | None:
+        """The request's; None as long as it has not been asked for."""
+        return self.source if isinstance(self.source, RequestHandle) else self.source.handle
+
+    def look(self) -> Known:
+        """What is known of it now.
+
+        Raises:
+            SourceFailed: there is no answer, and there will be none.
+        """
+        handle = self.handle
+        if handle is None:
+            assert isinstance(self.source, Reading)
+            if self.source.is_over:
+                raise SourceFailed(f"the prompt whose answer is followed as {self.name!r} was given up")
+            return Known((), is_final=False)
+        if not handle.done:
+            return Known(handle.drawn, is_final=False)
+        try:
+            return Known(tuple(self.keep(handle.result().token_ids)), is_final=True)
+        except Exception as error:
+            raise SourceFailed(
+                f"request {handle.request_id}, whose answer is followed as {self.name!r}, gave none: {error}"
+            ) from error
+
+
+@dataclass(eq=False)
+class Reading:
+    """An open prompt, as the engine works on it. Changed under the engine's lock only.
+
+    What always holds: `sequence` has the tokens of `segments` and behind them, as far as known, those of the answer
+    that is being followed; what of it counts as computed has the KV of exactly these tokens.
+
+    Attributes:
+        request_id: in messages, and for passes.
+        owner: what the tenant's quota goes by.
+        sequence: what is read so far; pages are its own or shared.
+        parts: what the prompt consists of.
+        num_parts: leading parts whose text is final, and stands in `segments`.
+        segments: the final text, behind what stands before it in a context.
+        num_final: tokens of `sequence` that are final.
+        num_before: of these, tokens of the context that it stands behind.
+        num_shared: leading tokens whose KV was there already.
+        num_cached: leading tokens that the tree has.
+        followed: `[start, end)` of answers, final or not.
+        due_s: when it is given up, on the monotonic clock.
+        begin: makes the request once the prompt is complete.
+        sampling: of the answer; None: it has not been closed.
+        prompt: the whole prompt, where the caller has said what it is.
+        handle: of the answer, once it was asked for.
+        is_begun: the request has been made, and takes what was read.
+        was_denied: since it was last given rows, answers in progress have left it none.
+        has_no_room: of the pool: what was free when there was too little; None: there was enough.
+        error: why it can become nothing.
+        attempt: nothing is moved into it.
+    """
+
+    request_id: int
+    namespace: str
+    tenant: str
+    owner: str
+    weights: Weights
+    sequence: KVSequence
+    due_s: float
+    max_tokens: int
+    begin: Callable[[Reading, tuple[Segment, ...]], None]
+    parts: list[Segment | Followed] = field(default_factory=list)
+    num_parts: int = 0
+    segments: list[Segment] = field(default_factory=list)
+    num_final: int = 0
+    num_before: int = 0
+    num_shared: int = 0
+    num_cached: int = 0
+    followed: list[tuple[int, int]] = field(default_factory=list)
+    sampling: SamplingParams | None = None
+    prompt: tuple[Segment, ...] | None = None
+    handle: RequestHandle | None = None
+    is_begun: bool = False
+    is_cancelled: bool = False
+    is_over: bool = False
+    is_spoiled: bool = False
+    was_denied: bool = False
+    has_no_room: int | None = None
+    error: BaseException | None = None
+    cancel_request: Callable[[], None] | None = None
+    attempt: None = None
+
+    def __post_init__(self) -> None:
+        self.num_before = self.num_final = self.sequence.num_tokens
+        self.num_shared = self.sequence.num_computed
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of its text is final and no more will come."""
+        return self.sampling is not None and (self.prompt is not None or self.num_parts == len(self.parts))
+
+    @property
+    def num_unread(self) -> int:
+        """Known tokens that are not computed; the last token of a complete prompt is left to the request."""
+        return self.sequence.num_tokens - self.sequence.num_computed
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether an answer that it follows is not there yet."""
+        return self.num_parts < len(self.parts)
+
+    def sources(self) -> Iterator[Reading]:
+        """Open prompts whose answers it waits for."""
+        for part in self.parts[self.num_parts :]:
+            if isinstance(part, Followed) and isinstance(part.source, Reading):
+                yield part.source
+
+    def waits_for(self, other: Reading) -> bool:
+        """Whether it, or what it waits for, waits for another one, or is that one."""
+        seen, stack = set(), [self]
+        while stack:
+            reading = stack.pop()
+            if reading is other:
+                return True
+            if id(reading) not in seen:
+                seen.add(id(reading))
+                stack += reading.sources()
+        return False
+
+    def refresh(self) -> None:
+        """Take over what has become known. Not while a pass computes any of it.
+
+        Raises:
+            SourceFailed: an answer that it follows will never come.
+            PromptTooLong: more than the model may see.
+        """
+        while self.num_parts < len(self.parts):
+            part = self.parts[self.num_parts]
+            known = Known(part.token_ids, is_final=True) if isinstance(part, Segment) else part.look()
+            self._show(known.token_ids)
+            if isinstance(part, Followed):
+                self._mark(self.num_final, self.sequence.num_tokens)
+            if not known.is_final:
+                return
+            self.segments.append(part if isinstance(part, Segment) else Segment(known.token_ids, part.name))
+            self.num_final, self.num_parts = self.sequence.num_tokens, self.num_parts + 1
+
+    def count(self, start: int, token_ids: IntArray) -> None:
+        """A pass has computed tokens from `start` on; what has been taken back meanwhile does not count."""
+        sequence = self.sequence
+        if start > sequence.num_computed:
+            return
+        num = min(len(token_ids), sequence.num_tokens - start)
+        differs = token_ids[:num] != sequence.token_ids[start : start + num]
+        end = start + (int(differs.argmax()) if differs.any() else num)
+        if end > sequence.num_computed:
+            sequence.count(end)
+
+    def num_usable(self, namespace: str, token_ids: IntArray) -> int:
+        """Leading tokens of a prompt of which this has the KV."""
+        if self.is_over or namespace != self.namespace:
+            return 0
+        own = self.sequence.token_ids[: self.sequence.num_computed]
+        num = min(len(own), len(token_ids))
+        differs = own[:num] != token_ids[:num]
+        return int(differs.argmax()) if differs.any() else num
+
+    def cancel(self) -> None:
+        """Nobody wants its answer any more."""
+        self.is_cancelled = True
+        if self.cancel_request is not None:
+            self.cancel_request()
+
+    def _show(self, token_ids: Sequence[int]) -> None:
+        """Let these be the tokens behind the final ones; of those that stood there, an equal beginning stays."""
+        sequence, new = self.sequence, np.array(token_ids, dtype=np.int32)
+        if self.num_final + len(new) > self.max_tokens:
+            raise PromptTooLong(
+                f"an open prompt of {self.num_final + len(new)} tokens exceeds the model's limit of {self.max_tokens}; "
+                "shorten the prompt, or lower max_new_tokens of the answers that it follows"
+            )
+        old = sequence.token_ids[self.num_final :]
+        num = min(len(old), len(new))
+        differs = old[:num] != new[:num]
+        num_same = int(differs.argmax()) if differs.any() else num
+        sequence.truncate(self.num_final + num_same)
+        sequence.append(new[num_same:])
+
+    def _mark(self, start: int, end: int) -> None:
+        if self.followed and self.followed[-1][0] == start:
+            self.followed.pop()
+        self.followed.append((start, end))
+
+
+class OpenPromptHost(Protocol):
+    """What an open prompt needs from its engine."""
+
+    def read_prompt(self, prompt: Prompt, *, is_start: bool) -> tuple[Segment, ...]: ...
+
+    def change_open(self, reading: Reading, change: Callable[[], None]) -> None: ...
+
+    def require_followable(self, reading: Reading, source: RequestHandle) -> None: ...
+
+    def close_open(
+        self, reading: Reading, sampling: SamplingParams | None, settings: dict[str, object], prompt: Prompt | None
+    ) -> RequestHandle: ...
+
+
+class OpenPrompt:
+    """A prompt that is not complete yet; made by `Engine.open_prompt` or `Context.follow`. Thread-safe.
+
+    Usable in a `with` statement, which cancels it unless it was closed.
+    """
+
+    def __init__(self, host: OpenPromptHost, reading: Reading) -> None:
+        self._host = host
+        self._reading = reading
+        weakref.finalize(self, _forget, reading)
+
+    def __repr__(self) -> str:
+        state = "closed" if self.is_closed else "given up" if self._reading.is_over else "open"
+        return f"OpenPrompt({self.num_tokens} tokens, {self.num_read} read, {state})"
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether its answer was asked for."""
+        return self._reading.handle is not None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far, those of a context before it included."""
+        return self._reading.sequence.num_tokens
+
+    @property
+    def num_read(self) -> int:
+        """Of these, tokens whose KV is there already."""
+        return self._reading.sequence.num_computed
+
+    def append(self, prompt: Prompt) -> Self:
+        """Put further text behind it, which is final.
+
+        Raises:
+            InvalidRequest: the prompt is closed, or the text is empty, or holds unknown tokens.
+            PromptTooLong, SourceFailed, RequestCancelled: it has been given up, and why.
+        """
+        reading = self._reading
+        segments = self._host.read_prompt(prompt, is_start=not reading.parts and not reading.num_before)
+        self._put(*segments)
+        return self
+
+    def follow(self, source: RequestHandle | OpenPrompt, *, name: str = "answer", keep: Keep | None = None) -> Self:
+        """Put the first answer of a request behind it, which is read while it is written.
+
+        Args:
+            source: the request, or an open prompt, whose answer will be asked for.
+            name: of the segment that the answer becomes; as any other it may be moved where it is not read in time.
+            keep: what of the answer's final ids is passed on; None: all.
+
+        Raises:
+            InvalidRequest: the prompt is closed, would wait for itself, or there is no such request of this tenant.
+            PromptTooLong, SourceFailed, RequestCancelled: it has been given up, and why.
+        """
+        if not isinstance(source, RequestHandle | OpenPrompt):
+            raise InvalidRequest(f"follow a RequestHandle or an OpenPrompt, not {told(source)}")
+        if isinstance(source, OpenPrompt):
+            other = source._reading
+            if other.tenant != self._reading.tenant:
+                raise InvalidRequest("there is no such prompt to follow")
+            self._put(Followed(other, name, keep or _all))
+        else:
+            self._host.require_followable(self._reading, source)
+            self._put(Followed(source, name, keep or _all))
+        return self
+
+    def close(
+        self, sampling: SamplingParams | None = None, *, prompt: Prompt | None = None, **settings: object
+    ) -> RequestHandle:
+        """No more text comes: let the answer begin as soon as all that is followed has ended.
+
+        Args:
+            sampling: how to draw; or its fields by name, as in `Engine.submit`.
+            prompt: the whole prompt (behind the context, if it stands behind one) as it has become, where the caller
+                knows that: of what was read, the part that it begins with is used, and nothing is waited for.
+
+        Returns:
+            of the answer. What it follows may fail: then the handle raises SourceFailed. A cancelled handle gives the
+            prompt's pages back, too.
+
+        Raises:
+            InvalidRequest: it is closed already, holds no token, or sampling settings are wrong.
+            PromptTooLong, SourceFailed, RequestCancelled: it has been given up, and why.
+        """
+        return self._host.close_open(self._reading, sampling, settings, prompt)
+
+    def cancel(self) -> None:
+        """Give it up; pages are returned at the next step, and what follows it fails. No effect once it has ended."""
+        self._host.change_open(self._reading, self._reading.cancel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.is_closed:
+            self.cancel()
+
+    def _put(self, *parts: Segment | Followed) -> None:
+        reading = self._reading
+
+        def change() -> None:
+            require_open(reading)
+            for part in parts:
+                if isinstance(part, Followed) and isinstance(part.source, Reading) and part.source.waits_for(reading):
+                    raise InvalidRequest("a prompt cannot follow itself, nor one that waits for it")
+            reading.parts += parts
+
+        self._host.change_open(reading, change)
+
+
+def require_open(reading: Reading) -> None:
+    """Raises why a prompt can take no more text: InvalidRequest where it was closed, else what has ended it."""
+    if reading.handle is not None:
+        raise InvalidRequest("the prompt is closed: its answer was asked for; open another one")
+    if reading.error is not None:
+        raise reading.error
+    if reading.is_over or reading.is_cancelled:
+        raise RequestCancelled("the open prompt was cancelled; open another one")
+
+
+def overdue(reading: Reading) -> KVCommError | None:
+    """What ends a prompt that has been open for too long; None: it has time left."""
+    if reading.is_begun or time.monotonic() < reading.due_s:
+        return None
+    waits = next((part.name for part in reading.parts[reading.num_parts :] if isinstance(part, Followed)), None)
+    why = "it was not closed" if waits is None else f"the answer that it follows as {waits!r} has not ended"
+    return SourceFailed(f"the open prompt was given up at its deadline: {why}; raise deadline_s")
+
+
+def _all(token_ids: TokenIds) -> TokenIds:
+    return token_ids
+
+
+def _forget(reading: Reading) -> None:
+    """Its user has forgotten it: without an answer to come nobody can want it."""
+    if reading.handle is None:
+        reading.is_cancelled = True

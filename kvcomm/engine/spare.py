@@ -1,0 +1,81 @@
+"""What answers in progress leave of a step, measured while the engine works.
+
+Rows beside answers cost time that the answers feel. A share of their time may go there, and no more: every pass over
+answers alone earns some, every pass with rows beside them is held against the pace of such passes and pays what it took
+longer. So answers keep their pace whatever the machine, the model and the number of rows make of it, and where nothing
+is earned nothing is spent.
+"""
+
+from __future__ import annotations
+
+SMOOTHING = 0.2
+"""Weight of the newest measurement."""
+
+MIN_PROMPT_ROWS = 32
+"""Of a pass that tells what a row of a prompt takes."""
+
+MAX_ROWS = 96
+"""Beside answers in one pass: what has been earned over a long time is not spent in one stall."""
+
+MAX_SAVED_S = 1.0
+"""Of earned time: what nobody needed is gone."""
+
+MIN_CHUNK = 16
+"""Rows of one prompt that are worth a pass with more than the answers' rows."""
+
+
+class Spare:
+    """Time and rows beside answers in progress. Used by the engine's thread only.
+
+    Attributes:
+        share: of the time of answers in progress; 0: nothing is done beside them.
+        saved_s: earned and not spent.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self.saved_s = 0.0
+        self._row_s: float | None = None  # of a prompt, in a pass of its own
+        self._dearer = 1.0  # times as long as that a row takes beside answers
+        self._paces: dict[int, float] = {}  # seconds of a pass by the number of answers' rows, without others
+
+    def passed(self, num_answer_rows: int, num_prompt_rows: int, num_beside: int, seconds: float) -> None:
+        """A pass has taken so long.
+
+        Args:
+            num_beside: rows of open prompts and of healing.
+        """
+        if not num_answer_rows:
+            num_rows = num_prompt_rows + num_beside
+            if num_rows >= MIN_PROMPT_ROWS:
+                self._row_s = _smoothed(self._row_s, seconds / num_rows)
+        elif not num_beside and not num_prompt_rows:
+            self._paces[num_answer_rows] = _smoothed(self._paces.get(num_answer_rows), seconds)
+            self._earn(seconds)
+        elif num_beside and not num_prompt_rows and (pace_s := self._pace_s(num_answer_rows)) is not None:
+            extra_s = max(0.0, seconds - pace_s)
+            self._earn(pace_s)
+            self.saved_s -= extra_s
+            if self._row_s:
+                self._dearer = _smoothed(self._dearer, extra_s / (num_beside * self._row_s))
+
+    def num_rows(self, num_answer_rows: int) -> int:
+        """Rows that may be computed beside answers in the next pass."""
+        if not self.share or self._row_s is None or self._pace_s(num_answer_rows) is None:
+            return 0
+        row_s = self._row_s * max(self._dearer, 0.1)
+        return max(0, min(MAX_ROWS, int(self.saved_s / row_s)))
+
+    def _earn(self, seconds: float) -> None:
+        self.saved_s = min(MAX_SAVED_S, self.saved_s + self.share * seconds)
+
+    def _pace_s(self, num_answer_rows: int) -> float | None:
+        """Seconds of a pass over answers alone; of the most alike one where this many rows were not seen yet."""
+        if not self._paces:
+            return None
+        nearest = min(self._paces, key=lambda known: abs(known - num_answer_rows))
+        return self._paces[nearest]
+
+
+def _smoothed(former: float | None, newest: float) -> float:
+    return newest if former is None else former + SMOOTHING * (newest - former)
