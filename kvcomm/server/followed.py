@@ -1,4 +1,4 @@
-"""Answers that later requests of their tenant may name: those in progress, and for a short while those that have ended.
+"""Sources that later requests of their tenant may name: those in progress, and for a short while those that have ended.
 
 A client knows an answer's id from its stream while it is written, and another one sends it at once; so a follower may
 come a moment late, and finds the final ids then. A tenant has its own, so that another's id is as unknown as one that
@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvcomm.engine.handle import RequestHandle
+from kvcomm.errors import SourceFailed
 
 MAX_ENDED = 64
-"""Answers of one tenant that have ended and are still known."""
+"""Sources of one tenant that have ended and are still known."""
 
 ENDED_S = 60.0
 """How long they are."""
@@ -25,7 +26,7 @@ Keep = Callable[[tuple[int, ...]], tuple[int, ...]]
 
 
 @dataclass(eq=False)
-class Answer:
+class Source:
     """The first answer of a request.
 
     Attributes:
@@ -33,13 +34,14 @@ class Answer:
         max_tokens: that it may have.
         keep: what of its ids whoever follows it reads.
         handle: of its request; None once that has been closed.
+        names: that it is found under.
     """
 
     space: str
     max_tokens: int
     keep: Keep
     handle: RequestHandle | None
-    _names: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
     _token_ids: tuple[int, ...] | None = None
 
     @property
@@ -57,41 +59,47 @@ class Answer:
                 return None
         return self._token_ids
 
+    def required_ids(self) -> tuple[int, ...]:
+        """The same; raises SourceFailed where it has not ended well."""
+        if self.token_ids is None:
+            raise SourceFailed("the answer that is followed failed or was cancelled")
+        return self.token_ids
+
     def close(self) -> None:
         """Its request has ended: keep the ids alone."""
         self._token_ids, self.handle = self.token_ids, None
 
 
-class Answers:
+class Sources:
     """The answers of one tenant, by their ids. Always holds: what has ended badly is not here."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """`clock`: seconds, monotonic."""
         self._clock = clock
-        self._by_name: dict[str, Answer] = {}
-        self._ended: OrderedDict[Answer, float] = OrderedDict()  # and when, oldest first
+        self._by_name: dict[str, Source] = {}
+        self._ended: OrderedDict[Source, float] = OrderedDict()  # and when, oldest first
 
     def __len__(self) -> int:
-        return len({id(answer) for answer in self._by_name.values()})
+        return len({id(source) for source in self._by_name.values()})
 
-    def add(self, name: str, answer: Answer) -> None:
+    def add(self, name: str, source: Source) -> None:
         """Let an answer be found under a name; it is the newest one of that name."""
-        self._by_name[name] = answer
-        answer._names.append(name)
+        self._by_name[name] = source
+        source.names.append(name)
 
-    def find(self, name: str, space: str) -> Answer | None:
+    def find(self, name: str, space: str) -> Source | None:
         """An answer in progress in that space, or one that has just ended there."""
         self._sweep()
-        answer = self._by_name.get(name)
-        return None if answer is None or answer.space != space else answer
+        source = self._by_name.get(name)
+        return None if source is None or source.space != space else source
 
-    def ended(self, answer: Answer) -> None:
+    def ended(self, source: Source) -> None:
         """A request has ended, in whatever way."""
-        answer.close()
-        if answer.token_ids is None:
-            self._forget(answer)
+        source.close()
+        if source.token_ids is None:
+            self._forget(source)
         else:
-            self._ended[answer] = self._clock()
+            self._ended[source] = self._clock()
         self._sweep()
 
     def _sweep(self) -> None:
@@ -103,7 +111,7 @@ class Answers:
             del self._ended[oldest]
             self._forget(oldest)
 
-    def _forget(self, answer: Answer) -> None:
-        for name in answer._names:
-            if self._by_name.get(name) is answer:
+    def _forget(self, source: Source) -> None:
+        for name in source.names:
+            if self._by_name.get(name) is source:
                 del self._by_name[name]

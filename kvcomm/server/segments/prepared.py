@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
 from kvcomm.memory.segments import Segment
-from kvcomm.server.followed import Answer
+from kvcomm.server.followed import Source
 
 
 class Lifetime(NamedTuple):
@@ -23,11 +23,11 @@ class Lifetime(NamedTuple):
 
 
 class Follow(NamedTuple):
-    """An answer in progress that stands in a prompt, in the segment without tokens at `index`."""
+    """An answer in progress that stands in a prompt, in its segment number `at`, which has no tokens."""
 
-    index: int
+    at: int
     name: str
-    answer: Answer
+    source: Source
 
 
 class PlacedSegment(NamedTuple):
@@ -70,16 +70,16 @@ class PreparedPrompt:
     @property
     def max_tokens(self) -> int:
         """Tokens that it may have when the answers that it follows have ended."""
-        return self.num_tokens + sum(follow.answer.max_tokens for follow in self.follows)
+        return self.num_tokens + sum(follow.source.max_tokens for follow in self.follows)
 
     def parts(self) -> Iterator[tuple[Segment, ...] | Follow]:
         """What stands between followed answers, and those, in order."""
         at = 0
         for follow in self.follows:
-            if self.segments[at : follow.index]:
-                yield self.segments[at : follow.index]
+            if self.segments[at : follow.at]:
+                yield self.segments[at : follow.at]
             yield follow
-            at = follow.index + 1
+            at = follow.at + 1
         if self.segments[at:]:
             yield self.segments[at:]
 
@@ -87,10 +87,10 @@ class PreparedPrompt:
         """The prompt as it has become, once what it follows has ended well; places are not kept."""
         if not self.follows:
             return self
-        answers = [follow.answer.token_ids or () for follow in self.follows]
+        answers = [follow.source.token_ids or () for follow in self.follows]
         segments = list(self.segments)
         for follow, ids in zip(self.follows, answers, strict=True):
-            segments[follow.index] = Segment(ids, follow.name)
+            segments[follow.at] = Segment(ids, follow.name)
         lifetimes = tuple(
             each._replace(num_tokens=each.num_tokens + sum(map(len, answers[: each.num_follows])), num_follows=0)
             for each in self.lifetimes
