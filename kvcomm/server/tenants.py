@@ -135,9 +135,7 @@ class Tenants:
         """A tenant with the limits that hold now."""
         tenant, limits = self._tenants.get(name), self.limits_of(name)
         if tenant is None:
-            tenant = self._tenants[name] = Tenant(
-                name, limits, tally=Tally(self._clock), sources=Sources(self._clock)
-            )
+            tenant = self._tenants[name] = Tenant(name, limits, tally=Tally(self._clock), sources=Sources(self._clock))
             tenant.follow(limits, self._clock)
         elif tenant.limits != limits:
             tenant.follow(limits, self._clock)

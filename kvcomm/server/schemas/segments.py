@@ -7,7 +7,16 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from kvcomm.server.schemas.common import CONTEXT_ID, WHOLE, Body, GenerationRequest, NonEmpty, RequestModel, ResponseModel, Ttl
+from kvcomm.server.schemas.common import (
+    CONTEXT_ID,
+    WHOLE,
+    Body,
+    GenerationRequest,
+    NonEmpty,
+    RequestModel,
+    ResponseModel,
+    Ttl,
+)
 
 SEGMENT_NAME = r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$"
 MAX_SEGMENTS = 64
