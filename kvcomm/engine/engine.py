@@ -824,6 +824,7 @@ class Engine:
                 request.ready_logits = context.ready_logits
             if not is_fork:
                 request.on_success = lambda: self._complete(context, request, segments)
+                request.on_healed = context.repaired
             self._loop.submit(request)
         except BaseException:
             if is_fork:
