@@ -1,4 +1,4 @@
-"""Operations on open prompts: opened, filled, following answers in flight and each other's, closed, given up, forgotten.
+"""Operations on open prompts: opened, filled, following answers and each other, closed, given up, forgotten.
 
 A follower is judged as any other request once it has ended: its prompt is what was put into it, the ids of the answers
 that it followed among that. That such an answer failed, was cancelled or took too long is a reason for SourceFailed and
@@ -164,13 +164,13 @@ def cancel_open(world: World, settings: Mapping[str, Any]) -> None:
 
 def team(world: World, settings: Mapping[str, Any]) -> None:
     """A request, several that follow it, and one that follows all of those; some of them may be given up."""
-    world_asked, tenant = world.engine, settings["tenant"]
+    tenant = settings["tenant"]
     params, values = read_params(settings)
     assert params is not None, settings
     adapter = world.adapter_of(settings)
     asked = world.asked(world.tokens_of(settings["prompt"]), params, tenant, adapter)
     try:
-        handle = world_asked.submit(world.prompt_of(settings["prompt"]), tenant=tenant, **named(adapter), **values)
+        handle = world.engine.submit(world.prompt_of(settings["prompt"]), tenant=tenant, **named(adapter), **values)
     except Exception as error:
         world.oracle.judge_error(asked, error)
         return
@@ -233,6 +233,9 @@ def _append(world: World, opened: Opened, spec: Mapping[str, Any]) -> bool:
 
 def _follow(world: World, opened: Opened, source: Flight | Opened, keep: str) -> bool:
     is_refused = source.asked.tenant != opened.asked.tenant or (isinstance(source, Opened) and source.waits_for(opened))
+    followed = Followed(source, keep)
+    opened.parts.append(followed)
+    opened.asked.num_followed += followed.max_tokens
     try:
         wanted = source.prompt if isinstance(source, Opened) else source.handle
         opened.prompt.follow(wanted, name=f"answer {len(opened.parts)}", keep=KEEPS[keep])
@@ -241,15 +244,14 @@ def _follow(world: World, opened: Opened, source: Flight | Opened, keep: str) ->
             _failed(world, opened, error)
             return False
         world.findings.count("sources refused")
+        opened.parts.pop()
+        opened.asked.num_followed -= followed.max_tokens
         return True  # and it is as it was
     except Exception as error:
         _failed(world, opened, error)
         return False
     if is_refused:
         world.findings.wrong("a source was taken that must be refused", f"{opened.asked} behind {source.asked}")
-    followed = Followed(source, keep)
-    opened.parts.append(followed)
-    opened.asked.num_followed += followed.max_tokens
     return True
 
 

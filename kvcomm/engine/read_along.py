@@ -170,7 +170,7 @@ class ReadAlong:
             if reading.weights.digest != digest or not self._wants(reading):
                 continue
             if not self._is_in_flight(reading, before):
-                work = self._chunk(reading, budget, is_beside=num_answer_rows > 0)
+                work = self._chunk_or_spoil(reading, budget, is_beside=num_answer_rows > 0)
                 if work is not None:
                     budget -= work.num_tokens
                     batch.append(work)
@@ -262,6 +262,14 @@ class ReadAlong:
 
     def _uses_tree(self, reading: Reading) -> bool:
         return self._config.cache and reading.sequence.fidelity is Fidelity.EXACT
+
+    def _chunk_or_spoil(self, reading: Reading, budget: int, *, is_beside: bool) -> Work | None:
+        """What fails where one prompt is prepared concerns nobody else's answer."""
+        try:
+            return self._chunk(reading, budget, is_beside=is_beside)
+        except Exception as error:
+            self.spoil(reading, error)
+            return None
 
     def _chunk(self, reading: Reading, budget: int, *, is_beside: bool) -> Work | None:
         self._share_from_tree(reading)

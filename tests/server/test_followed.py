@@ -1,4 +1,4 @@
-"""Requests that name an answer in progress: they read it while it is written, and answer as if its text had been sent."""
+"""Requests that name an answer in progress: read while it is written, answered as if its text had been sent."""
 
 from __future__ import annotations
 
@@ -336,7 +336,7 @@ def test_only_requests_that_generate_follow(http: httpx.Client) -> None:
 
 def test_a_prompt_that_may_become_too_long_is_refused_at_once(http: httpx.Client, engine: Engine) -> None:
     with stalling(engine, written=3) as go_on:
-        producer = begun(http, engine.max_context - 40)
+        producer = begun(http, engine.max_context - 20)
         answer = http.post(COMPLETIONS, json=following(producer.id))
         assert error_of(answer)[:2] == (400, "context_length_exceeded")
         go_on.set()
