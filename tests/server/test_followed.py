@@ -282,7 +282,7 @@ def test_a_client_that_leaves_gives_its_open_prompt_up(http: httpx.Client, live:
         go_on.set()
         producer.read()
     wait_for(lambda: live.state.admission.num_in_flight == 0)
-    assert engine.scheduler.read_along.readings == ()
+    assert engine.scheduler.read_along.readings == []
 
 
 def test_nobody_follows_what_is_anothers(engine: Engine, tmp_path: Path) -> None:
