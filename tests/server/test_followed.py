@@ -337,7 +337,7 @@ def test_only_requests_that_generate_follow(http: httpx.Client) -> None:
 def test_a_prompt_that_may_become_too_long_is_refused_at_once(http: httpx.Client, engine: Engine) -> None:
     with stalling(engine, written=3) as go_on:
         producer = begun(http, engine.max_context - 20)
-        answer = http.post(COMPLETIONS, json=following(producer.id))
+        answer = http.post(COMPLETIONS, json={**following(producer.id), "prompt": "0123456789" * 5})
         assert error_of(answer)[:2] == (400, "context_length_exceeded")
         go_on.set()
         producer.close()
