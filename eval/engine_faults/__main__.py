@@ -4,7 +4,8 @@
     python -m eval.engine_faults --replay out/engine_faults/FINDING.json
 
 Episodes of random operations on small pools: requests with every setting, good and bad, streams and event loops left
-early, contexts, snapshots, pins, quotas, clearing, threads, adapters switched, engines closed while they work; and
+early, open prompts that follow answers and each other, contexts, snapshots, pins, quotas, clearing, threads, adapters
+switched, engines closed while they work; and
 exceptions thrown into every call of a choice's code, of the model and of the memory. A finding is *wrong* if an answer
 given as exact is not what a stock model answers, or if somebody meets an error that is not theirs; pages are *leaked*
 if they are not free once everything is given back; an engine is *lost* if it closes by itself or gives no answer.
@@ -109,6 +110,8 @@ class Run:
             Figure("tokens_compared", counts["compared_tokens"], "tokens"),
             Figure("ties", counts["ties"], "tokens"),
             Figure("answers_approximate", counts["approximate"], "answers"),
+            Figure("answers_of_followers", counts["followers"], "answers"),
+            Figure("tokens_read_along", counts["read_along_tokens"], "tokens"),
             Figure("answers_unseeded", counts["unseeded"], "answers"),
             Figure("errors_judged", counts["errors"], "errors"),
             Figure("faults_fired", sum(faults.fired.values()), "faults"),

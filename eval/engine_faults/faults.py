@@ -65,7 +65,7 @@ class Point(NamedTuple):
 
 OWN_CODE = ("InjectedFault", "RuntimeError", "ValueError", "TypeError", "KeyError", "IndexError", "MemoryError")
 ALSO_ASSERTIONS = (*OWN_CODE, "AssertionError", "UnicodeDecodeError", "OverflowError")
-ASKING = ("ask", "submit", "stream", "answer")
+ASKING = ("ask", "submit", "stream", "answer", "team")
 DRAWN = ("ask_drawn",)
 
 POINTS: dict[str, Point] = {

@@ -51,6 +51,12 @@ WEIGHTS: Mapping[str, int] = {
     "segments": 2,
     "learn": 1,
     "look": 2,
+    "open": 3,
+    "append": 2,
+    "follow": 4,
+    "close_open": 4,
+    "cancel_open": 2,
+    "team": 9,
     "fault": 22,
     "threads": 3,
     "adapter": 3,
@@ -66,6 +72,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "threads": ("threads",),
     "values": ("ask_refused", "ask_unusual"),
     "closing": ("close",),
+    "following": ("open", "append", "follow", "close_open", "cancel_open", "team"),
     "async": ("async",),
 }
 
@@ -203,6 +210,15 @@ def draw_operation(draw: random.Random, name: str, shares: Mapping[str, int]) ->
                 for _ in range(draw.randint(2, MAX_TOGETHER))
             ]
             settings = {"together": together}
+        case "open" | "append" | "follow" | "close_open" | "cancel_open":
+            settings = {**which, **prompt, **greedy, "other": draw.randrange(1000), "keep": _keep(draw)}
+            settings["is_hurried"] = draw.random() < 0.1
+        case "team":
+            number = draw.randint(1, 3)
+            settings = {**which, **prompt, "sampling": draw.choice((_greedy, _greedy, _drawn))(draw)}
+            settings |= {"roles": [_prompt(draw) for _ in range(number)], "keep": _keep(draw)}
+            settings |= {"behind": [_prompt(draw) for _ in range(number)], "is_hurried": draw.random() < 0.05}
+            settings["leaves"] = draw.choice(("nobody", "nobody", "nobody", "producer", "reader"))
         case "adapter":
             settings = {"adapter": draw.randrange(1000)}
         case "quota":
@@ -264,6 +280,10 @@ def _drawn(draw: random.Random) -> dict[str, Any]:
         if draw.random() < 0.35:
             sampling[name] = draw.choice(values)
     return sampling
+
+
+def _keep(draw: random.Random) -> str:
+    return draw.choice(("all", "all", "all", "all", "but last", "nothing", "fails"))
 
 
 def _tenant(draw: random.Random) -> str:

@@ -35,9 +35,11 @@ from kvcomm.errors import (
     PromptTooLong,
     QuotaExceeded,
     RequestCancelled,
+    SourceFailed,
 )
 
 if TYPE_CHECKING:
+    from eval.engine_faults.following import Opened
     from eval.engine_faults.world import World
 
 LOGPROB_TOLERANCE = 2e-3
@@ -53,6 +55,9 @@ class Asked:
         may_move: its caller allows moved KV.
         is_invalid: one of its values must be refused.
         is_first: nobody of its tenant has asked before.
+        opened: the open prompt that it was, which knows its tokens once the answers that it follows are there.
+        num_followed: tokens that those may have, as long as they are not.
+        is_hurried: it may be given up for taking too long.
         was_cancelled, context_was_busy, context_was_released, held_other_weights: what it may meet for that reason.
         submitted: on the monotonic clock.
         num_fired: by point, faults fired before it was made.
@@ -66,6 +71,9 @@ class Asked:
     may_move: bool = False
     is_invalid: bool = False
     is_first: bool = False
+    opened: Opened | None = None
+    num_followed: int = 0
+    is_hurried: bool = False
     was_cancelled: bool = False
     context_was_busy: bool = False
     context_was_released: bool = False
@@ -89,6 +97,10 @@ class Oracle:
 
     def judge_answer(self, asked: Asked, completion: Completion, chunks: Iterable[Chunk] | None = None) -> None:
         """A request has been answered."""
+        if asked.opened is not None:
+            asked.opened.settle()
+            self._findings.count("followers")
+            self._findings.count("read_along_tokens", completion.usage.read_along_tokens)
         if asked.is_invalid:
             self._findings.wrong("a value of the wrong kind was taken", f"{asked}")
             return
@@ -115,6 +127,8 @@ class Oracle:
     def judge_error(self, asked: Asked, error: BaseException) -> None:
         """A request, or the call that was to make it, has ended with an error."""
         self._findings.count("errors")
+        if asked.opened is not None:
+            asked.opened.settle()
         reason = self._reason(asked, error)
         if reason is None:
             what = f"an error without a reason: {type(error).__name__}"
@@ -135,6 +149,9 @@ class Oracle:
         return any(self._faults.fired[point] > asked.num_fired[point] for point in points)
 
     def _reason(self, asked: Asked, error: BaseException) -> str | None:
+        if isinstance(error, SourceFailed) and asked.opened is not None:
+            is_right = asked.is_hurried or asked.opened.has_failed_source()
+            return "SourceFailed" if is_right else None  # what its source failed of is judged there
         if self._is_fault(error, is_request=True):
             return "thrown in"
         if self._is_lost(error):
@@ -145,7 +162,7 @@ class Oracle:
             ContextBusy: asked.context_was_busy,
             ContextReleased: asked.context_was_released,
             NumericalError: self.fired_since(asked, "model.logits"),
-            PromptTooLong: len(asked.tokens) + int(asked.params.max_new_tokens) > MAX_CONTEXT,
+            PromptTooLong: len(asked.tokens) + asked.num_followed + int(asked.params.max_new_tokens) > MAX_CONTEXT,
             QuotaExceeded: asked.tenant in self._world.tenants_with_quota,
             PoolTooSmall: self._world.num_pages_at_most(asked) > self._world.num_pages,
         }

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from eval.engine_faults import asking, holding, keeping
+from eval.engine_faults import asking, following, holding, keeping
 from eval.engine_faults.operations import Operation
 from eval.engine_faults.world import Hung, World
 
@@ -108,6 +108,12 @@ ACTS: Mapping[str, Act] = {
     "threads": _threads,
     "adapter": _adapter,
     "edit": _edit,
+    "open": following.open_prompt,
+    "append": following.append,
+    "follow": following.follow,
+    "close_open": following.close_open,
+    "cancel_open": following.cancel_open,
+    "team": following.team,
     "close": lambda world, settings: world.close(),
     "check": lambda world, settings: world.drain() if settings["which"] % 4 == 0 else world.check(),
 }

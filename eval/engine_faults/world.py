@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eval.engine_faults.faults import Faults, FragileTokenizer, chained
 from eval.engine_faults.findings import Findings, Harm
@@ -27,8 +27,12 @@ from eval.engine_faults.values import SPECIAL
 from kvcomm import Completion, Context, Engine, EngineConfig, SamplingParams, Segment
 from kvcomm.engine.handle import RequestHandle
 
+if TYPE_CHECKING:
+    from eval.engine_faults.following import Opened
+
 PROBE = tuple(range(40, 52))
 MAX_CONTEXTS = 5
+MAX_OPEN = 4
 
 
 class Hung(Exception):
@@ -119,6 +123,7 @@ class World:
         self._lost: BaseException | None = None
         self._held: list[Held] = []
         self.flights: list[Flight] = []
+        self._opened: list[Opened] = []
         self.pins: list[Pin] = []
         self.has_pinned = False
         self.jobs: list[Future[Any]] = []
@@ -163,7 +168,7 @@ class World:
 
     def num_pages_at_most(self, asked: Asked) -> int:
         """Pages that a request needs if its choices shared nothing, one for a page that a context is writing in."""
-        longest = len(asked.tokens) + int(asked.params.max_new_tokens)
+        longest = len(asked.tokens) + asked.num_followed + int(asked.params.max_new_tokens)
         return int(asked.params.n) * -(-longest // self.config.page_size) + 1
 
     def num_pages_at_least(self, asked: Asked) -> int:
@@ -252,6 +257,47 @@ class World:
                 held = self._held.pop(which % len(self._held))
                 self.flights = [flight for flight in self.flights if flight is not held.flight]
 
+    @contextmanager
+    def opened_taken(self, which: int) -> Iterator[Opened | None]:
+        """An open prompt that nobody else works with meanwhile, None where there is none. Put back if it is open."""
+        with self.lock:
+            opened = self._opened.pop(which % len(self._opened)) if self._opened else None
+        try:
+            yield opened
+        finally:
+            if opened is not None and opened.handle is None and not opened.asked.was_cancelled:
+                self.keep_open(opened)
+
+    def keep_open(self, opened: Opened) -> None:
+        """One more open prompt; the oldest one is given up when there are too many."""
+        with self.lock:
+            self._opened.append(opened)
+            oldest = self._opened.pop(0) if len(self._opened) > MAX_OPEN else None
+        if oldest is not None:
+            self.give_up(oldest)
+
+    def drop_open(self, opened: Opened) -> None:
+        """Nobody asks about an open prompt any more."""
+        with self.lock:
+            self._opened = [each for each in self._opened if each is not opened]
+
+    def give_up(self, opened: Opened) -> None:
+        """Cancel an open prompt."""
+        opened.asked.was_cancelled = True
+        opened.prompt.cancel()
+
+    def give_up_all(self) -> None:
+        """Cancel all open prompts."""
+        with self.lock:
+            given_up, self._opened = self._opened, []
+        for opened in given_up:
+            self.give_up(opened)
+
+    def sources(self) -> list[Flight | Opened]:
+        """What an open prompt may follow: requests in flight, and other open prompts."""
+        with self.lock:
+            return [*self.flights, *self._opened]
+
     def fly(self, flight: Flight) -> None:
         """Ask about a request later. Safe to call again."""
         with self.lock:
@@ -317,6 +363,7 @@ class World:
 
     def check(self) -> None:
         """Nothing runs: pages have owners, the engine answers, and rightly."""
+        self.give_up_all()
         self.collect_all()
         self.faults.disarm()
         if not self.is_lost and not self.is_closed:
@@ -347,6 +394,7 @@ class World:
         """Its owner closes the engine, whatever runs; what was held is given back all the same."""
         self.is_closed = True
         self.engine.close()
+        self.give_up_all()
         self.collect_all()
         num_missing = self._num_missing()
         if num_missing:
@@ -358,6 +406,7 @@ class World:
         """Go on with another engine; nothing is expected of the old one."""
         with suppress(Exception):
             self.patience.call(self.engine.close)
+        self.give_up_all()
         self.collect_all()
         self._begin()
 

@@ -38,6 +38,7 @@ class Dataset(StrEnum):
     FAN_OUT = "fan-out"
     MOONCAKE = "mooncake"
     AGENTIC = "agentic"
+    TEAMS = "teams"
 
 
 TRACES = frozenset({Dataset.MOONCAKE, Dataset.AGENTIC})
@@ -97,6 +98,9 @@ def serve_command(
     overhead_pairs: Annotated[
         int, typer.Option("--overhead-pairs", min=0, metavar="N", help="Pairs with the engine alone; own server only.")
     ] = 40,
+    along_pairs: Annotated[
+        int, typer.Option("--along-pairs", min=1, metavar="N", help="Of teams: runs with reading along and without.")
+    ] = 5,
     stock_requests: Annotated[
         int, typer.Option("--stock-requests", min=0, metavar="N", help="Answered by transformers alone, too.")
     ] = 8,
@@ -108,11 +112,16 @@ def serve_command(
 
     overhead_ms: time to the first token through the server, less that of the engine alone; pairs, one client.
     throughput_speedup: output tokens a second, of transformers' one-by-one loop.
+    along_load_cost: of teams, output tokens a second when agents name the answers that they read while these are
+    written, over those when they wait for them.
     """
     from kvcomm.lab.load.summary import summarise
     from kvcomm.lab.load.workloads import Shape
 
     shape = Shape(num_prompts, prefix_len, input_len, output_len, num_prefixes, turns, branches, seed)
+    if dataset_name is Dataset.TEAMS:
+        _teams(shape, along_pairs, max_concurrency, request_rate, url=url, key=key, model=model, as_json=as_json)
+        return
     replay = Replay(dataset_path, block_len, max_input_len, slowdown_factor)
     sessions = _sessions(dataset_name, shape, replay, request_rate)
     figures: list[Figure] = []
@@ -138,6 +147,38 @@ def serve_command(
     }
     title = f"{dataset_name.value}: {len(load.sent)} requests, {max_concurrency} at once"
     value = {"figures": [figure._asdict() for figure in figures], "config": config, "errors": _errors(load)}
+    emit(value, figure_table(title, figures), as_json=as_json)
+
+
+def _teams(
+    shape: Shape,
+    num_pairs: int,
+    concurrency: int,
+    rate: float | None,
+    *,
+    url: str | None,
+    key: str | None,
+    model: str,
+    as_json: bool,
+) -> None:
+    """Teams that read along, and such that wait."""
+    from kvcomm.lab.load.teams import measure_along
+
+    if rate is not None:
+        raise InvalidRequest("--request-rate does not go with teams, which are all there from the start")
+    with Console(stderr=True).status("starting a server") as status, _client(url, key, model) as client:
+        figures = measure_along(client, shape, num_pairs=num_pairs, concurrency=concurrency, tell=status.update)
+    config = {
+        "dataset_name": Dataset.TEAMS.value,
+        "max_concurrency": concurrency,
+        "along_pairs": num_pairs,
+        **asdict(shape),
+        "model": model if url is None else None,
+        "url": url,
+        "versions": {"kvcomm": __version__},
+    }
+    title = f"teams: {concurrency} at once, {num_pairs} pairs of runs"
+    value = {"figures": [figure._asdict() for figure in figures], "config": config, "errors": []}
     emit(value, figure_table(title, figures), as_json=as_json)
 
 

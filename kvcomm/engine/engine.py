@@ -953,13 +953,14 @@ class Engine:
     def memory_stats(self) -> MemoryStats:
         """Where the pages are."""
         with self.lock:
-            in_contexts = self._holdings.pages_in_contexts()  # first: it gives forgotten pages back
+            # First: these give forgotten pages back.
+            in_contexts, in_requests = self._holdings.pages_in_contexts(), self._holdings.pages_in_requests()
             return MemoryStats(
                 num_pages=self.pool.num_pages,
                 num_free=self.pool.num_free,
                 num_cached=num_distinct(self.tree.pages_held()),
                 num_in_contexts=num_distinct(in_contexts),
-                num_in_requests=num_distinct(self._holdings.pages_in_requests()),
+                num_in_requests=num_distinct(in_requests),
                 page_bytes=self.pool.page_bytes,
                 bytes_copied=self.pool.bytes_copied,
             )

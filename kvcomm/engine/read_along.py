@@ -170,7 +170,7 @@ class ReadAlong:
             if reading.weights.digest != digest or not self._wants(reading):
                 continue
             if not self._is_in_flight(reading, before):
-                work = self._chunk(reading, budget, is_beside=num_answer_rows > 0)
+                work = self._chunk_or_spoil(reading, budget, is_beside=num_answer_rows > 0)
                 if work is not None:
                     budget -= work.num_tokens
                     batch.append(work)
@@ -213,7 +213,10 @@ class ReadAlong:
         return [each.sequence.pages for each in self._readings if not each.is_begun]
 
     def sequences(self) -> Iterator[tuple[str, Sequence]]:
-        """Whose they are and the sequences, for quotas and integrity checks."""
+        """Whose they are and the sequences, for quotas and integrity checks; forgotten ones give their pages back."""
+        for reading in self.readings:
+            if reading.is_cancelled and not reading.is_begun and not reading.is_in_pass:
+                self.end(reading, _cancelled(reading))
         return ((each.owner, each.sequence) for each in self._readings)
 
     def _ending(self, reading: Reading) -> BaseException | None:
@@ -262,6 +265,14 @@ class ReadAlong:
 
     def _uses_tree(self, reading: Reading) -> bool:
         return self._config.cache and reading.sequence.fidelity is Fidelity.EXACT
+
+    def _chunk_or_spoil(self, reading: Reading, budget: int, *, is_beside: bool) -> Work | None:
+        """What fails where one prompt is prepared concerns nobody else's answer."""
+        try:
+            return self._chunk(reading, budget, is_beside=is_beside)
+        except Exception as error:
+            self.spoil(reading, error)
+            return None
 
     def _chunk(self, reading: Reading, budget: int, *, is_beside: bool) -> Work | None:
         self._share_from_tree(reading)

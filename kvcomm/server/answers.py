@@ -6,7 +6,7 @@ and whole answers are read by the same reader.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -18,6 +18,7 @@ from kvcomm.errors import InvalidRequest
 from kvcomm.server.contexts.answering import begin_turn, put_messages
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError
+from kvcomm.server.followed import Source
 from kvcomm.server.generation import Call, Job
 from kvcomm.server.prompts import shown_tools
 from kvcomm.server.sampling import num_breakpoints, policy_of, sampling_of
@@ -92,12 +93,13 @@ class ChatAnswers:
             more_bytes = state.registries.num_bytes(call.tenant.name, body.segments or ())
         else:
             more_bytes = turn.num_rendered
-        prepared = await call.make(partial(_prepare, body, call, turn), more_bytes=more_bytes)
+        followed = call.followed(body)
+        prepared = await call.make(partial(_prepare, body, call, turn, followed), more_bytes=more_bytes)
         prompt = prepared.prompt
         sampling = sampling_of(
             body,
             state.settings,
-            num_prompt_tokens=prompt.num_tokens,
+            num_prompt_tokens=prompt.max_tokens,
             max_context=state.engine.max_context,
             wanted_tokens=body.wanted_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
@@ -149,11 +151,11 @@ class ChatAnswers:
         return usage.model_copy(update=more)
 
 
-def _prepare(body: ChatRequest, call: Call, turn: Turn | None) -> _Prepared:
+def _prepare(body: ChatRequest, call: Call, turn: Turn | None, followed: Sequence[Source]) -> _Prepared:
     """The prompt, and what is to be known of it; for a worker thread."""
     state, tools = call.state, shown_tools(body)
     if turn is None:
-        prompt = state.prompts.chat(body, call.tenant.name)
+        prompt = state.prompts.chat(body, call.tenant.name, followed)
     else:
         before = turn.before
         prompt = put_messages(turn, body, state.prompts)

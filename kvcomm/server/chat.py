@@ -74,6 +74,7 @@ class _Wire:
         self._call = call
         self._state: ServerState = call.state
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        call.known_as(self._id)
 
     def whole(
         self, answers: list[ChoiceAnswer], usage: Usage, prompt: tuple[EngineLogprob | None, ...] | None

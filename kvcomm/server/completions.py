@@ -53,6 +53,7 @@ async def _answer(body: CompletionRequest, call: Call) -> Response | TextComplet
         jobs.append(await _job(prompt, body, call))
         await call.submit(jobs[-1])
     answer = _Answer(body, call, jobs)
+    call.known_as(answer.id)
     if not body.stream:
         return await answer.whole()
     pieces = call.pieces()
@@ -67,7 +68,7 @@ async def _job(prompt: str | list[int], body: CompletionRequest, call: Call) -> 
     turn = begin_turn(body, adapter, call)
     if turn is None:
         prepared = await call.make(
-            partial(state.prompts.completion, prompt, body, call.tenant.name),
+            partial(state.prompts.completion, prompt, body, call.tenant.name, call.followed(body)),
             more_bytes=state.registries.num_bytes(call.tenant.name, body.segments or ()),
         )
     else:
@@ -75,7 +76,7 @@ async def _job(prompt: str | list[int], body: CompletionRequest, call: Call) -> 
     sampling = sampling_of(
         body,
         state.settings,
-        num_prompt_tokens=prepared.num_tokens,
+        num_prompt_tokens=prepared.max_tokens,
         max_context=state.engine.max_context,
         wanted_tokens=body.wanted_tokens,
         # An echo needs to know the first token: its text may lack the space that it has behind a prompt.
@@ -108,7 +109,7 @@ class _Choice:
 
 
 class _Answer:
-    """Builds what is sent from what the engine gives."""
+    """Builds what is sent from what the engine gives, under one `id`."""
 
     def __init__(self, body: CompletionRequest, call: Call, jobs: Sequence[Job]) -> None:
         self._body = body
@@ -117,7 +118,7 @@ class _Answer:
         self._engine = call.state.engine
         self._names = call.state.token_names
         self._num_choices = body.n or 1
-        self._id = f"cmpl-{uuid.uuid4().hex}"
+        self.id = f"cmpl-{uuid.uuid4().hex}"
         self._sent: dict[int, _Choice] = defaultdict(_Choice)  # by index of the choice
 
     async def whole(self) -> TextCompletion:
@@ -259,7 +260,7 @@ class _Answer:
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | None = None) -> TextCompletion:
         completion = TextCompletion(
-            id=self._id,
+            id=self.id,
             object="text_completion",
             created=self._call.created,
             model=self._body.model,

@@ -30,6 +30,7 @@ from kvcomm.errors import (
     PromptTooLong,
     QuotaExceeded,
     RequestCancelled,
+    SourceFailed,
     UnknownAdapter,
     WeightsChanged,
 )
@@ -38,6 +39,9 @@ from kvcomm.server.schemas.common import REQUEST_KINDS
 from kvcomm.server.schemas.errors import ErrorDetail, ErrorResponse
 
 logger = logging.getLogger("kvcomm.server")
+
+SOURCE_FAILED = "source_failed"
+"""Code of the error where an answer that a request follows comes to nothing."""
 
 RETRY_AFTER = "retry-after"
 CLOSE = {"connection": "close"}
@@ -181,6 +185,9 @@ def translate(error: BaseException, *, retry_after_s: float = 1, context_tokens:
         return ApiError(400, "empty_prompt", "the prompt has no tokens")
     if isinstance(error, UnknownAdapter):  # gone between the door and the engine
         return ApiError(404, "model_not_found", str(error), param="model")
+    if isinstance(error, SourceFailed):
+        message = "the answer that this request follows failed, was cancelled, or took too long; ask for it again"
+        return ApiError(409, SOURCE_FAILED, message, param="segments")
     if isinstance(error, WeightsChanged):
         message = "the model's weights are others now than when this began; send the request, or make the context, anew"
         return ApiError(409, "weights_changed", message)

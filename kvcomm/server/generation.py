@@ -23,14 +23,17 @@ from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.results import Chunk, Completion
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import ContextReleased, EngineClosed, KVCommError, RequestCancelled
+from kvcomm.memory.segments import Segment
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError, translate
+from kvcomm.server.followed import Source
 from kvcomm.server.logs import Answered, RequestNotes, log_unexpected, notes_of
+from kvcomm.server.schemas.segments import AnswerSegment, FollowedSegment, SegmentedRequest
 from kvcomm.server.schemas.usage import RunningUsage
-from kvcomm.server.segments.prepared import PreparedPrompt
+from kvcomm.server.segments.prepared import Follow, PreparedPrompt
 from kvcomm.server.state import ServerState, state_of
-from kvcomm.server.tenants import Tenant
+from kvcomm.server.tenants import Tenant, namespace
 from kvcomm.server.waiting import timed_out, while_connected
 
 T = TypeVar("T")
@@ -53,7 +56,7 @@ class Job:
     @property
     def max_tokens(self) -> int:
         """Tokens that its choices can grow to; the prompt counts once, it is shared, and a context not at all."""
-        num_prompt_tokens = self.prompt.num_tokens if self.turn is None else self.turn.num_new
+        num_prompt_tokens = self.prompt.max_tokens if self.turn is None else self.turn.num_new
         return num_prompt_tokens + self.sampling.n * self.sampling.max_new_tokens
 
 
@@ -64,6 +67,11 @@ class _Running(NamedTuple):
     space: str
     handle: RequestHandle
     submitted_ns: int
+
+    @property
+    def prompt(self) -> PreparedPrompt:
+        """Its prompt, with the answers that it follows, as far as they have ended."""
+        return self.job.prompt.filled()
 
 
 class Piece(NamedTuple):
@@ -87,12 +95,13 @@ class Call:
     _running: list[_Running] = field(default_factory=list)
     _completions: list[Completion] | None = None
     _leaving: list[asyncio.Task[None]] = field(default_factory=list)
+    _source: Source | None = None
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
 
     @property
     def num_prompt_tokens(self) -> int:
         """Tokens of the prompts of its jobs."""
-        return sum(each.job.prompt.num_tokens for each in self._running)
+        return sum(each.prompt.num_tokens for each in self._running)
 
     def take_turn(self, turn: Turn) -> Turn:
         """End a turn with this call."""
@@ -102,6 +111,30 @@ class Call:
     def at_end(self, work: Callable[[], object]) -> None:
         """Do something when this call has ended, in whatever way."""
         self._stack.callback(work)
+
+    def followed(self, body: SegmentedRequest) -> list[Source]:
+        """The answers that a request's segments follow, in order.
+
+        Raises:
+            ApiError: 404 for one that is neither in progress nor has just ended, for this tenant and salt.
+        """
+        space = namespace(self.tenant.name, body.cache_salt)
+        found = []
+        for index, segment in enumerate(body.segments or ()):
+            if isinstance(segment, FollowedSegment):
+                field = "response_id" if isinstance(segment, AnswerSegment) else "context_id"
+                name = getattr(segment, field)
+                source = self.tenant.sources.find(name, space)
+                if source is None:
+                    message = f"there is no answer {name!r} in progress, nor has one just ended; send its text"
+                    raise ApiError(404, "response_not_found", message, param=f"segments[{index}].{field}")
+                found.append(source)
+        return found
+
+    def known_as(self, answer_id: str) -> None:
+        """Let others follow its first answer under this id, too."""
+        if self._source is not None:
+            self.tenant.sources.add(answer_id, self._source)
 
     async def guard(self, work: Coroutine[Any, Any, T]) -> T:
         """Do some work, unless the client disconnects or the time is up; the engine's errors become answers.
@@ -138,6 +171,8 @@ class Call:
             submitted_ns = time.time_ns()
             if job.turn is not None:
                 handle = job.turn.start(job.sampling, job.policy)
+            elif job.prompt.follows:
+                handle = self._follow(job, space)
             else:
                 handle = self.state.engine.submit(
                     job.prompt.segments, job.sampling, adapter=job.adapter, tenant=space, policy=job.policy
@@ -151,6 +186,7 @@ class Call:
             await self.state.workers.start(start)  # if the caller is cancelled meanwhile, `close` finds the handle
         finally:
             if len(self._running) > num_before:
+                self._make_known(self._running[-1])
                 self._leaving.append(asyncio.ensure_future(self._leave_after(self._running[-1].handle)))
             else:
                 self.state.workers.engine.leave(self.tenant.name)
@@ -178,7 +214,7 @@ class Call:
 
     def usage_so_far(self) -> RunningUsage:
         """Of all jobs, while their answers are streamed."""
-        num_prompt = sum(each.job.prompt.num_tokens for each in self._running)
+        num_prompt = self.num_prompt_tokens
         return RunningUsage(
             prompt_tokens=num_prompt,
             completion_tokens=self.num_streamed,
@@ -197,11 +233,13 @@ class Call:
             completions = [await each.handle.aresult() for each in self._running]
         except Exception as error:  # a job ends with whatever the model raised
             raise self._translated(error) from error
-        for job, space, _, _ in self._running:
+        for running in self._running:
+            job = running.job
             if job.turn is not None:
                 job.turn.keep()
             if job.prompt.lifetimes:
-                await self.state.workers.start(partial(self.state.prolong, space, job.prompt, job.adapter))
+                prolong = partial(self.state.prolong, running.space, running.prompt, job.adapter)
+                await self.state.workers.start(prolong)
         for index, (each, completion) in enumerate(zip(self._running, completions, strict=True)):
             for choice in completion.choices:
                 reason = choice.finish_reason if each.job.sampling.max_new_tokens else PREFILL
@@ -228,8 +266,38 @@ class Call:
                     await each.handle.aresult()
                 self.tenant.running.discard(each.handle)
             await asyncio.gather(*self._leaving)
+            if self._source is not None:
+                self.tenant.sources.ended(self._source)
             self.state.tenants.keep_quota(self.tenant)
             await self._stack.aclose()
+
+    def _follow(self, job: Job, space: str) -> RequestHandle:
+        """Open the job's prompt, let it follow what it names, and ask for its answer; for a worker thread."""
+        timeout_s = self.state.settings.follow_timeout_s
+        opened = self.state.engine.open_prompt(
+            adapter=job.adapter, tenant=space, policy=job.policy, deadline_s=timeout_s
+        )
+        with opened:
+            for part in job.prompt.parts():
+                if not isinstance(part, Follow):
+                    opened.append(part)
+                elif (handle := part.source.handle) is not None:
+                    opened.follow(handle, name=part.name, keep=part.source.keep)
+                else:  # it has ended since
+                    opened.append([Segment(part.source.required_ids(), part.name)])
+            return opened.close(job.sampling)
+
+    def _make_known(self, running: _Running) -> None:
+        """Let others follow the answer of its first job."""
+        if self._source is None:
+            job = running.job
+            self._source = Source(
+                running.space, job.sampling.max_new_tokens, self.state.prompts.plain_ids, running.handle
+            )
+            self.known_as(self.notes.request_id)
+            extended = None if job.turn is None else job.turn.extended_id
+            if extended is not None:
+                self.known_as(extended)
 
     async def _leave_after(self, handle: RequestHandle) -> None:
         """Let the next request into the engine once one has ended."""
@@ -239,7 +307,7 @@ class Call:
 
     def _note_texts(self, completions: Sequence[Completion]) -> None:
         decode = self.state.engine.decode
-        self.notes.fields["prompts"] = [decode(each.job.prompt.token_ids) for each in self._running]
+        self.notes.fields["prompts"] = [decode(each.prompt.token_ids) for each in self._running]
         self.notes.fields["answers"] = [[choice.text for choice in each.choices] for each in completions]
 
     def _translated(self, error: BaseException) -> ApiError:

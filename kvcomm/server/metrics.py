@@ -60,6 +60,9 @@ class Metrics:
         self._queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self._hits = self._counter("prefix_cache_hits", "Prompt tokens found there.")
         self._from_tier = self._counter("prompt_tokens_from_tier", "Of the exact ones, those from the shared tier.")
+        self._read_along = self._counter(
+            "prompt_tokens_read_along", "Of the computed ones, those computed before their prompt was complete."
+        )
         self._by_source = self._counter("prompt_tokens_by_source", "Prompt tokens: exact, aligned, computed.", "source")
         self._generated = self._counter("generation_tokens", "Tokens generated.")
         self._misses = self._counter("miss", "Prompt tokens computed, by reason.", "reason")
@@ -93,6 +96,7 @@ class Metrics:
         for source, num_tokens in sources.items():
             self._by_source.labels(source).inc(num_tokens)
         self._from_tier.inc(usage.tier_tokens)
+        self._read_along.inc(usage.read_along_tokens)
         self._generated.inc(usage.generated_tokens)
         for reason, num_tokens in usage.reasons.items():
             self._misses.labels(reason).inc(num_tokens)

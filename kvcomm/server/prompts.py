@@ -32,6 +32,7 @@ from kvcomm.engine.marks import Marks
 from kvcomm.errors import TemplateError
 from kvcomm.memory.segments import Segment
 from kvcomm.server.errors import ApiError
+from kvcomm.server.followed import Source
 from kvcomm.server.json_text import JsonCaps, JsonRefused, read_json
 from kvcomm.server.sampling import ttl_of
 from kvcomm.server.schemas.cache import WarmRequest
@@ -70,12 +71,14 @@ class PromptMaker:
         self.texts = TokenCache()
         self._limit = TextLimit(engine.tokenizer, engine.max_context)
         self.segments = SegmentReader(engine, registries, self._limit)
+        self._special_ids = frozenset(engine.tokenizer.all_special_ids)
 
-    def chat(self, request: ChatRequest, tenant: str) -> PreparedPrompt:
+    def chat(self, request: ChatRequest, tenant: str, sources: Sequence[Source] = ()) -> PreparedPrompt:
         """The prompt of a conversation, up to where the assistant speaks.
 
         Args:
             tenant: whose named segments are meant.
+            sources: answers that its segments follow, see `SegmentReader.prepare`.
 
         Raises:
             ApiError: 400 when the model has no chat template, or the template rejects the conversation; and what
@@ -107,14 +110,16 @@ class PromptMaker:
         if head:
             pieces[0] = pieces[0][len(head) :]  # type: ignore[index]  # a text, as was seen
         tail = Tail(head, None, *self._segments(marks, pieces, space))
-        return self.segments.prepare(request.segments, request.boundary, tail, tenant).living(ttl_of(request))
+        return self.segments.prepare(request.segments, request.boundary, tail, tenant, sources).living(ttl_of(request))
 
     def _require_short(self, content: str | Sequence[Any] | None) -> None:
         """Raises PromptTooLong for a message that alone cannot fit, before anything longer is made of it."""
         for part in (content,) if isinstance(content, str) else content or ():
             self._limit.require(part if isinstance(part, str) else part.text)
 
-    def completion(self, prompt: str | list[int], request: CompletionRequest, tenant: str) -> PreparedPrompt:
+    def completion(
+        self, prompt: str | list[int], request: CompletionRequest, tenant: str, sources: Sequence[Source] = ()
+    ) -> PreparedPrompt:
         """One of the prompts of a plain completion; raises and takes as `chat`."""
         if isinstance(prompt, str):
             self._limit.require(prompt)
@@ -125,7 +130,7 @@ class PromptMaker:
             tail = Tail(head, TEXT, (Segment(self._tokens(prompt[len(head) :]), TEXT),))
         else:
             tail = Tail(segments=(Segment(tuple(prompt), TEXT),))
-        return self.segments.prepare(request.segments, request.boundary, tail, tenant).living(ttl_of(request))
+        return self.segments.prepare(request.segments, request.boundary, tail, tenant, sources).living(ttl_of(request))
 
     def warm(self, request: WarmRequest, tenant: str) -> PreparedPrompt:
         """Segments with nothing behind them; raises and takes as `chat`."""
@@ -149,6 +154,10 @@ class PromptMaker:
         """
         self._limit.require(text)
         return list(self._encoder.start(text, adds_start=adds_start))
+
+    def plain_ids(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """An answer as other prompts may hold it: without special tokens, as its text is told."""
+        return tuple(token for token in token_ids if token not in self._special_ids)
 
     def marks(self, stem: str | None = None, hidden: Sequence[str] = ()) -> Marks[Placed]:
         """Stand-ins for control tokens of this model, new ones or those made before."""

@@ -148,6 +148,7 @@ class ServerSettings(BaseModel):
         body_pause_s: without a byte of a body that is not complete; then 408.
         keep_alive_s: how long an idle connection is kept.
         request_timeout_s: for a request from its body to the end of its answer; then 504.
+        follow_timeout_s: for the answers that a request follows to end; then 409.
         queue_timeout_s: for a tenant's request to wait for room under the tenant's own quota; then 429.
         drain_timeout_s: for requests in flight to end after SIGTERM; then they are cancelled.
         retry_after_s: what clients are told to wait where the server cannot know better.
@@ -206,6 +207,7 @@ class ServerSettings(BaseModel):
     body_pause_s: Seconds = 10.0
     keep_alive_s: Positive = 30
     request_timeout_s: Seconds = 600.0
+    follow_timeout_s: Seconds = 300.0
     queue_timeout_s: Seconds = 60.0
     drain_timeout_s: Positive = 30
     retry_after_s: Positive = 1

@@ -138,7 +138,7 @@ class ServerState:
         engine, token_ids = self.engine, prompt.token_ids
         with engine.lock:
             namespace = engine.namespace(space, adapter=adapter)
-            for num_tokens, ttl_s in prompt.lifetimes:
+            for num_tokens, ttl_s, _ in prompt.lifetimes:
                 match = engine.tree.match(namespace, token_ids[:num_tokens])
                 engine.tree.insert(namespace, token_ids[: match.num_tokens], match.pages, ttl_s=ttl_s)
 

@@ -24,8 +24,8 @@ MAX_REFUSED = 40
 COUNTED = ("requests", "refused", "prompt_tokens", "reused_tokens", "generated_tokens")
 """What the history counts."""
 
-SOURCES = ("exact", "aligned", "computed", "tier")
-"""Of prompt tokens; those from the tier are among the exact ones."""
+SOURCES = ("exact", "aligned", "computed", "tier", "read_along")
+"""Of prompt tokens; those from the tier are among the exact ones, those read along among the computed ones."""
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 """Upper bounds of the buckets of every histogram of times."""
@@ -95,5 +95,11 @@ class Tally:
 
 def sources_of(usage: Usage) -> dict[str, int]:
     """Prompt tokens of a request by source."""
-    counts = (usage.exact_tokens, usage.aligned_tokens, usage.computed_tokens, usage.tier_tokens)
+    counts = (
+        usage.exact_tokens,
+        usage.aligned_tokens,
+        usage.computed_tokens,
+        usage.tier_tokens,
+        usage.read_along_tokens,
+    )
     return dict(zip(SOURCES, counts, strict=True))

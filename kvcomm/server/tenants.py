@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from kvcomm.engine.engine import DEFAULT_TENANT, Engine
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.server.errors import ApiError
+from kvcomm.server.followed import Sources
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.settings import Limits, ServerSettings
 from kvcomm.server.tally import Tally
@@ -62,6 +63,7 @@ class Tenant:
         salts: namespaces it has opened, least recently used first.
         tally: what its requests came to.
         running: its requests in the engine.
+        sources: answers that its requests may follow.
         is_gone: the operator has removed it; whoever still works for it leaves nothing behind.
     """
 
@@ -77,6 +79,7 @@ class Tenant:
     tally: Tally = field(default_factory=Tally)
     room: asyncio.Condition = field(default_factory=asyncio.Condition)
     running: set[RequestHandle] = field(default_factory=set)
+    sources: Sources = field(default_factory=Sources)
     is_gone: bool = False
 
     def require_there(self) -> None:
@@ -132,7 +135,7 @@ class Tenants:
         """A tenant with the limits that hold now."""
         tenant, limits = self._tenants.get(name), self.limits_of(name)
         if tenant is None:
-            tenant = self._tenants[name] = Tenant(name, limits, tally=Tally(self._clock))
+            tenant = self._tenants[name] = Tenant(name, limits, tally=Tally(self._clock), sources=Sources(self._clock))
             tenant.follow(limits, self._clock)
         elif tenant.limits != limits:
             tenant.follow(limits, self._clock)

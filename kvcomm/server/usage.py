@@ -39,6 +39,7 @@ def usage_of(usages: Sequence[EngineUsage], *, cache_breakpoints: int = 0) -> Us
         tier_tokens=sum(usage.tier_tokens for usage in usages),
         aligned_tokens=sum(usage.aligned_tokens for usage in usages),
         computed_tokens=sum(usage.computed_tokens for usage in usages),
+        read_along_tokens=sum(usage.read_along_tokens for usage in usages),
         miss_reasons=dict(reasons),
         rung=None if rung is None else rung.share,
         rung_name=None if rung is None else rung.rung,

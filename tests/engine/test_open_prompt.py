@@ -266,6 +266,14 @@ class TestEnds:
             with pytest.raises(SourceFailed):
                 each.result()
 
+    def test_one_that_an_idle_engine_has_forgotten(self, engine: Engine) -> None:
+        opened = read(engine.open_prompt(ROLE))
+        assert engine.wait_idle(PATIENCE_S)
+        del opened
+        gc.collect()
+        engine.clear_cache()
+        assert engine.memory_stats().num_free == engine.pool.num_pages
+
     def test_a_reader_that_is_cancelled(self, engine: Engine) -> None:
         solver = engine.submit(QUESTION, max_new_tokens=30)
         opened = engine.open_prompt(ROLE).follow(solver)

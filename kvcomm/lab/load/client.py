@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any, NamedTuple
@@ -50,12 +50,16 @@ class _Stream:
     """A stream as far as it has come."""
 
     start_s: float
+    begun: Callable[[str], None] | None = None
     events_s: list[float] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     usage: Mapping[str, Any] = field(default_factory=dict)
 
     def add(self, chunk: Mapping[str, Any]) -> None:
-        """Take in one chunk."""
+        """Take in one chunk; the first one tells the answer's id."""
+        if self.begun is not None:
+            begun, self.begun = self.begun, None
+            begun(str(chunk["id"]))
         self.usage = chunk.get("usage") or self.usage
         for choice in chunk.get("choices", ()):
             text = choice["delta"].get("content")
@@ -95,8 +99,20 @@ class Client:
             self._headers["authorization"] = f"Bearer {key}"
         self._model = model or self.model_name()
 
-    def send(self, messages: Sequence[Message], max_tokens: int) -> Sample:
-        """Ask for a greedy answer and read it to its end."""
+    def send(
+        self,
+        messages: Sequence[Message],
+        max_tokens: int,
+        *,
+        begun: Callable[[str], None] | None = None,
+        **fields: Any,
+    ) -> Sample:
+        """Ask for a greedy answer and read it to its end.
+
+        Args:
+            begun: is called with the answer's id as soon as its stream begins.
+            fields: more of the request's body.
+        """
         body = json.dumps(
             {
                 "model": self._model,
@@ -105,9 +121,10 @@ class Client:
                 "temperature": 0,
                 "stream": True,
                 "stream_options": {"include_usage": True},
+                **fields,
             }
         ).encode()
-        stream = _Stream(time.perf_counter())
+        stream = _Stream(time.perf_counter(), begun)
         connection = self._connection()
         try:
             connection.connect()

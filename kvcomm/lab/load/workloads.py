@@ -93,7 +93,7 @@ class Shape:
 def shared_prefix(shape: Shape) -> Iterator[Session]:
     """Requests that begin with the same text and end differently."""
     draw = random.Random(shape.seed)
-    prefixes = [_words(draw, shape.prefix_len) for _ in range(shape.num_prefixes)]
+    prefixes = [random_words(draw, shape.prefix_len) for _ in range(shape.num_prefixes)]
     for index in range(shape.num_requests):
         yield Session(((_turn(draw, shape),),), prefixes[index % shape.num_prefixes])
 
@@ -101,7 +101,7 @@ def shared_prefix(shape: Shape) -> Iterator[Session]:
 def multi_turn(shape: Shape) -> Iterator[Session]:
     """Conversations: every turn reads all before it."""
     draw = random.Random(shape.seed)
-    prefixes = [_words(draw, shape.prefix_len) for _ in range(shape.num_prefixes)]
+    prefixes = [random_words(draw, shape.prefix_len) for _ in range(shape.num_prefixes)]
     for index in range(_sessions(shape, shape.turns)):
         stages = tuple((_turn(draw, shape),) for _ in range(shape.turns))
         yield Session(stages, prefixes[index % shape.num_prefixes], is_conversation=True)
@@ -113,7 +113,7 @@ def fan_out(shape: Shape) -> Iterator[Session]:
     for _ in range(_sessions(shape, 1 + shape.branches)):
         branches = tuple(_turn(draw, shape) for _ in range(shape.branches))
         stages = ((_turn(draw, shape),), branches)
-        yield Session(stages, _words(draw, shape.prefix_len), is_conversation=True)
+        yield Session(stages, random_words(draw, shape.prefix_len), is_conversation=True)
 
 
 def replayed(
@@ -173,12 +173,13 @@ def _sessions(shape: Shape, requests_each: int) -> int:
 
 
 def _turn(draw: random.Random, shape: Shape) -> Turn:
-    return Turn(_words(draw, shape.input_len), shape.output_len)
+    return Turn(random_words(draw, shape.input_len), shape.output_len)
 
 
 def _block(session: int, block: int, num_words: int) -> str:
-    return _words(random.Random(f"{session}/{block}"), num_words)
+    return random_words(random.Random(f"{session}/{block}"), num_words)
 
 
-def _words(draw: random.Random, num_words: int) -> str:
+def random_words(draw: random.Random, num_words: int) -> str:
+    """A text of so many words."""
     return " ".join(draw.choices(WORDS, k=num_words))

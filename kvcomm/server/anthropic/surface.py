@@ -100,6 +100,7 @@ class _Message:
         self._answers = answers
         self._blocks = Blocks()
         self._id = f"msg_{uuid.uuid4().hex[:24]}"
+        call.known_as(self._id)
 
     async def whole(self) -> MessageAnswer:
         """The answer, once it is complete."""

@@ -76,6 +76,11 @@ class Turn:
         return self._salt if self._node is None else self._node.salt
 
     @property
+    def extended_id(self) -> str | None:
+        """Of the context that keeps what comes of it, if it began with one."""
+        return None if self._node is None or self._node.turn is not self else self._node.id
+
+    @property
     def path(self) -> tuple[Segment, ...]:
         """All that the answer will stand behind."""
         return (*self.work.segments, *self.prompt)

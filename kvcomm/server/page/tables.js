@@ -26,6 +26,7 @@ function showSummary(stats) {
     ["Prompt tokens reused", percent(all - stats.tokens.computed, all), lately(minute)],
     ["First token, mean", mean, `up ${seconds(stats.uptime_s)}`],
     ["Tokens cached", count(cache.tokens), quota],
+    ...(stats.tokens.read_along ? [["Read along", count(stats.tokens.read_along), `${percent(stats.tokens.read_along, all)} of prompt tokens`]] : []),
     ...(stats.tokens.tier ? [["From the shared tier", count(stats.tokens.tier), `${percent(stats.tokens.tier, all)} of prompt tokens`]] : []),
   ];
   return tiles.map(([name, value, note, drawn = null]) =>

@@ -65,6 +65,7 @@ class ResponseAnswer:
             place.give_back()
             self._place = None
             self._answers = await self._submit()
+        call.known_as(self._id)
 
     async def whole(self) -> ResponseObject:
         """The response, once it is complete."""

@@ -7,7 +7,16 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from kvcomm.server.schemas.common import WHOLE, Body, GenerationRequest, NonEmpty, RequestModel, ResponseModel, Ttl
+from kvcomm.server.schemas.common import (
+    CONTEXT_ID,
+    WHOLE,
+    Body,
+    GenerationRequest,
+    NonEmpty,
+    RequestModel,
+    ResponseModel,
+    Ttl,
+)
 
 SEGMENT_NAME = r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$"
 MAX_SEGMENTS = 64
@@ -18,10 +27,16 @@ Boundary = Literal["separate", "strict", "merge"]
 Version = Annotated[int, Field(ge=1, le=2**31), WHOLE]
 
 
-class SegmentFields(RequestModel):
+class AnySegment(RequestModel):
     """What all segments of requests have."""
 
     id: Annotated[str, Field(min_length=1, max_length=128, description="Yours, for what answers say about it.")]
+    ttl: Annotated[Ttl | None, Field(description="How long it stays cached behind the segments before it.")] = None
+
+
+class KnownSegment(AnySegment):
+    """A segment whose text is there."""
+
     hash: Annotated[
         str | None,
         Field(
@@ -29,10 +44,9 @@ class SegmentFields(RequestModel):
             description="The segment's SHA-256 as this server told it. Only checked: a wrong one is a 409.",
         ),
     ] = None
-    ttl: Annotated[Ttl | None, Field(description="How long it stays cached behind the segments before it.")] = None
 
 
-class TextSegment(SegmentFields):
+class TextSegment(KnownSegment):
     """A segment with its text."""
 
     content: NonEmpty
@@ -41,20 +55,55 @@ class TextSegment(SegmentFields):
     ] = "static"
 
 
-class NamedSegment(SegmentFields):
+class NamedSegment(KnownSegment):
     """A segment of the registry."""
 
     name: Annotated[str, Field(pattern=SEGMENT_NAME)]
     version: Annotated[Version | None, Field(description="By default the latest.")] = None
 
 
+class AnswerSegment(AnySegment):
+    """The first answer of another request of yours, which is read while it is written."""
+
+    response_id: Annotated[
+        str,
+        Field(
+            min_length=1,
+            max_length=128,
+            description="The id of an answer in progress (it stands in every event of its stream), or of one that has "
+            "just ended; or the `x-request-id` that you gave its request.",
+        ),
+    ]
+
+
+class ContextAnswerSegment(AnySegment):
+    """The answer that a context of yours is being extended with, which is read while it is written."""
+
+    context_id: Annotated[
+        str, Field(pattern=CONTEXT_ID, description="Of a request with `store` in progress, or that has just ended.")
+    ]
+
+
+FollowedSegment = AnswerSegment | ContextAnswerSegment
+"""An answer that may not be complete yet."""
+
+
 def _form(value: object) -> str:
-    is_named = isinstance(value, NamedSegment) or (isinstance(value, dict) and "name" in value)
-    return "named" if is_named else "text"
+    fields = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    forms = {"name": "named", "response_id": "answer", "context_id": "context"}
+    return next((form for field, form in forms.items() if field in fields), "text")
 
 
-SegmentInput = Annotated[
-    Annotated[TextSegment, Tag("text")] | Annotated[NamedSegment, Tag("named")], Discriminator(_form)
+def _known_form(value: object) -> str:
+    return "named" if _form(value) == "named" else "text"
+
+
+Text = Annotated[TextSegment, Tag("text")]
+Named = Annotated[NamedSegment, Tag("named")]
+SegmentInput = Annotated[Text | Named, Discriminator(_known_form)]
+PromptSegment = Annotated[
+    Text | Named | Annotated[AnswerSegment, Tag("answer")] | Annotated[ContextAnswerSegment, Tag("context")],
+    Discriminator(_form),
 ]
 BOUNDARY = (
     "How texts meet: separate, each is tokenized alone; strict, a 422 where that would split a token; merge, "
@@ -66,7 +115,7 @@ class SegmentedRequest(GenerationRequest):
     """A request whose prompt may begin with segments."""
 
     segments: Annotated[
-        list[SegmentInput] | None,
+        list[PromptSegment] | None,
         Field(max_length=MAX_SEGMENTS, fail_fast=True, description="Stand before everything else, in this order."),
     ] = None
     boundary: Annotated[Boundary, Field(description=BOUNDARY)] = "separate"

@@ -23,6 +23,7 @@ class TokensBySource(ResponseModel):
     aligned: int
     computed: int
     tier: Annotated[int, Field(description="Of the exact ones, those that came from the shared tier.")] = 0
+    read_along: Annotated[int, Field(description="Of the computed ones, those read while they were written.")] = 0
 
 
 class TtftHistogram(ResponseModel):

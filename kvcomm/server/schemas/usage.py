@@ -71,6 +71,10 @@ class Usage(ResponseModel):
     ] = 0
     aligned_tokens: Annotated[int, Field(ge=0, description="KV moved from another context and corrected.")]
     computed_tokens: Annotated[int, Field(ge=0, description="Prompt tokens computed for this request.")]
+    read_along_tokens: Annotated[
+        int,
+        Field(ge=0, description="Of the computed_tokens, those computed while an answer that is followed was written."),
+    ] = 0
     miss_reasons: Annotated[
         dict[str, int],
         Field(description="Why prompt tokens were computed: reason -> tokens; the sum is computed_tokens."),

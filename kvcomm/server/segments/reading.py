@@ -7,18 +7,20 @@ one is named by its id, a static one by its text too, since static text tells co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvcomm.engine.encoding import TextEncoder
 from kvcomm.engine.prompts import Prompt
 from kvcomm.memory.segments import Segment
-from kvcomm.server.errors import ApiError
+from kvcomm.server.errors import SOURCE_FAILED, ApiError
+from kvcomm.server.followed import Source
 from kvcomm.server.schemas.common import seconds
-from kvcomm.server.schemas.segments import NamedSegment, SegmentInput
+from kvcomm.server.schemas.segments import FollowedSegment, NamedSegment, PromptSegment, SegmentInput
 from kvcomm.server.segments.joining import Joiner, Piece
-from kvcomm.server.segments.prepared import Lifetime, PlacedSegment, PreparedPrompt
+from kvcomm.server.segments.prepared import Follow, Lifetime, PlacedSegment, PreparedPrompt
 from kvcomm.server.segments.registry import SegmentRegistries
 from kvcomm.server.text_limit import TextLimit
 
@@ -78,6 +80,7 @@ class _Read(NamedTuple):
     id: str
     digest: str
     ttl_s: float | None
+    source: Source | None = None  # that is followed
 
 
 class SegmentReader:
@@ -107,17 +110,28 @@ class SegmentReader:
         """What clients know as the segment's hash; the same under every salt."""
         return segment.digest(self._engine.home(tenant))
 
-    def prepare(self, inputs: Sequence[SegmentInput], rule: str, tail: Tail, tenant: str) -> PreparedPrompt:
+    def prepare(
+        self, inputs: Sequence[PromptSegment], rule: str, tail: Tail, tenant: str, sources: Iterable[Source] = ()
+    ) -> PreparedPrompt:
         """Segments, and behind them the rest of a prompt.
 
         Args:
             rule: separate, strict or merge.
+            sources: answers that followed segments stand for, in order.
 
         Raises:
-            ApiError: 404 for an unknown name, 409 for a wrong hash, 422 for a boundary that the rule refuses.
+            ApiError: 404 for an unknown name, 409 for a wrong hash or an answer that failed, 422 for a boundary that
+                the rule refuses, 400 for a followed answer where none can be.
             InvalidRequest: a text that cannot be tokenized.
         """
-        read = [self._read(each, index, tenant) for index, each in enumerate(inputs)]
+        _require_separate(inputs, rule)
+        found = iter(sources)
+        read = [
+            self._follow(each, index, tenant, next(found, None))
+            if isinstance(each, FollowedSegment)
+            else self._read(each, index, tenant)
+            for index, each in enumerate(inputs)
+        ]
         pieces = [each.piece for each in read]
         if tail.text:
             alone = Segment(self._encoder.plain(tail.text, label="the prompt"), tail.name)
@@ -132,11 +146,30 @@ class SegmentReader:
             PlacedSegment(each.id, each.digest, offset + start, offset + end)
             for each, start, end in zip(read, starts, joined.ends, strict=False)
         ]
+        num_follows = accumulate(each.source is not None for each in read)
         lifetimes = [
-            Lifetime(place.end, each.ttl_s) for each, place in zip(read, placed, strict=True) if each.ttl_s is not None
+            Lifetime(place.end, each.ttl_s, num)
+            for each, place, num in zip(read, placed, num_follows, strict=True)
+            if each.ttl_s is not None
         ]
-        prompt = PreparedPrompt(segments, tuple(lifetimes), tuple(placed))
+        prompt = PreparedPrompt(segments, tuple(lifetimes), tuple(placed), tuple(_follows(read, segments)))
         return prompt.holding(tail.placed, prompt.num_tokens - _num_tokens(tail.segments))
+
+    def _follow(self, given: FollowedSegment, index: int, tenant: str, source: Source | None) -> _Read:
+        """An answer: its ids where it has ended, else an empty segment in its place."""
+        label = f"segments[{index}] ({given.id!r})"
+        if source is None:
+            message = f"{label} is an answer that is followed, which only requests that generate can do; send its text"
+            raise ApiError(400, "unsupported_value", message, param=f"segments[{index}]")
+        ids = source.token_ids
+        if ids is None and not source.is_in_progress:
+            message = f"the answer that {label} follows has failed or was cancelled; ask for it again"
+            raise ApiError(409, SOURCE_FAILED, message, param=f"segments[{index}]")
+        segment = Segment(ids or (), given.id)
+        ttl_s = None if given.ttl is None else seconds(given.ttl)
+        return _Read(
+            Piece(label, "", segment), given.id, self.digest(segment, tenant), ttl_s, source if ids is None else None
+        )
 
     def _read(self, given: SegmentInput, index: int, tenant: str) -> _Read:
         label = f"segments[{index}] ({given.id!r})"
@@ -160,6 +193,25 @@ class SegmentReader:
         lasting = given.ttl or ttl
         piece = Piece(label, text, Segment(segment.token_ids, name))
         return _Read(piece, given.id, digest, None if lasting is None else seconds(lasting))
+
+
+def _require_separate(inputs: Sequence[PromptSegment], rule: str) -> None:
+    """Raises ApiError 400 for a followed answer under a rule that would need its text."""
+    followed = next((index for index, each in enumerate(inputs) if isinstance(each, FollowedSegment)), None)
+    if followed is not None and rule != "separate":
+        message = f"segments[{followed}] is an answer, whose tokens are its own: choose boundary separate, not {rule}"
+        raise ApiError(400, "unsupported_value", message, param="boundary")
+
+
+def _follows(read: Sequence[_Read], segments: Sequence[Segment]) -> Iterator[Follow]:
+    """Where in a prompt those stand that are not known yet: its segments without tokens are theirs, in order."""
+    empty = (index for index, segment in enumerate(segments) if not segment.token_ids)
+    for each in read:
+        if each.piece.segment.token_ids:
+            continue
+        index = next(empty)
+        if each.source is not None:
+            yield Follow(index, each.id, each.source)
 
 
 def _without(segments: tuple[Segment, ...], start: tuple[int, ...]) -> tuple[Segment, ...]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from kvcomm.server.errors import ApiError
-from kvcomm.server.schemas.segments import Kind, NamedSegment, SegmentInput
+from kvcomm.server.schemas.segments import Kind, NamedSegment, PromptSegment
 
 MAX_VERSIONS = 16
 """Of one name; the oldest goes first."""
@@ -155,7 +155,7 @@ class SegmentRegistries:
         self._max_names = max_names
         self._registries: dict[str, SegmentRegistry] = {}
 
-    def num_bytes(self, tenant: str, inputs: Iterable[SegmentInput]) -> int:
+    def num_bytes(self, tenant: str, inputs: Iterable[PromptSegment]) -> int:
         """Of the texts that a request's segments name."""
         named = (each for each in inputs if isinstance(each, NamedSegment))
         return sum(self.of(tenant).num_bytes_of(each.name) for each in named)
