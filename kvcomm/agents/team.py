@@ -97,9 +97,12 @@ class Team:
         policy: ReusePolicy | None = None,
         sampling: SamplingParams | None = None,
         tenant: str = "default",
+        read_along: bool = True,
     ) -> KVCommAgentGroup:
         """A group of the team's agents. Give its runs `rounds=team.rounds, **{**team.inputs, ...}`."""
-        group = KVCommAgentGroup(engine_or_model, tokenizer, policy=policy, sampling=sampling, tenant=tenant)
+        group = KVCommAgentGroup(
+            engine_or_model, tokenizer, policy=policy, sampling=sampling, tenant=tenant, read_along=read_along
+        )
         for agent in self.agents:
             group.add(agent)
         return group
