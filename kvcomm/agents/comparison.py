@@ -1,6 +1,6 @@
-"""What reuse is worth to a team: the same runs without a cache, with exact prefixes, and with moved KV.
+"""What reuse is worth to a team: the same runs without a cache, with exact prefixes, read along, and with moved KV.
 
-The three do not see quite the same prompts: answers given on moved KV may differ, and later agents read them.
+The first three are exact and see the same prompts. Answers given on moved KV may differ, and later agents read them.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ class Way(StrEnum):
 
     DENSE = "no cache"
     EXACT = "exact prefixes"
+    ALONG = "read along"
     MOVED = "moved KV"
 
 
 Results = Mapping[Way, GroupResult]
-"""One run of a team in the three ways."""
+"""One run of a team in every way."""
 
 Answer = Callable[[KVCommAgentGroup, Mapping[str, str], int, Way], GroupResult]
 """Runs a group on the inputs of run number N, from 0 on, in a way."""
@@ -45,7 +46,8 @@ class AgentReuse:
 
     Attributes:
         usages: of the runs with moved KV.
-        dense_s, exact_s: seconds to the first token without a cache, and with exact prefixes only.
+        dense_s, exact_s, along_s: seconds to the first token without a cache, with exact prefixes only, and read along.
+        read: prompt tokens that were read along.
         audited: nats; divergence of approximated answers from what was computed exactly afterwards.
     """
 
@@ -53,12 +55,19 @@ class AgentReuse:
     usages: list[Usage] = field(default_factory=list)
     dense_s: list[float] = field(default_factory=list)
     exact_s: list[float] = field(default_factory=list)
+    along_s: list[float] = field(default_factory=list)
+    read: list[int] = field(default_factory=list)
     audited: list[float] = field(default_factory=list)
 
     @property
     def kvcomm_s(self) -> list[float]:
         """Seconds to the first token with moved KV."""
         return [usage.ttft_s for usage in self.usages]
+
+    @property
+    def ways_s(self) -> tuple[list[float], ...]:
+        """Seconds to the first token in every way."""
+        return self.dense_s, self.exact_s, self.along_s, self.kvcomm_s
 
     @property
     def rungs(self) -> list[float]:
@@ -81,7 +90,7 @@ class AgentReuse:
 
 
 class Comparison:
-    """Collects the same runs in three ways, and the audits of what was approximated.
+    """Collects the same runs in every way, and the audits of what was approximated.
 
     Attributes:
         agents: in the team's order.
@@ -101,13 +110,15 @@ class Comparison:
         return list(self._agents.values())
 
     def add(self, results: Results) -> None:
-        """Add one run of the whole team in the three ways; waits for the audits of the last one."""
+        """Add one run of the whole team in every way; waits for the audits of the last one."""
         self._engine.wait_idle()
         for name, agent in self._agents.items():
             usage = results[Way.MOVED][name].usage
             agent.usages.append(usage)
             agent.dense_s.append(results[Way.DENSE][name].usage.ttft_s)
             agent.exact_s.append(results[Way.EXACT][name].usage.ttft_s)
+            agent.along_s.append(results[Way.ALONG][name].usage.ttft_s)
+            agent.read.append(results[Way.ALONG][name].usage.read_along_tokens)
             if usage.approximation is not None:
                 agent.audited += self._audited_since(usage.approximation.reader)
         self._num_audited = self._count_audits()
@@ -134,10 +145,10 @@ def compare(
     *,
     note: Callable[[str], None] = lambda text: None,
 ) -> list[AgentReuse]:
-    """Run a team on inputs in the three ways, one input at a time; all agents, in the team's order.
+    """Run a team on inputs in every way, one input at a time; all agents, in the team's order.
 
     Args:
-        engine: warmed up for the policy; its cache is emptied first. The other two ways have its settings.
+        engine: warmed up for the policy; its cache is emptied first. The other ways have its settings.
         inputs: of one run each, at least one.
 
     Raises:
@@ -157,7 +168,7 @@ def compare(
 def in_turns(
     engine: Engine, team: Team, inputs: Sequence[Mapping[str, str]], policy: ReusePolicy, answer: Answer
 ) -> Generator[Results, None, None]:
-    """Run a team on inputs in the three ways, one after the other; which one begins changes with every input.
+    """Run a team on inputs in every way, one after the other; which one begins changes with every input.
 
     What happens only once is done before: role prompts are in the cache, and text has been moved. Every approximated
     answer is audited behind its run, while nothing else goes on.
@@ -172,15 +183,18 @@ def in_turns(
     if not inputs:
         raise InvalidRequest("there are no inputs to compare on")
     with ExitStack() as stack:
-        dense = stack.enter_context(Engine(engine.model, engine.tokenizer, config=replace(engine.config, cache=False)))
-        exact = stack.enter_context(Engine(engine.model, engine.tokenizer, config=engine.config))
+        dense, exact, along = (
+            stack.enter_context(Engine(engine.model, engine.tokenizer, config=config))
+            for config in (replace(engine.config, cache=False), engine.config, engine.config)
+        )
         groups = {
-            Way.DENSE: team.group(dense, policy=ReusePolicy.exact()),
-            Way.EXACT: team.group(exact, policy=ReusePolicy.exact()),
-            Way.MOVED: team.group(engine, policy=watched(policy)),
+            Way.DENSE: team.group(dense, policy=ReusePolicy.exact(), read_along=False),
+            Way.EXACT: team.group(exact, policy=ReusePolicy.exact(), read_along=False),
+            Way.ALONG: team.group(along, policy=ReusePolicy.exact()),
+            Way.MOVED: team.group(engine, policy=watched(policy), read_along=False),
         }
         engine.clear_cache()
-        for each_engine in (dense, exact, engine):
+        for each_engine in (dense, exact, along, engine):
             read_roles(each_engine, team, inputs[0])
         _move_once(engine, team, inputs[0], policy)
         engine.wait_idle()
