@@ -10,9 +10,9 @@ from kvcomm.align.ladder import Rung
 from kvcomm.errors import InvalidRequest
 from kvcomm.lab.methods import METHODS
 
-DENSE, EXACT, KVCOMM = "dense", "exact", "kvcomm"
+DENSE, EXACT, ALONG, KVCOMM = "dense", "exact", "along", "kvcomm"
 STOCK, STOCK_PREFIX = "stock", "stock_prefix"
-MODES = (DENSE, EXACT, KVCOMM, *METHODS, STOCK, STOCK_PREFIX)
+MODES = (DENSE, EXACT, ALONG, KVCOMM, *METHODS, STOCK, STOCK_PREFIX)
 
 
 class Mode(NamedTuple):
@@ -36,6 +36,11 @@ class Mode(NamedTuple):
     def reads_cache(self) -> bool:
         """Whether its requests use anything that the engine knows."""
         return self.name != DENSE
+
+    @property
+    def reads_along(self) -> bool:
+        """Whether prompts are read before they are complete."""
+        return self.name == ALONG
 
     @property
     def moves(self) -> bool:
@@ -68,6 +73,7 @@ class Mode(NamedTuple):
         described = {
             DENSE: {"served by": "engine", "cached": "nothing"},
             EXACT: {"served by": "engine", "cached": "exact prefixes"},
+            ALONG: {"served by": "engine", "cached": "exact prefixes, and what was read along"},
             STOCK: {"served by": "transformers", "cached": "nothing"},
             STOCK_PREFIX: {"served by": "transformers", "cached": "text before the first slot"},
         }

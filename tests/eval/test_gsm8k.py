@@ -76,7 +76,7 @@ def arguments(tiny_folder: Path, tmp_path: Path) -> list[str]:
     ]
 
 
-MODES = "dense,exact,kvcomm,paper,cacheblend,epic,rotate,stock,stock_prefix"
+MODES = "dense,exact,along,kvcomm,paper,cacheblend,epic,rotate,stock,stock_prefix"
 MOVING = ("kvcomm", "paper", "cacheblend", "epic", "rotate")
 
 
@@ -99,13 +99,13 @@ def test_every_mode(arguments: list[str], tmp_path: Path, capsys: pytest.Capture
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     modes = {each["mode"]: each for each in report["modes"]}
     assert list(modes) == MODES.split(",")
-    for name in ("exact", "stock", "stock_prefix"):
+    for name in ("exact", "along", "stock", "stock_prefix"):
         assert found[f"flips_{name}"] == 0, name
         assert modes[name]["damage"]["same"] == 1.0, name
         assert modes[name]["damage"]["mean_divergence"] < 1e-6, name
     assert modes["dense"]["reuse"]["tokens"]["exact"] == 0
     assert modes["stock"]["reuse"]["tokens"] == modes["dense"]["reuse"]["tokens"]
-    for name in ("exact", "stock_prefix"):
+    for name in ("exact", "along", "stock_prefix"):
         assert modes[name]["reuse"]["tokens"]["exact"] > 0, name
     for name in MOVING:
         reuse, damage = modes[name]["reuse"], modes[name]["damage"]
