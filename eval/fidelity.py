@@ -6,7 +6,8 @@ A team of agents answers every question exactly. Anchors are learned from the fi
 questions of the other file every reader's prompt is replayed at many rungs, its text moved from what ran before it, and
 the divergence from the exact answer is taken: mean KL in nats over the next 32 tokens, teacher-forced. With --bound
 further questions of the one file are replayed, too: they calibrate each reader, so many pairs each, and choose the best
-plan, and both are held against the tests. With --shift the team reads other texts on these banks.
+plan, and both are held against the tests. With --shift the team reads other texts on these banks. With --heal it is
+measured instead what is left of the divergence where moved KV is replaced by exact KV while answers are decoded.
 
 What was measured is kept beside --out, or in --keep, line by line: an interrupted run goes on there, and a run with
 more questions adds to it.
@@ -23,6 +24,7 @@ from pathlib import Path
 from eval.bound import BOUNDS, bound_figures
 from eval.data_files import rows_of
 from eval.figures import Figure, Report
+from eval.healed import HealedFile, heal_figures, heal_samples, teach_anchors
 from eval.plans import alike, best_plan, judge
 from eval.replayed import ByAgent, OutcomeFile, Replayed
 from eval.shift import shift_figures, shift_texts
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with Engine.load(options.model, prior=None, progress=True) as engine:
             add_to(engine)
-            report = measure(engine, options)
+            report = (measure_healing if options.heal else measure)(engine, options)
         report.emit(as_json=options.json)
         report.save(options.out)
     except (KVCommError, OSError, ValueError) as error:
@@ -128,6 +130,24 @@ def measure(engine: Engine, options: Namespace) -> Report:
     return Report("fidelity", figures, config, samples)
 
 
+def measure_healing(engine: Engine, options: Namespace) -> Report:
+    """Figures of healing, of an engine that has no prior.
+
+    Raises:
+        InvalidRequest: a file that cannot be used.
+    """
+    train, test = _questions(options.data), _questions(options.test)
+    runs = team_runs(engine, options.team, [*train[: options.anchors], *test[: options.tests]], options.answers)
+    teaching, testing = runs[: options.anchors], runs[options.anchors :]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    file = HealedFile(options.keep or options.out.with_suffix(".healed.jsonl"), engine, teaching)
+    if not file.is_whole(testing):
+        teach_anchors(engine, teaching)
+    measured = file.measure(testing)
+    config = settings(engine, options, test=options.test.name, answers=None, keep=None)
+    return Report("fidelity", heal_figures(measured), config, heal_samples(measured))
+
+
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m eval.fidelity", description="Divergence of moved KV, and the bound on it.")
     parser.add_argument("--model", default="smollm2-135m", help="a packaged name, folder or hub id [%(default)s]")
@@ -142,6 +162,7 @@ def _parser() -> ArgumentParser:
         "--shift", type=Path, nargs="*", metavar="FILE", help="read other texts too [HumanEval and documents]"
     )
     parser.add_argument("--shift-texts", type=int, default=10, metavar="N", help="of each such file [%(default)s]")
+    parser.add_argument("--heal", action="store_true", help="measure healing, and nothing else")
     parser.add_argument("--selectors", action="store_true", help="compare other ways to choose what is recomputed")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="keep the exact runs in this file, or take them")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="keep what was measured in this file [beside --out]")

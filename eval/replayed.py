@@ -101,7 +101,7 @@ class OutcomeFile:
         self._file = RecordFile(file, lambda value: Kept(**value))
         self._engine = engine
         self._rungs = tuple(rungs)
-        taught = [_content(run) for run in teaching]
+        taught = [content_of(run) for run in teaching]
         self._setting = json.dumps([engine.namespace(), list(map(str, rungs)), taught])
         self._known = {each.digest: each for each in self._file.read()}
 
@@ -155,7 +155,7 @@ class OutcomeFile:
         }
 
     def _digest(self, run: Run) -> str:
-        return hashlib.sha256(f"{self._setting}{_content(run)}".encode()).hexdigest()
+        return hashlib.sha256(f"{self._setting}{content_of(run)}".encode()).hexdigest()
 
 
 def num_moved(reading: Reading, outcomes: Mapping[Rung, Outcome]) -> int:
@@ -167,7 +167,7 @@ def num_moved(reading: Reading, outcomes: Mapping[Rung, Outcome]) -> int:
     return min([reading.num_movable, *limits])
 
 
-def _content(run: Run) -> str:
+def content_of(run: Run) -> str:
     """Everything that was read and written."""
     values = {
         name: [[(each.name, each.token_ids) for each in reading.prompt], reading.answer]

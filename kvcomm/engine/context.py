@@ -369,7 +369,7 @@ class Context:
         if answer:
             self._segments += (Segment(answer, ANSWER),)
         # Behind an answer the logits at hand are those of an earlier token, unless nothing was kept of it.
-        self._last_logits = None if answer else request.last_logits
+        self._last_logits = None if answer else request.exact_logits
         is_reported = request.sampling.max_new_tokens > 0
         self._carried = Carried() if is_reported else self._carried.plus(request.plan, request.num_tier_tokens)
 

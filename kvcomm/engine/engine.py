@@ -552,8 +552,16 @@ class Engine:
     def change_open(self, reading: Reading, change: Callable[[], None]) -> None:
         """Change an open prompt, under the lock, and have the change looked at."""
         with self.lock:
-            change()
-            self.scheduler.read_along.touch()
+            try:
+                change()
+            finally:
+                self.scheduler.read_along.touch()
+        self._loop.wake()
+
+    def cancel_open(self, reading: Reading) -> None:
+        """See `OpenPrompt.cancel`."""
+        with self.lock:
+            self.scheduler.read_along.cancel(reading)
         self._loop.wake()
 
     def require_followable(self, reading: Reading, source: RequestHandle) -> None:
@@ -577,7 +585,7 @@ class Engine:
             if whole is None and not reading.parts and is_start:
                 raise InvalidRequest("the open prompt holds nothing; append a text, or follow an answer")
             reading.sampling, reading.prompt = params, whole
-            reading.handle = handle = self._handle(reading.tenant, partial(self.change_open, reading, reading.cancel))
+            reading.handle = handle = self._handle(reading.tenant, partial(self.cancel_open, reading))
             self.scheduler.read_along.begin_now(reading)
         self._loop.wake()
         return handle
@@ -816,6 +824,7 @@ class Engine:
                 request.ready_logits = context.ready_logits
             if not is_fork:
                 request.on_success = lambda: self._complete(context, request, segments)
+                request.on_healed = context.repaired
             self._loop.submit(request)
         except BaseException:
             if is_fork:

@@ -128,7 +128,8 @@ class Holdings:
             for branch in request.branches
         }
         in_requests = [entry for key, entry in own.items() if key not in self._held]
-        return [*in_requests, *self._readings()]
+        twins = [(each.owner, each.healing.twin) for each in self._requests() if each.healing is not None]
+        return [*in_requests, *twins, *self._readings()]
 
     def reclaim(self) -> None:
         """Give back what forgotten contexts held."""

@@ -108,6 +108,7 @@ class Reading:
         prompt: the whole prompt, where the caller has said what it is.
         handle: of the answer, once it was asked for.
         is_begun: the request has been made, and takes what was read.
+        is_in_pass: a pass is writing into its pages.
         was_denied: since it was last given rows, answers in progress have left it none.
         has_no_room: of the pool: what was free when there was too little; None: there was enough.
         error: why it can become nothing.
@@ -138,6 +139,7 @@ class Reading:
     is_cancelled: bool = False
     is_over: bool = False
     is_spoiled: bool = False
+    is_in_pass: bool = False
     was_denied: bool = False
     has_no_room: int | None = None
     error: BaseException | None = None
@@ -182,7 +184,7 @@ class Reading:
         return False
 
     def refresh(self) -> None:
-        """Take over what has become known. Not while a pass computes any of it.
+        """Take over what has become known; pages stay, so a pass may be writing into them.
 
         Raises:
             SourceFailed: an answer that it follows will never come.
@@ -252,6 +254,8 @@ class OpenPromptHost(Protocol):
     def read_prompt(self, prompt: Prompt, *, is_start: bool) -> tuple[Segment, ...]: ...
 
     def change_open(self, reading: Reading, change: Callable[[], None]) -> None: ...
+
+    def cancel_open(self, reading: Reading) -> None: ...
 
     def require_followable(self, reading: Reading, source: RequestHandle) -> None: ...
 
@@ -347,8 +351,11 @@ class OpenPrompt:
         return self._host.close_open(self._reading, sampling, settings, prompt)
 
     def cancel(self) -> None:
-        """Give it up; pages are returned at the next step, and what follows it fails. No effect once it has ended."""
-        self._host.change_open(self._reading, self._reading.cancel)
+        """Give it up: pages are returned, at the latest when a pass over them ends, and what follows it fails.
+
+        No effect once it has ended.
+        """
+        self._host.cancel_open(self._reading)
 
     def __enter__(self) -> Self:
         return self
@@ -368,6 +375,11 @@ class OpenPrompt:
                 if isinstance(part, Followed) and isinstance(part.source, Reading) and part.source.waits_for(reading):
                     raise InvalidRequest("a prompt cannot follow itself, nor one that waits for it")
             reading.parts += parts
+            try:
+                reading.refresh()
+            except KVCommError as error:
+                reading.error, reading.is_cancelled = error, True
+                raise
 
         self._host.change_open(reading, change)
 

@@ -78,7 +78,7 @@ class ReadAlong:
 
     def touch(self) -> None:
         """Something has changed that readings depend on: text, a source, a wish. By any thread, under the lock."""
-        self._is_touched = True
+        self._is_touched = bool(self._readings)
 
     def add(self, reading: Reading) -> None:
         """A prompt has been opened. By any thread, under the lock."""
@@ -110,8 +110,16 @@ class ReadAlong:
             if reading.is_complete:
                 self._make(reading)
         except BaseException as error:
-            reading.error, reading.is_cancelled = error, True  # its pages may be in use: the next step returns them
+            reading.error = error
+            self.cancel(reading)
             raise
+
+    def cancel(self, reading: Reading) -> None:
+        """Nobody wants the answer of a prompt any more. By any thread, under the lock."""
+        reading.cancel()
+        if not reading.is_begun and not reading.is_in_pass:
+            self.end(reading, _cancelled(reading))
+        self.touch()
 
     def end(self, reading: Reading, error: BaseException | None = None) -> None:
         """Give its pages back; whoever waits for its answer is told the error. Nothing where it is over."""
@@ -171,6 +179,7 @@ class ReadAlong:
 
     def computed(self, reading: Reading, run: Run) -> None:
         """A pass has computed a chunk."""
+        reading.is_in_pass = False
         if reading.is_over:
             return
         reading.count(run.start, run.token_ids)
@@ -182,7 +191,7 @@ class ReadAlong:
     def spoil(self, reading: Reading, error: BaseException) -> None:
         """Reading has failed: it goes no further, and the request computes its prompt itself."""
         logger.warning("an open prompt is read no further, its request will compute it: %r", error)
-        reading.is_spoiled = True
+        reading.is_spoiled, reading.is_in_pass = True, False
         reading.sequence.release()
 
     def digests(self) -> list[str]:
@@ -209,7 +218,7 @@ class ReadAlong:
 
     def _ending(self, reading: Reading) -> BaseException | None:
         if reading.is_cancelled:
-            return reading.error or RequestCancelled(f"open prompt {reading.request_id} was cancelled")
+            return _cancelled(reading)
         late = overdue(reading)
         if late is not None:
             return late
@@ -273,7 +282,7 @@ class ReadAlong:
         except PoolExhausted:
             reading.has_no_room, reading.was_denied = self._pool.num_free, True
             return None
-        reading.has_no_room, reading.was_denied = None, False
+        reading.has_no_room, reading.was_denied, reading.is_in_pass = None, False, True
         tokens = sequence.token_ids[start:end].copy()
         return Work(reading, None, sequence, (Run(tokens, sequence.pages.copy(), start, 0),), is_beside=True)
 
@@ -294,6 +303,10 @@ class ReadAlong:
             pages = sequence.pages[: num_tokens // page_size]
             self._memory.tree.insert(reading.namespace, sequence.token_ids[:num_tokens], pages)
             reading.num_cached = num_tokens
+
+
+def _cancelled(reading: Reading) -> BaseException:
+    return reading.error or RequestCancelled(f"open prompt {reading.request_id} was cancelled")
 
 
 def _distance(reading: Reading) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from kvcomm.memory.sequences import Sequence
 from kvcomm.model.attention.contract import IntArray
 from kvcomm.model.live import Weights
 from kvcomm.reuse.attempt import Attempt, ToCompute
+from kvcomm.reuse.healing import Healing, NotHealed
 from kvcomm.reuse.lesson import Lesson
 from kvcomm.reuse.plan import BoundInForce, Plan, Reason, SpanKind
 from kvcomm.reuse.policy import ReusePolicy
@@ -151,6 +152,9 @@ class Request:
         published_s: when others could first move what this request computed, on the monotonic clock.
         prompt_logprobs: of the prompt tokens as far as it is computed, where they are wanted; the first has none.
         last_logits: [vocab_size] behind the prompt, set when the whole prompt is computed.
+        healing: its exact twin, where its policy heals and there is something to heal; None: there is none.
+        not_healed: why there is none, where its policy heals and its KV stays approximate.
+        on_healed: called under the engine's lock when its sequence has become exact.
         on_success: called under the engine's lock before the request is settled with its completion.
     """
 
@@ -186,6 +190,9 @@ class Request:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     last_logits: Tensor | None = None
     is_cancelled: bool = False
+    healing: Healing | None = None
+    not_healed: NotHealed | None = None
+    on_healed: Callable[[], None] | None = None
     on_success: Callable[[], None] | None = None
     num_prompt_tokens: int = field(init=False)
 
@@ -196,6 +203,28 @@ class Request:
     def is_prefilled(self) -> bool:
         """Whether the first token of every choice can be or has been drawn."""
         return self.last_logits is not None
+
+    @property
+    def approximate_from(self) -> int | None:
+        """First position whose KV was not a cold run's when the answer began; None: all of it was."""
+        return self.sequence.approximate_from if self.healing is None else self.healing.approximate_from
+
+    @property
+    def num_moved_tokens(self) -> int:
+        """Tokens of the answer that are drawn before its sequence is healed, at most."""
+        return min(self.policy.heal_within, self.sampling.max_new_tokens)
+
+    @property
+    def healed_after(self) -> int | None:
+        """Tokens of the answer that were drawn before its sequence became exact; None: it did not."""
+        if self.healing is None or not self.healing.is_in_place:
+            return None
+        return min(self.num_moved_tokens, len(self.branches[0].token_ids))
+
+    @property
+    def exact_logits(self) -> Tensor | None:
+        """`last_logits`, unless they are of approximate KV that has been replaced."""
+        return self.last_logits if self.healed_after is None else None
 
     @property
     def num_tier_tokens(self) -> int:
@@ -302,9 +331,9 @@ class Request:
         computed = self.plan.num_tokens(SpanKind.COMPUTE) + self.carried.num_tokens + self.num_read
         aligned = self.plan.num_tokens(SpanKind.ALIGNED) + self.carried.num_aligned
         exact = self.num_prompt_tokens - computed - aligned
-        if self.sequence.approximate_from is not None:
+        if self.approximate_from is not None:
             # What a context kept from earlier answers on moved KV is not exact either.
-            exact = min(exact, self.sequence.approximate_from)
+            exact = min(exact, self.approximate_from)
         return Usage(
             prompt_tokens=self.num_prompt_tokens,
             exact_tokens=exact,
@@ -318,7 +347,9 @@ class Request:
             reasons=self._reasons(),
             bound=self._bound(),
             approximation=None if self.attempt is None or not self.attempt.is_accepted else self.attempt.report(),
-            spans=self.plan.exact_up_to(self.sequence.approximate_from).spans,
+            healed_after=self.healed_after,
+            not_healed=self.not_healed,
+            spans=self.plan.exact_up_to(self.approximate_from).spans,
             tier_tokens=min(exact, self.num_tier_tokens + self.carried.num_tier),
             read_along_tokens=self.num_read,
         )

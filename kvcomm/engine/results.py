@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from kvcomm.engine.sampling import TokenLogprob
 from kvcomm.plain import Plain, fields_of, short
+from kvcomm.reuse.healing import NotHealed
 from kvcomm.reuse.plan import ApproximationReport, BoundInForce, Span
 
 MAX_REASONS = 3
@@ -59,6 +60,9 @@ class Usage(Plain):
         guessed_tokens: generated tokens that came without a pass of their own, see `EngineConfig.draft_rows`.
         tier_tokens: of the exact tokens, those that a shared tier gave for this request.
         read_along_tokens: of the computed tokens, those that were computed before the prompt was complete.
+        healed_after: tokens of the answer after which all KV was exact, see `ReusePolicy.heal`; None: it was exact from
+            the start, or it was not healed.
+        not_healed: why approximate KV stayed so, where the policy heals; None otherwise.
     """
 
     prompt_tokens: int
@@ -76,6 +80,8 @@ class Usage(Plain):
     spans: tuple[Span, ...] = ()
     tier_tokens: int = 0
     read_along_tokens: int = 0
+    healed_after: int | None = None
+    not_healed: NotHealed | None = None
 
     def __repr__(self) -> str:
         most = sorted(self.reasons.items(), key=lambda each: -each[1])[:MAX_REASONS]
@@ -85,10 +91,13 @@ class Usage(Plain):
         bound = "" if self.bound is None else f", bound {self.bound.max_divergence:g} at {self.bound.confidence:g}"
         if self.bound is not None and self.bound.level is not None:
             bound += f" by {self.bound.num_pairs} pairs ({self.bound.level})"
+        healed = "" if self.healed_after is None else f", healed after {self.healed_after} tokens"
+        if self.not_healed is not None:
+            healed = f", not healed ({self.not_healed})"
         return (
             f"Usage({self.prompt_tokens} prompt = {self.exact_tokens} exact{tier} + {self.aligned_tokens} aligned + "
             f"{self.computed_tokens} computed ({reasons or 'nothing'}){along}, {self.generated_tokens} generated, "
-            f"first token {self.ttft_s:.3g} s, all {self.total_s:.3g} s{bound})"
+            f"first token {self.ttft_s:.3g} s, all {self.total_s:.3g} s{bound}{healed})"
         )
 
     @property

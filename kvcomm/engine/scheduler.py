@@ -32,6 +32,7 @@ from kvcomm.engine.adapters import Adapters, Turns
 from kvcomm.engine.grammar_state import GrammarState
 from kvcomm.engine.grammar_turns import STEP_S, left_out, look
 from kvcomm.engine.guesses import repeated
+from kvcomm.engine.healing_work import HealingWork, is_of_twin
 from kvcomm.engine.open_prompt import Reading
 from kvcomm.engine.passes import Computed, Failure, Work, compute
 from kvcomm.engine.read_along import ReadAlong
@@ -122,6 +123,7 @@ class Scheduler:
         self._adapters = adapters
         self._tiering = tiering
         self._reclaim = reclaim
+        self._healing = HealingWork(memory)
         self._spare = Spare(config.follow_share)
         self.read_along = ReadAlong(
             memory, config, self._spare, require_weights=self._require_closely, require_quota=require_quota
@@ -364,7 +366,8 @@ class Scheduler:
             while True:
                 try:
                     num_missing = sequence.num_missing_pages(request.max_tokens)
-                    self._make_room(num_missing + num_own * (len(request.branches) - 1))
+                    num_missing += num_own * (len(request.branches) - 1)
+                    self._make_room(num_missing + self._healing.num_pages(request))
                     break
                 except PoolExhausted:
                     if self._running or not self._do_without(request):
@@ -378,6 +381,7 @@ class Scheduler:
             raise
         self._drop_reading(request)  # first: a page that both hold would be copied
         sequence.make_writable(sequence.num_computed, request.max_tokens)
+        self._healing.reserve(request)
         for branch in request.branches[1:]:
             # Until the prompt is computed and can be forked, a further choice holds just the pages it will need.
             branch.sequence = Sequence(self._pool)
@@ -386,6 +390,8 @@ class Scheduler:
     def _do_without(self, request: Request) -> bool:
         """Give up something that was found for a request and takes room; False if there is nothing like that."""
         sequence, page_size = request.sequence, self._pool.page_size
+        if self._healing.do_without(request):
+            return True
         if request.attempt is not None:
             self._drop_attempt(request)
         elif not request.is_lent and request.ready_logits is None and sequence.num_computed % page_size:
@@ -467,21 +473,35 @@ class Scheduler:
         return []
 
     def _beside(self, digest: str, batch: AnySequence[Work]) -> list[Work]:
-        """What is computed beside a batch, for nobody who waits: not where a first token is waited for."""
+        """What is computed beside a batch, for nobody who waits: not where a first token is waited for.
+
+        Open prompts come before twins: what they have not read by the end delays a first token, a twin a later one.
+        """
         if self.awaits_first_token:
             return []
-        return self.read_along.work(digest, _num_rows(batch).answers)
+        num_answer_rows = _num_rows(batch).answers
+        beside = self.read_along.work(digest, num_answer_rows)
+        num_left = self._spare.num_rows(num_answer_rows) - sum(work.num_tokens for work in beside)
+        for request in list(self._running) if num_answer_rows else ():
+            if request.weights.digest == digest:
+                with self._on_behalf_of(request):
+                    work = self._healing.spare_work(request, num_left)
+                    if work is not None:
+                        num_left -= work.num_tokens
+                        beside.append(work)
+        return beside
 
     def _batch_of(self, running: AnySequence[Request], stuck: list[Request]) -> list[Work]:
         """Work for one pass: of requests that have the same weights."""
+        self._take_over(running)
         batch = self._decode_work(running, stuck)
         budget = self._config.max_batch_tokens - sum(work.num_tokens for work in batch)
-        if any(request.is_prefilled for request in self._running):
+        if any(request.is_prefilled and not self._healing.is_awaited(request) for request in self._running):
             budget = min(budget, self._config.prefill_chunk)
         for request in running:
-            if budget > 0 and not request.is_prefilled:
+            if budget > 0 and (not request.is_prefilled or self._healing.is_awaited(request)):
                 with self._on_behalf_of(request):
-                    work = self._prefill_work(request, budget, stuck)
+                    work = self._awaited_work(request, budget, stuck)
                     if work is not None:
                         budget -= work.num_tokens
                         batch.append(work)
@@ -491,7 +511,7 @@ class Scheduler:
     def _decode_work(self, running: AnySequence[Request], stuck: list[Request]) -> list[Work]:
         batch: list[Work] = []
         answers = [(request, branch) for request in running for branch in request.active_branches]
-        answers = [(request, branch) for request, branch in answers if request.is_prefilled]
+        answers = [each for each in answers if each[0].is_prefilled and not self._healing.is_awaited(each[0])]
         if self._has_several_tenants:
             waiting = left_out(branch.grammar for _, branch in answers if branch.grammar and not branch.forced)
             answers = [(request, branch) for request, branch in answers if branch.grammar not in waiting]
@@ -516,11 +536,23 @@ class Scheduler:
         num_wanted = request.sampling.max_new_tokens - len(branch.token_ids) - 1
         num_slots = branch.sequence.num_pages * self._pool.page_size - branch.sequence.num_tokens
         num = min(num_rows, num_wanted, num_slots)
+        if (num_moved := self._healing.num_guesses(request, branch)) is not None:
+            num = min(num, num_moved)
         if branch.forced:  # these are none: they will come
             return np.array(list(branch.forced)[: max(0, num)], dtype=np.int32)
         if branch.grammar is not None and branch.grammar.is_dear:
             num = 0  # behind each that is right it would be asked once more
         return branch.allowed(repeated(branch.sequence.token_ids, num))
+
+    def _awaited_work(self, request: Request, budget: int, stuck: list[Request]) -> Work | None:
+        """What comes next of a prompt, or of the exact twin that an answer waits for."""
+        if not request.is_prefilled:
+            return self._prefill_work(request, budget, stuck)
+        try:
+            return self._healing.awaited_work(request, budget)
+        except PoolExhausted:
+            stuck.append(request)
+            return None
 
     def _prefill_work(self, request: Request, budget: int, stuck: list[Request]) -> Work | None:
         sequence = request.sequence
@@ -600,7 +632,9 @@ class Scheduler:
             if request.handle.done:
                 continue  # closed meanwhile, or another choice of the same request failed in this very step
             with self._on_behalf_of(request):
-                if work.branch is not None:
+                if is_of_twin(work):
+                    self._healed(work, request, logits, finite)
+                elif work.branch is not None:
                     self._decoded(work, request, work.branch, logits, finite)
                 else:
                     self._prefilled(work, request, logits, finite)
@@ -623,6 +657,37 @@ class Scheduler:
                 raise _not_finite(request, end)
             if end == sequence.num_tokens:  # else what comes next is known: it was forced by what was just drawn
                 self._accept(request, branch, logits[index])
+
+    def _healed(self, work: Work, request: Request, logits: Tensor, finite: AnySequence[bool]) -> None:
+        """Count what was computed of an exact twin; where that was its last, its request goes on with it."""
+        work.sequence.count(work.end)
+        if not all(finite):
+            raise _not_finite(request, work.end)
+        if self._healing.has_caught_up(request):
+            self._let_take_over(request)
+        if work.branch is not None:
+            self._accept(request, work.branch, logits[-1])
+
+    def _take_over(self, running: AnySequence[Request]) -> None:
+        """Let the twins of requests that wait for nothing else take over."""
+        for request in running:
+            if self._healing.has_caught_up(request):
+                with self._on_behalf_of(request):
+                    self._let_take_over(request)
+
+    def _let_take_over(self, request: Request) -> None:
+        """From now on all KV of a request is exact, for it and for others. What was served before is judged as such."""
+        assert request.healing is not None
+        self._require_its_weights(request)
+        self._learn_from(request)
+        request.healing.put_in_place()
+        if request.on_healed is not None:
+            request.on_healed()
+        self._remember(request, request.sequence, whole=False)
+        if self._config.cache:
+            self._planner.replace(request, request.segments)
+        if not request.active_branches:
+            self._finish(request)
 
     def _prefilled(self, work: Work, request: Request, logits: Tensor, finite: AnySequence[bool]) -> None:
         """Count what was computed of a prompt. Behind moved KV nothing counts before all of it is in place."""
@@ -657,6 +722,7 @@ class Scheduler:
         self._remember(request, request.sequence, whole=False)
         self._publish(request)
         request.last_logits = logits.clone()
+        self._healing.begin(request)
         request.clock.first_token = time.monotonic()
         if request.sampling.max_new_tokens == 0:
             for branch in request.branches:
@@ -718,7 +784,7 @@ class Scheduler:
         if branch.sequence is not request.sequence:
             self._remember(request, branch.sequence, whole=True)
             branch.sequence.release()
-        if not request.active_branches:
+        if not request.active_branches and not self._healing.is_awaited(request):
             self._finish(request)
 
     def _finish(self, request: Request) -> None:
@@ -736,6 +802,8 @@ class Scheduler:
         self._settle(request, completion)
 
     def _learn_from(self, request: Request) -> None:
+        if request.healed_after is not None:
+            return  # that was done while what it was served was still there
         try:
             self._learner.after(request)
         except Exception:  # the answer is there, whether or not anything can be learned from it
@@ -758,12 +826,13 @@ class Scheduler:
         self._settle(request, error)
 
     def _settle(self, request: Request, outcome: Completion | BaseException) -> None:
-        request.on_success = None  # it knows the context, which is kept by nobody but its user
+        request.on_success = request.on_healed = None  # they know the context, which is kept by nobody but its user
         request.handle.settle(outcome)
         self.read_along.touch()  # its answer may be followed
 
     def _return_pages(self, request: Request, num_kept: int) -> None:
         """Release what the request holds; a lent sequence keeps its first `num_kept` tokens instead."""
+        self._healing.drop(request)
         for branch in request.branches:
             if branch.sequence is not request.sequence:
                 branch.sequence.release()
@@ -841,7 +910,7 @@ class _Rows(NamedTuple):
 
 def _num_rows(batch: AnySequence[Work]) -> _Rows:
     beside = sum(work.num_tokens for work in batch if work.is_beside)
-    answers = sum(work.num_tokens for work in batch if work.branch is not None)
+    answers = sum(work.num_tokens for work in batch if work.branch is not None and not is_of_twin(work))
     return _Rows(answers, sum(work.num_tokens for work in batch) - answers - beside, beside)
 
 

@@ -355,6 +355,12 @@ class SegmentStore:
         record = self._spaces[namespace].records[rendition.digest]
         self._use(namespace, record, (rendition.signature, rendition.start, rendition.fidelity))
 
+    def drop(self, namespace: str, rendition: Rendition) -> None:
+        """Forget a rendition found by `renditions_of`, and with the last one its segment unless that is kept."""
+        space = self._spaces[namespace]
+        self._drop(space, rendition.digest, (rendition.signature, rendition.start, rendition.fidelity))
+        self._forget_if_unused(space, rendition.digest)
+
     def renditions(self, namespace: str) -> Iterator[Rendition]:
         """Every rendition of `namespace`, exact or not, for views and accounts; counts as no use."""
         for record in self._view(namespace).records.values():

@@ -123,10 +123,15 @@ class Sequence:
         self.num_computed = num_computed
 
     def exchange(self, twin: Sequence) -> None:
-        """Take over the KV of a sequence with the same computed tokens, which is left empty; give own pages back."""
-        assert twin.num_computed == self.num_computed, (twin.num_computed, self.num_computed)
-        replaced, self._pages = self._pages, twin._pages
+        """Take over the KV of a sequence with the same tokens, computed at least as far, which is left empty.
+
+        Own pages that the twin's cover are given back; what is reserved behind them stays.
+        """
+        assert self.num_computed <= twin.num_computed <= self.num_tokens, (twin.num_computed, self.num_computed)
+        replaced, kept = self._pages[: twin.num_pages], self._pages[twin.num_pages :]
+        self._pages = np.concatenate([twin._pages, kept])
         self._pool.release(replaced)
+        self.num_computed = twin.num_computed
         self.approximate_from, self.num_placed = twin.approximate_from, 0
         twin._pages = np.empty(0, dtype=np.int32)
         twin.rewind(0)

@@ -126,6 +126,14 @@ class MoveFinder:
             if self._adds_something(namespace, each, is_exact):
                 self._put(namespace, each, sequence, num_tokens, risk=0.0 if is_exact else risk, is_exact=is_exact)
 
+    def replace(self, namespace: str, segments: Sequence[Segment], sequence: KVSequence) -> None:
+        """All KV of a sequence is exact now: its exact renditions take the place of its approximate ones."""
+        for segment in {each for each in segments if each.name is not None}:
+            for rendition in self._memory.segments.renditions_of(namespace, segment):
+                if rendition.context is sequence.identity and rendition.fidelity is Fidelity.APPROXIMATE:
+                    self._memory.segments.drop(namespace, rendition)
+        self.publish(namespace, segments, sequence, start=0, risk=0.0)
+
     def _adds_something(self, namespace: str, each: Occurrence, is_exact: bool) -> bool:
         """Whether no rendition that is as good has read all of what this one has, and there are not too many."""
         alike = [

@@ -122,7 +122,7 @@ class ReuseParts:
             replayer,
             trials,
             Learner(trials, planner, layers),
-            Repairer(trials),
+            Repairer(trials, planner.finder),
             idle,
             num_heads,
             lock,

@@ -135,6 +135,10 @@ class Planner:
         risk = math.inf if asked.attempt is None else asked.attempt.risk
         self.finder.publish(asked.namespace, segments, asked.sequence, start=asked.num_kept_tokens, risk=risk)
 
+    def replace(self, asked: Asked, segments: Sequence[Segment]) -> None:
+        """Let others move what is exact of this request now, in place of what was not."""
+        self.finder.replace(asked.namespace, segments, asked.sequence)
+
     def release(self, attempt: Attempt | None) -> None:
         """An attempt has ended, or is not made after all: give back its sources."""
         if attempt is not None and attempt.holds_sources:

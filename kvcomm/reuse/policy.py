@@ -14,9 +14,10 @@ from kvcomm.align.bound import Bound
 from kvcomm.align.ladder import DEFAULT_RUNGS, Ladder, Rung, ladders_of
 from kvcomm.align.levels import LEVELS, Level
 from kvcomm.errors import InvalidRequest
-from kvcomm.values import items, real_number, text, truth_value
+from kvcomm.values import items, real_number, text, truth_value, whole_number
 
 DEFAULT_AUDIT = 0.02
+DEFAULT_HEAL_WITHIN = 8
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class ReusePolicy:
         learn: whether exact requests teach anchors and pairs.
         audit: share of approximate requests that are computed exactly afterwards to watch over the bound; the first
             ones of a new reader all are, unless it is 0.
+        heal: whether moved KV is replaced by exact KV while the answer is decoded, so that its context ends up exact
+            and serves later readers as an exact source. Costs what a dense prefill costs, behind the first token.
+        heal_within: tokens of the answer, at least 1, that are drawn on moved KV; behind them all of it is exact. A
+            shorter answer's text is out as soon as ever, and its request ends when its context is exact.
 
     Raises:
         InvalidRequest: a value outside its range; the message names it.
@@ -43,12 +48,16 @@ class ReusePolicy:
     rungs: tuple[Rung, ...] = DEFAULT_RUNGS
     learn: bool = True
     audit: float = DEFAULT_AUDIT
+    heal: bool = False
+    heal_within: int = DEFAULT_HEAL_WITHIN
 
     def __post_init__(self) -> None:
         for name in ("max_divergence", "confidence", "audit"):
             object.__setattr__(self, name, real_number(name, getattr(self, name)))
         object.__setattr__(self, "rungs", items("rungs", self.rungs, "a tuple of Rung"))
-        object.__setattr__(self, "learn", truth_value("learn", self.learn))
+        for name in ("learn", "heal"):
+            object.__setattr__(self, name, truth_value(name, getattr(self, name)))
+        object.__setattr__(self, "heal_within", whole_number("heal_within", self.heal_within))
         object.__setattr__(self, "basis", str(text("basis", self.basis)))
         if not (math.isfinite(self.max_divergence) and self.max_divergence >= 0):
             raise InvalidRequest(
@@ -59,6 +68,11 @@ class ReusePolicy:
             raise InvalidRequest(f"confidence must be between 0 and 1 exclusive, got {self.confidence!r}")
         if not 0 <= self.audit <= 1:
             raise InvalidRequest(f"audit must be a share between 0 and 1, got {self.audit!r}")
+        if self.heal_within < 1:
+            raise InvalidRequest(
+                f"heal_within must be at least 1 token of the answer, got {self.heal_within!r}; "
+                "ReusePolicy.exact() moves nothing"
+            )
         if self.basis not in LEVELS:
             raise InvalidRequest(f"basis must be one of {', '.join(reversed(LEVELS))}, got {self.basis!r}")
         self._require_ladders()

@@ -1,4 +1,4 @@
-"""Repair: the exact twin of a context's KV is computed beside requests and put in place of an approximate one."""
+"""Repair: a context whose KV is approximate is healed beside requests, in idle time."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Generator
 from concurrent.futures import Future
 from typing import Protocol
 
-import numpy as np
-
+from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence as KVSequence
-from kvcomm.model.attention.contract import IntArray
 from kvcomm.model.live import Weights
+from kvcomm.reuse.finder import MoveFinder
+from kvcomm.reuse.healing import Healing
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.reuse.trials import Trial, Trials
 
@@ -21,6 +21,11 @@ class Repairable(Protocol):
     @property
     def sequence(self) -> KVSequence:
         """Its tokens and pages."""
+        ...
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """What it was built from."""
         ...
 
     @property
@@ -41,45 +46,42 @@ class Repairable(Protocol):
 class Repairer:
     """Makes the jobs of one engine."""
 
-    def __init__(self, trials: Trials) -> None:
+    def __init__(self, trials: Trials, finder: MoveFinder) -> None:
         self._trials = trials
+        self._finder = finder
         self._memory = trials.memory
 
     def repair(self, namespace: str, weights: Weights, context: Repairable) -> Future[bool]:
         """Make a context exact; the future gives whether it is."""
 
         def steps(trial: Trial) -> Generator[None, None, bool]:
+            own = context.sequence
+            healing = Healing(self._memory, namespace, own)
+            trial.sequence = healing.twin
+            with self._trials.lock:
+                if own.approximate_from is not None:
+                    healing.begin(own.num_computed)
             while True:
                 with self._trials.lock:
-                    own = context.sequence
-                    if own.approximate_from is None or not self._grow(trial, own.token_ids[: own.num_computed]):
+                    if own.approximate_from is None or not own.num_computed or not healing.grow(own.num_computed):
                         break
-                yield from self._trials.prefill(trial.sequence)
+                yield from self._trials.prefill(healing.twin)
                 with self._trials.lock:
-                    if not context.busy and self._put_in_place(trial, context):
+                    if self._put_in_place(namespace, healing, context):
                         break
                 yield
-            return not context.released and context.sequence.approximate_from is None
+            return not context.released and own.approximate_from is None
 
         return self._trials.promise(namespace, weights, (), steps, ReusePolicy.exact())
 
-    def _grow(self, trial: Trial, wanted: IntArray) -> bool:
-        """Let a twin have at least these tokens; False if that makes no sense any more. Under the lock."""
-        twin = trial.sequence
-        if not len(wanted) or not np.array_equal(wanted[: twin.num_tokens], twin.token_ids):
+    def _put_in_place(self, namespace: str, healing: Healing, context: Repairable) -> bool:
+        """Let a context that nobody writes go on with its twin, if that has caught up. Under the lock."""
+        own, page_size = healing.own, self._memory.pool.page_size
+        if context.busy or own.approximate_from is None or not healing.has_caught_up:
             return False
-        twin.append(wanted[twin.num_tokens :])
-        self._trials.share(trial, twin, twin.num_tokens)
-        return True
-
-    def _put_in_place(self, trial: Trial, context: Repairable) -> bool:
-        """Exchange the KV of a context for its twin's if they still have the same tokens. Under the lock."""
-        own, twin = context.sequence, trial.sequence
-        if own.num_computed != twin.num_computed:
-            return False
-        own.exchange(twin)
+        healing.put_in_place()
         context.repaired()
-        whole = own.num_computed - own.num_computed % self._memory.pool.page_size
-        pages = own.pages[: whole // self._memory.pool.page_size]
-        self._memory.tree.insert(trial.namespace, own.token_ids[:whole], pages)
+        whole = own.num_computed - own.num_computed % page_size
+        self._memory.tree.insert(namespace, own.token_ids[:whole], own.pages[: whole // page_size])
+        self._finder.replace(namespace, context.segments, own)
         return True

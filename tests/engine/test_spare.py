@@ -1,0 +1,74 @@
+"""What is spare beside answers: never more than their share, whatever passes turn out to take."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcomm.engine.spare import MAX_ROWS, MAX_SAVED_S, Spare
+
+
+def made(share: float = 0.1) -> Spare:
+    """With a prompt seen of 2 ms a row, and answers of 50 ms a pass."""
+    spare = Spare(share)
+    spare.passed(0, 100, 0, 0.2)
+    spare.passed(1, 0, 0, 0.05)
+    return spare
+
+
+def test_nothing_is_spare_before_anything_was_measured() -> None:
+    assert Spare(0.1).num_rows(1) == 0
+
+
+def test_rows_are_earned_by_answers_and_paid_for() -> None:
+    spare = made()
+    for _ in range(39):
+        spare.passed(1, 0, 0, 0.05)
+    assert spare.saved_s == pytest.approx(0.2)
+    assert spare.num_rows(1) == pytest.approx(100, abs=5) or spare.num_rows(1) == MAX_ROWS
+    spare.passed(1, 0, 60, 0.05 + 0.12)
+    assert spare.saved_s == pytest.approx(0.2 + 0.005 - 0.12)
+
+
+def test_rows_that_turn_out_dearer_are_fewer() -> None:
+    cheap, dear = made(), made()
+    for spare, seconds in ((cheap, 0.06), (dear, 0.25)):
+        for _ in range(20):
+            spare.passed(1, 0, 10, seconds)
+        spare.saved_s = 0.1
+    assert dear.num_rows(1) < cheap.num_rows(1)
+
+
+def test_a_share_of_nothing_leaves_nothing() -> None:
+    assert made(0.0).num_rows(1) == 0
+
+
+def test_what_is_earned_is_not_saved_for_ever() -> None:
+    spare = made()
+    for _ in range(10_000):
+        spare.passed(1, 0, 0, 0.05)
+    assert spare.saved_s == MAX_SAVED_S
+
+
+@given(
+    share=st.floats(0.01, 0.5),
+    passes=st.lists(st.tuples(st.floats(0.01, 0.2), st.floats(0, 0.02)), min_size=1, max_size=200),
+)
+def test_answers_are_slowed_by_no_more_than_the_share(share: float, passes: list[tuple[float, float]]) -> None:
+    """Whatever a row takes: in the long run; one pass may take more than was foreseen."""
+    spare = made(share)
+    answers_s = extra_s = largest_s = 0.0
+    for pace_s, row_s in passes:
+        spare.passed(1, 0, 0, pace_s)
+        answers_s += pace_s
+        num_rows = spare.num_rows(1)
+        if num_rows:
+            # Held against the pace as it is known, which is what the spare time is counted in.
+            known_s = spare._pace_s(1)
+            assert known_s is not None
+            answers_s += known_s
+            largest_s = max(largest_s, num_rows * row_s)
+            extra_s += num_rows * row_s
+            spare.passed(1, 0, num_rows, known_s + num_rows * row_s)
+    assert extra_s <= share * (answers_s + 0.05) + largest_s + 1e-9
