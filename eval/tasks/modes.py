@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from kvcomm import ReusePolicy
@@ -10,9 +11,9 @@ from kvcomm.align.ladder import Rung
 from kvcomm.errors import InvalidRequest
 from kvcomm.lab.methods import METHODS
 
-DENSE, EXACT, ALONG, KVCOMM = "dense", "exact", "along", "kvcomm"
+DENSE, EXACT, ALONG, KVCOMM, HEAL = "dense", "exact", "along", "kvcomm", "heal"
 STOCK, STOCK_PREFIX = "stock", "stock_prefix"
-MODES = (DENSE, EXACT, ALONG, KVCOMM, *METHODS, STOCK, STOCK_PREFIX)
+MODES = (DENSE, EXACT, ALONG, KVCOMM, HEAL, *METHODS, STOCK, STOCK_PREFIX)
 
 
 class Mode(NamedTuple):
@@ -41,6 +42,11 @@ class Mode(NamedTuple):
     def reads_along(self) -> bool:
         """Whether prompts are read before they are complete."""
         return self.name == ALONG
+
+    @property
+    def heals(self) -> bool:
+        """Whether moved KV is replaced by exact KV while the answer is decoded."""
+        return self.policy.heal
 
     @property
     def moves(self) -> bool:
@@ -90,5 +96,5 @@ def make_modes(names: str, policy: ReusePolicy) -> list[Mode]:
     if unknown := [name for name in wanted if name not in MODES]:
         raise InvalidRequest(f"unknown mode {unknown[0]!r}; there are {', '.join(MODES)}")
     exact = ReusePolicy.exact()
-    own = {KVCOMM: Mode(KVCOMM, policy)}
+    own = {KVCOMM: Mode(KVCOMM, policy), HEAL: Mode(HEAL, replace(policy, heal=True))}
     return [own.get(name) or Mode(name, exact, METHODS.get(name)) for name in wanted]

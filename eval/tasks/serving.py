@@ -22,7 +22,7 @@ from eval.baselines.stock import StockServer
 from eval.tasks.along import ask_along
 from eval.tasks.answering import DENSELY, AnsweringTeam, drawn, first_texts, probable_texts, publish_answer
 from eval.tasks.at_once import at_once
-from eval.tasks.modes import ALONG, DENSE, EXACT, KVCOMM, Mode
+from eval.tasks.modes import ALONG, DENSE, EXACT, HEAL, KVCOMM, Mode
 from eval.tasks.samples import Answer, Sample, SampleFile, usage_values
 from eval.tasks.work import NUM_LOGPROBS, Work
 from kvcomm import Completion, Engine, ReusePolicy
@@ -33,7 +33,7 @@ from kvcomm.memory.segments import Segment
 
 WIDTH = 16
 """Questions that are served at the same time at most."""
-ORDER = {KVCOMM: 1, ALONG: 2, EXACT: 3, DENSE: 4}
+ORDER = {KVCOMM: 1, HEAL: 2, ALONG: 3, EXACT: 4, DENSE: 5}
 """Those that may compute a prompt exactly come last: what they leave in the cache is then in nobody's way."""
 READ_S = 1.0
 """Seconds that a prompt is given to be read along, while other questions are answered."""

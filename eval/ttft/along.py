@@ -54,7 +54,7 @@ def follow_team(team: Team, num_output_tokens: int) -> list[Completion]:
                 if part.name in names:
                     reader.follow(opened[names.index(part.name)], name=part.name)
                 else:
-                    reader.append(part)
+                    reader.append([part])
         lengths = [num_output_tokens] * (len(opened) - 1) + [1]
         handles = [
             reader.close(SamplingParams(max_new_tokens=length, ignore_eos=True))

@@ -76,7 +76,7 @@ def arguments(tiny_folder: Path, tmp_path: Path) -> list[str]:
     ]
 
 
-MODES = "dense,exact,along,kvcomm,paper,cacheblend,epic,rotate,stock,stock_prefix"
+MODES = "dense,exact,along,kvcomm,heal,paper,cacheblend,epic,rotate,stock,stock_prefix"
 MOVING = ("kvcomm", "paper", "cacheblend", "epic", "rotate")
 
 
@@ -116,6 +116,8 @@ def test_every_mode(arguments: list[str], tmp_path: Path, capsys: pytest.Capture
         assert len(damage["key_errors"]) == 2, name
         assert len(damage["by_position"]) == 20, name
         assert damage["key_errors"][0] == pytest.approx(0, abs=1e-5), name
+    assert modes["heal"]["reuse"]["requests"]["moved"] == 4 * 2
+    assert modes["heal"]["damage"]["divergences"] == []
     assert modes["cacheblend"]["reuse"]["computed_share"] > modes["rotate"]["reuse"]["computed_share"]
     assert modes["kvcomm"]["damage"]["num_audited"] == 3 * 2
     assert modes["kvcomm"]["damage"]["violations"][0] == 0
