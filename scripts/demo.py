@@ -1,12 +1,12 @@
-"""Five agents answer word problems without a cache, with exact prefixes, read along, and on moved KV.
+"""Five agents answer word problems without a cache, with exact prefixes, read along, and on moved KV, healed or not.
 
 The ways take turns, question by question, on the same model. *no cache*: every prompt token is computed. *exact
 prefixes*: what begins alike is computed once. *read along*: beside that, agents who wait read what others write while
 they write it, as far as these leave time. Answers of these two must be those without a cache, and the demo fails if
 they differ. *moved KV*: what one agent has read or written is moved into the prompts of others, under a bound that
 rests on pairs which were measured beforehand and ship with the model, so nothing is warmed up. Every prompt into which
-text was moved is audited, that is computed exactly afterwards and held against. A picture and a sentence tell what came
-out.
+text was moved is audited, that is computed exactly afterwards and held against. *moved + heal*: the same, and moved KV
+is replaced by exact KV while the answer's first tokens are decoded. A picture and a sentence tell what came out.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from kvcomm.cli.output import table
 from kvcomm.figures import Figure
 
 NAME_WIDTH, COUNT_WIDTH, MIN_BAR_WIDTH = 11, 11, 12
-TABLE_WIDTH = 80
-LABELS = {Way.DENSE: "no cache", Way.EXACT: "exact", Way.ALONG: "along", Way.MOVED: "moved"}
+TABLE_WIDTH = 79
+LABELS = {Way.DENSE: "dense", Way.EXACT: "exact", Way.ALONG: "along", Way.MOVED: "moved", Way.HEALED: "healed"}
 """Of the table's columns."""
 LEVELS = {"prior": "that ship with the model", "pool": "of this engine's requests", "own": "of each agent's own"}
 NOT_ABOUT_MOVING = frozenset({"new", "glue", "rung", "last_token"})
@@ -188,16 +188,16 @@ def seconds_table(report: Report, width: int) -> Table:
     Args:
         width: characters there are; where they are too few for all, only the first tokens are told.
     """
-    columns = ("first token", *(LABELS[way] for way in Way), "moved in", "expected", "audited")
+    columns = ("first token, s", *(LABELS[way] for way in Way), "moved in", "expected", "audited")
     rows = [_seconds_row(agent, report) for agent in report.agents]
-    rows.append(("team", *(f"{report.first_tokens_s(way):.2f} s" for way in Way), "", "", ""))
+    rows.append(("team", *(f"{report.first_tokens_s(way):.2f}" for way in Way), "", "", ""))
     num_columns = len(columns) if width >= TABLE_WIDTH else 1 + len(Way)
     return table(columns[:num_columns], [row[:num_columns] for row in rows], numeric=set(columns[1:]))
 
 
 def _seconds_row(agent: AgentReuse, report: Report) -> tuple[str, ...]:
-    times = [f"{statistics.fmean(each):.2f} s" for each in agent.ways_s]
-    often = f"{len(agent.rungs)} of {len(report.runs)}" if agent in report.readers else "reads first"
+    times = [f"{statistics.fmean(each):.2f}" for each in agent.ways_s]
+    often = f"{len(agent.rungs)} of {len(report.runs)}" if agent in report.readers else "first"
     nats = [f"{max(each):.4f}" if each else "" for each in (agent.predicted, agent.audited)]
     return (agent.agent, *times, often, *nats)
 
@@ -212,11 +212,22 @@ def notes(report: Report) -> list[str]:
         else f"ONLY {equal} OF {answers} ANSWERS ARE THE SAME WITHOUT A CACHE, WITH EXACT PREFIXES AND READ ALONG."
     )
     return [
-        "Means over the questions; team: the sum. expected, audited: the largest divergence from the exact answer in "
+        "Means over the questions; team: the sum. dense: no cache; along: read along. "
+        "expected, audited: the largest divergence from the exact answer in "
         "nats, as calibration foretold it (that of the sources included) and as exact computation found it.",
         same,
+        *_healed(report),
         *(f"{agent.agent} computed all of its text in {why}." for agent in report.readers for why in _unmoved(agent)),
     ]
+
+
+def _healed(report: Report) -> list[str]:
+    """After how many tokens what was moved is exact, where it is healed."""
+    after = [count for agent in report.agents for count in agent.healed]
+    if not after:
+        return []
+    most = max(after)
+    return [f"healed: all KV of {len(after)} moved prompts was exact after at most {most} tokens of their answers."]
 
 
 def _unmoved(agent: AgentReuse) -> list[str]:
@@ -280,13 +291,14 @@ def _audits(report: Report) -> str:
 def figures(report: Report) -> list[dict[str, Any]]:
     """What picture, table and sentence say, as id, value, unit and spread (quartiles over questions)."""
     seconds = {way: [first_tokens_s(results, way) for results in report.runs] for way in Way}
-    dense, exact, along, moved = (seconds[way] for way in Way)
+    dense, exact, along, moved, healed = (seconds[way] for way in Way)
     shares = report.tokens.shares
     found = [
         _figure("ttft_cold_s", report.first_tokens_s(Way.DENSE), "s", dense),
         _figure("ttft_reuse_s", report.first_tokens_s(Way.EXACT), "s", exact),
         _figure("ttft_along_s", report.first_tokens_s(Way.ALONG), "s", along),
         _figure("ttft_moved_s", report.first_tokens_s(Way.MOVED), "s", moved),
+        _figure("ttft_healed_s", report.first_tokens_s(Way.HEALED), "s", healed),
         _figure("ttft_ratio", report.gain(Way.EXACT, over=Way.DENSE), "x", _ratios(dense, exact)),
         _figure("ttft_along_ratio", report.gain(Way.ALONG, over=Way.DENSE), "x", _ratios(dense, along)),
         _figure("ttft_moved_ratio", report.gain(Way.MOVED, over=Way.DENSE), "x", _ratios(dense, moved)),

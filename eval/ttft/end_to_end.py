@@ -4,7 +4,8 @@
 1, greedy, default cache, each agent's whole prompt. The others are the group's own runs, from the call to the return:
 agents that wait for nobody share a batch, and roles come from the cache. `exact` is exact reuse only. `along` is the
 same with agents that read along: while others answer, their prompts are computed as far as these answers leave time.
-`moved`, with --anchors, moves text within the bound instead. All answers have the same number of tokens, whatever would
+`moved`, with --anchors, moves text within the bound instead, and `healed` makes what was moved exact while the answer
+is decoded. All answers have the same number of tokens, whatever would
 end them. Stock is given the very prompts, as token ids, that a rehearsal has left; exact and along share one:
 `same_prompts` is the share of timed runs that read these again, `same_answers` that of stock's, exact's and along's
 answers that equal the rehearsal's. Both are 1 in float32; in bfloat16 even another batch can change an answer and what
@@ -54,7 +55,7 @@ GOALS = {
     "follow_slowdown": "<= 1.10",
 }
 
-EXACT, ALONG, MOVED = "exact", "along", "moved"
+EXACT, ALONG, MOVED, HEALED = "exact", "along", "moved", "healed"
 STOCK = "stock"
 
 WARM_UP_TOKENS = 2
@@ -168,7 +169,8 @@ def measure(engine: Engine, take: TakeTokens, options: Namespace) -> Report:
         policy = ReusePolicy(options.max_divergence, options.confidence)
         _earn(engine, team, others, policy, options)
         policy = replace(policy, learn=False, audit=0.0)
-        turns.append(Turns({MOVED: Times(team.group(engine, policy=policy, read_along=False))}))
+        for name, moving in ((MOVED, policy), (HEALED, replace(policy, heal=True))):
+            turns.append(Turns({name: Times(team.group(engine, policy=moving, read_along=False))}))
     bench = Bench(engine, Stock(engine.model), team, inputs, options.answer_tokens)
     for each in turns:
         bench.measure(each, options.in_flight)

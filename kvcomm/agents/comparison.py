@@ -1,6 +1,7 @@
-"""What reuse is worth to a team: the same runs without a cache, with exact prefixes, read along, and with moved KV.
+"""What reuse is worth to a team: the same runs without a cache, with exact prefixes, read along, and on moved KV.
 
-The first three are exact and see the same prompts. Answers given on moved KV may differ, and later agents read them.
+The first three are exact and see the same prompts. Answers given on moved KV, healed or not, may differ, and later
+agents read them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Way(StrEnum):
     EXACT = "exact prefixes"
     ALONG = "read along"
     MOVED = "moved KV"
+    HEALED = "moved + heal"
 
 
 Results = Mapping[Way, GroupResult]
@@ -46,8 +48,10 @@ class AgentReuse:
 
     Attributes:
         usages: of the runs with moved KV.
-        dense_s, exact_s, along_s: seconds to the first token without a cache, with exact prefixes only, and read along.
+        dense_s, exact_s, along_s, healed_s: seconds to the first token without a cache, with exact prefixes only, read
+            along, and on moved KV that is healed.
         read: prompt tokens that were read along.
+        healed: of answers given on moved KV that was healed, the tokens after which all of it was exact.
         audited: nats; divergence of approximated answers from what was computed exactly afterwards.
     """
 
@@ -56,7 +60,9 @@ class AgentReuse:
     dense_s: list[float] = field(default_factory=list)
     exact_s: list[float] = field(default_factory=list)
     along_s: list[float] = field(default_factory=list)
+    healed_s: list[float] = field(default_factory=list)
     read: list[int] = field(default_factory=list)
+    healed: list[int] = field(default_factory=list)
     audited: list[float] = field(default_factory=list)
 
     @property
@@ -67,7 +73,7 @@ class AgentReuse:
     @property
     def ways_s(self) -> tuple[list[float], ...]:
         """Seconds to the first token in every way."""
-        return self.dense_s, self.exact_s, self.along_s, self.kvcomm_s
+        return self.dense_s, self.exact_s, self.along_s, self.kvcomm_s, self.healed_s
 
     @property
     def rungs(self) -> list[float]:
@@ -119,6 +125,10 @@ class Comparison:
             agent.exact_s.append(results[Way.EXACT][name].usage.ttft_s)
             agent.along_s.append(results[Way.ALONG][name].usage.ttft_s)
             agent.read.append(results[Way.ALONG][name].usage.read_along_tokens)
+            healed = results[Way.HEALED][name].usage
+            agent.healed_s.append(healed.ttft_s)
+            if healed.healed_after is not None:
+                agent.healed.append(healed.healed_after)
             if usage.approximation is not None:
                 agent.audited += self._audited_since(usage.approximation.reader)
         self._num_audited = self._count_audits()
@@ -135,6 +145,11 @@ class Comparison:
 def watched(policy: ReusePolicy) -> ReusePolicy:
     """The policy with every approximated answer audited, and nothing learned meanwhile."""
     return replace(policy, audit=1.0, learn=False)
+
+
+def healing(policy: ReusePolicy) -> ReusePolicy:
+    """The policy with moved KV healed; nothing is audited or learned meanwhile."""
+    return replace(policy, heal=True, audit=0.0, learn=False)
 
 
 def compare(
@@ -170,8 +185,8 @@ def in_turns(
 ) -> Generator[Results, None, None]:
     """Run a team on inputs in every way, one after the other; which one begins changes with every input.
 
-    What happens only once is done before: role prompts are in the cache, and text has been moved. Every approximated
-    answer is audited behind its run, while nothing else goes on.
+    What happens only once is done before: text has been moved. Every run finds the role prompts in the cache and
+    nothing else. Every answer on moved KV that is not healed is audited behind its run, while nothing else goes on.
 
     Args:
         engine, inputs: as `compare`.
@@ -192,16 +207,18 @@ def in_turns(
             Way.EXACT: team.group(exact, policy=ReusePolicy.exact(), read_along=False),
             Way.ALONG: team.group(along, policy=ReusePolicy.exact()),
             Way.MOVED: team.group(engine, policy=watched(policy), read_along=False),
+            Way.HEALED: team.group(engine, policy=healing(policy), read_along=False),
         }
         engine.clear_cache()
-        for each_engine in (dense, exact, along, engine):
-            read_roles(each_engine, team, inputs[0])
+        read_roles(engine, team, inputs[0])
         _move_once(engine, team, inputs[0], policy)
         engine.wait_idle()
         for index, each in enumerate(inputs):
             first = index % len(Way)
             results = {}
             for way in [*Way][first:] + [*Way][:first]:
+                groups[way].engine.clear_cache()
+                read_roles(groups[way].engine, team, inputs[0])
                 results[way] = answer(groups[way], {**team.inputs, **each}, index, way)
                 engine.wait_idle()  # audits: not beside what is timed next
             yield results

@@ -39,7 +39,7 @@ def test_ways_take_turns_and_nobody_is_timed_beside_audits(engine: Engine) -> No
         calls.append((index, way))
         assert given == inputs(4, "y")[index]
         assert not engine.reuse.idle.has_work
-        assert (group.engine is engine) == (way is Way.MOVED)
+        assert (group.engine is engine) == (way in (Way.MOVED, Way.HEALED))
         return run(group, given, index, way)
 
     comparison = Comparison(engine, TEAM)
@@ -47,7 +47,7 @@ def test_ways_take_turns_and_nobody_is_timed_beside_audits(engine: Engine) -> No
         comparison.add(results)
     ways = [*Way]
     assert [way for _, way in calls] == [way for first in range(4) for way in ways[first:] + ways[:first]]
-    assert [index for index, _ in calls] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    assert [index for index, _ in calls] == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5
     for agent in comparison.agents[1:]:
         assert len(agent.rungs) == len(agent.audited) == 4
 
@@ -55,10 +55,11 @@ def test_ways_take_turns_and_nobody_is_timed_beside_audits(engine: Engine) -> No
 def test_each_way_reuses_what_it_may(engine: Engine) -> None:
     for results in in_turns(engine, TEAM, inputs(2, "y"), LOOSE, run):
         for name in results[Way.DENSE]:
-            dense, exact, along, moved = (results[way][name] for way in Way)
+            dense, exact, along, moved, healed = (results[way][name] for way in Way)
             assert dense.usage.computed_tokens == dense.usage.prompt_tokens
             assert exact.usage.exact_tokens > 0 == exact.usage.aligned_tokens
-            assert (moved.usage.aligned_tokens > 0) == (name != "first")
+            assert (moved.usage.aligned_tokens > 0) == (healed.usage.aligned_tokens > 0) == (name != "first")
+            assert (healed.usage.healed_after is not None) == (name != "first")
             assert exact.usage.read_along_tokens == moved.usage.read_along_tokens == 0
             assert (dense.prompt, dense.token_ids) == (exact.prompt, exact.token_ids) == (along.prompt, along.token_ids)
 

@@ -121,7 +121,7 @@ def reuse_options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["bench", "reuse", *options, "--runs=2", "--max-new-tokens=24", "--max-divergence=50", "--confidence=0.5"]
 
 
-TTFT = ("ttft_dense_s", "ttft_exact_s", "ttft_along_s", "ttft_kvcomm_s")
+TTFT = ("ttft_dense_s", "ttft_exact_s", "ttft_along_s", "ttft_kvcomm_s", "ttft_healed_s")
 
 
 def test_reuse_shows_every_agent_and_what_was_learned_can_be_kept(

@@ -145,10 +145,10 @@ def test_moved_kv(
     assert "readers taken from" in again["notes"]
     assert "learning from " not in again["notes"]
     for found in (first, again):
-        assert found["moved_moved"] > 0 == found["along_moved"]
+        assert min(found["moved_moved"], found["healed_moved"]) > 0 == found["along_moved"]
         assert found["moved_computed_glue"] > 0
         assert found["same_prompts"] == found["same_answers"] == 1.0
-        assert found["config"]["ways"] == ["exact", "along", "moved"]
+        assert found["config"]["ways"] == ["exact", "along", "moved", "healed"]
     names = json.loads((tmp_path / "run.json").read_text())["samples"].keys()
     assert {"exact_s", "along_s", "exact_stock_s", "moved_s", "moved_stock_s", "moved_batched_s"} <= names
 
