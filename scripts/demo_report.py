@@ -206,15 +206,14 @@ def notes(report: Report) -> list[str]:
     """What picture and table do not say."""
     equal, answers = report.num_equal, report.num_answers
     same = (
-        f"Without a cache, with exact prefixes and read along all {answers} prompts and answers are the same, token by "
-        "token."
+        f"In the first three ways all {answers} prompts and answers are the same, token by token."
         if equal == answers
-        else f"ONLY {equal} OF {answers} ANSWERS ARE THE SAME WITHOUT A CACHE, WITH EXACT PREFIXES AND READ ALONG."
+        else f"ONLY {equal} OF {answers} ANSWERS ARE THE SAME IN THE FIRST THREE WAYS."
     )
     return [
-        "Means over the questions; team: the sum. dense: no cache; along: read along. "
-        "expected, audited: the largest divergence from the exact answer in "
-        "nats, as calibration foretold it (that of the sources included) and as exact computation found it.",
+        "Means over the questions; team: the sum. dense: no cache; along: read along. expected, audited: the largest "
+        "divergence from the exact answer in nats, as calibration foretold it (that of the sources included) and as "
+        "exact computation found it.",
         same,
         *_healed(report),
         *(f"{agent.agent} computed all of its text in {why}." for agent in report.readers for why in _unmoved(agent)),
