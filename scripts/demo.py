@@ -205,9 +205,10 @@ def show(report: Report, console: Console) -> None:
     for line in notes(report):
         console.print(Text(line, style="dim"))
     console.print()
-    for drawn in picture(report, console.width, symbols):
-        console.print(drawn, no_wrap=True)
-    console.print()
+    for way in (Way.ALONG, Way.MOVED):
+        for drawn in picture(report, console.width, symbols, way):
+            console.print(drawn, no_wrap=True)
+        console.print()
     console.print(Text(sentence(report), style="bold"))
 
 

@@ -36,10 +36,12 @@ class Symbols(NamedTuple):
 
 BLOCKS, LETTERS = Symbols("█", "▒", "·"), Symbols("#", "=", ".")
 STYLES = Symbols("green", "cyan", "red")
+MIDDLE = {Way.MOVED: "moved", Way.ALONG: "along"}
+"""What the middle of a bar stands for."""
 
 
 class Tokens(NamedTuple):
-    """Where the tokens of prompts came from."""
+    """Where the tokens of prompts came from. Those read along are no others than moved ones: one way has either."""
 
     exact: float
     moved: float
@@ -94,8 +96,15 @@ class Report:
     @property
     def tokens(self) -> Tokens:
         """Of the whole team's prompts on moved KV, mean of the questions."""
-        each = [_tokens(agent.usages) for agent in self.agents]
-        return Tokens(*map(sum, zip(*each, strict=True)))
+        return self.team_tokens(Way.MOVED)
+
+    def agent_tokens(self, way: Way) -> dict[str, Tokens]:
+        """Of each agent's prompts in a way, mean of the questions."""
+        return {agent.agent: _tokens([run[way][agent.agent].usage for run in self.runs]) for agent in self.agents}
+
+    def team_tokens(self, way: Way) -> Tokens:
+        """Of the whole team's."""
+        return Tokens(*map(sum, zip(*self.agent_tokens(way).values(), strict=True)))
 
     def first_tokens_s(self, way: Way) -> float:
         """Seconds to the first token, summed over the team: mean of the questions."""
@@ -136,29 +145,37 @@ def first_tokens_s(results: Results, way: Way) -> float:
 
 def _tokens(usages: Sequence[Usage]) -> Tokens:
     """Mean of some prompts."""
-    counts = [(usage.exact_tokens, usage.aligned_tokens, usage.computed_tokens) for usage in usages]
+    counts = [
+        (
+            usage.exact_tokens,
+            usage.aligned_tokens + usage.read_along_tokens,
+            usage.computed_tokens - usage.read_along_tokens,
+        )
+        for usage in usages
+    ]
     return Tokens(*map(statistics.fmean, zip(*counts, strict=True)))
 
 
 # -- the picture ------------------------------------------------------------------------------------------------------
 
 
-def picture(report: Report, width: int, symbols: Symbols) -> list[Text]:
+def picture(report: Report, width: int, symbols: Symbols, way: Way = Way.MOVED) -> list[Text]:
     """A bar per agent, and one for the team: what of its prompt came from the cache, was moved, was computed.
 
     Args:
+        way: read along: what was computed while others answered takes the place of what was moved.
         width: of a line at most, in characters. Where they are too few for numbers and bars, there are no numbers.
     """
     counts_width = 3 * COUNT_WIDTH + 2
     if width < NAME_WIDTH + counts_width + MIN_BAR_WIDTH:
         counts_width = 0
     bar_width = max(1, width - NAME_WIDTH - counts_width)
-    head = Text(" " * NAME_WIDTH)
-    for symbol, name, style in zip(symbols, Symbols._fields, STYLES, strict=True):
+    head = Text(f"{way.value[: NAME_WIDTH - 1]:<{NAME_WIDTH}}")
+    for symbol, name, style in zip(symbols, ("exact", MIDDLE[way], "computed"), STYLES, strict=True):
         legend = f"{symbol} {name}"
         head.append(legend.rjust(COUNT_WIDTH) if counts_width else f"{legend}  ", style)
     head.truncate(width)
-    rows = [(agent.agent, _tokens(agent.usages)) for agent in report.agents] + [("team", report.tokens)]
+    rows = [*report.agent_tokens(way).items(), ("team", report.team_tokens(way))]
     return [head, *(_bar_line(name, tokens, bar_width, symbols, bool(counts_width)) for name, tokens in rows)]
 
 

@@ -265,11 +265,22 @@ def test_the_picture_fits_and_reads_well_without_colors(report: ModuleType, widt
     for symbol, name in zip(symbols, ("exact", "moved", "computed"), strict=True):
         assert f"{symbol} {name}" in head or width == 30
     assert [line.split()[0] for line in (a, b, team)] == ["a", "b", "team"]
+    assert head.startswith("moved KV ")
     bar = b.split()[-1]
     assert (" 20 " in b and " 70 " in b and " 10 " in b) == (width >= 58)
     assert re.fullmatch(f"{re.escape(symbols.exact)}+{re.escape(symbols.moved)}+{re.escape(symbols.computed)}+", bar)
     assert bar.count(symbols.moved) == pytest.approx(0.7 * len(bar), abs=1)
     assert not letters or "".join((head, a, b, team)).isascii()
+
+
+def test_what_was_read_along_has_a_picture_of_its_own(report: ModuleType) -> None:
+    found = report_of(report, one_run(4, 2, 1, 70), audited=[])
+    head, a, b, team = (line.plain for line in report.picture(found, 80, report.LETTERS, Way.ALONG))
+    assert head.startswith("read along ")
+    assert all(legend in head for legend in ("# exact", "= along", ". computed"))
+    assert a.split()[1:4] == ["60", "0", "40"]
+    assert b.split()[1:4] == ["20", "20", "60"]
+    assert team.split()[1:4] == ["80", "20", "100"]
 
 
 @pytest.mark.parametrize("width", [50, 78, 79, 120])
