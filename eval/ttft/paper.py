@@ -14,7 +14,8 @@ sizes and texts. With --quick sizes are small and nothing is measured: glue only
 The third way moves nothing: agents read along (`eval.ttft.along`). How much of its prompt each one is left with is
 measured once, with outputs that are decoded and followed by all agents that read them; in the rounds outputs come from
 the text again. The first agent, who waits for nobody, computes its question. First tokens are held against
-transformers' own, and the last agent's against an exact prefix hit that computes the same number of tokens.
+transformers' own, and the last agent's against an exact prefix hit that computes the same number of tokens. With
+--along-only nothing is moved, and so nothing taught.
 """
 
 from __future__ import annotations
@@ -69,26 +70,30 @@ def measure(engine: Engine, take: TakeTokens, options: Namespace) -> Report:
     """All figures of an engine.
 
     Raises:
-        InvalidRequest: --quick and --anchors, or anchors of a team of another size.
+        InvalidRequest: --anchors with --quick or --along-only, or anchors of a team of another size.
     """
-    if options.quick and options.anchors is not None:
-        raise InvalidRequest("--quick calibrates nothing that --anchors could keep; leave one of them out")
+    unfit = "--quick" if options.quick else "--along-only" if options.along_only else None
+    if unfit is not None and options.anchors is not None:
+        raise InvalidRequest(f"{unfit} calibrates nothing that --anchors could keep; leave one of them out")
     sizes = Sizes(options.agents, options.role_tokens, options.question_tokens, options.output_tokens)
     team = Team(engine, take, sizes)
-    _warm(team, options)
+    servings: Sequence[Serving] = ()
+    if not options.along_only:
+        servings = QUICK if options.quick else CALIBRATED
+        _warm(team, options)
     followed = follow_once(team, options.output_tokens)
     left = [num_left(each.usage) for each in followed]
     stock = Stock(engine.model)
     samples: dict[str, list[float]] = {}
     for index in range(-1, options.repeats):
         note("one round to warm up" if index < 0 else f"round {index + 1} of {options.repeats}")
-        found = dict(_round(team, stock, QUICK if options.quick else CALIBRATED)) | dict(_along(team, stock, left))
+        found = dict(_round(team, stock, servings)) | dict(_along(team, stock, left))
         note("  " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
         if index >= 0:
             for name, value in found.items():
                 samples.setdefault(name, []).append(value)
     measured = {name: Samples(tuple(values)) for name, values in samples.items()}
-    figures = [*_figures(measured, options.agents), *_along_figures(measured, followed)]
+    figures = [*_figures(measured, options.agents, servings), *_along_figures(measured, followed)]
     return Report("ttft", figures, settings(engine, options, anchors=None), samples)
 
 
@@ -192,10 +197,10 @@ def _exact_hit(team: Team, prompt: Sequence[Segment], num_computed: int, kind: s
     yield f"exact_hit{kind}_computed", served.usage.computed_tokens
 
 
-def _figures(samples: dict[str, Samples], num_agents: int) -> list[Figure]:
+def _figures(samples: dict[str, Samples], num_agents: int, servings: Sequence[Serving]) -> list[Figure]:
     last = num_agents
     figures = []
-    for kind in ("", "_bound"):
+    for kind in (serving.kind for serving in servings):
         agents = range(1, num_agents + 1)
         dense = [samples[f"dense{kind}_{agent}_s"] for agent in agents]
         served = [samples[f"kvcomm{kind}_{agent}_s"] for agent in agents]
@@ -205,7 +210,8 @@ def _figures(samples: dict[str, Samples], num_agents: int) -> list[Figure]:
             Figure(f"divergence{kind}", _mean(samples, f"divergence{kind}", num_agents), "nats"),
             Figure(f"aligned{kind}", _mean(samples, f"aligned{kind}", num_agents), "share"),
         ]
-    figures.append(_ratio("over_exact_hit", samples[f"kvcomm_{last}_s"].per(samples["exact_hit_s"])))
+    if servings:
+        figures.append(_ratio("over_exact_hit", samples[f"kvcomm_{last}_s"].per(samples["exact_hit_s"])))
     figures += [
         Figure(name, measured.median, "s", measured.quartiles)
         for name, measured in samples.items()

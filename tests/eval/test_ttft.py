@@ -83,6 +83,20 @@ def test_quick(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "--quick calibrates nothing that --anchors could keep" in capsys.readouterr().err
 
 
+def test_along_only(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is taught or moved."""
+    sizes = ["--agents=3", "--role-tokens=16", "--question-tokens=48", "--output-tokens=32", "--repeats=1"]
+    arguments = [f"--model={tiny_folder}", f"--out={tmp_path / 'run.json'}", "--json", "--along-only", *sizes]
+    assert ttft.main(arguments) == 0
+    read = capsys.readouterr()
+    names = {figure["id"] for figure in json.loads(read.out)["figures"]}
+    assert "anchors" not in read.err
+    assert {"agent3_along", "sum_along", "along_over_exact_hit", "same_first_tokens"} < names
+    assert not names & {"agent3_speedup", "over_exact_hit", "computed"}
+    assert ttft.main([*arguments, f"--anchors={tmp_path / 'anchors'}"]) == 1
+    assert "--along-only calibrates nothing that --anchors could keep" in capsys.readouterr().err
+
+
 def test_agents_follow_and_little_is_left(tiny: TinyModel) -> None:
     """With all the time they need, followers lack the last few tokens of an output and the text behind it."""
     with Engine(tiny.model, tiny.tokenizer) as engine:
