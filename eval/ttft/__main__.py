@@ -114,7 +114,7 @@ SETTINGS = {
         add_options=_table_options,
     ),
     "scaling": Setting(
-        "First tokens of a growing team: dense, exact prefixes, moved KV, read along, and the exponents of their growth.",
+        "First tokens of a growing team: dense, exact prefixes, moved KV, read along; the exponents of their growth.",
         scaling.measure,
         {"agents": 16, "prompt_tokens": 8192, "role_tokens": 512, "question_tokens": 512, "warm": 1},
         {"agents": 6, "prompt_tokens": 1024, "role_tokens": 96, "question_tokens": 128, "warm": 1},
