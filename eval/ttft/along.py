@@ -1,9 +1,10 @@
 """Reading along: agents whose prompts are open while the outputs that they read are being written.
 
-`follow_team` lets a team do it: every agent's prompt is opened at once, outputs are decoded and followed. What a prompt
-lacks when it is complete, `num_left`, is what a producer writes last and the text behind it, and whatever answers in
-progress left no time for. `read_along` gives the same first token without decoding: text taken as an output comes in
-pieces, each computed before the next one is there, and as much is left as followers lacked.
+What a prompt lacks when it is complete, `num_left`, is what a producer writes last and the text behind it. `follow`
+measures it: the last agent, who knows everything else, follows one output while it is decoded. `read_along` gives the
+same first token without decoding: text taken as an output comes in pieces, each computed before the next one is there,
+and as much is left as the follower lacked. `follow_team` lets all agents follow all outputs from the first one on: then
+producers have several readers, each with much to read, and what answers in progress leave no time for is lacking, too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from eval.stock import Stock
-from eval.ttft.team import Team, tokens_of
+from eval.ttft.team import ONE_TOKEN, Team, tokens_of
 from eval.workload import note
 from kvcomm import Completion, Engine, ReusePolicy, SamplingParams
 from kvcomm.engine.results import Usage
@@ -44,6 +45,7 @@ def follow_team(team: Team, num_output_tokens: int) -> list[Completion]:
     Args:
         num_output_tokens: of each output. The last agent, whom nobody reads, gives one token.
     """
+    note(f"all agents follow outputs of {num_output_tokens} tokens while they are decoded")
     engine, texts = team.engine, team.texts()
     team.restart()
     names = [output.name for output in texts.outputs]
@@ -60,19 +62,26 @@ def follow_team(team: Team, num_output_tokens: int) -> list[Completion]:
             reader.close(SamplingParams(max_new_tokens=length, ignore_eos=True))
             for reader, length in zip(opened, lengths, strict=True)
         ]
-    return [handle.result() for handle in handles]
-
-
-def follow_once(team: Team, num_output_tokens: int) -> list[Completion]:
-    """`follow_team`, and a line that says what came of it."""
-    note(f"agents follow outputs of {num_output_tokens} tokens while they are decoded")
-    followed = follow_team(team, num_output_tokens)
-    told = ", ".join(
-        f"agent {agent}: {num_left(each.usage)} of {each.usage.prompt_tokens}"
-        for agent, each in enumerate(followed, start=1)
-    )
+    followed = [handle.result() for handle in handles]
+    told = ", ".join(f"agent {agent}: {num_left(each.usage)}" for agent, each in enumerate(followed, start=1))
     note(f"  tokens that were left to compute: {told}")
     return followed
+
+
+def follow(team: Team, num_output_tokens: int) -> Completion:
+    """Let the last agent follow the one before it, all else being read; its first token."""
+    note(f"the last agent follows an output of {num_output_tokens} tokens while it is decoded")
+    engine, texts, exact = team.engine, team.texts(), ReusePolicy.exact()
+    team.restart()
+    *producers, last = team.agents
+    *known, output, glue = team.prompt(last, texts)
+    with engine.open_prompt(known, policy=exact) as opened:
+        engine.wait_idle()
+        sampling = SamplingParams(max_new_tokens=num_output_tokens, ignore_eos=True)
+        opened.follow(engine.submit(team.prompt(producers[-1], texts), sampling, policy=exact), name=str(output.name))
+        answer = opened.append([glue]).close(ONE_TOKEN).result()
+    note(f"  {num_left(answer.usage)} of {answer.usage.prompt_tokens} tokens were left to compute")
+    return answer
 
 
 def read_along(engine: Engine, prompt: Sequence[Segment], num_tokens_left: int) -> Completion:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from eval.stock import Stock
-from eval.ttft.along import follow_once, num_left, read_along
+from eval.ttft.along import follow, num_left, read_along
 from eval.ttft.grid import Row
 from eval.ttft.team import ONE_TOKEN, Sizes, Team, Texts, num_slot_tokens, tokens_of
 from eval.workload import note
@@ -37,7 +37,7 @@ COLUMNS = ("agent", "prompt tokens", *(f"{way} s" for way in WAYS), *(f"dense/{w
 MOVED = Rung("token")
 
 NUM_FOLLOWED = 64
-"""Tokens of the outputs by which it is measured what followers lack."""
+"""Tokens of the output by which it is measured what a follower lacks."""
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Servers:
 def servers(engine: Engine, take: TakeTokens, sizes: Sizes) -> Iterator[Servers]:
     """For teams on an engine; what followers lack is measured on one of these sizes."""
     with Engine(engine.model, engine.tokenizer, config=engine.config) as along:
-        _, reader = follow_once(Team(along, take, sizes._replace(agents=2)), min(NUM_FOLLOWED, sizes.output))
+        reader = follow(Team(along, take, sizes._replace(agents=2)), min(NUM_FOLLOWED, sizes.output))
         yield Servers(Stock(engine.model), along, num_left(reader.usage))
 
 

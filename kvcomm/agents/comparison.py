@@ -219,6 +219,7 @@ def in_turns(
             for way in [*Way][first:] + [*Way][:first]:
                 groups[way].engine.clear_cache()
                 read_roles(groups[way].engine, team, inputs[0])
+                groups[way].engine.wait_idle()
                 results[way] = answer(groups[way], {**team.inputs, **each}, index, way)
                 engine.wait_idle()  # audits: not beside what is timed next
             yield results
