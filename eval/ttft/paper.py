@@ -11,9 +11,10 @@ not depend on when it was done: with --anchors it is kept in a folder, and taken
 sizes and texts. With --quick sizes are small and nothing is measured: glue only is served with no bound, and under
 (0.05, 0.05) everything is computed exactly.
 
-The third way moves nothing: agents read along (`eval.ttft.along`). How much of its prompt each one is left with is
-measured once, with outputs that are decoded and followed by all agents that read them; in the rounds outputs come from
-the text again. The first agent, who waits for nobody, computes its question. First tokens are held against
+The third way moves nothing: agents read along (`eval.ttft.along`). How much of its prompt an agent is left with who has
+read what there was and follows the newest output is measured once, while that is decoded; in the rounds outputs come
+from the text again. The figures `team_left` say what all agents were left with who followed all outputs from the first
+one on, as far as answers in progress left them time. The first agent, who waits for nobody, computes its question. First tokens are held against
 transformers' own, and the last agent's against an exact prefix hit that computes the same number of tokens. With
 --along-only nothing is moved, and so nothing taught.
 """
@@ -28,7 +29,7 @@ import numpy as np
 
 from eval.figures import Figure, Report
 from eval.stock import Stock
-from eval.ttft.along import FIRST_TOKEN, compare, follow_once, num_left, read_along
+from eval.ttft.along import FIRST_TOKEN, compare, follow, follow_team, num_left, read_along
 from eval.ttft.first_tokens import MOVED
 from eval.ttft.team import ONE_TOKEN, Sizes, Team, Texts, num_slot_tokens, teach, tokens_of
 from eval.workload import note, settings
@@ -81,8 +82,8 @@ def measure(engine: Engine, take: TakeTokens, options: Namespace) -> Report:
     if not options.along_only:
         servings = QUICK if options.quick else CALIBRATED
         _warm(team, options)
-    followed = follow_once(team, options.output_tokens)
-    left = [num_left(each.usage) for each in followed]
+    followed = [follow(team, options.output_tokens), *follow_team(team, options.output_tokens)]
+    left = num_left(followed[0].usage)
     stock = Stock(engine.model)
     samples: dict[str, list[float]] = {}
     for index in range(-1, options.repeats):
@@ -134,21 +135,21 @@ def _round(team: Team, stock: Stock, servings: Sequence[Serving]) -> Iterator[tu
             yield from _exact_hit(team, prompt, sum(len(part.token_ids) for part in prompt[1:] if part.name is None))
 
 
-def _along(team: Team, stock: Stock, left: Sequence[int]) -> Iterator[tuple[str, float]]:
+def _along(team: Team, stock: Stock, left: int) -> Iterator[tuple[str, float]]:
     """Every agent's first token, dense and read along, on one text.
 
     Args:
-        left: tokens of each agent's prompt that are not read when it is complete.
+        left: tokens of a prompt that are not read when it is complete.
     """
     team.restart()
     texts = team.texts()
-    for agent, num_tokens_left in enumerate(left):
+    for agent in team.agents:
         prompt = team.prompt(agent, texts)
         tokens = tokens_of(prompt)
         if agent % 2:
             yield f"dense{ALONG}_{agent + 1}_s", stock.prefill_s(tokens, use_cache=True)
         if agent:
-            served = read_along(team.engine, prompt, num_tokens_left)
+            served = read_along(team.engine, prompt, left)
         else:
             served = team.engine.generate(prompt, FIRST_TOKEN, policy=ReusePolicy.exact())
         if not agent % 2:
@@ -222,8 +223,9 @@ def _figures(samples: dict[str, Samples], num_agents: int, servings: Sequence[Se
 
 
 def _along_figures(samples: dict[str, Samples], followed: Sequence[Completion]) -> list[Figure]:
-    """Of the last agent and of all; `followed` is what came of really following."""
-    last = len(followed)
+    """Of the last agent and of all; `followed`: what came of following one output, and of a team that follows all."""
+    one, *team = followed
+    last = len(team)
     agents = range(1, last + 1)
     dense = [samples[f"dense{ALONG}_{agent}_s"] for agent in agents]
     served = [samples[f"kvcomm{ALONG}_{agent}_s"] for agent in agents]
@@ -235,11 +237,10 @@ def _along_figures(samples: dict[str, Samples], followed: Sequence[Completion]) 
         _ratio("along_over_exact_hit", served[-1].per(samples[f"exact_hit{ALONG}_s"])),
         Figure("same_first_tokens", float(same), "share", goal=GOALS["same_first_tokens"]),
         Figure("logprob_error", float(error), "nats"),
-        *(
-            Figure(f"left_{agent}", num_left(each.usage), "tokens")
-            for agent, each in zip(agents, followed, strict=True)
-        ),
-        *(Figure(f"followed_{agent}_s", each.usage.ttft_s, "s") for agent, each in zip(agents, followed, strict=True)),
+        Figure("left", num_left(one.usage), "tokens"),
+        Figure("followed_s", one.usage.ttft_s, "s"),
+        *(Figure(f"team_left_{agent}", num_left(each.usage), "tokens") for agent, each in enumerate(team, start=1)),
+        *(Figure(f"team_{agent}_s", each.usage.ttft_s, "s") for agent, each in enumerate(team, start=1)),
     ]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from eval.stock import Stock
 from eval.ttft import __main__ as ttft
-from eval.ttft.along import compare, follow_team, num_left, read_along
+from eval.ttft.along import compare, follow, follow_team, num_left, read_along
 from eval.ttft.team import Sizes, Team, tokens_of
 from kvcomm import Engine
 from kvcomm.align.profile_file import READERS_FILE
@@ -52,9 +52,9 @@ def test_a_calibrated_team(tiny_folder: Path, tmp_path: Path, capsys: pytest.Cap
         assert 0 < values["divergence"] < 1
         assert values["same_first_tokens"] == 1.0
         assert values["logprob_error"] < 1e-4
-        assert 0 < values["left_3"] == values["computed_along"]
+        assert 0 < values["left"] == values["computed_along"]
         assert abs(values["exact_hit_along_computed"] - values["computed_along"]) <= 1
-        assert values["left_3"] < values["left_1"]
+        assert values["left"] <= values["team_left_3"]
         assert values["agent3_along"] == pytest.approx(values["dense_along_3_s"] / values["kvcomm_along_3_s"])
         assert values["along_over_exact_hit"] == pytest.approx(values["kvcomm_along_3_s"] / values["exact_hit_along_s"])
         assert values["agent3_speedup"] == pytest.approx(values["dense_3_s"] / values["kvcomm_3_s"])
@@ -108,6 +108,9 @@ def test_agents_follow_and_little_is_left(tiny: TinyModel) -> None:
             glue = len(team.prompt(agent, team.texts())[-1].token_ids)
             assert glue < num_left(completion.usage) <= glue + 32
             assert completion.usage.read_along_tokens > 0
+        usage = follow(team, 32).usage
+        assert glue < num_left(usage) <= glue + 32
+        assert usage.prompt_tokens == len(tokens_of(team.prompt(2, team.texts())))
         engine.check_integrity()
 
 
