@@ -14,9 +14,9 @@ sizes and texts. With --quick sizes are small and nothing is measured: glue only
 The third way moves nothing: agents read along (`eval.ttft.along`). How much of its prompt an agent is left with who has
 read what there was and follows the newest output is measured once, while that is decoded; in the rounds outputs come
 from the text again. The figures `team_left` say what all agents were left with who followed all outputs from the first
-one on, as far as answers in progress left them time. The first agent, who waits for nobody, computes its question. First tokens are held against
-transformers' own, and the last agent's against an exact prefix hit that computes the same number of tokens. With
---along-only nothing is moved, and so nothing taught.
+one on, as far as answers in progress left them time. The first agent, who waits for nobody, computes its question.
+First tokens are held against transformers' own, and the last agent's against an exact prefix hit that computes the same
+number of tokens. With --along-only nothing is moved, and so nothing taught.
 """
 
 from __future__ import annotations
