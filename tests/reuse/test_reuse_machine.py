@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import replace
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvcomm.align.ladder import Rung
 from kvcomm.config import EngineConfig
-from kvcomm.engine.context import Context
+from kvcomm.engine.context import PREFILL_ONLY, Context
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.sampling import SamplingParams
+from kvcomm.errors import RequestCancelled
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.segments import Segment
 from kvcomm.reuse.policy import ReusePolicy
@@ -24,6 +28,7 @@ SAMPLING = SamplingParams(max_new_tokens=3, ignore_eos=True)
 LOOSE = ReusePolicy(max_divergence=50.0, confidence=0.5, audit=0.5)
 RUNG = ReusePolicy(max_divergence=50.0, confidence=0.5, rungs=(Rung("token", 0.4), Rung("rotate", 0.3)))
 """One that looks first, and computes some of what is moved after all."""
+HEALING = replace(LOOSE, heal=True, heal_within=2)
 ROLES = [tuple(some_tokens(number, seed=number)) for number in (9, 14, 23)]
 TINY = tiny_model()
 
@@ -38,7 +43,7 @@ class ReuseMachine(RuleBasedStateMachine):
         self.engine = Engine(TINY.model, TINY.tokenizer, config=CONFIG)
         self.engine.reuse.cost.model = ROWS_ONLY
         self.contexts: list[Context] = []
-        self.num_aligned = 0
+        self.num_aligned = self.num_healed = 0
 
     def prompt(self, role: int, seed: int) -> list[Segment]:
         text = tuple(some_tokens(30, seed=100 + seed))
@@ -52,16 +57,52 @@ class ReuseMachine(RuleBasedStateMachine):
         assert list(completion.token_ids) == greedy(TINY.model, tokens, 3)
         assert completion.usage.aligned_tokens == 0
 
-    @rule(role=roles, seed=seeds, policy=st.sampled_from([LOOSE, RUNG]))
+    @rule(role=roles, seed=seeds, policy=st.sampled_from([LOOSE, RUNG, HEALING]))
     def ask_approximately(self, role: int, seed: int, policy: ReusePolicy = LOOSE) -> None:
         usage = self.engine.generate(self.prompt(role, seed), SAMPLING, policy=policy).usage
         assert usage.exact_tokens + usage.aligned_tokens + usage.computed_tokens == usage.prompt_tokens
         self.num_aligned += usage.aligned_tokens
+        assert (usage.healed_after is not None) <= policy.heal
+        self.num_healed += usage.healed_after is not None
 
-    @rule(role=roles, seed=seeds)
-    def open_a_context(self, role: int, seed: int) -> None:
+    @rule(role=roles, seed=seeds, policy=st.sampled_from([LOOSE, HEALING]))
+    def open_a_context(self, role: int, seed: int, policy: ReusePolicy) -> None:
         if len(self.contexts) < 4:
-            self.contexts.append(self.engine.context(self.prompt(role, seed), policy=LOOSE))
+            self.contexts.append(self.engine.context(self.prompt(role, seed), policy=policy))
+
+    @rule(index=st.integers(0, 3), num_tokens=st.integers(1, 4), share=st.sampled_from([0.0, 0.5]))
+    def move_text_and_heal(self, index: int, num_tokens: int, share: float) -> None:
+        """Whatever a context holds, text moved behind it included: behind an answer that heals it is a cold one."""
+        if index < len(self.contexts) and self.contexts[index].num_tokens < 200:
+            context = self.contexts[index]
+            context.policy = HEALING
+            with self.engine.held():
+                handle = context.submit(PREFILL_ONLY, prompt=self.prompt(0, index))
+                request = next(each for each in self.engine.scheduler.requests() if each.handle is handle)
+                request.rung = Rung("rotate", share)
+            handle.result()
+            was = context.fidelity
+            usage = context.generate(max_new_tokens=num_tokens, ignore_eos=True).usage
+            self.num_aligned += usage.aligned_tokens
+            assert (usage.healed_after is None) == (was is Fidelity.EXACT or usage.not_healed is not None)
+            assert context.fidelity is (Fidelity.EXACT if usage.not_healed is None else Fidelity.APPROXIMATE)
+            if context.fidelity is Fidelity.EXACT:
+                with context.fork() as child:
+                    tokens = list(child.tokens)
+                    assert list(child.generate(SAMPLING).token_ids) == greedy(TINY.model, tokens, 3)
+
+    @rule(role=roles, seed=seeds, num_tokens=st.integers(1, 20), other=st.booleans())
+    def give_up_while_it_heals(self, role: int, seed: int, num_tokens: int, other: bool) -> None:
+        sampling = SamplingParams(max_new_tokens=20, ignore_eos=True)
+        handle = self.engine.submit(self.prompt(role, seed), sampling, policy=HEALING, rung=Rung("rotate"))
+        if other:
+            self.ask_exactly(role, (seed + 1) % 6)
+        seen = 0
+        with suppress(RequestCancelled):
+            for chunk in handle:
+                seen += len(chunk.token_ids)
+                if seen >= num_tokens:
+                    handle.cancel()
 
     @rule(index=st.integers(0, 3))
     def fork_and_go_on(self, index: int) -> None:
@@ -151,5 +192,10 @@ def test_the_machine_does_reuse_approximately() -> None:
     for seed in range(6):
         for role in (0, 1):
             machine.ask_approximately(role, seed)
-    machine.teardown()
     assert machine.num_aligned > 0
+    machine.clear()
+    for seed in range(6):
+        for role in (0, 1):
+            machine.ask_approximately(role, seed, HEALING)
+    machine.teardown()
+    assert machine.num_healed > 0
