@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(engine: Engine, workload: Workload) -> tuple[tuple[Pair, ...], Weights | None]:
     """Serve the requests of a workload one by one; its pairs, and what it tells about heads."""
     tenant = f"prior {workload.name}"
-    group = workload.team.group(engine, policy=POLICY, tenant=tenant)
+    group = workload.team.group(engine, policy=POLICY, tenant=tenant, read_along=False)
     for number, inputs in enumerate(workload.inputs, start=1):
         note(f"{workload.name}: request {number} of {len(workload.inputs)}")
         group.run(rounds=1, **{**workload.team.inputs, **inputs})

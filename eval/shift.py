@@ -36,7 +36,9 @@ def shift_texts(files: Sequence[Path], count: int) -> list[str]:
 def shift_figures(engine: Engine, team: str, texts: Sequence[str]) -> list[Figure]:
     """Let the team read the texts on an engine whose readers are calibrated."""
     chosen = load_team(team)
-    results = run_all(chosen.group(engine, policy=POLICY), [{"question": text} for text in texts], chosen, note)
+    results = run_all(
+        chosen.group(engine, policy=POLICY, read_along=False), [{"question": text} for text in texts], chosen, note
+    )
     engine.clear_cache()
     usages = [result[name].usage for result in results for name in list(result)[1:]]
     num_requests = len(usages)

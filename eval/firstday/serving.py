@@ -110,7 +110,7 @@ class Server:
         self._policy = policy
         self._learning_s = learning_s
         self._laboratory = laboratory
-        self._group = workload.team.group(self._here, policy=policy)  # type: ignore[arg-type]
+        self._group = workload.team.group(self._here, policy=policy, read_along=False)  # type: ignore[arg-type]
         self._waves = waves_of(self._group)
         self._known: frozenset[TokenIds] = frozenset()
 

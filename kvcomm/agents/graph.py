@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from typing import NamedTuple
 
@@ -52,7 +53,7 @@ class AgentGraph:
 
     def agent(self, name: str) -> Agent:
         """The agent with a name, which is in the group."""
-        return next(agent for agent in self.agents if agent.name == name)
+        return self._by_name[name]
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -90,6 +91,10 @@ class AgentGraph:
                 self._check_slot(agent, slot, inputs)
         for name, value in inputs.items():
             self._check_value(name, value)
+
+    @cached_property
+    def _by_name(self) -> dict[str, Agent]:
+        return {agent.name: agent for agent in self.agents}
 
     def _sources(self, agent: Agent) -> tuple[str, ...]:
         return tuple(slot.name for slot in agent.slots if not slot.previous and slot.name in self.names)

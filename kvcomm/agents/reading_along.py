@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kvcomm.agents.running import RunPlan
     from kvcomm.engine.handle import RequestHandle
     from kvcomm.engine.open_prompt import OpenPrompt
+    from kvcomm.engine.sampling import SamplingParams
 
 
 @dataclass
@@ -41,7 +42,7 @@ class OpenTask:
 
 
 class ReadingAlong:
-    """The open prompts of one run. Each is taken by the run, which closes it, or cancelled here."""
+    """The open prompts of one run. Each is closed or cancelled."""
 
     def __init__(self, plan: RunPlan) -> None:
         self._plan = plan
@@ -60,7 +61,7 @@ class ReadingAlong:
             handles: of answers that are being written.
             results: answers that there are.
         """
-        if not self._plan.read_along or self._plan.lessons is not None:
+        if not self._plan.read_along:
             return
         for task in pending:
             if task not in self._open and task not in self._left_out and self._is_next(task, pending):
@@ -71,10 +72,16 @@ class ReadingAlong:
             except KVCommError:  # whatever is wrong, the agent's request will tell
                 self._leave_out(task)
 
-    def take(self, task: Task) -> OpenPrompt | None:
-        """The open prompt of a task that starts, which is the caller's from now on; None if it has none."""
+    def close(self, task: Task, sampling: SamplingParams, prompt: tuple[Segment, ...]) -> RequestHandle | None:
+        """Ask for a task's answer to its whole prompt; None: nothing has been read along, or it has been given up."""
         reader = self._open.pop(task, None)
-        return None if reader is None else reader.prompt
+        if reader is None:
+            return None
+        try:
+            with reader.prompt:
+                return reader.prompt.close(sampling, prompt=prompt)
+        except KVCommError:  # it took too long, or an answer was too long before a stop string cut it
+            return None
 
     def cancel(self) -> None:
         """Cancel all open prompts."""
@@ -112,7 +119,9 @@ class ReadingAlong:
             part = reader.parts[0]
             source = self._plan.source_of(part, task) if isinstance(part, Slot) else None
             if source is None or source in results:
-                reader.prompt.append(self._plan.fill(part, task, results))
+                known = self._plan.fill(part, task, results)
+                if any(segment.token_ids for segment in known):  # not a slot that nothing stands in
+                    reader.prompt.append(known)
             elif source in handles:
                 reader.prompt.follow(handles[source], name=part.label, keep=self._kept(source))
             else:

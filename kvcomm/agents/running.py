@@ -69,7 +69,7 @@ class RunPlan:
         sampling: for agents that bring none of their own.
         lessons: takes what is to be learned from every request, which is served exactly then; None: requests teach as
             the policy says.
-        read_along: whether agents that wait read along; where lessons are taken they never do.
+        read_along: whether agents that wait read along; not where lessons are taken.
     """
 
     engine: Engine
@@ -236,13 +236,12 @@ class GroupRun:
         self._threads.append(thread)
 
     def _ask(self, task: Task, prompt: tuple[Segment, ...]) -> RequestHandle:
-        """Submit a prompt, with what has been read of it if something has."""
+        """Submit a prompt, with what has been read of it along if something has."""
         plan, agent = self._plan, self._agents[task.agent]
         sampling = plan.sampling_of(agent)
-        read = self._along.take(task)
-        if read is not None:
-            with read:  # which is cancelled if it cannot be closed
-                return read.close(sampling, prompt=prompt)
+        handle = self._along.close(task, sampling, prompt)
+        if handle is not None:
+            return handle
         if plan.lessons is None:
             return plan.engine.submit(prompt, sampling, adapter=agent.adapter, tenant=plan.tenant, policy=plan.policy)
         lesson = plan.lessons.begin(prompt, agent.adapter)

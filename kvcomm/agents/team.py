@@ -3,6 +3,7 @@
     name = "reviewers"                    # optional, and so are description and the next two tables
     [defaults]
     rounds = 2
+    read_along = false                    # agents that wait do not read what others are still writing
     sampling = { max_new_tokens = 128 }   # fields of SamplingParams
     [inputs]
     style = "short"                       # values of placeholders that a run may leave out
@@ -50,7 +51,7 @@ _TOP_KEYS = {
     "inputs": dict[str, Any],
     "agents": list[Any],
 }
-_DEFAULT_KEYS = {"rounds": int, "sampling": dict[str, Any]}
+_DEFAULT_KEYS = {"rounds": int, "read_along": bool, "sampling": dict[str, Any]}
 _AGENT_KEYS: Mapping[str, Any] = {
     "name": str,
     "system": str,
@@ -72,6 +73,7 @@ class Team:
         agents: in the order of the file.
         rounds: rounds of a run that does not say otherwise.
         inputs: values of inputs that a run may leave out.
+        read_along: whether agents that wait read what others write while they write it.
     """
 
     name: str
@@ -79,10 +81,12 @@ class Team:
     description: str = ""
     rounds: int = 1
     inputs: Mapping[str, str] = field(default_factory=dict)
+    read_along: bool = True
 
     def __reduce__(self) -> tuple[type[Team], tuple[Any, ...]]:
         # A read-only view of the inputs cannot be pickled or copied.
-        return type(self), (self.name, self.agents, self.description, self.rounds, dict(self.inputs))
+        values = (self.name, self.agents, self.description, self.rounds, dict(self.inputs), self.read_along)
+        return type(self), values
 
     @property
     def required_inputs(self) -> tuple[str, ...]:
@@ -97,11 +101,20 @@ class Team:
         policy: ReusePolicy | None = None,
         sampling: SamplingParams | None = None,
         tenant: str = "default",
-        read_along: bool = True,
+        read_along: bool | None = None,
     ) -> KVCommAgentGroup:
-        """A group of the team's agents. Give its runs `rounds=team.rounds, **{**team.inputs, ...}`."""
+        """A group of the team's agents. Give its runs `rounds=team.rounds, **{**team.inputs, ...}`.
+
+        Args:
+            read_along: None: as the team says; the others as `KVCommAgentGroup` takes them.
+        """
         group = KVCommAgentGroup(
-            engine_or_model, tokenizer, policy=policy, sampling=sampling, tenant=tenant, read_along=read_along
+            engine_or_model,
+            tokenizer,
+            policy=policy,
+            sampling=sampling,
+            tenant=tenant,
+            read_along=self.read_along if read_along is None else read_along,
         )
         for agent in self.agents:
             group.add(agent)
@@ -166,6 +179,7 @@ def _team_from(table: Table, file: str, *, fallback_name: str) -> Team:
         agents=agents,
         rounds=rounds,
         inputs=MappingProxyType(table.get("inputs", {})),
+        read_along=defaults.get("read_along", True),
     )
 
 

@@ -57,6 +57,13 @@ def run(
     rounds: Annotated[
         int | None, typer.Option("--rounds", min=1, metavar="N", help="Rounds to run; by default as the team says.")
     ] = None,
+    read_along: Annotated[
+        bool | None,
+        typer.Option(
+            "--read-along/--no-read-along",
+            help="Let agents that wait read what others are still writing; by default as the team says.",
+        ),
+    ] = None,
     max_new_tokens: MaxNewTokensFlag = None,
     temperature: TemperatureFlag = None,
     seed: SeedFlag = None,
@@ -79,9 +86,11 @@ def run(
     """
     settings = sampling_settings(max_new_tokens, temperature, seed)
     folders = adapter_folders(adapters)
-    wanted = _team(team, prompt, inputs, raw=raw, rounds=rounds, adapters=tuple(folders))
+    wanted = _team(team, prompt, inputs, raw=raw, rounds=rounds, read_along=read_along, adapters=tuple(folders))
     tuned = wanted
     wanted = _with_sampling(wanted, settings)
+    if read_along is not None:
+        wanted = replace(wanted, read_along=read_along)
     values = {**wanted.inputs, **_inputs(inputs)}
     if prompt is not None:
         values["prompt"] = prompt
@@ -108,6 +117,7 @@ def _team(
     *,
     raw: bool,
     rounds: int | None,
+    read_along: bool | None,
     adapters: Sequence[str],
 ) -> Team:
     from kvcomm.agents.agent import Agent
@@ -119,8 +129,8 @@ def _team(
         if raw:
             raise InvalidRequest("--raw goes with --prompt; a team's prompts are made by the chat template")
         return load_team(team)
-    if inputs or rounds:
-        raise InvalidRequest("--input and --rounds go with a team, not with --prompt")
+    if inputs or rounds or read_along is not None:
+        raise InvalidRequest("--input, --rounds and --read-along go with a team, not with --prompt")
     if not prompt or not prompt.strip():
         raise EmptyPrompt(f"the prompt is empty: {prompt!r}")
     if len(adapters) > 1:
@@ -246,7 +256,7 @@ def _answer_values(answer: AgentResult) -> dict[str, Any]:
 
 
 def _table(answers: Sequence[AgentResult], num_rounds: int) -> Table:
-    columns = ["agent", "prompt tokens", "exact", "moved", "computed", "generated", "TTFT", "tokens/s"]
+    columns = ["agent", "prompt tokens", "exact", "moved", "computed", "read along", "generated", "TTFT", "tokens/s"]
     numeric = set(columns[1:])
     rows = [[answer.name, *_cells(answer)] for answer in answers]
     if num_rounds > 1:
@@ -271,5 +281,6 @@ def _counts(answer: AgentResult) -> tuple[int, ...]:
         usage.exact_tokens,
         usage.aligned_tokens,
         usage.computed_tokens,
+        usage.read_along_tokens,
         usage.generated_tokens,
     )

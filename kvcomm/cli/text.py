@@ -50,6 +50,7 @@ def usage_values(usage: Usage) -> dict[str, object]:
         "exact_tokens": usage.exact_tokens,
         "aligned_tokens": usage.aligned_tokens,
         "computed_tokens": usage.computed_tokens,
+        "read_along_tokens": usage.read_along_tokens,
         "generated_tokens": usage.generated_tokens,
         "guessed_tokens": usage.guessed_tokens,
         "queue_s": usage.queue_s,

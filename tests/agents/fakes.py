@@ -49,6 +49,7 @@ class FakeEngine:
     Attributes:
         prompts: text of every prompt submitted, in order.
         handles: handle of every request, in order.
+        open_prompts: every open prompt, in order.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class FakeEngine:
         self.tenants: list[str] = []
         self.policies: list[ReusePolicy | None] = []
         self.handles: list[RequestHandle] = []
+        self.open_prompts: list[FakeOpenPrompt] = []
         self.policy = ReusePolicy.exact()
         self.is_closed = False
         self._answer = answer
@@ -103,6 +105,13 @@ class FakeEngine:
             self.finish(index)
         return handle
 
+    def open_prompt(
+        self, *, adapter: str | None = None, tenant: str = "default", policy: ReusePolicy | None = None
+    ) -> FakeOpenPrompt:
+        opened = FakeOpenPrompt(self, {"adapter": adapter, "tenant": tenant, "policy": policy})
+        self.open_prompts.append(opened)
+        return opened
+
     def finish(self, index: int) -> None:
         """Let a request answer, byte by byte."""
         handle, text = self.handles[index], self.prompts[index]
@@ -123,6 +132,70 @@ class FakeEngine:
         with self._lock:
             if not handle.done:
                 handle.settle(RequestCancelled(f"request {handle.request_id} was cancelled"))
+
+
+class FakeOpenPrompt:
+    """Knows what it was given; what it is closed with must begin with that.
+
+    Attributes:
+        settings: with which it was opened.
+        names: of the segments that it was given.
+    """
+
+    def __init__(self, engine: FakeEngine, settings: dict[str, Any]) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.names: list[str | None] = []
+        self.is_closed = False
+        self.is_cancelled = False
+        self._parts: list[Callable[[], tuple[int, ...] | None]] = []  # None: not known yet
+
+    @property
+    def is_open(self) -> bool:
+        return not self.is_closed and not self.is_cancelled
+
+    @property
+    def text(self) -> str:
+        """All that is known, up to an answer that is not there yet."""
+        return self.engine.tokenizer.decode(self._known())
+
+    def append(self, prompt: Sequence[Segment]) -> FakeOpenPrompt:
+        assert self.is_open
+        assert any(segment.token_ids for segment in prompt), "the engine refuses an empty prompt"
+        ids = tuple(token for segment in prompt for token in segment.token_ids)
+        self._parts.append(lambda: ids)
+        self.names += [segment.name for segment in prompt]
+        return self
+
+    def follow(
+        self, source: RequestHandle, *, name: str, keep: Callable[[tuple[int, ...]], tuple[int, ...]]
+    ) -> FakeOpenPrompt:
+        assert self.is_open
+        assert source in self.engine.handles
+        self._parts.append(lambda: keep(source.result().token_ids) if source.done else None)
+        self.names.append(name)
+        return self
+
+    def close(self, sampling: SamplingParams, *, prompt: Sequence[Segment]) -> RequestHandle:
+        assert self.is_open
+        self.is_closed = True
+        read = self._known()
+        assert read == [token for segment in prompt for token in segment.token_ids][: len(read)]
+        return self.engine.submit(prompt, sampling, **self.settings)
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+    def __enter__(self) -> FakeOpenPrompt:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if not self.is_closed:
+            self.cancel()
+
+    def _known(self) -> list[int]:
+        known = itertools.takewhile(lambda ids: ids is not None, (part() for part in self._parts))
+        return [token for ids in known for token in ids or ()]
 
 
 class ContextCounter:

@@ -1,8 +1,10 @@
-"""A tiny team whose agents read each other, inputs for it that have nothing in common, and a machine to move on."""
+"""Teams whose agents read each other: a tiny one, inputs for it that have nothing in common, and random ones."""
 
 from __future__ import annotations
 
 import hashlib
+
+from hypothesis import strategies as st
 
 from kvcomm.agents.agent import Agent
 from kvcomm.agents.team import Team
@@ -24,3 +26,18 @@ TEAM = Team(
 def inputs(count: int, stem: str = "x") -> list[dict[str, str]]:
     """Texts that have nothing in common."""
     return [{"question": hashlib.sha256(f"{stem}{index}".encode()).hexdigest()} for index in range(count)]
+
+
+@st.composite
+def reading_teams(draw: st.DrawFn) -> tuple[dict[str, str], int]:
+    """Random prompts without cycles: agents read agents before them, anyone's previous answer, and an input."""
+    num_agents = draw(st.integers(1, 6))
+    prompts = {}
+    for index in range(num_agents):
+        reads = [f"{{a{i}}}" for i in range(index)]
+        slots = [*reads, *(f"{{a{i}@previous}}" for i in range(num_agents)), "{q}"]
+        prompts[f"a{index}"] = f"a{index}:" + ".".join(draw(st.lists(st.sampled_from(slots), max_size=5)))
+    if not any("{q}" in prompt for prompt in prompts.values()):
+        prompts["a0"] += "{q}"
+    order = draw(st.permutations(sorted(prompts)))
+    return {name: prompts[name] for name in order}, draw(st.integers(1, 3))

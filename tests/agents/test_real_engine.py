@@ -8,8 +8,6 @@ from contextlib import closing
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvcomm.agents import (
     Agent,
@@ -23,33 +21,14 @@ from kvcomm.agents import (
     load_team,
     mcts,
 )
-from kvcomm.config import EngineConfig
 from kvcomm.engine.context import Context
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import PoolTooSmall, PromptTooLong, TemplateError
 from kvcomm.model.runner import ModelRunner
-from tests.agents.fakes import byte_tokenizer
+from tests.agents.tiny_engine import make_engine
 
 GREEDY = SamplingParams(max_new_tokens=12)
-
-
-def make_engine(*, num_slots: int = 8192, cache: bool = True) -> Engine:
-    torch.manual_seed(0)
-    tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.4,  # otherwise the untrained model repeats one token
-    )
-    return Engine(LlamaForCausalLM(config), tokenizer, config=EngineConfig(pool_tokens=num_slots, cache=cache))
 
 
 def test_agents_that_are_ready_together_share_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +121,7 @@ def test_independent_agents_run_in_one_batch(engine: Engine, monkeypatch: pytest
         return forward(runs, **more)
 
     monkeypatch.setattr(engine.scheduler._runner, "forward", counted)
-    with closing(team(engine).stream(question="1 + 1?")) as events:
+    with closing(team(engine, read_along=False).stream(question="1 + 1?")) as events:
         with engine.lock:  # no step begins before all three are submitted
             next(events)
         answered = [event.result for event in events if isinstance(event, GroupFinished)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ name = "reviewers"
 description = "Two agents."
 [defaults]
 rounds = 2
+read_along = false
 sampling = { max_new_tokens = 12, stop = ["###"] }
 [inputs]
 style = "short"
@@ -51,11 +53,13 @@ def test_reads_everything(tmp_path: Path) -> None:
         Agent("critic", system="You check.", prompt="{solver}", sampling=own),
     )
     assert team.required_inputs == ("question",)
+    assert not team.read_along
+    assert pickle.loads(pickle.dumps(team)) == team
 
 
 def test_the_smallest_team(tmp_path: Path) -> None:
     team = load_team(str(write(tmp_path, '[[agents]]\nname = "a"')))
-    assert (team.name, team.rounds, team.agents) == ("team", 1, (Agent("a"),))
+    assert (team.name, team.rounds, team.read_along, team.agents) == ("team", 1, True, (Agent("a"),))
 
 
 def test_a_team_makes_a_group_that_runs(tmp_path: Path) -> None:
@@ -80,7 +84,7 @@ def test_a_team_makes_a_group_that_runs(tmp_path: Path) -> None:
             "the top level: unknown key 'colour'; known here: name, description, defaults, inputs, agents",
         ),
         ("name = 1", "the top level: name must be text, got 1"),
-        ("[defaults]\nround = 1", r"\[defaults\]: unknown key 'round'; known here: rounds, sampling"),
+        ("[defaults]\nround = 1", r"\[defaults\]: unknown key 'round'; known here: rounds, read_along, sampling"),
         ("[defaults]\nrounds = true", r"\[defaults\]: rounds must be a whole number, got True"),
         ("[defaults]\nrounds = 0", r"\[defaults\]: rounds must be at least 1, got 0"),
         ("[defaults]\nsampling = 1", r"\[defaults\]: sampling must be a table, got 1"),

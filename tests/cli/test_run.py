@@ -80,6 +80,30 @@ def test_sampling_of_the_command_line_wins_field_by_field(capsys: pytest.Capture
     assert len(set(answers)) == 3
 
 
+@pytest.mark.parametrize(("says", "flags", "wanted"), [(None, [], True), (False, [], False), (True, ["no"], False)])
+def test_who_says_whether_agents_read_along(
+    says: bool | None,
+    flags: list[str],
+    wanted: bool,
+    capsys: pytest.CaptureFixture[str],
+    team: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[Engine] = []
+    open_prompt = Engine.open_prompt
+
+    def counted(engine: Engine, *operands: Any, **settings: Any) -> Any:
+        opened.append(engine)
+        return open_prompt(engine, *operands, **settings)
+
+    monkeypatch.setattr(Engine, "open_prompt", counted)
+    if says is not None:
+        Path(team).write_text(f"[defaults]\nread_along = {str(says).lower()}\n{TEAM}")
+    arguments = [team, "--input", "question=why?", "--max-new-tokens", "2"]
+    call(capsys, *arguments, *(f"--{flag}-read-along" for flag in flags))
+    assert bool(opened) == wanted
+
+
 def test_inputs_of_the_team_are_defaults(capsys: pytest.CaptureFixture[str], team: str) -> None:
     plain = call(capsys, team, "--input", "question=why?", "--max-new-tokens", "2")
     longer = call(capsys, team, "--input", "question=why?", "--input", "style=very long", "--max-new-tokens", "2")
@@ -126,15 +150,18 @@ def test_for_people(capsys: pytest.CaptureFixture[str], team: str) -> None:
         "exact",
         "moved",
         "computed",
+        "read",
+        "along",
         "generated",
         "TTFT",
         "tokens/s",
     ]
-    counts = [[int(cell) for cell in row.split()[1:6]] for row in rows]
+    counts = [[int(cell) for cell in row.split()[1:7]] for row in rows]
     assert [row.split()[0] for row in rows] == ["solver", "critic", "all"]
     assert counts[2] == [sum(pair) for pair in zip(*counts[:2], strict=True)]
     usage = found["critic"]["usage"]
     assert counts[1][0] == usage["prompt_tokens"]
+    assert all(count[0] == sum(count[1:4]) and count[4] <= count[3] for count in counts)
 
     assert run(["run", *arguments, "--no-stream", "--rounds", "2"]) == 0
     out = capsys.readouterr().out
@@ -163,6 +190,7 @@ def test_stream_with_json_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> 
         (("gsm8k", "--raw", "--input", "question=1"), "--raw goes with --prompt"),
         (("--prompt", "x", "--rounds", "2"), "go with a team"),
         (("--prompt", "x", "--input", "a=b"), "go with a team"),
+        (("--prompt", "x", "--no-read-along"), "go with a team"),
         (("--prompt", " \n"), "the prompt is empty"),
         (("--prompt", "x", "--max-new-tokens", "0"), "Invalid value for '--max-new-tokens'"),
         (("--prompt", "x", "--temperature", "inf"), "temperature must be"),

@@ -53,7 +53,9 @@ def test_a_shipped_profile_moves_text_in_the_first_run(smollm2: LoadedModel, fil
 
     applied = apply_profile(make, file, team=packaged)
     with applied.engine as engine:
-        result = Team("short", short).group(engine, policy=applied.policy).run(**packaged.inputs, **inputs)
+        result = (
+            Team("short", short).group(engine, policy=applied.policy, read_along=False).run(**packaged.inputs, **inputs)
+        )
         moved = [answer.usage.aligned_tokens for answer in result.values()]
     assert not applied.has_banks
     assert sum(moved) > 0
