@@ -41,7 +41,7 @@ RUNG = Rung("token")
 """Corrected by anchors, nothing computed after all."""
 WITHIN = (4, 8)
 """Tokens of the answer that are drawn on moved KV."""
-REPEATS = 3
+REPEATS = 6
 """Timed first tokens of each kind and prompt."""
 MAX_ERROR = 1e-3
 """Between KV of two exact contexts, float32; passes of other sizes round differently."""
@@ -53,6 +53,7 @@ class Healed:
     """What was measured of one reader's prompt.
 
     Attributes:
+        num_tokens: of the answer that were looked at.
         nats: mean divergence over the answer, by tokens drawn on moved KV; of all of them first.
         errors: largest difference between KV of a healed context and the cold one's; of those that are exact.
         num_contexts: that were healed.
@@ -60,6 +61,7 @@ class Healed:
     """
 
     agent: str
+    num_tokens: int
     nats: Sequence[float]
     errors: Sequence[float]
     num_contexts: int
@@ -115,13 +117,14 @@ def teach_anchors(engine: Engine, runs: Sequence[Run]) -> None:
 
 
 def heal_figures(measured: Sequence[Healed]) -> list[Figure]:
-    """Ratios over all prompts.
+    """Ratios over all prompts, and over those whose answer goes on behind the last moment of healing.
 
     Raises ValueError where nothing was moved.
     """
     if not measured or not sum(each.nats[0] for each in measured):
         raise ValueError("nothing was moved into any prompt of the tests; give more --tests, or more --anchors")
-    total = [sum(each.nats[at] for each in measured) for at in range(1 + len(WITHIN))]
+    total = _totals(measured)
+    longer = [each for each in measured if each.num_tokens > max(WITHIN)]
     num_contexts = sum(each.num_contexts for each in measured)
     errors = [error for each in measured for error in each.errors]
     slower = statistics.median(each.ttft_s[1] / each.ttft_s[0] for each in measured)
@@ -135,8 +138,19 @@ def heal_figures(measured: Sequence[Healed]) -> list[Figure]:
             _figure(f"healed within {within}", nats / len(measured), "nats")
             for within, nats in zip(WITHIN, total[1:], strict=True)
         ),
+        *(
+            _figure(f"heal{within} of longer answers", nats / _totals(longer)[0])
+            for within, nats in zip(WITHIN, _totals(longer)[1:], strict=True)
+            if _totals(longer)[0]
+        ),
         _figure("prompts", len(measured), "prompts"),
+        _figure("longer answers", len(longer), "prompts"),
     ]
+
+
+def _totals(measured: Sequence[Healed]) -> list[float]:
+    """Nats over all prompts: not healed, and healed within so many tokens."""
+    return [sum(each.nats[at] for each in measured) for at in range(1 + len(WITHIN))]
 
 
 def heal_samples(measured: Sequence[Healed]) -> dict[str, list[float]]:
@@ -191,7 +205,7 @@ def _measure(engine: Engine, agent: str, reading: Reading) -> Healed | None:
         cold = entered(_prefilled(engine, reading, lambda request: setattr(request, "reads_cache", False)))
         exact = _written(engine, [cold], answer)[0]
         errors = [_difference(fork, cold) for fork in forks[1:] if fork.fidelity is Fidelity.EXACT]
-        return Healed(agent, [_divergence(exact, each) for each in served], errors, len(WITHIN), ttft_s)
+        return Healed(agent, len(answer), [_divergence(exact, each) for each in served], errors, len(WITHIN), ttft_s)
 
 
 def _prefilled(engine: Engine, reading: Reading, change: Callable[[Request], None]) -> Context:
@@ -226,9 +240,9 @@ def _first_tokens(engine: Engine, reading: Reading) -> tuple[float, float]:
     policies = (ReusePolicy.exact(), ReusePolicy(heal=True, heal_within=NUM_CONTINUATION))
     took_s: tuple[list[float], list[float]] = ([], [])
     _first_token_s(engine, reading, policies[1])
-    for _ in range(REPEATS):
-        for policy, seconds in zip(policies, took_s, strict=True):
-            seconds.append(_first_token_s(engine, reading, policy))
+    for index in range(REPEATS):
+        for at in (0, 1) if index % 2 else (1, 0):
+            took_s[at].append(_first_token_s(engine, reading, policies[at]))
     return statistics.median(took_s[0]), statistics.median(took_s[1])
 
 

@@ -71,7 +71,13 @@ def policy_of(request: GenerationRequest | WarmRequest, settings: ServerSettings
 
 def default_policy(settings: ServerSettings) -> ReusePolicy:
     """How far reuse may depart from exact results where a request does not say."""
-    return ReusePolicy(max_divergence=settings.max_divergence, confidence=settings.confidence, basis=settings.basis)
+    return ReusePolicy(
+        max_divergence=settings.max_divergence,
+        confidence=settings.confidence,
+        basis=settings.basis,
+        heal=settings.heal,
+        heal_within=settings.heal_within,
+    )
 
 
 def ttl_of(request: GenerationRequest) -> float | None:

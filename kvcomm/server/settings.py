@@ -29,6 +29,7 @@ from kvcomm.config import EngineConfig
 from kvcomm.errors import InvalidRequest
 from kvcomm.files.reading import BadContent, parse_toml, read_toml
 from kvcomm.model.registry import SMOLLM2_135M
+from kvcomm.reuse.policy import DEFAULT_HEAL_WITHIN
 from kvcomm.server.hosts import ANY_ORIGIN, parse_authority, parse_origin
 from kvcomm.server.kv_events.settings import KVEventSettings
 from kvcomm.tiers.keys import read_secret
@@ -169,6 +170,7 @@ class ServerSettings(BaseModel):
         limits: of tenants whose key brings none of its own.
         max_divergence, confidence: the bound in force where a request does not say; 0 is exact reuse only.
         basis: the least that is accepted as grounds there: prior, pool or own.
+        heal, heal_within: whether moved KV is replaced there by exact KV, and after how many tokens of the answer.
         log_level: of the structured log.
         log_prompts: write prompts and answers into the log.
         tier: URL or folder of a shared tier, for `kvcomm serve`; None: there is none.
@@ -225,6 +227,8 @@ class ServerSettings(BaseModel):
     max_divergence: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     basis: Literal["own", "pool", "prior"] = "prior"
+    heal: bool = False
+    heal_within: Positive = DEFAULT_HEAL_WITHIN
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_prompts: bool = False
     tier: str | None = None

@@ -42,6 +42,8 @@ def usage_of(usages: Sequence[EngineUsage], *, cache_breakpoints: int = 0) -> Us
         miss_reasons=dict(reasons),
         rung=None if rung is None else rung.share,
         rung_name=None if rung is None else rung.rung,
+        healed_after=max((usage.healed_after for usage in usages if usage.healed_after is not None), default=None),
+        not_healed=next((usage.not_healed.value for usage in usages if usage.not_healed is not None), None),
         bound=_bound([usage.bound for usage in usages if usage.bound is not None]),
         cache_breakpoints=cache_breakpoints,
         timings=Timings(

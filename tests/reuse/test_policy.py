@@ -49,6 +49,11 @@ def test_confidence_must_be_a_probability_short_of_certainty(value: float) -> No
         ("learn", 1),
         ("audit", "often"),
         ("audit", 1.01),
+        ("heal", 1),
+        ("heal_within", 0),
+        ("heal_within", 2.5),
+        ("heal_within", True),
+        ("heal_within", "soon"),
     ],
 )
 def test_values_of_the_wrong_type_are_refused_by_name(field: str, value: object) -> None:

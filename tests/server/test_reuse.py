@@ -11,6 +11,8 @@ from kvcomm.align.levels import Level
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.results import ApproximationReport, Usage
 from kvcomm.reuse.plan import BoundInForce
+from kvcomm.server.sampling import default_policy
+from kvcomm.server.settings import ServerSettings
 from kvcomm.server.usage import usage_of
 from tests.engine.conftest import ROWS_ONLY
 from tests.limits import PATIENCE_S
@@ -104,6 +106,31 @@ def learn_from_others(client: TestClient, engine: Engine) -> None:
         for role in range(len(ROLES)):
             ask(client, role, number, reuse=LOOSE, messages=ending)
         assert engine.wait_idle(PATIENCE_S)
+
+
+def test_moved_text_is_healed_on_request(client: TestClient) -> None:
+    ask(client, 0, 99, reuse=LOOSE)
+    heal = LOOSE | {"heal": True, "heal_within": 2}
+    healed = ask(client, 1, 99, reuse=heal, max_tokens=5)
+    assert healed["aligned_tokens"] > 50
+    assert (healed["healed_after"], healed["not_healed"]) == (min(2, healed["completion_tokens"]), None)
+    exact = ask(client, 1, 99, reuse={"mode": "exact"})
+    assert exact["cached_prefix_tokens"] > healed["aligned_tokens"]  # what was healed is an exact prefix
+    assert (exact["healed_after"], exact["not_healed"]) == (None, None)
+    ask(client, 0, 98, reuse=LOOSE)
+    several = ask(client, 1, 98, reuse=heal, n=2)
+    assert (several["healed_after"], several["not_healed"]) == (None, "several_answers")
+
+
+def test_the_server_heals_where_a_request_does_not_say() -> None:
+    policy = default_policy(ServerSettings(max_divergence=50.0, heal=True, heal_within=3))
+    assert (policy.heal, policy.heal_within) == (True, 3)
+
+
+@pytest.mark.parametrize("within", [0, -1, 1.5, "soon", None])
+def test_a_number_of_tokens_that_is_none(client: TestClient, within: object) -> None:
+    response = client.post(CHAT, json=chat(reuse=LOOSE | {"heal": True, "heal_within": within}))
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "reuse.heal_within")
 
 
 @pytest.mark.parametrize("basis", ["", "all", None, 3])

@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
-from kvcomm.reuse.policy import ReusePolicy
+from kvcomm.reuse.policy import DEFAULT_HEAL_WITHIN, ReusePolicy
 
 MODEL_NAME, TOKEN_ID, TOKEN_NAMES = "model-name", "token-id", "token-names"
 """Formats of values of which only the running server knows which ones there are."""
@@ -186,12 +186,28 @@ class Reuse(RequestModel):
             "traffic (pool), or of the same kind of prompt (own)."
         ),
     ] = "prior"
+    heal: Annotated[
+        bool,
+        Field(
+            description="Replace moved KV by exact KV while the answer is decoded: the first token comes as soon, and "
+            "what is kept is exact."
+        ),
+    ] = False
+    heal_within: Annotated[int, Field(ge=1, description="Tokens of the answer that are drawn on moved KV.")] = (
+        DEFAULT_HEAL_WITHIN
+    )
 
     def policy(self) -> ReusePolicy:
         """The same for the engine."""
         if self.mode == "exact":
             return ReusePolicy.exact()
-        return ReusePolicy(max_divergence=self.max_divergence, confidence=self.confidence, basis=self.basis)
+        return ReusePolicy(
+            max_divergence=self.max_divergence,
+            confidence=self.confidence,
+            basis=self.basis,
+            heal=self.heal,
+            heal_within=self.heal_within,
+        )
 
 
 class StreamOptions(RequestModel):

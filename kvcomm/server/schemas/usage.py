@@ -81,6 +81,18 @@ class Usage(ResponseModel):
     rung_name: Annotated[
         str | None, Field(description="How moved text was reused, such as `token 10 % attention`; null as above.")
     ]
+    healed_after: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            description="Tokens of the answer after which all KV was exact, where moved KV was healed; of several "
+            "answers the most. Null: it was exact from the start, or was not healed.",
+        ),
+    ] = None
+    not_healed: Annotated[
+        Literal["no_room", "several_answers", "no_answer"] | None,
+        Field(description="Why moved KV was not healed although the request asked for it; null otherwise."),
+    ] = None
     bound: Annotated[Bound | None, Field(description="The bound in force; null for exact requests.")]
     cache_breakpoints: Annotated[
         int, Field(ge=0, description="Breakpoints in the request. Every prefix is cached, with or without one.")
