@@ -303,7 +303,7 @@ def test_a_failure_ends_the_run_at_once(
 
 def test_wrong_arguments(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gsm8k.main([*arguments, "--modes=dense,magic"]) == 1
-    assert "unknown mode 'magic'; there are dense, exact, kvcomm, rotate" in capsys.readouterr().err
+    assert "unknown mode 'magic'; there are dense, exact, along, kvcomm, heal, rotate" in capsys.readouterr().err
     assert gsm8k.main([*arguments, f"--data={tmp_path / 'nothing'}"]) == 1
     assert "no such file or folder; give --data FILE or FOLDER" in capsys.readouterr().err
     assert gsm8k.main([*arguments, f"--data={tmp_path}"]) == 1
