@@ -61,6 +61,12 @@ class Stock:
             logits[0, -1].argmax().item()
         return time.perf_counter() - start
 
+    def log_probs(self, prompt: Sequence[int]) -> Tensor:
+        """Of the next token, [vocab_size] float32, on the CPU."""
+        with torch.inference_mode():
+            logits = self._model(self._batch(prompt, 1), use_cache=False, logits_to_keep=1).logits
+        return logits[0, -1].float().log_softmax(-1).cpu()
+
     def fill(self, prompt: Sequence[int], *, num_rows: int = 1) -> Filled:
         """Compute a prompt once and repeat its cache for every row."""
         token_ids = self._batch(prompt, num_rows)

@@ -1,10 +1,12 @@
-"""Five agents answer word problems in three ways: without a cache, with exact prefixes, and on moved KV.
+"""Five agents answer word problems without a cache, with exact prefixes, read along, and on moved KV, healed or not.
 
 The ways take turns, question by question, on the same model. *no cache*: every prompt token is computed. *exact
-prefixes*: what begins alike is computed once; answers must be those without a cache, and the demo fails if they differ.
-*moved KV*: what one agent has read or written is moved into the prompts of others, under a bound that rests on pairs
-which were measured beforehand and ship with the model, so nothing is warmed up. Every prompt into which text was moved
-is audited, that is computed exactly afterwards and held against. A picture and a sentence tell what came out.
+prefixes*: what begins alike is computed once. *read along*: beside that, agents who wait read what others write while
+they write it, as far as these leave time. Answers of these two must be those without a cache, and the demo fails if
+they differ. *moved KV*: what one agent has read or written is moved into the prompts of others, under a bound that
+rests on pairs which were measured beforehand and ship with the model, so nothing is warmed up. Every prompt into which
+text was moved is audited, that is computed exactly afterwards and held against. *moved + heal*: the same, and moved KV
+is replaced by exact KV while the answer's first tokens are decoded. A picture and a sentence tell what came out.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo.
 
     Returns:
-        0 if the two exact ways gave the same answers, 1 if not or on an error, 2 for wrong input, 130 on Ctrl-C.
+        0 if the exact ways gave the same answers, 1 if not or on an error, 2 for wrong input, 130 on Ctrl-C.
     """
     options = _parser().parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
@@ -79,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="scripts/demo", description="Five agents: without a cache, with exact prefixes, on moved KV."
+        prog="scripts/demo", description="Five agents: without a cache, with exact prefixes, read along, on moved KV."
     )
     parser.add_argument(
         "--data", type=Path, metavar="FILE.jsonl", help="questions, in the field question; default: packaged problems"
@@ -134,7 +136,7 @@ def _origin(options: argparse.Namespace) -> str:
 
 
 def run_all(engine: Engine, team: Team, inputs: Sequence[Mapping[str, str]], console: Console) -> Report:
-    """Every question in the three ways, and the audits of what was moved."""
+    """Every question in every way, and the audits of what was moved."""
 
     def run(group: KVCommAgentGroup, given: Mapping[str, str], index: int, way: Way) -> GroupResult:
         title = f"question {index + 1} of {len(inputs)}, {way}"
@@ -203,9 +205,10 @@ def show(report: Report, console: Console) -> None:
     for line in notes(report):
         console.print(Text(line, style="dim"))
     console.print()
-    for drawn in picture(report, console.width, symbols):
-        console.print(drawn, no_wrap=True)
-    console.print()
+    for way in (Way.ALONG, Way.MOVED):
+        for drawn in picture(report, console.width, symbols, way):
+            console.print(drawn, no_wrap=True)
+        console.print()
     console.print(Text(sentence(report), style="bold"))
 
 

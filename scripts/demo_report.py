@@ -19,6 +19,8 @@ from kvcomm.figures import Figure
 
 NAME_WIDTH, COUNT_WIDTH, MIN_BAR_WIDTH = 11, 11, 12
 TABLE_WIDTH = 79
+LABELS = {Way.DENSE: "dense", Way.EXACT: "exact", Way.ALONG: "along", Way.MOVED: "moved", Way.HEALED: "healed"}
+"""Of the table's columns."""
 LEVELS = {"prior": "that ship with the model", "pool": "of this engine's requests", "own": "of each agent's own"}
 NOT_ABOUT_MOVING = frozenset({"new", "glue", "rung", "last_token"})
 """Reasons to compute what could not have been moved anyway, or is computed for the bound's sake."""
@@ -34,10 +36,12 @@ class Symbols(NamedTuple):
 
 BLOCKS, LETTERS = Symbols("█", "▒", "·"), Symbols("#", "=", ".")
 STYLES = Symbols("green", "cyan", "red")
+MIDDLE = {Way.MOVED: "moved", Way.ALONG: "along"}
+"""What the middle of a bar stands for."""
 
 
 class Tokens(NamedTuple):
-    """Where the tokens of prompts came from."""
+    """Where the tokens of prompts came from. Those read along are no others than moved ones: one way has either."""
 
     exact: float
     moved: float
@@ -92,8 +96,15 @@ class Report:
     @property
     def tokens(self) -> Tokens:
         """Of the whole team's prompts on moved KV, mean of the questions."""
-        each = [_tokens(agent.usages) for agent in self.agents]
-        return Tokens(*map(sum, zip(*each, strict=True)))
+        return self.team_tokens(Way.MOVED)
+
+    def agent_tokens(self, way: Way) -> dict[str, Tokens]:
+        """Of each agent's prompts in a way, mean of the questions."""
+        return {agent.agent: _tokens([run[way][agent.agent].usage for run in self.runs]) for agent in self.agents}
+
+    def team_tokens(self, way: Way) -> Tokens:
+        """Of the whole team's."""
+        return Tokens(*map(sum, zip(*self.agent_tokens(way).values(), strict=True)))
 
     def first_tokens_s(self, way: Way) -> float:
         """Seconds to the first token, summed over the team: mean of the questions."""
@@ -104,15 +115,24 @@ class Report:
         return self.first_tokens_s(over) / self.first_tokens_s(way)
 
     @property
+    def read_share(self) -> float:
+        """Of the prompt tokens that agents computed who read along, those computed before the prompt was complete."""
+        usages = [answer.usage for results in self.runs for answer in results[Way.ALONG].values()]
+        return sum(usage.read_along_tokens for usage in usages) / sum(usage.computed_tokens for usage in usages)
+
+    @property
     def num_answers(self) -> int:
-        """Answers that were given without a cache, and with exact prefixes."""
+        """Answers that were given in each way."""
         return sum(len(results[Way.DENSE]) for results in self.runs)
 
     @property
     def num_equal(self) -> int:
-        """Of these, the ones that are the same in both, token by token, to the same prompt."""
+        """Of these, the ones that are the same in every exact way, token by token, to the same prompt."""
         return sum(
-            (dense.token_ids, dense.prompt) == (results[Way.EXACT][name].token_ids, results[Way.EXACT][name].prompt)
+            all(
+                (dense.token_ids, dense.prompt) == (results[way][name].token_ids, results[way][name].prompt)
+                for way in (Way.EXACT, Way.ALONG)
+            )
             for results in self.runs
             for name, dense in results[Way.DENSE].items()
         )
@@ -125,29 +145,37 @@ def first_tokens_s(results: Results, way: Way) -> float:
 
 def _tokens(usages: Sequence[Usage]) -> Tokens:
     """Mean of some prompts."""
-    counts = [(usage.exact_tokens, usage.aligned_tokens, usage.computed_tokens) for usage in usages]
+    counts = [
+        (
+            usage.exact_tokens,
+            usage.aligned_tokens + usage.read_along_tokens,
+            usage.computed_tokens - usage.read_along_tokens,
+        )
+        for usage in usages
+    ]
     return Tokens(*map(statistics.fmean, zip(*counts, strict=True)))
 
 
 # -- the picture ------------------------------------------------------------------------------------------------------
 
 
-def picture(report: Report, width: int, symbols: Symbols) -> list[Text]:
+def picture(report: Report, width: int, symbols: Symbols, way: Way = Way.MOVED) -> list[Text]:
     """A bar per agent, and one for the team: what of its prompt came from the cache, was moved, was computed.
 
     Args:
+        way: read along: what was computed while others answered takes the place of what was moved.
         width: of a line at most, in characters. Where they are too few for numbers and bars, there are no numbers.
     """
     counts_width = 3 * COUNT_WIDTH + 2
     if width < NAME_WIDTH + counts_width + MIN_BAR_WIDTH:
         counts_width = 0
     bar_width = max(1, width - NAME_WIDTH - counts_width)
-    head = Text(" " * NAME_WIDTH)
-    for symbol, name, style in zip(symbols, Symbols._fields, STYLES, strict=True):
+    head = Text(f"{way.value[: NAME_WIDTH - 1]:<{NAME_WIDTH}}")
+    for symbol, name, style in zip(symbols, ("exact", MIDDLE[way], "computed"), STYLES, strict=True):
         legend = f"{symbol} {name}"
         head.append(legend.rjust(COUNT_WIDTH) if counts_width else f"{legend}  ", style)
     head.truncate(width)
-    rows = [(agent.agent, _tokens(agent.usages)) for agent in report.agents] + [("team", report.tokens)]
+    rows = [*report.agent_tokens(way).items(), ("team", report.team_tokens(way))]
     return [head, *(_bar_line(name, tokens, bar_width, symbols, bool(counts_width)) for name, tokens in rows)]
 
 
@@ -177,16 +205,16 @@ def seconds_table(report: Report, width: int) -> Table:
     Args:
         width: characters there are; where they are too few for all, only the first tokens are told.
     """
-    columns = ("first token", *Way, "moved in", "expected", "audited")
+    columns = ("first token, s", *(LABELS[way] for way in Way), "moved in", "expected", "audited")
     rows = [_seconds_row(agent, report) for agent in report.agents]
-    rows.append(("team", *(f"{report.first_tokens_s(way):.2f} s" for way in Way), "", "", ""))
+    rows.append(("team", *(f"{report.first_tokens_s(way):.2f}" for way in Way), "", "", ""))
     num_columns = len(columns) if width >= TABLE_WIDTH else 1 + len(Way)
     return table(columns[:num_columns], [row[:num_columns] for row in rows], numeric=set(columns[1:]))
 
 
 def _seconds_row(agent: AgentReuse, report: Report) -> tuple[str, ...]:
-    times = [f"{statistics.fmean(each):.2f} s" for each in (agent.dense_s, agent.exact_s, agent.kvcomm_s)]
-    often = f"{len(agent.rungs)} of {len(report.runs)}" if agent in report.readers else "reads first"
+    times = [f"{statistics.fmean(each):.2f}" for each in agent.ways_s]
+    often = f"{len(agent.rungs)} of {len(report.runs)}" if agent in report.readers else "first"
     nats = [f"{max(each):.4f}" if each else "" for each in (agent.predicted, agent.audited)]
     return (agent.agent, *times, often, *nats)
 
@@ -195,16 +223,27 @@ def notes(report: Report) -> list[str]:
     """What picture and table do not say."""
     equal, answers = report.num_equal, report.num_answers
     same = (
-        f"Without a cache and with exact prefixes all {answers} prompts and answers are the same, token by token."
+        f"In the first three ways all {answers} prompts and answers are the same, token by token."
         if equal == answers
-        else f"ONLY {equal} OF {answers} ANSWERS ARE THE SAME WITHOUT A CACHE AND WITH EXACT PREFIXES."
+        else f"ONLY {equal} OF {answers} ANSWERS ARE THE SAME IN THE FIRST THREE WAYS."
     )
     return [
-        "Means over the questions; team: the sum. expected, audited: the largest divergence from the exact answer in "
-        "nats, as calibration foretold it (that of the sources included) and as exact computation found it.",
+        "Means over the questions; team: the sum. dense: no cache; along: read along. expected, audited: the largest "
+        "divergence from the exact answer in nats, as calibration foretold it (that of the sources included) and as "
+        "exact computation found it.",
         same,
+        *_healed(report),
         *(f"{agent.agent} computed all of its text in {why}." for agent in report.readers for why in _unmoved(agent)),
     ]
+
+
+def _healed(report: Report) -> list[str]:
+    """After how many tokens what was moved is exact, where it is healed."""
+    after = [count for agent in report.agents for count in agent.healed]
+    if not after:
+        return []
+    most = max(after)
+    return [f"healed: all KV of {len(after)} moved prompts was exact after at most {most} tokens of their answers."]
 
 
 def _unmoved(agent: AgentReuse) -> list[str]:
@@ -223,11 +262,16 @@ def _why(usage: Usage) -> str:
 
 def sentence(report: Report) -> str:
     """What a newcomer takes home."""
+    along = (
+        f"Read along, the first tokens of this team come {report.gain(Way.ALONG, over=Way.DENSE):.1f} times as fast as "
+        f"without a cache, with the same answers: {report.read_share:.0%} of what agents computed of their prompts was "
+        "done while others answered."
+    )
     if not report.num_moved:
         exact = report.gain(Way.EXACT, over=Way.DENSE)
         return (
             f"Nothing was moved here; with exact prefixes alone the team's first tokens come {exact:.1f} times as fast "
-            "as without a cache."
+            f"as without a cache. {along}"
         )
     policy = report.policy
     return (
@@ -235,7 +279,8 @@ def sentence(report: Report) -> str:
         f"without a cache and {report.gain(Way.MOVED, over=Way.EXACT):.1f} times as fast as with exact prefixes: "
         f"{report.num_movers} of {len(report.readers)} readers moved text out of other prompts, so that "
         f"{1 - report.tokens.shares.computed:.0%} of all prompt tokens were not computed, under a bound of "
-        f"{policy.max_divergence:g} nats in {policy.confidence:.0%} of cases{_grounds(report)}; {_audits(report)}."
+        f"{policy.max_divergence:g} nats in {policy.confidence:.0%} of cases{_grounds(report)}; {_audits(report)}. "
+        f"{along}"
     )
 
 
@@ -262,18 +307,22 @@ def _audits(report: Report) -> str:
 def figures(report: Report) -> list[dict[str, Any]]:
     """What picture, table and sentence say, as id, value, unit and spread (quartiles over questions)."""
     seconds = {way: [first_tokens_s(results, way) for results in report.runs] for way in Way}
-    dense, exact, moved = seconds[Way.DENSE], seconds[Way.EXACT], seconds[Way.MOVED]
+    dense, exact, along, moved, healed = (seconds[way] for way in Way)
     shares = report.tokens.shares
     found = [
         _figure("ttft_cold_s", report.first_tokens_s(Way.DENSE), "s", dense),
         _figure("ttft_reuse_s", report.first_tokens_s(Way.EXACT), "s", exact),
+        _figure("ttft_along_s", report.first_tokens_s(Way.ALONG), "s", along),
         _figure("ttft_moved_s", report.first_tokens_s(Way.MOVED), "s", moved),
+        _figure("ttft_healed_s", report.first_tokens_s(Way.HEALED), "s", healed),
         _figure("ttft_ratio", report.gain(Way.EXACT, over=Way.DENSE), "x", _ratios(dense, exact)),
+        _figure("ttft_along_ratio", report.gain(Way.ALONG, over=Way.DENSE), "x", _ratios(dense, along)),
         _figure("ttft_moved_ratio", report.gain(Way.MOVED, over=Way.DENSE), "x", _ratios(dense, moved)),
         _figure("ttft_moved_over_exact", report.gain(Way.MOVED, over=Way.EXACT), "x", _ratios(exact, moved)),
         _figure("exact_share", shares.exact, ""),
         _figure("moved_share", shares.moved, ""),
         _figure("not_computed_share", shares.exact + shares.moved, ""),
+        _figure("read_share", report.read_share, ""),
         _figure("equal_answers", report.num_equal / report.num_answers, ""),
         _figure("readers", len(report.readers), ""),
         _figure("readers_moving", report.num_movers, ""),
@@ -321,6 +370,7 @@ def _raw_row(number: int, way: Way, result: AgentResult) -> dict[str, Any]:
         "exact_tokens": usage.exact_tokens,
         "aligned_tokens": usage.aligned_tokens,
         "computed_tokens": usage.computed_tokens,
+        "read_along_tokens": usage.read_along_tokens,
         "generated_tokens": usage.generated_tokens,
         "queue_s": usage.queue_s,
         "ttft_s": usage.ttft_s,

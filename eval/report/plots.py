@@ -35,8 +35,20 @@ STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), TEXT),
     "grid.color": TEXT,
 }
-COLORS = ("#8a8a8a", "#3d9970", "#d9480f", "#b58900", "#a04fc4", "#2a9fd6", "#d6336c", "#6a7bd6", "#7a9a01")
-MARKERS = ("s", "D", "o", "v", "^", "<", ">", "p", "h")
+COLORS = (
+    "#8a8a8a",
+    "#3d9970",
+    "#0f7b8a",
+    "#d9480f",
+    "#f08c00",
+    "#b58900",
+    "#a04fc4",
+    "#2a9fd6",
+    "#d6336c",
+    "#6a7bd6",
+    "#7a9a01",
+)
+MARKERS = ("s", "D", "d", "o", "X", "v", "^", "<", ">", "p", "h")
 LINEAR_BELOW = 1e-4
 """Nats; divergences of 0 have a place on the axis, too."""
 

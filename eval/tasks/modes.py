@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from kvcomm import ReusePolicy
@@ -10,9 +11,9 @@ from kvcomm.align.ladder import Rung
 from kvcomm.errors import InvalidRequest
 from kvcomm.lab.methods import METHODS
 
-DENSE, EXACT, KVCOMM = "dense", "exact", "kvcomm"
+DENSE, EXACT, ALONG, KVCOMM, HEAL = "dense", "exact", "along", "kvcomm", "heal"
 STOCK, STOCK_PREFIX = "stock", "stock_prefix"
-MODES = (DENSE, EXACT, KVCOMM, *METHODS, STOCK, STOCK_PREFIX)
+MODES = (DENSE, EXACT, ALONG, KVCOMM, HEAL, *METHODS, STOCK, STOCK_PREFIX)
 
 
 class Mode(NamedTuple):
@@ -36,6 +37,16 @@ class Mode(NamedTuple):
     def reads_cache(self) -> bool:
         """Whether its requests use anything that the engine knows."""
         return self.name != DENSE
+
+    @property
+    def reads_along(self) -> bool:
+        """Whether prompts are read before they are complete."""
+        return self.name == ALONG
+
+    @property
+    def heals(self) -> bool:
+        """Whether moved KV is replaced by exact KV while the answer is decoded."""
+        return self.policy.heal
 
     @property
     def moves(self) -> bool:
@@ -68,6 +79,7 @@ class Mode(NamedTuple):
         described = {
             DENSE: {"served by": "engine", "cached": "nothing"},
             EXACT: {"served by": "engine", "cached": "exact prefixes"},
+            ALONG: {"served by": "engine", "cached": "exact prefixes, and what was read along"},
             STOCK: {"served by": "transformers", "cached": "nothing"},
             STOCK_PREFIX: {"served by": "transformers", "cached": "text before the first slot"},
         }
@@ -84,5 +96,5 @@ def make_modes(names: str, policy: ReusePolicy) -> list[Mode]:
     if unknown := [name for name in wanted if name not in MODES]:
         raise InvalidRequest(f"unknown mode {unknown[0]!r}; there are {', '.join(MODES)}")
     exact = ReusePolicy.exact()
-    own = {KVCOMM: Mode(KVCOMM, policy)}
+    own = {KVCOMM: Mode(KVCOMM, policy), HEAL: Mode(HEAL, replace(policy, heal=True))}
     return [own.get(name) or Mode(name, exact, METHODS.get(name)) for name in wanted]

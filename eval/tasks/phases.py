@@ -63,7 +63,7 @@ class Run:
                 self.dense,
                 divergences=[each for each in divergences if each.mode == mode.name],
                 times=[each for each in times if each.mode == mode.name],
-                bound=mode.bound,
+                bound=None if mode.heals else mode.bound,  # which is one for what is never healed
                 anchor_bytes=sum(held.get(name, 0) for name in mode.estimators),
             )
             for mode in self._modes
@@ -105,12 +105,12 @@ class Run:
     def _is_missing(self, num_timed: int, num_replayed: int) -> bool:
         """Whether anything is left for which text is moved."""
         rows = range(len(self._work.rows))
-        names = {mode.name for mode in self._moving}
+        names = {mode.name: mode.heals for mode in self._moving}
         times = {(each.index, each.mode) for each in self._folder.times.read()}
         divergences = {(each.index, each.mode) for each in self._folder.divergences.read()}
         return any(
             self._folder.samples(name).by_index().keys() < set(rows)
             or any((index, name) not in times for index in rows[:num_timed])
-            or any((index, name) not in divergences for index in rows[:num_replayed])
-            for name in names
+            or (not is_healed and any((index, name) not in divergences for index in rows[:num_replayed]))
+            for name, is_healed in names.items()
         )

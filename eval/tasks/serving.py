@@ -19,9 +19,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from eval.baselines.stock import StockServer
+from eval.tasks.along import ask_along
 from eval.tasks.answering import DENSELY, AnsweringTeam, drawn, first_texts, probable_texts, publish_answer
 from eval.tasks.at_once import at_once
-from eval.tasks.modes import DENSE, EXACT, KVCOMM, Mode
+from eval.tasks.modes import ALONG, DENSE, EXACT, HEAL, KVCOMM, Mode
 from eval.tasks.samples import Answer, Sample, SampleFile, usage_values
 from eval.tasks.work import NUM_LOGPROBS, Work
 from kvcomm import Completion, Engine, ReusePolicy
@@ -32,8 +33,10 @@ from kvcomm.memory.segments import Segment
 
 WIDTH = 16
 """Questions that are served at the same time at most."""
-ORDER = {KVCOMM: 1, EXACT: 2, DENSE: 3}
+ORDER = {KVCOMM: 1, HEAL: 2, ALONG: 3, EXACT: 4, DENSE: 5}
 """Those that may compute a prompt exactly come last: what they leave in the cache is then in nobody's way."""
+READ_S = 1.0
+"""Seconds that a prompt is given to be read along, while other questions are answered."""
 POOL_SHARE = 0.5
 """Of the engine's pool, what the exact prompts of those may take: sources must not be evicted before they are read."""
 
@@ -205,7 +208,11 @@ class Reading:
     def _begin(self, mode: Mode, agent: str, prompt: Sequence[Segment]) -> Begun:
         """Wait for the first token; of the referee draw further answers while what they are drawn from is there."""
         sampling = self.work.first_sampling(agent)
-        handle = self.engine.submit(prompt, sampling, policy=mode.policy, rung=mode.rung)
+        if mode.reads_along:
+            names = [each.name for each in self.work.team.agents]
+            handle = ask_along(self.engine, prompt, sampling, names, READ_S)
+        else:
+            handle = self.engine.submit(prompt, sampling, policy=mode.policy, rung=mode.rung)
         chunks = iter(handle)
         next(chunks, None)
         extra: dict[str, Any] = {"group": self.work.task.group(self.row)}

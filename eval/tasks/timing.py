@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.baselines.stock import StockServer
+from eval.tasks.along import ask_along
 from eval.tasks.answering import publish_answer
 from eval.tasks.modes import DENSE, Mode
 from eval.tasks.records import RecordFile
@@ -87,7 +88,8 @@ def _time_team(servers: Servers, work: Work, mode: Mode, truth: Sample, limit: i
         if mode.is_stock:
             timed = _ask_stock(servers.stock[mode.name], whole, num_tokens)
         else:
-            timed = _ask(servers.cold if mode.name == DENSE else servers.engine, mode, whole, num_tokens)
+            engine = servers.cold if mode.name == DENSE else servers.engine
+            timed = _ask(engine, mode, whole, num_tokens, list(truth.answers))
         found.append(Timed(truth.index, mode.name, name, **timed))
         if mode.moves and name != work.referee:
             publish_answer(servers.engine, whole)
@@ -95,9 +97,12 @@ def _time_team(servers: Servers, work: Work, mode: Mode, truth: Sample, limit: i
     return found
 
 
-def _ask(engine: Engine, mode: Mode, whole: Answer, num_tokens: int) -> dict[str, Any]:
+def _ask(engine: Engine, mode: Mode, whole: Answer, num_tokens: int, agents: Sequence[str]) -> dict[str, Any]:
     sampling = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)
-    handle = engine.submit(whole.segments, sampling, policy=mode.policy, rung=mode.rung)
+    if mode.reads_along:
+        handle = ask_along(engine, whole.segments, sampling, agents)
+    else:
+        handle = engine.submit(whole.segments, sampling, policy=mode.policy, rung=mode.rung)
     held = 0
     for _ in handle:
         if not held:  # at the first token; the pages of the whole answer are taken by then

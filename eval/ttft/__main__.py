@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _paper_options(parser: ArgumentParser, quick: bool) -> None:
     parser.add_argument("--anchors", type=Path, metavar="FOLDER", help="keep calibration there, or take it")
+    parser.add_argument("--along-only", action="store_true", help="move nothing, measure agents that read along")
 
 
 def _table_options(parser: ArgumentParser, quick: bool) -> None:
@@ -95,7 +96,7 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 SETTINGS = {
     "paper": Setting(
-        "First tokens of a team, moved KV against dense prefills.",
+        "First tokens of a team, moved KV and agents that read along against dense prefills.",
         paper.measure,
         {"agents": 5, "role_tokens": 512, "question_tokens": 1000, "output_tokens": 512, "warm": 3, "calibration": 20},
         {"agents": 5, "role_tokens": 64, "question_tokens": 96, "output_tokens": 48, "warm": 3},
@@ -104,7 +105,7 @@ SETTINGS = {
         add_options=_paper_options,
     ),
     "table": Setting(
-        "First tokens of three agents by size of role and output: dense, exact prefixes, moved KV.",
+        "First tokens of three agents by size of role and output: dense, exact prefixes, moved KV, read along.",
         table.measure,
         {"agents": 3, "question_tokens": 1000, "warm": 2},
         {"agents": 3, "question_tokens": 128, "warm": 1},
@@ -113,7 +114,7 @@ SETTINGS = {
         add_options=_table_options,
     ),
     "scaling": Setting(
-        "First tokens of a growing team: dense, exact prefixes, moved KV, and the exponents of their growth.",
+        "First tokens of a growing team: dense, exact prefixes, moved KV, read along; the exponents of their growth.",
         scaling.measure,
         {"agents": 16, "prompt_tokens": 8192, "role_tokens": 512, "question_tokens": 512, "warm": 1},
         {"agents": 6, "prompt_tokens": 1024, "role_tokens": 96, "question_tokens": 128, "warm": 1},

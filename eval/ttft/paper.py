@@ -10,6 +10,13 @@ the boldest corrected rung (glue only), and for one with (0.05, 0.05). Measuring
 not depend on when it was done: with --anchors it is kept in a folder, and taken from there by the next run of the same
 sizes and texts. With --quick sizes are small and nothing is measured: glue only is served with no bound, and under
 (0.05, 0.05) everything is computed exactly.
+
+The third way moves nothing: agents read along (`eval.ttft.along`). How much of its prompt an agent is left with who has
+read what there was and follows the newest output is measured once, while that is decoded; in the rounds outputs come
+from the text again. The figures `team_left` say what all agents were left with who followed all outputs from the first
+one on, as far as answers in progress left them time. The first agent, who waits for nobody, computes its question.
+First tokens are held against transformers' own, and the last agent's against an exact prefix hit that computes the same
+number of tokens. With --along-only nothing is moved, and so nothing taught.
 """
 
 from __future__ import annotations
@@ -22,6 +29,7 @@ import numpy as np
 
 from eval.figures import Figure, Report
 from eval.stock import Stock
+from eval.ttft.along import FIRST_TOKEN, compare, follow, follow_team, num_left, read_along
 from eval.ttft.first_tokens import MOVED
 from eval.ttft.team import ONE_TOKEN, Sizes, Team, Texts, num_slot_tokens, teach, tokens_of
 from eval.workload import note, settings
@@ -45,31 +53,49 @@ class Serving(NamedTuple):
 
 CALIBRATED = (Serving(GLUE_ONLY, None, ""), Serving(BOUND, None, "_bound"))
 QUICK = (Serving(ReusePolicy.exact(), MOVED, ""), Serving(BOUND, None, "_bound"))
-GOALS = {"agent5_speedup": ">= 22", "sum_speedup": ">= 9", "over_exact_hit": "<= 1.6"}
+ALONG = "_along"
+"""The ending of names of what is read along."""
+
+GOALS = {
+    "agent5_speedup": ">= 22",
+    "sum_speedup": ">= 9",
+    "over_exact_hit": "<= 1.6",
+    "agent5_along": ">= 25",
+    "sum_along": ">= 8",
+    "along_over_exact_hit": "<= 1.15",
+    "same_first_tokens": "1",
+}
 
 
 def measure(engine: Engine, take: TakeTokens, options: Namespace) -> Report:
     """All figures of an engine.
 
     Raises:
-        InvalidRequest: --quick and --anchors, or anchors of a team of another size.
+        InvalidRequest: --anchors with --quick or --along-only, or anchors of a team of another size.
     """
-    if options.quick and options.anchors is not None:
-        raise InvalidRequest("--quick calibrates nothing that --anchors could keep; leave one of them out")
+    unfit = "--quick" if options.quick else "--along-only" if options.along_only else None
+    if unfit is not None and options.anchors is not None:
+        raise InvalidRequest(f"{unfit} calibrates nothing that --anchors could keep; leave one of them out")
     sizes = Sizes(options.agents, options.role_tokens, options.question_tokens, options.output_tokens)
     team = Team(engine, take, sizes)
-    _warm(team, options)
+    servings: Sequence[Serving] = ()
+    if not options.along_only:
+        servings = QUICK if options.quick else CALIBRATED
+        _warm(team, options)
+    followed = [follow(team, options.output_tokens), *follow_team(team, options.output_tokens)]
+    left = num_left(followed[0].usage)
     stock = Stock(engine.model)
     samples: dict[str, list[float]] = {}
     for index in range(-1, options.repeats):
         note("one round to warm up" if index < 0 else f"round {index + 1} of {options.repeats}")
-        found = dict(_round(team, stock, QUICK if options.quick else CALIBRATED))
+        found = dict(_round(team, stock, servings)) | dict(_along(team, stock, left))
         note("  " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
         if index >= 0:
             for name, value in found.items():
                 samples.setdefault(name, []).append(value)
     measured = {name: Samples(tuple(values)) for name, values in samples.items()}
-    return Report("ttft", _figures(measured, options.agents), settings(engine, options, anchors=None), samples)
+    figures = [*_figures(measured, options.agents, servings), *_along_figures(measured, followed)]
+    return Report("ttft", figures, settings(engine, options, anchors=None), samples)
 
 
 def _warm(team: Team, options: Namespace) -> None:
@@ -105,7 +131,35 @@ def _round(team: Team, stock: Stock, servings: Sequence[Serving]) -> Iterator[tu
             yield from _agent(team, stock, texts, agent, serving)
             team.publish(agent, texts)
         if not serving.kind:
-            yield from _exact_hit(team, texts)
+            prompt = team.prompt(team.agents[-1], texts)
+            yield from _exact_hit(team, prompt, sum(len(part.token_ids) for part in prompt[1:] if part.name is None))
+
+
+def _along(team: Team, stock: Stock, left: int) -> Iterator[tuple[str, float]]:
+    """Every agent's first token, dense and read along, on one text.
+
+    Args:
+        left: tokens of a prompt that are not read when it is complete.
+    """
+    team.restart()
+    texts = team.texts()
+    for agent in team.agents:
+        prompt = team.prompt(agent, texts)
+        tokens = tokens_of(prompt)
+        if agent % 2:
+            yield f"dense{ALONG}_{agent + 1}_s", stock.prefill_s(tokens, use_cache=True)
+        if agent:
+            served = read_along(team.engine, prompt, left)
+        else:
+            served = team.engine.generate(prompt, FIRST_TOKEN, policy=ReusePolicy.exact())
+        if not agent % 2:
+            yield f"dense{ALONG}_{agent + 1}_s", stock.prefill_s(tokens, use_cache=True)
+        yield f"kvcomm{ALONG}_{agent + 1}_s", served.usage.ttft_s
+        compared = compare(stock, tokens, served)
+        yield f"same{ALONG}_{agent + 1}", float(compared.is_same)
+        yield f"error{ALONG}_{agent + 1}", compared.error
+    yield f"computed{ALONG}", num_left(served.usage)
+    yield from _exact_hit(team, prompt, num_left(served.usage), ALONG)
 
 
 def _agent(team: Team, stock: Stock, texts: Texts, agent: int, serving: Serving) -> Iterator[tuple[str, float]]:
@@ -136,21 +190,18 @@ def _divergence(team: Team, prompt: Sequence[Segment], served: Completion, servi
     return outcome.divergence
 
 
-def _exact_hit(team: Team, texts: Texts) -> Iterator[tuple[str, float]]:
-    """The last agent's prompt, all but as many new tokens at its end as moving had to compute."""
-    prompt = team.prompt(team.agents[-1], texts)
-    tokens = tokens_of(prompt)
-    num_computed = len(tokens) - len(prompt[0].token_ids) - num_slot_tokens(prompt)
+def _exact_hit(team: Team, prompt: Sequence[Segment], num_computed: int, kind: str = "") -> Iterator[tuple[str, float]]:
+    """A prompt that is cached but for so many new tokens at its end."""
     tail = team.take(num_computed)
-    served = team.engine.generate(tokens[:-num_computed] + tail, ONE_TOKEN, policy=ReusePolicy.exact())
-    yield "exact_hit_s", served.usage.ttft_s
-    yield "exact_hit_computed", served.usage.computed_tokens
+    served = team.engine.generate(tokens_of(prompt)[:-num_computed] + tail, ONE_TOKEN, policy=ReusePolicy.exact())
+    yield f"exact_hit{kind}_s", served.usage.ttft_s
+    yield f"exact_hit{kind}_computed", served.usage.computed_tokens
 
 
-def _figures(samples: dict[str, Samples], num_agents: int) -> list[Figure]:
+def _figures(samples: dict[str, Samples], num_agents: int, servings: Sequence[Serving]) -> list[Figure]:
     last = num_agents
     figures = []
-    for kind in ("", "_bound"):
+    for kind in (serving.kind for serving in servings):
         agents = range(1, num_agents + 1)
         dense = [samples[f"dense{kind}_{agent}_s"] for agent in agents]
         served = [samples[f"kvcomm{kind}_{agent}_s"] for agent in agents]
@@ -160,14 +211,37 @@ def _figures(samples: dict[str, Samples], num_agents: int) -> list[Figure]:
             Figure(f"divergence{kind}", _mean(samples, f"divergence{kind}", num_agents), "nats"),
             Figure(f"aligned{kind}", _mean(samples, f"aligned{kind}", num_agents), "share"),
         ]
-    figures.append(_ratio("over_exact_hit", samples[f"kvcomm_{last}_s"].per(samples["exact_hit_s"])))
+    if servings:
+        figures.append(_ratio("over_exact_hit", samples[f"kvcomm_{last}_s"].per(samples["exact_hit_s"])))
     figures += [
         Figure(name, measured.median, "s", measured.quartiles)
         for name, measured in samples.items()
         if name.endswith("_s")
     ]
-    figures += [Figure(name, samples[name].median, "tokens") for name in ("computed", "exact_hit_computed")]
-    return figures
+    counts = [name for name in samples if name.startswith("computed") or name.endswith("computed")]
+    return [*figures, *(Figure(name, samples[name].median, "tokens") for name in counts)]
+
+
+def _along_figures(samples: dict[str, Samples], followed: Sequence[Completion]) -> list[Figure]:
+    """Of the last agent and of all; `followed`: what came of following one output, and of a team that follows all."""
+    one, *team = followed
+    last = len(team)
+    agents = range(1, last + 1)
+    dense = [samples[f"dense{ALONG}_{agent}_s"] for agent in agents]
+    served = [samples[f"kvcomm{ALONG}_{agent}_s"] for agent in agents]
+    same = np.mean([samples[f"same{ALONG}_{agent}"].values for agent in agents])
+    error = np.max([samples[f"error{ALONG}_{agent}"].values for agent in agents])
+    return [
+        _ratio(f"agent{last}{ALONG}", dense[-1].per(served[-1])),
+        _ratio(f"sum{ALONG}", _sums(dense).per(_sums(served))),
+        _ratio("along_over_exact_hit", served[-1].per(samples[f"exact_hit{ALONG}_s"])),
+        Figure("same_first_tokens", float(same), "share", goal=GOALS["same_first_tokens"]),
+        Figure("logprob_error", float(error), "nats"),
+        Figure("left", num_left(one.usage), "tokens"),
+        Figure("followed_s", one.usage.ttft_s, "s"),
+        *(Figure(f"team_left_{agent}", num_left(each.usage), "tokens") for agent, each in enumerate(team, start=1)),
+        *(Figure(f"team_{agent}_s", each.usage.ttft_s, "s") for agent, each in enumerate(team, start=1)),
+    ]
 
 
 def _ratio(name: str, samples: Samples) -> Figure:

@@ -18,8 +18,7 @@ from dataclasses import replace
 import numpy as np
 
 from eval.figures import Figure, Report
-from eval.stock import Stock
-from eval.ttft.first_tokens import COLUMNS, WAYS, FirstTokens, measure_first_tokens, warm_up
+from eval.ttft.first_tokens import COLUMNS, WAYS, FirstTokens, measure_first_tokens, servers, warm_up
 from eval.ttft.grid import Grid, GridReport
 from eval.ttft.team import Sizes, Team, num_prompt_tokens, num_team_tokens, teach
 from eval.workload import note, settings
@@ -43,11 +42,11 @@ def measure(engine: Engine, take: TakeTokens, options: Namespace) -> Report:
     sizes = team_sizes(engine, options)
     pool_tokens = NUM_SPARE_PROMPTS * options.prompt_tokens + num_team_tokens(engine, sizes)
     roomy = replace(engine.config, pool_tokens=max(pool_tokens, engine.config.pool_tokens or 0))
-    with Engine(engine.model, engine.tokenizer, config=roomy) as own:
-        team, stock = Team(own, take, sizes), Stock(own.model)
+    with Engine(engine.model, engine.tokenizer, config=roomy) as own, servers(own, take, sizes) as others:
+        team = Team(own, take, sizes)
         teach(team, options.warm)
-        warm_up(team, stock)
-        found = measure_first_tokens(team, stock, num_rounds=options.repeats)
+        warm_up(team, others)
+        found = measure_first_tokens(team, others, num_rounds=options.repeats)
     config = settings(
         engine, options, output_tokens=sizes.output, longest_prompt=found.num_tokens[-1], pool_tokens=roomy.pool_tokens
     )
@@ -86,13 +85,11 @@ def _figures(found: FirstTokens) -> list[Figure]:
     for way in WAYS:
         counts = range(2, last + 1)
         figures.append(_exponent(f"exponent_agents_{way}", counts, [found.sums(way, count) for count in counts]))
-    moved, exact = found.samples("kvcomm", -1), found.samples("exact", -1)
+    endings = {"kvcomm": "speedup", "exact": "speedup_exact", "along": "along"}
     ratios = {
-        f"agent{last}_speedup": found.samples("dense", -1).per(moved),
-        f"agent{last}_speedup_exact": found.samples("dense", -1).per(exact),
-        "sum_speedup": found.sums("dense").per(found.sums("kvcomm")),
-        "sum_speedup_exact": found.sums("dense").per(found.sums("exact")),
+        f"agent{last}_{end}": found.samples("dense", -1).per(found.samples(way, -1)) for way, end in endings.items()
     }
+    ratios |= {f"sum_{end}": found.sums("dense").per(found.sums(way)) for way, end in endings.items()}
     figures += [Figure(name, ratio.median, "x", ratio.quartiles) for name, ratio in ratios.items()]
     return [*figures, Figure("aligned", min(found.aligned), "share", goal="1")]
 

@@ -1,6 +1,7 @@
-"""What reuse is worth to a team: the same runs without a cache, with exact prefixes, and with moved KV.
+"""What reuse is worth to a team: the same runs without a cache, with exact prefixes, read along, and on moved KV.
 
-The three do not see quite the same prompts: answers given on moved KV may differ, and later agents read them.
+The first three are exact and see the same prompts. Answers given on moved KV, healed or not, may differ, and later
+agents read them.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ class Way(StrEnum):
 
     DENSE = "no cache"
     EXACT = "exact prefixes"
+    ALONG = "read along"
     MOVED = "moved KV"
+    HEALED = "moved + heal"
 
 
 Results = Mapping[Way, GroupResult]
-"""One run of a team in the three ways."""
+"""One run of a team in every way."""
 
 Answer = Callable[[KVCommAgentGroup, Mapping[str, str], int, Way], GroupResult]
 """Runs a group on the inputs of run number N, from 0 on, in a way."""
@@ -45,7 +48,10 @@ class AgentReuse:
 
     Attributes:
         usages: of the runs with moved KV.
-        dense_s, exact_s: seconds to the first token without a cache, and with exact prefixes only.
+        dense_s, exact_s, along_s, healed_s: seconds to the first token without a cache, with exact prefixes only, read
+            along, and on moved KV that is healed.
+        read: prompt tokens that were read along.
+        healed: of answers given on moved KV that was healed, the tokens after which all of it was exact.
         audited: nats; divergence of approximated answers from what was computed exactly afterwards.
     """
 
@@ -53,12 +59,21 @@ class AgentReuse:
     usages: list[Usage] = field(default_factory=list)
     dense_s: list[float] = field(default_factory=list)
     exact_s: list[float] = field(default_factory=list)
+    along_s: list[float] = field(default_factory=list)
+    healed_s: list[float] = field(default_factory=list)
+    read: list[int] = field(default_factory=list)
+    healed: list[int] = field(default_factory=list)
     audited: list[float] = field(default_factory=list)
 
     @property
     def kvcomm_s(self) -> list[float]:
         """Seconds to the first token with moved KV."""
         return [usage.ttft_s for usage in self.usages]
+
+    @property
+    def ways_s(self) -> tuple[list[float], ...]:
+        """Seconds to the first token in every way."""
+        return self.dense_s, self.exact_s, self.along_s, self.kvcomm_s, self.healed_s
 
     @property
     def rungs(self) -> list[float]:
@@ -81,7 +96,7 @@ class AgentReuse:
 
 
 class Comparison:
-    """Collects the same runs in three ways, and the audits of what was approximated.
+    """Collects the same runs in every way, and the audits of what was approximated.
 
     Attributes:
         agents: in the team's order.
@@ -101,13 +116,19 @@ class Comparison:
         return list(self._agents.values())
 
     def add(self, results: Results) -> None:
-        """Add one run of the whole team in the three ways; waits for the audits of the last one."""
+        """Add one run of the whole team in every way; waits for the audits of the last one."""
         self._engine.wait_idle()
         for name, agent in self._agents.items():
             usage = results[Way.MOVED][name].usage
             agent.usages.append(usage)
             agent.dense_s.append(results[Way.DENSE][name].usage.ttft_s)
             agent.exact_s.append(results[Way.EXACT][name].usage.ttft_s)
+            agent.along_s.append(results[Way.ALONG][name].usage.ttft_s)
+            agent.read.append(results[Way.ALONG][name].usage.read_along_tokens)
+            healed = results[Way.HEALED][name].usage
+            agent.healed_s.append(healed.ttft_s)
+            if healed.healed_after is not None:
+                agent.healed.append(healed.healed_after)
             if usage.approximation is not None:
                 agent.audited += self._audited_since(usage.approximation.reader)
         self._num_audited = self._count_audits()
@@ -126,6 +147,11 @@ def watched(policy: ReusePolicy) -> ReusePolicy:
     return replace(policy, audit=1.0, learn=False)
 
 
+def healing(policy: ReusePolicy) -> ReusePolicy:
+    """The policy with moved KV healed; nothing is audited or learned meanwhile."""
+    return replace(policy, heal=True, audit=0.0, learn=False)
+
+
 def compare(
     engine: Engine,
     team: Team,
@@ -134,10 +160,10 @@ def compare(
     *,
     note: Callable[[str], None] = lambda text: None,
 ) -> list[AgentReuse]:
-    """Run a team on inputs in the three ways, one input at a time; all agents, in the team's order.
+    """Run a team on inputs in every way, one input at a time; all agents, in the team's order.
 
     Args:
-        engine: warmed up for the policy; its cache is emptied first. The other two ways have its settings.
+        engine: warmed up for the policy; its cache is emptied first. The other ways have its settings.
         inputs: of one run each, at least one.
 
     Raises:
@@ -157,10 +183,10 @@ def compare(
 def in_turns(
     engine: Engine, team: Team, inputs: Sequence[Mapping[str, str]], policy: ReusePolicy, answer: Answer
 ) -> Generator[Results, None, None]:
-    """Run a team on inputs in the three ways, one after the other; which one begins changes with every input.
+    """Run a team on inputs in every way, one after the other; which one begins changes with every input.
 
-    What happens only once is done before: role prompts are in the cache, and text has been moved. Every approximated
-    answer is audited behind its run, while nothing else goes on.
+    What happens only once is done before: text has been moved. Every run finds the role prompts in the cache and
+    nothing else. Every answer on moved KV that is not healed is audited behind its run, while nothing else goes on.
 
     Args:
         engine, inputs: as `compare`.
@@ -172,22 +198,28 @@ def in_turns(
     if not inputs:
         raise InvalidRequest("there are no inputs to compare on")
     with ExitStack() as stack:
-        dense = stack.enter_context(Engine(engine.model, engine.tokenizer, config=replace(engine.config, cache=False)))
-        exact = stack.enter_context(Engine(engine.model, engine.tokenizer, config=engine.config))
+        dense, exact, along = (
+            stack.enter_context(Engine(engine.model, engine.tokenizer, config=config))
+            for config in (replace(engine.config, cache=False), engine.config, engine.config)
+        )
         groups = {
-            Way.DENSE: team.group(dense, policy=ReusePolicy.exact()),
-            Way.EXACT: team.group(exact, policy=ReusePolicy.exact()),
-            Way.MOVED: team.group(engine, policy=watched(policy)),
+            Way.DENSE: team.group(dense, policy=ReusePolicy.exact(), read_along=False),
+            Way.EXACT: team.group(exact, policy=ReusePolicy.exact(), read_along=False),
+            Way.ALONG: team.group(along, policy=ReusePolicy.exact()),
+            Way.MOVED: team.group(engine, policy=watched(policy), read_along=False),
+            Way.HEALED: team.group(engine, policy=healing(policy), read_along=False),
         }
         engine.clear_cache()
-        for each_engine in (dense, exact, engine):
-            read_roles(each_engine, team, inputs[0])
+        read_roles(engine, team, inputs[0])
         _move_once(engine, team, inputs[0], policy)
         engine.wait_idle()
         for index, each in enumerate(inputs):
             first = index % len(Way)
             results = {}
             for way in [*Way][first:] + [*Way][:first]:
+                groups[way].engine.clear_cache()
+                read_roles(groups[way].engine, team, inputs[0])
+                groups[way].engine.wait_idle()
                 results[way] = answer(groups[way], {**team.inputs, **each}, index, way)
                 engine.wait_idle()  # audits: not beside what is timed next
             yield results

@@ -1,4 +1,4 @@
-"""`kvcomm bench reuse`: what moved KV is worth to a team of agents, agent by agent."""
+"""`kvcomm bench reuse`: what reading along and moved KV are worth to a team of agents, agent by agent."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ COLUMNS = (
     "rung",
     "TTFT dense",
     "exact prefix",
-    "kvcomm",
+    "read along",
+    "moved",
+    "+ heal",
+    "exact after",
     "predicted",
     "audited",
     "computed because",
@@ -60,7 +63,7 @@ def reuse_command(
     model: ModelFlag = DEFAULT_MODEL,
     as_json: JsonFlag = False,
 ) -> None:
-    """First tokens of a team without a cache, with exact prefixes, and with moved KV; every moved answer is audited."""
+    """First tokens of a team: no cache, exact prefixes, read along, moved, moved + heal; moved answers are audited."""
     from kvcomm.agents.comparison import compare
     from kvcomm.agents.example_runs import examples, limited
     from kvcomm.agents.team import load_team
@@ -105,7 +108,7 @@ def reuse_command(
 
 
 def reuse_table(agents: Sequence[AgentReuse], policy: ReusePolicy) -> Table:
-    """Agent by agent: where tokens came from, first tokens in the three ways, divergence, reasons."""
+    """Agent by agent: where tokens came from, first tokens in every way, divergence, reasons."""
     runs = len(agents[0].usages)
     title = f"Mean over {runs} runs, at most {policy.max_divergence:g} nats with confidence {policy.confidence:g}"
     return table(COLUMNS, [_row(agent, runs) for agent in agents], title=title, numeric=set(COLUMNS[1:-1]))
@@ -122,7 +125,11 @@ def agent_values(agent: AgentReuse) -> dict[str, Any]:
         "rungs": agent.rungs,
         "ttft_dense_s": agent.dense_s,
         "ttft_exact_s": agent.exact_s,
+        "ttft_along_s": agent.along_s,
         "ttft_kvcomm_s": agent.kvcomm_s,
+        "ttft_healed_s": agent.healed_s,
+        "read_along_tokens": agent.read,
+        "healed_after_tokens": agent.healed,
         "predicted": agent.predicted,
         "audited": agent.audited,
         "reasons": dict(agent.reasons),
@@ -132,24 +139,22 @@ def agent_values(agent: AgentReuse) -> dict[str, Any]:
 def _row(agent: AgentReuse, runs: int) -> tuple[object, ...]:
     value = agent_values(agent)
     counts = [f"{value[name]:.0f}" for name in ("prompt_tokens", "exact_tokens", "aligned_tokens", "computed_tokens")]
-    times = [f"{statistics.fmean(each):.2f} s" for each in (agent.dense_s, agent.exact_s, agent.kvcomm_s)]
+    times = [f"{statistics.fmean(each):.2f} s" for each in agent.ways_s]
     rung = f"{statistics.fmean(agent.rungs):.0%}" if agent.rungs else ""
+    healed = f"{max(agent.healed)} tokens" if agent.healed else ""
     nats = [f"{max(each):.4f}" if each else "" for each in (agent.predicted, agent.audited)]
     because = ", ".join(reason for reason, _ in agent.reasons.most_common(3))
-    return (agent.agent, *counts, f"{len(agent.rungs)} of {runs}", rung, *times, *nats, because)
+    return (agent.agent, *counts, f"{len(agent.rungs)} of {runs}", rung, *times, healed, *nats, because)
 
 
 def conclusion(agents: Sequence[AgentReuse]) -> Text:
     """What the table adds up to."""
-    dense, exact, moved = (
-        sum(statistics.fmean(values) for values in ways)
-        for ways in (
-            [agent.dense_s for agent in agents],
-            [agent.exact_s for agent in agents],
-            [agent.kvcomm_s for agent in agents],
-        )
+    dense, exact, along, moved, healed = (
+        sum(map(statistics.fmean, way)) for way in zip(*(agent.ways_s for agent in agents), strict=True)
     )
     return Text(
-        f"The team's first tokens: {dense:.2f} s without a cache, {exact:.2f} s with exact prefixes, {moved:.2f} s "
-        f"with moved KV ({dense / moved:.1f}x and {exact / moved:.1f}x). predicted, audited: the largest, in nats."
+        f"The team's first tokens: {dense:.2f} s without a cache, {exact:.2f} s with exact prefixes, {along:.2f} s "
+        f"read along and as exact ({dense / along:.1f}x and {exact / along:.1f}x), {moved:.2f} s with moved KV "
+        f"({dense / moved:.1f}x and {exact / moved:.1f}x), {healed:.2f} s where that is healed. "
+        "predicted, audited: the largest, in nats."
     )

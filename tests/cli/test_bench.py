@@ -121,6 +121,9 @@ def reuse_options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["bench", "reuse", *options, "--runs=2", "--max-new-tokens=24", "--max-divergence=50", "--confidence=0.5"]
 
 
+TTFT = ("ttft_dense_s", "ttft_exact_s", "ttft_along_s", "ttft_kvcomm_s", "ttft_healed_s")
+
+
 def test_reuse_shows_every_agent_and_what_was_learned_can_be_kept(
     reuse_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,7 +133,8 @@ def test_reuse_shows_every_agent_and_what_was_learned_can_be_kept(
     for agent in agents:
         tokens = agent["exact_tokens"] + agent["aligned_tokens"] + agent["computed_tokens"]
         assert tokens == pytest.approx(agent["prompt_tokens"])
-        assert {len(agent[name]) for name in ("ttft_dense_s", "ttft_exact_s", "ttft_kvcomm_s")} == {2}
+        assert {len(agent[name]) for name in TTFT} == {2}
+        assert len(agent["read_along_tokens"]) == 2
         assert len(agent["audited"]) == len(agent["rungs"]) == len(agent["predicted"])
     assert app.run([*reuse_options, f"--load={tmp_path / 'anchors'}"]) == 0
     out = capsys.readouterr().out

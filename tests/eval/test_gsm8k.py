@@ -76,7 +76,7 @@ def arguments(tiny_folder: Path, tmp_path: Path) -> list[str]:
     ]
 
 
-MODES = "dense,exact,kvcomm,paper,cacheblend,epic,rotate,stock,stock_prefix"
+MODES = "dense,exact,along,kvcomm,heal,paper,cacheblend,epic,rotate,stock,stock_prefix"
 MOVING = ("kvcomm", "paper", "cacheblend", "epic", "rotate")
 
 
@@ -99,13 +99,13 @@ def test_every_mode(arguments: list[str], tmp_path: Path, capsys: pytest.Capture
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     modes = {each["mode"]: each for each in report["modes"]}
     assert list(modes) == MODES.split(",")
-    for name in ("exact", "stock", "stock_prefix"):
+    for name in ("exact", "along", "stock", "stock_prefix"):
         assert found[f"flips_{name}"] == 0, name
         assert modes[name]["damage"]["same"] == 1.0, name
         assert modes[name]["damage"]["mean_divergence"] < 1e-6, name
     assert modes["dense"]["reuse"]["tokens"]["exact"] == 0
     assert modes["stock"]["reuse"]["tokens"] == modes["dense"]["reuse"]["tokens"]
-    for name in ("exact", "stock_prefix"):
+    for name in ("exact", "along", "stock_prefix"):
         assert modes[name]["reuse"]["tokens"]["exact"] > 0, name
     for name in MOVING:
         reuse, damage = modes[name]["reuse"], modes[name]["damage"]
@@ -116,6 +116,8 @@ def test_every_mode(arguments: list[str], tmp_path: Path, capsys: pytest.Capture
         assert len(damage["key_errors"]) == 2, name
         assert len(damage["by_position"]) == 20, name
         assert damage["key_errors"][0] == pytest.approx(0, abs=1e-5), name
+    assert modes["heal"]["reuse"]["requests"]["moved"] == 4 * 2
+    assert modes["heal"]["damage"]["divergences"] == []
     assert modes["cacheblend"]["reuse"]["computed_share"] > modes["rotate"]["reuse"]["computed_share"]
     assert modes["kvcomm"]["damage"]["num_audited"] == 3 * 2
     assert modes["kvcomm"]["damage"]["violations"][0] == 0
@@ -301,7 +303,7 @@ def test_a_failure_ends_the_run_at_once(
 
 def test_wrong_arguments(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gsm8k.main([*arguments, "--modes=dense,magic"]) == 1
-    assert "unknown mode 'magic'; there are dense, exact, kvcomm, rotate" in capsys.readouterr().err
+    assert "unknown mode 'magic'; there are dense, exact, along, kvcomm, heal, rotate" in capsys.readouterr().err
     assert gsm8k.main([*arguments, f"--data={tmp_path / 'nothing'}"]) == 1
     assert "no such file or folder; give --data FILE or FOLDER" in capsys.readouterr().err
     assert gsm8k.main([*arguments, f"--data={tmp_path}"]) == 1

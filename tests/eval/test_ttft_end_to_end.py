@@ -1,4 +1,4 @@
-"""`python -m eval.ttft --setting end-to-end`: a small team on both sides, exact and with moved KV."""
+"""`python -m eval.ttft --setting end-to-end`: a small team on both sides, exact, read along and with moved KV."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from eval.ttft.end_to_end import WARM_UP_TOKENS, waiting_s
 from kvcomm.agents.results import AgentResult
 from kvcomm.align.calibration import Calibration
 from kvcomm.align.profile_file import READERS_FILE
+from kvcomm.engine.spare import Spare
 from kvcomm.reuse.cost import ReuseCost
 
 REFEREE = """
@@ -69,7 +70,7 @@ def figures_of(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     }
 
 
-def test_exact_reuse(
+def test_exact_and_along(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts: list[tuple[int, ...]] = []
@@ -91,21 +92,39 @@ def test_exact_reuse(
     # The referee comes last, wherever it stands in the team.
     assert all(len(prompts[at]) > max(len(prompts[at - 2]), len(prompts[at - 1])) for at in (2, 5, 8))
     assert found["same_prompts"] == found["same_answers"] == 1.0
-    assert 0 < found["reused"] < 1
-    assert found["moved"] == 0.0
-    assert found["computed_new"] > 0
-    assert found["end_to_end_speedup"] == found["end_to_end_speedup_exact"]
-    assert found["config"]["kvcomm"] == "exact prefixes"
+    assert found["config"]["ways"] == ["exact", "along"]
     assert found["config"]["questions"] == "questions.jsonl"
+    for way in ("exact", "along"):
+        assert 0 < found[f"{way}_reused"] < 1
+        assert found[f"{way}_moved"] == 0.0
+    assert found["exact_computed_new"] > 0
+    assert found["exact_read"] == 0.0
     samples = json.loads((tmp_path / "run.json").read_text())["samples"]
-    ratios = [stock / exact for stock, exact in zip(samples["exact_stock_s"], samples["exact_s"], strict=True)]
-    assert found["end_to_end_speedup"] == pytest.approx(sorted(ratios)[1])
-    (batched_s,) = samples["exact_batched_s"]
-    assert found["end_to_end_speedup_batched"] == pytest.approx(sum(samples["exact_stock_s"][:2]) / batched_s)
+    for way, name in (("exact", "end_to_end_speedup_exact"), ("along", "end_to_end_speedup")):
+        ratios = [stock / own for stock, own in zip(samples[f"{way}_stock_s"], samples[f"{way}_s"], strict=True)]
+        assert found[name] == pytest.approx(sorted(ratios)[1])
+    (batched_s,) = samples["along_batched_s"]
+    assert found["end_to_end_batched"] == pytest.approx(sum(samples["along_stock_s"][:2]) / batched_s)
     assert found["batched_per_question_s"] == pytest.approx(batched_s / 2)
-    for side in ("exact", "exact_stock"):
+    for side in ("exact", "exact_stock", "along", "along_stock"):
         for total, prefill in zip(samples[f"{side}_s"], samples[f"{side}_prefill_s"], strict=True):
             assert 0 < prefill < total
+    ratios = [one / other for one, other in zip(samples["followed_token_s"], samples["alone_token_s"], strict=True)]
+    assert found["follow_slowdown"] == pytest.approx(sorted(ratios)[1])
+    assert 0 <= found["followed_read"] <= 1
+
+
+def test_all_that_is_read_along_counts(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no end of time beside answers the last agent reads nearly all of its prompt before it is complete."""
+    monkeypatch.setattr(Spare, "num_rows", lambda self, num_answer_rows: 96)
+    assert run(tiny_folder, tmp_path, f"--data={questions(tmp_path, 2)}", "--repeats=2", "--in-flight=2") == 0
+    found = figures_of(capsys)
+    assert found["same_prompts"] == found["same_answers"] == 1.0
+    assert found["along_computed_read_along"] > 0
+    assert 0 < found["along_read"] < 1
+    assert found["followed_read"] > 0
 
 
 def test_moved_kv(
@@ -126,12 +145,12 @@ def test_moved_kv(
     assert "readers taken from" in again["notes"]
     assert "learning from " not in again["notes"]
     for found in (first, again):
-        assert found["moved"] > 0
-        assert found["computed_glue"] > 0
+        assert min(found["moved_moved"], found["healed_moved"]) > 0 == found["along_moved"]
+        assert found["moved_computed_glue"] > 0
         assert found["same_prompts"] == found["same_answers"] == 1.0
-        assert found["config"]["kvcomm"] == "exact prefixes and moved KV"
+        assert found["config"]["ways"] == ["exact", "along", "moved", "healed"]
     names = json.loads((tmp_path / "run.json").read_text())["samples"].keys()
-    assert {"exact_s", "exact_stock_s", "kvcomm_s", "kvcomm_stock_s", "kvcomm_batched_s"} <= names
+    assert {"exact_s", "along_s", "exact_stock_s", "moved_s", "moved_stock_s", "moved_batched_s"} <= names
 
 
 def test_too_few_questions_and_too_many_at_once(

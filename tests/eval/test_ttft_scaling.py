@@ -54,7 +54,7 @@ def test_curves(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert [row["agent"] for row in rows] == ["1", "2", "3", "4", "all"]
     assert report["config"]["longest_prompt"] == rows[3]["prompt tokens"] <= 511
     assert figures["aligned"] == 1.0
-    for way in ("dense", "exact", "kvcomm"):
+    for way in ("dense", "exact", "kvcomm", "along"):
         seconds = [row[f"{way} s"] for row in rows]
         assert seconds[4] == pytest.approx(sum(seconds[:4]))
         assert figures[f"exponent_{way}"] == pytest.approx(
@@ -62,6 +62,7 @@ def test_curves(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         )
         assert figures[f"exponent_agents_{way}"] == pytest.approx(power_law([2, 3, 4], np.cumsum(seconds[:4])[1:]))
     assert figures["agent4_speedup"] == pytest.approx(rows[3]["dense/kvcomm"])
+    assert figures["agent4_along"] == pytest.approx(rows[3]["dense/along"])
     assert figures["sum_speedup"] == pytest.approx(rows[4]["dense/kvcomm"])
 
 

@@ -1,4 +1,4 @@
-"""`python -m eval.ttft --setting table`: cells, those that do not fit, and what the three ways really compute."""
+"""`python -m eval.ttft --setting table`: cells, those that do not fit, and what every way really computes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 
 from eval.stock import Stock
 from eval.ttft import __main__ as ttft
+from eval.ttft import first_tokens
+from eval.ttft.along import num_left, read_along
 from kvcomm import Engine
 from kvcomm.engine.results import Completion
 
@@ -38,8 +40,10 @@ def test_cells(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (role, "64", agent) for role in ("16", "32") for agent in ("1", "2", "3", "all")
     ]
     for row in rows:
-        assert min(row["dense s"], row["exact s"], row["kvcomm s"]) > 0
+        assert min(row["dense s"], row["exact s"], row["kvcomm s"], row["along s"]) > 0
     assert rows[1]["prompt tokens"] - rows[0]["prompt tokens"] > 64
+    along = [figures["agent3_along_16_64"], figures["agent3_along_32_64"]]
+    assert [figures["agent3_along_least"], figures["agent3_along_most"]] == sorted(along)
     samples = json.loads((tmp_path / "run.json").read_text())["samples"]
     ratios = [d / k for d, k in zip(samples["16_64_dense_3_s"], samples["16_64_kvcomm_3_s"], strict=True)]
     assert figures["agent3_speedup_16_64"] == pytest.approx(sum(ratios) / 2)
@@ -56,15 +60,22 @@ def test_for_people(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
 def test_every_way_computes_what_it_says(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact requests find their role in the cache and nothing else; moved ones compute glue only; prompts are equal."""
     served: list[tuple[bool, list[int], Completion]] = []
+    along: list[Completion] = []
     dense: list[list[int]] = []
+    reading: list[Engine] = []
     generate, prefill_s = Engine.generate, Stock.prefill_s
 
     def spy(self: Engine, prompt: Any, *arguments: Any, **settings: Any) -> Completion:
         completion = generate(self, prompt, *arguments, **settings)
-        if "policy" in settings:
+        if "policy" in settings and not any(self is each for each in reading):
             tokens = [token for segment in prompt for token in segment.token_ids]
             served.append((settings.get("rung") is not None, tokens, completion))
         return completion
+
+    def spy_along(engine: Engine, prompt: Any, num_tokens_left: int) -> Completion:
+        reading.append(engine)
+        along.append(read_along(engine, prompt, num_tokens_left))
+        return along[-1]
 
     def spy_stock(self: Stock, prompt: Any, *, use_cache: bool) -> float:
         dense.append(list(prompt))
@@ -72,6 +83,7 @@ def test_every_way_computes_what_it_says(tiny_folder: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(Engine, "generate", spy)
     monkeypatch.setattr(Stock, "prefill_s", spy_stock)
+    monkeypatch.setattr(first_tokens, "read_along", spy_along)
     assert run(tiny_folder, tmp_path, f"--role-sizes={ROLE}", f"--output-sizes={OUTPUT}", "--repeats=1") == 0
 
     served = served[-6:]  # before them: two agents that warm up
@@ -84,6 +96,11 @@ def test_every_way_computes_what_it_says(tiny_folder: Path, tmp_path: Path, monk
         slots = QUESTION + agent * OUTPUT
         assert moved[2].usage.aligned_tokens == (slots if agent else 0)
         assert exact[2].usage.computed_tokens - moved[2].usage.computed_tokens == (slots if agent else 0)
+    (left,) = {num_left(completion.usage) for completion in along}
+    assert left == json.loads((tmp_path / "run.json").read_text())["config"]["num_left"]
+    for completion, prompt in zip(along[-2:], dense[-2:], strict=True):
+        assert completion.usage.exact_tokens == ROLE
+        assert completion.usage.read_along_tokens == len(prompt) - ROLE - left
 
 
 def test_one_agent(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,18 +90,23 @@ def test_text_moves_from_the_first_question_on(
     assert [(row["question"], row["way"], row["agent"]) for row in rows] == [
         (question, way, agent) for question in (1, 2) for way in Way for agent in AGENTS
     ]
-    dense, exact, moved = ([row for row in rows if row["way"] == way] for way in Way)
-    for one, other in zip(dense, exact, strict=True):
+    dense, exact, along, moved, healed = ([row for row in rows if row["way"] == way] for way in Way)
+    for one, other, third in zip(dense, exact, along, strict=True):
         assert (one["text"], one["prompt_tokens"]) == (other["text"], other["prompt_tokens"])
+        assert (one["text"], one["prompt_tokens"]) == (third["text"], third["prompt_tokens"])
+        assert other["read_along_tokens"] == 0 <= third["read_along_tokens"] <= third["computed_tokens"]
         assert one["reasons"] == {"cache_off": one["prompt_tokens"]}
         assert other["exact_tokens"] > 0.5 * other["prompt_tokens"]  # its role prompt at least
         assert other["aligned_tokens"] == 0
-    for row in moved:
+    for row in [*moved, *healed]:
         assert (row["aligned_tokens"] > 0) == (row["agent"] != "solver") == (row["rung"] is not None)
         assert row["exact_tokens"] + row["aligned_tokens"] + row["computed_tokens"] == row["prompt_tokens"]
 
     figures = {figure["id"]: figure["value"] for figure in value["figures"]}
     seconds = [sum(row["ttft_s"] for row in way) for way in (dense, exact, moved)]
+    assert figures["ttft_along_ratio"] == pytest.approx(seconds[0] / sum(row["ttft_s"] for row in along))
+    read, done = (sum(row[key] for row in along) for key in ("read_along_tokens", "computed_tokens"))
+    assert figures["read_share"] == pytest.approx(read / done)
     assert figures["ttft_ratio"] == pytest.approx(seconds[0] / seconds[1])
     assert figures["ttft_moved_ratio"] == pytest.approx(seconds[0] / seconds[2])
     assert figures["ttft_moved_over_exact"] == pytest.approx(seconds[1] / seconds[2])
@@ -175,11 +180,14 @@ def test_interrupt(demo: ModuleType, monkeypatch: pytest.MonkeyPatch, data: Path
 # -- what is told -----------------------------------------------------------------------------------------------------
 
 
-def result(name: str, *, ttft_s: float, exact: int = 0, moved: int = 0, reasons: Mapping[str, int] = {}) -> AgentResult:
+def result(
+    name: str, *, ttft_s: float, exact: int = 0, moved: int = 0, read: int = 0, reasons: Mapping[str, int] = {}
+) -> AgentResult:
     served = {} if not moved else {"approximation": ApproximationReport("r", "rotate", 0.0, 0.01, 0.0, None)}
     bound = BoundInForce(0.05, 0.1, Level.PRIOR if moved else None, 30 if moved else 0)
     computed = 100 - exact - moved
     usage = Usage(100, exact, moved, computed, 5, 0.0, ttft_s, ttft_s + 2.0, reasons, bound, **served)  # type: ignore[arg-type]
+    usage = replace(usage, read_along_tokens=read)
     return AgentResult(name, 1, "7", (1,), (), usage, "length", 0.0, 1.0)
 
 
@@ -191,7 +199,9 @@ def one_run(dense_s: float, exact_s: float, moved_s: float, moved: int, reasons:
     return {
         Way.DENSE: group(dense_s),
         Way.EXACT: group(exact_s, exact=20),
+        Way.ALONG: group(exact_s / 2, exact=20, read=20),
         Way.MOVED: group(moved_s, exact=20, moved=moved, reasons=reasons),
+        Way.HEALED: group(moved_s, exact=20, moved=moved, reasons=reasons),
     }
 
 
@@ -202,6 +212,8 @@ def report_of(report: ModuleType, *runs: Results, audited: list[float]) -> Any:
             agent.usages.append(run[Way.MOVED][agent.agent].usage)
             agent.dense_s.append(run[Way.DENSE][agent.agent].usage.ttft_s)
             agent.exact_s.append(run[Way.EXACT][agent.agent].usage.ttft_s)
+            agent.along_s.append(run[Way.ALONG][agent.agent].usage.ttft_s)
+            agent.healed_s.append(run[Way.HEALED][agent.agent].usage.ttft_s)
     agents[1].audited += audited
     return report.Report(runs, agents, ReusePolicy(max_divergence=0.05, confidence=0.9))
 
@@ -214,13 +226,17 @@ def test_figures_and_sentence(report: ModuleType) -> None:
     assert figures["ttft_moved_ratio"]["spread"] == pytest.approx((5, 7))  # quartiles of 4 and 8
     assert figures["ttft_moved_over_exact"]["value"] == 2.5
     assert figures["ttft_ratio"]["value"] == 2.4
+    assert figures["ttft_along_ratio"]["value"] == 4.8
+    assert figures["read_share"]["value"] == pytest.approx(40 / 240)
     assert figures["not_computed_share"]["value"] == pytest.approx((60 + 90 + 60 + 70) / 400)
     assert (figures["violations"]["value"], figures["prompts_audited"]["value"]) == (1, 2)
     assert report.sentence(found) == (
         "On moved KV the first tokens of this team come 6.0 times as fast as without a cache and 2.5 times as fast as "
         "with exact prefixes: 1 of 1 readers moved text out of other prompts, so that 70% of all prompt tokens were "
         "not computed, under a bound of 0.05 nats in 90% of cases that rests on at least 30 measured prompts that "
-        "ship with the model; audits of 2 of 2 moved prompts found 0.0400 nats on average, 1 above the bound."
+        "ship with the model; audits of 2 of 2 moved prompts found 0.0400 nats on average, 1 above the bound. "
+        "Read along, the first tokens of this team come 4.8 times as fast as without a cache, with the same answers: "
+        "17% of what agents computed of their prompts was done while others answered."
     )
 
 
@@ -249,6 +265,7 @@ def test_the_picture_fits_and_reads_well_without_colors(report: ModuleType, widt
     for symbol, name in zip(symbols, ("exact", "moved", "computed"), strict=True):
         assert f"{symbol} {name}" in head or width == 30
     assert [line.split()[0] for line in (a, b, team)] == ["a", "b", "team"]
+    assert head.startswith("moved KV ")
     bar = b.split()[-1]
     assert (" 20 " in b and " 70 " in b and " 10 " in b) == (width >= 58)
     assert re.fullmatch(f"{re.escape(symbols.exact)}+{re.escape(symbols.moved)}+{re.escape(symbols.computed)}+", bar)
@@ -256,18 +273,28 @@ def test_the_picture_fits_and_reads_well_without_colors(report: ModuleType, widt
     assert not letters or "".join((head, a, b, team)).isascii()
 
 
-@pytest.mark.parametrize("width", [47, 78, 79, 120])
+def test_what_was_read_along_has_a_picture_of_its_own(report: ModuleType) -> None:
+    found = report_of(report, one_run(4, 2, 1, 70), audited=[])
+    head, a, b, team = (line.plain for line in report.picture(found, 80, report.LETTERS, Way.ALONG))
+    assert head.startswith("read along ")
+    assert all(legend in head for legend in ("# exact", "= along", ". computed"))
+    assert a.split()[1:4] == ["60", "0", "40"]
+    assert b.split()[1:4] == ["20", "20", "60"]
+    assert team.split()[1:4] == ["80", "20", "100"]
+
+
+@pytest.mark.parametrize("width", [50, 78, 79, 120])
 def test_the_table_fits(report: ModuleType, width: int) -> None:
     found = report_of(report, one_run(4, 2, 1, 70), one_run(8, 3, 1, 0), audited=[0.01])
     console = Console(width=width, record=True, no_color=True, file=sys.stderr)
     console.print(report.seconds_table(found, width))
     head, a, b, team = (line.split() for line in console.export_text().splitlines())
-    told = ["first", "token", "no", "cache", "exact", "prefixes", "moved", "KV"]
+    told = ["first", "token,", "s", "dense", "exact", "along", "moved", "healed"]
     more = ["moved", "in", "expected", "audited"] if width >= 79 else []
     assert head == told + more
-    assert a == ["a", "6.00", "s", "2.50", "s", "1.00", "s"] + (["reads", "first"] if more else [])
-    assert b == ["b", "6.00", "s", "2.50", "s", "1.00", "s"] + (["1", "of", "2", "0.0100", "0.0100"] if more else [])
-    assert team == ["team", "12.00", "s", "5.00", "s", "2.00", "s"]
+    assert a == ["a", "6.00", "2.50", "1.25", "1.00", "1.00"] + (["first"] if more else [])
+    assert b == ["b", "6.00", "2.50", "1.25", "1.00", "1.00"] + (["1", "of", "2", "0.0100", "0.0100"] if more else [])
+    assert team == ["team", "12.00", "5.00", "2.50", "2.00", "2.00"]
 
 
 @example(counts=(1.0, 1.0, 1e-9), width=3)  # two that are rounded up left nothing of one of them
