@@ -29,6 +29,7 @@ from kvcomm.engine.engine import Engine
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.engine.spare import Spare
 from kvcomm.errors import PoolTooSmall, PromptTooLong
+from kvcomm.model.loading import LoadedModel
 from tests.agents.teams import reading_teams
 from tests.agents.tiny_engine import make_engine
 from tests.limits import wait_for
@@ -214,3 +215,19 @@ def test_agents_with_nothing_spare(monkeypatch: pytest.MonkeyPatch, engine: Engi
             if isinstance(event, AgentFinished):
                 answers[event.agent] = event.result.usage
     assert answers["critic"].reasons.get("no_spare", 0) > 0
+
+
+def test_a_chain_of_the_real_model(smollm2: LoadedModel) -> None:
+    """Each agent is asked for what the one before has just written, and says what it says without reading along."""
+    sampling = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    agents = [
+        Agent("solver", system="You solve problems.", prompt="{question}", sampling=sampling),
+        Agent("critic", system="You check what others say.", prompt="{question} They say: {solver}", sampling=sampling),
+    ]
+    with Engine(smollm2.model, smollm2.tokenizer, weights_id=smollm2.weights_digest) as engine:
+        found = group_of(engine, *agents).run(question="What is 17 times 4?")
+        engine.clear_cache()
+        wanted = group_of(engine, *agents, read_along=False).run(question="What is 17 times 4?")
+        assert said(found) == said(wanted)
+        assert found["critic"].usage.read_along_tokens > 0
+        require_nothing_left(engine)
