@@ -36,8 +36,8 @@ class EngineConfig:
         max_batch_tokens: tokens computed in one step at most; a longer prompt is prefilled in chunks.
         prefill_chunk: prompt tokens in a step in which other requests decode, so that their streams go on.
         max_running: requests that are computed at the same time at most.
-        draft_rows: a step that decodes fewer answers than this is filled up with guesses at their next tokens, which
-            change no answer; 0: no guesses. On CPU 8 rows take about a third longer than one.
+        draft_rows: a step that decodes fewer answers than this may be filled up with guesses at their next tokens, as
+            many as are expected to pay on this machine; they change no answer. 0: no guesses.
         attention: "auto", "torch" or "triton".
         cache_ttl_s: seconds after which an unused cached prefix is dropped; None: only when pages are needed.
         anchor_bytes: of offsets that one edge keeps at most.

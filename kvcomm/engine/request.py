@@ -46,6 +46,7 @@ class Branch:
         token_ids: as drawn; what the answer keeps of them is the detokenizer's to say.
         end_logprob: of the end token that was drawn behind them.
         num_guessed: tokens of the answer that a step had guessed right beforehand.
+        num_matched: repeated tokens that stood before the guesses of the last step.
         num_told: drawn tokens of which the caller has been given the log-probability.
     """
 
@@ -60,6 +61,7 @@ class Branch:
     finish_reason: str | None = None
     end_logprob: TokenLogprob | None = None
     num_guessed: int = 0
+    num_matched: int = 0
     num_told: int = 0
 
     def __post_init__(self) -> None:

@@ -31,7 +31,8 @@ from kvcomm.config import EngineConfig
 from kvcomm.engine.adapters import Adapters, Turns
 from kvcomm.engine.grammar_state import GrammarState
 from kvcomm.engine.grammar_turns import STEP_S, left_out, look
-from kvcomm.engine.guesses import repeated
+from kvcomm.engine.guess_gain import GuessGain
+from kvcomm.engine.guesses import CERTAIN, MAX_MATCH, Found, repeated
 from kvcomm.engine.healing_work import HealingWork, is_of_twin
 from kvcomm.engine.open_prompt import Reading
 from kvcomm.engine.passes import Computed, Failure, Work, compute
@@ -53,7 +54,6 @@ from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
-from kvcomm.model.attention.contract import IntArray
 from kvcomm.model.live import Weights
 from kvcomm.model.runner import ModelRunner, Run
 from kvcomm.reuse.attempt import Attempt, Stage, ToCompute
@@ -125,6 +125,7 @@ class Scheduler:
         self._reclaim = reclaim
         self._healing = HealingWork(memory)
         self._spare = Spare(config.follow_share)
+        self._gain = GuessGain()
         self.read_along = ReadAlong(
             memory, config, self._spare, require_weights=self._require_closely, require_quota=require_quota
         )
@@ -239,8 +240,14 @@ class Scheduler:
         with self.lock:
             self._tiering.computed(batch, seconds)
             if not failures:
-                self._spare.passed(*_num_rows(batch), seconds)
+                self._timed(_num_rows(batch), seconds)
             self._commit(drawable, failures)
+
+    def _timed(self, rows: _Rows, seconds: float) -> None:
+        """Learn from what a pass has taken: what is spare beside answers, and what guesses are worth."""
+        self._spare.passed(*rows, seconds)
+        if rows.answers and not rows.prompts and not rows.beside:
+            self._gain.passed(rows.answers, seconds)
 
     @contextmanager
     def _on_behalf_of(self, request: Request) -> Iterator[None]:
@@ -516,33 +523,37 @@ class Scheduler:
             waiting = left_out(branch.grammar for _, branch in answers if branch.grammar and not branch.forced)
             answers = [(request, branch) for request, branch in answers if branch.grammar not in waiting]
             self._has_left_out = self._has_left_out or bool(waiting)
-        num_spare = self._config.draft_rows - len(answers)
-        for index, (request, branch) in enumerate(answers):
+        found = [self._found(request, branch) for request, branch in answers]
+        num_rows = self._config.draft_rows - len(answers)
+        shares = self._gain.shares([(each.num_matched, len(each.token_ids)) for each in found], num_rows)
+        for (request, branch), each, num_guesses in zip(answers, found, shares, strict=True):
             if request.handle.done:
-                continue  # another choice of it has failed just now
+                continue  # it, or another choice of it, has failed just now
             with self._on_behalf_of(request):
                 sequence = branch.sequence
                 if self._can_write(request, sequence, sequence.num_tokens, stuck):
-                    # The first guesses at an answer are right most often, so all answers have their share.
-                    guesses = self._guesses(request, branch, math.ceil(num_spare / (len(answers) - index)))
-                    num_spare -= len(guesses)
+                    guesses, branch.num_matched = each.token_ids[:num_guesses], each.num_matched
                     run = _run(sequence, sequence.num_computed, sequence.num_tokens, num_logits=1 + len(guesses))
                     run = run._replace(token_ids=np.concatenate([run.token_ids, guesses]))
                     batch.append(Work(request, branch, sequence, (run,)))
         return batch
 
-    def _guesses(self, request: Request, branch: Branch, num_rows: int) -> IntArray:
+    def _found(self, request: Request, branch: Branch) -> Found:
         """Guesses at the next tokens of a choice: those its answer may still have, within the pages it owns."""
         num_wanted = request.sampling.max_new_tokens - len(branch.token_ids) - 1
         num_slots = branch.sequence.num_pages * self._pool.page_size - branch.sequence.num_tokens
-        num = min(num_rows, num_wanted, num_slots)
+        num = max(0, min(self._config.draft_rows, num_wanted, num_slots))
         if (num_moved := self._healing.num_guesses(request, branch)) is not None:
-            num = min(num, num_moved)
+            num = max(0, min(num, num_moved))
         if branch.forced:  # these are none: they will come
-            return np.array(list(branch.forced)[: max(0, num)], dtype=np.int32)
+            return Found(np.array(list(branch.forced)[:num], dtype=np.int32), CERTAIN)
         if branch.grammar is not None and branch.grammar.is_dear:
             num = 0  # behind each that is right it would be asked once more
-        return branch.allowed(repeated(branch.sequence.token_ids, num))
+        found = repeated(branch.sequence.token_ids, num)
+        allowed = found.token_ids[:0]
+        with self._on_behalf_of(request):
+            allowed = branch.allowed(found.token_ids)
+        return found._replace(token_ids=allowed)
 
     def _awaited_work(self, request: Request, budget: int, stuck: list[Request]) -> Work | None:
         """What comes next of a prompt, or of the exact twin that an answer waits for."""
@@ -641,7 +652,13 @@ class Scheduler:
 
     def _decoded(self, work: Work, request: Request, branch: Branch, logits: Tensor, finite: AnySequence[bool]) -> None:
         """Draw the next token of a choice, and behind every guess that equals what was drawn one more."""
-        run, sequence = work.runs[0], work.sequence
+        num_right = self._draw(work, request, branch, logits, finite)
+        if branch.finish_reason is None and 0 < branch.num_matched <= MAX_MATCH:
+            self._gain.tried(branch.num_matched, len(finite) - 1, num_right)
+
+    def _draw(self, work: Work, request: Request, branch: Branch, logits: Tensor, finite: AnySequence[bool]) -> int:
+        """Draw as far as guesses are right; returns how many were."""
+        run, sequence, num_right = work.runs[0], work.sequence, 0
         num_before = run.end - len(finite)  # tokens that were forced, and of which nobody wants to know the next
         for index, is_finite in enumerate(finite):
             end = num_before + index + 1
@@ -650,13 +667,15 @@ class Scheduler:
                     branch.finish_reason is not None
                     or sequence.token_ids[end - 1] != run.token_ids[end - 1 - run.start]
                 ):
-                    return
+                    break
                 branch.num_guessed += 1
+                num_right += 1
             sequence.count(end)
             if not is_finite:
                 raise _not_finite(request, end)
             if end == sequence.num_tokens:  # else what comes next is known: it was forced by what was just drawn
                 self._accept(request, branch, logits[index])
+        return num_right
 
     def _healed(self, work: Work, request: Request, logits: Tensor, finite: AnySequence[bool]) -> None:
         """Count what was computed of an exact twin; where that was its last, its request goes on with it."""

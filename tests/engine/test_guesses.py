@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcomm.engine.engine import Engine
-from kvcomm.engine.guesses import MAX_MATCH, repeated
+from kvcomm.engine.guess_gain import GuessGain
+from kvcomm.engine.guesses import MAX_MATCH, Found, repeated
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.model.attention.contract import IntArray
 from kvcomm.model.runner import Run, Watch
@@ -56,7 +57,7 @@ def naive(token_ids: list[int], num: int) -> list[int]:
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(0, 6))
 def test_the_latest_longest_match_is_continued(token_ids: list[int], num: int) -> None:
-    assert repeated(np.array(token_ids, dtype=np.int32), num).tolist() == naive(token_ids, num)
+    assert repeated(np.array(token_ids, dtype=np.int32), num).token_ids.tolist() == naive(token_ids, num)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -87,11 +88,12 @@ def test_right_guesses_save_their_passes(
         passes.append(sum(len(run.token_ids) for run in runs))
         return forward(runs, watch=watch)
 
-    def knowing(token_ids: IntArray, num: int) -> IntArray:
+    def knowing(token_ids: IntArray, num: int) -> Found:
         known = len(token_ids) - len(prompt)
-        return np.array(answer[known : known + num], dtype=np.int32)
+        return Found(np.array(answer[known : known + num], dtype=np.int32), MAX_MATCH)
 
     monkeypatch.setattr(runner, "forward", counted)
+    monkeypatch.setattr(GuessGain, "row_cost", 0.01)  # not what the clock says
     monkeypatch.setattr("kvcomm.engine.scheduler.repeated", knowing)
     completion = engine.generate(prompt, GREEDY)
     assert list(completion.token_ids) == answer
@@ -111,7 +113,10 @@ def test_answers_have_equal_shares_of_the_guesses(
         return forward(runs, watch=watch)
 
     monkeypatch.setattr(runner, "forward", counted)
-    monkeypatch.setattr("kvcomm.engine.scheduler.repeated", lambda token_ids, num: np.zeros(num, dtype=np.int32))
+    monkeypatch.setattr(GuessGain, "row_cost", 0.01)  # not what the clock says
+    monkeypatch.setattr(
+        "kvcomm.engine.scheduler.repeated", lambda token_ids, num: Found(np.zeros(num, dtype=np.int32), MAX_MATCH)
+    )
     engine.generate(some_tokens(36), replace(GREEDY, n=3))
     assert passes[1] == [3, 3, 2]
 
