@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 EPILOG = (
     "Examples: kvcomm bench serve; kvcomm bench serve --dataset-name multi-turn --turns 6 --json; "
     "kvcomm bench serve --dataset-name agentic --dataset-path sessions.jsonl.gz --num-prompts 100; "
+    "kvcomm bench serve --dataset-name teams --branches 3; "
     "kvcomm bench serve --url http://127.0.0.1:8000 --max-concurrency 8"
 )
 
@@ -60,7 +61,8 @@ def serve_command(
     ] = None,
     num_prompts: Annotated[int, typer.Option("--num-prompts", min=1, metavar="N", help="Requests.")] = 200,
     max_concurrency: Annotated[
-        int, typer.Option("--max-concurrency", min=1, metavar="N", help="Requests open at once: clients.")
+        int,
+        typer.Option("--max-concurrency", min=1, metavar="N", help="Requests open at once: clients; of teams, teams."),
     ] = 16,
     request_rate: Annotated[
         float | None,
@@ -120,7 +122,9 @@ def serve_command(
 
     shape = Shape(num_prompts, prefix_len, input_len, output_len, num_prefixes, turns, branches, seed)
     if dataset_name is Dataset.TEAMS:
-        _teams(shape, along_pairs, max_concurrency, request_rate, url=url, key=key, model=model, as_json=as_json)
+        if dataset_path is not None or request_rate is not None:
+            raise InvalidRequest("teams are made up and all there from the start: no --dataset-path, no --request-rate")
+        _teams(shape, along_pairs, max_concurrency, url=url, key=key, model=model, as_json=as_json)
         return
     replay = Replay(dataset_path, block_len, max_input_len, slowdown_factor)
     sessions = _sessions(dataset_name, shape, replay, request_rate)
@@ -154,7 +158,6 @@ def _teams(
     shape: Shape,
     num_pairs: int,
     concurrency: int,
-    rate: float | None,
     *,
     url: str | None,
     key: str | None,
@@ -162,10 +165,9 @@ def _teams(
     as_json: bool,
 ) -> None:
     """Teams that read along, and such that wait."""
-    from kvcomm.lab.load.teams import measure_along
+    from kvcomm.lab.load.teams import measure_along, teams
 
-    if rate is not None:
-        raise InvalidRequest("--request-rate does not go with teams, which are all there from the start")
+    list(teams(shape))  # what is wrong with it is told before a server is started
     with Console(stderr=True).status("starting a server") as status, _client(url, key, model) as client:
         figures = measure_along(client, shape, num_pairs=num_pairs, concurrency=concurrency, tell=status.update)
     config = {

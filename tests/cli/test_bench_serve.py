@@ -71,6 +71,14 @@ def test_workloads(
     assert "output_throughput" in capsys.readouterr().out
 
 
+def test_teams(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "serve", f"--url={url}", *SIZES, "--num-prompts=4", "--dataset-name=teams", "--along-pairs=1"]
+    assert app.run([*command, "--json"]) == 0
+    values = figures(capsys)
+    assert values["requests"] == 2 * 4
+    assert {"along_load_cost", "along_team_speedup", "read_along_share"} <= values.keys()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -79,6 +87,9 @@ def test_workloads(
         (["--dataset-name=mooncake", "--dataset-path=/nowhere/x.jsonl"], "/nowhere/x.jsonl"),
         (["--dataset-name=mooncake", "--dataset-path={agentic}"], "is a trace of the format agentic, not mooncake"),
         (["--dataset-name=fan-out", "--num-prompts=2"], "2 requests are too few"),
+        (["--dataset-name=teams", "--num-prompts=2"], "2 requests are too few for one team"),
+        (["--dataset-name=teams", "--request-rate=2"], "no --request-rate"),
+        (["--dataset-name=teams", "--dataset-path=x.jsonl"], "no --dataset-path"),
         (["--url=nonsense"], "'nonsense' is no URL"),
     ],
 )

@@ -28,6 +28,8 @@ from eval.engine_faults.values import REFUSED, SPECIAL, TAKEN, resolve
 from kvcomm import Engine, SamplingParams
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.loop import EngineLoop
+from kvcomm.engine.open_prompt import Followed as EngineFollowed
+from kvcomm.engine.open_prompt import Known
 from kvcomm.engine.sampling import Sampler
 from kvcomm.engine.scheduler import Scheduler
 from kvcomm.model.live import LiveWeights
@@ -114,6 +116,58 @@ def test_another_adapter_than_the_one_named_is_noticed(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Engine, "submit", without_adapter)
     assert kinds(found(runner, named)) == {(Harm.WRONG, "an answer differs")}
+
+
+def team(**settings: Any) -> Operation:
+    """One that is asked, two that follow it, and one that follows those."""
+    roles, behind = ([{"ids": list(range(start, start + 12))} for start in starts] for starts in ((60, 90), (120, 150)))
+    told = {"keep": "all", "leaves": "nobody", "is_hurried": False, "roles": roles, "behind": behind}
+    sampling = {"max_new_tokens": 12, "ignore_eos": True}
+    return Operation("team", {"which": 0, "prompt": PROMPT, "tenant": "a", "sampling": sampling, **told, **settings})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"keep": "but last"},
+        {"keep": "nothing"},
+        {"keep": "fails"},
+        {"leaves": "producer"},
+        {"leaves": "reader"},
+        {"is_hurried": True},
+        {"sampling": {"max_new_tokens": 12, "stop": ["e", "a", "0", " "]}},
+    ],
+)
+def test_teams_answer_as_cold_runs_do(runner: Runner, settings: dict[str, Any]) -> None:
+    findings = found(runner, [team(**settings), team(**settings), CHECK])
+    assert findings.all == []
+    assert findings.counts["compared"] >= 2
+    if not settings:
+        assert findings.counts["followers"] == 6
+
+
+def test_a_follower_that_reads_something_else_is_noticed(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = EngineFollowed.look
+
+    def shorter(self: EngineFollowed) -> Known:
+        known = look(self)
+        return known._replace(token_ids=known.token_ids[:-1]) if known.is_final else known
+
+    monkeypatch.setattr(EngineFollowed, "look", shorter)
+    assert (Harm.WRONG, "usage does not add up") in kinds(found(runner, [team(), CHECK]))
+
+
+def test_a_source_of_another_tenant_that_is_taken_is_noticed(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Operation("open", {**team().settings, "tenant": "b"})
+    follow = Operation("follow", {"which": 0, "other": 0, "keep": "all"})
+    asked = Operation("submit", {"prompt": PROMPT, "tenant": "a", "sampling": {"max_new_tokens": 4}})
+    findings = found(runner, [asked, opened, follow, CHECK])
+    assert findings.all == []
+    assert findings.counts["sources refused"] == 1
+    monkeypatch.setattr(Engine, "require_followable", lambda self, reading, source: None)
+    seen = kinds(found(runner, [asked, opened, follow, CHECK]))
+    assert seen == {(Harm.WRONG, "a source was taken that must be refused")}
 
 
 def test_leaked_pages_are_noticed(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
