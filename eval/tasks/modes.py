@@ -90,11 +90,20 @@ def make_modes(names: str, policy: ReusePolicy) -> list[Mode]:
     """The modes of a comma-separated list; dense, to which all others are compared, always comes first.
 
     Raises:
-        InvalidRequest: an unknown one; lists the known ones.
+        InvalidRequest: an unknown one; lists the known ones. One that heals beside others that move text: what it
+            leaves is exact, and they would take it from there.
     """
     wanted = list(dict.fromkeys([DENSE, *(name.strip() for name in names.split(",") if name.strip())]))
     if unknown := [name for name in wanted if name not in MODES]:
         raise InvalidRequest(f"unknown mode {unknown[0]!r}; there are {', '.join(MODES)}")
     exact = ReusePolicy.exact()
     own = {KVCOMM: Mode(KVCOMM, policy), HEAL: Mode(HEAL, replace(policy, heal=True))}
-    return [own.get(name) or Mode(name, exact, METHODS.get(name)) for name in wanted]
+    modes = [own.get(name) or Mode(name, exact, METHODS.get(name)) for name in wanted]
+    moving = [mode.name for mode in modes if mode.moves]
+    if HEAL in moving and len(moving) > 1:
+        others = ",".join(name for name in wanted if name != HEAL)
+        raise InvalidRequest(
+            f"{HEAL} leaves exact KV where {moving[0] if moving[0] != HEAL else moving[1]} moves it; run --modes "
+            f"{others} and then --modes {HEAL} with the same --out, which adds it"
+        )
+    return modes
