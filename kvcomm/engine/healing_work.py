@@ -106,9 +106,13 @@ class HealingWork:
         num_tokens = min(_end(request), request.sequence.num_tokens - (not draws))
         return self._work(request, num_tokens, budget, branch if draws else None)
 
+    def wants_more(self, request: Request) -> bool:
+        """Whether more of its twin would be computed beside answers."""
+        return _is_begun(request) and not self.is_awaited(request)
+
     def spare_work(self, request: Request, budget: int) -> Work | None:
         """What is worth computing beside answers of a twin that is not awaited yet; None: nothing."""
-        if not _is_begun(request) or self.is_awaited(request):
+        if not self.wants_more(request):
             return None
         assert request.healing is not None
         # The last token is the answer's to compute: with it comes the next one.

@@ -71,6 +71,11 @@ class ReadAlong:
         return self._is_touched or any(self._wants(each) or overdue(each) is not None for each in self.readings)
 
     @property
+    def wants_more(self) -> bool:
+        """Whether anything would be read, or will be as soon as an answer goes on."""
+        return any(self._may_read(each) and (each.num_unread > 0 or each.is_waiting) for each in self._readings)
+
+    @property
     def next_due_s(self) -> float | None:
         """Seconds until the next one has been open for too long; None: there is none. Safe to call without the lock."""
         due = [each.due_s for each in self.readings if not each.is_begun]
@@ -245,9 +250,11 @@ class ReadAlong:
 
     def _wants(self, reading: Reading) -> bool:
         """Whether there is something to read, and room for it as far as is known."""
+        return reading.num_unread > 0 and self._may_read(reading)
+
+    def _may_read(self, reading: Reading) -> bool:
         is_stuck = reading.has_no_room is not None and self._pool.num_free <= reading.has_no_room
-        is_ended = reading.is_begun or reading.is_over or reading.is_spoiled or reading.is_cancelled
-        return reading.num_unread > 0 and not is_ended and not is_stuck
+        return not (reading.is_begun or reading.is_over or reading.is_spoiled or reading.is_cancelled or is_stuck)
 
     def _is_in_flight(self, reading: Reading, others: Iterable[Reading]) -> bool:
         """Whether another one is about to leave at least a page in the tree that this one could share."""

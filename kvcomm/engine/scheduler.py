@@ -245,7 +245,8 @@ class Scheduler:
 
     def _timed(self, rows: _Rows, seconds: float) -> None:
         """Learn from what a pass has taken: what is spare beside answers, and what guesses are worth."""
-        self._spare.passed(*rows, seconds)
+        is_wanted = self.read_along.wants_more or any(map(self._healing.wants_more, self._running))
+        self._spare.passed(*rows, seconds, is_wanted=is_wanted)
         if rows.answers and not rows.prompts and not rows.beside:
             self._gain.passed(rows.answers, seconds)
 

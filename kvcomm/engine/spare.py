@@ -1,9 +1,10 @@
 """What answers in progress leave of a step, measured while the engine works.
 
-Rows beside answers cost time that the answers feel. A share of their time may go there, and no more: every pass over
-answers alone earns some, every pass with rows beside them is held against the pace of such passes and pays what it took
-longer. So answers keep their pace whatever the machine, the model and the number of rows make of it, and where nothing
-is earned nothing is spent.
+Rows beside answers cost time that the answers feel. A share of their time may go there, and no more: while something
+waits to be computed beside them, every pass over answers alone earns some, and every pass with rows beside them is held
+against the pace of such passes and pays what it took longer. So answers keep their pace whatever the machine, the model
+and the number of rows make of it, and where nothing is earned nothing is spent. What answers took while nothing waited
+earns nothing: those that are followed would pay for it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,6 @@ MIN_PROMPT_ROWS = 32
 
 MAX_ROWS = 96
 """Beside answers in one pass: what has been earned over a long time is not spent in one stall."""
-
-MAX_SAVED_S = 1.0
-"""Of earned time: what nobody needed is gone."""
 
 MIN_CHUNK = 16
 """Rows of one prompt that are worth a pass with more than the answers' rows."""
@@ -39,11 +37,14 @@ class Spare:
         self._dearer = 1.0  # times as long as that a row takes beside answers
         self._paces: dict[int, float] = {}  # seconds of a pass by the number of answers' rows, without others
 
-    def passed(self, num_answer_rows: int, num_prompt_rows: int, num_beside: int, seconds: float) -> None:
+    def passed(
+        self, num_answer_rows: int, num_prompt_rows: int, num_beside: int, seconds: float, *, is_wanted: bool
+    ) -> None:
         """A pass has taken so long.
 
         Args:
             num_beside: rows of open prompts and of healing.
+            is_wanted: whether more rows would have been computed beside the answers, had there been time.
         """
         if not num_answer_rows:
             num_rows = num_prompt_rows + num_beside
@@ -51,7 +52,10 @@ class Spare:
                 self._row_s = _smoothed(self._row_s, seconds / num_rows)
         elif not num_beside and not num_prompt_rows:
             self._paces[num_answer_rows] = _smoothed(self._paces.get(num_answer_rows), seconds)
-            self._earn(seconds)
+            if is_wanted:
+                self._earn(seconds)
+            else:
+                self.saved_s = min(0.0, self.saved_s)
         elif num_beside and not num_prompt_rows and (pace_s := self._pace_s(num_answer_rows)) is not None:
             extra_s = max(0.0, seconds - pace_s)
             self._earn(pace_s)
@@ -67,7 +71,9 @@ class Spare:
         return max(0, min(MAX_ROWS, int(self.saved_s / row_s)))
 
     def _earn(self, seconds: float) -> None:
-        self.saved_s = min(MAX_SAVED_S, self.saved_s + self.share * seconds)
+        """No more than the largest chunk takes: what could not be spent is gone."""
+        most_s = MAX_ROWS * (self._row_s or 0.0) * max(self._dearer, 1.0)
+        self.saved_s = min(most_s, self.saved_s + self.share * seconds)
 
     def _pace_s(self, num_answer_rows: int) -> float | None:
         """Seconds of a pass over answers alone; of the most alike one where this many rows were not seen yet."""

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcomm.engine.spare import MAX_ROWS, MAX_SAVED_S, Spare
+from kvcomm.engine.spare import MAX_ROWS, Spare
 
 
 def made(share: float = 0.1) -> Spare:
-    """With a prompt seen of 2 ms a row, and answers of 50 ms a pass."""
+    """With a prompt seen of 2 ms a row, and answers of 50 ms a pass, beside which something waits."""
     spare = Spare(share)
-    spare.passed(0, 100, 0, 0.2)
-    spare.passed(1, 0, 0, 0.05)
+    spare.passed(0, 100, 0, 0.2, is_wanted=True)
+    spare.passed(1, 0, 0, 0.05, is_wanted=True)
     return spare
 
 
@@ -23,19 +23,31 @@ def test_nothing_is_spare_before_anything_was_measured() -> None:
 
 def test_rows_are_earned_by_answers_and_paid_for() -> None:
     spare = made()
-    for _ in range(39):
-        spare.passed(1, 0, 0, 0.05)
-    assert spare.saved_s == pytest.approx(0.2)
-    assert spare.num_rows(1) == pytest.approx(100, abs=5) or spare.num_rows(1) == MAX_ROWS
-    spare.passed(1, 0, 60, 0.05 + 0.12)
-    assert spare.saved_s == pytest.approx(0.2 + 0.005 - 0.12)
+    for _ in range(19):
+        spare.passed(1, 0, 0, 0.05, is_wanted=True)
+    assert spare.saved_s == pytest.approx(0.1)
+    assert spare.num_rows(1) in (49, 50)
+    spare.passed(1, 0, 45, 0.05 + 0.09, is_wanted=True)
+    assert spare.saved_s == pytest.approx(0.1 + 0.005 - 0.09)
+
+
+def test_nothing_is_earned_while_nothing_waits() -> None:
+    """Else the answers that are followed would pay for those that are not."""
+    spare = made()
+    for _ in range(100):
+        spare.passed(1, 0, 0, 0.05, is_wanted=False)
+    assert spare.saved_s == 0.0
+    spare.passed(1, 0, 30, 0.2, is_wanted=True)
+    debt = spare.saved_s
+    spare.passed(1, 0, 0, 0.05, is_wanted=False)
+    assert spare.saved_s == debt < 0
 
 
 def test_rows_that_turn_out_dearer_are_fewer() -> None:
     cheap, dear = made(), made()
     for spare, seconds in ((cheap, 0.06), (dear, 0.25)):
         for _ in range(20):
-            spare.passed(1, 0, 10, seconds)
+            spare.passed(1, 0, 10, seconds, is_wanted=True)
         spare.saved_s = 0.1
     assert dear.num_rows(1) < cheap.num_rows(1)
 
@@ -47,8 +59,9 @@ def test_a_share_of_nothing_leaves_nothing() -> None:
 def test_what_is_earned_is_not_saved_for_ever() -> None:
     spare = made()
     for _ in range(10_000):
-        spare.passed(1, 0, 0, 0.05)
-    assert spare.saved_s == MAX_SAVED_S
+        spare.passed(1, 0, 0, 0.05, is_wanted=True)
+    assert spare.num_rows(1) == MAX_ROWS
+    assert spare.saved_s == pytest.approx(MAX_ROWS * 0.002)
 
 
 @given(
@@ -60,7 +73,7 @@ def test_answers_are_slowed_by_no_more_than_the_share(share: float, passes: list
     spare = made(share)
     answers_s = extra_s = largest_s = 0.0
     for pace_s, row_s in passes:
-        spare.passed(1, 0, 0, pace_s)
+        spare.passed(1, 0, 0, pace_s, is_wanted=True)
         answers_s += pace_s
         num_rows = spare.num_rows(1)
         if num_rows:
@@ -70,5 +83,5 @@ def test_answers_are_slowed_by_no_more_than_the_share(share: float, passes: list
             answers_s += known_s
             largest_s = max(largest_s, num_rows * row_s)
             extra_s += num_rows * row_s
-            spare.passed(1, 0, num_rows, known_s + num_rows * row_s)
+            spare.passed(1, 0, num_rows, known_s + num_rows * row_s, is_wanted=True)
     assert extra_s <= share * (answers_s + 0.05) + largest_s + 1e-9
