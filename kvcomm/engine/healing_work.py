@@ -61,14 +61,17 @@ class HealingWork:
         return True
 
     def begin(self, request: Request) -> None:
-        """The answer begins: make the twin of what is approximate, if anything is."""
+        """The answer begins: keep the room for a twin if anything is approximate, or say why there is none.
+
+        The twin is made when it is first computed: nothing of that delays the first token.
+        """
         if not request.policy.heal or request.sequence.approximate_from is None:
             request.not_healed = None
             self.drop(request)
         elif request.healing is None:
             request.not_healed = self._is_refused(request) or request.not_healed
         else:
-            request.healing.begin(_end(request))
+            request.healing.approximate_from = request.sequence.approximate_from
 
     def drop(self, request: Request) -> None:
         """A request needs no twin any more."""
@@ -90,7 +93,7 @@ class HealingWork:
 
     def has_caught_up(self, request: Request) -> bool:
         """Whether the twin of a request that waits for it can take over."""
-        return request.healing is not None and self.is_awaited(request) and request.healing.has_caught_up
+        return self.is_awaited(request) and self._twin_of(request).has_caught_up
 
     def awaited_work(self, request: Request, budget: int) -> Work:
         """What comes next of a twin that is awaited, at most `budget` tokens, and with them its request's next token.
@@ -114,17 +117,15 @@ class HealingWork:
         """What is worth computing beside answers of a twin that is not awaited yet; None: nothing."""
         if not self.wants_more(request):
             return None
-        assert request.healing is not None
         # The last token is the answer's to compute: with it comes the next one.
         num_tokens = request.sequence.num_tokens - 1
-        num_missing = num_tokens - request.healing.twin.num_computed
+        num_missing = num_tokens - self._twin_of(request).twin.num_computed
         if budget < min(MIN_CHUNK, num_missing) or not num_missing:
             return None
         return self._work(request, num_tokens, budget, None)._replace(is_beside=True)
 
     def _work(self, request: Request, num_tokens: int, budget: int, branch: Branch | None) -> Work:
-        healing = request.healing
-        assert healing is not None
+        healing = self._twin_of(request)
         is_alike = healing.grow(num_tokens)
         assert is_alike, f"the twin of request {request.request_id} has other tokens"
         start, end = healing.stretch(num_tokens)
@@ -133,6 +134,14 @@ class HealingWork:
         # Logits of its last token also tell whether what was computed are numbers.
         run = Run(twin.token_ids[start:end].copy(), twin.pages.copy(), start, int(is_last))
         return Work(request, branch if is_last and end == request.sequence.num_tokens else None, twin, (run,))
+
+    def _twin_of(self, request: Request) -> Healing:
+        """The healing of a request that has one, with a twin from now on."""
+        healing = request.healing
+        assert healing is not None
+        if not healing.has_begun:
+            healing.begin(_end(request))
+        return healing
 
     def _is_refused(self, request: Request) -> NotHealed | None:
         """Why a request is never healed, whatever room there is."""

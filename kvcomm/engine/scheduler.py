@@ -691,8 +691,8 @@ class Scheduler:
     def _take_over(self, running: AnySequence[Request]) -> None:
         """Let the twins of requests that wait for nothing else take over."""
         for request in running:
-            if self._healing.has_caught_up(request):
-                with self._on_behalf_of(request):
+            with self._on_behalf_of(request):
+                if self._healing.has_caught_up(request):
                     self._let_take_over(request)
 
     def _let_take_over(self, request: Request) -> None:

@@ -36,6 +36,7 @@ class Healing:
         own: the sequence that is healed.
         twin: its pages are this object's until they are put in place; left empty then.
         approximate_from: where the KV of the sequence was approximate from on, before it was healed.
+        has_begun: whether the twin is one: before, it only holds pages.
         is_in_place: whether the sequence has the twin's KV.
     """
 
@@ -43,6 +44,7 @@ class Healing:
         self.own = own
         self.twin = KVSequence(memory.pool)
         self.approximate_from = own.approximate_from
+        self.has_begun = False
         self.is_in_place = False
         self._memory = memory
         self._namespace = namespace
@@ -62,6 +64,7 @@ class Healing:
         Raises:
             PoolExhausted: no pages for them.
         """
+        self.has_begun = True
         self.approximate_from = self.own.approximate_from
         self.twin.release()
         self._take_tokens(self.own.num_computed)
