@@ -9,6 +9,8 @@ earns nothing: those that are followed would pay for it.
 
 from __future__ import annotations
 
+import math
+
 SMOOTHING = 0.2
 """Weight of the newest measurement."""
 
@@ -62,17 +64,21 @@ class Spare:
             self.saved_s -= extra_s
             if self._row_s:
                 self._dearer = _smoothed(self._dearer, extra_s / (num_beside * self._row_s))
+            else:
+                self._row_s = extra_s / num_beside
 
     def num_rows(self, num_answer_rows: int) -> int:
         """Rows that may be computed beside answers in the next pass."""
-        if not self.share or self._row_s is None or self._pace_s(num_answer_rows) is None:
+        if not self.share or self._pace_s(num_answer_rows) is None:
             return 0
+        if self._row_s is None:  # the smallest chunk will tell
+            return MIN_CHUNK if self.saved_s > 0 else 0
         row_s = self._row_s * max(self._dearer, 0.1)
         return max(0, min(MAX_ROWS, int(self.saved_s / row_s)))
 
     def _earn(self, seconds: float) -> None:
         """No more than the largest chunk takes: what could not be spent is gone."""
-        most_s = MAX_ROWS * (self._row_s or 0.0) * max(self._dearer, 1.0)
+        most_s = math.inf if self._row_s is None else MAX_ROWS * self._row_s * max(self._dearer, 1.0)
         self.saved_s = min(most_s, self.saved_s + self.share * seconds)
 
     def _pace_s(self, num_answer_rows: int) -> float | None:

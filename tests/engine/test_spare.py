@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcomm.engine.spare import MAX_ROWS, Spare
+from kvcomm.engine.spare import MAX_ROWS, MIN_CHUNK, Spare
 
 
 def made(share: float = 0.1) -> Spare:
@@ -19,6 +19,17 @@ def made(share: float = 0.1) -> Spare:
 
 def test_nothing_is_spare_before_anything_was_measured() -> None:
     assert Spare(0.1).num_rows(1) == 0
+
+
+def test_where_no_prompt_has_told_what_a_row_takes_the_smallest_chunk_does() -> None:
+    spare = Spare(0.1)
+    spare.passed(1, 0, 0, 0.05, is_wanted=True)
+    assert spare.num_rows(1) == MIN_CHUNK
+    spare.passed(1, 0, MIN_CHUNK, 0.05 + MIN_CHUNK * 0.002, is_wanted=True)
+    assert spare.num_rows(1) == 0
+    while spare.saved_s < 0.1:
+        spare.passed(1, 0, 0, 0.05, is_wanted=True)
+    assert spare.num_rows(1) == pytest.approx(0.1 / 0.002, abs=3)
 
 
 def test_rows_are_earned_by_answers_and_paid_for() -> None:
