@@ -524,7 +524,7 @@ class Scheduler:
             waiting = left_out(branch.grammar for _, branch in answers if branch.grammar and not branch.forced)
             answers = [(request, branch) for request, branch in answers if branch.grammar not in waiting]
             self._has_left_out = self._has_left_out or bool(waiting)
-        found = [self._found(request, branch) for request, branch in answers]
+        found = [self._guesses(request, branch) for request, branch in answers]
         num_rows = self._config.draft_rows - len(answers)
         shares = self._gain.shares([(each.num_matched, len(each.token_ids)) for each in found], num_rows)
         for (request, branch), each, num_guesses in zip(answers, found, shares, strict=True):
@@ -539,6 +539,14 @@ class Scheduler:
                     batch.append(Work(request, branch, sequence, (run,)))
         return batch
 
+    def _guesses(self, request: Request, branch: Branch) -> Found:
+        """Guesses at the next tokens of a choice; none where looking for them has ended its request."""
+        found = Found(branch.sequence.token_ids[:0], 0)
+        if not request.handle.done:
+            with self._on_behalf_of(request):
+                found = self._found(request, branch)
+        return found
+
     def _found(self, request: Request, branch: Branch) -> Found:
         """Guesses at the next tokens of a choice: those its answer may still have, within the pages it owns."""
         num_wanted = request.sampling.max_new_tokens - len(branch.token_ids) - 1
@@ -551,10 +559,7 @@ class Scheduler:
         if branch.grammar is not None and branch.grammar.is_dear:
             num = 0  # behind each that is right it would be asked once more
         found = repeated(branch.sequence.token_ids, num)
-        allowed = found.token_ids[:0]
-        with self._on_behalf_of(request):
-            allowed = branch.allowed(found.token_ids)
-        return found._replace(token_ids=allowed)
+        return found._replace(token_ids=branch.allowed(found.token_ids))
 
     def _awaited_work(self, request: Request, budget: int, stuck: list[Request]) -> Work | None:
         """What comes next of a prompt, or of the exact twin that an answer waits for."""

@@ -81,7 +81,7 @@ PLACES: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "publishing": (scheduler.Scheduler, "_publish", lambda self, request: is_victims(request)),
     "remembering": (scheduler.Scheduler, "_remember", lambda self, request, *_, **__: is_victims(request)),
     "a fork": (scheduler.Scheduler, "_fork", lambda self, request, *_: is_victims(request)),
-    "guessing": (scheduler.Scheduler, "_guesses", lambda self, request, *_: is_victims(request)),
+    "guessing": (scheduler.Scheduler, "_found", lambda self, request, *_: is_victims(request)),
     "writing to pages": (scheduler.Scheduler, "_can_write", lambda self, request, *_: is_victims(request)),
     "waiting for a source": (Planner, "waits_for_source", lambda self, request, *_: is_victims(request)),
 }

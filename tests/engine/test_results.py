@@ -69,6 +69,9 @@ def test_a_completion_as_json(completion: Completion) -> None:
         "guessed_tokens",
         "spans",
         "tier_tokens",
+        "read_along_tokens",
+        "healed_after",
+        "not_healed",
     ]
     assert (usage["prompt_tokens"], usage["generated_tokens"]) == (20, 12)
     assert usage["bound"] == {"max_divergence": 0.02, "delta": pytest.approx(0.05), "level": None, "num_pairs": 0}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eval.baselines.stock import StockServer
-from eval.tasks.modes import DENSE, KVCOMM, MODES, make_modes
+from eval.tasks.modes import DENSE, HEAL, KVCOMM, MODES, make_modes
 from kvcomm import ReusePolicy
 from kvcomm.errors import InvalidRequest
 from kvcomm.lab.methods import METHODS
@@ -95,9 +95,10 @@ def test_a_prompt_without_slots_has_no_static_beginning(shared: TinyModel) -> No
 
 def test_modes() -> None:
     policy = ReusePolicy(0.02, 0.95)
-    modes = {mode.name: mode for mode in make_modes(",".join(reversed(MODES)), policy)}
+    together = [name for name in MODES if name != HEAL]
+    modes = {mode.name: mode for mode in make_modes(",".join(reversed(together)), policy)}
     assert next(iter(modes)) == DENSE
-    assert modes.keys() == set(MODES)
+    assert modes.keys() == set(together)
     assert {name for name, mode in modes.items() if mode.moves} == {KVCOMM, *METHODS}
     assert {name for name, mode in modes.items() if mode.is_stock} == {"stock", "stock_prefix"}
     assert {name for name, mode in modes.items() if mode.bound} == {KVCOMM}
@@ -105,5 +106,9 @@ def test_modes() -> None:
     assert all(mode.describe()["served by"] in ("engine", "transformers") for mode in modes.values())
     assert [mode.name for mode in make_modes("paper, paper", policy)] == [DENSE, "paper"]
     assert not make_modes(KVCOMM, ReusePolicy.exact())[1].moves
+    (healing,) = (mode for mode in make_modes(HEAL, policy) if mode.name == HEAL)
+    assert healing.moves
+    with pytest.raises(InvalidRequest, match=HEAL):
+        make_modes(f"{KVCOMM},{HEAL}", policy)
     with pytest.raises(InvalidRequest, match="unknown mode 'vllm'"):
         make_modes("vllm", policy)

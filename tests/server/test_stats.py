@@ -51,6 +51,7 @@ def test_sums_are_those_of_the_answers(client: TestClient) -> None:
         "aligned": 0,
         "computed": sum(usage["computed_tokens"] for usage in usages),
         "tier": 0,
+        "read_along": 0,
     }
     reasons = sum((Counter(usage["miss_reasons"]) for usage in usages), Counter())
     assert found["miss_reasons"] == dict(reasons)

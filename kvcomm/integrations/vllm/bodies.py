@@ -25,6 +25,7 @@ from kvcomm.server.prompts import PromptMaker
 from kvcomm.server.schemas.chat import ChatRequest
 from kvcomm.server.schemas.common import Reuse as AskedReuse
 from kvcomm.server.schemas.completions import CompletionRequest
+from kvcomm.server.schemas.segments import FollowedSegment, SegmentedRequest
 from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.segments.registry import SegmentRegistries
 
@@ -122,6 +123,7 @@ class BodyMaker:
 
     def _chat(self, body: Mapping[str, Any]) -> dict[str, Any]:
         request = _checked(ChatRequest, _read(body, CHAT_READ))
+        _require_servable(request)
         others = _without_ours(body)
         others["messages"] = [_plain_message(given) for given in body["messages"]]
         if not request.segments and not _has_parts(body):
@@ -137,6 +139,7 @@ class BodyMaker:
 
     def _completion(self, body: Mapping[str, Any]) -> dict[str, Any]:
         request = _checked(CompletionRequest, _read(body, COMPLETION_READ))
+        _require_servable(request)
         others = _without_ours(body)
         if not request.segments:
             return others
@@ -173,7 +176,7 @@ def spans_of(segments: Sequence[Segment]) -> tuple[Span, ...]:
 def _with_prompt(
     others: dict[str, Any], prompt: PreparedPrompt, reuse: AskedReuse | None, *, is_chat: bool
 ) -> dict[str, Any]:
-    wanted = None if reuse is None else Reuse(**reuse.model_dump())
+    wanted = None if reuse is None else Reuse(**reuse.model_dump(exclude={"heal", "heal_within"}))
     params = RequestParams(segments=spans_of(prompt.segments), reuse=wanted)
     transfer = {**(others.get("kv_transfer_params") or {}), **params.as_transfer_params()}
     if is_chat:
@@ -195,6 +198,17 @@ def _require_free(body: Mapping[str, Any]) -> None:
         if transfer and name in transfer:
             told = f"kv_transfer_params.{name} is made of segments and reuse; send either of both"
             raise ApiError(400, "invalid_value", told, param=f"kv_transfer_params.{name}")
+
+
+def _require_servable(request: SegmentedRequest) -> None:
+    """Raises ApiError 400 for what kvcomm's own server does, and vLLM does not; names the field."""
+    if request.reuse is not None and request.reuse.heal:
+        told = "reuse.heal is not supported on vLLM: its answers are decoded by vLLM"
+        raise ApiError(400, "unsupported_value", told, param="reuse.heal")
+    for index, segment in enumerate(request.segments or ()):
+        if isinstance(segment, FollowedSegment):
+            told = f"segments[{index}] follows an answer in progress, which is not supported on vLLM: send its text"
+            raise ApiError(400, "unsupported_value", told, param=f"segments[{index}]")
 
 
 def _read(body: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -193,9 +193,9 @@ class Reuse(RequestModel):
             "what is kept is exact."
         ),
     ] = False
-    heal_within: Annotated[int, Field(ge=1, description="Tokens of the answer that are drawn on moved KV.")] = (
-        DEFAULT_HEAL_WITHIN
-    )
+    heal_within: Annotated[
+        int, Field(ge=1, lt=2**31, description="Tokens of the answer that are drawn on moved KV."), WHOLE
+    ] = DEFAULT_HEAL_WITHIN
 
     def policy(self) -> ReusePolicy:
         """The same for the engine."""

@@ -202,6 +202,22 @@ def test_a_chat_gets_the_prompt_that_our_own_server_makes(engine: Engine) -> Non
     assert all(span.kind == "dynamic" for span in params.segments)
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"segments": [{"id": "plan", "response_id": "cmpl-1"}]}, "segments[0]"),
+        ({"segments": [RULES, {"id": "plan", "context_id": "ctx_" + 24 * "0"}]}, "segments[1]"),
+        ({"segments": [DOCUMENT], "reuse": {"heal": True}}, "reuse.heal"),
+    ],
+)
+def test_what_only_our_own_server_does_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    maker = BodyMaker(SOURCE)
+    for path, prompt in ((CHAT, {"messages": ASKED}), (COMPLETION, {"prompt": "a fox"})):
+        with pytest.raises(ApiError, match="not supported on vLLM") as caught:
+            maker.make(path, {"model": "tiny", **prompt, **fields})
+        assert (caught.value.status_code, caught.value.param) == (400, param)
+
+
 def test_parts_of_messages_are_segments_too(engine: Engine) -> None:
     made = sent_to_host({"model": "tiny", "messages": PARTS})
     ids = made["kv_transfer_params"]["prompt_token_ids"]
