@@ -512,39 +512,43 @@ class Engine:
             self._loop.submit(request)
 
         opened = self._open(Sequence(self.pool), weights, tenant, deadline_s, begin)
-        return opened if prompt is None else opened.append(prompt)
+        try:
+            return opened if prompt is None else opened.append(prompt)
+        except BaseException:
+            opened.cancel()
+            raise
 
     def open_behind(self, context: Context, deadline_s: float) -> OpenPrompt:
         """See `Context.follow`."""
         weights = self._weights_of(context)
-        with self.lock:
-            past = context.sequence.fork()
-            return self._open(past, weights, context.tenant, deadline_s, context.begin)
+        return self._open(context.sequence, weights, context.tenant, deadline_s, context.begin)
 
     def _open(
         self,
-        sequence: Sequence,
+        past: Sequence,
         weights: Weights,
         tenant: str,
         deadline_s: float,
         begin: Callable[[Reading, tuple[Segment, ...]], None],
     ) -> OpenPrompt:
+        """An open prompt behind what is there already."""
         seconds = values.real_number("deadline_s", deadline_s)
         if not seconds > 0:
             raise InvalidRequest(f"deadline_s must be a positive number of seconds, not {seconds}")
-        reading = Reading(
-            request_id=next(self._request_ids),
-            namespace=self._namespace(weights, tenant),
-            tenant=tenant,
-            owner=self.home(tenant),
-            weights=weights,
-            sequence=sequence,
-            due_s=time.monotonic() + seconds,
-            max_tokens=self.geometry.max_context,
-            begin=begin,
-        )
-        self._loop.require_open()
+        namespace, owner = self._namespace(weights, tenant), self.home(tenant)
         with self.lock:
+            self._loop.require_open()
+            reading = Reading(
+                request_id=next(self._request_ids),
+                namespace=namespace,
+                tenant=tenant,
+                owner=owner,
+                weights=weights,
+                sequence=past.fork(),  # the last thing that may fail: from here on somebody gives its pages back
+                due_s=time.monotonic() + seconds,
+                max_tokens=self.geometry.max_context,
+                begin=begin,
+            )
             self.scheduler.read_along.add(reading)
         self._loop.wake()
         return OpenPrompt(self, reading)
@@ -772,7 +776,7 @@ class Engine:
             num_held = sequence.num_pages + max(0, num_read - sequence.num_pages)
             self._holdings.require_quota(self.home(tenant), num_wanted, num_held=num_held)
         if reading is not None:
-            reading.cancel_request = lambda: self.scheduler.cancel(request)
+            handle.cancelled_by(lambda: self.scheduler.cancel(request))
         return request
 
     def _handle(self, tenant: str, cancel: Callable[[], None]) -> RequestHandle:

@@ -136,6 +136,12 @@ class RequestHandle:
                 self._drawn += chunk.token_ids
         self._notify()
 
+    def cancelled_by(self, cancel: Callable[[], None]) -> None:
+        """For the engine: from now on this is how the request is stopped."""
+        with self._changed:
+            if self._outcome is None:
+                self._cancel = cancel
+
     def settle(self, outcome: Completion | BaseException) -> None:
         """For the engine: end the request, once."""
         with self._changed:

@@ -143,7 +143,6 @@ class Reading:
     was_denied: bool = False
     has_no_room: int | None = None
     error: BaseException | None = None
-    cancel_request: Callable[[], None] | None = None
     attempt: None = None
 
     def __post_init__(self) -> None:
@@ -224,8 +223,8 @@ class Reading:
     def cancel(self) -> None:
         """Nobody wants its answer any more."""
         self.is_cancelled = True
-        if self.cancel_request is not None:
-            self.cancel_request()
+        if self.is_begun and self.handle is not None:
+            self.handle.cancel()
 
     def _show(self, token_ids: Sequence[int]) -> None:
         """Let these be the tokens behind the final ones; of those that stood there, an equal beginning stays."""
@@ -401,6 +400,11 @@ def overdue(reading: Reading) -> KVCommError | None:
     waits = next((part.name for part in reading.parts[reading.num_parts :] if isinstance(part, Followed)), None)
     why = "it was not closed" if waits is None else f"the answer that it follows as {waits!r} has not ended"
     return SourceFailed(f"the open prompt was given up at its deadline: {why}; raise deadline_s")
+
+
+def nothing_to_begin(reading: Reading, segments: tuple[Segment, ...]) -> None:
+    """Begins what is over."""
+    raise RequestCancelled(f"open prompt {reading.request_id} is over")
 
 
 def _all(token_ids: TokenIds) -> TokenIds:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from kvcomm.config import EngineConfig
-from kvcomm.engine.open_prompt import Reading, overdue
+from kvcomm.engine.open_prompt import Reading, nothing_to_begin, overdue
 from kvcomm.engine.passes import Work
 from kvcomm.engine.request import Request
 from kvcomm.engine.spare import MIN_CHUNK, Spare
@@ -133,6 +133,7 @@ class ReadAlong:
         reading.is_over = True
         reading.error = reading.error or error
         reading.sequence.release()
+        reading.begin = nothing_to_begin  # it knows the context, which is kept by nobody but its user
         self._readings.remove(reading)
         self.touch()  # others may follow it
         if error is not None and reading.handle is not None and not reading.is_begun and not reading.handle.done:

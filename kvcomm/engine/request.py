@@ -247,7 +247,7 @@ class Request:
         """Answers that were asked for."""
         return len(self.branches)
 
-    def follow(self, todo: ToCompute) -> None:
+    def carry_out(self, todo: ToCompute) -> None:
         """Do what an attempt at moved KV asks for: change plan, what is pending, and what of the sequence counts."""
         self.plan, self.pending = todo.plan, list(todo.stretches)
         if todo.moved_from is None:

@@ -279,16 +279,16 @@ class Scheduler:
             with self.lock:
                 if not request.handle.done:
                     with self._on_behalf_of(request):
-                        self._follow(request, todo)
+                        self._carry_out(request, todo)
 
     def _without_moving(self, request: Request, attempt: Attempt, error: Exception) -> ToCompute:
         """Moving has failed, and the caller can be served without."""
         logger.error("moving KV failed: %r; request %d is computed exactly", error, request.request_id, exc_info=error)
         return attempt.retreat(Reason.FAILED)
 
-    def _follow(self, request: Request, todo: ToCompute) -> None:
+    def _carry_out(self, request: Request, todo: ToCompute) -> None:
         """Compute what an attempt at moved KV asks for next; one that gives up needs its sources no more."""
-        request.follow(todo)
+        request.carry_out(todo)
         if todo.moved_from is None:
             self._drop_attempt(request)
 
@@ -732,7 +732,7 @@ class Scheduler:
         if todo is None:
             self._begin_answers(request, logits[-1])
         else:
-            self._follow(request, todo)
+            self._carry_out(request, todo)
 
     def _advance(self, request: Request, attempt: Attempt) -> ToCompute | None:
         try:
@@ -884,6 +884,7 @@ class Scheduler:
         """A request needs the open prompt no more that it was."""
         if request.reading is not None:
             self.read_along.end(request.reading)
+            request.reading = None
 
     def _leave(self, request: Request) -> None:
         self._tiering.is_computed(request)

@@ -12,6 +12,7 @@ from kvcomm.engine.engine import Engine
 from kvcomm.engine.open_prompt import OpenPrompt
 from kvcomm.errors import (
     ContextBusy,
+    EmptyPrompt,
     EngineClosed,
     InvalidRequest,
     PromptTooLong,
@@ -222,6 +223,19 @@ class TestBadInput:
     def test_a_deadline_that_is_none(self, engine: Engine, deadline_s: float) -> None:
         with pytest.raises(InvalidRequest, match="deadline_s"):
             engine.open_prompt(ROLE, deadline_s=deadline_s)
+
+    def test_what_cannot_be_opened_holds_nothing(self, engine: Engine) -> None:
+        solver = engine.submit(QUESTION, max_new_tokens=2)
+        with engine.context(ROLE) as context:
+            with pytest.raises(InvalidRequest, match="deadline_s"):
+                context.follow(solver, deadline_s=-1)
+            with pytest.raises(InvalidRequest, match="follow a RequestHandle"):
+                context.follow("solver")  # type: ignore[arg-type]
+            with pytest.raises(EmptyPrompt):
+                engine.open_prompt([])
+            solver.result()
+            assert not engine.scheduler.read_along.readings
+            engine.check_integrity()
 
     def test_a_prompt_that_grows_too_long(self, engine: Engine) -> None:
         solver = engine.submit(QUESTION, max_new_tokens=4)

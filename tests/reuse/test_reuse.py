@@ -146,14 +146,14 @@ def test_a_fork_between_the_passes_of_a_rung_takes_nothing_half_done_along(
     ask(learning, ROLE_A, 99, policy)
     context = learning.context(ROLE_B, policy=policy)
     forks: list[Context] = []
-    keep = Request.follow
+    keep = Request.carry_out
 
-    def follow(request: Request, todo: ToCompute) -> None:
+    def carry_out(request: Request, todo: ToCompute) -> None:
         keep(request, todo)
         if request.is_lent:
             forks.append(context.fork())
 
-    monkeypatch.setattr(Request, "follow", follow)
+    monkeypatch.setattr(Request, "carry_out", carry_out)
     context.extend(prompt(ROLE_B, 99)[1:])
     assert len(forks) == 2  # before it looks, and before it computes the rung's tokens
     assert context.fidelity is Fidelity.APPROXIMATE
