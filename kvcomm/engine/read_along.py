@@ -68,7 +68,10 @@ class ReadAlong:
     @property
     def has_work(self) -> bool:
         """Whether a step would find anything to do, though no request is in progress. Safe to call without the lock."""
-        return self._is_touched or any(self._wants(each) or overdue(each) is not None for each in self.readings)
+        # While a pass writes into one there is something to come, also where its user has forgotten it meanwhile.
+        return self._is_touched or any(
+            self._wants(each) or each.is_in_pass or overdue(each) is not None for each in self.readings
+        )
 
     @property
     def wants_more(self) -> bool:
@@ -167,9 +170,9 @@ class ReadAlong:
                 plan = plan.explained(start, end, Reason.NEW, reason)
         return plan
 
-    def work(self, digest: str, num_answer_rows: int) -> list[Work]:
-        """Chunks for the next pass, which is for these weights, beside so many rows of answers."""
-        budget = self._spare.num_rows(num_answer_rows) if num_answer_rows else self._config.prefill_chunk
+    def work(self, digest: str, num_answer_rows: int, num_answers: int) -> list[Work]:
+        """Chunks for the next pass, which is for these weights, beside so many rows of so many answers."""
+        budget = self._spare.num_rows(num_answer_rows, num_answers) if num_answer_rows else self._config.prefill_chunk
         batch: list[Work] = []
         before: list[Reading] = []
         for reading in sorted(self._readings, key=_distance):

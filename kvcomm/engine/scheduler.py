@@ -487,9 +487,9 @@ class Scheduler:
         """
         if self.awaits_first_token:
             return []
-        num_answer_rows = _num_rows(batch).answers
-        beside = self.read_along.work(digest, num_answer_rows)
-        num_left = self._spare.num_rows(num_answer_rows) - sum(work.num_tokens for work in beside)
+        num_answer_rows, num_answers = _num_rows(batch).answers, sum(work.branch is not None for work in batch)
+        beside = self.read_along.work(digest, num_answer_rows, num_answers)
+        num_left = self._spare.num_rows(num_answer_rows, num_answers) - sum(work.num_tokens for work in beside)
         for request in list(self._running) if num_answer_rows else ():
             if request.weights.digest == digest:
                 with self._on_behalf_of(request):

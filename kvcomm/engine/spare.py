@@ -4,7 +4,9 @@ Rows beside answers cost time that the answers feel. A share of their time may g
 waits to be computed beside them, every pass over answers alone earns some, and every pass with rows beside them is held
 against the pace of such passes and pays what it took longer. So answers keep their pace whatever the machine, the model
 and the number of rows make of it, and where nothing is earned nothing is spent. What answers took while nothing waited
-earns nothing: those that are followed would pay for it.
+earns nothing: those that are followed would pay for it. Reading along hides work and saves none; where a row takes
+longer beside answers than alone (on a CPU in float32 it takes 1.4 times as long) it makes the work more, so under load
+it is left.
 """
 
 from __future__ import annotations
@@ -19,6 +21,12 @@ MIN_PROMPT_ROWS = 32
 
 MAX_ROWS = 96
 """Beside answers in one pass: what has been earned over a long time is not spent in one stall."""
+
+MANY_ANSWERS = 4
+"""In progress at once: the machine is under load."""
+
+MAX_DEARER = 1.1
+"""Times as long as in a pass of its own that a row beside answers may take under load."""
 
 MIN_CHUNK = 16
 """Rows of one prompt that are worth a pass with more than the answers' rows."""
@@ -67,14 +75,23 @@ class Spare:
             else:
                 self._row_s = extra_s / num_beside
 
-    def num_rows(self, num_answer_rows: int) -> int:
-        """Rows that may be computed beside answers in the next pass."""
+    def num_rows(self, num_answer_rows: int, num_answers: int = 1) -> int:
+        """Rows that may be computed beside answers in the next pass.
+
+        Args:
+            num_answer_rows: theirs, guesses among them.
+            num_answers: in progress.
+        """
         if not self.share or self._pace_s(num_answer_rows) is None:
             return 0
+        if num_answers >= MANY_ANSWERS and self._dearer > MAX_DEARER:
+            return 0  # under load what counts is the work, and here it would become more
         if self._row_s is None:  # the smallest chunk will tell
             return MIN_CHUNK if self.saved_s > 0 else 0
         row_s = self._row_s * max(self._dearer, 0.1)
-        return max(0, min(MAX_ROWS, int(self.saved_s / row_s)))
+        if self.saved_s >= MAX_ROWS * row_s:  # also where rows seem to take no time at all
+            return MAX_ROWS
+        return max(0, int(self.saved_s / row_s)) if row_s > 0 else 0
 
     def _earn(self, seconds: float) -> None:
         """No more than the largest chunk takes: what could not be spent is gone."""

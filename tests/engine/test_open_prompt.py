@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -323,6 +324,30 @@ class TestEnds:
         gc.collect()
         engine.generate(TAIL, max_new_tokens=1)
         assert not engine.scheduler.read_along.readings
+
+
+def test_an_engine_is_not_idle_while_it_reads_for_a_user_who_has_forgotten(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what is cleared meanwhile is cached again behind the back of whoever cleared it."""
+    opened = [engine.open_prompt()]
+    seen: list[bool] = []
+    forward = engine.runner.forward
+
+    def forgetful(*args: Any, **settings: Any) -> Any:
+        opened.clear()
+        gc.collect()
+        seen.append(engine.wait_idle(0.0))
+        return forward(*args, **settings)
+
+    monkeypatch.setattr(engine.runner, "forward", forgetful)
+    reader = opened[0]
+    reader.append(ROLE)
+    del reader
+    wait_for(lambda: not engine.scheduler.read_along.readings or seen)
+    assert not any(seen)
+    engine.memory_stats()  # which gives back what was forgotten
+    wait_for(lambda: not engine.scheduler.has_work)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcomm.engine.spare import MAX_ROWS, MIN_CHUNK, Spare
+from kvcomm.engine.spare import MANY_ANSWERS, MAX_ROWS, MIN_CHUNK, Spare
 
 
 def made(share: float = 0.1) -> Spare:
@@ -30,6 +30,21 @@ def test_where_no_prompt_has_told_what_a_row_takes_the_smallest_chunk_does() -> 
     while spare.saved_s < 0.1:
         spare.passed(1, 0, 0, 0.05, is_wanted=True)
     assert spare.num_rows(1) == pytest.approx(0.1 / 0.002, abs=3)
+
+
+def test_rows_that_seem_to_take_no_time_are_still_bounded() -> None:
+    """A pass may happen to be quicker with more rows than without; no clock may end an engine."""
+    spare = Spare(0.1)
+    for _ in range(5):
+        spare.passed(1, 0, 0, 0.05, is_wanted=True)
+        spare.passed(1, 0, MIN_CHUNK, 0.05, is_wanted=True)
+    assert spare.num_rows(1) == MAX_ROWS
+    spare.passed(1, 0, MAX_ROWS, 5.0, is_wanted=True)
+    assert spare.num_rows(1) == 0
+    for seconds in (0.0, 0.0):
+        spare.passed(1, 0, 0, seconds, is_wanted=True)
+        spare.passed(0, 100, 0, seconds, is_wanted=True)
+    assert 0 <= spare.num_rows(1) <= MAX_ROWS
 
 
 def test_rows_are_earned_by_answers_and_paid_for() -> None:
@@ -61,6 +76,17 @@ def test_rows_that_turn_out_dearer_are_fewer() -> None:
             spare.passed(1, 0, 10, seconds, is_wanted=True)
         spare.saved_s = 0.1
     assert dear.num_rows(1) < cheap.num_rows(1)
+
+
+def test_under_load_nothing_is_done_beside_answers_that_takes_longer_there() -> None:
+    alike, dear = made(), made()
+    for spare, row_s in ((alike, 0.002), (dear, 0.0028)):
+        for _ in range(20):
+            spare.passed(4, 0, 10, 0.05 + 10 * row_s, is_wanted=True)
+        spare.saved_s = 0.1
+    assert alike.num_rows(4, MANY_ANSWERS) > 0
+    assert dear.num_rows(4, MANY_ANSWERS) == 0
+    assert dear.num_rows(4, MANY_ANSWERS - 1) > 0
 
 
 def test_a_share_of_nothing_leaves_nothing() -> None:
