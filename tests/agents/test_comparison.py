@@ -66,7 +66,7 @@ def test_each_way_reuses_what_it_may(engine: Engine) -> None:
 
 def test_what_is_read_along_is_counted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where answers leave time for all of it, agents who wait compute nearly all of their prompts meanwhile."""
-    monkeypatch.setattr(Spare, "num_rows", lambda self, num_answer_rows, num_answers: 96)
+    monkeypatch.setattr(Spare, "num_rows", lambda *_: 96)
     comparison = Comparison(engine, TEAM)
     for results in in_turns(engine, TEAM, inputs(2, "y"), LOOSE, run):
         comparison.add(results)

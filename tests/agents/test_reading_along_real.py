@@ -40,7 +40,7 @@ GREEDY = SamplingParams(max_new_tokens=24, ignore_eos=True)
 @pytest.fixture(scope="module", autouse=True)
 def always_spare() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Spare, "num_rows", lambda spare, num_answer_rows: 64)
+        patch.setattr(Spare, "num_rows", lambda *_: 64)
         yield
 
 
@@ -208,7 +208,7 @@ def test_a_pool_without_room_for_open_prompts(plain_engine: Engine) -> None:
 
 
 def test_agents_with_nothing_spare(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
-    monkeypatch.setattr(Spare, "num_rows", lambda spare, num_answer_rows: 0)
+    monkeypatch.setattr(Spare, "num_rows", lambda *_: 0)
     answers: dict[str, Any] = {}
     with closing(group_of(engine, *TEAM).stream(question="1 + 1?")) as events:
         for event in events:

@@ -126,7 +126,7 @@ def test_behind_so_many_tokens_the_answer_is_exact(
 def test_an_answer_does_not_depend_on_how_busy_the_engine_is(
     shared_model: TinyModel, unhealed: list[int], num_rows: int, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Spare, "num_rows", lambda self, num_answer_rows: num_rows)
+    monkeypatch.setattr(Spare, "num_rows", lambda *_: num_rows)
     with Engine(shared_model.model, shared_model.tokenizer, config=config) as engine:
         read_by_another(engine)
         with engine.held():
@@ -144,7 +144,7 @@ def test_a_twin_is_computed_beside_answers_where_rows_are_spare(
     engine: Engine, shared_model: TinyModel, unhealed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With rows enough nothing but the last token is left for the step in which it takes over."""
-    monkeypatch.setattr(Spare, "num_rows", lambda self, num_answer_rows: 96)
+    monkeypatch.setattr(Spare, "num_rows", lambda *_: 96)
     awaited, work = [], engine.scheduler._healing.awaited_work
 
     def watched(request: Request, budget: int) -> object:

@@ -99,7 +99,7 @@ def test_along_only(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
 def test_agents_follow_and_little_is_left(tiny: TinyModel) -> None:
     """With all the time they need, followers lack the last few tokens of an output and the text behind it."""
     with Engine(tiny.model, tiny.tokenizer) as engine:
-        engine.scheduler._spare.num_rows = lambda num_answer_rows: 96  # type: ignore[method-assign]
+        engine.scheduler._spare.num_rows = lambda *_: 96  # type: ignore[method-assign]
         team = Team(engine, random_tokens(engine), Sizes(3, 16, 48, 32))
         first, *followers = follow_team(team, 32)
         assert num_left(first.usage) == first.usage.computed_tokens

@@ -118,7 +118,7 @@ def test_all_that_is_read_along_counts(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With no end of time beside answers the last agent reads nearly all of its prompt before it is complete."""
-    monkeypatch.setattr(Spare, "num_rows", lambda self, num_answer_rows: 96)
+    monkeypatch.setattr(Spare, "num_rows", lambda *_: 96)
     assert run(tiny_folder, tmp_path, f"--data={questions(tmp_path, 2)}", "--repeats=2", "--in-flight=2") == 0
     found = figures_of(capsys)
     assert found["same_prompts"] == found["same_answers"] == 1.0
