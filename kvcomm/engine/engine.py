@@ -509,7 +509,7 @@ class Engine:
             now = self._adapters.weights(adapter)
             request = self._request(sequence, whole, reading.sampling, tenant, wanted, now, reading=reading)
             request.adapter = adapter
-            self._loop.submit(request)
+            self.scheduler.submit(request)  # the loop is woken, if it is not the one that asks, once this has succeeded
 
         opened = self._open(Sequence(self.pool), weights, tenant, deadline_s, begin)
         try:
@@ -829,7 +829,10 @@ class Engine:
             if not is_fork:
                 request.on_success = lambda: self._complete(context, request, segments)
                 request.on_healed = context.repaired
-            self._loop.submit(request)
+            if reading is None:
+                self._loop.submit(request)
+            else:
+                self.scheduler.submit(request)
         except BaseException:
             if is_fork:
                 target.release()

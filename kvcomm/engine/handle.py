@@ -48,6 +48,11 @@ class RequestHandle:
         return self._outcome is not None
 
     @property
+    def outcome(self) -> Completion | BaseException | None:
+        """How the request has ended, raising nothing; None: it has not."""
+        return self._outcome
+
+    @property
     def drawn(self) -> tuple[int, ...]:
         """Token ids of the first choice whose text is out so far; what the answer keeps of them may be less."""
         return tuple(self._drawn)

@@ -11,6 +11,7 @@ read too far (a stop string cuts text that looked final, an agent's end-of-turn 
 
 from __future__ import annotations
 
+import copy
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -73,14 +74,20 @@ class Followed:
             if self.source.is_over:
                 raise SourceFailed(f"the prompt whose answer is followed as {self.name!r} was given up")
             return Known((), is_final=False)
-        if not handle.done:
+        outcome = handle.outcome
+        if outcome is None:
             return Known(handle.drawn, is_final=False)
+        if isinstance(outcome, BaseException):  # not raised once more: its traceback would know who looks
+            raise self._failed(handle, outcome) from outcome
         try:
-            return Known(tuple(self.keep(handle.result().token_ids)), is_final=True)
+            return Known(tuple(self.keep(outcome.token_ids)), is_final=True)
         except Exception as error:
-            raise SourceFailed(
-                f"request {handle.request_id}, whose answer is followed as {self.name!r}, gave none: {error}"
-            ) from error
+            raise self._failed(handle, error) from error
+
+    def _failed(self, handle: RequestHandle, error: BaseException) -> SourceFailed:
+        return SourceFailed(
+            f"request {handle.request_id}, whose answer is followed as {self.name!r}, gave none: {error}"
+        )
 
 
 @dataclass(eq=False)
@@ -100,7 +107,8 @@ class Reading:
         num_final: tokens of `sequence` that are final.
         num_before: of these, tokens of the context that it stands behind.
         num_shared: leading tokens whose KV was there already.
-        num_cached: leading tokens that the tree has.
+        num_own: leading tokens up to which it has computed something itself.
+        num_cached: leading tokens that the tree has from it.
         followed: `[start, end)` of answers, final or not.
         due_s: when it is given up, on the monotonic clock.
         begin: makes the request once the prompt is complete.
@@ -130,6 +138,7 @@ class Reading:
     num_final: int = 0
     num_before: int = 0
     num_shared: int = 0
+    num_own: int = 0
     num_cached: int = 0
     followed: list[tuple[int, int]] = field(default_factory=list)
     sampling: SamplingParams | None = None
@@ -210,12 +219,17 @@ class Reading:
         end = start + (int(differs.argmax()) if differs.any() else num)
         if end > sequence.num_computed:
             sequence.count(end)
+            self.num_own = max(self.num_own, end)
 
     def num_usable(self, namespace: str, token_ids: IntArray) -> int:
         """Leading tokens of a prompt of which this has the KV."""
         if self.is_over or namespace != self.namespace:
             return 0
-        own = self.sequence.token_ids[: self.sequence.num_computed]
+        return min(self.num_alike(token_ids), self.sequence.num_computed)
+
+    def num_alike(self, token_ids: IntArray) -> int:
+        """Leading tokens of a prompt that are its own."""
+        own = self.sequence.token_ids
         num = min(len(own), len(token_ids))
         differs = own[:num] != token_ids[:num]
         return int(differs.argmax()) if differs.any() else num
@@ -377,7 +391,7 @@ class OpenPrompt:
             try:
                 reading.refresh()
             except KVCommError as error:
-                reading.error, reading.is_cancelled = error, True
+                reading.error, reading.is_cancelled = kept(error), True
                 raise
 
         self._host.change_open(reading, change)
@@ -388,7 +402,7 @@ def require_open(reading: Reading) -> None:
     if reading.handle is not None:
         raise InvalidRequest("the prompt is closed: its answer was asked for; open another one")
     if reading.error is not None:
-        raise reading.error
+        raise kept(reading.error)
     if reading.is_over or reading.is_cancelled:
         raise RequestCancelled("the open prompt was cancelled; open another one")
 
@@ -400,6 +414,14 @@ def overdue(reading: Reading) -> KVCommError | None:
     waits = next((part.name for part in reading.parts[reading.num_parts :] if isinstance(part, Followed)), None)
     why = "it was not closed" if waits is None else f"the answer that it follows as {waits!r} has not ended"
     return SourceFailed(f"the open prompt was given up at its deadline: {why}; raise deadline_s")
+
+
+def kept(error: BaseException) -> BaseException:
+    """The same error without its traceback, whose frames know whatever their callers had forgotten since."""
+    try:
+        return copy.copy(error)
+    except Exception:  # of a class of somebody else's
+        return KVCommError(f"{type(error).__name__}: {error}")
 
 
 def nothing_to_begin(reading: Reading, segments: tuple[Segment, ...]) -> None:

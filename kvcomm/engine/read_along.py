@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from kvcomm.config import EngineConfig
-from kvcomm.engine.open_prompt import Reading, nothing_to_begin, overdue
+from kvcomm.engine.open_prompt import Reading, kept, nothing_to_begin, overdue
 from kvcomm.engine.passes import Work
 from kvcomm.engine.request import Request
 from kvcomm.engine.spare import MIN_CHUNK, Spare
@@ -118,7 +118,7 @@ class ReadAlong:
             if reading.is_complete:
                 self._make(reading)
         except BaseException as error:
-            reading.error = error
+            reading.error = kept(error)
             self.cancel(reading)
             raise
 
@@ -134,13 +134,13 @@ class ReadAlong:
         if reading.is_over:
             return
         reading.is_over = True
-        reading.error = reading.error or error
+        reading.error = reading.error or (None if error is None else kept(error))
         reading.sequence.release()
         reading.begin = nothing_to_begin  # it knows the context, which is kept by nobody but its user
         self._readings.remove(reading)
         self.touch()  # others may follow it
         if error is not None and reading.handle is not None and not reading.is_begun and not reading.handle.done:
-            reading.handle.settle(reading.error or error)
+            reading.handle.settle(error)
 
     def close(self, error: BaseException) -> None:
         """End all of them."""
@@ -158,8 +158,21 @@ class ReadAlong:
         """Let a request have what was read of its prompt, as far as that is more than it has already."""
         reading, sequence, num_tokens = request.reading, request.sequence, self.num_usable(request)
         if reading is not None and num_tokens > sequence.num_computed:
-            request.num_read = max(0, num_tokens - max(sequence.num_computed, reading.num_shared))
             sequence.adopt(reading.sequence.pages[: -(-num_tokens // self._pool.page_size)], num_tokens)
+
+    def num_read(self, request: Request, num_before: int) -> int:
+        """Tokens that count of a request's prompt, and that were computed for it before it was complete.
+
+        Also where a full pool took them back, and they came from the tree.
+
+        Args:
+            num_before: tokens of a context that counted already.
+        """
+        reading = request.reading
+        if reading is None or reading.is_over or reading.namespace != request.namespace:
+            return 0
+        num_own = min(reading.num_own, reading.num_alike(request.sequence.token_ids))
+        return max(0, min(request.sequence.num_computed, num_own) - max(num_before, reading.num_shared))
 
     def told(self, request: Request, plan: Plan) -> Plan:
         """A plan in which followed text that was not read has the reason for that."""
@@ -212,7 +225,7 @@ class ReadAlong:
         for reading in reversed(self._readings):
             if not reading.is_begun and reading.sequence.num_pages:
                 reading.sequence.release()
-                reading.num_shared = reading.num_cached = 0
+                reading.num_cached = 0
                 reading.has_no_room = self._pool.num_free
                 return True
         return False
@@ -314,7 +327,8 @@ class ReadAlong:
             match = self._memory.tree.match(reading.namespace, sequence.token_ids[: reading.num_final])
             if match.num_tokens > sequence.num_computed:
                 sequence.adopt(match.pages, match.num_tokens)
-                reading.num_shared = match.num_tokens
+                if match.num_tokens > reading.num_own:
+                    reading.num_shared = match.num_tokens
 
     def _remember(self, reading: Reading) -> None:
         """Put what is final, exact and computed into the tree, page by page."""
@@ -328,7 +342,9 @@ class ReadAlong:
 
 
 def _cancelled(reading: Reading) -> BaseException:
-    return reading.error or RequestCancelled(f"open prompt {reading.request_id} was cancelled")
+    if reading.error is not None:
+        return kept(reading.error)
+    return RequestCancelled(f"open prompt {reading.request_id} was cancelled")
 
 
 def _distance(reading: Reading) -> tuple[int, int]:

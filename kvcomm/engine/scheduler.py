@@ -418,11 +418,14 @@ class Scheduler:
         if request.ready_logits is None:
             # The last token is always computed: its logits are not in the cache.
             sequence.rewind(min(sequence.num_computed, sequence.num_tokens - 1))
+        num_before = sequence.num_computed
         if request.ready_logits is None and request.reads_cache:
             self.read_along.share(request)
         reason = Reason.NEW if self._may_read_cache(request) else Reason.CACHE_OFF
         if self._uses_tree(request):
             reason = self._share_from_tree(request)
+        if request.reading is not None:
+            request.num_read = self.read_along.num_read(request, num_before)
         if self._planner.may_reuse(request) and request.ready_logits is None:
             plan, request.attempt = self._planner.plan(request, reason)
             request.plan = self.read_along.told(request, plan)

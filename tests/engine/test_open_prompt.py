@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -324,6 +325,31 @@ class TestEnds:
         gc.collect()
         engine.generate(TAIL, max_new_tokens=1)
         assert not engine.scheduler.read_along.readings
+
+
+def test_an_open_prompt_that_has_failed_holds_nothing_of_its_caller(engine: Engine) -> None:
+    """Its error is kept, and the frames in which it was raised are not."""
+
+    class Mine:
+        pass
+
+    solver = engine.submit(QUESTION, max_new_tokens=100)
+    solver.cancel()
+    with pytest.raises(RequestCancelled):
+        solver.result()
+    opened = engine.open_prompt(ROLE)
+
+    def fails() -> weakref.ref[Mine]:
+        mine = Mine()
+        for attempt in (lambda: opened.follow(solver), lambda: opened.append(TAIL)):
+            with pytest.raises(SourceFailed):
+                attempt()
+        return weakref.ref(mine)
+
+    found = fails()
+    gc.collect()
+    assert found() is None
+    wait_for(lambda: not engine.scheduler.has_work)
 
 
 def test_an_engine_is_not_idle_while_it_reads_for_a_user_who_has_forgotten(
