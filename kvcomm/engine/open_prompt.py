@@ -26,6 +26,7 @@ from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import InvalidRequest, KVCommError, PromptTooLong, RequestCancelled, SourceFailed
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.memory.sequences import num_common
 from kvcomm.model.attention.contract import IntArray
 from kvcomm.model.live import Weights
 from kvcomm.values import told
@@ -214,9 +215,7 @@ class Reading:
         sequence = self.sequence
         if start > sequence.num_computed:
             return
-        num = min(len(token_ids), sequence.num_tokens - start)
-        differs = token_ids[:num] != sequence.token_ids[start : start + num]
-        end = start + (int(differs.argmax()) if differs.any() else num)
+        end = start + num_common(token_ids, sequence.token_ids[start:])
         if end > sequence.num_computed:
             sequence.count(end)
             self.num_own = max(self.num_own, end)
@@ -229,10 +228,7 @@ class Reading:
 
     def num_alike(self, token_ids: IntArray) -> int:
         """Leading tokens of a prompt that are its own."""
-        own = self.sequence.token_ids
-        num = min(len(own), len(token_ids))
-        differs = own[:num] != token_ids[:num]
-        return int(differs.argmax()) if differs.any() else num
+        return num_common(self.sequence.token_ids, token_ids)
 
     def cancel(self) -> None:
         """Nobody wants its answer any more."""
@@ -248,10 +244,7 @@ class Reading:
                 f"an open prompt of {self.num_final + len(new)} tokens exceeds the model's limit of {self.max_tokens}; "
                 "shorten the prompt, or lower max_new_tokens of the answers that it follows"
             )
-        old = sequence.token_ids[self.num_final :]
-        num = min(len(old), len(new))
-        differs = old[:num] != new[:num]
-        num_same = int(differs.argmax()) if differs.any() else num
+        num_same = num_common(sequence.token_ids[self.num_final :], new)
         sequence.truncate(self.num_final + num_same)
         sequence.append(new[num_same:])
 

@@ -13,8 +13,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-import numpy as np
-
 from kvcomm.config import EngineConfig
 from kvcomm.engine.open_prompt import Reading, kept, nothing_to_begin, overdue
 from kvcomm.engine.passes import Work
@@ -24,7 +22,7 @@ from kvcomm.errors import KVCommError, PoolExhausted, RequestCancelled
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
-from kvcomm.memory.sequences import Sequence
+from kvcomm.memory.sequences import Sequence, num_common
 from kvcomm.model.live import Weights
 from kvcomm.model.runner import Run
 from kvcomm.reuse.plan import Plan, Reason
@@ -282,7 +280,7 @@ class ReadAlong:
             if other.namespace != reading.namespace or not self._uses_tree(other):
                 continue
             theirs = other.sequence.token_ids[: other.num_final]
-            num_shared = _num_common(own, theirs) // self._pool.page_size * self._pool.page_size
+            num_shared = num_common(own, theirs) // self._pool.page_size * self._pool.page_size
             if num_shared > max(reading.sequence.num_computed, other.sequence.num_computed):
                 return True
         return False
@@ -350,9 +348,3 @@ def _cancelled(reading: Reading) -> BaseException:
 def _distance(reading: Reading) -> tuple[int, int]:
     """Those come first that lack least until their answer can begin, then the oldest."""
     return len(reading.parts) - reading.num_parts, reading.request_id
-
-
-def _num_common(first: np.ndarray, second: np.ndarray) -> int:
-    num = min(len(first), len(second))
-    differs = first[:num] != second[:num]
-    return int(differs.argmax()) if differs.any() else num

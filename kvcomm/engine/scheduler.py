@@ -53,7 +53,7 @@ from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
 from kvcomm.memory.segments import Segment
-from kvcomm.memory.sequences import Sequence
+from kvcomm.memory.sequences import Sequence, num_common
 from kvcomm.model.live import Weights
 from kvcomm.model.runner import ModelRunner, Run
 from kvcomm.reuse.attempt import Attempt, Stage, ToCompute
@@ -344,7 +344,7 @@ class Scheduler:
         for other in self._running:
             if other.is_prefilled or other.namespace != request.namespace or not self._uses_tree(other):
                 continue
-            num_shared = _num_common(own.token_ids[:-1], other.sequence.token_ids)
+            num_shared = num_common(own.token_ids[:-1], other.sequence.token_ids)
             whole_pages = num_shared - num_shared % self._pool.page_size
             is_worth_it = whole_pages > own.num_computed
             if (
@@ -951,12 +951,6 @@ def _run(sequence: Sequence, start: int, end: int, *, num_logits: int) -> Run:
     # Copies: the sequence may grow or be forked while the pass runs.
     num_pages = len(sequence.pages)
     return Run(sequence.token_ids[start:end].copy(), sequence.pages[:num_pages].copy(), start, num_logits)
-
-
-def _num_common(first: np.ndarray, second: np.ndarray) -> int:
-    num = min(len(first), len(second))
-    differs = first[:num] != second[:num]
-    return int(differs.argmax()) if differs.any() else num
 
 
 def _not_finite(request: Request, num_tokens: int) -> NumericalError:

@@ -203,3 +203,10 @@ class Sequence:
 
     def _pool_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self._pool.page_size)
+
+
+def num_common(first: IntArray, second: IntArray) -> int:
+    """Leading tokens that two lists of ids, each [num_tokens], have in common."""
+    num = min(len(first), len(second))
+    differs = first[:num] != second[:num]
+    return int(differs.argmax()) if differs.any() else num
