@@ -78,8 +78,8 @@ class Followed:
         outcome = handle.outcome
         if outcome is None:
             return Known(handle.drawn, is_final=False)
-        if isinstance(outcome, BaseException):  # not raised once more: its traceback would know who looks
-            raise self._failed(handle, outcome) from outcome
+        if isinstance(outcome, BaseException):  # without its traceback, which knows whoever has asked for the result
+            raise self._failed(handle, outcome) from kept(outcome)
         try:
             return Known(tuple(self.keep(outcome.token_ids)), is_final=True)
         except Exception as error:
