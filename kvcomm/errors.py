@@ -45,6 +45,8 @@ the way out. Our own broken invariants stay `AssertionError`.
 
 from __future__ import annotations
 
+import copy
+
 
 class KVCommError(Exception):
     """Base of every error kvcomm raises on purpose."""
@@ -230,3 +232,11 @@ class RecordCorrupt(RecordError):
 
 class RecordTooNew(RecordError):
     """Written by a newer format version than this one reads."""
+
+
+def kept(error: BaseException) -> BaseException:
+    """The same error without its traceback, whose frames know whatever their callers had forgotten since."""
+    try:
+        return copy.copy(error)
+    except Exception:  # of a class of somebody else's
+        return KVCommError(f"{type(error).__name__}: {error}")

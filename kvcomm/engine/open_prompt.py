@@ -11,7 +11,6 @@ read too far (a stop string cuts text that looked final, an agent's end-of-turn 
 
 from __future__ import annotations
 
-import copy
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ import numpy as np
 
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.sampling import SamplingParams
-from kvcomm.errors import InvalidRequest, KVCommError, PromptTooLong, RequestCancelled, SourceFailed
+from kvcomm.errors import InvalidRequest, KVCommError, PromptTooLong, RequestCancelled, SourceFailed, kept
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence as KVSequence
 from kvcomm.memory.sequences import num_common
@@ -407,14 +406,6 @@ def overdue(reading: Reading) -> KVCommError | None:
     waits = next((part.name for part in reading.parts[reading.num_parts :] if isinstance(part, Followed)), None)
     why = "it was not closed" if waits is None else f"the answer that it follows as {waits!r} has not ended"
     return SourceFailed(f"the open prompt was given up at its deadline: {why}; raise deadline_s")
-
-
-def kept(error: BaseException) -> BaseException:
-    """The same error without its traceback, whose frames know whatever their callers had forgotten since."""
-    try:
-        return copy.copy(error)
-    except Exception:  # of a class of somebody else's
-        return KVCommError(f"{type(error).__name__}: {error}")
 
 
 def nothing_to_begin(reading: Reading, segments: tuple[Segment, ...]) -> None:

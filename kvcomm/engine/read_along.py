@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from kvcomm.config import EngineConfig
-from kvcomm.engine.open_prompt import Reading, kept, nothing_to_begin, overdue
+from kvcomm.engine.open_prompt import Reading, nothing_to_begin, overdue
 from kvcomm.engine.passes import Work
 from kvcomm.engine.request import Request
 from kvcomm.engine.spare import MIN_CHUNK, Spare
-from kvcomm.errors import KVCommError, PoolExhausted, RequestCancelled
+from kvcomm.errors import KVCommError, PoolExhausted, RequestCancelled, kept
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds

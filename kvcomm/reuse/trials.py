@@ -13,7 +13,7 @@ from typing import TypeVar
 from kvcomm.align.levels import Level
 from kvcomm.align.moves import Move
 from kvcomm.align.readers import Reader, reader_of
-from kvcomm.errors import EngineClosed
+from kvcomm.errors import EngineClosed, kept
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
 from kvcomm.memory.segments import Segment
@@ -146,7 +146,7 @@ class Trials:
 
         def fail(error: Exception) -> None:
             if not future.done():
-                future.set_exception(error)
+                future.set_exception(kept(error))
 
         with self.lock:
             token_ids = [token for segment in segments for token in segment.token_ids]
