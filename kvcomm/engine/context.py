@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from kvcomm.engine.grammar import Grammar
 from kvcomm.engine.handle import RequestHandle
-from kvcomm.engine.open_prompt import OpenPrompt, Reading
+from kvcomm.engine.open_prompt import DEADLINE_S, OpenPrompt, Reading
 from kvcomm.engine.prompts import Prompt
 from kvcomm.engine.request import ANSWER, Carried, Request
 from kvcomm.engine.results import Chunk, Completion
@@ -244,7 +244,7 @@ class Context:
         return await self.submit(sampling_params(sampling, settings)).aresult()
 
     def follow(
-        self, source: RequestHandle | OpenPrompt, *, name: str = ANSWER, deadline_s: float = 600.0
+        self, source: RequestHandle | OpenPrompt, *, name: str = ANSWER, deadline_s: float = DEADLINE_S
     ) -> OpenPrompt:
         """Read the answer of a request in flight while it is written; closing what this returns starts an answer to it.
 

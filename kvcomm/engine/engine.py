@@ -42,7 +42,7 @@ from kvcomm.engine.grammar_state import GrammarState
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.holdings import Holdings, num_distinct
 from kvcomm.engine.loop import EngineLoop
-from kvcomm.engine.open_prompt import OpenPrompt, Reading, require_open
+from kvcomm.engine.open_prompt import DEADLINE_S, OpenPrompt, Reading, require_open
 from kvcomm.engine.prompts import Prompt, PromptReader
 from kvcomm.engine.request import Branch, Request
 from kvcomm.engine.results import Completion
@@ -77,9 +77,6 @@ from kvcomm.reuse.status import ReaderStatus, status_of
 from kvcomm.tiers.tier import Tier, TierSpace
 
 DEFAULT_TENANT = "default"
-
-DEADLINE_S = 600.0
-"""Seconds for which a prompt may be open."""
 
 
 class MemoryStats(NamedTuple):

@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
@@ -32,6 +33,11 @@ from kvcomm.values import told
 
 if TYPE_CHECKING:
     from kvcomm.engine.prompts import Prompt
+
+DEADLINE_S = 600.0
+"""Seconds for which a prompt may be open."""
+
+MAX_ID = 2**31 - 1
 
 TokenIds = tuple[int, ...]
 Keep = Callable[[TokenIds], TokenIds]
@@ -80,7 +86,7 @@ class Followed:
         if isinstance(outcome, BaseException):  # without its traceback, which knows whoever has asked for the result
             raise self._failed(handle, outcome) from kept(outcome)
         try:
-            return Known(tuple(self.keep(outcome.token_ids)), is_final=True)
+            return Known(_ids(self.keep(outcome.token_ids)), is_final=True)
         except Exception as error:
             raise self._failed(handle, error) from error
 
@@ -327,6 +333,8 @@ class OpenPrompt:
             raise InvalidRequest(f"follow a RequestHandle or an OpenPrompt, not {told(source)}")
         if isinstance(source, OpenPrompt):
             other = source._reading
+            if source._host is not self._host:
+                raise InvalidRequest("an open prompt of another engine: follow where it is computed")
             if other.tenant != self._reading.tenant:
                 raise InvalidRequest("there is no such prompt to follow")
             self._put(Followed(other, name, keep or _all))
@@ -411,6 +419,14 @@ def overdue(reading: Reading) -> KVCommError | None:
 def nothing_to_begin(reading: Reading, segments: tuple[Segment, ...]) -> None:
     """Begins what is over."""
     raise RequestCancelled(f"open prompt {reading.request_id} is over")
+
+
+def _ids(given: object) -> TokenIds:
+    """What a caller's `keep` has returned. Raises InvalidRequest, or what is wrong with it, if these are no ids."""
+    ids = tuple(index(token) for token in given)  # type: ignore[attr-defined]  # what is none is told by its error
+    if not all(0 <= token <= MAX_ID for token in ids):
+        raise InvalidRequest(f"keep must return token ids, not {told(given)}")
+    return ids
 
 
 def _all(token_ids: TokenIds) -> TokenIds:

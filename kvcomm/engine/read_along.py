@@ -18,7 +18,7 @@ from kvcomm.engine.open_prompt import Reading, nothing_to_begin, overdue
 from kvcomm.engine.passes import Work
 from kvcomm.engine.request import Request
 from kvcomm.engine.spare import MIN_CHUNK, Spare
-from kvcomm.errors import KVCommError, PoolExhausted, RequestCancelled, kept
+from kvcomm.errors import PoolExhausted, RequestCancelled, kept
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
@@ -26,6 +26,9 @@ from kvcomm.memory.sequences import Sequence, num_common
 from kvcomm.model.live import Weights
 from kvcomm.model.runner import Run
 from kvcomm.reuse.plan import Plan, Reason
+
+MAX_WAIT_S = 3600.0
+"""However far away a deadline is: a thread cannot wait for ever with a limit."""
 
 logger = logging.getLogger("kvcomm.engine")
 
@@ -80,7 +83,7 @@ class ReadAlong:
     def next_due_s(self) -> float | None:
         """Seconds until the next one has been open for too long; None: there is none. Safe to call without the lock."""
         due = [each.due_s for each in self.readings if not each.is_begun]
-        return max(0.0, min(due) - time.monotonic()) if due else None
+        return min(MAX_WAIT_S, max(0.0, min(due) - time.monotonic())) if due else None
 
     def touch(self) -> None:
         """Something has changed that readings depend on: text, a source, a wish. By any thread, under the lock."""
@@ -248,7 +251,7 @@ class ReadAlong:
         try:
             if reading.prompt is None:
                 reading.refresh()
-        except KVCommError as error:
+        except Exception as error:  # whatever a prompt is made of concerns nobody but who opened it
             return error
         return None
 

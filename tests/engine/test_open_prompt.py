@@ -30,6 +30,13 @@ from tests.tiny import TinyModel
 ROLE, QUESTION, TAIL = some_tokens(21, 1), some_tokens(30, 2), some_tokens(6, 3)
 
 
+@pytest.fixture(autouse=True)
+def settled(engine: Engine) -> Iterator[None]:
+    """What is cancelled while a pass writes into it ends behind that pass."""
+    yield
+    wait_for(lambda: not engine.scheduler.has_work)
+
+
 def read(opened: OpenPrompt) -> OpenPrompt:
     """Wait until all that is known of a prompt has been read."""
     wait_for(lambda: opened.num_read == opened.num_tokens)
@@ -204,6 +211,31 @@ class TestBadInput:
             with engine.open_prompt(ROLE) as opened, pytest.raises(InvalidRequest, match="none of this engine's"):
                 opened.follow(theirs)
             theirs.result()
+
+    def test_a_prompt_of_another_engine(self, engine: Engine, shared_model: TinyModel) -> None:
+        with (
+            Engine(shared_model.model, shared_model.tokenizer, config=SMALL) as other,
+            other.open_prompt(QUESTION) as theirs,
+            engine.open_prompt(ROLE) as opened,
+            pytest.raises(InvalidRequest, match="another engine"),
+        ):
+            opened.follow(theirs)
+
+    @pytest.mark.parametrize("kept", ["text", 7, [1.5], [-1], [2**40], ["1"]])
+    def test_a_keep_that_gives_no_ids_ends_its_own_prompt_alone(self, engine: Engine, kept: Any) -> None:
+        with engine.held():
+            solver = engine.submit(QUESTION, max_new_tokens=4)
+            reader = engine.open_prompt(ROLE).follow(solver, keep=lambda _: kept).close(max_new_tokens=2)
+        with pytest.raises(SourceFailed):
+            reader.result()
+        assert len(solver.result().token_ids) == 4
+        assert engine.generate(TAIL, max_new_tokens=1).token_ids
+
+    def test_a_deadline_that_never_comes(self, engine: Engine, shared_model: TinyModel) -> None:
+        opened = read(engine.open_prompt(ROLE, deadline_s=float("inf")))
+        engine.generate(TAIL, max_new_tokens=1)
+        answer = opened.close(max_new_tokens=4).result()
+        assert list(answer.token_ids) == greedy(shared_model.model, ROLE, 4)
 
     def test_what_is_no_request(self, engine: Engine) -> None:
         with engine.open_prompt(ROLE) as opened, pytest.raises(InvalidRequest, match="follow a RequestHandle"):
