@@ -54,13 +54,15 @@ class Point(NamedTuple):
         kinds: of exceptions that make sense here; see `make_error`.
         in_reach: operations that pass through here.
         every: passes between which a fault comes at most.
-        hits: how many requests one fault may fail: one choice's code fails one, a pass fails all in it.
+        hits_one: whether one fault fails one request at most, as a choice's code does; a pass fails all in it.
+        share: how often it is drawn, beside the others. Rarely passed points come more often.
     """
 
     kinds: tuple[str, ...]
     in_reach: tuple[str, ...]
     every: int = 1
     hits_one: bool = True
+    share: int = 1
 
 
 OWN_CODE = ("InjectedFault", "RuntimeError", "ValueError", "TypeError", "KeyError", "IndexError", "MemoryError")
@@ -83,10 +85,10 @@ POINTS: dict[str, Point] = {
     "context.complete": Point(OWN_CODE, ("extend", "answer")),
     "tree.match": Point(OWN_CODE, ASKING, 2),
     "tree.insert": Point(OWN_CODE, ASKING, 2),
-    "reuse.plan": Point(OWN_CODE, ("ask_moved",)),
-    "reuse.assemble": Point(OWN_CODE, ("ask_moved",)),
-    "reuse.look": Point(OWN_CODE, ("ask_moved",)),
-    "reuse.advance": Point(OWN_CODE, ("ask_moved",)),
+    "reuse.plan": Point(OWN_CODE, ("ask_moved",), share=3),
+    "reuse.assemble": Point(OWN_CODE, ("ask_moved",), share=3),
+    "reuse.look": Point(OWN_CODE, ("ask_moved",), share=3),
+    "reuse.advance": Point(OWN_CODE, ("ask_moved",), share=3),
     "reuse.publish": Point(OWN_CODE, ("ask_moved",), 2),
     "learner.after": Point(OWN_CODE, ASKING),
     "model.forward": Point(ALSO_ASSERTIONS, ASKING, 6, hits_one=False),

@@ -20,7 +20,7 @@ WEIGHTS: Mapping[str, int] = {
     "ask_drawn": 6,
     "ask_text": 3,
     "ask_logprobs": 4,
-    "ask_moved": 6,
+    "ask_moved": 9,
     "ask_unusual": 4,
     "ask_refused": 6,
     "ask_huge": 1,
@@ -232,7 +232,7 @@ def draw_operation(draw: random.Random, name: str, shares: Mapping[str, int]) ->
 
 
 def _fault(draw: random.Random) -> dict[str, Any]:
-    name = draw.choice(list(POINTS))
+    name = draw.choices(list(POINTS), weights=[point.share for point in POINTS.values()])[0]
     point = POINTS[name]
     return {"point": name, "passes": draw.randrange(point.every), "kind": draw.choice(point.kinds)}
 

@@ -152,7 +152,7 @@ class Engine:
         known = _prior(prior, self.prior_model)
         self._prior_weights = None if known is None else first
         self.reuse = ReuseParts.make(self.config, self.memory, self.geometry, runner, self._lock, identity, ends, known)
-        self._holdings = Holdings(self.pool, lambda: scheduler.requests(), lambda: scheduler.read_along.sequences())
+        self._holdings = Holdings(self.pool, lambda: scheduler.requests(), lambda: scheduler.read_along)
         own_tier = Tier.open(tier) if isinstance(tier, str) else None
         self._tiering = Tiering(
             own_tier or _tier(tier),

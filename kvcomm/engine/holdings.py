@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from kvcomm.engine.context import Context
+from kvcomm.engine.read_along import ReadAlong
 from kvcomm.engine.request import Request
 from kvcomm.errors import QuotaExceeded
 from kvcomm.memory.pool import PageIds, PagePool
@@ -32,15 +33,15 @@ class Holdings:
         self,
         pool: PagePool,
         requests: Callable[[], list[Request]],
-        readings: Callable[[], Iterable[tuple[str, Sequence]]],
+        open_prompts: Callable[[], ReadAlong],
     ) -> None:
         """Args:
         requests: lists the requests in flight.
-        readings: owners and sequences of open prompts.
+        open_prompts: of the engine.
         """
         self._pool = pool
         self._requests = requests
-        self._readings = readings
+        self._open_prompts = open_prompts
         self._held: dict[int, _Held] = {}  # by id of the sequence
         self._contexts: weakref.WeakValueDictionary[int, Context] = weakref.WeakValueDictionary()
         self._forgotten: deque[Sequence] = deque()
@@ -129,10 +130,11 @@ class Holdings:
         }
         in_requests = [entry for key, entry in own.items() if key not in self._held]
         twins = [(each.owner, each.healing.twin) for each in self._requests() if each.healing is not None]
-        return [*in_requests, *twins, *self._readings()]
+        return [*in_requests, *twins, *self._open_prompts().sequences()]
 
     def reclaim(self) -> None:
-        """Give back what forgotten contexts held."""
+        """Give back what forgotten contexts and open prompts held."""
+        self._open_prompts().reclaim()
         while self._forgotten:
             sequence = self._forgotten.popleft()
             del self._held[id(sequence)]

@@ -236,11 +236,14 @@ class ReadAlong:
         return [each.sequence.pages for each in self._readings if not each.is_begun]
 
     def sequences(self) -> Iterator[tuple[str, Sequence]]:
-        """Whose they are and the sequences, for quotas and integrity checks; forgotten ones give their pages back."""
+        """Whose they are and the sequences, for quotas and integrity checks."""
+        return ((each.owner, each.sequence) for each in self._readings)
+
+    def reclaim(self) -> None:
+        """End those that their users have forgotten."""
         for reading in self.readings:
             if reading.is_cancelled and not reading.is_begun and not reading.is_in_pass:
                 self.end(reading, _cancelled(reading))
-        return ((each.owner, each.sequence) for each in self._readings)
 
     def _ending(self, reading: Reading) -> BaseException | None:
         if reading.is_cancelled:

@@ -9,7 +9,8 @@ import pytest
 
 from kvcomm.align.spans import layer_stores
 from kvcomm.engine.engine import Engine
-from kvcomm.reuse.cost import CostModel, ReuseCost, _non_negative_fit, cached_cost, measure_cost
+from kvcomm.reuse import cost
+from kvcomm.reuse.cost import NUM_TRIES, CostModel, ReuseCost, _non_negative_fit, cached_cost, measure_cost
 
 MODEL = CostModel(pass_s=0.05, row_s=0.001, pair_s=1e-7, move_s=1e-5)
 
@@ -70,3 +71,18 @@ def test_measuring_leaves_nothing_behind(engine: Engine) -> None:
     model = measure_cost(engine.memory, parts.replayer._runner, layers, parts.ops.rotate, 128)
     assert model.compute_s([(0, 10)]) > 0
     assert engine.pool.num_free == free
+
+
+@pytest.mark.parametrize(("takes_s", "num_tries"), [(0.01, NUM_TRIES), (3.0, 1)])
+def test_on_an_overloaded_machine_nobody_waits_for_more_than_one_try(
+    takes_s: float, num_tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, tries = [0.0], [0, 0]
+
+    def work(which: int) -> None:
+        tries[which] += 1
+        now[0] += takes_s * (1 + which)
+
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+    assert cost._fastest([lambda: work(0), lambda: work(1)]) == pytest.approx([takes_s, 2 * takes_s])
+    assert tries == [num_tries, num_tries]
