@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from eval.engine_faults import holding
 from eval.engine_faults.asking import read_params
 from eval.engine_faults.oracle import Asked
-from eval.engine_faults.world import Flight, World, named
+from eval.engine_faults.world import Flight, Held, World, named
 from kvcomm import SamplingParams
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.open_prompt import OpenPrompt
-from kvcomm.errors import InvalidRequest
+from kvcomm.errors import InvalidRequest, SourceFailed
 
 PREFILL = SamplingParams(max_new_tokens=0)
 HURRIED_S = 0.002
@@ -178,6 +179,60 @@ def team(world: World, settings: Mapping[str, Any]) -> None:
     world.fly(producer)
     readers = [_reader(world, settings, index, producer) for index in range(len(settings["behind"]))]
     _meet(world, settings, producer, [each for each in readers if each is not None])
+
+
+def answer_behind(world: World, settings: Mapping[str, Any]) -> None:
+    """Let a context answer to what a request says while it says it."""
+    with world.taken(settings["which"]) as held:
+        if held is None or held.flight is not None:
+            holding.submit_answer(world, settings)
+            return
+        producer = _producer(world, held, settings)
+        if producer is not None:
+            _answer_behind(world, held, producer, settings)
+
+
+def _producer(world: World, held: Held, settings: Mapping[str, Any]) -> Flight | None:
+    """A request of the context's tenant."""
+    params, values = read_params(settings)
+    assert params is not None, settings
+    asked = world.asked(world.tokens_of(settings["prompt"]), params, held.tenant)
+    try:
+        handle = world.engine.submit(world.prompt_of(settings["prompt"]), tenant=held.tenant, **values)
+    except Exception as error:
+        world.oracle.judge_error(asked, error)
+        return None
+    producer = Flight(asked, handle)
+    world.fly(producer)
+    return producer
+
+
+def _answer_behind(world: World, held: Held, producer: Flight, settings: Mapping[str, Any]) -> None:
+    params, values = read_params(settings)
+    assert params is not None, settings
+    asked, before = holding.asked_of(world, held, None, params)
+    followed = Followed(producer, "all")
+    try:
+        prompt = held.context.follow(producer.handle)
+    except Exception as error:
+        if not (isinstance(error, SourceFailed) and followed.token_ids is None):
+            world.oracle.judge_error(asked, error)
+        holding.settled(world, held, before, asked)
+        return
+    opened = Opened(prompt, asked, [before, followed])
+    asked.opened, asked.num_followed = opened, followed.max_tokens
+    try:
+        handle = prompt.close(**values)
+    except Exception as error:
+        world.oracle.judge_error(asked, error)
+        prompt.cancel()
+        holding.settled(world, held, before, asked)
+        return
+    opened.handle = handle
+    world.collect(producer)
+    flight = Flight(asked, handle, held, before)
+    world.fly(flight)
+    world.collect(flight)
 
 
 def _reader(world: World, settings: Mapping[str, Any], index: int, producer: Flight) -> Opened | None:

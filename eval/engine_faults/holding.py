@@ -36,12 +36,12 @@ def extend(world: World, settings: Mapping[str, Any]) -> None:
         if held is None:
             context(world, settings)
             return
-        asked, before = _asked(world, held, settings["prompt"], PREFILL)
+        asked, before = asked_of(world, held, settings["prompt"], PREFILL)
         try:
             held.context.extend(world.prompt_of(settings["prompt"]))
         except Exception as error:
             world.oracle.judge_error(asked, error)
-            _settled(world, held, before, asked)
+            settled(world, held, before, asked)
             return
         if asked.context_was_busy:
             asked.tokens = (*_base(world, held), *world.tokens_of(settings["prompt"]))
@@ -109,7 +109,7 @@ def refused(world: World, settings: Mapping[str, Any]) -> bool:
     with world.taken(settings["which"]) as held:
         if held is None or held.flight is not None or held.weights != world.weights_of(held.adapter):
             return False
-        asked, before = _asked(world, held, None, PREFILL)
+        asked, before = asked_of(world, held, None, PREFILL)
         asked.is_invalid = True
         try:
             handle = held.context.submit(**resolve(settings["sampling"]))
@@ -143,14 +143,14 @@ def save(world: World, settings: Mapping[str, Any]) -> None:
         if held is None:
             context(world, settings)
             return
-        asked, before = _asked(world, held, None, PREFILL)
+        asked, before = asked_of(world, held, None, PREFILL)
         file = world.folder / f"{settings['which'] % 5}.safetensors"
         try:
             held.context.save(file)
         except Exception as error:
             if not (isinstance(error, SnapshotError) and world.oracle.fired_since(asked, "snapshot.write")):
                 world.oracle.judge_error(asked, error)
-            _settled(world, held, before, asked)
+            settled(world, held, before, asked)
             return
         with world.lock:
             world.snapshots = [saved for saved in world.snapshots if saved.file != file]
@@ -209,12 +209,12 @@ def to_cache(world: World, settings: Mapping[str, Any]) -> None:
         if held is None:
             context(world, settings)
             return
-        asked, before = _asked(world, held, None, PREFILL)
+        asked, before = asked_of(world, held, None, PREFILL)
         try:
             cache = held.context.to_hf_cache()
         except Exception as error:
             world.oracle.judge_error(asked, error)
-            _settled(world, held, before, asked)
+            settled(world, held, before, asked)
             return
         tokens = _base(world, held) if asked.context_was_busy else before
         num_tokens = cache.get_seq_length()
@@ -252,7 +252,7 @@ def repair(world: World, settings: Mapping[str, Any]) -> None:
         if held is None:
             context(world, settings)
             return
-        asked, _ = _asked(world, held, None, PREFILL)
+        asked, _ = asked_of(world, held, None, PREFILL)
         try:
             job = held.context.repair()
         except Exception as error:
@@ -278,7 +278,7 @@ def _make(world: World, settings: Mapping[str, Any]) -> Held | None:
 
 
 def _fork(world: World, parent: Held) -> Held | None:
-    asked, _ = _asked(world, parent, None, PREFILL)
+    asked, _ = asked_of(world, parent, None, PREFILL)
     asked.context_was_released = True  # by somebody else, at any moment
     try:
         child = parent.context.fork()
@@ -293,13 +293,13 @@ def _begin(world: World, held: Held, settings: Mapping[str, Any]) -> Flight | No
     prompt = settings["prompt"]
     params, values = read_params(settings)
     assert params is not None, settings
-    asked, before = _asked(world, held, prompt, params)
+    asked, before = asked_of(world, held, prompt, params)
     try:
         given = None if prompt is None else world.prompt_of(prompt)
         handle = held.context.submit(prompt=given, **values)
     except Exception as error:
         world.oracle.judge_error(asked, error)
-        _settled(world, held, before, asked)
+        settled(world, held, before, asked)
         return None
     if asked.context_was_busy:
         before = _base(world, held)
@@ -309,7 +309,7 @@ def _begin(world: World, held: Held, settings: Mapping[str, Any]) -> Flight | No
     return flight
 
 
-def _asked(
+def asked_of(
     world: World, held: Held, prompt: Mapping[str, Any] | None, params: SamplingParams
 ) -> tuple[Asked, tuple[int, ...]]:
     """What is asked of a context, and its tokens before (unless a request is running on it)."""
@@ -334,7 +334,7 @@ def _base(world: World, held: Held) -> tuple[int, ...]:
     return tokens
 
 
-def _settled(world: World, held: Held, before: tuple[int, ...], asked: Asked) -> None:
+def settled(world: World, held: Held, before: tuple[int, ...], asked: Asked) -> None:
     """An operation on a context failed: it is as it was."""
     if not asked.context_was_busy:
         world.expect_tokens(held, before, asked)

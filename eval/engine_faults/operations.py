@@ -35,6 +35,7 @@ WEIGHTS: Mapping[str, int] = {
     "answer": 8,
     "answer_of_fork": 3,
     "submit_answer": 6,
+    "answer_behind": 4,
     "release": 5,
     "forget": 3,
     "save": 3,
@@ -72,7 +73,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "threads": ("threads",),
     "values": ("ask_refused", "ask_unusual"),
     "closing": ("close",),
-    "following": ("open", "append", "follow", "close_open", "cancel_open", "team"),
+    "following": ("open", "append", "follow", "close_open", "cancel_open", "team", "answer_behind"),
     "async": ("async",),
 }
 
@@ -150,21 +151,34 @@ def num_of(operation: Operation) -> int:
 def _next(draw: random.Random, shares: Mapping[str, int]) -> list[Operation]:
     name = draw.choices(list(shares), weights=list(shares.values()))[0]
     operation = draw_operation(draw, name, shares)
+    if name == "ask_moved":
+        return [_told_before(draw, operation), operation]
     if name != "fault" or draw.random() < 0.15:
         return [operation]
     # Behind most faults comes something that meets them.
     followers = [each for each in POINTS[operation.settings["point"]].in_reach if each in shares]
     if not followers:
         return [operation]
-    return [
-        operation,
-        *(draw_operation(draw, draw.choice(followers), shares) for _ in range(draw.choice((1, 1, 2, 3)))),
-    ]
+    behind = [draw_operation(draw, draw.choice(followers), shares) for _ in range(draw.choice((1, 1, 2, 3)))]
+    before = [_told_before(draw, each) for each in behind[:1] if each.name == "ask_moved"]
+    return [*before, operation, *behind]
+
+
+def _told_before(draw: random.Random, operation: Operation) -> Operation:
+    """The same text behind another head: what the operation moves."""
+    head = [None, draw.choice(BASES)[: draw.randint(5, 30)]]
+    settings = {name: value for name, value in operation.settings.items() if name != "way"}
+    prompt = {"segments": [head, *operation.settings["prompt"]["segments"][1:]]}
+    return Operation("ask", {**settings, **_which(draw), "prompt": prompt, "reads_cache": True})
+
+
+def _which(draw: random.Random) -> dict[str, Any]:
+    return {"which": draw.randrange(1000)}
 
 
 def draw_operation(draw: random.Random, name: str, shares: Mapping[str, int]) -> Operation:
     """One operation of a given name."""
-    which = {"which": draw.randrange(1000)}
+    which = _which(draw)
     prompt = {"prompt": _prompt(draw), "tenant": _tenant(draw)}
     if draw.random() < NAMES_ADAPTER:
         prompt["adapter"] = draw.randrange(1000)
@@ -213,6 +227,8 @@ def draw_operation(draw: random.Random, name: str, shares: Mapping[str, int]) ->
         case "open" | "append" | "follow" | "close_open" | "cancel_open":
             settings = {**which, **prompt, **greedy, "other": draw.randrange(1000), "keep": _keep(draw)}
             settings["is_hurried"] = draw.random() < 0.1
+        case "answer_behind":
+            settings = {**which, **prompt, "sampling": draw.choice((_greedy, _greedy, _drawn))(draw)}
         case "team":
             number = draw.randint(1, 3)
             settings = {**which, **prompt, "sampling": draw.choice((_greedy, _greedy, _drawn))(draw)}

@@ -88,6 +88,7 @@ ACTS: Mapping[str, Act] = {
     "answer": holding.answer,
     "answer_of_fork": holding.answer_of_fork,
     "submit_answer": holding.submit_answer,
+    "answer_behind": following.answer_behind,
     "release": holding.release,
     "forget": holding.forget,
     "save": holding.save,
