@@ -17,7 +17,7 @@ at this level. Knows no engine and no pages. Guarded by its owner's lock.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -179,6 +179,7 @@ class Standing:
         audits: the latest.
         num_requests, num_approximated, num_audited: since it was first seen.
         num_watched: approximate requests up to which all are audited.
+        num_unheard: audits to come, by the level that decided.
     """
 
     reader: Reader
@@ -189,6 +190,15 @@ class Standing:
     num_approximated: int = 0
     num_audited: int = 0
     num_watched: int = YOUNG_AUDITS
+    num_unheard: Counter[Level] = field(default_factory=Counter)
+
+    def expected_debt(self, level: Level, bound: Bound) -> float:
+        """What audits to come will add to the debt of a bound at a level, if they find what those before them did."""
+        heard = [audit for audit in self.audits if (audit.level, audit.bound) == (level, bound)]
+        if not heard or not self.num_unheard[level]:
+            return 0.0
+        rate = sum(audit.is_violation for audit in heard) / len(heard)
+        return self.num_unheard[level] * max(0.0, rate - bound.delta)
 
     @property
     def is_young(self) -> bool:
@@ -372,7 +382,8 @@ class ReaderBook:
         """What decides about a request: the most specific level with enough pairs.
 
         Enough are those that allow a violation among them. Where no level has so many, it is the one with most, if that
-        is enough for a bound that none of them breaks.
+        is enough for a bound that none of them breaks. Where that level owes so much that it lets nothing pass, a more
+        specific one decides if it can, and never a less specific one.
 
         Args:
             ladders: that could be used for the request, the one that costs least first.
@@ -392,8 +403,18 @@ class ReaderBook:
             return None
         most = max(counts, key=lambda count: count.num_pairs)
         best = next((count for count in counts if count.num_pairs >= count.num_needed), most)
+        if not self._lets_any(namespace, reader, best, bound):
+            nearer = [each for each in counts if LEVELS.index(each.level) < LEVELS.index(best.level)]
+            able = [each for each in nearer if self._lets_any(namespace, reader, each, bound)]
+            best = max(able, key=lambda count: count.num_pairs, default=best)
         calibration = self._calibration(namespace, reader, best.level, best.ladder, have_read_all)
         return Grounds(best.level, calibration, self.watch(namespace, reader, best.level, bound))
+
+    def is_stopped(self, namespace: str, reader: Reader, level: Level, bound: Bound) -> bool:
+        """Whether what was found lets a level accept nothing now: the tenant's requests, or at `own` the reader's."""
+        watch = self.watch(namespace, reader, level, bound)
+        widest = watch.within or watch
+        return widest.is_tripped or not widest.lets_any(len(self._pairs(namespace, reader, level)))
 
     def is_barred(self, namespace: str, reader: Reader, level: Level, bound: Bound) -> bool:
         """Whether a breaker has tripped that keeps a level from deciding about a reader."""
@@ -411,6 +432,7 @@ class ReaderBook:
         """
         standing = self.find(namespace, reader.digest)
         found = Watch(bound) if standing is None else standing.watches.get(level, bound)
+        found.expected = 0.0 if standing is None else standing.expected_debt(level, bound)
         found.within = None if level is Level.OWN else self._tenant(namespace).watches.get(level, bound)
         return found
 
@@ -424,6 +446,16 @@ class ReaderBook:
         for standing in self.standings(namespace):
             for level, watch in standing.watches:
                 yield level, standing.reader, watch
+
+    def audit_begins(self, namespace: str, reader: Reader, level: Level) -> None:
+        """An audit will be heard of later."""
+        self.standing(namespace, reader).num_unheard[level] += 1
+
+    def audit_ends(self, namespace: str, reader: Reader, level: Level) -> None:
+        """It was heard of, or never will be. Nothing of a reader that is known no more."""
+        standing = self.find(namespace, reader.digest)
+        if standing is not None and standing.num_unheard[level]:
+            standing.num_unheard[level] -= 1
 
     def audited(self, namespace: str, reader: Reader, audit: Audit) -> bool:
         """Count an audit; returns whether a breaker trips with it, of the reader or of all at the level.
@@ -486,6 +518,9 @@ class ReaderBook:
     def forget(self, namespace: str) -> None:
         """Forget every reader of a tenant."""
         self._tenants.pop(namespace, None)
+
+    def _lets_any(self, namespace: str, reader: Reader, count: Count, bound: Bound) -> bool:
+        return self.watch(namespace, reader, count.level, bound).lets_any(count.num_pairs)
 
     def _calibration(
         self, namespace: str, reader: Reader, level: Level, ladder: Ladder, have_read_all: bool | None

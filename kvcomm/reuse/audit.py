@@ -48,8 +48,21 @@ class Auditor:
         return self._book.standing(namespace, reader).is_young or self._random.random() < policy.audit
 
     def queue(self, trial: Trial) -> None:
-        """Audit a request whose pages the trial holds. Under the lock."""
-        self._trials.queue(trial, self._steps(trial), Urgency.AUDIT)
+        """Audit a request whose pages the trial holds. Under the lock.
+
+        It can wait while nothing is accepted on the pairs that decided about it: there is nothing that it could stop.
+        """
+        assert trial.served is not None
+        namespace, reader, level = trial.namespace, trial.reader, trial.served.level
+        bound = Bound(trial.policy.max_divergence, trial.policy.delta)
+        self._book.audit_begins(namespace, reader, level)
+        self._trials.queue(
+            trial,
+            self._steps(trial),
+            Urgency.AUDIT,
+            can_wait=lambda: self._book.is_stopped(namespace, reader, level, bound),
+            on_end=lambda: self._book.audit_ends(namespace, reader, level),
+        )
 
     def _steps(self, trial: Trial) -> Steps:
         trials = self._trials

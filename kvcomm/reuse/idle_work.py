@@ -2,8 +2,8 @@
 
 A job is a generator that yields between forward passes, so that an arriving request waits for one pass at most. Jobs
 run on the engine's thread: first those somebody waits for, then what the next request is quicker for, then audits,
-which the bound depends on, then studies, those first that bring a reader to its next level soonest. Studies are bounded
-in number; the one that pays latest goes first.
+which the bound depends on, then studies, those first that bring a reader to its next level soonest. Audits of what is
+not accepted any more can wait for studies. Studies are bounded in number; the one that pays latest goes first.
 A job holds references on the pages it needs and gives them back however it ends. A job that fails is logged, counted
 and forgotten: nobody waits for it, and no request depends on it.
 """
@@ -51,6 +51,7 @@ class Job:
         release: gives back what the job holds; called once, however it ends, under the engine's lock.
         pages: the page references it holds, for integrity checks.
         pays_after: further jobs like it that it takes until it pays; the fewer, the sooner it is done.
+        can_wait: whether it is no more urgent than a study now. Called under the engine's lock.
     """
 
     steps: Steps
@@ -58,6 +59,7 @@ class Job:
     pages: Callable[[], Iterable[PageIds]]
     urgency: Urgency = Urgency.STUDY
     pays_after: float = math.inf
+    can_wait: Callable[[], bool] = lambda: False
 
 
 class IdleWork:
@@ -104,7 +106,7 @@ class IdleWork:
             if not self._jobs:
                 return 0.0
             # What has begun is finished before its like: its passes so far are in vain otherwise.
-            job = min(self._jobs, key=lambda each: (each.urgency, each is not self._begun, each.pays_after))
+            job = min(self._jobs, key=lambda each: (_urgency(each), each is not self._begun, each.pays_after))
             self._begun = self._running = job
         ended = True
         try:
@@ -167,3 +169,7 @@ class IdleWork:
         self._jobs.remove(job)
         job.steps.close()
         job.release()
+
+
+def _urgency(job: Job) -> Urgency:
+    return max(job.urgency, Urgency.STUDY) if job.can_wait() else job.urgency

@@ -228,7 +228,7 @@ class Learner:
     def _wanted(self, trial: Trial) -> tuple[Rung, ...]:
         """Rungs to measure: all, but for ladders of which enough is known for whoever cannot do better.
 
-        While nobody can move anything yet, those of the ladder that is nearest to it: that pays soonest.
+        While nothing can be moved, whatever pairs show, those of the ladder that is nearest to it: that pays soonest.
         """
         ladders, have_read_all = trial.policy.ladders, sources_of(trial.moves).have_read_all
         bound = Bound(trial.policy.max_divergence, trial.policy.delta)
@@ -238,7 +238,7 @@ class Learner:
                 trial.namespace, trial.reader, ladders, bound, trial.policy.levels, have_read_all=have_read_all
             )
         counts = {ladder: sum(all(rung in pair.measured for rung in ladder) for pair in alike) for ladder in ladders}
-        if grounds is None:
+        if grounds is None or not grounds.watch.lets_any(grounds.calibration.num_pairs):
             return max(reversed(ladders), key=lambda ladder: counts[ladder])
         wanted = [ladder for ladder in ladders if ladder == ladders[0] or counts[ladder] < ENOUGH_PAIRS]
         return tuple(rung for ladder in wanted for rung in ladder)
@@ -268,9 +268,9 @@ class Learner:
         return (yield from self._trials.replayer.measure(case, exact, rungs, known, weights))
 
     def _foresee(self, trial: Trial, pair: Pair) -> None:
-        """Let the rung that the prompt would have been served at bear on the working delta of its level.
+        """Let the rung that the prompt would have been served at bear on the working delta of each level.
 
-        So a delta that has fallen until nothing is accepted rises again.
+        So a delta that has fallen until nothing is accepted rises again, also of a level that does not decide now.
         """
         policy = trial.policy
         if policy.is_exact:
@@ -279,11 +279,12 @@ class Learner:
         ladders = [ladder for ladder in policy.ladders if all(rung in pair.measured for rung in ladder)]
         have_read_all = pair.sources.have_read_all
         self._book.standing(trial.namespace, trial.reader)  # from now on it has a watch of its own
-        grounds = self._book.grounds(
-            trial.namespace, trial.reader, ladders, bound, policy.levels, have_read_all=have_read_all
-        )
-        if grounds is not None and grounds.tried is not None:
-            grounds.watch.would_give(pair.measured[grounds.calibration.ladder[grounds.tried]].divergence)
+        for level in policy.levels:
+            grounds = self._book.grounds(
+                trial.namespace, trial.reader, ladders, bound, (level,), have_read_all=have_read_all
+            )
+            if grounds is not None and grounds.tried is not None:
+                grounds.watch.would_give(pair.measured[grounds.calibration.ladder[grounds.tried]].divergence)
 
     def _teach(self, trial: Trial, name: str, moves: Sequence[Move]) -> int:
         """Let an estimator learn from moves whose source is exact; the sequence holds the truth."""

@@ -16,7 +16,7 @@ from kvcomm.align.calibration import sources_of
 from kvcomm.align.edges import Edge
 from kvcomm.align.estimators import Correction, Estimator
 from kvcomm.align.ladder import Ladder, Rung
-from kvcomm.align.levels import ReaderBook
+from kvcomm.align.levels import Level, ReaderBook
 from kvcomm.align.moves import Move, edges_of, num_moved
 from kvcomm.align.readers import Reader, reader_of
 from kvcomm.errors import InvalidRequest
@@ -28,11 +28,13 @@ from kvcomm.reuse.cost import ReuseCost
 from kvcomm.reuse.decision import Acceptance, decide
 from kvcomm.reuse.finder import MoveFinder
 from kvcomm.reuse.plan import Explanation, Plan, Reason, plan_of
+from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.values import told
 
 MAX_SOURCE_RISK = 2.0
 """Of what the caller accepts. Risks are what most prompts stay well below, and along generations they add up; what a
-source is off by shows in the pairs of its readers, so this only ends chains that nobody has measured."""
+source is off by shows in the pairs of its readers, so this only ends chains that nobody has measured. The prior has
+seen none: where it decides, risks must stay within what the caller accepts, see `_spare_risk`."""
 
 
 class Decision(NamedTuple):
@@ -73,15 +75,8 @@ class Planner:
         """
         if self.immovable:
             return self._computed(asked, otherwise, Reason.IMMOVABLE), None
-        moves, unmoved = self._find(asked)
-        if not moves:
-            return self._computed(asked, otherwise, unmoved), None
         reader = reader_of(asked.segments)
-        try:
-            decision = self._decide(asked, reader, moves)
-        except BaseException:
-            self.finder.release(moves)
-            raise
+        moves, unmoved, decision = self._choose(asked, reader)
         if decision.wanted is None:
             self.finder.release(moves)
             assert decision.reason is not None
@@ -195,16 +190,15 @@ class Planner:
         prompt = self._prompt(asked, otherwise, unmoved)
         return plan_of(prompt.num_exact, prompt.parts([]))
 
-    def _find(self, asked: Asked) -> tuple[list[Move], Reason]:
+    def _find(self, asked: Asked, max_risk: float) -> tuple[list[Move], Reason]:
         """What may be moved, and why other slots are not; holds the pages of the sources.
 
-        No source that may be much further off than the caller accepts. Where one is left out, others are chosen anew:
-        which of them fit depends on their neighbors.
+        No source of more risk. Where one is left out, others are chosen anew: which of them fit depends on their
+        neighbors.
         """
         if not self.may_reuse(asked):
             return [], Reason.NO_SOURCE
         moves = self._sources(asked, math.inf)
-        max_risk = math.inf if asked.rung is not None else MAX_SOURCE_RISK * asked.policy.max_divergence
         if all(move.risk <= max_risk for move in moves):
             return moves, Reason.NO_SOURCE
         self.finder.release(moves)
@@ -216,12 +210,37 @@ class Planner:
             asked.namespace, asked.segments, sequence.num_computed, sequence, max_risk=max_risk, is_use=is_use
         )
 
+    def _choose(self, asked: Asked, reader: Reader) -> tuple[list[Move], Reason, Decision]:
+        """Moves whose pages are held, why other slots are not moved, and what is to become of the moves."""
+        max_risk = math.inf if asked.rung is not None else MAX_SOURCE_RISK * asked.policy.max_divergence
+        moves, unmoved = self._find(asked, max_risk)
+        if not moves:
+            return moves, unmoved, Decision(reason=unmoved)
+        if asked.rung is None and not asked.is_trial:
+            self.book.standing(asked.namespace, reader).num_requests += 1
+        decision = self._decide_or_release(asked, reader, moves)
+        spare = _spare_risk(asked.policy, decision)
+        if all(move.risk <= spare for move in moves):
+            return moves, unmoved, decision
+        self.finder.release(moves)
+        moves, unmoved = self._find(asked, spare)
+        decision = self._decide_or_release(asked, reader, moves) if moves else Decision(reason=unmoved)
+        # Other sources may have read other text, and be judged by other pairs.
+        if any(move.risk > _spare_risk(asked.policy, decision) for move in moves):
+            decision = Decision(reason=Reason.SOURCE_RISK)
+        return moves, unmoved, decision
+
+    def _decide_or_release(self, asked: Asked, reader: Reader, moves: Sequence[Move]) -> Decision:
+        try:
+            return self._decide(asked, reader, moves)
+        except BaseException:
+            self.finder.release(moves)
+            raise
+
     def _decide(self, asked: Asked, reader: Reader, moves: Sequence[Move]) -> Decision:
         if asked.rung is not None:
             corrections = self.corrections(asked.namespace, asked.rung.estimator, edges_of(moves))
             return Decision(reason=Reason.NO_ANCHORS) if corrections is None else Decision(corrections, asked.rung)
-        if not asked.is_trial:
-            self.book.standing(asked.namespace, reader).num_requests += 1
         usable = self._usable(asked, moves)
         have_read_all = sources_of(moves).have_read_all
         accepted = decide(self.book, asked.namespace, reader, usable, asked.policy, have_read_all=have_read_all)
@@ -246,3 +265,11 @@ class Planner:
             self.book.grounds(asked.namespace, reader, policy.ladders, bound, policy.levels, have_read_all=read_all)
             for read_all in (True, False)
         )
+
+
+def _spare_risk(policy: ReusePolicy, decision: Decision) -> float:
+    """Nats that sources may be off by where a prior decides, whose pairs had exact sources; infinite elsewhere."""
+    wanted = decision.wanted
+    if not isinstance(wanted, Acceptance) or wanted.level is not Level.PRIOR:
+        return math.inf
+    return policy.max_divergence - wanted.predicted

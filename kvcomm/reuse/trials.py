@@ -105,6 +105,7 @@ class Trials:
         urgency: Urgency,
         *,
         pays_after: float = math.inf,
+        can_wait: Callable[[], bool] = lambda: False,
         on_error: Callable[[Exception], None] = lambda error: None,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
@@ -128,7 +129,7 @@ class Trials:
         def pages() -> list[PageIds]:
             return [*(sequence.pages for sequence in trial.sequences), *(move.source_pages for move in trial.moves)]
 
-        self._idle.add(Job(told(), release, pages, urgency, pays_after))
+        self._idle.add(Job(told(), release, pages, urgency, pays_after, can_wait))
 
     def promise(
         self,

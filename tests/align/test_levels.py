@@ -247,6 +247,64 @@ def test_watches_say_whose_they_are() -> None:
     assert (Level.OWN, None) not in told
 
 
+def test_a_prior_in_debt_leaves_the_decision_to_the_tenants_own_pairs() -> None:
+    """Bug: a prior that had broken the bound decided on, against anything, while the pool had pairs enough."""
+    made = book(0, 9, 30)
+    assert deciding(made) is Level.PRIOR
+    for _ in range(2):
+        made.audited("a", OTHER, audit(0.09, Level.PRIOR))
+    assert deciding(made) is Level.POOL
+    assert deciding(book(0, 8, 30)) is Level.PRIOR
+    for _ in range(5):  # and back, once exact prompts show that it would have kept the bound
+        made.watch("a", ONE, Level.PRIOR, BOUND).would_give(0.01)
+    assert deciding(made) is Level.PRIOR
+
+
+def test_a_level_in_debt_is_never_overruled_by_a_less_specific_one() -> None:
+    made = book(0, 19, 30)
+    for _ in range(2):
+        made.audited("a", ONE, audit(0.09, Level.POOL))
+    assert deciding(made) is Level.POOL
+    grounds = made.grounds("a", ONE, LADDERS, BOUND)
+    assert grounds is not None
+    assert (grounds.rung, grounds.tried) == (None, 1)
+
+
+def test_a_level_is_stopped_when_nothing_is_accepted_on_it_of_anybody() -> None:
+    made = book(0, 9, 30)
+    assert not made.is_stopped("a", ONE, Level.PRIOR, BOUND)
+    made.audited("a", ONE, audit(0.09, Level.PRIOR))
+    made.audited("a", OTHER, audit(0.01, Level.PRIOR))
+    assert not made.is_stopped("a", ONE, Level.PRIOR, BOUND)
+    made.audited("a", OTHER, audit(0.09, Level.PRIOR))
+    assert made.is_stopped("a", ONE, Level.PRIOR, BOUND)
+    assert made.is_stopped("a", Reader("3" * 64), Level.PRIOR, BOUND)
+    assert not made.is_stopped("b", ONE, Level.PRIOR, BOUND)
+    assert not made.is_stopped("a", ONE, Level.POOL, BOUND)
+    assert made.is_stopped("a", ONE, Level.OWN, BOUND)  # without pairs nothing is
+
+
+def test_audits_to_come_count_as_those_before_them_make_likely() -> None:
+    """Bug: a reader was served on and on while the audits that would have stopped it waited for their turn."""
+    made = book(0, 0, 30)
+    for _ in range(9):
+        made.audit_begins("a", ONE, Level.PRIOR)
+    assert made.watch("a", ONE, Level.PRIOR, BOUND).working_delta == BOUND.delta  # nothing speaks against it yet
+    for violated in (False, False, True, False):
+        made.audited("a", ONE, audit(0.09 if violated else 0.01, Level.PRIOR))
+        made.audit_ends("a", ONE, Level.PRIOR)
+    found = made.watch("a", ONE, Level.PRIOR, BOUND)
+    assert (found.debt, found.expected) == pytest.approx((0.8, 5 * (0.25 - 0.1)))
+    assert found.working_delta == pytest.approx(0.1 * (1 - 1.55 / 2))
+    assert made.watch("a", OTHER, Level.PRIOR, BOUND).expected == 0
+    assert made.watch("a", ONE, Level.PRIOR, STRICT).expected == 0
+    assert made.watch("a", ONE, Level.POOL, BOUND).expected == 0
+    for _ in range(9):  # given up; more than there are changes nothing
+        made.audit_ends("a", ONE, Level.PRIOR)
+        made.audit_ends("a", Reader("3" * 64), Level.PRIOR)
+    assert made.watch("a", ONE, Level.PRIOR, BOUND).expected == 0
+
+
 def test_ever_new_bounds_readers_and_ladders_fill_no_memory() -> None:
     made = book(0, 0, 30)
     for index in range(2 * levels.MAX_READERS):
@@ -407,11 +465,18 @@ class AgainstANaiveModel(RuleBasedStateMachine):
             for level in LEVELS
             if not any(watch.tripped for watch in self.naive(tenant, reader, level))
         }
-        for level, count in counts.items():
-            if count >= (9 if level is Level.PRIOR else 19):
-                return level
-        most = max(counts.values(), default=0)
-        return next((level for level, count in counts.items() if count == most >= 9), None)
+        counts = {level: count for level, count in counts.items() if count >= 9}
+        enough = [level for level, count in counts.items() if count >= (9 if level is Level.PRIOR else 19)]
+        chosen = next(iter(enough), max(counts, key=lambda level: counts[level], default=None))
+        if chosen is None or self.lets_any(tenant, reader, chosen, counts[chosen]):
+            return chosen
+        nearer = [level for level in counts if LEVELS.index(level) < LEVELS.index(chosen)]
+        able = [level for level in nearer if self.lets_any(tenant, reader, level, counts[level])]
+        return max(able, key=lambda level: counts[level], default=chosen)
+
+    def lets_any(self, tenant: str, reader: Reader, level: Level, count: int) -> bool:
+        debt = max(watch.debt for watch in self.naive(tenant, reader, level))
+        return Fraction(1, count + 1) <= Fraction(1, 10) * (1 - debt / 2)
 
     def divergences(self, tenant: str, reader: Reader, level: Level) -> list[float]:
         if level is Level.PRIOR:

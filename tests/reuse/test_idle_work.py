@@ -31,6 +31,7 @@ class Bench:
         *,
         urgency: Urgency = Urgency.STUDY,
         pays_after: float = math.inf,
+        can_wait: Callable[[], bool] = lambda: False,
         error: Exception | None = None,
         meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
@@ -43,7 +44,7 @@ class Bench:
                 yield
 
         pages = [np.array([len(self.done)], dtype=np.int32)]
-        self.idle.add(Job(work(), lambda: self.released.append(name), lambda: pages, urgency, pays_after))
+        self.idle.add(Job(work(), lambda: self.released.append(name), lambda: pages, urgency, pays_after, can_wait))
 
     def run(self) -> None:
         while self.idle.has_work:
@@ -69,6 +70,19 @@ def test_awaited_jobs_come_first_then_audits_then_studies_that_pay_soonest(bench
     assert bench.done == ["awaited0", "audit0", "soon0", "late0", "never0"]
     assert bench.released == ["awaited", "audit", "soon", "late", "never"]
     assert bench.idle.num_done == 5
+
+
+def test_an_audit_that_can_wait_does_so_for_studies_that_pay_and_is_done_all_the_same(bench: Bench) -> None:
+    waits = [True]
+    bench.add("never")
+    bench.add("audit", urgency=Urgency.AUDIT, can_wait=lambda: waits[0])
+    bench.add("soon", pays_after=1, meanwhile=waits.clear)
+    bench.idle.step()
+    assert bench.done == ["soon0"]
+    waits.append(False)
+    bench.add("later", pays_after=1)
+    bench.run()
+    assert bench.done == ["soon0", "audit0", "later0", "never0"]
 
 
 def test_what_has_begun_is_finished_before_its_like_and_after_more_urgent_jobs(bench: Bench) -> None:

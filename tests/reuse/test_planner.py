@@ -25,6 +25,7 @@ POLICY = ReusePolicy(max_divergence=0.5, confidence=0.9, audit=0.0, rungs=TURNED
 """Nine pairs allow something, and nineteen one violation."""
 READER = reader_of(prompt(ROLE_B, 0))
 OTHER = Reader("0" * 64)
+ROLE_C = tuple(some_tokens(27, seed=77))
 
 
 def pair(divergence: float = 0.1, rungs: tuple[Rung, ...] = DEFAULT_RUNGS) -> Pair:
@@ -220,7 +221,7 @@ def test_every_reason_comes_about(learning: Engine, reason: Reason) -> None:
     """Those that are not here: in the tests of levels above, of the cache, and of a full pool."""
     reasons = WAYS[reason](learning)
     expected = {Reason.ESCALATED: 95, Reason.OUT_OF_DISTRIBUTION: 95, Reason.FAILED: 129, Reason.RUNG: 27}
-    assert reasons[reason.value] == expected.get(reason, 90)
+    assert reasons.get(reason.value) == expected.get(reason, 90), reasons
 
 
 def test_what_waits_for_a_source_would_be_allowed_to_move_it(learning: Engine) -> None:
@@ -233,6 +234,34 @@ def test_what_waits_for_a_source_would_be_allowed_to_move_it(learning: Engine) -
             ]
         usages = [handle.result(PATIENCE_S).usage for handle in handles]
         assert [usage.aligned_tokens for usage in usages] == [0, 90 if num_pairs else 0]
+
+
+@pytest.mark.parametrize(("divergence", "num_moved"), [(0.2, 180), (0.3, 90)])
+def test_the_prior_takes_approximate_sources_while_both_risks_are_within_the_bound(
+    learning: Engine, divergence: float, num_moved: int
+) -> None:
+    """Bug: chains of moved text were served on pairs that had exact sources, and broke the bound most of the time."""
+    know(learning, prior=30, divergence=divergence)
+    ask(learning, ROLE_A, 1, EXACT)
+    question, answer = prompt(ROLE_B, 1)[1], prompt((), 2)[1]
+    learning.generate([Segment(ROLE_B), question, answer, Segment(TAIL)], SAMPLING, policy=POLICY)
+    (rendition,) = learning.memory.segments.renditions_of(learning.namespace(), answer)
+    assert rendition.risk == divergence
+    read = [Segment(ROLE_C), question, answer, Segment(TAIL)]
+    usage = learning.generate(read, SAMPLING, policy=POLICY).usage
+    assert usage.aligned_tokens == num_moved
+    assert usage.reasons.get("source_risk", 0) == 180 - num_moved
+    assert usage.approximation is not None
+    assert usage.approximation.predicted == pytest.approx(2 * divergence if num_moved == 180 else divergence)
+
+
+def test_where_own_traffic_decides_twice_the_bound_may_be_at_risk(learning: Engine) -> None:
+    know(learning, pool=30, divergence=0.3)
+    ask(learning, ROLE_A, 1, EXACT)
+    question, answer = prompt(ROLE_B, 1)[1], prompt((), 2)[1]
+    learning.generate([Segment(ROLE_B), question, answer, Segment(TAIL)], SAMPLING, policy=POLICY)
+    read = [Segment(ROLE_C), question, answer, Segment(TAIL)]
+    assert learning.generate(read, SAMPLING, policy=POLICY).usage.aligned_tokens == 180
 
 
 def test_requests_count_for_their_reader_and_questions_about_them_do_not(learning: Engine) -> None:
