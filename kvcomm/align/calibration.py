@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import cached_property
 from typing import NamedTuple
 
@@ -45,6 +46,19 @@ class Measured(NamedTuple):
     residual: float | None = None
 
 
+class SourcesRead(StrEnum):
+    """How many of a prompt's sources had read all that stands before them there.
+
+    Known before anything is moved, and telling like nothing else: prompts of unlike kinds are told apart wherever pairs
+    of several readers are pooled. Documents that nobody has read together are `NONE`, what agents say to each other
+    is `SOME`.
+    """
+
+    ALL = "all"
+    SOME = "some"
+    NONE = "none"
+
+
 class Sources(NamedTuple):
     """Where the moved text of a prompt came from. Told, not conditioned on: prompts of one reader differ in these.
 
@@ -61,13 +75,11 @@ class Sources(NamedTuple):
     num_tokens: int = 0
 
     @property
-    def have_read_all(self) -> bool:
-        """Whether every source had read all that stands before it in the prompt.
-
-        Known before anything is moved, and telling like nothing else: prompts of both kinds are told apart wherever
-        pairs of several readers are pooled.
-        """
-        return not self.num_unread
+    def read(self) -> SourcesRead:
+        """How many sources had read all that stands before them in the prompt."""
+        if not self.num_unread:
+            return SourcesRead.ALL
+        return SourcesRead.SOME if self.num_unread < self.num_segments else SourcesRead.NONE
 
 
 def sources_of(moves: Sequence[Move]) -> Sources:

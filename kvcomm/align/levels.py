@@ -24,7 +24,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from kvcomm.align.bound import Bound
-from kvcomm.align.calibration import Calibration, Pair, pairs_needed
+from kvcomm.align.calibration import Calibration, Pair, SourcesRead, pairs_needed
 from kvcomm.align.importance import HeadFit
 from kvcomm.align.ladder import TURNED, Ladder
 from kvcomm.align.readers import Reader
@@ -92,7 +92,7 @@ class Pairs:
         max_pairs: beyond which the oldest go; None: all are kept.
         """
         self._pairs: deque[tuple[str, Pair]] = deque(maxlen=max_pairs)
-        self._seen: dict[tuple[Ladder, bool | None], Calibration] = {}
+        self._seen: dict[tuple[Ladder, frozenset[SourcesRead] | None], Calibration] = {}
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -120,17 +120,17 @@ class Pairs:
         self._pairs = deque((each for each in self._pairs if each[0] != reader), self._pairs.maxlen)
         self._seen.clear()
 
-    def along(self, ladder: Ladder, have_read_all: bool | None = None) -> Calibration:
+    def along(self, ladder: Ladder, kinds: frozenset[SourcesRead] | None = None) -> Calibration:
         """These pairs, seen along a ladder.
 
         Args:
-            have_read_all: only those of which this holds, see `Sources`; None: all.
+            kinds: only those with sources of these kinds; None: all.
         """
-        key = ladder, have_read_all
+        key = ladder, kinds
         if key not in self._seen:
             if len(self._seen) >= MAX_LADDERS:
                 self._seen.clear()
-            chosen = [pair for pair in self if have_read_all in (None, pair.sources.have_read_all)]
+            chosen = [pair for pair in self if kinds is None or pair.sources.read in kinds]
             self._seen[key] = Calibration(ladder, chosen)
         return self._seen[key]
 
@@ -319,15 +319,15 @@ class ReaderBook:
         tenant = self._tenants.get(namespace)
         return () if tenant is None else tuple(tenant.pool)
 
-    def usually_read_all(self, namespace: str) -> bool | None:
-        """Whether sources had read all that stands before them, in most pooled pairs; None: there are no such pairs.
+    def usual_sources(self, namespace: str) -> SourcesRead | None:
+        """How much sources had read in most pooled pairs; None: there are no such pairs.
 
         What a reader's sources will be like that has no pairs yet: those of the tenant's prompts, or of the prior's.
         """
         for level in (Level.POOL, Level.PRIOR):
-            kinds = [pair.sources.have_read_all for pair in self._pairs(namespace, _NOBODY, level)]
+            kinds = Counter(pair.sources.read for pair in self._pairs(namespace, _NOBODY, level))
             if kinds:
-                return 2 * sum(kinds) >= len(kinds)
+                return max(SourcesRead, key=lambda kind: kinds[kind])
         return None
 
     def heads(self, namespace: str) -> HeadFit:
@@ -347,22 +347,22 @@ class ReaderBook:
         bound: Bound,
         levels: Iterable[Level] = LEVELS,
         *,
-        have_read_all: bool | None = None,
+        read: SourcesRead | None = None,
     ) -> list[Count]:
         """What each level has for a reader, in the order in which they are asked: level by level, ladder by ladder.
 
         A reader that is not known has no pairs, and is not known afterwards either.
 
         Args:
-            have_read_all: of the sources of a prompt; of pooled pairs only those count of which the same holds. None:
-                all count.
+            read: how much the sources of a prompt have read; of pooled pairs only those of a kind with it count, see
+                `kinds_at`. None: all count.
         """
         ladders = tuple(ladders)
         return [
             Count(
                 level,
                 ladder,
-                self._calibration(namespace, reader, level, ladder, have_read_all).num_pairs,
+                self._calibration(namespace, reader, level, ladder, read).num_pairs,
                 _needed(level, bound),
             )
             for level in levels
@@ -377,7 +377,7 @@ class ReaderBook:
         bound: Bound,
         levels: Iterable[Level] = LEVELS,
         *,
-        have_read_all: bool | None = None,
+        read: SourcesRead | None = None,
     ) -> Grounds | None:
         """What decides about a request: the most specific level with enough pairs.
 
@@ -388,7 +388,7 @@ class ReaderBook:
         Args:
             ladders: that could be used for the request, the one that costs least first.
             levels: that the caller accepts, the most specific first.
-            have_read_all: see `counts`.
+            read: see `counts`.
 
         Returns:
             None where no level that holds has enough.
@@ -396,7 +396,7 @@ class ReaderBook:
         least = pairs_needed(bound.delta)
         counts = [
             count
-            for count in self.counts(namespace, reader, ladders, bound, levels, have_read_all=have_read_all)
+            for count in self.counts(namespace, reader, ladders, bound, levels, read=read)
             if count.num_pairs >= least and not self.watch(namespace, reader, count.level, bound).is_tripped
         ]
         if not counts:
@@ -407,7 +407,7 @@ class ReaderBook:
             nearer = [each for each in counts if LEVELS.index(each.level) < LEVELS.index(best.level)]
             able = [each for each in nearer if self._lets_any(namespace, reader, each, bound)]
             best = max(able, key=lambda count: count.num_pairs, default=best)
-        calibration = self._calibration(namespace, reader, best.level, best.ladder, have_read_all)
+        calibration = self._calibration(namespace, reader, best.level, best.ladder, read)
         return Grounds(best.level, calibration, self.watch(namespace, reader, best.level, bound))
 
     def is_stopped(self, namespace: str, reader: Reader, level: Level, bound: Bound) -> bool:
@@ -523,10 +523,9 @@ class ReaderBook:
         return self.watch(namespace, reader, count.level, bound).lets_any(count.num_pairs)
 
     def _calibration(
-        self, namespace: str, reader: Reader, level: Level, ladder: Ladder, have_read_all: bool | None
+        self, namespace: str, reader: Reader, level: Level, ladder: Ladder, read: SourcesRead | None
     ) -> Calibration:
-        # A reader's own pairs are of one mix already, and few.
-        return self._pairs(namespace, reader, level).along(ladder, None if level is Level.OWN else have_read_all)
+        return self._pairs(namespace, reader, level).along(ladder, kinds_at(level, read))
 
     def _restart_pool(self, namespace: str) -> None:
         """Forget the pool of a tenant and what was watched about it; readers that it did not suit stay without."""
@@ -546,6 +545,19 @@ class ReaderBook:
 
     def _tenant(self, namespace: str) -> _Tenant:
         return self._tenants.setdefault(namespace, _Tenant())
+
+
+def kinds_at(level: Level, read: SourcesRead | None) -> frozenset[SourcesRead] | None:
+    """Kinds of sources whose pairs decide about a prompt with sources of one kind; None: all.
+
+    A reader's own pairs are of one mix already, and few. A tenant's are told apart by whether all had been read, and
+    those of a prior, which are of unlike workloads, by each kind.
+    """
+    if read is None or level is Level.OWN:
+        return None
+    if level is Level.PRIOR or read is SourcesRead.ALL:
+        return frozenset({read})
+    return frozenset({SourcesRead.SOME, SourcesRead.NONE})
 
 
 def _needed(level: Level, bound: Bound) -> int:

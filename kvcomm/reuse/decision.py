@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from kvcomm.align.bound import Bound
-from kvcomm.align.calibration import Calibration
+from kvcomm.align.calibration import Calibration, SourcesRead
 from kvcomm.align.ladder import Ladder, Rung
 from kvcomm.align.levels import Grounds, Level, ReaderBook
 from kvcomm.align.readers import Reader
@@ -79,18 +79,18 @@ def decide(
     ladders: Iterable[Ladder],
     policy: ReusePolicy,
     *,
-    have_read_all: bool | None,
+    read: SourcesRead | None,
 ) -> Acceptance | Reason:
     """How a reader's request is served under a policy that is not exact, or why it is computed.
 
     Args:
         ladders: that could be used for it, the one that costs least first.
-        have_read_all: of the sources of its prompt, see `ReaderBook.counts`.
+        read: of the sources of its prompt, see `ReaderBook.counts`.
     """
     ladders, bound = tuple(ladders), Bound(policy.max_divergence, policy.delta)
     if not ladders:
         return Reason.NO_ANCHORS
-    grounds = book.grounds(namespace, reader, ladders, bound, policy.levels, have_read_all=have_read_all)
+    grounds = book.grounds(namespace, reader, ladders, bound, policy.levels, read=read)
     if grounds is None:
         barred = any(book.is_barred(namespace, reader, level, bound) for level in policy.levels)
         return Reason.BREAKER if barred else Reason.UNCALIBRATED

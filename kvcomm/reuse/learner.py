@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import Measured, Pair, sources_of
 from kvcomm.align.ladder import Rung
-from kvcomm.align.levels import ReaderBook
+from kvcomm.align.levels import Level, ReaderBook, kinds_at
 from kvcomm.align.moves import Move, edges_of
 from kvcomm.align.ops.contract import LayerStore
 from kvcomm.align.spans import place_of
@@ -191,7 +191,7 @@ class Learner:
             trial.policy.ladders,
             bound,
             trial.policy.levels,
-            have_read_all=sources_of(trial.moves).have_read_all,
+            read=sources_of(trial.moves).read,
         )
         missing = min(
             (each.num_needed - each.num_pairs for each in counts if each.num_pairs < each.num_needed), default=0
@@ -230,13 +230,12 @@ class Learner:
 
         While nothing can be moved, whatever pairs show, those of the ladder that is nearest to it: that pays soonest.
         """
-        ladders, have_read_all = trial.policy.ladders, sources_of(trial.moves).have_read_all
+        ladders, read = trial.policy.ladders, sources_of(trial.moves).read
         bound = Bound(trial.policy.max_divergence, trial.policy.delta)
         with self._lock:
-            alike = [pair for pair in self._book.pool(trial.namespace) if pair.sources.have_read_all == have_read_all]
-            grounds = self._book.grounds(
-                trial.namespace, trial.reader, ladders, bound, trial.policy.levels, have_read_all=have_read_all
-            )
+            kinds = kinds_at(Level.POOL, read)
+            alike = [pair for pair in self._book.pool(trial.namespace) if kinds is None or pair.sources.read in kinds]
+            grounds = self._book.grounds(trial.namespace, trial.reader, ladders, bound, trial.policy.levels, read=read)
         counts = {ladder: sum(all(rung in pair.measured for rung in ladder) for pair in alike) for ladder in ladders}
         if grounds is None or not grounds.watch.lets_any(grounds.calibration.num_pairs):
             return max(reversed(ladders), key=lambda ladder: counts[ladder])
@@ -277,12 +276,10 @@ class Learner:
             return
         bound = Bound(policy.max_divergence, policy.delta)
         ladders = [ladder for ladder in policy.ladders if all(rung in pair.measured for rung in ladder)]
-        have_read_all = pair.sources.have_read_all
+        read = pair.sources.read
         self._book.standing(trial.namespace, trial.reader)  # from now on it has a watch of its own
         for level in policy.levels:
-            grounds = self._book.grounds(
-                trial.namespace, trial.reader, ladders, bound, (level,), have_read_all=have_read_all
-            )
+            grounds = self._book.grounds(trial.namespace, trial.reader, ladders, bound, (level,), read=read)
             if grounds is not None and grounds.tried is not None:
                 grounds.watch.would_give(pair.measured[grounds.calibration.ladder[grounds.tried]].divergence)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from kvcomm.align.bound import Bound
-from kvcomm.align.calibration import sources_of
+from kvcomm.align.calibration import SourcesRead, sources_of
 from kvcomm.align.edges import Edge
 from kvcomm.align.estimators import Correction, Estimator
 from kvcomm.align.ladder import Ladder, Rung
@@ -242,8 +242,8 @@ class Planner:
             corrections = self.corrections(asked.namespace, asked.rung.estimator, edges_of(moves))
             return Decision(reason=Reason.NO_ANCHORS) if corrections is None else Decision(corrections, asked.rung)
         usable = self._usable(asked, moves)
-        have_read_all = sources_of(moves).have_read_all
-        accepted = decide(self.book, asked.namespace, reader, usable, asked.policy, have_read_all=have_read_all)
+        read = sources_of(moves).read
+        accepted = decide(self.book, asked.namespace, reader, usable, asked.policy, read=read)
         if isinstance(accepted, Reason):
             return Decision(reason=accepted)
         passes = passes_of(moves, accepted.rung.share, asked.num_prompt_tokens)
@@ -262,8 +262,8 @@ class Planner:
         policy = asked.policy
         bound, reader = Bound(policy.max_divergence, policy.delta), reader_of(asked.segments)
         return any(
-            self.book.grounds(asked.namespace, reader, policy.ladders, bound, policy.levels, have_read_all=read_all)
-            for read_all in (True, False)
+            self.book.grounds(asked.namespace, reader, policy.ladders, bound, policy.levels, read=read)
+            for read in SourcesRead
         )
 
 

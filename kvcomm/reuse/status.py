@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvcomm.align.bound import Bound
-from kvcomm.align.calibration import pairs_needed
+from kvcomm.align.calibration import SourcesRead, pairs_needed
 from kvcomm.align.edges import Edge
 from kvcomm.align.estimators import TokenEstimator
 from kvcomm.align.levels import Level, Standing
@@ -33,7 +33,7 @@ class LevelStatus(Plain):
 
     Attributes:
         estimator: of the ladder.
-        num_pairs: there are; at pool and prior of the kind that the reader's sources are, see `Sources.have_read_all`.
+        num_pairs: there are; at pool and prior of the kind that the reader's sources are, see `levels.kinds_at`.
         num_needed: from which on the level may decide, if none of them breaks the bound.
         num_settled: from which on it decides although other levels have more.
         is_barred: audits have shown that it does not hold, for this reader or at all.
@@ -165,15 +165,15 @@ def status_of(parts: ReuseParts, namespace: str, reader: Reader, policy: ReusePo
     parts.planner.require_known(policy.rungs)
     found = parts.book.find(namespace, reader.digest) or Standing(reader)
     latest = next(reversed([*found.pairs]), None)
-    usual = parts.book.usually_read_all(namespace)
-    have_read_all = usual if latest is None else latest.sources.have_read_all
+    usual = parts.book.usual_sources(namespace)
+    read = usual if latest is None else latest.sources.read
     edges = edges_to(parts, namespace, reader)
     bound = policy.bound
     following: Acceptance | Reason | None = None
     levels: tuple[LevelStatus, ...] = ()
     if bound is not None:
-        following = _next(parts, namespace, reader, policy, edges, have_read_all)
-        levels = tuple(_levels(parts, namespace, reader, policy, bound, have_read_all))
+        following = _next(parts, namespace, reader, policy, edges, read)
+        levels = tuple(_levels(parts, namespace, reader, policy, bound, read))
     accepted = following if isinstance(following, Acceptance) else None
     return ReaderStatus(
         reader=reader.digest,
@@ -202,10 +202,10 @@ def edges_to(parts: ReuseParts, namespace: str, reader: Reader) -> list[Edge]:
 
 
 def _levels(
-    parts: ReuseParts, namespace: str, reader: Reader, policy: ReusePolicy, bound: Bound, have_read_all: bool | None
+    parts: ReuseParts, namespace: str, reader: Reader, policy: ReusePolicy, bound: Bound, read: SourcesRead | None
 ) -> Iterable[LevelStatus]:
     book = parts.book
-    for count in book.counts(namespace, reader, policy.ladders, bound, policy.levels, have_read_all=have_read_all):
+    for count in book.counts(namespace, reader, policy.ladders, bound, policy.levels, read=read):
         watch = book.find_watch(namespace, reader, count.level, bound)
         yield LevelStatus(
             level=count.level,
@@ -235,7 +235,7 @@ def _next(
     reader: Reader,
     policy: ReusePolicy,
     edges: Sequence[Edge],
-    have_read_all: bool | None,
+    read: SourcesRead | None,
 ) -> Acceptance | Reason:
     """What a request would be served with that takes its text by these edges, or why it would be computed."""
     planner = parts.planner
@@ -246,4 +246,4 @@ def _next(
         for ladder in policy.ladders
         if planner.corrections(namespace, ladder[0].estimator, edges or [ANY_EDGE]) is not None
     ]
-    return decide(parts.book, namespace, reader, usable, policy, have_read_all=have_read_all)
+    return decide(parts.book, namespace, reader, usable, policy, read=read)

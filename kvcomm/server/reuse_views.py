@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from kvcomm.align.calibration import pairs_needed
+from kvcomm.align.calibration import SourcesRead, pairs_needed
 from kvcomm.align.ladder import DEFAULT_RUNGS, ladders_of
 from kvcomm.align.levels import Audit, Count, Level, Standing
 from kvcomm.align.readers import Reader
@@ -115,13 +115,11 @@ def _watched(engine: Engine, namespace: str, level: Level, reader: Reader | None
 
 
 def _counts(engine: Engine, namespace: str, level: Level, reader: Reader | None, watch: Watch) -> list[Count]:
-    """Pairs of either kind of sources by themselves, since a request asks for those of its own kind."""
+    """Pairs of each kind of sources by themselves, since a request asks for those of its own kind."""
     return [
         count
-        for have_read_all in (True, False)
-        for count in engine.reuse.book.counts(
-            namespace, reader or NOBODY, LADDERS, watch.bound, (level,), have_read_all=have_read_all
-        )
+        for read in SourcesRead
+        for count in engine.reuse.book.counts(namespace, reader or NOBODY, LADDERS, watch.bound, (level,), read=read)
     ]
 
 

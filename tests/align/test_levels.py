@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from kvcomm.align import levels
 from kvcomm.align.bound import Bound
-from kvcomm.align.calibration import Measured, Pair
+from kvcomm.align.calibration import Measured, Pair, Sources, SourcesRead
 from kvcomm.align.ladder import Ladder, Rung
 from kvcomm.align.levels import LEVELS, YOUNG_AUDITS, Audit, Level, Pairs, ReaderBook, Standing
 from kvcomm.align.readers import Reader
@@ -86,6 +87,31 @@ def test_a_caller_chooses_the_least_level() -> None:
     assert deciding(made, (Level.OWN, Level.POOL)) is Level.OWN
     assert deciding(book(0, 30, 0), (Level.OWN,)) is None
     assert deciding(made, ()) is None
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"),
+    [
+        (Level.OWN, (30, 30, 30)),
+        (Level.POOL, (9, 21, 21)),
+        (Level.PRIOR, (9, 10, 11)),
+    ],
+)
+def test_pairs_of_unlike_sources_are_told_apart_where_they_are_of_unlike_traffic(
+    level: Level, expected: tuple[int, int, int]
+) -> None:
+    """Bug: what agents say to each other was served at a rung that only documents keep the bound at."""
+    unread = (0,) * 9 + (1,) * 10 + (2,) * 11
+    pairs = [replace(pair(), sources=Sources(num_segments=2, num_unread=number)) for number in unread]
+    made = ReaderBook(pairs)
+    made.admit_prior("a")
+    for each in pairs:
+        made.add("a", ONE, each)
+    kinds = (SourcesRead.ALL, SourcesRead.SOME, SourcesRead.NONE)
+    counts = [made.counts("a", ONE, (SURE,), BOUND, (level,), read=kind)[0].num_pairs for kind in kinds]
+    assert tuple(counts) == expected
+    assert made.usual_sources("a") is SourcesRead.NONE
+    assert made.counts("a", ONE, (SURE,), BOUND, (level,))[0].num_pairs == 30
 
 
 def test_a_stricter_bound_needs_more_pairs() -> None:
