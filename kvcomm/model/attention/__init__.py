@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ __all__ = [
     "RunTable",
     "available_backends",
     "make_backend",
+    "preferred_backend",
 ]
 
 BACKEND_NAMES = ("torch", "triton")
@@ -30,20 +33,30 @@ class BackendInfo(NamedTuple):
 
 
 def available_backends(device: str | torch.device | None = None) -> list[BackendInfo]:
-    """What each back end says about this machine; `device` defaults to CUDA where present, else the CPU."""
+    """What each back end says about this machine; `device` defaults to CUDA where present, else the CPU.
+
+    On CUDA the Triton kernels are put to their self-test, once per process and device; see `kvcomm.model.self_test`.
+    """
     target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    return [BackendInfo("torch", True, f"runs on {target.type}"), _triton_info(target)]
+    infos = [BackendInfo("torch", True, f"runs on {target.type}"), _triton_info(target)]
+    taken = _auto(target, infos)
+    return [info._replace(reason=f"{info.reason}; auto takes it") if info.name == taken else info for info in infos]
+
+
+def preferred_backend(device: str | torch.device) -> str:
+    """What "auto" takes on a device where nothing fails its self-test, which is not run."""
+    return "triton" if torch.device(device).type == "cuda" and find_spec("triton") is not None else "torch"
 
 
 def make_backend(name: str, device: str | torch.device) -> AttentionBackend:
-    """Make a back end by name; "auto" takes Triton on CUDA and torch elsewhere.
+    """Make a back end by name; "auto" takes Triton on CUDA where it passes its self-test, and torch elsewhere.
 
     Raises:
-        InvalidRequest: unknown name, or a back end that does not run on this device; says why.
+        InvalidRequest: unknown name, or a back end that does not run on this device or fails there; says why.
     """
     infos = {info.name: info for info in available_backends(device)}
     if name == "auto":
-        name = "triton" if torch.device(device).type == "cuda" and infos["triton"].runs else "torch"
+        name = _auto(torch.device(device), list(infos.values()))
     if name not in infos:
         raise InvalidRequest(f"unknown attention back end {name!r}; choose auto, {' or '.join(BACKEND_NAMES)}")
     if not infos[name].runs:
@@ -57,11 +70,18 @@ def make_backend(name: str, device: str | torch.device) -> AttentionBackend:
     return TorchBackend()
 
 
-def _triton_info(device: torch.device) -> BackendInfo:
-    from importlib.util import find_spec
+def _auto(device: torch.device, infos: Sequence[BackendInfo]) -> str:
+    preferred = preferred_backend(device)
+    return preferred if any(info.runs for info in infos if info.name == preferred) else "torch"
 
+
+def _triton_info(device: torch.device) -> BackendInfo:
     if find_spec("triton") is None:
         return BackendInfo("triton", False, "triton is not installed: pip install 'kvcomm[triton]'")
     if device.type != "cuda":
         return BackendInfo("triton", False, f"needs a CUDA device, this is {device.type}")
-    return BackendInfo("triton", True, "runs on cuda")
+    from kvcomm.model.attention.self_test import TRITON_ATTENTION
+    from kvcomm.model.self_test import verdict
+
+    found = verdict(TRITON_ATTENTION, device)
+    return BackendInfo("triton", found.passed, f"runs on cuda; {found.reason}" if found.passed else found.reason)
