@@ -23,8 +23,10 @@ from eval.kernels import kv_bytes, make_anchors, make_neighbors
 from kvcomm.align.ops import reference
 from kvcomm.align.ops.contract import LayerStore, Ops, Place
 from kvcomm.align.ops.triton_launch import Mover
+from kvcomm.errors import InvalidRequest
 from kvcomm.lab.timings import Samples
 from kvcomm.model.attention.contract import AttentionBackend, AttentionStep, RunTable
+from kvcomm.model.attention.flashinfer import FlashInferBackend
 from kvcomm.model.attention.reference import paged_attention_reference
 from kvcomm.model.attention.torch_backend import TorchBackend
 from kvcomm.model.attention.triton import TritonBackend
@@ -83,13 +85,17 @@ def measure(options: Namespace, record: Recorder) -> None:
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if is_interpreted:
         record.skipped("times of Triton kernels: here they are interpreted, which says nothing of their speed")
+    backends = _backends(options, record)
     for dtype_name, dtype in DTYPES.items():
-        for name, work in _works(options, record, rate.median, dtype_name, dtype, is_timed=not is_interpreted):
+        rates = rate.median, None if is_interpreted else rate.median
+        for name, work in _works(options, record, backends, rates, dtype_name, dtype):
             if record.is_over:
                 record.cut(name)
                 return
             try:
                 work()
+            except InvalidRequest as error:  # a dtype or a device that it does not serve
+                record.skipped(f"{name}: {error}")
             except Exception as error:  # a compiler's or a driver's too: the other kernels may do
                 record.failed(f"{name}: {described(error)}")
 
@@ -137,27 +143,34 @@ Work = Callable[[], None]
 
 
 def _works(
-    options: Namespace, record: Recorder, rate: float, dtype_name: str, dtype: torch.dtype, *, is_timed: bool
+    options: Namespace,
+    record: Recorder,
+    backends: Sequence[AttentionBackend],
+    rates: tuple[float, float | None],
+    dtype_name: str,
+    dtype: torch.dtype,
 ) -> Iterator[tuple[str, Work]]:
-    """Every measurement of a dtype, by name."""
+    """Every measurement of a dtype, by name; `rates`: of a copy, and the same for Triton, or None: it is not timed."""
     for case in cases(options):
-        for backend in _backends(record):
+        for backend in backends:
             name = f"{case.name}_{dtype_name}_{backend.name}"
-            with_times = is_timed or backend.name != "triton"
-            yield name, _attention(name, case, backend, options, record, rate if with_times else None, dtype)
+            rate = rates[backend.name == "triton"]
+            yield name, _attention(name, case, backend, options, record, rate, dtype)
     for ops_name in ("triton", "reference"):
         for what in ("rotate", "align"):
             name = f"{what}_{dtype_name}_{ops_name}"
-            with_times = is_timed or ops_name != "triton"
-            yield name, _moving(name, what, ops_name, options, record, rate if with_times else None, dtype)
+            yield name, _moving(name, what, ops_name, options, record, rates[ops_name == "triton"], dtype)
 
 
-def _backends(record: Recorder) -> list[AttentionBackend]:
-    try:
-        return [TritonBackend(), TorchBackend()]
-    except Exception as error:
-        record.failed(f"attention by triton: {described(error)}")
-        return [TorchBackend()]
+def _backends(options: Namespace, record: Recorder) -> list[AttentionBackend]:
+    found: list[AttentionBackend] = []
+    makers: list[Callable[[], AttentionBackend]] = [TritonBackend, FlashInferBackend]
+    for make in makers if torch.device(options.device).type == "cuda" else makers[:1]:
+        try:
+            found.append(make())
+        except InvalidRequest as error:  # not installed
+            record.skipped(str(error))
+    return [*found, TorchBackend()]
 
 
 def _attention(

@@ -63,12 +63,12 @@ class SelfTest:
     Attributes:
         subject: what it is called in messages, such as "attention back end 'triton'".
         module: has a function `examine(device: torch.device) -> None` that raises what is wrong.
-        instead: what "auto" takes where it fails.
+        instead: what "auto" takes where it fails; None: it never takes these.
     """
 
     subject: str
     module: str
-    instead: str
+    instead: str | None
 
 
 _verdicts: dict[tuple[SelfTest, str], Verdict] = {}
@@ -86,7 +86,7 @@ def verdict(test: SelfTest, device: torch.device, *, timeout_s: float = TIMEOUT_
         key = (test, str(_indexed(device)))
         if key not in _verdicts:
             _verdicts[key] = found = _look(test, _indexed(device), timeout_s)
-            if not found.passed:
+            if not found.passed and test.instead is not None:
                 logger.warning("%s: %s; 'auto' takes %r", test.subject, found.reason, test.instead)
         return _verdicts[key]
 
@@ -221,6 +221,7 @@ def _identity(test: SelfTest, device: torch.device) -> str:
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "triton": _version("triton"),
+        "flashinfer": _version("flashinfer-python"),
         "interpreted": os.environ.get("TRITON_INTERPRET") == "1",
     }
     return json.dumps(identity, sort_keys=True)

@@ -51,6 +51,11 @@ def test_kernels_that_fail_their_self_test(monkeypatch: pytest.MonkeyPatch, caps
     assert found["attention"] == [
         {"name": "torch", "runs": True, "reason": "runs on cuda; auto takes it"},
         {"name": "triton", "runs": False, "reason": "its self-test on cuda failed: decode differs"},
+        {
+            "name": "flashinfer",
+            "runs": False,
+            "reason": "flashinfer is not installed: pip install flashinfer-python",
+        },
     ]
     default, *others = found["moving"]
     assert default == {"name": "reference", "runs": True, "reason": "default"}

@@ -21,7 +21,7 @@ __all__ = [
     "preferred_backend",
 ]
 
-BACKEND_NAMES = ("torch", "triton")
+BACKEND_NAMES = ("torch", "triton", "flashinfer")
 
 
 class BackendInfo(NamedTuple):
@@ -38,14 +38,14 @@ def available_backends(device: str | torch.device | None = None) -> list[Backend
     On CUDA the Triton kernels are put to their self-test, once per process and device; see `kvcomm.model.self_test`.
     """
     target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    infos = [BackendInfo("torch", True, f"runs on {target.type}"), _triton_info(target)]
+    infos = [BackendInfo("torch", True, f"runs on {target.type}"), _triton_info(target), _flashinfer_info(target)]
     taken = _auto(target, infos)
     return [info._replace(reason=f"{info.reason}; auto takes it") if info.name == taken else info for info in infos]
 
 
 def preferred_backend(device: str | torch.device) -> str:
     """What "auto" takes on a device where nothing fails its self-test, which is not run."""
-    return "triton" if torch.device(device).type == "cuda" and find_spec("triton") is not None else "torch"
+    return "triton" if torch.device(device).type == "cuda" and _is_installed("triton") else "torch"
 
 
 def make_backend(name: str, device: str | torch.device) -> AttentionBackend:
@@ -61,6 +61,8 @@ def make_backend(name: str, device: str | torch.device) -> AttentionBackend:
         raise InvalidRequest(f"unknown attention back end {name!r}; choose auto, {' or '.join(BACKEND_NAMES)}")
     if not infos[name].runs:
         raise InvalidRequest(f"attention back end {name!r} does not run here: {infos[name].reason}")
+    if name == "flashinfer":
+        return _tested_flashinfer(torch.device(device))
     if name == "triton":
         from kvcomm.model.attention.triton import TritonBackend
 
@@ -76,7 +78,7 @@ def _auto(device: torch.device, infos: Sequence[BackendInfo]) -> str:
 
 
 def _triton_info(device: torch.device) -> BackendInfo:
-    if find_spec("triton") is None:
+    if not _is_installed("triton"):
         return BackendInfo("triton", False, "triton is not installed: pip install 'kvcomm[triton]'")
     if device.type != "cuda":
         return BackendInfo("triton", False, f"needs a CUDA device, this is {device.type}")
@@ -85,3 +87,25 @@ def _triton_info(device: torch.device) -> BackendInfo:
 
     found = verdict(TRITON_ATTENTION, device)
     return BackendInfo("triton", found.passed, f"runs on cuda; {found.reason}" if found.passed else found.reason)
+
+
+def _flashinfer_info(device: torch.device) -> BackendInfo:
+    if not _is_installed("flashinfer"):
+        return BackendInfo("flashinfer", False, "flashinfer is not installed: pip install flashinfer-python")
+    if device.type != "cuda":
+        return BackendInfo("flashinfer", False, f"needs a CUDA device, this is {device.type}")
+    return BackendInfo("flashinfer", True, "installed; taken only where it is asked for, after a self-test")
+
+
+def _tested_flashinfer(device: torch.device) -> AttentionBackend:
+    from kvcomm.model.attention.flashinfer import FLASHINFER_ATTENTION, TIMEOUT_S, FlashInferBackend
+    from kvcomm.model.self_test import verdict
+
+    found = verdict(FLASHINFER_ATTENTION, device, timeout_s=TIMEOUT_S)
+    if not found.passed:
+        raise InvalidRequest(f"attention back end 'flashinfer' does not run here: {found.reason}")
+    return FlashInferBackend()
+
+
+def _is_installed(package: str) -> bool:
+    return find_spec(package) is not None

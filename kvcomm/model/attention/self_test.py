@@ -8,7 +8,7 @@ other slot must be as it was. Runs in the process of `kvcomm.model.self_test`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -120,8 +120,18 @@ class Pass(NamedTuple):
         return paged_attention_reference(query, keys, values, self.runs, self.page_size, self.scale, window)[0]
 
 
-def examine(device: torch.device, backend: AttentionBackend | None = None) -> None:
-    """Compute all passes by the Triton back end, or by another one.
+def examine(
+    device: torch.device,
+    backend: AttentionBackend | None = None,
+    *,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    head_dims: Collection[int] | None = None,
+) -> None:
+    """Compute all passes by the Triton back end, or those that another one serves.
+
+    Args:
+        dtypes: that it computes in.
+        head_dims: channels that its heads may have; None: any.
 
     Raises:
         KernelsDiffer: the first pass that differs, or cannot be computed, and how torch's back end does there.
@@ -130,17 +140,15 @@ def examine(device: torch.device, backend: AttentionBackend | None = None) -> No
         from kvcomm.model.attention.triton import TritonBackend
 
         backend = TritonBackend()
-    for seed, (shape, window, dtype) in enumerate(_passes()):
+    shapes = [shape for shape in SHAPES if head_dims is None or set(shape.dims) <= set(head_dims)]
+    passes = ((shape, window, dtype) for shape in shapes for window in shape.windows for dtype in dtypes)
+    for seed, (shape, window, dtype) in enumerate(passes):
         label = _label(shape, window, dtype)
         try:
             _examine(Pass.of(shape, dtype, device, seed), window, backend)
         except Exception as error:  # a compiler's or a driver's too
             torchs = _how_torch_does(Pass.of(shape, dtype, device, seed), window)
             raise KernelsDiffer(f"{label}: {described(error)}; torch's back end {torchs} there") from error
-
-
-def _passes() -> Iterator[tuple[Shape, int | None, torch.dtype]]:
-    return ((shape, window, dtype) for shape in SHAPES for window in shape.windows for dtype in DTYPES)
 
 
 def _how_torch_does(made: Pass, window: int | None) -> str:

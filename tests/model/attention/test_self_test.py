@@ -80,7 +80,7 @@ def test_auto_takes_torch_where_the_kernels_fail(asked: list[str]) -> None:
     assert preferred_backend("cuda") == "triton"
     assert make_backend("auto", "cuda").name == "torch"
     assert asked == ["cuda"]
-    torchs, tritons = available_backends("cuda")
+    torchs, tritons, _ = available_backends("cuda")
     assert (torchs.runs, torchs.reason) == (True, "runs on cuda; auto takes it")
     assert (tritons.runs, tritons.reason) == (False, WHY)
 
@@ -95,7 +95,7 @@ def test_auto_takes_kernels_that_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.setattr("kvcomm.model.self_test.verdict", lambda test, device: Verdict(True, "passed its self-test"))
     assert make_backend("auto", "cuda").name == "triton"
-    torchs, tritons = available_backends("cuda")
+    torchs, tritons, _ = available_backends("cuda")
     assert torchs.reason == "runs on cuda"
     assert tritons.reason == "runs on cuda; passed its self-test; auto takes it"
 
