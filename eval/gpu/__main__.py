@@ -135,17 +135,20 @@ def _run_parts(arguments: Sequence[str], options: Namespace) -> dict[str, Found]
             note(f"{name}: {seconds:.0f} s at most")
             file = Path(folder) / f"{name}.jsonl"
             start = time.monotonic()
-            failure = _run_one(name, arguments, options, seconds, file)
+            ended = _run_one(name, arguments, options, seconds, file)
             found[name] = Found.read(file)
             found[name].settings["seconds"] = round(time.monotonic() - start, 1)
-            if failure is not None:
-                found[name].failed.append(failure)
+            if ended is None:
+                found[name].cut.append(f"it was stopped after {seconds:.0f} s")
+            elif ended:
+                how = f"signal {-ended}" if ended < 0 else f"code {ended}"
+                found[name].failed.append(f"its process ended with {how}")
             note(f"  {found[name].state}: {len(found[name].figures)} figures")
     return found
 
 
-def _run_one(name: str, arguments: Sequence[str], options: Namespace, seconds: float, file: Path) -> str | None:
-    """Do a part in a process of its own; what happened to it where it did not end by itself."""
+def _run_one(name: str, arguments: Sequence[str], options: Namespace, seconds: float, file: Path) -> int | None:
+    """Do a part in a process of its own: its exit code, or None where it had to be stopped."""
     own = ["--part", name, "--seconds", str(seconds * (1 - GRACE)), "--records", str(file), "--device", options.device]
     process = subprocess.Popen(
         [sys.executable, "-m", "eval.gpu", *arguments, *own],
@@ -154,16 +157,13 @@ def _run_one(name: str, arguments: Sequence[str], options: Namespace, seconds: f
         start_new_session=True,
     )
     try:
-        returncode = process.wait(seconds)
+        return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        return f"it was stopped after {seconds:.0f} s"
+        return None
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    if returncode < 0:
-        return f"its process ended with signal {-returncode}"
-    return f"its process ended with code {returncode}" if returncode else None
 
 
 def _environment(name: str, device: str) -> Mapping[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -38,8 +37,8 @@ def available_backends(device: str | torch.device | None = None) -> list[Backend
     On CUDA the Triton kernels are put to their self-test, once per process and device; see `kvcomm.model.self_test`.
     """
     target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    infos = [BackendInfo("torch", True, f"runs on {target.type}"), _triton_info(target), _flashinfer_info(target)]
-    taken = _auto(target, infos)
+    taken = _auto(target)
+    infos = [_info(name, target) for name in BACKEND_NAMES]
     return [info._replace(reason=f"{info.reason}; auto takes it") if info.name == taken else info for info in infos]
 
 
@@ -54,15 +53,16 @@ def make_backend(name: str, device: str | torch.device) -> AttentionBackend:
     Raises:
         InvalidRequest: unknown name, or a back end that does not run on this device or fails there; says why.
     """
-    infos = {info.name: info for info in available_backends(device)}
+    target = torch.device(device)
     if name == "auto":
-        name = _auto(torch.device(device), list(infos.values()))
-    if name not in infos:
+        name = _auto(target)
+    if name not in BACKEND_NAMES:
         raise InvalidRequest(f"unknown attention back end {name!r}; choose auto, {' or '.join(BACKEND_NAMES)}")
-    if not infos[name].runs:
-        raise InvalidRequest(f"attention back end {name!r} does not run here: {infos[name].reason}")
+    info = _info(name, target)
+    if not info.runs:
+        raise InvalidRequest(f"attention back end {name!r} does not run here: {info.reason}")
     if name == "flashinfer":
-        return _tested_flashinfer(torch.device(device))
+        return _tested_flashinfer(target)
     if name == "triton":
         from kvcomm.model.attention.triton import TritonBackend
 
@@ -72,9 +72,18 @@ def make_backend(name: str, device: str | torch.device) -> AttentionBackend:
     return TorchBackend()
 
 
-def _auto(device: torch.device, infos: Sequence[BackendInfo]) -> str:
+def _auto(device: torch.device) -> str:
     preferred = preferred_backend(device)
-    return preferred if any(info.runs for info in infos if info.name == preferred) else "torch"
+    return preferred if _info(preferred, device).runs else "torch"
+
+
+def _info(name: str, device: torch.device) -> BackendInfo:
+    """What one back end says; asking the Triton one on CUDA puts its kernels to their self-test."""
+    if name == "triton":
+        return _triton_info(device)
+    if name == "flashinfer":
+        return _flashinfer_info(device)
+    return BackendInfo("torch", True, f"runs on {device.type}")
 
 
 def _triton_info(device: torch.device) -> BackendInfo:
