@@ -47,9 +47,10 @@ def measure(engine: Engine, take: TakeTokens, options: Namespace) -> Report:
         for layer in layers:  # real memory: pages never written all lie in one place
             for stored in (layer.keys, layer.values):
                 stored[source.slots] = stored[target.slots] = torch.randn_like(stored[target.slots])
-        offsets, neighbors = _anchors(layers, options.anchors), _neighbors(layers, options)
+        offsets = make_anchors(layers, options.anchors)
+        neighbors = make_neighbors(layers, options.tokens, options.k, options.anchors)
         ops = make_ops("auto", engine.model.device)
-        block = torch.ones(COPY_BYTES // 4)
+        block = torch.ones(COPY_BYTES // 4, device=layers[0].keys.device)
         other = torch.empty_like(block)
         timed: dict[str, list[float]] = {"copy": [], "rotate": [], "align": []}
         for index in range(options.repeats + 1):
@@ -75,7 +76,9 @@ def kv_bytes(layers: Sequence[LayerStore]) -> int:
     return sum(stored[0].nbytes for layer in layers for stored in (layer.keys, layer.values))
 
 
-def _anchors(layers: Sequence[LayerStore], count: int) -> OffsetTable:
+def make_anchors(layers: Sequence[LayerStore], count: int) -> OffsetTable:
+    """Random offsets of so many anchor tokens, in all layers but the first."""
+
     def rows(stored: torch.Tensor) -> OffsetRows:
         return OffsetRows.quantize(torch.randn(count, *stored.shape[1:], device=stored.device))
 
@@ -83,10 +86,11 @@ def _anchors(layers: Sequence[LayerStore], count: int) -> OffsetTable:
     return OffsetTable((None, *keys), (None, *(rows(layer.values) for layer in layers[1:])))
 
 
-def _neighbors(layers: Sequence[LayerStore], options: Namespace) -> Neighbors:
+def make_neighbors(layers: Sequence[LayerStore], num_tokens: int, k: int, num_anchors: int) -> Neighbors:
+    """Random ones, weighted alike."""
     device = layers[0].keys.device
-    indices = torch.randint(0, options.anchors, (1, options.tokens, options.k), device=device)
-    weights = torch.full(indices.shape, 1 / options.k, device=device)
+    indices = torch.randint(0, num_anchors, (1, num_tokens, k), device=device)
+    weights = torch.full(indices.shape, 1 / k, device=device)
     return Neighbors(indices, weights, (0,) * len(layers))
 
 

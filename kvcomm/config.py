@@ -38,7 +38,7 @@ class EngineConfig:
         max_running: requests that are computed at the same time at most.
         draft_rows: a step that decodes fewer answers than this may be filled up with guesses at their next tokens, as
             many as are expected to pay on this machine; they change no answer. 0: no guesses.
-        attention: "auto", "torch" or "triton".
+        attention: "auto", "torch", "triton" or "flashinfer".
         cache_ttl_s: seconds after which an unused cached prefix is dropped; None: only when pages are needed.
         anchor_bytes: of offsets that one edge keeps at most.
         learning_share: of the time, that is spent on learning while requests come without a pause; 0: none.

@@ -18,8 +18,7 @@ from kvcomm.align.bank import AnchorStore, BankSnapshot
 from kvcomm.align.edges import Edge
 from kvcomm.align.expected_error import anchor_errors, neighbor_weights
 from kvcomm.align.moves import Move
-from kvcomm.align.ops.choice import Ops
-from kvcomm.align.ops.contract import LayerStore, Neighbors, Place
+from kvcomm.align.ops.contract import LayerStore, Neighbors, Ops, Place
 from kvcomm.align.sketch import Sketcher
 from kvcomm.align.spans import read_span
 

@@ -15,7 +15,8 @@ from kvcomm.align.bank import AnchorStore, BankShape
 from kvcomm.align.estimators import Estimator, RotateEstimator, TokenEstimator, TokenSettings
 from kvcomm.align.ladder import ATTENTION
 from kvcomm.align.levels import ReaderBook
-from kvcomm.align.ops.choice import Ops, make_ops
+from kvcomm.align.ops.choice import make_ops
+from kvcomm.align.ops.contract import Ops
 from kvcomm.align.prior import Prior
 from kvcomm.align.profile_file import Profile, load_profile, save_profile
 from kvcomm.align.sketch import Sketcher, SketchSettings

@@ -15,6 +15,7 @@ from transformers import MambaConfig, MambaForCausalLM
 from kvcomm.align.ops.choice import available_ops
 from kvcomm.cli.app import run
 from kvcomm.model.attention import available_backends
+from kvcomm.model.self_test import SelfTest, Verdict
 from tests.tiny import TinyModel, tiny_tokenizer
 
 
@@ -34,6 +35,33 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["moving"][0]["runs"]
     assert found["extras"].keys() == {"faiss", "triton", "server", "tiers", "redis", "eval"}
     assert "model" not in found
+
+
+def test_kernels_that_fail_their_self_test(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`auto` takes the others, and the report says why."""
+    pytest.importorskip("triton", reason="triton is not installed")
+
+    def failed(test: SelfTest, device: torch.device) -> Verdict:
+        return Verdict(False, f"its self-test on {device} failed: decode differs")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("kvcomm.model.self_test.verdict", failed)
+    monkeypatch.setattr("kvcomm.align.ops.choice.verdict", failed)
+    found = report(capsys)
+    assert found["attention"] == [
+        {"name": "torch", "runs": True, "reason": "runs on cuda; auto takes it"},
+        {"name": "triton", "runs": False, "reason": "its self-test on cuda failed: decode differs"},
+        {
+            "name": "flashinfer",
+            "runs": False,
+            "reason": "flashinfer is not installed: pip install flashinfer-python",
+        },
+    ]
+    default, *others = found["moving"]
+    assert default == {"name": "reference", "runs": True, "reason": "default"}
+    (triton,) = (each for each in others if each["name"] == "triton")
+    assert not triton["runs"]
+    assert "its self-test on cuda failed: decode differs" in triton["reason"]
 
 
 def test_tier(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

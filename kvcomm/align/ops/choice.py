@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import torch
 
 from kvcomm.align.ops import cpu, reference
-from kvcomm.align.ops.contract import Align, Rotate
+from kvcomm.align.ops.contract import Ops
 from kvcomm.align.ops.triton_launch import Mover
 from kvcomm.errors import InvalidRequest
 from kvcomm.model.attention import BackendInfo
-
-
-class Ops(NamedTuple):
-    """The operations of one implementation."""
-
-    rotate: Rotate
-    align: Align
+from kvcomm.model.self_test import Verdict, verdict
 
 
 def make_ops(name: str, device: torch.device | str) -> Ops:
     """The implementation called "cpu", "triton" or "reference".
 
-    "auto" is "cpu" on the CPU, and elsewhere "triton" if that is installed, else "reference".
+    "auto" is "cpu" on the CPU, and elsewhere "triton" if that is installed and passes its self-test, else "reference".
 
     Raises:
-        InvalidRequest: unknown, not installed, or not for this device.
+        InvalidRequest: unknown, not installed, not for this device, or it failed its self-test there.
     """
     on_cpu = torch.device(device).type == "cpu"
     if name == "auto":
-        name = "cpu" if on_cpu else "triton" if find_spec("triton") else "reference"
+        takes_triton = not on_cpu and find_spec("triton") is not None and _tested(torch.device(device)).passed
+        name = "cpu" if on_cpu else "triton" if takes_triton else "reference"
     if name == "cpu" and on_cpu:
         return Ops(cpu.rotate, cpu.align)
     if name == "reference":
@@ -39,6 +33,11 @@ def make_ops(name: str, device: torch.device | str) -> Ops:
     if name == "triton":
         mover = Mover()
         mover.require(torch.device(device))
+        found = _tested(torch.device(device))
+        if not found.passed:
+            raise InvalidRequest(
+                f"the operations called 'triton' do not run on {device}: {found.reason}; choose 'auto'"
+            )
         return Ops(mover.rotate, mover.align)
     if name == "cpu":
         raise InvalidRequest(f"the operations called 'cpu' do not run on {device}; choose 'reference' or 'auto'")
@@ -58,3 +57,12 @@ def available_ops() -> list[BackendInfo]:
             found.append(BackendInfo(name, True, ""))
     chosen = next(info for info in found if info.runs)
     return [chosen._replace(reason="default"), *(info for info in found if info is not chosen)]
+
+
+def _tested(device: torch.device) -> Verdict:
+    """What the self-test says; the interpreter, which runs kernels on CPU tensors, is for tests and has none."""
+    if device.type == "cpu":
+        return Verdict(True, "interpreted")
+    from kvcomm.align.ops.self_test import TRITON_MOVES
+
+    return verdict(TRITON_MOVES, device)

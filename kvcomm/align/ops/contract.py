@@ -82,3 +82,10 @@ class Align(Protocol):
     ) -> None:
         """Write to the target's slots. Angles and sums are float32, each result is rounded once."""
         ...
+
+
+class Ops(NamedTuple):
+    """The operations of one implementation."""
+
+    rotate: Rotate
+    align: Align

@@ -18,7 +18,7 @@ from kvcomm.integrations.vllm.settings import ConnectorSettings
 from kvcomm.integrations.vllm.sharding import space_of
 from kvcomm.integrations.vllm.shelf import ENGINE_PRODUCER, TierShelf, whole_shapes
 from kvcomm.integrations.vllm.turns import Turns
-from kvcomm.model.attention import make_backend
+from kvcomm.model.attention import preferred_backend
 from kvcomm.model.loading import LoadedModel, load_model
 from kvcomm.tiers.space import DEFAULT_TENANT
 from kvcomm.tiers.tier import Tier, TierSpace
@@ -123,7 +123,7 @@ class WorkerSide:
         try:
             shard = adapter.shard_of(config)
             space = TierSpace(
-                namespace=namespace_of(loaded, make_backend("auto", model.device).name),
+                namespace=namespace_of(loaded, preferred_backend(model.device)),
                 producer=adapter.producer(shard.size),
                 tenant=DEFAULT_TENANT,
                 shapes=whole_shapes(model.shapes, adapter.num_kv_heads(config)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -16,9 +17,10 @@ __all__ = [
     "RunTable",
     "available_backends",
     "make_backend",
+    "preferred_backend",
 ]
 
-BACKEND_NAMES = ("torch", "triton")
+BACKEND_NAMES = ("torch", "triton", "flashinfer")
 
 
 class BackendInfo(NamedTuple):
@@ -30,24 +32,37 @@ class BackendInfo(NamedTuple):
 
 
 def available_backends(device: str | torch.device | None = None) -> list[BackendInfo]:
-    """What each back end says about this machine; `device` defaults to CUDA where present, else the CPU."""
+    """What each back end says about this machine; `device` defaults to CUDA where present, else the CPU.
+
+    On CUDA the Triton kernels are put to their self-test, once per process and device; see `kvcomm.model.self_test`.
+    """
     target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    return [BackendInfo("torch", True, f"runs on {target.type}"), _triton_info(target)]
+    taken = _auto(target)
+    infos = [_info(name, target) for name in BACKEND_NAMES]
+    return [info._replace(reason=f"{info.reason}; auto takes it") if info.name == taken else info for info in infos]
+
+
+def preferred_backend(device: str | torch.device) -> str:
+    """What "auto" takes on a device where nothing fails its self-test, which is not run."""
+    return "triton" if torch.device(device).type == "cuda" and _is_installed("triton") else "torch"
 
 
 def make_backend(name: str, device: str | torch.device) -> AttentionBackend:
-    """Make a back end by name; "auto" takes Triton on CUDA and torch elsewhere.
+    """Make a back end by name; "auto" takes Triton on CUDA where it passes its self-test, and torch elsewhere.
 
     Raises:
-        InvalidRequest: unknown name, or a back end that does not run on this device; says why.
+        InvalidRequest: unknown name, or a back end that does not run on this device or fails there; says why.
     """
-    infos = {info.name: info for info in available_backends(device)}
+    target = torch.device(device)
     if name == "auto":
-        name = "triton" if torch.device(device).type == "cuda" and infos["triton"].runs else "torch"
-    if name not in infos:
+        name = _auto(target)
+    if name not in BACKEND_NAMES:
         raise InvalidRequest(f"unknown attention back end {name!r}; choose auto, {' or '.join(BACKEND_NAMES)}")
-    if not infos[name].runs:
-        raise InvalidRequest(f"attention back end {name!r} does not run here: {infos[name].reason}")
+    info = _info(name, target)
+    if not info.runs:
+        raise InvalidRequest(f"attention back end {name!r} does not run here: {info.reason}")
+    if name == "flashinfer":
+        return _tested_flashinfer(target)
     if name == "triton":
         from kvcomm.model.attention.triton import TritonBackend
 
@@ -57,11 +72,49 @@ def make_backend(name: str, device: str | torch.device) -> AttentionBackend:
     return TorchBackend()
 
 
-def _triton_info(device: torch.device) -> BackendInfo:
-    from importlib.util import find_spec
+def _auto(device: torch.device) -> str:
+    preferred = preferred_backend(device)
+    return preferred if _info(preferred, device).runs else "torch"
 
-    if find_spec("triton") is None:
+
+def _info(name: str, device: torch.device) -> BackendInfo:
+    """What one back end says; asking the Triton one on CUDA puts its kernels to their self-test."""
+    if name == "triton":
+        return _triton_info(device)
+    if name == "flashinfer":
+        return _flashinfer_info(device)
+    return BackendInfo("torch", True, f"runs on {device.type}")
+
+
+def _triton_info(device: torch.device) -> BackendInfo:
+    if not _is_installed("triton"):
         return BackendInfo("triton", False, "triton is not installed: pip install 'kvcomm[triton]'")
     if device.type != "cuda":
         return BackendInfo("triton", False, f"needs a CUDA device, this is {device.type}")
-    return BackendInfo("triton", True, "runs on cuda")
+    from kvcomm.model.attention.self_test import TRITON_ATTENTION
+    from kvcomm.model.self_test import verdict
+
+    found = verdict(TRITON_ATTENTION, device)
+    return BackendInfo("triton", found.passed, f"runs on cuda; {found.reason}" if found.passed else found.reason)
+
+
+def _flashinfer_info(device: torch.device) -> BackendInfo:
+    if not _is_installed("flashinfer"):
+        return BackendInfo("flashinfer", False, "flashinfer is not installed: pip install flashinfer-python")
+    if device.type != "cuda":
+        return BackendInfo("flashinfer", False, f"needs a CUDA device, this is {device.type}")
+    return BackendInfo("flashinfer", True, "installed; taken only where it is asked for, after a self-test")
+
+
+def _tested_flashinfer(device: torch.device) -> AttentionBackend:
+    from kvcomm.model.attention.flashinfer import FLASHINFER_ATTENTION, TIMEOUT_S, FlashInferBackend
+    from kvcomm.model.self_test import verdict
+
+    found = verdict(FLASHINFER_ATTENTION, device, timeout_s=TIMEOUT_S)
+    if not found.passed:
+        raise InvalidRequest(f"attention back end 'flashinfer' does not run here: {found.reason}")
+    return FlashInferBackend()
+
+
+def _is_installed(package: str) -> bool:
+    return find_spec(package) is not None

@@ -1,8 +1,8 @@
 """The equation of paged attention, for tests and benchmarks.
 
-Float32 inside, one loop over runs and one over heads, scores of a run as one matrix: slow, short, and
-complete over the whole contract. It writes nothing to the caches: the new keys and values are expected in
-their slots. It refuses what it does not support instead of guessing.
+Float32 inside, or float64 where the query is; one loop over runs and one over heads, scores of a run as one matrix:
+slow, short, and complete over the whole contract. It writes nothing to the caches: the new keys and values are
+expected in their slots. It refuses what it does not support instead of guessing.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def paged_attention_reference(
 
     Returns:
         Output [1, num_tokens, num_heads, value_dim] in the dtype of `query`, rounded once, and the natural
-        logarithm of the softmax denominators [1, num_tokens, num_heads], float32. No input is modified; slots
-        outside the page tables, and slots that no query sees, are never read.
+        logarithm of the softmax denominators [1, num_tokens, num_heads], float32 (float64 where `query` is). No
+        input is modified; slots outside the page tables, and slots that no query sees, are never read.
 
     Raises:
         ValueError: Shapes, runs or window do not fit together; the message gives both numbers.
@@ -51,7 +51,8 @@ def paged_attention_reference(
     _, num_heads, num_tokens, _ = query.shape
     group_size = num_heads // key_cache.shape[1]
     out = query.new_zeros(1, num_tokens, num_heads, value_cache.shape[2])
-    lse = torch.zeros(1, num_tokens, num_heads, dtype=torch.float32, device=query.device)
+    inside = torch.float64 if query.dtype == torch.float64 else torch.float32
+    lse = torch.zeros(1, num_tokens, num_heads, dtype=inside, device=query.device)
     first_token = 0
     for run in runs:
         tokens = slice(first_token, first_token + run.end - run.start)
@@ -66,11 +67,11 @@ def paged_attention_reference(
             visible &= seen > positions[:, None] - sliding_window
         for head in range(num_heads):
             kv_head = head // group_size
-            scores = query[0, head, tokens].float() @ key_cache[slots, kv_head].float().T * scale
+            scores = query[0, head, tokens].to(inside) @ key_cache[slots, kv_head].to(inside).T * scale
             scores = scores.masked_fill(~visible, -torch.inf)
             lse[0, tokens, head] = torch.logsumexp(scores, dim=1)
             weights = torch.softmax(scores, dim=1)
-            out[0, tokens, head] = (weights @ value_cache[slots, kv_head].float()).to(query.dtype)
+            out[0, tokens, head] = (weights @ value_cache[slots, kv_head].to(inside)).to(query.dtype)
     return out, lse
 
 

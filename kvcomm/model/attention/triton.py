@@ -7,7 +7,8 @@ wide tiles, single tokens with many keys are split and merged. Importing this mo
 
 The kernels are checked against `reference` in Triton's interpreter (TRITON_INTERPRET=1, CPU tensors) and
 compiled ahead of time for sm_80, sm_90 and gfx942 (scripts/compile_kernels.py). They have not yet run on a
-GPU, and the tile shapes (`triton_shapes`) are chosen by registers and spills, not by measured speed.
+GPU, so "auto" takes them only where they pass their self-test (`self_test`), and the tile shapes
+(`triton_shapes`) are chosen by registers and spills, not by measured speed.
 """
 
 from __future__ import annotations

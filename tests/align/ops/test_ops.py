@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvcomm.align.offsets import OffsetRows, OffsetTable
-from kvcomm.align.ops.choice import Ops, make_ops
-from kvcomm.align.ops.contract import LayerStore, Neighbors, Place
+from kvcomm.align.ops.choice import make_ops
+from kvcomm.align.ops.contract import LayerStore, Neighbors, Ops, Place
 from kvcomm.engine.engine import Engine
 from kvcomm.errors import InvalidRequest
 from kvcomm.model.rope import RopeGeometry

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from kvcomm.align.offsets import OffsetRows, OffsetTable
-from kvcomm.align.ops.choice import Ops, make_ops
-from kvcomm.align.ops.contract import LayerStore, Neighbors, Place
+from kvcomm.align.ops.choice import make_ops
+from kvcomm.align.ops.contract import LayerStore, Neighbors, Ops, Place
 from kvcomm.errors import InvalidRequest
 from kvcomm.model.rope import RopeGeometry
 

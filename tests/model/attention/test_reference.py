@@ -135,3 +135,18 @@ def test_refuses_what_does_not_fit(
     runs = [RunTable(np.array([1, 0], dtype=np.int32), *run)]
     with pytest.raises(ValueError, match=re.escape(message)):
         paged_attention_reference(query, cache, cache, runs, PAGE_SIZE, 1.0, sliding_window)
+
+
+def test_float64_is_computed_in_float64() -> None:
+    """Against one product of matrices; rounding to float32 anywhere would show."""
+    generator = torch.Generator().manual_seed(0)
+    query, keys, values = (torch.randn(6, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    run = RunTable(np.array([1, 0], dtype=np.int32), 0, 6)
+    slots = torch.tensor([4, 5, 6, 7, 0, 1])
+    pool_keys, pool_values = (torch.full((8, 1, 8), torch.nan, dtype=torch.float64) for _ in range(2))
+    pool_keys[slots, 0], pool_values[slots, 0] = keys, values
+    out, lse = paged_attention_reference(query[None, None], pool_keys, pool_values, [run], 4, 0.3, None)
+    scores = (query @ keys.T * 0.3).masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
+    assert lse.dtype == torch.float64
+    torch.testing.assert_close(out[0, :, 0], scores.softmax(1) @ values, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(lse[0, :, 0], scores.logsumexp(1), rtol=1e-14, atol=1e-14)
