@@ -2,14 +2,14 @@
 
 What is known is pooled in three levels, from the most specific to the least: the reader's `own` pairs, those of all
 readers of the tenant (`pool`), and those that ship with the model (`prior`). Which level decides is chosen by counts of
-pairs and never by what they show, so choosing costs nothing of the promise. What each promises, over the draw of its
-pairs and of a request like them (exchangeable with them):
+pairs and by debts (`align.watch`), never by what pairs show, so choosing costs nothing of the promise. What each
+promises, over the draw of its pairs and of a request like them (exchangeable with them):
 
 - own: P(accepted and divergence > epsilon) <= delta for this reader's requests;
 - pool: the same over the mix of the tenant's readers that the pairs were drawn from, not reader by reader; of prompts
   whose sources had read all that stands before them, and of the others, each by itself;
-- prior: the same over the mix of workloads that it was measured on, and nothing about other ones. So a caller may ask
-  for more (`ReusePolicy.basis`).
+- prior: the same over the mix of workloads that it was measured on, for each kind of sources by itself, and nothing
+  about other workloads. So a caller may ask for more (`ReusePolicy.basis`).
 
 A `Watch` goes with each reader, level and bound; at pool and prior it lies within one over all requests of the tenant
 at this level. Knows no engine and no pages. Guarded by its owner's lock.
