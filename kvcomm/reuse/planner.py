@@ -28,21 +28,25 @@ from kvcomm.reuse.cost import ReuseCost
 from kvcomm.reuse.decision import Acceptance, decide
 from kvcomm.reuse.finder import MoveFinder
 from kvcomm.reuse.plan import Explanation, Plan, Reason, plan_of
-from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.values import told
 
 MAX_SOURCE_RISK = 2.0
 """Of what the caller accepts. Risks are what most prompts stay well below, and along generations they add up; what a
 source is off by shows in the pairs of its readers, so this only ends chains that nobody has measured. The prior has
-seen none: where it decides, risks must stay within what the caller accepts, see `_spare_risk`."""
+seen none: where it decides, risks must stay within what the caller accepts, see `_bears`."""
 
 
 class Decision(NamedTuple):
-    """What is to become of the moves that were found: `corrections` and `wanted` where they are used, else why not."""
+    """What is to become of the moves that were found: `corrections` and `wanted` where they are used, else why not.
+
+    Attributes:
+        max_risk: nats that sources may be off by, where they are off by too much.
+    """
 
     corrections: tuple[Correction, ...] = ()
     wanted: Acceptance | Rung | None = None
     reason: Reason | None = None
+    max_risk: float = math.inf
 
 
 class Planner:
@@ -219,15 +223,11 @@ class Planner:
         if asked.rung is None and not asked.is_trial:
             self.book.standing(asked.namespace, reader).num_requests += 1
         decision = self._decide_or_release(asked, reader, moves)
-        spare = _spare_risk(asked.policy, decision)
-        if all(move.risk <= spare for move in moves):
-            return moves, unmoved, decision
-        self.finder.release(moves)
-        moves, unmoved = self._find(asked, spare)
-        decision = self._decide_or_release(asked, reader, moves) if moves else Decision(reason=unmoved)
-        # Other sources may have read other text, and be judged by other pairs.
-        if any(move.risk > _spare_risk(asked.policy, decision) for move in moves):
-            decision = Decision(reason=Reason.SOURCE_RISK)
+        if decision.reason is Reason.SOURCE_RISK:
+            self.finder.release(moves)
+            moves, unmoved = self._find(asked, decision.max_risk)
+            # Other sources may have read other text, and are then judged by other pairs.
+            decision = self._decide_or_release(asked, reader, moves) if moves else Decision(reason=unmoved)
         return moves, unmoved, decision
 
     def _decide_or_release(self, asked: Asked, reader: Reader, moves: Sequence[Move]) -> Decision:
@@ -246,6 +246,8 @@ class Planner:
         accepted = decide(self.book, asked.namespace, reader, usable, asked.policy, read=read)
         if isinstance(accepted, Reason):
             return Decision(reason=accepted)
+        if not _bears(accepted, moves, asked.policy.max_divergence):
+            return Decision(reason=Reason.SOURCE_RISK, max_risk=asked.policy.max_divergence - accepted.predicted)
         passes = passes_of(moves, accepted.rung.share, asked.num_prompt_tokens)
         num_exact = asked.sequence.num_computed
         if not self._cost.is_worth_it(passes, num_moved(moves), num_exact, asked.num_prompt_tokens):
@@ -267,9 +269,13 @@ class Planner:
         )
 
 
-def _spare_risk(policy: ReusePolicy, decision: Decision) -> float:
-    """Nats that sources may be off by where a prior decides, whose pairs had exact sources; infinite elsewhere."""
-    wanted = decision.wanted
-    if not isinstance(wanted, Acceptance) or wanted.level is not Level.PRIOR:
-        return math.inf
-    return policy.max_divergence - wanted.predicted
+def _bears(accepted: Acceptance, moves: Sequence[Move], epsilon: float) -> bool:
+    """Whether what sources are off by, and what the rung adds, stay within the bound where a prior decides.
+
+    Its pairs had exact sources. Goes to safer rungs as long as that helps; at the safest one if nothing does.
+    """
+    risk = max(move.risk for move in moves)
+    while accepted.level is Level.PRIOR and accepted.predicted + risk > epsilon:
+        if not accepted.escalate():
+            return False
+    return True

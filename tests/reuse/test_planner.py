@@ -255,6 +255,23 @@ def test_the_prior_takes_approximate_sources_while_both_risks_are_within_the_bou
     assert usage.approximation.predicted == pytest.approx(2 * divergence if num_moved == 180 else divergence)
 
 
+def test_a_safer_rung_makes_room_for_what_a_source_is_off_by(learning: Engine) -> None:
+    with learning.lock:
+        for _ in range(30):
+            nats = dict(zip(TURNED, (0.05, 0.1, 0.3), strict=True))
+            learning.reuse.book.prior.add(Pair({rung: Measured(nats[rung], 10.0) for rung in TURNED}))
+        learning.reuse.book.admit_prior(learning.namespace())
+    ask(learning, ROLE_A, 1, EXACT)
+    question, answer = prompt(ROLE_B, 1)[1], prompt((), 2)[1]
+    first = learning.generate([Segment(ROLE_B), question, answer, Segment(TAIL)], SAMPLING, policy=POLICY).usage
+    second = learning.generate([Segment(ROLE_C), question, answer, Segment(TAIL)], SAMPLING, policy=POLICY).usage
+    assert first.approximation is not None
+    assert second.approximation is not None
+    assert (first.approximation.rung, first.approximation.predicted) == (str(TURNED[2]), 0.3)
+    assert (second.approximation.rung, second.approximation.predicted) == (str(TURNED[1]), pytest.approx(0.4))
+    assert "source_risk" not in second.reasons
+
+
 def test_where_own_traffic_decides_twice_the_bound_may_be_at_risk(learning: Engine) -> None:
     know(learning, pool=30, divergence=0.3)
     ask(learning, ROLE_A, 1, EXACT)
