@@ -45,7 +45,7 @@ SETTLE_S = 300.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit code."""
     options = _parse(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers are ended
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers are ended
     try:
         report = measure(options)
         report.emit(as_json=options.json)
@@ -53,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KVCommError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -91,7 +91,9 @@ class Bench:
         prompts = [self.texts.tokens(self.sizes.prompt) for _ in range(self.sizes.streams)]
         first = self.texts.tokens(self.sizes.short)
         for peer in list(self.peers):
-            self.turn(peer, lambda peer: [self.ask(peer, first, ONE_TOKEN), *self.stream(peer, prompts, 8, seed=0)])
+            self.turn(
+                peer, lambda peer: [self.ask(peer, first, ONE_TOKEN), *self.stream(peer, prompts, 8, is_drawn=True)]
+            )
             peer.idle_share = peer.tree.idle_share(IDLE_LOOK_S)
             peer.is_paused_when_idle = peer.idle_share > BUSY_IDLE_SHARE
             if peer.is_paused_when_idle:
@@ -147,9 +149,9 @@ class Bench:
         """One answer of exactly so many tokens. Raises ServerError where there is none."""
         return asked(peer.client.complete(prompt, num_new, ignore_eos=True, **fields), peer.name)
 
-    def stream(self, peer: Peer, prompts: Sequence[list[int]], num_new: int, *, seed: int | None) -> list[Sample]:
-        """All prompts at once; drawn with this seed, or greedy where there is none."""
-        drawn = {} if seed is None else {"temperature": TEMPERATURE, "seed": seed}
+    def stream(self, peer: Peer, prompts: Sequence[list[int]], num_new: int, *, is_drawn: bool) -> list[Sample]:
+        """All prompts at once; drawn, without a seed, which would cost some engines more than others; or greedy."""
+        drawn = {"temperature": TEMPERATURE} if is_drawn else {}
         with ThreadPoolExecutor(len(prompts)) as threads:
             return list(threads.map(lambda prompt: self.ask(peer, prompt, num_new, **drawn), prompts))
 

@@ -39,10 +39,10 @@ def streams(bench: Bench) -> None:
         for num, num_new in ((1, sizes.new), (sizes.streams, sizes.stream_new)):
             drawn = [texts.tokens(sizes.prompt) for _ in range(num)]
             copied = [texts.copying(sizes.prompt) for _ in range(num)]
-            _streams(bench, f"decode{num}", turn, drawn, num_new, seed=turn)
-            _streams(bench, f"copy{num}", turn, copied, num_new, seed=None)
+            _streams(bench, f"decode{num}", turn, drawn, num_new, is_drawn=True)
+            _streams(bench, f"copy{num}", turn, copied, num_new, is_drawn=False)
         unseen = [texts.tokens(sizes.prompt) for _ in range(sizes.streams)]
-        _streams(bench, f"unseen{sizes.streams}", turn, unseen, sizes.stream_new, seed=turn, is_cached=False)
+        _streams(bench, f"unseen{sizes.streams}", turn, unseen, sizes.stream_new, is_drawn=True, is_cached=False)
 
 
 def _streams(
@@ -52,12 +52,12 @@ def _streams(
     prompts: Sequence[list[int]],
     num_new: int,
     *,
-    seed: int | None,
+    is_drawn: bool,
     is_cached: bool = True,
 ) -> None:
     if is_cached:
-        bench.each("", turn, lambda peer: bench.stream(peer, prompts, ONE_TOKEN, seed=None))
-    bench.each(name, turn, lambda peer: bench.stream(peer, prompts, num_new, seed=seed))
+        bench.each("", turn, lambda peer: bench.stream(peer, prompts, ONE_TOKEN, is_drawn=False))
+    bench.each(name, turn, lambda peer: bench.stream(peer, prompts, num_new, is_drawn=is_drawn))
 
 
 def shifted(bench: Bench) -> None:

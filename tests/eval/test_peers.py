@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -25,7 +27,8 @@ from eval.peers.same_tokens import same_token_figures
 from eval.peers.stock_server import StockServer
 from kvcomm.errors import InvalidRequest, ServerError
 from kvcomm.lab.load.client import Sample
-from tests.limits import wait_for
+from tests.eval.test_peers_tree import is_gone
+from tests.limits import PATIENCE_S, wait_for
 from tests.tiny import save_tiny_model
 
 FAKE = Path(__file__).with_name("fake_engine.py")
@@ -324,6 +327,26 @@ def test_unknown_names_are_refused_before_anything_starts(capsys: pytest.Capture
         with pytest.raises(SystemExit):
             peers.main(given)
         assert told in capsys.readouterr().err
+
+
+def test_a_run_that_is_ended_ends_its_servers(folder: Path, tmp_path: Path) -> None:
+    command = (sys.executable, str(FAKE), "{port}", "child")
+    program = (
+        "import sys\nfrom eval.peers import __main__ as peers\nfrom eval.peers.engines import Plan\n"
+        f"peers.find_engines = lambda *_: ([Plan('kvcomm', {command!r}, is_kvcomm=True)], {{}})\n"
+        "keep = peers._keep_start\n"
+        "peers._keep_start = lambda bench, peer: (keep(bench, peer), print(*peer.tree.pids(), flush=True))\n"
+        f"sys.exit(peers.main(['--model', {str(folder)!r}, '--only', 'streams', '--quick', '--out', "
+        f"{str(tmp_path / 'run.json')!r}]))"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        pids = [int(pid) for pid in running.stdout.readline().split()]
+        assert len(pids) == 2
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(PATIENCE_S) == 1
+    assert all(is_gone(pid) for pid in pids)
+    assert not (tmp_path / "run.json").exists()
 
 
 @pytest.mark.slow
