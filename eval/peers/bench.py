@@ -34,6 +34,7 @@ class Sizes:
     Attributes:
         short, long: of prompts whose first token is timed, without `tail`, which is what a hit has to compute.
         prompt, new, streams, stream_new: of streams; one has `new` tokens, `streams` at once have `stream_new` each.
+            Prompts are a little longer than whole blocks of 128 tokens, the largest that any engine caches.
         document: of the text that is moved; learn: documents that kvcomm reads before.
         question, answer: of the team; rounds: teams that kvcomm sees before.
         checked, checked_new: prompts and answers whose tokens are compared.
@@ -43,7 +44,7 @@ class Sizes:
     short: int = 1024
     long: int = 3968
     tail: int = 32
-    prompt: int = 256
+    prompt: int = 272
     new: int = 64
     streams: int = 8
     stream_new: int = 32
@@ -57,7 +58,7 @@ class Sizes:
 
 
 QUICK = Sizes(
-    turns=1, short=256, long=1024, prompt=64, new=16, stream_new=8, document=300, learn=4, question=100, answer=16,
+    turns=1, short=256, long=1024, prompt=144, new=16, stream_new=8, document=300, learn=4, question=100, answer=16,
     rounds=1, checked=6, checked_new=8,
 )  # fmt: skip
 
