@@ -21,11 +21,13 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from eval.figures import Report
+from rich.console import Console
+
+from eval.figures import PIPE_WIDTH, Report
 from eval.peers import parts
 from eval.peers.bench import QUICK, Bench, Sizes
 from eval.peers.engines import SHORT_DTYPES, Peer, Plan, kvcomm_plan, llama_plan, started, stock_plan, vllm_plan
-from eval.peers.figures import MEGABYTE, figures_of
+from eval.peers.figures import MEGABYTE, engine_table, figures_of
 from eval.peers.gguf_file import half_precision_file
 from eval.peers.prompts import ROLES, Texts
 from eval.peers.same_tokens import same_token_figures
@@ -48,14 +50,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers are ended
     try:
         report = measure(options)
-        report.emit(as_json=options.json)
         report.save(options.out)
+        emit(report, options)
     except (KVCommError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def emit(report: Report, options: Namespace) -> None:
+    """Print on stdout: everything as JSON; for people the engines side by side, then what has no engine's name."""
+    if options.json:
+        report.emit(as_json=True)
+        return
+    engines = report.config.get("engines", {})
+    if engines:
+        console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+        console.print(engine_table(report.samples, streams=_streams(options.sizes), engines=list(engines)))
+    chosen = [figure for figure in report.figures if figure.goal or figure.unit in ("x", "share")]
+    replace(report, figures=chosen).emit(as_json=False)
+    for name, why in report.config.get("skipped", {}).items():
+        sys.stdout.write(f"{name} is left out: {why}\n")
 
 
 def measure(options: Namespace) -> Report:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from eval.figures import Figure
+from rich.table import Table
+
+from eval.figures import Figure, format_number
 from kvcomm.lab.timings import Samples
 
 MEGABYTE = 1e6
@@ -70,6 +72,30 @@ def figures_of(values: Values, *, streams: Mapping[str, int], others: Sequence[s
     return [*ratios, *starts, *_plain(values), *_rates(values, streams, [*own, *others])]
 
 
+def engine_table(values: Values, *, streams: Mapping[str, int], engines: Sequence[str]) -> Table:
+    """Medians for people, a column for each engine: seconds by the clock, of the processor, and tokens a second."""
+    names = dict.fromkeys(["start", *(ratio.name for ratio in RATIOS if ratio.name != "memory"), *streams])
+    table = Table(title="seconds (of the processor), tokens/s", title_justify="left", title_style="bold", box=None)
+    for column in ("", *engines):
+        table.add_column(column, justify="right" if column else "left", header_style="dim")
+    for name in names:
+        cells = [_cell(values, name, engine, streams.get(name)) for engine in engines]
+        if any(cells):
+            table.add_row(name, *cells)
+    memory = [values.get(f"memory_{engine}_mb") for engine in engines]
+    table.add_row("memory, MB", *("" if found is None else format_number(round(found[-1])) for found in memory))
+    return table
+
+
+def _cell(values: Values, name: str, engine: str, num_tokens: int | None) -> str:
+    wall, cpu = (values.get(f"{name}_{engine}{unit}") for unit in (WALL, CPU))
+    if not wall or not cpu:
+        return ""
+    took, paid = Samples(tuple(wall)), Samples(tuple(cpu))
+    rate = "" if num_tokens is None else f", {took.rate(num_tokens).median:.3g}"
+    return f"{took.median:.3g} ({paid.median:.3g}){rate}"
+
+
 def _ratio(ratio: Ratio, values: Values, mine: str, other: str) -> Figure | None:
     own, others = (values.get(f"{ratio.name}_{each}{ratio.unit}", ()) for each in (mine, other))
     if not own or len(own) != len(others) or not all([*own, *others]):
@@ -86,7 +112,7 @@ def _plain(values: Values) -> list[Figure]:
     return [
         _figure(name, Samples(tuple(each)), next((unit for end, unit in units.items() if name.endswith(end)), "s"))
         for name, each in values.items()
-        if each
+        if not name.endswith(TTFT) or name.startswith("shifted")  # elsewhere all of it says the same, or more
     ]
 
 

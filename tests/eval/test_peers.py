@@ -20,7 +20,7 @@ from eval.peers import __main__ as peers
 from eval.peers import parts
 from eval.peers.bench import Bench, Sizes
 from eval.peers.engines import Peer, Plan, llama_plan, started, vllm_plan
-from eval.peers.figures import figures_of
+from eval.peers.figures import engine_table, figures_of
 from eval.peers.gguf_file import widen
 from eval.peers.prompts import ROLES, Part, Texts
 from eval.peers.same_tokens import same_token_figures
@@ -250,6 +250,25 @@ def test_figures() -> None:
     assert (found["memory_vllm_mb"].unit, found["team_stock_s"].unit) == ("MB", "s")
 
 
+def test_engines_side_by_side() -> None:
+    values = {
+        "start_kvcomm_s": [12.0, 10.0, 11.0],
+        "start_kvcomm_cpu_s": [7.0],
+        "decode1_kvcomm_s": [2.0, 4.0],
+        "decode1_kvcomm_cpu_s": [1.0, 2.0],
+        "decode1_vllm_s": [8.0],
+        "decode1_vllm_cpu_s": [4.0],
+        "memory_kvcomm_mb": [1234.5],
+    }
+    table = engine_table(values, streams={"decode1": 64}, engines=["kvcomm", "vllm"])
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert rows == [
+        ("start", "11 (7)", ""),
+        ("decode1", "3 (1.5), 24", "8 (4), 8"),
+        ("memory, MB", "1,234", ""),
+    ]
+
+
 def test_same_tokens_of_an_exact_model(folder: Path, texts: Texts) -> None:
     figures = same_token_figures(str(folder), "float32", texts, TINY)
     assert {figure.id: (figure.value, figure.goal) for figure in figures} == {
@@ -359,6 +378,11 @@ def test_kvcomm_alone_end_to_end(
     assert peers.main([*given, "--only", "first,streams,shifted,tokens", *llama, *vllm]) == 0
     told = capsys.readouterr()
     report = json.loads(told.out)
+    again = peers.Report("peers", [], report["config"], json.loads((tmp_path / "run.json").read_text())["samples"])
+    peers.emit(again, peers._parse([*given[:3], "--out", given[5]]))
+    shown = capsys.readouterr().out
+    assert "decode3" in shown
+    assert "vllm is left out" in shown
     values = {figure["id"]: figure["value"] for figure in report["figures"]}
     assert values["hit_kvcomm_cpu_s"] > 0
     assert values["start_cpu_s"] == values["start_kvcomm_cpu_s"] > 0.5
