@@ -96,6 +96,7 @@ def measure(options: Namespace) -> Report:
         values = bench.values
         config["engines"] = {plan.name: plan.version for plan in plans}
         config["skipped"] = {**skipped, **bench.left}
+        config["idle_share"] = {peer.name: peer.idle_share for peer in bench.peers}
         others = [plan.name for plan in plans if not plan.is_kvcomm]
         figures += figures_of(values, streams=_streams(sizes), others=others)
     if "tokens" in options.only:

@@ -388,6 +388,7 @@ def test_kvcomm_alone_end_to_end(
     assert values["start_cpu_s"] == values["start_kvcomm_cpu_s"] > 0.5
     assert values["memory_kvcomm_mb"] > 50
     assert 0 <= values["shifted_rung0_kvcomm_moved"] <= 1
+    assert report["config"]["idle_share"].keys() == {"kvcomm"}
     assert "setup-env --integration vllm" in report["config"]["skipped"]["vllm"]
     assert "--gguf" in report["config"]["skipped"]["llama"]
     assert "vllm is left out" in told.err
