@@ -90,7 +90,7 @@ def _read(
         if name and peer.plan.is_kvcomm:
             usage = costs[peer.name].samples[0].usage
             bench.keep(f"{name}_{peer.name}_moved", usage["aligned_tokens"] / usage["prompt_tokens"])
-            note(f"{name}: {usage['aligned_tokens']} tokens moved, {usage['rung_name']}")
+            note(f"{name}: {usage['aligned_tokens']} tokens moved, {usage['rung_name']}; {usage['miss_reasons']}")
 
 
 def _ask_parts(
