@@ -183,9 +183,9 @@ def vllm_plan(python: Path | None, folder: Path, threads: int) -> Plan:
         **_threads(threads),
         "DO_NOT_TRACK": "1",
         "PYTHONPATH": "",
-        "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),
-        # Its own way to bind threads takes cores by number, whoever has them.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", str(KV_GIB)),
+        # Its own way to bind threads leaves a core to its server: of two it computes on one, and of one on none.
+        "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
         "VLLM_NO_USAGE_STATS": "1",
     }
     command = (str(python), "-m", module, *flags, "--host", HOST, "--port", "{port}")
