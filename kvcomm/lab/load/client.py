@@ -1,4 +1,4 @@
-"""One streamed chat request, timed: a thread of its own and the standard library, so that little time is the client's.
+"""One streamed request, timed: a thread of its own and the standard library, so that little time is the client's.
 
 Every request has a connection of its own, and its clock starts when that stands: what a server with kept connections
 shows. `send` never raises for what a server or the network does: a failed request is a result, too.
@@ -62,7 +62,7 @@ class _Stream:
             begun(str(chunk["id"]))
         self.usage = chunk.get("usage") or self.usage
         for choice in chunk.get("choices", ()):
-            text = choice["delta"].get("content")
+            text = choice["delta"].get("content") if "delta" in choice else choice["text"]
             # An answer may be over before there is text: its end is then the first that is heard of a token.
             if text or (choice.get("finish_reason") and not self.events_s):
                 self.events_s.append(time.perf_counter() - self.start_s)
@@ -113,10 +113,24 @@ class Client:
             begun: is called with the answer's id as soon as its stream begins.
             fields: more of the request's body.
         """
+        return self._stream("chat/completions", {"messages": list(messages)}, max_tokens, begun, fields)
+
+    def complete(self, prompt: str | Sequence[int], max_tokens: int, **fields: Any) -> Sample:
+        """Ask for the continuation of a text or of token ids, greedy unless `fields` say otherwise, as `send` does."""
+        return self._stream("completions", {"prompt": prompt}, max_tokens, None, fields)
+
+    def _stream(
+        self,
+        endpoint: str,
+        asked: Mapping[str, Any],
+        max_tokens: int,
+        begun: Callable[[str], None] | None,
+        fields: Mapping[str, Any],
+    ) -> Sample:
         body = json.dumps(
             {
                 "model": self._model,
-                "messages": list(messages),
+                **asked,
                 "max_tokens": max_tokens,
                 "temperature": 0,
                 "stream": True,
@@ -129,7 +143,7 @@ class Client:
         try:
             connection.connect()
             stream.start_s = time.perf_counter()
-            connection.request("POST", f"{self._path}/v1/chat/completions", body, self._headers)
+            connection.request("POST", f"{self._path}/v1/{endpoint}", body, self._headers)
             error = _read(connection.getresponse(), stream)
         except (OSError, HTTPException) as failure:
             error = f"{type(failure).__name__}: {failure}"
@@ -172,7 +186,7 @@ def _read(response: HTTPResponse, stream: _Stream) -> str | None:
                 return f"in the stream: {chunk['error']}"
             stream.add(chunk)
     except (ValueError, KeyError, AttributeError, TypeError) as failure:
-        return f"not a chat stream: {failure!r}"
+        return f"not a stream of answers: {failure!r}"
     return "the stream broke off"
 
 

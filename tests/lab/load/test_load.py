@@ -47,6 +47,16 @@ def test_a_sample_is_what_the_official_client_gets(live: Live) -> None:
     assert sorted(sample.events_s) == list(sample.events_s)
 
 
+def test_a_plain_completion_is_what_the_official_client_gets(live: Live) -> None:
+    """As text and as token ids."""
+    with OpenAI(base_url=f"{live.url}/v1", api_key="none", timeout=PATIENCE_S, max_retries=0) as official:
+        expected = official.completions.create(model=MODEL, prompt=[5, 6, 7], max_tokens=6, temperature=0)
+    sample = Client(live.url).complete([5, 6, 7], 6)
+    assert (sample.error, sample.text) == (None, expected.choices[0].text)
+    assert sample.usage["prompt_tokens"] == 3
+    assert Client(live.url).complete("how many apples?", 6, seed=1, temperature=1).output_tokens > 0
+
+
 def test_a_conversation_reads_its_own_answers(live: Live) -> None:
     """Each turn finds the prompt and the answer before it in the cache."""
     turns = tuple((Turn(text, 5),) for text in ("how many apples?", "and how many dogs?"))
@@ -142,8 +152,8 @@ def canned() -> Iterator[type[Canned]]:
     ("answer", "error"),
     [
         (f"data: {json.dumps(CHUNK)}\n\n", "the stream broke off"),
-        ("data: nonsense\n\n", "not a chat stream"),
-        ('data: {"choices": [{}]}\n\n', "not a chat stream"),
+        ("data: nonsense\n\n", "not a stream of answers"),
+        ('data: {"choices": [{}]}\n\n', "not a stream of answers"),
         ('data: {"error": {"message": "full"}}\n\n', "in the stream: {'message': 'full'}"),
         ("", "the stream broke off"),
     ],
