@@ -1,17 +1,19 @@
-"""Replay a request trace through the radix tree: hit rate, cost per token, and LRU beside the optimum.
+"""Replay a request trace through the radix tree: hit rate, cost per token, and eviction beside the optimum.
 
     python -m eval.trace --trace FILE.jsonl.gz [--json] [--limit N] [--capacities 10,25,50]
 
 Every block of the trace becomes real tokens, every request a match, an allocation (evicting if need be) and
-an insert in the real tree and page pool; the pool has no layers, so only bookkeeping is measured. Figures:
+an insert in the real tree and page pool, at the time that the trace gives; the pool has no layers, so only
+bookkeeping is measured. Figures:
 
 - hit_rate: blocks found by `match`, of all blocks of all prompts; nothing is ever evicted. - ns_per_token:
 time inside `match` and `insert` per prompt token at page size 16 (`ns_per_token_page_N`: at the
   trace's own block size); median and quartiles over chunks of consecutive requests.
-- lru_N: hit rate with pages for N % of the trace's distinct blocks; the running prompt needs its pages, too.
-These
-  passes are not timed and give a block, and a page, 4 tokens: which blocks fit does not depend on that.
+- lru_N, return_N: hit rate of each eviction policy with pages for N % of the trace's distinct blocks; the running
+  prompt needs its pages, too. These passes give a block, and a page, 4 tokens: which blocks fit is the same.
 - belady_N: the best that any cache of that size could do, knowing the future: see `eval.optimum`.
+- gap_closed_N: the share of the way from LRU to that optimum that the default policy goes.
+- ns_per_token_evicting: as ns_per_token, with pages for 10 % of the distinct blocks, `evict` included.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -30,13 +32,16 @@ import numpy.typing as npt
 from eval.figures import Figure, Report
 from eval.optimum import most_hits, next_uses, trie_paths
 from kvcomm.lab.load.trace_file import IdArray, Request, Trace, TraceError, block_tokens, read_trace
+from kvcomm.memory.eviction import DEFAULT_ORDER, ORDERS
 from kvcomm.memory.pool import PageIds, PagePool
 from kvcomm.memory.tree import Match, RadixTree
 
 PAGE_SIZE = 16
 SMALL_BLOCK_SIZE = 4
 NUM_CHUNKS = 20
-MAX_NS_PER_TOKEN = 100
+MAX_NS_PER_TOKEN = 12
+TIMED_PERCENT = 10
+MIN_GAP_CLOSED = 0.4
 KNOWN_HIT_RATES = {  # SHA-256 of a published trace -> per cent of its blocks that are prefix hits
     "f44195697c46b9cb97a5fc5f52756969104d6f7174e4c3a16484f7d3c46391a5": 36.6,
     "0390bf4a1bf1237423f021cd449ef0bff1e2d34008cb2ac4c0d85891065c4c34": 96.3,
@@ -48,17 +53,18 @@ class Pass(NamedTuple):
 
     hit_blocks: int
     num_pages: int  # held by the tree at the end
-    seconds: npt.NDArray[np.float64]  # [num_requests], inside match and insert
+    seconds: npt.NDArray[np.float64]  # [num_requests], inside match, evict and insert
     num_tokens: npt.NDArray[np.int64]  # [num_requests]
 
 
 class Replay:
     """A tree on a pool of bookkeeping only, served one request after the other."""
 
-    def __init__(self, block_size: int, *, page_size: int, num_pages: int) -> None:
+    def __init__(self, block_size: int, *, page_size: int, num_pages: int, eviction: str = DEFAULT_ORDER) -> None:
         self._block_size = block_size
+        self._now_s = self._evicting_s = 0.0
         self.pool = PagePool([], num_pages=num_pages, page_size=page_size)
-        self.tree = RadixTree(self.pool)
+        self.tree = RadixTree(self.pool, clock=lambda: self._now_s, eviction=eviction)
 
     def serve(self, request: Request) -> tuple[int, float]:
         """Blocks found in the tree, and seconds spent in it. Afterwards the tree knows the prompt.
@@ -67,6 +73,8 @@ class Replay:
         """
         tokens = block_tokens(request.blocks, self._block_size)
         namespace = str(request.session)
+        self._now_s = request.at_s
+        self._evicting_s = 0.0
         started = time.perf_counter()
         match = self.tree.match(namespace, tokens)
         matched = time.perf_counter()
@@ -76,7 +84,7 @@ class Replay:
         self.tree.insert(namespace, stored, pages)
         done = time.perf_counter()
         self.pool.release(pages)
-        return match.num_tokens // self._block_size, matched - started + done - inserting
+        return match.num_tokens // self._block_size, matched - started + done - inserting + self._evicting_s
 
     def _pages_for(self, match: Match, tokens: IdArray) -> PageIds:
         """The page table a sequence would have: matched whole pages shared, the rest allocated."""
@@ -85,13 +93,15 @@ class Replay:
         self.pool.retain(shared)
         missing = -(-tokens.size // page_size) - shared.size
         if missing > self.pool.num_free:
+            started = time.perf_counter()
             self.tree.evict(missing - self.pool.num_free)
+            self._evicting_s = time.perf_counter() - started
         return np.concatenate([shared, self.pool.allocate(min(missing, self.pool.num_free))])
 
 
-def replay(trace: Trace, *, page_size: int, num_pages: int) -> Pass:
-    """Serve all requests of `trace` in order."""
-    state = Replay(trace.block_size, page_size=page_size, num_pages=num_pages)
+def replay(trace: Trace, *, page_size: int, num_pages: int, eviction: str = DEFAULT_ORDER) -> Pass:
+    """Serve all requests of `trace` in order, each at its own time."""
+    state = Replay(trace.block_size, page_size=page_size, num_pages=num_pages, eviction=eviction)
     served = [state.serve(request) for request in trace.requests]
     sizes = [request.blocks.size * trace.block_size for request in trace.requests]
     return Pass(
@@ -114,13 +124,21 @@ def measure(trace: Trace, capacities: Sequence[int]) -> Report:
         samples[name] = list(_ns_per_token(unbounded))
         figures.append(_cost(name, samples[name]))
     figures.insert(0, _hit_rate(trace, unbounded.hit_blocks))
+    note(f"{TIMED_PERCENT} %, page size {PAGE_SIZE}")
+    samples["ns_per_token_evicting"] = list(_ns_per_token(_timed_evicting(trace, num_distinct)))
+    figures.append(_cost("ns_per_token_evicting", samples["ns_per_token_evicting"]))
     uses, small = next_uses(paths, num_distinct), replace(trace, block_size=SMALL_BLOCK_SIZE)
     for percent in capacities:
         capacity = max(1, round(num_distinct * percent / 100))
         note(f"{percent} %: {capacity} blocks")
-        lru = replay(small, page_size=SMALL_BLOCK_SIZE, num_pages=capacity)
-        figures.append(Figure(f"lru_{percent}", _per_cent(lru.hit_blocks, trace), "%"))
-        figures.append(Figure(f"belady_{percent}", _per_cent(most_hits(uses, capacity), trace), "%"))
+        hits = {
+            policy: replay(small, page_size=SMALL_BLOCK_SIZE, num_pages=capacity, eviction=policy).hit_blocks
+            for policy in sorted(ORDERS)
+        }
+        best = most_hits(uses, capacity)
+        figures += [Figure(f"{policy}_{percent}", _per_cent(found, trace), "%") for policy, found in hits.items()]
+        figures.append(Figure(f"belady_{percent}", _per_cent(best, trace), "%"))
+        figures.append(_gap_closed(percent, hits, best))
     config = {
         "format": trace.format,
         "sha256": trace.sha256,
@@ -146,6 +164,18 @@ def _enough_pages(trace: Trace, num_distinct: int, page_size: int) -> int:
     per_block = -(-trace.block_size // page_size)
     longest = max(request.blocks.size for request in trace.requests)
     return (num_distinct + longest) * per_block + len(trace.requests) + 1
+
+
+def _timed_evicting(trace: Trace, num_distinct: int) -> Pass:
+    num_blocks = max(1, round(num_distinct * TIMED_PERCENT / 100))
+    return replay(trace, page_size=PAGE_SIZE, num_pages=num_blocks * -(-trace.block_size // PAGE_SIZE))
+
+
+def _gap_closed(percent: int, hits: Mapping[str, int], best: int) -> Figure:
+    """Of the hits that the optimum has and LRU has not, the share that the default policy has; 1 if there are none."""
+    gap = best - hits["lru"]
+    goal = f">= {MIN_GAP_CLOSED}" if percent == TIMED_PERCENT else ""
+    return Figure(f"gap_closed_{percent}", (hits[DEFAULT_ORDER] - hits["lru"]) / gap if gap else 1.0, "", None, goal)
 
 
 def _hit_rate(trace: Trace, hit_blocks: int) -> Figure:

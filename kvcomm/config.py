@@ -25,6 +25,10 @@ POSITIVE = (
 """Settings that are at least 1."""
 
 
+EVICTION_POLICIES = ("return", "lru")
+"""Names of what decides which cached prefix goes first; the first one is the default."""
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """Settings of an engine.
@@ -40,6 +44,8 @@ class EngineConfig:
             many as are expected to pay on this machine; they change no answer. 0: no guesses.
         attention: "auto", "torch", "triton" or "flashinfer".
         cache_ttl_s: seconds after which an unused cached prefix is dropped; None: only when pages are needed.
+        eviction: which cached prefixes go when pages are needed: "return", those that are likely to be asked for again
+            the latest, by their own past visits; or "lru", the least recently used.
         anchor_bytes: of offsets that one edge keeps at most.
         learning_share: of the time, that is spent on learning while requests come without a pause; 0: none.
         follow_share: of the time of answers in progress, that reading along and healing beside them may cost; 0: what
@@ -61,6 +67,7 @@ class EngineConfig:
     draft_rows: int = 8
     attention: str = "auto"
     cache_ttl_s: float | None = None
+    eviction: str = EVICTION_POLICIES[0]
     anchor_bytes: int = 16 * 2**20
     learning_share: float = 0.1
     follow_share: float = 0.09
@@ -80,6 +87,8 @@ class EngineConfig:
             raise InvalidRequest(f"pool_tokens={self.pool_tokens} is less than one page of {self.page_size}")
         if self.cache_ttl_s is not None and not self.cache_ttl_s > 0:
             raise InvalidRequest(f"cache_ttl_s must be positive, not {self.cache_ttl_s}")
+        if self.eviction not in EVICTION_POLICIES:
+            raise InvalidRequest(f"eviction must be one of {', '.join(EVICTION_POLICIES)}, not {self.eviction!r}")
         if not self.alpha or not all(math.isfinite(each) and each >= 0 for each in self.alpha):
             raise InvalidRequest(f"alpha must be finite factors >= 0, one or one per group, not {self.alpha!r}")
         if self.draft_rows < 0:
@@ -101,7 +110,8 @@ class EngineConfig:
             object.__setattr__(self, "cache_ttl_s", real_number("cache_ttl_s", self.cache_ttl_s))
         for name in ("idle_after_s", "learning_share", "follow_share"):
             object.__setattr__(self, name, real_number(name, getattr(self, name)))
-        object.__setattr__(self, "attention", text("attention", self.attention))
+        for name in ("attention", "eviction"):
+            object.__setattr__(self, name, text(name, getattr(self, name)))
         factors = items("alpha", self.alpha, "finite factors, one or one per group")
         object.__setattr__(self, "alpha", tuple(real_number("each of alpha", factor) for factor in factors))
         object.__setattr__(self, "cache", truth_value("cache", self.cache))

@@ -1320,7 +1320,7 @@ class Engine:
             device=self.model.device,
         )
         half = pool.num_pages * pool.page_bytes // 2
-        return Memory(pool, ttl_s=self.config.cache_ttl_s, segment_bytes=half)
+        return Memory(pool, ttl_s=self.config.cache_ttl_s, segment_bytes=half, eviction=self.config.eviction)
 
     def _model_identity(self, weights: str, attention: Mapping[str, str] | None = None) -> str:
         return model_identity(

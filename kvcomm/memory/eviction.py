@@ -1,106 +1,70 @@
-"""Giving pages of the radix tree back: least recently used, expired, over quota, reset.
+"""Giving pages of the radix tree back: evicted, expired, over quota, reset.
 
-Owns the queues of leaves and every way a token leaves the tree, so that counters, tombstones, events and page
+Owns the orders of leaves and every way a token leaves the tree, so that counters, tombstones, events and page
 references change together. Only unlocked, unpinned leaves go, from the end of their tokens, as much as is
-needed. Always holds: an evictable leaf waits in the LRU queue, in its namespace's queue if that has a quota,
+needed. Always holds: an evictable leaf waits in the order of eviction, in its namespace's own if that has a quota,
 and in the expiry queue if it has a TTL. Refuses to know how paths are matched or inserted.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
+from kvcomm.config import EVICTION_POLICIES
 from kvcomm.memory.ages import PageAges
 from kvcomm.memory.events import CacheEvent, EventKind, EventLog
+from kvcomm.memory.leaves import LeafOrder, LeafQueue
 from kvcomm.memory.node import NO_IDS, Drop, MissReason, Namespace, Node, preorder
 from kvcomm.memory.pool import PagePool
+from kvcomm.memory.returning import ReturnOrder
 
 RESET = "reset"
 """Why tokens went that somebody cleared away."""
 
 
-class LeafQueue:
-    """Leaves by a key that mostly grows while they wait.
+ORDERS: Mapping[str, Callable[[Callable[[], float]], LeafOrder]] = dict(
+    zip(EVICTION_POLICIES, (ReturnOrder, lambda _: LeafQueue(lambda node: node.used.tick)), strict=True)
+)
+"""The order in which leaves go, by the name of the policy; each is made with the tree's clock."""
 
-    A heap whose entries are checked when they reach the top: a leaf that was used meanwhile goes back with
-    its present key. So a use costs nothing here and a removal O(log n). A linked list in LRU order would pay
-    on every use of every node of a path, and could not serve expiry, whose order differs from the order of
-    use.
-    """
-
-    def __init__(self, key: Callable[[Node], float]) -> None:
-        self._key = key
-        self._heap: list[tuple[float, int, Node]] = []
-        self._queued: dict[Node, float] = {}  # node -> key of its one valid heap entry
-        self._order = itertools.count()
-
-    def push(self, node: Node) -> None:
-        """Let `node` wait; if it does already, its place moves only towards the front."""
-        key = self._key(node)
-        if key < self._queued.get(node, math.inf):
-            self._enter(node, key)
-            self._compact()
-
-    def discard(self, node: Node) -> None:
-        """Take `node` out if it waits."""
-        if self._queued.pop(node, None) is not None:
-            self._compact()
-
-    def pop(self, limit: float = math.inf) -> Node | None:
-        """The evictable leaf with the smallest key, if that is at most `limit`; it no longer waits."""
-        while self._heap and self._heap[0][0] <= limit:
-            key, _, node = heapq.heappop(self._heap)
-            if self._queued.get(node) != key:
-                continue
-            del self._queued[node]
-            if not node.is_evictable:
-                continue
-            present = self._key(node)
-            if present == key:
-                return node
-            self._enter(node, present)
-        return None
-
-    def check_waiting(self, node: Node) -> None:
-        queued, present = self._queued.get(node), self._key(node)
-        assert queued is not None, f"[{node.start}, {node.end}) of {node.namespace.name!r} waits nowhere"
-        assert queued <= present, f"[{node.start}, {node.end}) waits at {queued}, its place is {present}"
-
-    def _enter(self, node: Node, key: float) -> None:
-        self._queued[node] = key
-        heapq.heappush(self._heap, (key, next(self._order), node))
-
-    def _compact(self) -> None:
-        if len(self._heap) > 2 * len(self._queued) + 64:
-            self._heap = [entry for entry in self._heap if self._queued.get(entry[2]) == entry[0]]
-            heapq.heapify(self._heap)
+DEFAULT_ORDER = EVICTION_POLICIES[0]
 
 
 class Reaper:
-    """Takes tokens out of the tree and gives their page references back to the pool."""
+    """Takes tokens out of the tree and gives their page references back to the pool.
 
-    def __init__(self, pool: PagePool, log: EventLog, ages: PageAges, clock: Callable[[], float]) -> None:
+    Args:
+        order: the name of the policy by which leaves are evicted, one of `ORDERS`.
+
+    Raises:
+        ValueError: there is no such policy.
+    """
+
+    def __init__(
+        self, pool: PagePool, log: EventLog, ages: PageAges, clock: Callable[[], float], order: str = DEFAULT_ORDER
+    ) -> None:
+        if order not in ORDERS:
+            raise ValueError(f"there is no eviction policy {order!r}; known: {', '.join(ORDERS)}")
         self._pool = pool
         self._log = log
         self._ages = ages
         self._clock = clock
-        self._lru = LeafQueue(lambda node: node.used.tick)
+        self._new_order = ORDERS[order]
+        self._order = self._new_order(clock)
         self._expiry = LeafQueue(lambda node: node.expires_at_s)
 
     def track(self, node: Node) -> None:
         """To be called when `node` may have become evictable, or due earlier than before."""
         if not node.is_evictable:
             return
-        for queue in self._queues(node):
-            queue.push(node)
+        for order in self._orders(node):
+            order.push(node)
 
     def evict(self, num_pages: int, *, spare_shared: bool = True) -> int:
-        """Least recently used first, until `num_pages` became free in the pool; returns how many did.
+        """In the order of the policy, until `num_pages` became free in the pool; returns how many did.
 
         Leaves whose pages are all held by others too are passed over: dropping them would free nothing by itself.
 
@@ -109,7 +73,7 @@ class Reaper:
         """
         freed = 0
         passed: list[Node] = []
-        while freed < num_pages and (leaf := self._lru.pop()) is not None:
+        while freed < num_pages and (leaf := self._order.pop()) is not None:
             keep = self._num_pages_to_keep(leaf, num_pages - freed)
             if keep == leaf.pages.size and spare_shared:
                 passed.append(leaf)
@@ -122,7 +86,7 @@ class Reaper:
         return freed
 
     def shrink(self, namespace: Namespace, num_pages: int) -> None:
-        """Drop the namespace's least recently used tokens until it holds `num_pages`, as far as possible."""
+        """Drop the namespace's own tokens, in the policy's order, until it holds `num_pages`, as far as possible."""
         assert namespace.leaves is not None, f"namespace {namespace.name!r} has no quota"
         while namespace.num_pages > num_pages and (leaf := namespace.leaves.pop()) is not None:
             over = namespace.num_pages - num_pages
@@ -146,8 +110,8 @@ class Reaper:
                 self._remove(node, None)
 
     def start_quota(self, namespace: Namespace) -> None:
-        """Give the namespace a queue of its own."""
-        namespace.leaves = LeafQueue(lambda node: node.used.tick)
+        """Give the namespace an order of its own."""
+        namespace.leaves = self._new_order(self._clock)
         for node in preorder(namespace.root):
             self.track(node)
 
@@ -158,12 +122,12 @@ class Reaper:
         self._log.record(CacheEvent(kind, node.namespace.name, start, node.path_tokens(), reason))
 
     def check_waiting(self, node: Node) -> None:
-        """An evictable leaf waits in every queue it belongs to, nowhere behind its place."""
-        for queue in self._queues(node):
-            queue.check_waiting(node)
+        """An evictable leaf waits in every order it belongs to, nowhere behind its place."""
+        for order in self._orders(node):
+            order.check_waiting(node)
 
-    def _queues(self, node: Node) -> Iterator[LeafQueue]:
-        yield self._lru
+    def _orders(self, node: Node) -> Iterator[LeafOrder]:
+        yield self._order
         if node.namespace.leaves is not None:
             yield node.namespace.leaves
         if node.ttl_s != math.inf:
@@ -187,7 +151,7 @@ class Reaper:
         self._account(leaf, end, leaf.pages.size - keep, reason)
         kept, dropped = leaf.tokens[: end - leaf.start], leaf.pages[keep:]
         leaf.tombstones = None
-        leaf.bury(int(leaf.tokens[kept.size]), reason)
+        leaf.bury(int(leaf.tokens[kept.size]), reason, leaf)
         leaf.tokens, leaf.pages = kept.copy(), leaf.pages[:keep].copy()
         self.track(leaf)
         return self._pool.release(dropped)
@@ -196,13 +160,13 @@ class Reaper:
         parent = leaf.parent
         assert parent is not None, "a root cannot be removed"
         self._account(leaf, leaf.start, leaf.pages.size - leaf.num_shared_pages, reason)
-        for queue in (self._lru, self._expiry, leaf.namespace.leaves):
-            if queue is not None:
-                queue.discard(leaf)
+        for order in (self._order, self._expiry, leaf.namespace.leaves):
+            if order is not None:
+                order.discard(leaf)
         first = int(leaf.tokens[0])
         del parent.children[first]
         if reason is not None:
-            parent.bury(first, reason)
+            parent.bury(first, reason, leaf)
         pages, leaf.parent, leaf.tokens, leaf.pages = leaf.pages, None, NO_IDS, NO_IDS
         self.track(parent)
         return self._pool.release(pages)

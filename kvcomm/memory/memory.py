@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from itertools import chain
 
 from kvcomm.errors import PoolExhausted
+from kvcomm.memory.eviction import DEFAULT_ORDER
 from kvcomm.memory.pool import PageIds, PagePool
 from kvcomm.memory.segment_tree import SegmentTreeView
 from kvcomm.memory.segments import SegmentStore
@@ -21,13 +22,16 @@ from kvcomm.memory.tree import RadixTree
 class Memory:
     """One pool, its tree of exact prefixes, its segments, and the view of the tree by segments."""
 
-    def __init__(self, pool: PagePool, *, ttl_s: float | None, segment_bytes: int) -> None:
+    def __init__(
+        self, pool: PagePool, *, ttl_s: float | None, segment_bytes: int, eviction: str = DEFAULT_ORDER
+    ) -> None:
         """Args:
         ttl_s: how long unused prefixes and segments live; None: until their pages are needed.
         segment_bytes: what the renditions of segments may refer to.
+        eviction: the policy by which prefixes go when pages are needed, see `RadixTree`.
         """
         self.pool = pool
-        self.tree = RadixTree(pool, ttl_s=ttl_s)
+        self.tree = RadixTree(pool, ttl_s=ttl_s, eviction=eviction)
         self.segments = SegmentStore(pool, max_bytes=segment_bytes, ttl_s=ttl_s)
         self.segment_tree = SegmentTreeView(self.tree)
 

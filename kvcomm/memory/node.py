@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcomm.memory.pool import PageIds
+from kvcomm.memory.returning import Rhythm
 
 if TYPE_CHECKING:
-    from kvcomm.memory.eviction import LeafQueue
+    from kvcomm.memory.leaves import LeafOrder
 
 TokenIds = npt.NDArray[np.int32]
 
@@ -63,6 +64,14 @@ class Drop(NamedTuple):
     reason: str
 
 
+class Tombstone(NamedTuple):
+    """What is remembered of tokens that went: why, and of a node how it had been visited until when."""
+
+    reason: MissReason
+    used_at_s: float
+    rhythm: Rhythm | None
+
+
 class Namespace:
     """One root and the counters of what hangs below it; `num_pages` counts distinct pages."""
 
@@ -70,7 +79,7 @@ class Namespace:
         self.name = name
         self.root = Node(self, None, NO_IDS, 0, NO_IDS, Use(0, 0.0), math.inf)
         self.quota_pages: int | None = None
-        self.leaves: LeafQueue | None = None  # only with a quota
+        self.leaves: LeafOrder | None = None  # only with a quota
         self.num_tokens = 0
         self.num_pages = 0
         self.query_tokens = 0
@@ -104,6 +113,8 @@ class Node:
         "num_pins",
         "pages",
         "parent",
+        "rhythm",
+        "rhythm_fully",
         "start",
         "tokens",
         "tombstones",
@@ -131,10 +142,12 @@ class Node:
         self.born_s = used.at_s
         self.used = used  # the last use of any of its tokens
         self.used_fully = used  # the last use of all of them: what a split leaves to the lower half
+        self.rhythm = Rhythm()  # how any of its tokens is visited
+        self.rhythm_fully = self.rhythm  # how all of them are: what a split leaves to the lower half
         self.ttl_s = ttl_s
         self.num_locks = 0
         self.num_pins = 0
-        self.tombstones: dict[int, MissReason] | None = None
+        self.tombstones: dict[int, Tombstone] | None = None
 
     @property
     def end(self) -> int:
@@ -169,18 +182,31 @@ class Node:
             above = above.parent
         return 0
 
-    def bury(self, token: int, reason: MissReason) -> None:
-        """Remember why no child begins with `token`; only the latest few are kept."""
+    def bury(self, token: int, reason: MissReason, gone: Node | None = None) -> None:
+        """Remember why no child begins with `token`, and the rhythm of `gone`; only the latest few are kept."""
         if self.tombstones is None:
             self.tombstones = {}
         self.tombstones.pop(token, None)
         if len(self.tombstones) >= _MAX_TOMBSTONES:
             del self.tombstones[next(iter(self.tombstones))]
-        self.tombstones[token] = reason
+        at_s, rhythm = (0.0, None) if gone is None else (gone.used.at_s, gone.rhythm)
+        self.tombstones[token] = Tombstone(reason, at_s, rhythm)
 
     def miss_reason(self, token: int) -> MissReason:
         """Why no child begins with `token`."""
-        return (self.tombstones or {}).get(token, MissReason.NEW)
+        stone = (self.tombstones or {}).get(token)
+        return MissReason.NEW if stone is None else stone.reason
+
+    def rhythm_below(self, matched: int, tokens: TokenIds, now_s: float) -> Rhythm:
+        """The rhythm of what is to hang below the first `matched` of `tokens`, which end in this node.
+
+        What came back after it had been dropped goes on as it was. What continues a path for less than its length goes
+        on in that path's rhythm; more than that says nothing about it: many tasks may begin with one system prompt.
+        """
+        stone = (self.tombstones or {}).get(int(tokens[matched])) if matched == self.end else None
+        if stone is not None and stone.rhythm is not None:
+            return stone.rhythm.after(now_s - stone.used_at_s)
+        return self.rhythm if 2 * matched >= tokens.size else Rhythm()
 
     def head_from(self, start: int) -> tuple[int, ...]:
         """The first few of its tokens from position `start` on."""

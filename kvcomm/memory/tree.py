@@ -19,9 +19,10 @@ import numpy.typing as npt
 
 from kvcomm.memory.ages import PageAges
 from kvcomm.memory.events import CacheEvent, EventKind, EventLog
-from kvcomm.memory.eviction import Reaper
+from kvcomm.memory.eviction import DEFAULT_ORDER, Reaper
 from kvcomm.memory.node import NO_IDS, Drop, MissReason, Namespace, Node, TokenIds, Use, descend, preorder
 from kvcomm.memory.pool import PageIds, PagePool
+from kvcomm.memory.returning import Rhythm
 
 __all__ = ["Drop", "Match", "MissReason", "NamespaceUsage", "Node", "NodeView", "RadixTree", "TokenIds"]
 
@@ -70,7 +71,8 @@ class RadixTree:
     """Longest-prefix cache of exact KV pages.
 
     `ttl_s` is how long an unused path lives unless `insert` says otherwise; None is forever. `clock` gives
-    seconds. `max_events` wait for `take_events`; then the oldest are lost.
+    seconds. `max_events` wait for `take_events`; then the oldest are lost. `eviction` names the policy by which leaves
+    go, one of `kvcomm.memory.eviction.ORDERS`; ValueError for another name.
 
     Attributes:
         ages: how long pages lived and lay unused, of all namespaces together.
@@ -83,6 +85,7 @@ class RadixTree:
         clock: Callable[[], float] = time.monotonic,
         ttl_s: float | None = None,
         max_events: int = 65_536,
+        eviction: str = DEFAULT_ORDER,
     ) -> None:
         self._pool = pool
         self._clock = clock
@@ -91,28 +94,28 @@ class RadixTree:
         self._forgotten = Namespace("")  # the counters of all that are not known any more
         self._log = EventLog(max_events)
         self.ages = PageAges()
-        self._reaper = Reaper(pool, self._log, self.ages, clock)
+        self._reaper = Reaper(pool, self._log, self.ages, clock, eviction)
         self._num_uses = 0
         self._num_guards = 0  # locks and pins of all nodes
 
     def match(self, namespace: str, tokens: npt.ArrayLike) -> Match:
         """The longest cached prefix of `tokens` in `namespace`.
 
-        Refreshes the path for LRU and TTL and drops what has expired; splits nothing. A node matched in part
+        Refreshes the path for eviction and TTL and drops what has expired; splits nothing. A node matched in part
         is refreshed as a whole until it is split; then its unmatched rest goes back to its own last use.
         """
         ids = _as_tokens(tokens)
         self.expire()
         space = self._namespace(namespace)
         node, matched = descend(space.root, ids)
-        self._count_gaps(node, matched)
+        self._visit(node, matched)
         self._touch(node, matched)
         space.query_tokens += ids.size
         space.hit_tokens += matched
         return self._found(node, matched, ids)
 
     def peek(self, namespace: str, tokens: npt.ArrayLike) -> int:
-        """How many leading tokens are cached. Counts as no use: neither LRU nor TTL nor counters change."""
+        """How many leading tokens are cached. Counts as no use: neither eviction nor TTL nor counters change."""
         return self.look(namespace, tokens).num_tokens
 
     def look(self, namespace: str, tokens: npt.ArrayLike) -> Match:
@@ -128,8 +131,7 @@ class RadixTree:
         `pages` are the ceil(num_tokens / page_size) pages from position 0; the caller keeps its own
         references, the tree adds one for each page it newly refers to. What is cached already keeps the
         tree's old pages. A longer `ttl_s` (default: the tree's) also prolongs the path above. Over quota, the
-        namespace's own least recently used paths go first; then only as many leading tokens are stored as
-        fit.
+        namespace's own paths go first; then only as many leading tokens are stored as fit.
 
         Raises:
             ValueError: `pages` has another length.
@@ -141,13 +143,14 @@ class RadixTree:
         self.expire()
         ttl = self._ttl_s if ttl_s is None else ttl_s
         node, matched = descend(self._namespace(namespace).root, ids)
+        rhythm = node.rhythm_below(matched, ids, self._clock()) if matched < ids.size else node.rhythm
         self._touch(node, matched)
         end = self._make_room(node, matched, ids.size, pages)
         if matched < node.end and (end > matched or ttl > node.ttl_s):
             node = self._split(node, matched)
         self._prolong(node, ttl)
         if end > matched:
-            node = self._attach(node, ids[:end], pages, ttl)
+            node = self._attach(node, ids[:end], pages, ttl, rhythm)
         if end < ids.size and node.end == end:
             node.bury(int(ids[end]), MissReason.QUOTA)
         return end - matched
@@ -195,7 +198,7 @@ class RadixTree:
         return num_tokens
 
     def set_quota(self, namespace: str, num_pages: int | None) -> None:
-        """Limit the distinct pages of `namespace`; its least recently used paths go at once if it has more.
+        """Limit the distinct pages of `namespace`; paths of its own go at once if it has more.
 
         Locked and pinned paths may keep it above the limit until they are unlocked and unpinned.
 
@@ -231,7 +234,7 @@ class RadixTree:
         return _usage(total)
 
     def evict(self, num_pages: int) -> int:
-        """Drop least recently used leaves until `num_pages` pages became free in the pool; returns how many.
+        """Drop leaves in the order of the policy until `num_pages` pages became free in the pool; returns how many.
 
         Leaves that are locked or pinned stay, and those whose pages others hold too: dropping them frees
         nothing.
@@ -377,16 +380,23 @@ class RadixTree:
             self._forgotten.count(space)
             del self._namespaces[space.name]
 
-    def _count_gaps(self, node: Node, matched: int) -> None:
-        """Count the pages of the path of `matched` tokens down to `node` as found, before they are used again.
+    def _visit(self, node: Node, matched: int) -> None:
+        """Note the visit of the path of `matched` tokens down to `node`, before it is used again.
 
-        A page in which one node ends and the next begins counts with the first.
+        Counts the pages that are found: one in which one node ends and the next begins counts with the first.
         """
         now_s, page_size = self._clock(), self._pool.page_size
         at: Node | None = node
+        used, before, after = None, node.rhythm, node.rhythm
         while at is not None:
+            gap_s = now_s - at.used.at_s
             num_pages = -(-min(at.end, matched) // page_size) - -(-at.start // page_size)
-            self.ages.reuse_gap.add(now_s - at.used.at_s, num_pages)
+            self.ages.reuse_gap.add(gap_s, num_pages)
+            if at.used is not used or at.rhythm is not before:  # nodes of one path mostly agree
+                used, before, after = at.used, at.rhythm, at.rhythm.after(gap_s)
+            at.rhythm = after
+            if at.end <= matched:
+                at.rhythm_fully = after
             at = at.parent
 
     def _touch(self, node: Node, matched: int) -> None:
@@ -443,19 +453,20 @@ class RadixTree:
         if at % page_size:
             self._pool.retain(lower_pages[:1])
         upper = Node(node.namespace, parent, node.tokens[:size].copy(), node.start, upper_pages, node.used, node.ttl_s)
-        upper.born_s = node.born_s
+        upper.born_s, upper.rhythm, upper.rhythm_fully = node.born_s, node.rhythm, node.rhythm
         parent.children[int(node.tokens[0])] = upper
         upper.children[int(node.tokens[size])] = node
         node.parent, node.start, node.tokens, node.pages = upper, at, node.tokens[size:].copy(), lower_pages
-        node.used = node.used_fully
+        node.used, node.rhythm = node.used_fully, node.rhythm_fully
         self._reaper.track(node)
         return upper
 
-    def _attach(self, parent: Node, ids: TokenIds, pages: PageIds, ttl_s: float) -> Node:
+    def _attach(self, parent: Node, ids: TokenIds, pages: PageIds, ttl_s: float, rhythm: Rhythm) -> Node:
         """Hang the rest of `ids` below `parent`, with those of `pages` that overlap it."""
         start, page_size = parent.end, self._pool.page_size
         own = pages[start // page_size : -(-ids.size // page_size)].astype(np.int32)
         leaf = Node(parent.namespace, parent, ids[start:].copy(), start, own, parent.used, ttl_s)
+        leaf.rhythm = leaf.rhythm_fully = rhythm
         self._pool.retain(own)
         parent.children[int(ids[start])] = leaf
         parent.namespace.num_tokens += leaf.tokens.size

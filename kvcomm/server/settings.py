@@ -57,7 +57,7 @@ class Limits(BaseModel):
         max_requests: requests of its in flight at once; over it, 429.
         held_tokens: tokens that its requests in flight may grow to; over it, as `when_full` says.
         when_full: "queue" waits for its own requests to end, for `queue_timeout_s` at most; "refuse" answers 429.
-        cached_tokens: of its cached prefixes; over it, its own least recently used ones are dropped.
+        cached_tokens: of its cached prefixes; over it, its own are dropped, by the policy of `EngineConfig.eviction`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

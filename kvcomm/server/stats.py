@@ -144,6 +144,7 @@ def _cache(engine: Engine, namespaces: Sequence[str], quota_tokens: int | None) 
         evicted_tokens=sum(usage.evicted_tokens for usage in usages),
         expired_tokens=sum(usage.expired_tokens for usage in usages),
         over_quota_tokens=sum(usage.quota_tokens for usage in usages),
+        eviction=engine.config.eviction,
     )
 
 

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvcomm.config import EVICTION_POLICIES
 from kvcomm.memory.events import EventKind, EventLog
+from kvcomm.memory.leaves import LeafQueue
 from kvcomm.memory.node import common_prefix
 from kvcomm.memory.tree import MissReason, RadixTree
 from tests.memory.kv_model import MarkedPool, MarkedSequence, Path
@@ -24,11 +26,11 @@ NS = "namespace"
 class Bench:
     """A tree on a marked pool with a clock that only moves when told to."""
 
-    def __init__(self, num_pages: int = 24, ttl_s: float | None = None) -> None:
+    def __init__(self, num_pages: int = 24, ttl_s: float | None = None, eviction: str = EVICTION_POLICIES[0]) -> None:
         self.now = 0.0
         self.marked = MarkedPool(num_pages, PAGE_SIZE)
         self.pool = self.marked.pool
-        self.tree = RadixTree(self.pool, clock=lambda: self.now, ttl_s=ttl_s)
+        self.tree = RadixTree(self.pool, clock=lambda: self.now, ttl_s=ttl_s, eviction=eviction)
 
     def serve(self, path: Path, namespace: str = NS, ttl_s: float | None = None) -> int:
         """Match, compute the rest, insert, let go; returns the number of tokens that were cached."""
@@ -486,8 +488,10 @@ def test_all_that_is_there_is_told_with_prefixes_first(bench: Bench) -> None:
     assert next(event.end for event in told if event.namespace == NS) == 6
 
 
-def test_queues_do_not_grow_with_use(bench: Bench) -> None:
+@pytest.mark.parametrize("eviction", EVICTION_POLICIES)
+def test_queues_do_not_grow_with_use(eviction: str) -> None:
     """Locks, refreshed paths and expired ones once left their queue entries behind for good."""
+    bench = Bench(eviction=eviction)
     bench.serve(span(0, 8))
     for _ in range(500):
         node = bench.tree.match(NS, span(0, 8)).node
@@ -496,8 +500,9 @@ def test_queues_do_not_grow_with_use(bench: Bench) -> None:
         bench.serve(span(100, 4), ttl_s=1.0)
         bench.now += 2.0
         bench.tree.expire()
-    entries = len(bench.tree._reaper._lru._heap)
-    assert entries < 100
+    order = bench.tree._reaper._order
+    queues = [order] if isinstance(order, LeafQueue) else list(order._queues.values())
+    assert sum(len(queue._heap) for queue in queues) < 100
     assert len(bench.tree._reaper._expiry._heap) < 100
 
 

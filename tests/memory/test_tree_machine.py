@@ -16,6 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvcomm.config import EVICTION_POLICIES
 from kvcomm.errors import PoolExhausted
 from kvcomm.memory.tree import Match, MissReason, Node, RadixTree
 from tests.memory.kv_model import MarkedPool, MarkedSequence, Path
@@ -33,12 +34,17 @@ def prefixes(namespace: str, path: Path) -> set[Prefix]:
 
 
 class TreeMachine(RuleBasedStateMachine):
-    @initialize(num_pages=st.integers(4, 24), page_size=st.integers(1, 4), ttl_s=st.none() | st.just(3.0))
-    def create(self, num_pages: int, page_size: int, ttl_s: float | None) -> None:
+    @initialize(
+        num_pages=st.integers(4, 24),
+        page_size=st.integers(1, 4),
+        ttl_s=st.none() | st.just(3.0),
+        eviction=st.sampled_from(EVICTION_POLICIES),
+    )
+    def create(self, num_pages: int, page_size: int, ttl_s: float | None, eviction: str) -> None:
         self.now = 0.0
         self.marked = MarkedPool(num_pages, page_size)
         self.pool = self.marked.pool
-        self.tree = RadixTree(self.pool, clock=lambda: self.now, ttl_s=ttl_s)
+        self.tree = RadixTree(self.pool, clock=lambda: self.now, ttl_s=ttl_s, eviction=eviction)
         self.ttl_s = math.inf if ttl_s is None else ttl_s
         self.cached: set[Prefix] = set()
         self.life: dict[Prefix, tuple[float, float]] = {}  # last use, time to live

@@ -54,6 +54,7 @@ class CacheUse(ResponseModel):
     evicted_tokens: Annotated[int, Field(description="Dropped because their pages were needed.")]
     expired_tokens: Annotated[int, Field(description="Dropped because they outlived their TTL.")]
     over_quota_tokens: Annotated[int, Field(description="Dropped for the tenant's own quota.")]
+    eviction: Annotated[str | None, Field(description="The policy; null from servers that do not say.")] = None
 
 
 class Kept(ResponseModel):

@@ -1,0 +1,130 @@
+"""Which cached leaf is worth least: by how long one would wait until somebody asks for it again.
+
+Each path has a rhythm: the mean, on a log scale, of the gaps between its visits, and how often it came back. A
+path waits for about its usual gap; once it is overdue the wait that is to be expected grows faster than its age, as
+measured traces show (gaps have heavy tails). Eviction takes the leaf with the longest wait, so under pressure those
+go that would come back latest, also if they were used just now, where LRU drops everybody shortly before his
+return. Only a path's own visits count: what another namespace does moves nobody's rhythm. This keeps the idea of
+hyperbolic caching (Blankstein et al., ATC 2017) and LHD (Beckmann et al., NSDI 2018), that what counts is hits per
+time held, without what they learn from everybody's accesses together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvcomm.memory.leaves import LeafQueue
+
+if TYPE_CHECKING:
+    from kvcomm.memory.node import Node
+
+FIRST_GAP_S = 40.0
+"""The gap that a path is expected to have before it has come back once."""
+
+SAME_VISIT_S = 1.0
+"""Uses that follow each other sooner are one visit: a batch of agents, a retry."""
+
+MAX_RETURNS = 3
+"""From so many returns on a path counts as one that comes back."""
+
+_MIN_STEP = 0.25
+_NEWCOMER = 4.0  # how much longer the wait for a path is that has never come back
+_PER_OCTAVE = 2
+
+
+class Rhythm(NamedTuple):
+    """How a path has been visited: the log of its usual gap in seconds, and how often it came back."""
+
+    log_gap: float = math.log(FIRST_GAP_S)
+    num_returns: int = 0
+
+    def after(self, gap_s: float) -> Rhythm:
+        """The rhythm with one more visit, `gap_s` seconds after the last use."""
+        if gap_s < SAME_VISIT_S:
+            return self
+        num_returns = self.num_returns + 1
+        step = max(_MIN_STEP, 1 / (num_returns + 1))
+        return Rhythm(self.log_gap + step * (math.log(gap_s) - self.log_gap), num_returns)
+
+    @property
+    def kind(self) -> Kind:
+        """Those that wait alike, rounded."""
+        halves = round(self.log_gap / math.log(2) * _PER_OCTAVE)
+        return Kind(halves, min(self.num_returns, MAX_RETURNS))
+
+
+class Kind(NamedTuple):
+    """Rhythms that are treated alike: usual gap in half octaves of a second, and returns up to `MAX_RETURNS`."""
+
+    half_octaves: int
+    num_returns: int
+
+    def wait_s(self, age_s: float) -> float:
+        """Seconds until the next visit, as far as one may tell, of what was last used `age_s` ago."""
+        gap_s = 2.0 ** (self.half_octaves / _PER_OCTAVE)
+        overdue = age_s * math.sqrt(age_s / gap_s) if age_s > 0 else 0.0
+        return (1 + _NEWCOMER * 2.0**-self.num_returns) * max(gap_s, overdue)
+
+
+class ReturnOrder:
+    """Leaves by the wait for their return, longest first; among equal waits the least recently used.
+
+    The wait of every leaf changes all the time, but those of one `Kind` stay in order of their last use. So each kind
+    is a queue, and only the fronts are compared: some dozens, whatever the number of leaves. A leaf whose kind has
+    changed since it was queued is noticed at the front of its old queue, where it comes at its old age at the latest.
+
+    `clock` gives seconds, the tree's.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._queues: dict[Kind, LeafQueue] = {}
+        self._waiting: dict[Node, tuple[Kind, Rhythm]] = {}  # where every leaf waits, and by which rhythm
+
+    def push(self, node: Node) -> None:
+        """Let `node` wait; if its kind has changed, where it belongs now."""
+        kind = node.rhythm.kind
+        if node in self._waiting and self._waiting[node][0] != kind:
+            self.discard(node)
+        self._waiting[node] = kind, node.rhythm
+        if kind not in self._queues:
+            self._queues[kind] = LeafQueue(lambda leaf: leaf.used.tick)
+        self._queues[kind].push(node)
+
+    def discard(self, node: Node) -> None:
+        """Take `node` out if it waits."""
+        found = self._waiting.pop(node, None)
+        if found is not None and found[0] in self._queues:  # a queue that ran empty is gone
+            self._queues[found[0]].discard(node)
+
+    def pop(self) -> Node | None:
+        """The evictable leaf whose return is farthest away; it no longer waits."""
+        for kind in list(self._queues):
+            self._settle(kind)
+        now_s = self._clock()
+        longest, farthest = (-math.inf, 0), None
+        for kind, queue in self._queues.items():
+            node = queue.first()
+            assert node is not None, f"the queue of {kind} has run empty"
+            wait = (kind.wait_s(now_s - node.used.at_s), -node.used.tick)
+            if wait > longest:
+                longest, farthest = wait, node
+        if farthest is not None:
+            self.discard(farthest)
+        return farthest
+
+    def check_waiting(self, node: Node) -> None:
+        """Prove that `node` waits, nowhere behind its place in its queue."""
+        assert node in self._waiting, f"[{node.start}, {node.end}) of {node.namespace.name!r} waits nowhere"
+        self._queues[self._waiting[node][0]].check_waiting(node)
+
+    def _settle(self, kind: Kind) -> None:
+        """Let those at the front of a queue that have become another kind go there; drop a queue that is empty."""
+        queue = self._queues[kind]
+        while (node := queue.first()) is not None:
+            if self._waiting[node][1] is node.rhythm or node.rhythm.kind == kind:
+                return
+            self.push(node)
+        del self._queues[kind]
