@@ -26,7 +26,7 @@ RESET = "reset"
 
 
 ORDERS: Mapping[str, Callable[[Callable[[], float]], LeafOrder]] = dict(
-    zip(EVICTION_POLICIES, (ReturnOrder, lambda _: LeafQueue(lambda node: node.used.tick)), strict=True)
+    zip(EVICTION_POLICIES, (lambda _: LeafQueue(lambda node: node.used.tick), ReturnOrder), strict=True)
 )
 """The order in which leaves go, by the name of the policy; each is made with the tree's clock."""
 
