@@ -86,9 +86,9 @@ def decode_command(
     as_json: JsonFlag = False,
 ) -> None:
     """Tokens per second by the number of answers in the batch, each behind a context of its own."""
+    counts = _counts(streams)
     from kvcomm.lab.timings import Samples, prefilled, time_decode_step
 
-    counts = _counts(streams)
     steps_s: dict[int, list[float]] = {count: [] for count in counts}
     sizes = {"num_contexts": max(counts), "num_tokens": context_tokens, "num_room_tokens": new_tokens}
     with _engine(model) as (engine, take), prefilled(engine, take, **sizes) as contexts:

@@ -10,7 +10,9 @@ import typer
 from rich.console import RenderableType
 
 from kvcomm import __version__
+from kvcomm.cli.options import known_model
 from kvcomm.cli.output import JsonFlag, emit, format_bytes, table
+from kvcomm.starting import collector_paused
 
 if TYPE_CHECKING:
     from kvcomm.model.geometry import ModelGeometry
@@ -41,14 +43,10 @@ TierUrl = Annotated[
 
 def doctor(model: ModelName = None, tier: TierUrl = None, vllm: VllmFlag = False, as_json: JsonFlag = False) -> None:
     """Show what is installed, what runs here and why the rest does not; with MODEL, what it supports."""
-    report: dict[str, Any] = {
-        "versions": {"kvcomm": __version__, **{package: _version(package) for package in PACKAGES}},
-        "extras": {extra: _extra(extra) for extra in EXTRAS},
-        "machine": _machine(),
-        "attention": _attention(),
-        "moving": _moving(),
-        "cache": _cache(),
-    }
+    if model is not None:
+        known_model(model)
+    with collector_paused():
+        report = _report()
     if tier is not None:
         report["tier"] = _tier(tier)
     if model is not None:
@@ -56,6 +54,18 @@ def doctor(model: ModelName = None, tier: TierUrl = None, vllm: VllmFlag = False
     if vllm:
         report["vllm"] = _vllm()
     emit(report, *_views(report), as_json=as_json)
+
+
+def _report() -> dict[str, Any]:
+    """What is said in any case."""
+    return {
+        "versions": {"kvcomm": __version__, **{package: _version(package) for package in PACKAGES}},
+        "extras": {extra: _extra(extra) for extra in EXTRAS},
+        "machine": _machine(),
+        "attention": _attention(),
+        "moving": _moving(),
+        "cache": _cache(),
+    }
 
 
 def _version(package: str) -> str | None:
@@ -135,8 +145,10 @@ def _tier(url: str) -> dict[str, Any]:
 
 def _model(name: str) -> dict[str, Any]:
     from kvcomm.errors import UnsupportedModel
-    from kvcomm.model.geometry import ModelGeometry
-    from kvcomm.model.loading import load_model
+
+    with collector_paused():
+        from kvcomm.model.geometry import ModelGeometry
+        from kvcomm.model.loading import load_model
 
     try:
         geometry = ModelGeometry.from_model(load_model(name, progress=True).model)

