@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvcomm.cli.options import DEFAULT_MODEL, ModelFlag, load_engine
+from kvcomm.cli.options import DEFAULT_MODEL, ModelFlag, WeightsFlag, load_engine
 from kvcomm.cli.output import JsonFlag, emit, table
 from kvcomm.errors import InvalidRequest
 
@@ -61,6 +61,7 @@ def reuse_command(
         int, typer.Option("--max-new-tokens", min=1, metavar="N", help="Tokens of an answer at most.")
     ] = 48,
     model: ModelFlag = DEFAULT_MODEL,
+    weights: WeightsFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
     """First tokens of a team: no cache, exact prefixes, read along, moved, moved + heal; moved answers are audited."""
@@ -82,7 +83,7 @@ def reuse_command(
         with folder_errors("write", save):
             save.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
-    with load_engine(model) as engine, console.status("") as status:
+    with load_engine(model, weights) as engine, console.status("") as status:
         note = status.update
         if load is not None:
             engine.load_anchors(load)

@@ -11,7 +11,7 @@ import typer
 
 from kvcomm.errors import InvalidRequest
 from kvcomm.files.reading import TEXT_BYTES, BadContent, decoded, read_bytes
-from kvcomm.model.names import source_of
+from kvcomm.model.names import source_of, weights_kind
 from kvcomm.model.registry import SMOLLM2_135M
 from kvcomm.starting import collector_paused
 
@@ -34,6 +34,11 @@ def known_model(name: str) -> str:
     return name
 
 
+def known_weights(name: str | None) -> str | None:
+    """How weights are to be kept, as it is. Raises InvalidRequest."""
+    return None if name is None else weights_kind(name)
+
+
 ModelFlag = Annotated[
     str,
     typer.Option(
@@ -42,6 +47,15 @@ ModelFlag = Annotated[
         metavar="MODEL",
         help="A packaged name, folder or hub id.",
         callback=known_model,
+    ),
+]
+WeightsFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="KIND",
+        help="Keep the weights in fewer bits, int8 or int4: less memory, other answers; see kvcomm doctor.",
+        callback=known_weights,
     ),
 ]
 FolderFlag = Annotated[
@@ -74,12 +88,12 @@ AdapterFlag = Annotated[
 ]
 
 
-def load_engine(model: str) -> Engine:
+def load_engine(model: str, weights: str | None = None) -> Engine:
     """The engine for a command, with progress on stderr."""
     with collector_paused():
         from kvcomm.engine.engine import Engine
 
-        return Engine.load(model, progress=True)
+        return Engine.load(model, weights=weights, progress=True)
 
 
 def with_adapters(engine: Engine, adapters: Mapping[str, Path]) -> Engine:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvcomm.cli.options import AdapterFlag, adapter_folders, known_model, with_adapters
+from kvcomm.cli.options import AdapterFlag, WeightsFlag, adapter_folders, known_model, with_adapters
 from kvcomm.cli.output import JsonFlag, emit, table
 from kvcomm.cli.remote import DEFAULT_SERVER, ServerFlag
 from kvcomm.cli.serve_tenants import AdminKeyFlag, said_of, statuses, wait_until_revoked
@@ -91,6 +91,7 @@ def serve(
     ] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="Such as cpu or cuda.")] = None,
+    weights: WeightsFlag = None,
     pool_tokens: Annotated[int | None, typer.Option("--pool-tokens", metavar="N", help="Token slots of KV.")] = None,
     max_requests: Annotated[
         int | None, typer.Option("--max-requests", metavar="N", help="In flight at once; over it, 503.")
@@ -238,6 +239,7 @@ def serve(
         "keys": keys,
         "dtype": dtype,
         "device": device,
+        "weights": weights,
         "engine": None if pool_tokens is None else {"pool_tokens": pool_tokens},
         "max_requests": max_requests,
         "kept_requests": kept_requests,
@@ -313,6 +315,7 @@ def _serve(settings: ServerSettings, *, as_json: bool) -> None:
             settings.model,
             dtype=settings.dtype,
             device=settings.device,
+            weights=settings.weights,
             config=settings.engine,
             tier=tier,
             progress=True,

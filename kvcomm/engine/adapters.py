@@ -23,6 +23,7 @@ from kvcomm.model.attention import hook
 from kvcomm.model.live import LiveWeights, Weights
 from kvcomm.model.namespace import tenant_namespace
 from kvcomm.model.progress import quiet_transformers
+from kvcomm.model.quantized import is_quantized
 from kvcomm.values import text
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
@@ -105,7 +106,7 @@ class Adapters:
         """Attach an adapter from a folder, as PEFT saves it; whatever was active stays so.
 
         Raises:
-            InvalidRequest: the name cannot be used, or is taken.
+            InvalidRequest: the name cannot be used, or is taken, or the weights are kept in fewer bits.
             ModelLoadError: no adapter, or none that fits the model; nothing is attached.
             MissingExtra: PEFT is not installed.
         """
@@ -116,6 +117,11 @@ class Adapters:
         for file in ADAPTER_FILES:
             if not (folder / file).is_file():
                 raise ModelLoadError(f"{folder} has no {file}; adapters are loaded as PEFT saves them")
+        if is_quantized(self._model):
+            raise InvalidRequest(
+                f"adapter {name!r} cannot be attached: the model's weights are kept in fewer bits, and adapters "
+                "were made for the weights as they are; load the model without `weights`"
+            )
         require_peft()
         with hook.pass_lock(self._model), self.live.kept_choices():
             try:

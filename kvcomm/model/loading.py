@@ -28,6 +28,7 @@ from kvcomm.model.packaged import fetch_model
 from kvcomm.model.progress import quiet_transformers
 from kvcomm.model.quantized import quantize
 from kvcomm.model.weights import weights_digest
+from kvcomm.starting import give_back_memory
 
 HUB_TIMEOUT_S = 10.0
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
@@ -88,6 +89,7 @@ def load_model(
     module.to(wanted_device).eval().requires_grad_(False)
     if kind is not None:
         quantize(model, kind)
+    give_back_memory()
     return LoadedModel(model, tokenizer, str(name), weights_digest(model), source)
 
 

@@ -185,7 +185,7 @@ def quantize(model: PreTrainedModel, kind: WeightsKind) -> None:
     kept = to_bytes(embedding.weight) if type(embedding) is nn.Embedding else None
     replaced: dict[nn.Module, nn.Module] = {}
     if kept is not None:
-        replaced[embedding] = QuantizedEmbedding(kept, embedding.weight.dtype)
+        replaced[embedding] = QuantizedEmbedding(kept, model.dtype)
     if type(head) is nn.Linear and (kept is not None or not is_tied):
         tied = kept if is_tied else None
         replaced[head] = QuantizedLinear(tied or to_bytes(head.weight), head.bias)

@@ -28,7 +28,7 @@ from pydantic import (
 from kvcomm.config import EngineConfig
 from kvcomm.errors import InvalidRequest
 from kvcomm.files.reading import BadContent, parse_toml, read_toml
-from kvcomm.model.names import DTYPE_NAMES
+from kvcomm.model.names import DTYPE_NAMES, WeightsKind
 from kvcomm.model.registry import SMOLLM2_135M
 from kvcomm.reuse.policy import DEFAULT_HEAL_WITHIN
 from kvcomm.server.hosts import ANY_ORIGIN, parse_authority, parse_origin
@@ -137,7 +137,7 @@ class ServerSettings(BaseModel):
         model: a packaged name, folder or hub id.
         served_name: what clients call the model; by default the last part of `model`.
         adapters: folders of adapters that PEFT has saved, by the names that clients call them as models.
-        dtype, device: as for `Engine.load`; None: its defaults.
+        dtype, device, weights: as for `Engine.load`; None: its defaults.
         host, port: where to listen; port 0 takes a free one.
         allowed_hosts: names besides this machine's own by which clients may call it, with a port or for all of them.
             Without keys every other one is refused; with keys all are allowed, unless some are named here.
@@ -200,6 +200,7 @@ class ServerSettings(BaseModel):
     adapters: dict[str, Path] = Field(default_factory=dict)
     dtype: Annotated[str, AfterValidator(_dtype_name)] | None = None
     device: str | None = None
+    weights: WeightsKind | None = None
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
     allowed_hosts: Hosts = ()

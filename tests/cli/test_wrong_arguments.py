@@ -125,6 +125,10 @@ WRONG = {
     ],
     "names": [
         "doctor no-such-model",
+        "doctor smollm2-135m --weights int7",
+        "run --prompt Hi. --weights int7",
+        "bench decode --weights int7",
+        "serve --weights int7",
         "run no-such-team",
         "run --prompt Hi. --adapter tone",
         "bench reuse --team no-such-team",
@@ -174,6 +178,7 @@ WRONG = {
         f"serve keys ls --keys {NOTHING}",
     ],
     "contradictions": [
+        "doctor --weights int8",
         "run",
         "run gsm8k --prompt Hi.",
         "run gsm8k --raw --input question=x",
