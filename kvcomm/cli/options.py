@@ -11,7 +11,7 @@ import typer
 
 from kvcomm.errors import InvalidRequest
 from kvcomm.files.reading import TEXT_BYTES, BadContent, decoded, read_bytes
-from kvcomm.model.names import source_of, weights_kind
+from kvcomm.model.names import require_adapter_name, source_of, weights_kind
 from kvcomm.model.registry import SMOLLM2_135M
 from kvcomm.starting import collector_paused
 
@@ -111,7 +111,7 @@ def adapter_folders(given: Iterable[str] | None) -> dict[str, Path]:
     """What --adapter says.
 
     Raises:
-        InvalidRequest: one is not of the form NAME=FOLDER, its folder is not there, or a name stands there twice.
+        InvalidRequest: one is not of the form NAME=FOLDER, cannot be called that, or a name stands there twice.
     """
     folders: dict[str, Path] = {}
     for item in given or ():
@@ -120,10 +120,16 @@ def adapter_folders(given: Iterable[str] | None) -> dict[str, Path]:
             raise InvalidRequest(f"--adapter {item!r} is not of the form NAME=FOLDER")
         if name in folders:
             raise InvalidRequest(f"--adapter {name!r} is given twice; an adapter has one folder")
+        require_adapter_name(name)
         folders[name] = Path(folder).expanduser()
-        if not folders[name].is_dir():
-            raise InvalidRequest(f"--adapter {name!r}: {folder} is no folder; give the one that PEFT has saved it in")
     return folders
+
+
+def require_adapter_folders(folders: Mapping[str, Path]) -> None:
+    """Find a folder that is not there before a model is loaded for it. Raises InvalidRequest."""
+    for name, folder in folders.items():
+        if not folder.is_dir():
+            raise InvalidRequest(f"--adapter {name!r}: {folder} is no folder; give the one that PEFT has saved it in")
 
 
 def sampling_settings(

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvcomm.cli.options import AdapterFlag, WeightsFlag, adapter_folders, known_model, with_adapters
+from kvcomm.cli.options import (
+    AdapterFlag,
+    WeightsFlag,
+    adapter_folders,
+    known_model,
+    require_adapter_folders,
+    with_adapters,
+)
 from kvcomm.cli.output import JsonFlag, emit, table
 from kvcomm.cli.remote import DEFAULT_SERVER, ServerFlag
 from kvcomm.cli.serve_tenants import AdminKeyFlag, said_of, statuses, wait_until_revoked
@@ -262,7 +269,7 @@ def serve(
     environment = {name: text for name, text in os.environ.items() if name != "KVCOMM_SERVE_CONFIG"}
     settings = load_settings(flags, environment, config)
     known_model(settings.model)
-    adapter_folders(f"{name}={folder}" for name, folder in settings.adapters.items())
+    require_adapter_folders(settings.adapters)
     settings.require_safe_address(has_keys=settings.keys is not None)
     settings.require_safe_origins(has_keys=settings.keys is not None)
     if settings.kv_events is not None:

@@ -15,6 +15,8 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WeightsKind = Literal["int8", "int4"]
 """How weights are kept, where not as in the checkpoint; see `kvcomm.model.quantized`."""
 
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
+
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
 
@@ -38,6 +40,12 @@ def source_of(name: str | Path) -> Source:
         f"unknown model {str(name)!r}: not a packaged name ({packaged}), not an existing folder,"
         ' and not of the form of a hub id ("owner/name")'
     )
+
+
+def require_adapter_name(name: str) -> None:
+    """Raises InvalidRequest for what an adapter cannot be called."""
+    if not ADAPTER_NAME.fullmatch(name):
+        raise InvalidRequest(f"bad adapter name {name!r}; names are up to 64 letters, digits, '_' and '-'")
 
 
 def weights_kind(name: str) -> WeightsKind:
