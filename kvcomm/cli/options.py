@@ -125,8 +125,14 @@ def adapter_folders(given: Iterable[str] | None) -> dict[str, Path]:
     return folders
 
 
-def require_adapter_folders(folders: Mapping[str, Path]) -> None:
-    """Find a folder that is not there before a model is loaded for it. Raises InvalidRequest."""
+def require_adapters(folders: Mapping[str, Path], weights: str | None) -> None:
+    """Find what is wrong with adapters before a model is loaded for them.
+
+    Raises:
+        InvalidRequest: a folder is not there, or the weights are to be kept in fewer bits.
+    """
+    if folders and weights is not None:
+        raise InvalidRequest(f"--adapter does not go with --weights {weights}: adapters need the weights as they are")
     for name, folder in folders.items():
         if not folder.is_dir():
             raise InvalidRequest(f"--adapter {name!r}: {folder} is no folder; give the one that PEFT has saved it in")
