@@ -23,7 +23,7 @@ from kvcomm.cli.options import (
     WeightsFlag,
     adapter_folders,
     load_engine,
-    require_adapter_folders,
+    require_adapters,
     sampling_settings,
     with_adapters,
 )
@@ -92,7 +92,7 @@ def run(
     if profile is not None and not profile.is_file():
         raise InvalidRequest(f"--profile {profile} is no file; `kvcomm tune` writes one")
     wanted = _team(team, prompt, inputs, raw=raw, rounds=rounds, read_along=read_along, adapters=tuple(folders))
-    require_adapter_folders(folders)
+    require_adapters(folders, weights)
     tuned = wanted
     wanted = _with_sampling(wanted, settings)
     if read_along is not None:

@@ -17,7 +17,7 @@ from kvcomm.cli.options import (
     WeightsFlag,
     adapter_folders,
     known_model,
-    require_adapter_folders,
+    require_adapters,
     with_adapters,
 )
 from kvcomm.cli.output import JsonFlag, emit, table
@@ -269,7 +269,7 @@ def serve(
     environment = {name: text for name, text in os.environ.items() if name != "KVCOMM_SERVE_CONFIG"}
     settings = load_settings(flags, environment, config)
     known_model(settings.model)
-    require_adapter_folders(settings.adapters)
+    require_adapters(settings.adapters, settings.weights)
     settings.require_safe_address(has_keys=settings.keys is not None)
     settings.require_safe_origins(has_keys=settings.keys is not None)
     if settings.kv_events is not None:

@@ -179,6 +179,8 @@ WRONG = {
     ],
     "contradictions": [
         "doctor --weights int8",
+        "run --prompt Hi. --weights int8 --adapter tone=anchors",
+        "serve --weights int8 --adapter tone=anchors",
         "run",
         "run gsm8k --prompt Hi.",
         "run gsm8k --raw --input question=x",
