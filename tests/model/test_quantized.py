@@ -235,7 +235,7 @@ def test_rounding_of_the_real_model() -> None:
     assert found.num_tokens > 400
     assert 0 < found.mean_kl < 0.02
     assert found.mean_kl <= found.max_kl
-    assert found.same_top > 0.95
+    assert found.same_top > 0.9
     assert abs(found.loss - found.own_loss) < 0.02
     assert found.num_bytes < 0.3 * found.own_bytes
     assert is_quantized(loaded.model)
