@@ -61,7 +61,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    from kvcomm.starting import collector_paused
+
+    with collector_paused():
+        return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvcomm.engine.sampling import Sampler
+from kvcomm.engine.sampler import Sampler
 
 
 def draw(monkeypatch: pytest.MonkeyPatch, *scripts: Sequence[int]) -> None:

@@ -28,7 +28,7 @@ from eval.tasks.work import NUM_LOGPROBS, Work
 from kvcomm import Completion, Engine, ReusePolicy
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.results import Chunk
-from kvcomm.engine.sampling import token_logprob
+from kvcomm.engine.sampler import token_logprob
 from kvcomm.memory.segments import Segment
 
 WIDTH = 16

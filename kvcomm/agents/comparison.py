@@ -11,15 +11,18 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from kvcomm.agents.example_runs import limited
 from kvcomm.agents.group import KVCommAgentGroup
 from kvcomm.agents.results import GroupResult
 from kvcomm.agents.team import Team
-from kvcomm.engine.engine import Engine
 from kvcomm.engine.results import Usage
 from kvcomm.errors import InvalidRequest
 from kvcomm.reuse.policy import ReusePolicy
+
+if TYPE_CHECKING:
+    from kvcomm.engine.engine import Engine
 
 UNLIKE = "Ready?"
 """What is asked before anything is timed."""
@@ -197,6 +200,8 @@ def in_turns(
     """
     if not inputs:
         raise InvalidRequest("there are no inputs to compare on")
+    from kvcomm.engine.engine import Engine
+
     with ExitStack() as stack:
         dense, exact, along = (
             stack.enter_context(Engine(engine.model, engine.tokenizer, config=config))

@@ -10,16 +10,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvcomm.agents.group import KVCommAgentGroup
 from kvcomm.agents.results import GroupResult
 from kvcomm.agents.team import Team
-from kvcomm.engine.engine import Engine
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import InvalidRequest
 from kvcomm.files.reading import BadContent, read_lines, read_text
 from kvcomm.memory.segments import Segment
 from kvcomm.reuse.policy import ReusePolicy
+
+if TYPE_CHECKING:
+    from kvcomm.engine.engine import Engine
 
 EXAMPLES = "word_problems.txt"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from kvcomm.agents.agent import Agent
 from kvcomm.agents.graph import AgentGraph
@@ -16,12 +17,14 @@ from kvcomm.agents.rendering import RenderedPrompt
 from kvcomm.agents.results import AgentFinished, GroupEvent, GroupFinished
 from kvcomm.agents.running import Failure, GroupRun, RunPlan, raised
 from kvcomm.align.readers import reader_of
-from kvcomm.engine.engine import Engine
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.engine.warming import Gained, Lessons, Tell
 from kvcomm.memory.segments import Segment
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.reuse.replay import NUM_CONTINUATION
+
+if TYPE_CHECKING:
+    from kvcomm.engine.engine import Engine
 
 MAX_RUNS = 8
 """Examples that are answered at the same time."""

@@ -9,9 +9,10 @@ anchors tell (`anchor_errors`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RIDGE = 0.03
 """Of the mean of the diagonal, added to it."""
@@ -29,7 +30,7 @@ def importance(attention: Tensor, errors: Tensor, weights: Sequence[float] | Non
     """
     if weights is None:
         return _shares(attention).mean(0) * errors
-    learned = torch.tensor(weights, dtype=torch.float32, device=attention.device)
+    learned = attention.new_tensor(weights).float()
     return (learned @ _features(attention)).clamp_min(0).square() * errors
 
 
@@ -69,6 +70,8 @@ class HeadFit:
         self._cross = cross if self._cross is None else self._cross + cross
         self.num_prompts += 1
         if self.num_prompts in EPOCHS:
+            import torch
+
             ridge = RIDGE * self._gram.diag().mean().clamp_min(1) * torch.eye(len(self._gram), dtype=torch.float64)
             self.weights = tuple(torch.linalg.solve(self._gram + ridge, self._cross).tolist())
             self.is_learning = self.num_prompts < EPOCHS[-1]
@@ -76,6 +79,8 @@ class HeadFit:
 
 def _shares(attention: Tensor) -> Tensor:
     """Of each head's attention to all of these tokens."""
+    import torch
+
     return attention / attention.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 

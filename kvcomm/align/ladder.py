@@ -10,15 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from kvcomm.align.moves import Move, num_moved
 from kvcomm.errors import InvalidRequest
-from kvcomm.model.attention.contract import IntArray
 from kvcomm.values import real_number, text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvcomm.model.attention.contract import IntArray
 
 ATTENTION = "attention"
 
@@ -80,7 +83,7 @@ def top_tokens(moves: Sequence[Move], share: float, scores: Tensor) -> IntArray:
         scores: [number of moved tokens]; among equals the earlier token is taken.
     """
     count = int(share * num_moved(moves))
-    chosen = torch.sort(scores, descending=True, stable=True).indices[:count].cpu().numpy()
+    chosen = scores.sort(descending=True, stable=True).indices[:count].cpu().numpy()
     return np.sort(moved_positions(moves)[chosen])
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from kvcomm.align.edges import Edge
-from kvcomm.align.ops.contract import Place
 from kvcomm.align.repeats import Surroundings, repeats
-from kvcomm.memory.pool import PageIds
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvcomm.align.ops.contract import Place
+    from kvcomm.memory.pool import PageIds
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,8 @@ class Move:
     @cached_property
     def repeats(self) -> Tensor:
         """How much the moved tokens repeat that their source had not seen, [num_tokens, 2] float32; see `repeats`."""
+        import torch
+
         return torch.from_numpy(repeats(self.around)[self.index : self.index + self.num_tokens])
 
 

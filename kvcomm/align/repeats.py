@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvcomm.align.ops import cpu
-
 LONGEST = 8
 """Tokens of a repeat beyond which length says nothing more."""
 NUM_ENTRIES = 2
@@ -50,6 +48,8 @@ def repeats(around: Surroundings) -> np.ndarray:
     if not around.unseen:
         return np.zeros((len(own), NUM_ENTRIES), dtype=np.float32)
     unseen, seen = _in_a_row(around.unseen), _in_a_row(around.seen)
+    from kvcomm.align.ops import cpu
+
     fresh = cpu.longest_matches(own, unseen, len(unseen), LONGEST)
     known = cpu.longest_matches(own, np.concatenate((seen, own)), len(seen), LONGEST)
     new, old = np.log1p(fresh, dtype=np.float32), np.log1p(known, dtype=np.float32)

@@ -77,9 +77,9 @@ class AnchorFolder:
     """What lies in one folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises InvalidRequest if there is no such folder."""
-        if not folder.is_dir():
-            raise InvalidRequest(f"{folder} is not a folder of anchors; `Engine.save_anchors` writes one")
+        """Args:
+        folder: one that is there.
+        """
         self.folder = folder
 
     @cached_property

@@ -31,7 +31,15 @@ app = typer.Typer(
     epilog="All files are safetensors; nothing in them is ever executed. Their format: anchors/FORMAT.md.",
 )
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder of anchors.")]
+
+def _is_there(folder: Path) -> Path:
+    """The folder as it is. Raises InvalidRequest if there is none, before what reads it is imported."""
+    if not folder.is_dir():
+        raise InvalidRequest(f"{folder} is not a folder of anchors; `Engine.save_anchors` writes one")
+    return folder
+
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder of anchors.", callback=_is_there)]
 Prefix = Annotated[
     str, typer.Argument(metavar="DIGEST", help="The first digits of a bank's edge or of a reader; `ls` shows them.")
 ]
@@ -100,10 +108,10 @@ def prune_command(
 
     What pairs say about turned keys needs no bank and stays.
     """
-    from kvcomm.cli.anchor_folder import AnchorFolder
-
     if not edge and not reader and older_than is None and keep_bytes is None:
         raise InvalidRequest("say what to prune: --edge, --reader, --older-than or --keep-bytes")
+    from kvcomm.cli.anchor_folder import AnchorFolder
+
     found = AnchorFolder(folder)
     banks, readers = found.choose(edge or (), older_than, keep_bytes), [found.reader(each) for each in reader or ()]
     pruned = found.prune(banks, readers, dry_run=dry_run)
@@ -145,10 +153,12 @@ def import_command(
     as_json: JsonFlag = False,
 ) -> None:
     """Unpack anchors into a new folder; everything is checked before anything is in place."""
-    from kvcomm.align.archive import import_archive
-
     if folder.exists():
         raise InvalidRequest(f"{folder} exists; import into a new folder")
+    if not file.is_file():
+        raise InvalidRequest(f"{file} is no file; `kvcomm anchors export` writes one")
+    from kvcomm.align.archive import import_archive
+
     num_banks = import_archive(file, folder)
     emit({"dir": str(folder), "num_banks": num_banks}, f"imported {counted(num_banks, 'bank')}", as_json=as_json)
 
@@ -161,13 +171,13 @@ def fetch_command(
     as_json: JsonFlag = False,
 ) -> None:
     """Get what a running server has learned for you into a new folder, for `ls`, `show` and `export`."""
-    from kvcomm.align.archive import import_archive
-
     if folder.exists():
         raise InvalidRequest(f"{folder} exists; fetch into a new folder")
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "archive"
         file.write_bytes(ask("GET", f"{server.rstrip('/')}/v1/anchors", key=key, timeout_s=TRANSFER_TIMEOUT_S))
+        from kvcomm.align.archive import import_archive
+
         num_banks = import_archive(file, folder)
     emit({"dir": str(folder), "num_banks": num_banks}, f"fetched {counted(num_banks, 'bank')}", as_json=as_json)
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvcomm.cli.options import DEFAULT_MODEL, ModelFlag
+from kvcomm.cli.options import DEFAULT_MODEL, ModelFlag, WeightsFlag, load_engine
 from kvcomm.cli.output import JsonFlag, emit, table
 from kvcomm.errors import InvalidRequest
 
@@ -61,14 +61,16 @@ def reuse_command(
         int, typer.Option("--max-new-tokens", min=1, metavar="N", help="Tokens of an answer at most.")
     ] = 48,
     model: ModelFlag = DEFAULT_MODEL,
+    weights: WeightsFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
     """First tokens of a team: no cache, exact prefixes, read along, moved, moved + heal; moved answers are audited."""
+    if load is not None and not load.is_dir():
+        raise InvalidRequest(f"--load {load} is no folder of anchors; --save writes one")
     from kvcomm.agents.comparison import compare
     from kvcomm.agents.example_runs import examples, limited
     from kvcomm.agents.team import load_team
     from kvcomm.cli.store import folder_errors
-    from kvcomm.engine.engine import Engine
     from kvcomm.reuse.policy import ReusePolicy
 
     policy = ReusePolicy(max_divergence=max_divergence, confidence=confidence)
@@ -81,7 +83,7 @@ def reuse_command(
         with folder_errors("write", save):
             save.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
-    with Engine.load(model, progress=True) as engine, console.status("") as status:
+    with load_engine(model, weights) as engine, console.status("") as status:
         note = status.update
         if load is not None:
             engine.load_anchors(load)

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from kvcomm import __version__
-from kvcomm.cli.options import DEFAULT_MODEL, ModelFlag, load_engine
+from kvcomm.cli.options import DEFAULT_MODEL, ModelFlag, WeightsFlag, load_engine
 from kvcomm.cli.output import JsonFlag, emit, figure_table
 from kvcomm.errors import InvalidRequest
 from kvcomm.figures import Figure
@@ -108,6 +108,7 @@ def serve_command(
     ] = 8,
     seed: Annotated[int, typer.Option("--seed", metavar="SEED", help="Of texts and arrivals.")] = 0,
     model: ModelFlag = DEFAULT_MODEL,
+    weights: WeightsFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Load on a server over HTTP: throughput and latencies, the server's share of them, and transformers beside it.
@@ -124,14 +125,14 @@ def serve_command(
     if dataset_name is Dataset.TEAMS:
         if dataset_path is not None or request_rate is not None:
             raise InvalidRequest("teams are made up and all there from the start: no --dataset-path, no --request-rate")
-        _teams(shape, along_pairs, max_concurrency, url=url, key=key, model=model, as_json=as_json)
+        _teams(shape, along_pairs, max_concurrency, url=url, key=key, model=model, weights=weights, as_json=as_json)
         return
     replay = Replay(dataset_path, block_len, max_input_len, slowdown_factor)
     sessions = _sessions(dataset_name, shape, replay, request_rate)
     figures: list[Figure] = []
-    with Console(stderr=True).status("starting a server") as status, _client(url, key, model) as client:
+    with Console(stderr=True).status("starting a server") as status, _client(url, key, model, weights) as client:
         if url is None and overhead_pairs:
-            figures += _overhead(client, model, replace(shape, num_requests=overhead_pairs), status.update)
+            figures += _overhead(client, model, weights, replace(shape, num_requests=overhead_pairs), status.update)
         load = _load(client, sessions, max_concurrency, status.update)
     figures += summarise([each.sample for each in load.sent], load.duration_s)
     if url is None and stock_requests:
@@ -162,13 +163,14 @@ def _teams(
     url: str | None,
     key: str | None,
     model: str,
+    weights: str | None,
     as_json: bool,
 ) -> None:
     """Teams that read along, and such that wait."""
     from kvcomm.lab.load.teams import measure_along, teams
 
     list(teams(shape))  # what is wrong with it is told before a server is started
-    with Console(stderr=True).status("starting a server") as status, _client(url, key, model) as client:
+    with Console(stderr=True).status("starting a server") as status, _client(url, key, model, weights) as client:
         figures = measure_along(client, shape, num_pairs=num_pairs, concurrency=concurrency, tell=status.update)
     config = {
         "dataset_name": Dataset.TEAMS.value,
@@ -218,7 +220,7 @@ def _replayed(name: Dataset, shape: Shape, replay: Replay) -> Iterator[Session]:
 
 
 @contextmanager
-def _client(url: str | None, key: str | None, model: str) -> Iterator[Client]:
+def _client(url: str | None, key: str | None, model: str, weights: str | None) -> Iterator[Client]:
     """A client of the running server, or of one that runs meanwhile."""
     from kvcomm.lab.load.client import Client
     from kvcomm.lab.load.process import ServerProcess
@@ -226,11 +228,13 @@ def _client(url: str | None, key: str | None, model: str) -> Iterator[Client]:
     if url is not None:
         yield Client(url, key=key)
         return
-    with ServerProcess("--model", model) as server:
+    with ServerProcess("--model", model, *(("--weights", weights) if weights else ())) as server:
         yield Client(server.url)
 
 
-def _overhead(client: Client, model: str, shape: Shape, tell: Callable[[str], None]) -> list[Figure]:
+def _overhead(
+    client: Client, model: str, weights: str | None, shape: Shape, tell: Callable[[str], None]
+) -> list[Figure]:
     """What the server adds to the engine's time, at one client."""
     from kvcomm.lab.load.comparison import NUM_WARM, measure_overhead
     from kvcomm.lab.load.summary import median_ms
@@ -239,7 +243,7 @@ def _overhead(client: Client, model: str, shape: Shape, tell: Callable[[str], No
     # Texts of its own: the load is to find none of them in the cache.
     shape = replace(shape, num_requests=shape.num_requests + NUM_WARM, num_prefixes=1, seed=shape.seed + 1)
     tell("loading an engine to compare with")
-    with load_engine(model) as engine:
+    with load_engine(model, weights) as engine:
         pairs = measure_overhead(client, engine, [session.first_chat for session in shared_prefix(shape)], tell=tell)
     return [
         median_ms("overhead_ms", [pair.server_s - pair.engine_s for pair in pairs]),

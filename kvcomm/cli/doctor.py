@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,10 +11,14 @@ import typer
 from rich.console import RenderableType
 
 from kvcomm import __version__
+from kvcomm.cli.options import WeightsFlag, known_model
 from kvcomm.cli.output import JsonFlag, emit, format_bytes, table
+from kvcomm.errors import InvalidRequest
+from kvcomm.starting import collector_paused
 
 if TYPE_CHECKING:
     from kvcomm.model.geometry import ModelGeometry
+    from kvcomm.model.loading import LoadedModel
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 EXTRAS = {
@@ -39,9 +44,32 @@ TierUrl = Annotated[
 ]
 
 
-def doctor(model: ModelName = None, tier: TierUrl = None, vllm: VllmFlag = False, as_json: JsonFlag = False) -> None:
+def doctor(
+    model: ModelName = None,
+    weights: WeightsFlag = None,
+    tier: TierUrl = None,
+    vllm: VllmFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
     """Show what is installed, what runs here and why the rest does not; with MODEL, what it supports."""
-    report: dict[str, Any] = {
+    if model is not None:
+        known_model(model)
+    elif weights is not None:
+        raise InvalidRequest(f"--weights {weights} is said of a model: kvcomm doctor MODEL --weights {weights}")
+    with collector_paused():
+        report = _report()
+    if tier is not None:
+        report["tier"] = _tier(tier)
+    if model is not None:
+        report["model"] = _model(model, weights)
+    if vllm:
+        report["vllm"] = _vllm()
+    emit(report, *_views(report), as_json=as_json)
+
+
+def _report() -> dict[str, Any]:
+    """What is said in any case."""
+    return {
         "versions": {"kvcomm": __version__, **{package: _version(package) for package in PACKAGES}},
         "extras": {extra: _extra(extra) for extra in EXTRAS},
         "machine": _machine(),
@@ -49,13 +77,6 @@ def doctor(model: ModelName = None, tier: TierUrl = None, vllm: VllmFlag = False
         "moving": _moving(),
         "cache": _cache(),
     }
-    if tier is not None:
-        report["tier"] = _tier(tier)
-    if model is not None:
-        report["model"] = _model(model)
-    if vllm:
-        report["vllm"] = _vllm()
-    emit(report, *_views(report), as_json=as_json)
 
 
 def _version(package: str) -> str | None:
@@ -133,16 +154,28 @@ def _tier(url: str) -> dict[str, Any]:
     return {"works": True, "kind": store.kind, "url": store.url, "holds_anything": holds_anything}
 
 
-def _model(name: str) -> dict[str, Any]:
+def _model(name: str, weights: str | None) -> dict[str, Any]:
     from kvcomm.errors import UnsupportedModel
-    from kvcomm.model.geometry import ModelGeometry
-    from kvcomm.model.loading import load_model
+
+    with collector_paused():
+        from kvcomm.model.geometry import ModelGeometry
+        from kvcomm.model.loading import load_model
 
     try:
-        geometry = ModelGeometry.from_model(load_model(name, progress=True).model)
+        loaded = load_model(name, progress=True)
+        rounded = {} if weights is None else _rounded(loaded, weights)
+        geometry = ModelGeometry.from_model(loaded.model)
     except UnsupportedModel as refusal:
         return {"name": name, "supported": False, "reason": str(refusal)}
-    return {"name": name, "supported": True, **_geometry(geometry)}
+    return {"name": name, "supported": True, **_geometry(geometry), **rounded}
+
+
+def _rounded(loaded: LoadedModel, weights: str) -> dict[str, Any]:
+    """What keeping the weights in fewer bits costs and saves; quantizes the model."""
+    from kvcomm.model.names import weights_kind
+    from kvcomm.model.rounding import measure_rounding
+
+    return {"weights": weights, "rounding": asdict(measure_rounding(loaded, weights_kind(weights)))}
 
 
 def _geometry(geometry: ModelGeometry) -> dict[str, Any]:
@@ -182,10 +215,26 @@ def _views(report: dict[str, Any]) -> list[RenderableType]:
     if "tier" in report:
         sections.append(table(None, _plain_rows(report["tier"]), title="Shared tier"))
     if "model" in report:
-        sections.append(table(None, _plain_rows(report["model"]), title="Model"))
+        model = dict(report["model"])
+        rounding = model.pop("rounding", None)
+        sections.append(table(None, _plain_rows(model), title="Model"))
+        if rounding is not None:
+            title = f"{model['weights']} against the weights as loaded, over a packaged text"
+            sections.append(table(None, _rounding_rows(rounding), title=title))
     if "vllm" in report:
         sections.append(table(None, _plain_rows(report["vllm"]), title="vLLM"))
     return sections
+
+
+def _rounding_rows(rounding: dict[str, Any]) -> list[tuple[str, object]]:
+    return [
+        ("tokens", rounding["num_tokens"]),
+        ("mean KL, nats per token", f"{rounding['mean_kl']:.4f}"),
+        ("largest KL", f"{rounding['max_kl']:.3f}"),
+        ("same most probable token", f"{rounding['same_top']:.1%}"),
+        ("loss, nats per token", f"{rounding['own_loss']:.4f} as loaded, {rounding['loss']:.4f} rounded"),
+        ("weights", f"{format_bytes(rounding['own_bytes'])} as loaded, {format_bytes(rounding['num_bytes'])} rounded"),
+    ]
 
 
 def _extra_line(extra: str, found: dict[str, Any]) -> str:

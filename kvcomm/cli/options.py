@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +11,9 @@ import typer
 
 from kvcomm.errors import InvalidRequest
 from kvcomm.files.reading import TEXT_BYTES, BadContent, decoded, read_bytes
+from kvcomm.model.names import require_adapter_name, source_of, weights_kind
 from kvcomm.model.registry import SMOLLM2_135M
+from kvcomm.starting import collector_paused
 
 if TYPE_CHECKING:
     from kvcomm.engine.engine import Engine
@@ -21,9 +23,40 @@ MODEL_VARIABLE = "KVCOMM_MODEL"
 FOLDER_VARIABLE = "KVCOMM_HOME"
 STANDARD_INPUT = "-"
 
+
+def known_model(name: str) -> str:
+    """A model's name as it is, if it can be one: nothing heavy is imported for one that cannot.
+
+    Raises:
+        UnknownModel, ModelLoadError: see `source_of`.
+    """
+    source_of(name)
+    return name
+
+
+def known_weights(name: str | None) -> str | None:
+    """How weights are to be kept, as it is. Raises InvalidRequest."""
+    return None if name is None else weights_kind(name)
+
+
 ModelFlag = Annotated[
     str,
-    typer.Option("--model", envvar=MODEL_VARIABLE, metavar="MODEL", help="A packaged name, folder or hub id."),
+    typer.Option(
+        "--model",
+        envvar=MODEL_VARIABLE,
+        metavar="MODEL",
+        help="A packaged name, folder or hub id.",
+        callback=known_model,
+    ),
+]
+WeightsFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="KIND",
+        help="Keep the weights in fewer bits, int8 or int4: less memory, other answers; see kvcomm doctor.",
+        callback=known_weights,
+    ),
 ]
 FolderFlag = Annotated[
     Path | None,
@@ -55,11 +88,12 @@ AdapterFlag = Annotated[
 ]
 
 
-def load_engine(model: str) -> Engine:
+def load_engine(model: str, weights: str | None = None) -> Engine:
     """The engine for a command, with progress on stderr."""
-    from kvcomm.engine.engine import Engine
+    with collector_paused():
+        from kvcomm.engine.engine import Engine
 
-    return Engine.load(model, progress=True)
+        return Engine.load(model, weights=weights, progress=True)
 
 
 def with_adapters(engine: Engine, adapters: Mapping[str, Path]) -> Engine:
@@ -73,11 +107,11 @@ def with_adapters(engine: Engine, adapters: Mapping[str, Path]) -> Engine:
     return engine
 
 
-def adapter_folders(given: Sequence[str] | None) -> dict[str, Path]:
+def adapter_folders(given: Iterable[str] | None) -> dict[str, Path]:
     """What --adapter says.
 
     Raises:
-        InvalidRequest: one is not of the form NAME=FOLDER, or a name stands there twice.
+        InvalidRequest: one is not of the form NAME=FOLDER, cannot be called that, or a name stands there twice.
     """
     folders: dict[str, Path] = {}
     for item in given or ():
@@ -86,8 +120,22 @@ def adapter_folders(given: Sequence[str] | None) -> dict[str, Path]:
             raise InvalidRequest(f"--adapter {item!r} is not of the form NAME=FOLDER")
         if name in folders:
             raise InvalidRequest(f"--adapter {name!r} is given twice; an adapter has one folder")
+        require_adapter_name(name)
         folders[name] = Path(folder).expanduser()
     return folders
+
+
+def require_adapters(folders: Mapping[str, Path], weights: str | None) -> None:
+    """Find what is wrong with adapters before a model is loaded for them.
+
+    Raises:
+        InvalidRequest: a folder is not there, or the weights are to be kept in fewer bits.
+    """
+    if folders and weights is not None:
+        raise InvalidRequest(f"--adapter does not go with --weights {weights}: adapters need the weights as they are")
+    for name, folder in folders.items():
+        if not folder.is_dir():
+            raise InvalidRequest(f"--adapter {name!r}: {folder} is no folder; give the one that PEFT has saved it in")
 
 
 def sampling_settings(

@@ -20,8 +20,10 @@ from kvcomm.cli.options import (
     ModelFlag,
     SeedFlag,
     TemperatureFlag,
+    WeightsFlag,
     adapter_folders,
     load_engine,
+    require_adapters,
     sampling_settings,
     with_adapters,
 )
@@ -72,6 +74,7 @@ def run(
         typer.Option("--profile", metavar="PROFILE", help="Reuse as `kvcomm tune` found best for this team."),
     ] = None,
     model: ModelFlag = DEFAULT_MODEL,
+    weights: WeightsFlag = None,
     adapters: AdapterFlag = None,
     stream: Annotated[
         bool | None,
@@ -86,7 +89,10 @@ def run(
     """
     settings = sampling_settings(max_new_tokens, temperature, seed)
     folders = adapter_folders(adapters)
+    if profile is not None and not profile.is_file():
+        raise InvalidRequest(f"--profile {profile} is no file; `kvcomm tune` writes one")
     wanted = _team(team, prompt, inputs, raw=raw, rounds=rounds, read_along=read_along, adapters=tuple(folders))
+    require_adapters(folders, weights)
     tuned = wanted
     wanted = _with_sampling(wanted, settings)
     if read_along is not None:
@@ -97,7 +103,7 @@ def run(
     _require_inputs(wanted, values)
     num_rounds = rounds or wanted.rounds
     is_streamed = not as_json if stream is None else stream
-    engine, policy = (load_engine(model), None) if profile is None else _tuned(profile, tuned, model)
+    engine, policy = (load_engine(model, weights), None) if profile is None else _tuned(profile, tuned, model, weights)
     with with_adapters(engine, folders):
         events = _events(engine, wanted, values, num_rounds, raw=raw, policy=policy)
         with _view(wanted, num_rounds, is_streamed=is_streamed, as_json=as_json) as view:
@@ -138,12 +144,12 @@ def _team(
     return Team(ALONE, (Agent(ALONE, prompt="{prompt}", adapter=next(iter(adapters), None)),))
 
 
-def _tuned(profile: Path, team: Team, model: str) -> tuple[Engine, ReusePolicy]:
+def _tuned(profile: Path, team: Team, model: str, weights: str | None) -> tuple[Engine, ReusePolicy]:
     from kvcomm.agents.tuning import apply_profile
     from kvcomm.engine.engine import Engine
 
     def make(config: EngineConfig) -> Engine:
-        return Engine.load(model, config=config, progress=True)
+        return Engine.load(model, weights=weights, config=config, progress=True)
 
     applied = apply_profile(make, profile, team=team)
     return applied.engine, applied.policy

@@ -12,13 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvcomm.cli.options import AdapterFlag, adapter_folders, with_adapters
+from kvcomm.cli.options import (
+    AdapterFlag,
+    WeightsFlag,
+    adapter_folders,
+    known_model,
+    require_adapters,
+    with_adapters,
+)
 from kvcomm.cli.output import JsonFlag, emit, table
 from kvcomm.cli.remote import DEFAULT_SERVER, ServerFlag
 from kvcomm.cli.serve_tenants import AdminKeyFlag, said_of, statuses, wait_until_revoked
 from kvcomm.cli.serve_tenants import app as tenants_app
 from kvcomm.cli.serve_tenants import purge as purge_tenant
 from kvcomm.errors import InvalidRequest, MissingExtra
+from kvcomm.starting import collector_paused
 
 if TYPE_CHECKING:
     from kvcomm.engine.engine import Engine
@@ -90,6 +98,7 @@ def serve(
     ] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="Such as cpu or cuda.")] = None,
+    weights: WeightsFlag = None,
     pool_tokens: Annotated[int | None, typer.Option("--pool-tokens", metavar="N", help="Token slots of KV.")] = None,
     max_requests: Annotated[
         int | None, typer.Option("--max-requests", metavar="N", help="In flight at once; over it, 503.")
@@ -237,6 +246,7 @@ def serve(
         "keys": keys,
         "dtype": dtype,
         "device": device,
+        "weights": weights,
         "engine": None if pool_tokens is None else {"pool_tokens": pool_tokens},
         "max_requests": max_requests,
         "kept_requests": kept_requests,
@@ -258,6 +268,8 @@ def serve(
     }
     environment = {name: text for name, text in os.environ.items() if name != "KVCOMM_SERVE_CONFIG"}
     settings = load_settings(flags, environment, config)
+    known_model(settings.model)
+    require_adapters(settings.adapters, settings.weights)
     settings.require_safe_address(has_keys=settings.keys is not None)
     settings.require_safe_origins(has_keys=settings.keys is not None)
     if settings.kv_events is not None:
@@ -281,9 +293,8 @@ def _serve(settings: ServerSettings, *, as_json: bool) -> None:
     from logging.config import dictConfig
 
     from kvcomm.server.keys import KeyRing
-    from kvcomm.server.kv_events.feed import open_publisher
+    from kvcomm.server.listening import address_of, bind
     from kvcomm.server.logs import logging_config
-    from kvcomm.server.running import address_of, bind
     from kvcomm.server.traces import exporting_provider, shut_down
 
     with ExitStack() as opened:
@@ -294,21 +305,24 @@ def _serve(settings: ServerSettings, *, as_json: bool) -> None:
             opened.callback(shut_down, traces)
         if (tier := settings.open_tier()) is not None:
             opened.callback(tier.close)
-        publisher = open_publisher(settings.kv_events, settings.name) if settings.kv_events is not None else None
-        if publisher is not None:
-            opened.callback(publisher.close)
         listener = bind(settings)
         opened.callback(listener.close)
         dictConfig(logging_config(settings.log_level))
 
-        from kvcomm.engine.engine import Engine
-        from kvcomm.server.app import make_app
-        from kvcomm.server.running import make_server
+        with collector_paused():
+            from kvcomm.engine.engine import Engine
+            from kvcomm.server.app import make_app
+            from kvcomm.server.kv_events.feed import open_publisher
+            from kvcomm.server.running import make_server
 
+        publisher = open_publisher(settings.kv_events, settings.name) if settings.kv_events is not None else None
+        if publisher is not None:
+            opened.callback(publisher.close)
         engine = Engine.load(
             settings.model,
             dtype=settings.dtype,
             device=settings.device,
+            weights=settings.weights,
             config=settings.engine,
             tier=tier,
             progress=True,

@@ -60,28 +60,36 @@ def tune(
     A run that was interrupted goes on where it was; its state is in the folder beside the profile.
     A check keeps nothing and takes as many rows as the budget has room for.
     """
+    if (out is None) == (check is None):
+        raise InvalidRequest("give either --out, to tune, or --check; `kvcomm tune --help` has examples")
+    if check is None and workload is None:
+        raise InvalidRequest("give the team to tune for: --workload gsm8k, or a TOML file")
+    if check is not None and not check.is_file():
+        raise InvalidRequest(f"--check {check} is no file; `kvcomm tune --out` writes one")
+    if not data.is_file():
+        raise InvalidRequest(f"--data {data} is no file")
     from kvcomm.agents.team import load_team
+    from kvcomm.reuse.policy import ReusePolicy
+
+    budget_s = seconds(budget)
+    policy = ReusePolicy(max_divergence=max_divergence, confidence=confidence, basis=basis)
+    team = load_team(workload) if workload is not None else None
     from kvcomm.agents.tuning import Task, check_profile, plan_tuning, read_profile
     from kvcomm.agents.tuning import tune as run_task
     from kvcomm.agents.tuning.rows import read_rows
-    from kvcomm.reuse.policy import ReusePolicy
 
-    if (out is None) == (check is None):
-        raise InvalidRequest("give either --out, to tune, or --check; `kvcomm tune --help` has examples")
     if check is not None:
-        team = load_team(workload or read_profile(check).team.name)
+        team = team or load_team(read_profile(check).team.name)
         rows = read_rows(data, team)[:limit]
         with tempfile.TemporaryDirectory() as folder:
-            found = check_profile(_maker(model), check, team, rows, Path(folder), _note, budget_s=seconds(budget))
+            found = check_profile(_maker(model), check, team, rows, Path(folder), _note, budget_s=budget_s)
         _emit_check(found, check, model, data, as_json=as_json)
         return
     assert out is not None
-    if workload is None:
-        raise InvalidRequest("give the team to tune for: --workload gsm8k, or a TOML file")
-    team = load_team(workload)
+    assert workload is not None
+    assert team is not None
     rows = read_rows(data, team)[:limit]
-    policy = ReusePolicy(max_divergence=max_divergence, confidence=confidence, basis=basis)
-    task = Task(_maker(model), model, team, workload, rows, data.name, policy, seconds(budget), out, _note)
+    task = Task(_maker(model), model, team, workload, rows, data.name, policy, budget_s, out, _note)
     try:
         plan = plan_tuning(task)
         if dry_run:

@@ -7,7 +7,6 @@ name. Adapters are switched for the time of a pass, by the engine's thread alone
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -21,12 +20,11 @@ from kvcomm.engine.request import Request
 from kvcomm.errors import InvalidRequest, MissingExtra, ModelLoadError, UnknownAdapter, UnsupportedModel, WeightsChanged
 from kvcomm.model.attention import hook
 from kvcomm.model.live import LiveWeights, Weights
+from kvcomm.model.names import require_adapter_name
 from kvcomm.model.namespace import tenant_namespace
 from kvcomm.model.progress import quiet_transformers
+from kvcomm.model.quantized import is_quantized
 from kvcomm.values import text
-
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
-"""What adapters may be called here: PEFT makes the name an attribute, clients put it behind a colon."""
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -105,17 +103,21 @@ class Adapters:
         """Attach an adapter from a folder, as PEFT saves it; whatever was active stays so.
 
         Raises:
-            InvalidRequest: the name cannot be used, or is taken.
+            InvalidRequest: the name cannot be used, or is taken, or the weights are kept in fewer bits.
             ModelLoadError: no adapter, or none that fits the model; nothing is attached.
             MissingExtra: PEFT is not installed.
         """
-        if not NAME.fullmatch(name):
-            raise InvalidRequest(f"bad adapter name {name!r}; names are up to 64 letters, digits, '_' and '-'")
+        require_adapter_name(name)
         if name in self.names:
             raise InvalidRequest(f"there is an adapter {name!r} already; unload it first, or take another name")
         for file in ADAPTER_FILES:
             if not (folder / file).is_file():
                 raise ModelLoadError(f"{folder} has no {file}; adapters are loaded as PEFT saves them")
+        if is_quantized(self._model):
+            raise InvalidRequest(
+                f"adapter {name!r} cannot be attached: the model's weights are kept in fewer bits, and adapters "
+                "were made for the weights as they are; load the model without `weights`"
+            )
         require_peft()
         with hook.pass_lock(self._model), self.live.kept_choices():
             try:

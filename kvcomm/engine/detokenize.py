@@ -17,12 +17,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvcomm.engine.text_window import TextWindow, num_common
 from kvcomm.engine.token_texts import REPLACEMENT, TokenTexts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NUM_RECENT = 256
 """Letters kept of what was given out, to compare the ends of tokens with."""

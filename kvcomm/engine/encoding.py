@@ -15,12 +15,12 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-from typing import Any, NamedTuple, cast
-
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from kvcomm.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ANCHORS = ("\n", "a", ".", "0", "|", "\u00a0")
 """Texts to put before a piece where a tokenizer's start cannot be switched off: the first one that stays apart."""
@@ -293,6 +293,8 @@ def without_prefix(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
     parts = {name: _unprefixed(whole[name]) for name in ("normalizer", "pre_tokenizer")}
     if all(whole[name] == part for name, part in parts.items()):
         return tokenizer
+    from tokenizers import Tokenizer
+
     model = {"type": "BPE", "vocab": {}, "merges": []}
     stub = Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], "model": model, **parts}))
     unprefixed = copy.deepcopy(tokenizer)

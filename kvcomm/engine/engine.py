@@ -46,7 +46,8 @@ from kvcomm.engine.open_prompt import DEADLINE_S, OpenPrompt, Reading, require_o
 from kvcomm.engine.prompts import Prompt, PromptReader
 from kvcomm.engine.request import Branch, Request
 from kvcomm.engine.results import Completion
-from kvcomm.engine.sampling import Sampler, SamplingParams
+from kvcomm.engine.sampler import Sampler
+from kvcomm.engine.sampling import SamplingParams
 from kvcomm.engine.scheduler import Scheduler
 from kvcomm.engine.shared_learning import SharedLearning
 from kvcomm.engine.tiering import Tiering, tier_space
@@ -74,6 +75,7 @@ from kvcomm.reuse.plan import Explanation
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.reuse.replay import Outcome
 from kvcomm.reuse.status import ReaderStatus, status_of
+from kvcomm.starting import collector_paused
 from kvcomm.tiers.tier import Tier, TierSpace
 
 DEFAULT_TENANT = "default"
@@ -201,6 +203,7 @@ class Engine:
         *,
         dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
+        weights: str | None = None,
         config: EngineConfig | None = None,
         policy: ReusePolicy | None = None,
         prior: Prior | Literal["shipped"] | None = "shipped",
@@ -209,20 +212,25 @@ class Engine:
     ) -> Engine:
         """Load a packaged model ("smollm2-135m"), a folder or a hub id.
 
+        Args:
+            weights: "int8" or "int4" keeps weights in fewer bits; see `load_model` for this and the other arguments.
+
         Raises:
+            InvalidRequest: kept weights, a dtype or a device that cannot be used here.
             ModelLoadError: unknown, not fetchable, wrong hash, damaged folder; one clear line each.
             UnsupportedModel: its KV cannot be cached soundly.
         """
-        loaded = load_model(name, dtype=dtype, device=device, progress=progress)
-        return cls(
-            loaded.model,
-            loaded.tokenizer,
-            config=config,
-            policy=policy,
-            weights_id=loaded.weights_digest,
-            prior=prior,
-            tier=tier,
-        )
+        with collector_paused():
+            loaded = load_model(name, dtype=dtype, device=device, weights=weights, progress=progress)
+            return cls(
+                loaded.model,
+                loaded.tokenizer,
+                config=config,
+                policy=policy,
+                weights_id=loaded.weights_digest,
+                prior=prior,
+                tier=tier,
+            )
 
     def __repr__(self) -> str:
         # Without the lock: whoever looks at an engine waits for nobody, and the numbers are about those of now.

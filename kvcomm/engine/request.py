@@ -20,7 +20,8 @@ from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.open_prompt import Reading
 from kvcomm.engine.read_ahead import Ask
 from kvcomm.engine.results import Choice, Chunk, Completion, Usage
-from kvcomm.engine.sampling import Sampler, SamplingParams, TokenLogprob, token_logprob
+from kvcomm.engine.sampler import Sampler, token_logprob
+from kvcomm.engine.sampling import SamplingParams, TokenLogprob
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
 from kvcomm.model.attention.contract import IntArray

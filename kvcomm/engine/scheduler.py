@@ -39,7 +39,7 @@ from kvcomm.engine.passes import Computed, Failure, Work, compute
 from kvcomm.engine.read_along import ReadAlong
 from kvcomm.engine.request import ANSWER, Branch, Request
 from kvcomm.engine.results import Completion
-from kvcomm.engine.sampling import token_logprob
+from kvcomm.engine.sampler import token_logprob
 from kvcomm.engine.spare import Spare
 from kvcomm.engine.tiering import Tiering
 from kvcomm.errors import (

@@ -11,9 +11,11 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cache, cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 REPLACEMENT = "\ufffd"
 

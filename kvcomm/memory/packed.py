@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvcomm.files.reading import BadContent, parse_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 ALIGNMENT = 64
 """Bytes; tensors begin at a multiple of it where all dtypes before allow it."""
@@ -25,16 +26,16 @@ PREFIX_BYTES = 8
 METADATA = "__metadata__"
 
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -56,11 +57,12 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[mem
     parts: list[memoryview] = []
     end = 0
     for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in _NAMES:
             raise ValueError(f"tensors of {tensor.dtype} cannot be packed")
         content = tensor_bytes(tensor)
         start, end = end, end + content.nbytes
-        table[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        table[name] = {"dtype": _NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
         parts.append(content)
     header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-(PREFIX_BYTES + len(header)) % ALIGNMENT)
@@ -69,6 +71,8 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[mem
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, in its own memory where that is possible."""
+    import torch
+
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return flat.numpy().data
 
@@ -151,9 +155,12 @@ def _place(name: str, entry: Any) -> _Place:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise BadContent(f"tensor {name!r} is not described by dtype, shape and data_offsets")
     shape, offsets = entry["shape"], entry["data_offsets"]
-    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-    if dtype is None or not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+    named = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if named is None or not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
         raise BadContent(f"tensor {name!r} has a dtype, shape or place that cannot be")
+    import torch
+
+    dtype: torch.dtype = getattr(torch, named)
     start, end = offsets
     if end - start != math.prod(shape) * dtype.itemsize:
         raise BadContent(f"tensor {name!r} takes {end - start} bytes, not those of {dtype} {shape}")
@@ -165,6 +172,8 @@ def _are_counts(value: Any) -> bool:
 
 
 def _tensor(content: memoryview, start: int, place: _Place) -> Tensor:
+    import torch
+
     count = math.prod(place.shape)
     if count == 0:
         return torch.empty(place.shape, dtype=place.dtype)

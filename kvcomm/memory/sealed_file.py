@@ -12,17 +12,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from blake3 import blake3
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from kvcomm.errors import KVCommError
 from kvcomm.files.reading import BadContent, open_regular, path_of
 from kvcomm.files.writing import NameTaken, replacing
 from kvcomm.memory.packed import Packed, pack, tensor_bytes, unpack, unpack_metadata
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_REPLACEMENTS = 20
 """A file replaced while it is read may look corrupt, as safetensors opens it twice; it is read again so often."""
@@ -57,6 +58,8 @@ class SealedFormat(NamedTuple):
             NameTaken: `is_new`, and there is one.
             KVCommError: `failed`; an older file of that name is untouched.
         """
+        from safetensors.torch import save_file
+
         metadata = self._metadata(header)
         try:
             with replacing(file, is_new=is_new) as temporary:

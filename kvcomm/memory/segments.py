@@ -15,14 +15,16 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from kvcomm.memory.fidelity import Fidelity
-from kvcomm.memory.pool import PageIds, PagePool
 from kvcomm.memory.sequences import Identity
 from kvcomm.plain import Plain
+
+if TYPE_CHECKING:
+    from kvcomm.memory.pool import PageIds, PagePool
 
 MAX_SHOWN = 8
 _DOMAIN = b"kvcomm segment 1\0"

@@ -10,12 +10,15 @@ serializes the calls.
 from __future__ import annotations
 
 from collections.abc import Sequence as AnySequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvcomm.memory.fidelity import Fidelity
-from kvcomm.memory.pool import PageIds, PagePool
-from kvcomm.model.attention.contract import IntArray
+
+if TYPE_CHECKING:
+    from kvcomm.memory.pool import PageIds, PagePool
+    from kvcomm.model.attention.contract import IntArray
 
 
 class Identity:

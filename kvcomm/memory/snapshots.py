@@ -10,18 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 from safetensors import safe_open
-from torch import Tensor
 
 from kvcomm.errors import SnapshotCorrupt, SnapshotError, SnapshotExists, SnapshotForeign, SnapshotTooNew
 from kvcomm.files.reading import first_fault
 from kvcomm.files.writing import NameTaken
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.sealed_file import SealedFormat, tensors_digest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 FORMAT_VERSION = 1
 VERSION_KEY = "kvcomm_snapshot"
@@ -147,7 +149,9 @@ def _read(
         values = [opened.get_tensor(f"values.{layer}") for layer in range(len(shapes))]
         logits = opened.get_tensor("logits") if has_logits else None
     _require_shapes(file, header, keys, values, shapes, dtype)
-    if logits is not None and (tuple(logits.shape) != (vocab_size,) or logits.dtype not in (dtype, torch.float32)):
+    if logits is not None and (
+        tuple(logits.shape) != (vocab_size,) or str(logits.dtype) not in (str(dtype), "torch.float32")
+    ):
         raise SnapshotCorrupt(
             f"{file}: logits are {tuple(logits.shape)} {logits.dtype}, not ({vocab_size},) {dtype} or torch.float32"
         )

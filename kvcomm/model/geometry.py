@@ -23,6 +23,7 @@ from kvcomm.model.attention import hook
 from kvcomm.model.attention.torch_backend import TorchBackend
 from kvcomm.model.rope import LENGTH_DEPENDENT_ROPES, RopeGeometry, rotate
 from kvcomm.model.runner import ModelRunner, Run
+from kvcomm.model.weights import vocab_size_of
 
 CACHEABLE_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 PROBE_POSITIONS = (0, 37)
@@ -94,7 +95,7 @@ class ModelGeometry:
             architecture=type(model).__name__,
             layers=layers,
             max_context=_max_context(config),
-            vocab_size=model.get_output_embeddings().weight.shape[0],
+            vocab_size=vocab_size_of(model),
             dtype=model.dtype,
             immovable=_why_immovable(config, unknown),
         )
@@ -208,7 +209,7 @@ def _refuse_other_logits(model: PreTrainedModel, layers: Sequence[LayerGeometry]
 def _trial(model: PreTrainedModel, layers: Sequence[LayerGeometry]) -> tuple[Tensor, Tensor]:
     """Logits of a second pass, [num_rows, vocab_size] float32: the model's own and those of runs over pages."""
     # Tokens from all over the vocabulary: the first ones are often special or never trained.
-    vocab_size = model.get_output_embeddings().weight.shape[0]
+    vocab_size = vocab_size_of(model)
     token_ids = np.linspace(0.1 * vocab_size, 0.9 * vocab_size, NUM_TRIAL_TOKENS).astype(np.int32)
     whole = torch.from_numpy(token_ids.astype(np.int64))[None].to(model.device)
     own = model(input_ids=whole, use_cache=False).logits[0, NUM_FIRST_TOKENS:]

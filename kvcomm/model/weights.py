@@ -48,6 +48,13 @@ def config_settings(config: PreTrainedConfig) -> dict[str, Any]:
     return settings
 
 
+def vocab_size_of(model: PreTrainedModel) -> int:
+    """Logits of a position."""
+    head = model.get_output_embeddings()
+    # A head whose weight is kept in another form has no tensor of that name.
+    return int(head.weight.shape[0] if hasattr(head, "weight") else head.out_features)
+
+
 def _without_irrelevant(value: Any) -> Any:
     if isinstance(value, dict):
         return {

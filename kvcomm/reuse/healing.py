@@ -9,11 +9,13 @@ a request does while it is decoded (`engine.healing_work`), a repair beside requ
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvcomm.memory.memory import Memory
-from kvcomm.memory.sequences import Sequence as KVSequence
+if TYPE_CHECKING:
+    from kvcomm.memory.memory import Memory
+    from kvcomm.memory.sequences import Sequence as KVSequence
 
 
 class NotHealed(StrEnum):

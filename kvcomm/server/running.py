@@ -12,10 +12,8 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from kvcomm.errors import InvalidRequest
 from kvcomm.server.protocol import MAX_HEADER_BYTES, limited_protocol
 from kvcomm.server.removal import remove_revoked
-from kvcomm.server.settings import ServerSettings
 from kvcomm.server.state import ServerState
 
 TICKS_PER_S = 10
@@ -90,28 +88,3 @@ async def tick(state: ServerState) -> None:
     """Let go of what has expired, and of what tenants without keys had; for about once a second."""
     await state.contexts.sweep()
     await remove_revoked(state)
-
-
-def bind(settings: ServerSettings) -> socket.socket:
-    """A socket to listen on, so that a taken port is an error of one line, before a model is loaded for it.
-
-    Raises:
-        InvalidRequest: the address cannot be listened on.
-    """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # With the protocol spelled out: asyncio only then switches off Nagle's algorithm, which costs 40 ms per answer.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((settings.host, settings.port))
-    except OSError as error:
-        listener.close()
-        where = f"{settings.host}:{settings.port}"
-        raise InvalidRequest(f"cannot listen on {where}: {error.strerror or error}; choose another --port") from error
-    return listener
-
-
-def address_of(listener: socket.socket) -> str:
-    """URL of a socket to listen on."""
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

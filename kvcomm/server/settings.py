@@ -11,7 +11,7 @@ import ipaddress
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -28,13 +28,16 @@ from pydantic import (
 from kvcomm.config import EngineConfig
 from kvcomm.errors import InvalidRequest
 from kvcomm.files.reading import BadContent, parse_toml, read_toml
+from kvcomm.model.names import DTYPE_NAMES, WeightsKind
 from kvcomm.model.registry import SMOLLM2_135M
 from kvcomm.reuse.policy import DEFAULT_HEAL_WITHIN
 from kvcomm.server.hosts import ANY_ORIGIN, parse_authority, parse_origin
 from kvcomm.server.kv_events.settings import KVEventSettings
 from kvcomm.tiers.keys import read_secret
 from kvcomm.tiers.store import shown_url
-from kvcomm.tiers.tier import Tier
+
+if TYPE_CHECKING:
+    from kvcomm.tiers.tier import Tier
 
 ENV_PREFIX = "KVCOMM_SERVE_"
 ENV_NESTED = "__"
@@ -103,6 +106,12 @@ def _listed(value: object) -> object:
     return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
 
 
+def _dtype_name(name: str) -> str:
+    if name not in DTYPE_NAMES:
+        raise ValueError(f"must be one of {', '.join(DTYPE_NAMES)}")
+    return name
+
+
 def _host(text: str) -> str:
     authority = parse_authority(text)
     if authority is None:
@@ -128,7 +137,7 @@ class ServerSettings(BaseModel):
         model: a packaged name, folder or hub id.
         served_name: what clients call the model; by default the last part of `model`.
         adapters: folders of adapters that PEFT has saved, by the names that clients call them as models.
-        dtype, device: as for `Engine.load`; None: its defaults.
+        dtype, device, weights: as for `Engine.load`; None: its defaults.
         host, port: where to listen; port 0 takes a free one.
         allowed_hosts: names besides this machine's own by which clients may call it, with a port or for all of them.
             Without keys every other one is refused; with keys all are allowed, unless some are named here.
@@ -189,8 +198,9 @@ class ServerSettings(BaseModel):
     model: str = SMOLLM2_135M.name
     served_name: str | None = None
     adapters: dict[str, Path] = Field(default_factory=dict)
-    dtype: str | None = None
+    dtype: Annotated[str, AfterValidator(_dtype_name)] | None = None
     device: str | None = None
+    weights: WeightsKind | None = None
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
     allowed_hosts: Hosts = ()
@@ -285,6 +295,8 @@ class ServerSettings(BaseModel):
             MissingExtra: a package that it needs is not installed.
             InvalidRequest: there are settings of a tier without one.
         """
+        from kvcomm.tiers.tier import Tier
+
         if self.tier is None:
             if self.tier_secret_file is not None or self.tier_bytes is not None:
                 raise InvalidRequest("tier_secret_file and tier_bytes are of a tier; name it with --tier URL")

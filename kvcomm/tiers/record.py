@@ -11,18 +11,18 @@ from __future__ import annotations
 import hmac
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, get_args
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, ValidationError
-from torch import Tensor
 
 from kvcomm.errors import RecordCorrupt, RecordError, RecordTooNew
 from kvcomm.files.reading import first_fault
 from kvcomm.memory.fidelity import Fidelity
-from kvcomm.memory.pool import LayerShape
 from kvcomm.memory.sealed_file import SealedFormat, tensors_digest
 from kvcomm.tiers.space import KV, TierSpace
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = SealedFormat("tier record", "kvcomm_tier", 1, RecordError, RecordCorrupt, RecordTooNew)
 SEAL = "seal"
@@ -142,6 +142,8 @@ def pack_kv(header: RecordHeader, kv: KV, seal: Seal) -> list[memoryview]:
 
 def pack_blob(header: RecordHeader, content: bytes, seal: Seal) -> list[memoryview]:
     """The parts of a record of bytes, in order."""
+    import torch
+
     blob = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
     return _packed(header, {BLOB: blob}, seal)
 
@@ -204,8 +206,10 @@ def _header(source: object, metadata: Mapping[str, str]) -> RecordHeader:
 
 
 def _require_shapes(source: object, header: RecordHeader, tensors: dict[str, Tensor]) -> None:
+    from kvcomm.memory.pool import LayerShape
+
     if header.kind in BLOB_KINDS:
-        if tensors[BLOB].dtype != torch.uint8 or tensors[BLOB].dim() != 1:
+        if str(tensors[BLOB].dtype) != "torch.uint8" or tensors[BLOB].dim() != 1:
             raise RecordCorrupt(f"{source}: its bytes are {tuple(tensors[BLOB].shape)} {tensors[BLOB].dtype}")
         return
     for layer, (num_heads, key_dim, value_dim) in enumerate(map(LayerShape._make, header.shapes)):

@@ -6,15 +6,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from kvcomm.memory.fidelity import Fidelity
-from kvcomm.memory.pool import LayerShape
-from kvcomm.memory.segments import Segment
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from kvcomm.memory.pool import LayerShape
+    from kvcomm.memory.segments import Segment
 
 DEFAULT_TENANT = "default"
 """Whose KV a tier without a secret keeps; the engine's tenant where nobody names one."""
@@ -165,10 +168,14 @@ class PrefixRead(NamedTuple):
         """All runs as one; a copy, unless there is only one. There must be one."""
         if len(self.runs) == 1:
             return self.runs[0]
+        import torch
+
         keys = [torch.cat(parts) for parts in zip(*(run.keys for run in self.runs), strict=True)]
         return KV(keys, [torch.cat(parts) for parts in zip(*(run.values for run in self.runs), strict=True)])
 
 
 def _is_finite(tensor: Tensor) -> bool:
+    import torch
+
     total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
     return math.isfinite(total) or bool(tensor.isfinite().all())

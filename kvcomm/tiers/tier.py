@@ -13,12 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from threading import Lock
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from kvcomm.errors import InvalidRequest, ObjectMissing, RecordCorrupt, RecordTooNew, StoreFailed
 from kvcomm.files.reading import BadContent
 from kvcomm.memory.fidelity import Fidelity
-from kvcomm.memory.segments import Segment
 from kvcomm.tiers.counting import Counts, KnownKeys, TierStats
 from kvcomm.tiers.deadline import LateReads
 from kvcomm.tiers.inventory import leading_bytes
@@ -42,6 +41,9 @@ from kvcomm.tiers.space import KV, PrefixRead, RenditionName, StoredRendition, T
 from kvcomm.tiers.store import ObjectStore, StoredObject, open_store
 from kvcomm.tiers.write_behind import Dropped, Work, WriteBehind
 from kvcomm.values import text, whole_number
+
+if TYPE_CHECKING:
+    from kvcomm.memory.segments import Segment
 
 __all__ = ["KV", "PrefixRead", "RenditionName", "StoredRendition", "Tier", "TierMiss", "TierSpace", "TierStats"]
 

@@ -38,7 +38,7 @@ def test_one_prompt_is_answered_by_its_adapter(
         (["=x"], "not of the form NAME=FOLDER"),
         (["a=x", "a=y"], "is given twice"),
         (["a=x", "b=y"], "one prompt is answered by one adapter"),
-        (["poet=nowhere"], r"nowhere has no adapter_config\.json"),
+        (["poet=nowhere"], "nowhere is no folder"),
         (["po:et=nowhere"], "bad adapter name"),
     ],
 )

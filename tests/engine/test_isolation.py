@@ -26,7 +26,8 @@ from kvcomm.engine.engine import Engine
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.passes import Work, compute
 from kvcomm.engine.request import Request
-from kvcomm.engine.sampling import Sampler, SamplingParams
+from kvcomm.engine.sampler import Sampler
+from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import PoolExhausted, PoolTooSmall
 from kvcomm.memory.sequences import Sequence as KVSequence
 from kvcomm.model.runner import ModelRunner, Run, Watch

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kvcomm.engine.context import sampling_params
-from kvcomm.engine.sampling import Sampler, SamplingParams, token_logprob
+from kvcomm.engine.sampler import Sampler, token_logprob
+from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import InvalidRequest
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0, -1.0])

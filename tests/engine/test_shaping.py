@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvcomm import Engine, SamplingParams
-from kvcomm.engine.sampling import Sampler
+from kvcomm.engine.sampler import Sampler
 from kvcomm.errors import InvalidRequest
 from tests.engine.conftest import some_tokens, stock_logits
 from tests.tiny import TinyModel

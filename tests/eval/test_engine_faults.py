@@ -30,7 +30,7 @@ from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.loop import EngineLoop
 from kvcomm.engine.open_prompt import Followed as EngineFollowed
 from kvcomm.engine.open_prompt import Known
-from kvcomm.engine.sampling import Sampler
+from kvcomm.engine.sampler import Sampler
 from kvcomm.engine.scheduler import Scheduler
 from kvcomm.model.live import LiveWeights
 

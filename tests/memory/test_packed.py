@@ -18,7 +18,7 @@ METADATA = {"format": "1", "name": 'a "quoted" ü\n'}
 
 
 def tensors() -> dict[str, Tensor]:
-    made = {name: torch.arange(6).reshape(2, 3).to(dtype) for name, dtype in DTYPES.items()}
+    made = {name: torch.arange(6).reshape(2, 3).to(getattr(torch, dtype)) for name, dtype in DTYPES.items()}
     return made | {"empty": torch.empty(0, 4), "scalar": torch.tensor(2.5), "turned": torch.randn(4, 3).T}
 
 

@@ -19,8 +19,9 @@ from fastapi import FastAPI
 from kvcomm.engine.engine import Engine
 from kvcomm.server.app import make_app
 from kvcomm.server.keys import KeyRing
+from kvcomm.server.listening import bind
 from kvcomm.server.logs import JsonFormatter
-from kvcomm.server.running import DrainingServer, bind, make_server
+from kvcomm.server.running import DrainingServer, make_server
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.state import ServerState
 from tests.limits import PATIENCE_S, threads, wait_for
