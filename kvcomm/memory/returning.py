@@ -63,9 +63,9 @@ class Kind(NamedTuple):
 
     def wait_s(self, age_s: float) -> float:
         """Seconds until the next visit, as far as one may tell, of what was last used `age_s` ago."""
-        gap_s = 2.0 ** (self.half_octaves / _PER_OCTAVE)
+        gap_s = math.exp2(self.half_octaves / _PER_OCTAVE)
         overdue = age_s * math.sqrt(age_s / gap_s) if age_s > 0 else 0.0
-        return (1 + _NEWCOMER * 2.0**-self.num_returns) * max(gap_s, overdue)
+        return (1 + _NEWCOMER * math.exp2(-self.num_returns)) * max(gap_s, overdue)
 
 
 class ReturnOrder:
