@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kvcomm.model import compiled
+from kvcomm.model.compiled import numbers
 from kvcomm.model.attention.pieces import Piece, TailPiece
 from kvcomm.model.attention.slots import Index, SlotArray, index_of
 
@@ -67,16 +68,24 @@ class ShortRunsPiece:
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, None]:
         from kvcomm.model.attention.short_runs_loop import attend
 
-        rows = query[:, self.rows].transpose(0, 1).contiguous().numpy()
+        rows = numbers(query[:, self.rows].transpose(0, 1).contiguous())
         num_kv_heads = keys.shape[1]
         num_parts = self._num_parts(num_kv_heads)
         buffers = self._buffers(num_kv_heads, num_parts, rows.shape[1], rows.shape[2], values.shape[2])
-        out = np.empty((*rows.shape[:2], values.shape[2]), np.float32)
+        out = query.new_empty(*rows.shape[:2], values.shape[2])
         with compiled.one_caller:
             attend(
-                rows, keys.numpy(), values.numpy(), self.runs, self.slots, num_parts, np.float32(scale), *buffers, out
+                rows,
+                numbers(keys),
+                numbers(values),
+                self.runs,
+                self.slots,
+                num_parts,
+                np.float32(scale),
+                *buffers,
+                numbers(out),
             )
-        return torch.from_numpy(out).transpose(0, 1), None
+        return out.transpose(0, 1), None
 
     def _num_parts(self, num_kv_heads: int) -> int:
         """Parts into which the rows over one head of keys are cut, so that all threads have work to the end."""
@@ -95,7 +104,7 @@ class ShortRunsPiece:
 
 def can_join(storage: Tensor) -> bool:
     """Whether the loop can read keys or values stored like this."""
-    return storage.device.type == "cpu" and storage.dtype == torch.float32 and storage.is_contiguous()
+    return storage.device.type == "cpu" and storage.dtype in (torch.float32, torch.bfloat16) and storage.is_contiguous()
 
 
 def is_short(num_rows: int, num_slots: int) -> bool:
