@@ -1,9 +1,9 @@
 """Tiles of Intel's matrix extension (AMX) in loops compiled by numba, and the transposes that go with them.
 
-A tile is 16 rows of 64 bytes in a register of its own, numbered 0 to 7; `multiply_into` adds the product of a tile of 16
-rows of 32 bfloat16 and one of 32 rows, stored pair by pair, to a tile of 16 x 16 float32 (Intel's Software Developer's
-Manual, vol. 2, TDPBF16PS: denormals are taken as zero). A thread configures tiles before it uses them and releases them
-afterwards; torch and oneDNN look whether they must configure anew. Addresses are numbers of bytes.
+A tile is 16 rows of 64 bytes in a register of its own, numbered 0 to 7; `multiply_into` adds the product of a tile of
+16 rows of 32 bfloat16 and one of 32 rows, stored pair by pair, to a tile of 16 x 16 float32 (Intel's Software
+Developer's Manual, vol. 2, TDPBF16PS: denormals are taken as zero). A thread configures tiles before it uses them and
+releases them afterwards; torch and oneDNN look whether they must configure anew. Addresses are numbers of bytes.
 
 Importing this file needs numba, see `kvcomm.model.compiled`; running what it makes needs a processor for which
 `are_there` says so.
@@ -12,6 +12,7 @@ Importing this file needs numba, see `kvcomm.model.compiled`; running what it ma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ _POINTER, _NOTHING = _BYTE.as_pointer(), ir.VoidType()
 _WORDS = ir.VectorType(_INT32, SIDE)
 
 
+@cache
 def are_there() -> bool:
     """Whether this processor has tiles for bfloat16, and the system lets this process use them."""
     from llvmlite.binding import get_host_cpu_features

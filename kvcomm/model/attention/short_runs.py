@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from kvcomm.model import compiled
-from kvcomm.model.compiled import numbers
 from kvcomm.model.attention.pieces import Piece, TailPiece
 from kvcomm.model.attention.slots import Index, SlotArray, index_of
+from kvcomm.model.compiled import numbers
 
 MAX_ROWS = 8
 """Of a run that joins."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 import numpy.typing as npt
+
 from kvcomm.model import compiled
 from kvcomm.model.bits import float_of_bits, prefetch, rounded, widen
 
@@ -69,7 +70,7 @@ ask_for = compiled.jit(_ask_for)
 
 
 def _score_block(rows: Floats, keys: Numbers, head: int, slots: Ints, start: int, end: int, scores: Floats) -> None:
-    """scores[f, s] = rows[f] . keys[slots[s], head] for s in [start, end); up to four rows at a time read a key once."""
+    """scores[f, s] = rows[f] . keys[slots[s], head] for s in [start, end); up to four rows read a key at once."""
     num_rows, dim = rows.shape
     last = len(slots) - 1
     for f in range(0, num_rows, 4):

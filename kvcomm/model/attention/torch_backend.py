@@ -45,7 +45,7 @@ class TorchStep:
         self._planner = PassPlanner(runs, page_size, keys[0].device, joins_short_runs=self._joins)
         self._write_slots = self._planner.write_slots()
         self._pieces: dict[int | None, list[Piece]] = {}
-        self._merge: Merge = merge_by_loop if self._joins and keys[0].dtype==torch.float32 else merge_into
+        self._merge: Merge = merge_by_loop if self._joins and keys[0].dtype == torch.float32 else merge_into
         if self._joins:
             short_runs.compile_loop()
             merging.compile_loop()
