@@ -13,6 +13,8 @@ from kvcomm import __version__
 from kvcomm.cli.output import JsonFlag, emit, format_bytes, table
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from kvcomm.model.geometry import ModelGeometry
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -80,7 +82,15 @@ def _machine() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "accelerators": devices,
+        "dtype_auto": _dtype_auto(),
     }
+
+
+def _dtype_auto() -> str:
+    from kvcomm.model.loading import auto_dtype, dtype_name
+
+    found = auto_dtype()
+    return f"{dtype_name(found.dtype)}, {found.reason}"
 
 
 def _attention() -> list[dict[str, Any]]:
@@ -139,10 +149,22 @@ def _model(name: str) -> dict[str, Any]:
     from kvcomm.model.loading import load_model
 
     try:
-        geometry = ModelGeometry.from_model(load_model(name, progress=True).model)
+        loaded = load_model(name, progress=True).model
+        geometry = ModelGeometry.from_model(loaded)
     except UnsupportedModel as refusal:
         return {"name": name, "supported": False, "reason": str(refusal)}
-    return {"name": name, "supported": True, **_geometry(geometry)}
+    return {"name": name, "supported": True, **_geometry(geometry), "products": _products(loaded)}
+
+
+def _products(model: PreTrainedModel) -> list[str]:
+    """Which product serves how many rows, and whether that was measured here."""
+    from kvcomm.model.choice import ROWS
+    from kvcomm.model.lean import choice_of
+
+    choice = choice_of(model)
+    if choice is None or choice.table is None:
+        return ["not measured"]
+    return [*(f"{rows} rows: {name}" for rows, name in zip(ROWS, choice.table, strict=True)), choice.origin]
 
 
 def _geometry(geometry: ModelGeometry) -> dict[str, Any]:
@@ -200,6 +222,7 @@ def _machine_rows(machine: dict[str, Any]) -> list[tuple[str, object]]:
         ("torch threads", machine["torch_threads"]),
         ("OMP_WAIT_POLICY", machine["omp_wait_policy"] or "not set"),
         ("accelerators", ", ".join(machine["accelerators"]) or "none"),
+        ("--dtype auto", machine["dtype_auto"]),
     ]
 
 

@@ -39,9 +39,8 @@ class LeanLayers:
         """Args:
         choice: of products; None: what was, or now is, measured on this machine.
         """
-        linears = [layer for layer in model.modules() if type(layer) is nn.Linear and _is_ours(layer.weight)]
+        linears = _linears(model)
         self._dtype = linears[0].weight.dtype if linears else None
-        linears = [layer for layer in linears if layer.weight.dtype == self._dtype]
         self.choice = choice or (choose(linears) if linears else Choice())
         self._exact: list[Block] = []
         self._rounding: list[Block] = []
@@ -74,6 +73,18 @@ class LeanLayers:
         finally:
             for block in free:
                 vars(block.layer).pop("forward", None)
+
+
+def choice_of(model: nn.Module) -> Choice | None:
+    """What a model's linear layers are computed by on this machine, measured if need be; None: it has none of ours."""
+    linears = _linears(model)
+    return choose(linears) if linears else None
+
+
+def _linears(model: nn.Module) -> list[nn.Linear]:
+    """The linear layers on the CPU, those of the dtype that the first one has."""
+    found = [layer for layer in model.modules() if type(layer) is nn.Linear and _is_ours(layer.weight)]
+    return [layer for layer in found if layer.weight.dtype == found[0].weight.dtype]
 
 
 def _is_ours(weight: Tensor) -> bool:

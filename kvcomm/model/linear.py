@@ -41,7 +41,7 @@ NUM_TILE_IN, NUM_TILE_OUT = 32, 32
 def can_compute(name: str, weight: Tensor) -> bool:
     """Whether a product serves this weight here."""
     if name == "onednn":
-        return torch.backends.mkldnn.is_available()
+        return bool(torch.backends.mkldnn.is_available())
     if name != "tiles":
         return True
     from kvcomm.model.tiles import are_there
@@ -191,10 +191,12 @@ class Joined:
         return [functional.linear(rows, layer.weight, layer.bias) for layer in self._layers]
 
     def _bias(self) -> np.ndarray | None:
-        if all(layer.bias is None for layer in self._layers):
+        biases: list[Tensor | None] = [getattr(layer, "bias", None) for layer in self._layers]
+        if all(bias is None for bias in biases):
             return None
         parts = [
-            layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in self._layers
+            layer.weight.new_zeros(layer.out_features) if bias is None else bias
+            for layer, bias in zip(self._layers, biases, strict=True)
         ]
-        bias: np.ndarray = torch.cat(parts).float().numpy()
-        return bias
+        whole: np.ndarray = torch.cat(parts).float().numpy()
+        return whole
