@@ -52,6 +52,7 @@ def _is_taken(module: nn.Module) -> bool:
 
 def find_blocks(model: nn.Module, choice: Choice, *, exact: bool) -> list[Block]:
     """The blocks of a model on the CPU; `exact`: by stock products, and only what is the same to the last bit."""
+    hook.register()  # attention is tried with a step
     return [block for module in model.modules() for block in _block(model, module, choice, exact=exact)]
 
 
