@@ -37,7 +37,7 @@ SCHEME = 1
 
 VARIABLE = "KVCOMM_PRODUCTS"
 
-ROWS = (1, 4, 8, 16, 32, 64, 128, 256)
+ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 1024)
 """Numbers of rows that are measured; others are served like the next larger one, or like the largest."""
 
 MIN_PROBED_BYTES = 64 << 20
@@ -58,8 +58,8 @@ HOPELESS = 2
 """A compiled loop that takes so many times as long as the quickest product does not catch up with more rows."""
 
 FIXED = {
-    torch.float32: ("outputs",) * 3 + ("blocks",) * 3 + ("onednn", "onednn"),
-    torch.bfloat16: ("tiles",) * len(ROWS),
+    torch.float32: ("outputs",) * 3 + ("blocks",) * 3 + ("onednn",) * 3,
+    torch.bfloat16: ("tiles",) * 7 + ("torch",) * 2,
 }
 """What serves where nothing was measured, by the numbers of `ROWS`."""
 

@@ -117,6 +117,8 @@ class TileProduct:
         from kvcomm.model import tile_products, tiles
 
         if self._configuration is None:
+            if not tiles.are_there():  # which also asks the system for them: else the first one ends the process
+                raise RuntimeError("this processor has no tiles for bfloat16: choose another product")
             self._configuration = tiles.configuration()
         places = tuple(weight.data_ptr() for weight in weights)
         if places != self._places:
