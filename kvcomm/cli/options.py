@@ -55,11 +55,21 @@ AdapterFlag = Annotated[
 ]
 
 
-def load_engine(model: str) -> Engine:
+DtypeFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        help="auto, float32, bfloat16 or float16; by default the checkpoint's. auto: bfloat16 where it is quick.",
+    ),
+]
+
+
+def load_engine(model: str, dtype: str | None = None) -> Engine:
     """The engine for a command, with progress on stderr."""
     from kvcomm.engine.engine import Engine
 
-    return Engine.load(model, progress=True)
+    return Engine.load(model, dtype=dtype, progress=True)
 
 
 def with_adapters(engine: Engine, adapters: Mapping[str, Path]) -> Engine:

@@ -17,7 +17,7 @@ import tempfile
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from kvcomm.errors import CacheFolderError
 from kvcomm.model import compiled
 from kvcomm.model.cache_folder import cache_errors, cache_root
-from kvcomm.model.linear import CANDIDATES, LOOPS, can_compute, product
+from kvcomm.model.linear import CANDIDATES, LOOPS, TileMemory, can_compute, product
 
 logger = logging.getLogger("kvcomm.model")
 
@@ -74,11 +74,13 @@ class Choice:
         table: a name for each number of `ROWS`; None: `FIXED`.
         origin: where the table comes from, for people: "fixed", "measured" or "remembered".
         seconds: CPU time that measuring took.
+        memory: for the products of all layers that share this choice.
     """
 
     table: tuple[str, ...] | None = None
     origin: str = "fixed"
     seconds: float = 0.0
+    memory: TileMemory = field(default_factory=TileMemory, repr=False, compare=False)
 
     def name(self, weight: Tensor, num_rows: int) -> str:
         """Of the product for so many rows of a weight of a dtype among `CANDIDATES`."""

@@ -18,7 +18,7 @@ from torch.nn import functional
 from kvcomm.errors import KVCommError
 from kvcomm.model.attention import hook
 from kvcomm.model.choice import Choice
-from kvcomm.model.compiled import numbers
+from kvcomm.model.compiled import numbers, one_caller
 from kvcomm.model.linear import Joined
 
 Forward = Callable[..., Any]
@@ -124,7 +124,8 @@ def lean_norm(layer: nn.Module, *, exact: bool) -> Forward | None:
         rows = rows.contiguous()
         out, size = torch.empty_like(rows), rows.shape[-1]
         flat, target = numbers(rows.view(-1, size)), numbers(out.view(-1, size))
-        norm(flat, numbers(weight.detach()), np.float32(getattr(layer, epsilon)), target)
+        with one_caller:
+            norm(flat, numbers(weight.detach()), np.float32(getattr(layer, epsilon)), target)
         return out
 
     forward = in_place if exact else by_loop
@@ -158,7 +159,8 @@ def lean_mlp(layer: nn.Module, choice: Choice, *, exact: bool) -> Forward | None
 
             both = open_both(flat)
             opened = both.new_empty(len(both), both.shape[1] // 2)
-            multiply(numbers(both), numbers(opened))
+            with one_caller:
+                multiply(numbers(both), numbers(opened))
             out = close(opened)
         return out.view(*rows.shape[:-1], -1)
 
@@ -232,7 +234,8 @@ def _heads(
     parts = project.exactly(rows) if exact else [project(rows)]
     for part in parts[:2] if exact else parts:
         out = part.new_empty(len(part), part.shape[1] if exact else part.shape[1] - width)
-        rotate(numbers(part), cos_numbers, sin_numbers, numbers(out))
+        with one_caller:
+            rotate(numbers(part), cos_numbers, sin_numbers, numbers(out))
         made.append(out)
     query, key = made if exact else (made[0][:, :-width], made[0][:, -width:])
     value = parts[-1][:, -width:]

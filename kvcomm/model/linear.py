@@ -100,17 +100,32 @@ PRODUCTS: dict[str, Product] = {
 }
 
 
+class TileMemory:
+    """What the loop over tiles writes on its way; one for all weights of a model. Hold `compiled.one_caller`."""
+
+    def __init__(self) -> None:
+        self._packed, self._sums = np.empty(0, np.int64), np.empty((0, 4, 256), np.float32)
+
+    def take(self, num_packed: int, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
+        """[>= num_packed] int64 and [>= num_blocks, 4, 256] float32, valid until the next call."""
+        if len(self._packed) < num_packed:
+            self._packed = np.empty(num_packed, np.int64)
+        if len(self._sums) < num_blocks:
+            self._sums = np.empty((num_blocks, 4, 256), np.float32)
+        return self._packed, self._sums
+
+
 class TileProduct:
     """The product of rows with several weights of as many inputs, one beside the other, by tiles.
 
-    Remembers where the blocks of the weights begin, for as long as they are the same ones, and keeps its memory.
+    Remembers where the blocks of the weights begin, for as long as they are the same ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: TileMemory | None = None) -> None:
+        self._memory = memory or TileMemory()
         self._places: tuple[int, ...] = ()
         self._blocks = np.empty((0, 2), np.int64)
         self._configuration: np.ndarray | None = None
-        self._packed, self._scratch = np.empty(0, np.int64), np.empty((0, 4, 256), np.float32)
 
     def __call__(self, rows: Tensor, weights: Sequence[Tensor], bias: np.ndarray | None) -> Tensor:
         """[num_rows, in], [out, in] each, [sum of outs] float32 -> [num_rows, sum of outs] bfloat16."""
@@ -132,18 +147,15 @@ class TileProduct:
         out = rows.new_empty(num_groups * tiles.SIDE, width)
         num_packed = num_groups * tiles.SIDE * num_in // 4
         with compiled.one_caller:
-            if len(self._packed) < num_packed:
-                self._packed = np.empty(num_packed, np.int64)
-            if len(self._scratch) < len(self._blocks):
-                self._scratch = np.empty((len(self._blocks), 4, tiles.SIDE * tiles.SIDE), np.float32)
+            packed, sums = self._memory.take(num_packed, len(self._blocks))
             tile_products.tile_sums(
                 rows.data_ptr(),
                 num_in,
                 num_groups,
                 self._blocks,
                 _NO_BIAS if bias is None else bias,
-                self._packed,
-                self._scratch,
+                packed,
+                sums,
                 self._configuration,
                 out.data_ptr(),
                 width,
@@ -172,7 +184,7 @@ class Joined:
 
     def __init__(self, layers: Sequence[nn.Linear], choice: Choice) -> None:
         self._layers, self._choice = layers, choice
-        self._by_tiles = TileProduct()
+        self._by_tiles = TileProduct(choice.memory)
         self.widths = [layer.out_features for layer in layers]
 
     def __call__(self, rows: Tensor) -> Tensor:
