@@ -17,6 +17,8 @@ from kvcomm.errors import InvalidRequest
 from kvcomm.starting import collector_paused
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from kvcomm.model.geometry import ModelGeometry
     from kvcomm.model.loading import LoadedModel
 
@@ -101,7 +103,15 @@ def _machine() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "accelerators": devices,
+        "dtype_auto": _dtype_auto(),
     }
+
+
+def _dtype_auto() -> str:
+    from kvcomm.model.loading import auto_dtype, dtype_name
+
+    found = auto_dtype()
+    return f"{dtype_name(found.dtype)}, {found.reason}"
 
 
 def _attention() -> list[dict[str, Any]]:
@@ -167,7 +177,7 @@ def _model(name: str, weights: str | None) -> dict[str, Any]:
         geometry = ModelGeometry.from_model(loaded.model)
     except UnsupportedModel as refusal:
         return {"name": name, "supported": False, "reason": str(refusal)}
-    return {"name": name, "supported": True, **_geometry(geometry), **rounded}
+    return {"name": name, "supported": True, **_geometry(geometry), "products": _products(loaded.model), **rounded}
 
 
 def _rounded(loaded: LoadedModel, weights: str) -> dict[str, Any]:
@@ -176,6 +186,17 @@ def _rounded(loaded: LoadedModel, weights: str) -> dict[str, Any]:
     from kvcomm.model.rounding import measure_rounding
 
     return {"weights": weights, "rounding": asdict(measure_rounding(loaded, weights_kind(weights)))}
+
+
+def _products(model: PreTrainedModel) -> list[str]:
+    """Which product serves how many rows, and whether that was measured here."""
+    from kvcomm.model.choice import ROWS
+    from kvcomm.model.lean import choice_of
+
+    choice = choice_of(model)
+    if choice is None or choice.table is None:
+        return ["not measured"]
+    return [*(f"{rows} rows: {name}" for rows, name in zip(ROWS, choice.table, strict=True)), choice.origin]
 
 
 def _geometry(geometry: ModelGeometry) -> dict[str, Any]:
@@ -249,6 +270,7 @@ def _machine_rows(machine: dict[str, Any]) -> list[tuple[str, object]]:
         ("torch threads", machine["torch_threads"]),
         ("OMP_WAIT_POLICY", machine["omp_wait_policy"] or "not set"),
         ("accelerators", ", ".join(machine["accelerators"]) or "none"),
+        ("--dtype auto", machine["dtype_auto"]),
     ]
 
 

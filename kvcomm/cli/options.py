@@ -11,7 +11,7 @@ import typer
 
 from kvcomm.errors import InvalidRequest
 from kvcomm.files.reading import TEXT_BYTES, BadContent, decoded, read_bytes
-from kvcomm.model.names import require_adapter_name, source_of, weights_kind
+from kvcomm.model.names import dtype_choice, require_adapter_name, source_of, weights_kind
 from kvcomm.model.registry import SMOLLM2_135M
 from kvcomm.starting import collector_paused
 
@@ -32,6 +32,11 @@ def known_model(name: str) -> str:
     """
     source_of(name)
     return name
+
+
+def known_dtype(name: str | None) -> str | None:
+    """The name of a dtype as it is. Raises InvalidRequest."""
+    return None if name is None else dtype_choice(name)
 
 
 def known_weights(name: str | None) -> str | None:
@@ -88,12 +93,23 @@ AdapterFlag = Annotated[
 ]
 
 
-def load_engine(model: str, weights: str | None = None) -> Engine:
+DtypeFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        help="auto, float32, bfloat16 or float16; by default the checkpoint's. auto: bfloat16 where it is quick.",
+        callback=known_dtype,
+    ),
+]
+
+
+def load_engine(model: str, dtype: str | None = None, weights: str | None = None) -> Engine:
     """The engine for a command, with progress on stderr."""
     with collector_paused():
         from kvcomm.engine.engine import Engine
 
-        return Engine.load(model, weights=weights, progress=True)
+        return Engine.load(model, dtype=dtype, weights=weights, progress=True)
 
 
 def with_adapters(engine: Engine, adapters: Mapping[str, Path]) -> Engine:

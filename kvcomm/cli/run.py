@@ -16,6 +16,7 @@ from rich.table import Table
 from kvcomm.cli.options import (
     DEFAULT_MODEL,
     AdapterFlag,
+    DtypeFlag,
     MaxNewTokensFlag,
     ModelFlag,
     SeedFlag,
@@ -74,6 +75,7 @@ def run(
         typer.Option("--profile", metavar="PROFILE", help="Reuse as `kvcomm tune` found best for this team."),
     ] = None,
     model: ModelFlag = DEFAULT_MODEL,
+    dtype: DtypeFlag = None,
     weights: WeightsFlag = None,
     adapters: AdapterFlag = None,
     stream: Annotated[
@@ -103,7 +105,9 @@ def run(
     _require_inputs(wanted, values)
     num_rounds = rounds or wanted.rounds
     is_streamed = not as_json if stream is None else stream
-    engine, policy = (load_engine(model, weights), None) if profile is None else _tuned(profile, tuned, model, weights)
+    engine, policy = (
+        (load_engine(model, dtype, weights), None) if profile is None else _tuned(profile, tuned, model, dtype, weights)
+    )
     with with_adapters(engine, folders):
         events = _events(engine, wanted, values, num_rounds, raw=raw, policy=policy)
         with _view(wanted, num_rounds, is_streamed=is_streamed, as_json=as_json) as view:
@@ -144,12 +148,12 @@ def _team(
     return Team(ALONE, (Agent(ALONE, prompt="{prompt}", adapter=next(iter(adapters), None)),))
 
 
-def _tuned(profile: Path, team: Team, model: str, weights: str | None) -> tuple[Engine, ReusePolicy]:
+def _tuned(profile: Path, team: Team, model: str, dtype: str | None, weights: str | None) -> tuple[Engine, ReusePolicy]:
     from kvcomm.agents.tuning import apply_profile
     from kvcomm.engine.engine import Engine
 
     def make(config: EngineConfig) -> Engine:
-        return Engine.load(model, weights=weights, config=config, progress=True)
+        return Engine.load(model, dtype=dtype, weights=weights, config=config, progress=True)
 
     applied = apply_profile(make, profile, team=team)
     return applied.engine, applied.policy

@@ -96,7 +96,7 @@ def serve(
         Path | None,
         typer.Option("--config", envvar="KVCOMM_SERVE_CONFIG", metavar="FILE", help="TOML with any setting."),
     ] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="Such as cpu or cuda.")] = None,
     weights: WeightsFlag = None,
     pool_tokens: Annotated[int | None, typer.Option("--pool-tokens", metavar="N", help="Token slots of KV.")] = None,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -48,3 +49,10 @@ def threads() -> Iterator[None]:
             yield
         finally:
             torch.set_num_threads(num_threads)  # see `share_threads`: the first loop starts them
+
+
+def numbers(tensor: torch.Tensor) -> np.ndarray:
+    """The memory of a tensor on the CPU as loops take it: bfloat16 by its bits, as uint16, see `bits`."""
+    plain = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
+    array: np.ndarray = plain.numpy()
+    return array

@@ -18,6 +18,8 @@ WeightsKind = Literal["int8", "int4"]
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
+AUTO = "auto"
+"""Among dtypes: bfloat16 where the device multiplies it in hardware, else float32."""
 
 
 def source_of(name: str | Path) -> Source:
@@ -46,6 +48,13 @@ def require_adapter_name(name: str) -> None:
     """Raises InvalidRequest for what an adapter cannot be called."""
     if not ADAPTER_NAME.fullmatch(name):
         raise InvalidRequest(f"bad adapter name {name!r}; names are up to 64 letters, digits, '_' and '-'")
+
+
+def dtype_choice(name: str) -> str:
+    """The name of a dtype, or `AUTO`, as it is. Raises InvalidRequest."""
+    if name not in (*DTYPE_NAMES, AUTO):
+        raise InvalidRequest(f"dtype {name!r} cannot be used; choose among {', '.join(DTYPE_NAMES)} and {AUTO}")
+    return name
 
 
 def weights_kind(name: str) -> WeightsKind:

@@ -10,41 +10,45 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcomm.model import compiled
+from kvcomm.model.bits import rounded, widen
 
 Floats = NDArray[np.float32]
+Numbers = NDArray[np.float32] | NDArray[np.uint16]
+"""Float32, or bfloat16 by its bits, see `bits`; sums are of float32 either way."""
 
 TILE = 4
 """Outputs that are computed together by `sums_by_tiles`."""
 
 
-def _sums_by_outputs(rows: Floats, weight: Floats, out: Floats) -> None:
+def _sums_by_outputs(rows: Floats, weight: Numbers, out: Numbers) -> None:
     """out[i, j] = sum of rows[i] * weight[j]: [num_rows, num_in], [num_out, num_in] -> [num_rows, num_out].
 
     One output after the other, for four rows at a time: each thread reads its part of the weight from one end to the
     other, as memory likes it. For as many rows as stay in the nearest cache.
     """
     num_rows, num_in = rows.shape
-    zero = np.float32(0)
+    zero, like = np.float32(0), out[0, 0]
     for j in numba.prange(weight.shape[0]):
         first = num_rows % 4
         for i in range(first):
             a = zero
             for k in range(num_in):
-                a += weight[j, k] * rows[i, k]
-            out[i, j] = a
+                a += widen(weight[j, k]) * rows[i, k]
+            out[i, j] = rounded(a, like)
         for i in range(first, num_rows, 4):
             a, b, c, d = zero, zero, zero, zero
             for k in range(num_in):
-                w = weight[j, k]
+                w = widen(weight[j, k])
                 a += w * rows[i, k]
                 b += w * rows[i + 1, k]
                 c += w * rows[i + 2, k]
                 d += w * rows[i + 3, k]
-            out[i, j], out[i + 1, j], out[i + 2, j], out[i + 3, j] = a, b, c, d
+            out[i, j], out[i + 1, j] = rounded(a, like), rounded(b, like)
+            out[i + 2, j], out[i + 3, j] = rounded(c, like), rounded(d, like)
 
 
 def _sums_by_tiles(rows: Floats, weight: Floats, out: Floats) -> None:
-    """The same, four outputs and two rows at a time: eight sums, and every number read serves several."""
+    """The same in float32, four outputs and two rows at a time: eight sums, and every number read serves several."""
     num_rows, num_in = rows.shape
     num_out = weight.shape[0]
     zero = np.float32(0)

@@ -28,7 +28,7 @@ from pydantic import (
 from kvcomm.config import EngineConfig
 from kvcomm.errors import InvalidRequest
 from kvcomm.files.reading import BadContent, parse_toml, read_toml
-from kvcomm.model.names import DTYPE_NAMES, WeightsKind
+from kvcomm.model.names import AUTO, DTYPE_NAMES, WeightsKind
 from kvcomm.model.registry import SMOLLM2_135M
 from kvcomm.reuse.policy import DEFAULT_HEAL_WITHIN
 from kvcomm.server.hosts import ANY_ORIGIN, parse_authority, parse_origin
@@ -107,8 +107,8 @@ def _listed(value: object) -> object:
 
 
 def _dtype_name(name: str) -> str:
-    if name not in DTYPE_NAMES:
-        raise ValueError(f"must be one of {', '.join(DTYPE_NAMES)}")
+    if name not in (*DTYPE_NAMES, AUTO):
+        raise ValueError(f"must be one of {', '.join(DTYPE_NAMES)} and {AUTO}")
     return name
 
 

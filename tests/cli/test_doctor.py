@@ -15,6 +15,7 @@ from transformers import MambaConfig, MambaForCausalLM
 from kvcomm.align.ops.choice import available_ops
 from kvcomm.cli.app import run
 from kvcomm.model.attention import available_backends
+from kvcomm.model.loading import auto_dtype, dtype_name
 from kvcomm.model.self_test import SelfTest, Verdict
 from tests.tiny import TinyModel, tiny_tokenizer
 
@@ -33,6 +34,7 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert [tuple(info.values()) for info in found["attention"]] == [tuple(info) for info in available_backends()]
     assert [tuple(info.values()) for info in found["moving"]] == [tuple(info) for info in available_ops()]
     assert found["moving"][0]["runs"]
+    assert found["machine"]["dtype_auto"].startswith(dtype_name(auto_dtype().dtype))
     assert found["extras"].keys() == {"faiss", "triton", "server", "tiers", "redis", "eval"}
     assert "model" not in found
 

@@ -138,6 +138,8 @@ WRONG = {
         "model fetch no-such-model",
         "model rm no-such-model",
         "serve --dtype float63",
+        "run --prompt Hi. --dtype float63",
+        "bench decode --dtype float63",
         "serve --log-level loud",
         "serve --tool-parser none",
         "serve --allowed-host http://here/",

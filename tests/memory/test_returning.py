@@ -61,7 +61,7 @@ def test_who_comes_back_soon_stays_though_another_was_used_later() -> None:
 
 
 def test_who_is_long_overdue_goes_before_a_newcomer() -> None:
-    bench = Bench()
+    bench = Bench(eviction="return")
     visited(bench, span(0, 8), 8.0, 6)
     bench.now += 2_000.0
     bench.serve(span(100, 8), "one")
@@ -70,7 +70,7 @@ def test_who_is_long_overdue_goes_before_a_newcomer() -> None:
 
 
 def test_among_equals_the_least_recently_used_goes() -> None:
-    bench = Bench()
+    bench = Bench(eviction="return")
     for start in (0, 100, 200):
         bench.serve(span(start, 4))
         bench.now += 3.0
@@ -80,7 +80,7 @@ def test_among_equals_the_least_recently_used_goes() -> None:
 
 def test_what_was_dropped_keeps_its_rhythm() -> None:
     """Whoever is dropped shortly before each return is no newcomer when he comes."""
-    bench = Bench()
+    bench = Bench(eviction="return")
     visited(bench, span(0, 8), 8.0, 6)
     bench.tree.evict(100)
     bench.now += 1.0
@@ -91,7 +91,7 @@ def test_what_was_dropped_keeps_its_rhythm() -> None:
 
 
 def test_a_continued_path_goes_on_in_its_rhythm_and_a_branch_off_a_short_beginning_does_not() -> None:
-    bench = Bench()
+    bench = Bench(eviction="return")
     for num_tokens in range(16, 28, 2):  # a conversation that grows
         visited(bench, span(0, num_tokens), 8.0, 1)
     bench.serve((*span(0, 4), *span(500, 20)), "one")  # another one behind the same system prompt, used last
@@ -100,7 +100,7 @@ def test_a_continued_path_goes_on_in_its_rhythm_and_a_branch_off_a_short_beginni
 
 
 def test_an_unmatched_rest_keeps_its_own_past() -> None:
-    bench = Bench()
+    bench = Bench(eviction="return")
     bench.serve(span(0, 8))
     for _ in range(6):
         bench.now += 8.0
@@ -118,7 +118,7 @@ def test_the_order_within_a_tenant_does_not_depend_on_what_another_does(
     mine: list[tuple[int, float]], other: list[int]
 ) -> None:
     def left(others: list[int]) -> list[int]:
-        bench = Bench(num_pages=200)
+        bench = Bench(num_pages=200, eviction="return")
         waiting = list(others)
         for which, pause_s in mine:
             bench.serve(span(100 * which, 4), "mine")
@@ -142,5 +142,5 @@ def test_a_quota_is_kept_by_the_same_policy(eviction: str) -> None:
 
 
 def test_an_unknown_policy_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="'mru'; known: return, lru"):
-        RadixTree(Bench().pool, eviction="mru")
+    with pytest.raises(ValueError, match="'mru'; known: lru, return"):
+        RadixTree(Bench(eviction="return").pool, eviction="mru")

@@ -11,8 +11,9 @@ from torch.nn import functional
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from kvcomm.model import lean
-from kvcomm.model.lean import MAX_ROWS, LeanLayers, few_rows_product, lean_linear, lean_norm, linear_by_onednn
+from kvcomm.model import linear as products
+from kvcomm.model.choice import Choice
+from kvcomm.model.lean import MAX_ROWS, LeanLayers
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -36,67 +37,48 @@ def norm(size: int = 24, make: Callable[[int], nn.Module] = LlamaRMSNorm) -> nn.
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Row counts of the products of layers that were compiled loops."""
-    seen: list[int] = []
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Names and row counts of the products that passes asked for."""
+    seen: list[tuple[str, int]] = []
 
-    def counting(rows: Tensor, weight: Tensor) -> Tensor:
-        if weight.numel() > 1:  # else it is the trial that compiles the loop
-            seen.append(rows.shape[:-1].numel())
-        return few_rows_product(rows, weight)
+    def counting(name: str, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        seen.append((name, len(rows)))
+        return products.PRODUCTS[name](rows, weight, bias)
 
-    monkeypatch.setattr(lean, "few_rows_product", counting)
+    monkeypatch.setattr(products, "product", counting)
     return seen
 
 
+@pytest.mark.parametrize("num_rows", [1, 8, 16, MAX_ROWS, 64, 300])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("num_rows", range(1, 71))
-def test_the_product_is_as_near_to_the_exact_one_as_the_stock_product(num_rows: int, bias: bool) -> None:
-    layer, rows = linear(bias=bias), random(num_rows, 24)
+def test_a_linear_layer_is_the_stock_one_up_to_rounding(num_rows: int, bias: bool) -> None:
+    layer, rows = linear(bias=bias), random(2, num_rows, 24)
     with torch.inference_mode():
-        exact = functional.linear(rows.double(), layer.weight.double(), layer.bias.double() if bias else None)
-        stock, out = layer(rows), lean_linear(layer)(rows)
-    assert (out.shape, out.dtype) == (stock.shape, stock.dtype)
-    assert float((out - exact).abs().max()) <= 2 * float((stock - exact).abs().max()) + 1e-5
+        expected = layer(rows)
+        with LeanLayers(layer).switched(2 * num_rows, up_to_rounding=True):
+            torch.testing.assert_close(layer(rows), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 9, 24), (3, 3, 24), (2, 2, 2, 24), (1, 0, 24)])
-def test_the_product_keeps_leading_sizes(shape: tuple[int, ...]) -> None:
-    layer, rows = linear(), random(*shape)
-    with torch.inference_mode():
-        out = lean_linear(layer)(rows)
-        torch.testing.assert_close(out, layer(rows), rtol=1e-5, atol=1e-5)
-    assert out.shape == (*shape[:-1], 40)
-
-
-@pytest.mark.parametrize("num_out", [1, 2, 3, 4, 5, 7, 41])
-@pytest.mark.parametrize("num_rows", [1, 2, 5, 13, 18])
-@pytest.mark.parametrize("num_in", [1, 33])
-def test_sizes_that_fill_no_tile_are_taken(num_rows: int, num_in: int, num_out: int) -> None:
-    rows, weight = random(num_rows, num_in), random(num_out, num_in, seed=1)
-    torch.testing.assert_close(few_rows_product(rows, weight), rows @ weight.t(), rtol=1e-5, atol=1e-5)
-
-
-def test_strided_rows_and_weights_are_taken() -> None:
-    rows, weight = random(24, 12).t()[::2], random(24, 40, seed=1).t()
-    torch.testing.assert_close(few_rows_product(rows, weight), rows @ weight.t(), rtol=1e-5, atol=1e-5)
-
-
-def test_what_is_not_a_number_stays_so() -> None:
-    rows, weight = random(3, 24), random(40, 24, seed=1)
-    rows[1, 5], weight[7, 3] = float("nan"), float("inf")
-    torch.testing.assert_close(few_rows_product(rows, weight), rows @ weight.t(), rtol=1e-5, atol=1e-5, equal_nan=True)
-
-
-@pytest.mark.parametrize(("num_rows", "is_compiled"), [(1, True), (MAX_ROWS, True), (MAX_ROWS + 1, False)])
-def test_only_few_rows_are_computed_by_the_loop(calls: list[int], num_rows: int, is_compiled: bool) -> None:
+def test_what_is_chosen_is_what_computes(calls: list[tuple[str, int]]) -> None:
+    table = ("blocks", "outputs", "onednn", "torch", "blocks", "outputs", "torch", "onednn", "torch")
     layer = linear()
-    with torch.inference_mode(), LeanLayers(layer).switched(num_rows):
-        layer(random(num_rows, 24))
-    assert calls == [num_rows] * is_compiled
+    with torch.inference_mode(), LeanLayers(layer, Choice(table)).switched(8):
+        for num_rows in (1, 3, 8, 9, 32, 64, 65, 256, 1000):
+            layer(random(num_rows, 24))
+    assert calls == [*zip(table, (1, 3, 8, 9, 32, 64, 65, 256, 1000), strict=True)]
 
 
-def test_who_wants_gradients_gets_them_meanwhile(calls: list[int]) -> None:
+def test_many_rows_are_the_stock_product_unless_rounding_may_differ(calls: list[tuple[str, int]]) -> None:
+    layer, rows = linear(), random(MAX_ROWS + 1, 24)
+    layers = LeanLayers(layer)
+    with torch.inference_mode():
+        for up_to_rounding in (False, True):
+            with layers.switched(len(rows), up_to_rounding=up_to_rounding):
+                layer(rows)
+            assert bool(calls) == up_to_rounding
+
+
+def test_who_wants_gradients_gets_them_meanwhile(calls: list[tuple[str, int]]) -> None:
     """Another thread may train the model during a pass."""
     layer = linear()
     with LeanLayers(layer).switched(8):
@@ -105,7 +87,7 @@ def test_who_wants_gradients_gets_them_meanwhile(calls: list[int]) -> None:
     assert calls == []
 
 
-def test_rows_that_are_parameters_get_the_stock_product(calls: list[int]) -> None:
+def test_rows_that_are_parameters_get_the_stock_product(calls: list[tuple[str, int]]) -> None:
     """Another thread may ask for trained rows, a soft prompt, during a pass."""
     layer, rows = linear(), nn.Parameter(random(8, 24))
     with torch.inference_mode(), LeanLayers(layer).switched(8):
@@ -113,64 +95,24 @@ def test_rows_that_are_parameters_get_the_stock_product(calls: list[int]) -> Non
     assert calls == []
 
 
-def test_more_rows_from_elsewhere_get_the_stock_product(calls: list[int]) -> None:
-    """Another thread may prefill with the model during a pass of few rows."""
-    layer, rows = linear(), random(MAX_ROWS + 1, 24)
-    with torch.inference_mode(), LeanLayers(layer).switched(8):
-        assert torch.equal(layer(rows), functional.linear(rows, layer.weight, layer.bias))
-    assert calls == []
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("num_rows", [MAX_ROWS + 1, 271, 2048])
-def test_many_rows_by_onednn_are_as_near_to_the_exact_product_as_one_sum(num_rows: int, bias: bool) -> None:
-    """As adding products one after the other in float32; MKL, which adds them in parts, errs half as much."""
-    layer, rows = linear(576, 40, bias=bias), random(num_rows, 576)
-    with torch.inference_mode():
-        exact = functional.linear(rows.double(), layer.weight.double(), layer.bias.double() if bias else None)
-        summed = torch.zeros(num_rows, 40)
-        for place in range(576):
-            summed += rows[:, place, None] * layer.weight[:, place]
-        summed += layer.bias if bias else 0
-        out = linear_by_onednn(rows[None], layer.weight, layer.bias)
-    assert (out.shape, out.dtype) == ((1, num_rows, 40), torch.float32)
-    assert float((out[0] - exact).abs().max()) <= 1.1 * float((summed - exact).abs().max())
-
-
-def test_onednn_takes_strided_rows_and_weights() -> None:
-    rows, weight = random(2, 100, 96)[..., ::2], random(80, 96, seed=1)[::2, ::2]
-    for one, other in ((rows, weight), (rows.contiguous(), weight.t().contiguous().t())):
-        with torch.inference_mode():
-            torch.testing.assert_close(linear_by_onednn(one, other, None), one @ other.t(), rtol=1e-5, atol=1e-5)
-
-
-def test_many_rows_are_the_stock_product_unless_rounding_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, rows = linear(), random(MAX_ROWS + 1, 24)
-    layers, seen = LeanLayers(layer), []
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: seen.append(1) or False)
-    with torch.inference_mode():
-        for up_to_rounding in (False, True):
-            with layers.switched(len(rows), up_to_rounding=up_to_rounding):
-                assert torch.equal(layer(rows), functional.linear(rows, layer.weight, layer.bias))
-            assert bool(seen) == up_to_rounding
-
-
-def test_the_few_logits_of_a_pass_of_many_rows_are_computed_by_the_loop(calls: list[int]) -> None:
-    """MKL took 34 ms for what 28 answers needed of a vocabulary of 49,152, a twentieth of the pass."""
+def test_no_rows_give_no_outputs() -> None:
     layer = linear()
-    with torch.inference_mode(), LeanLayers(layer).switched(300, up_to_rounding=True):
-        torch.testing.assert_close(layer(random(28, 24)), functional.linear(random(28, 24), layer.weight, layer.bias))
-    assert calls == [28]
+    with torch.inference_mode(), LeanLayers(layer).switched(8):
+        assert layer(random(1, 0, 24)).shape == (1, 0, 40)
 
 
 @pytest.mark.parametrize("shape", [(1, 24), (1, 1, 24), (1, 300, 24), (1, 7, 3, 24)])
-def test_a_norm_is_the_same_to_the_last_bit(shape: tuple[int, ...]) -> None:
-    layer, rows = norm(), random(*shape) * 50
+def test_a_norm_in_a_whole_prompt_is_the_same_to_the_last_bit(shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(norm(), linear())
+    rows = random(*shape) * 50
     before = rows.clone()
-    forward = lean_norm(layer)
-    assert forward is not None
     with torch.inference_mode():
-        assert torch.equal(forward(rows), layer(rows))
+        expected = model[0](rows)
+        with LeanLayers(model).switched(MAX_ROWS + 1):
+            assert "forward" in vars(model[0])
+            assert torch.equal(model[0](rows), expected)
+        with LeanLayers(model).switched(1):
+            torch.testing.assert_close(model[0](rows), expected, rtol=1e-6, atol=1e-5)
     assert torch.equal(rows, before)
 
 
@@ -190,20 +132,31 @@ class BufferRMSNorm(nn.Module):
 
 def test_a_norm_of_float32_in_a_smaller_model_keeps_its_own_way() -> None:
     """Bug: squares of bfloat16 rows were summed in bfloat16."""
-    layer, rows = norm(), random(1, 7, 24).bfloat16()
+    model, rows = nn.Sequential(norm(), linear()), random(1, 7, 24).bfloat16()
     with torch.inference_mode():
-        expected = layer(rows)
-        with LeanLayers(layer).switched(7):
-            got = layer(rows)
+        expected = model[0](rows)
+        with LeanLayers(model).switched(7):
+            got = model[0](rows)
     assert (got.dtype, torch.equal(got, expected)) == (expected.dtype, True)
 
 
 def test_looking_for_norms_calls_no_hook() -> None:
-    layer = norm()
+    model = nn.Sequential(norm(), linear())
     calls: list[object] = []
-    layer.register_forward_hook(lambda *_: calls.append(None))
-    LeanLayers(layer)
+    model[0].register_forward_hook(lambda *_: calls.append(None))
+    LeanLayers(model)
     assert calls == []
+
+
+def test_hooked_layers_keep_their_own_way() -> None:
+    model = nn.Sequential(norm(), linear())
+    layers = LeanLayers(model)
+    seen: list[object] = []
+    model[0].register_forward_hook(lambda *_: seen.append(None))
+    with torch.inference_mode(), layers.switched(8):
+        assert "forward" not in vars(model[0])
+        model(random(8, 24))
+    assert seen == [None]
 
 
 @pytest.mark.parametrize(
@@ -215,15 +168,14 @@ def test_looking_for_norms_calls_no_hook() -> None:
         nn.LayerNorm,
         nn.RMSNorm,
         lambda size: nn.GroupNorm(4, size),
-        lambda size: linear(size),
     ],
 )
 def test_norms_of_another_form_are_left_alone(make: Callable[[int], nn.Module]) -> None:
-    layer = make(24)
-    layers = LeanLayers(layer)
-    before = layer.forward
-    with layers.switched(1000):
-        assert layer.forward == before
+    model = nn.Sequential(make(24), linear())
+    layers = LeanLayers(model)
+    for num_rows in (8, 1000):
+        with layers.switched(num_rows):
+            assert "forward" not in vars(model[0])
 
 
 def test_weights_that_change_after_loading_count() -> None:
@@ -240,7 +192,7 @@ def test_weights_that_change_after_loading_count() -> None:
             torch.testing.assert_close(model(rows), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_layers_are_their_own_again_after_the_block(calls: list[int]) -> None:
+def test_layers_are_their_own_again_after_the_block(calls: list[tuple[str, int]]) -> None:
     model = nn.Sequential(norm(), linear())
     layers, rows = LeanLayers(model), random(8, 24)
     with torch.inference_mode():
@@ -268,8 +220,17 @@ def test_a_forward_that_somebody_else_laid_over_a_layer_stays(is_later: bool) ->
     assert all(layer.forward is foreign[layer] for layer in model)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes_are_left_alone(calls: list[int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes_are_left_alone(dtype: torch.dtype) -> None:
     model = nn.Sequential(norm(), linear()).to(dtype)
     with torch.inference_mode(), LeanLayers(model).switched(8):
         assert not any("forward" in vars(layer) for layer in model)
+
+
+def test_bfloat16_is_lean_in_whole_prompts_as_well() -> None:
+    model, rows = nn.Sequential(norm(), linear()).bfloat16(), random(70, 24).bfloat16()
+    with torch.inference_mode():
+        expected = model(rows)
+        with LeanLayers(model).switched(70):
+            assert all("forward" in vars(layer) for layer in model)
+            torch.testing.assert_close(model(rows), expected, rtol=2e-2, atol=2e-2)

@@ -94,9 +94,33 @@ def test_dtype(dtype: torch.dtype | str | None, expected: torch.dtype, folder: P
     assert load_model(folder, dtype=dtype).model.dtype == expected
 
 
+@pytest.mark.parametrize(
+    ("features", "expected", "reason"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, torch.bfloat16, "AMX"),
+        ({"amx_bf16": False, "avx512_bf16": True}, torch.bfloat16, "AVX512-BF16"),
+        ({"amx_bf16": False, "avx512_bf16": False}, torch.float32, "neither"),
+        ({}, torch.float32, "neither"),
+    ],
+)
+def test_auto_dtype_is_what_the_processor_multiplies(
+    features: dict[str, bool],
+    expected: torch.dtype,
+    reason: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    with caplog.at_level("INFO", "kvcomm.model"):
+        assert load_model(folder, dtype="auto", device="cpu").model.dtype == expected
+    (said,) = [record.getMessage() for record in caplog.records if "dtype auto" in record.getMessage()]
+    assert reason in said
+
+
 @pytest.mark.parametrize("dtype", ["int8", "float33", torch.int64])
 def test_unusable_dtype(dtype: torch.dtype | str, folder: Path) -> None:
-    with pytest.raises(InvalidRequest, match=r"dtype .* choose among float32, bfloat16, float16"):
+    with pytest.raises(InvalidRequest, match=r"dtype .* choose among float32, bfloat16, float16 and auto"):
         load_model(folder, dtype=dtype)
 
 

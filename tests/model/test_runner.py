@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvcomm.memory import segments, tree
-from kvcomm.model import lean, runner
+from kvcomm.model import linear, runner
 from kvcomm.model.attention.contract import AttentionStep, RunTable
 from kvcomm.model.attention.torch_backend import TorchBackend
 from kvcomm.model.geometry import ModelGeometry
@@ -253,15 +253,14 @@ def test_a_model_that_returns_all_logits_is_cut_to_the_wanted_ones(monkeypatch: 
 def test_only_a_prompt_computed_whole_must_be_stock_to_the_last_bit(
     start: int, num_runs: int, is_free: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where rounding may differ, products of many rows are oneDNN's, which is faster."""
+    """Where rounding may differ, products of many rows are those that were chosen."""
     seen: list[int] = []
-    onednn = lean.linear_by_onednn
 
-    def watched(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        seen.append(rows.shape[:-1].numel())
-        return onednn(rows, weight, bias)
+    def watched(name: str, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        seen.append(len(rows))
+        return linear.PRODUCTS[name](rows, weight, bias)
 
-    monkeypatch.setattr(lean, "linear_by_onednn", watched)
+    monkeypatch.setattr(linear, "product", watched)
     model = tiny_model("llama")
     paged = Paged(model)
     token_ids, pages = some_tokens(100), tables(*[100] * num_runs)

@@ -59,11 +59,10 @@ class _Cluster:
     def end(self) -> int:
         return self.runs[-1].end
 
-    @property
-    def is_short(self) -> bool:
-        """Whether it is one run behind a prefix, short enough to join others."""
+    def is_short(self, dtype: torch.dtype) -> bool:
+        """Whether it is one run behind a prefix, short enough to join others in this dtype."""
         is_one_behind = len(self.runs) == 1 and self.start > 0
-        return is_one_behind and is_short(self.end - self.start, self.end)
+        return is_one_behind and is_short(self.end - self.start, self.end, dtype)
 
     def pages_read(self, page_size: int) -> npt.NDArray[np.int32]:
         """Of the last row, the one that is written included."""
@@ -85,12 +84,12 @@ class PassPlanner:
     """Plans the pieces of one pass for a given window width."""
 
     def __init__(
-        self, runs: Sequence[RunTable], page_size: int, device: torch.device, *, joins_short_runs: bool = False
+        self, runs: Sequence[RunTable], page_size: int, device: torch.device, *, joined_dtype: torch.dtype | None = None
     ) -> None:
         """Args:
-        joins_short_runs: whether the pieces will go through `join_short_runs`.
+        joined_dtype: of keys and values whose pieces will go through `join_short_runs`; None: none will.
         """
-        self._joins_short_runs = joins_short_runs
+        self._joined_dtype = joined_dtype
         self._runs = list(runs)
         self._page_size = page_size
         self._device = device
@@ -125,9 +124,10 @@ class PassPlanner:
 
     def _short_runs_alone(self) -> list[int]:
         """Clusters that the loop of short runs takes whole: several, which together read few pages twice."""
-        if not self._joins_short_runs:
+        dtype = self._joined_dtype
+        if dtype is None:
             return []
-        short = [index for index, cluster in enumerate(self._clusters) if cluster.is_short]
+        short = [index for index, cluster in enumerate(self._clusters) if cluster.is_short(dtype)]
         if len(short) < 2:
             return []
         pages = np.concatenate([self._clusters[index].pages_read(self._page_size) for index in short])

@@ -1,4 +1,4 @@
-"""Attention of all short runs of a pass in one call, on the CPU in float32.
+"""Attention of all short runs of a pass in one call, on the CPU in float32 or bfloat16.
 
 Answers that are decoded with guesses are runs of a few rows, each behind a prefix of its own. A call of flash attention
 for each of them spends most of its time on being started and, where slots are not consecutive, on gathering them. One
@@ -20,9 +20,10 @@ from torch import Tensor
 from kvcomm.model import compiled
 from kvcomm.model.attention.pieces import Piece, TailPiece
 from kvcomm.model.attention.slots import Index, SlotArray, index_of
+from kvcomm.model.compiled import numbers
 
-MAX_ROWS = 8
-"""Of a run that joins."""
+MAX_ROWS = {torch.float32: 8, torch.bfloat16: 1}
+"""Of a run that joins, by dtype of keys and values: of bfloat16 flash attention multiplies several rows by tiles."""
 
 MAX_SLOTS = 1024
 """That the last row of such a run sees."""
@@ -67,20 +68,29 @@ class ShortRunsPiece:
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, None]:
         from kvcomm.model.attention.short_runs_loop import attend
 
-        rows = query[:, self.rows].transpose(0, 1).contiguous().numpy()
+        rows = numbers(query[:, self.rows].transpose(0, 1).contiguous())
         num_kv_heads = keys.shape[1]
         num_parts = self._num_parts(num_kv_heads)
         buffers = self._buffers(num_kv_heads, num_parts, rows.shape[1], rows.shape[2], values.shape[2])
-        out = np.empty((*rows.shape[:2], values.shape[2]), np.float32)
+        out = query.new_empty(*rows.shape[:2], values.shape[2])
         with compiled.one_caller:
             attend(
-                rows, keys.numpy(), values.numpy(), self.runs, self.slots, num_parts, np.float32(scale), *buffers, out
+                rows,
+                numbers(keys),
+                numbers(values),
+                self.runs,
+                self.slots,
+                num_parts,
+                np.float32(scale),
+                *buffers,
+                numbers(out),
             )
-        return torch.from_numpy(out).transpose(0, 1), None
+        return out.transpose(0, 1), None
 
     def _num_parts(self, num_kv_heads: int) -> int:
         """Parts into which the rows over one head of keys are cut, so that all threads have work to the end."""
-        return 1 if len(self.runs) * num_kv_heads >= 4 * torch.get_num_threads() else 2
+        num_threads = torch.get_num_threads()
+        return 1 if num_threads == 1 or len(self.runs) * num_kv_heads >= 4 * num_threads else 2
 
     def _buffers(self, num_kv_heads: int, num_parts: int, num_heads: int, key_dim: int, value_dim: int) -> Buffers:
         key = (num_kv_heads, num_parts, num_heads, key_dim, value_dim)
@@ -95,20 +105,20 @@ class ShortRunsPiece:
 
 def can_join(storage: Tensor) -> bool:
     """Whether the loop can read keys or values stored like this."""
-    return storage.device.type == "cpu" and storage.dtype == torch.float32 and storage.is_contiguous()
+    return storage.device.type == "cpu" and storage.dtype in MAX_ROWS and storage.is_contiguous()
 
 
-def is_short(num_rows: int, num_slots: int) -> bool:
+def is_short(num_rows: int, num_slots: int, dtype: torch.dtype) -> bool:
     """Whether a run of so many rows, the last of which sees so many slots, may join others."""
-    return num_rows <= MAX_ROWS and num_slots <= (MAX_SLOTS_OF_ONE_ROW if num_rows == 1 else MAX_SLOTS)
+    return num_rows <= MAX_ROWS[dtype] and num_slots <= (MAX_SLOTS_OF_ONE_ROW if num_rows == 1 else MAX_SLOTS)
 
 
-def join_short_runs(pieces: Sequence[Piece]) -> list[Piece]:
+def join_short_runs(pieces: Sequence[Piece], dtype: torch.dtype = torch.float32) -> list[Piece]:
     """The pieces of a pass over storages that `can_join`, with those of short runs as one where that pays.
 
     The loop runs on the threads that the caller has given it, see `compiled.share_threads`.
     """
-    short = [piece for piece in pieces if isinstance(piece, TailPiece) and _is_short(piece)]
+    short = [piece for piece in pieces if isinstance(piece, TailPiece) and _is_short(piece, dtype)]
     if len(short) < 2 and not any(len(piece.parts) > 1 for piece in short):
         return list(pieces)
     others = [piece for piece in pieces if not any(piece is one for one in short)]
@@ -116,15 +126,15 @@ def join_short_runs(pieces: Sequence[Piece]) -> list[Piece]:
 
 
 @cache
-def compile_loop() -> None:
+def compile_loop(dtype: torch.dtype = torch.float32) -> None:
     """Compile or load the loop: for the first pass of all, which measures a model, so that none that serves waits."""
     with torch.inference_mode(), compiled.threads():
-        one = torch.zeros(1, 1, 1)
+        one = torch.zeros(1, 1, 1, dtype=dtype)
         ShortRunsPiece(slice(0, 1), np.array([[0, 1, 0, 1]]), np.zeros(1, np.int64)).attend(one, one, one, 1.0)
 
 
-def _is_short(piece: TailPiece) -> bool:
-    return is_short(piece.rows.stop - piece.rows.start, sum(_length(part) for part in piece.parts))
+def _is_short(piece: TailPiece, dtype: torch.dtype) -> bool:
+    return is_short(piece.rows.stop - piece.rows.start, sum(_length(part) for part in piece.parts), dtype)
 
 
 def _joined(pieces: Sequence[TailPiece]) -> ShortRunsPiece:

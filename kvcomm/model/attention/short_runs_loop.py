@@ -7,19 +7,17 @@ while all rows of the item use it.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numba
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from kvcomm.model import compiled
+from kvcomm.model.bits import float_of_bits, prefetch, rounded, widen
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.float32] | npt.NDArray[np.uint16]
+"""Float32, or bfloat16 by its bits."""
 
 BLOCK = 64
 """Slots that all rows of an item look at before the next ones."""
@@ -28,18 +26,6 @@ ANY_ORDER = {"contract", "reassoc", "nsz"}
 """Of sums: else each is one long chain of additions. Infinities and NaN stay what they are."""
 
 ZERO, ONE = np.float32(0), np.float32(1)
-
-
-def _as_float(typing_context: Any, bits: Any) -> Any:
-    """The float32 with the bits of an int32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.int32), generate
-
-
-float_of_bits: Any = intrinsic(_as_float)
 
 
 def _exp(x: np.float32) -> np.float32:
@@ -65,28 +51,56 @@ def _exp(x: np.float32) -> np.float32:
 exp = compiled.jit(_exp, fastmath={"contract"})
 
 
-def _score_block(rows: Floats, keys: Floats, head: int, slots: Ints, start: int, end: int, scores: Floats) -> None:
-    """scores[f, s] = rows[f] . keys[slots[s], head] for s in [start, end); four rows at a time read a key once."""
+LINE = 64
+"""Bytes that memory hands out at once."""
+
+AHEAD = 48
+"""Slots between the one that is read and the one that is asked for."""
+
+
+def _ask_for(stored: Numbers, head: int, slot: int) -> None:
+    """Have stored[slot, head] on its way: slots of a head are too far apart for the processor to foresee them."""
+    per_slot, per_head, per_channel = stored.strides
+    first = stored.ctypes.data + head * per_head + slot * per_slot
+    for offset in range(0, stored.shape[2] * per_channel, LINE):
+        prefetch(first + offset)
+
+
+ask_for = compiled.jit(_ask_for)
+
+
+def _score_block(rows: Floats, keys: Numbers, head: int, slots: Ints, start: int, end: int, scores: Floats) -> None:
+    """scores[f, s] = rows[f] . keys[slots[s], head] for s in [start, end); up to four rows read a key at once."""
     num_rows, dim = rows.shape
-    whole = num_rows - num_rows % 4
-    for f in range(0, whole, 4):
+    last = len(slots) - 1
+    for f in range(0, num_rows, 4):
+        num_here = min(4, num_rows - f)
         for s in range(start, end):
             slot = slots[s]
+            if f == 0:
+                ask_for(keys, head, slots[min(s + AHEAD, last)])
             a, b, c, d = ZERO, ZERO, ZERO, ZERO
-            for k in range(dim):
-                key = keys[slot, head, k]
-                a += key * rows[f, k]
-                b += key * rows[f + 1, k]
-                c += key * rows[f + 2, k]
-                d += key * rows[f + 3, k]
-            scores[f, s], scores[f + 1, s], scores[f + 2, s], scores[f + 3, s] = a, b, c, d
-    for f in range(whole, num_rows):
-        for s in range(start, end):
-            slot = slots[s]
-            a = ZERO
-            for k in range(dim):
-                a += keys[slot, head, k] * rows[f, k]
-            scores[f, s] = a
+            if num_here == 4:
+                for k in range(dim):
+                    key = widen(keys[slot, head, k])
+                    a += key * rows[f, k]
+                    b += key * rows[f + 1, k]
+                    c += key * rows[f + 2, k]
+                    d += key * rows[f + 3, k]
+                scores[f, s], scores[f + 1, s], scores[f + 2, s], scores[f + 3, s] = a, b, c, d
+            elif num_here == 3:
+                for k in range(dim):
+                    key = widen(keys[slot, head, k])
+                    a += key * rows[f, k]
+                    b += key * rows[f + 1, k]
+                    c += key * rows[f + 2, k]
+                scores[f, s], scores[f + 1, s], scores[f + 2, s] = a, b, c
+            else:
+                for g in range(f, f + num_here):
+                    a = ZERO
+                    for k in range(dim):
+                        a += widen(keys[slot, head, k]) * rows[g, k]
+                    scores[g, s] = a
 
 
 score_block = compiled.jit(_score_block, fastmath=ANY_ORDER)
@@ -111,27 +125,29 @@ def _weigh(scores: Floats, num_seen: int, scale: np.float32) -> np.float32:
 weigh = compiled.jit(_weigh, fastmath=ANY_ORDER)
 
 
-def _add_block(weights: Floats, values: Floats, head: int, slots: Ints, start: int, end: int, sums: Floats) -> None:
+def _add_block(weights: Floats, values: Numbers, head: int, slots: Ints, start: int, end: int, sums: Floats) -> None:
     """sums[f] += weights[f, s] * values[slots[s], head] for s in [start, end), four slots at a time."""
     num_rows, dim = sums.shape
     whole = end - (end - start) % 4
     for s in range(start, whole, 4):
         first, second, third, fourth = slots[s], slots[s + 1], slots[s + 2], slots[s + 3]
+        for ahead in range(s + AHEAD, min(s + AHEAD + 4, len(slots))):
+            ask_for(values, head, slots[ahead])
         for f in range(num_rows):
             a, b, c, d = weights[f, s], weights[f, s + 1], weights[f, s + 2], weights[f, s + 3]
             for k in range(dim):
                 sums[f, k] += (
-                    a * values[first, head, k]
-                    + b * values[second, head, k]
-                    + c * values[third, head, k]
-                    + d * values[fourth, head, k]
+                    a * widen(values[first, head, k])
+                    + b * widen(values[second, head, k])
+                    + c * widen(values[third, head, k])
+                    + d * widen(values[fourth, head, k])
                 )
     for s in range(whole, end):
         slot = slots[s]
         for f in range(num_rows):
             a = weights[f, s]
             for k in range(dim):
-                sums[f, k] += a * values[slot, head, k]
+                sums[f, k] += a * widen(values[slot, head, k])
 
 
 add_block = compiled.jit(_add_block, fastmath=ANY_ORDER)
@@ -171,7 +187,7 @@ def _attend(
         for f in range(count):
             row, its_head = first_row + (start + f) % num_rows, head * group + (start + f) // num_rows
             for k in range(rows.shape[2]):
-                rows[item, f, k] = query[row, its_head, k]
+                rows[item, f, k] = widen(query[row, its_head, k])
             for k in range(sums.shape[2]):
                 sums[item, f, k] = ZERO
         seen = slots[first_slot : first_slot + num_slots]
@@ -189,7 +205,7 @@ def _attend(
             row, its_head = first_row + (start + f) % num_rows, head * group + (start + f) // num_rows
             factor = ONE / rows[item, f, 0]
             for k in range(sums.shape[2]):
-                out[row, its_head, k] = sums[item, f, k] * factor
+                out[row, its_head, k] = rounded(sums[item, f, k] * factor, out[0, 0, 0])
 
 
 attend = compiled.jit(_attend, parallel=True, fastmath=ANY_ORDER)

@@ -2,8 +2,8 @@
 
 A pass is cut into pieces (`planner`), each piece is one call of torch's flash attention (`pieces`), and partial
 results of a row are merged by their log-sum-exp. A pass whose only piece is one causal block goes through the very
-kernel that stock SDPA uses, so a cold full prefill is bit-identical to the stock forward on CPU. There, in float32, all
-short runs of a pass are one piece (`short_runs`), and one compiled loop merges (`merging`).
+kernel that stock SDPA uses, so a cold full prefill is bit-identical to the stock forward on CPU. There, in float32 and
+bfloat16, all short runs of a pass are one piece (`short_runs`), and in float32 one compiled loop merges (`merging`).
 """
 
 from __future__ import annotations
@@ -41,14 +41,18 @@ class TorchStep:
         self, runs: Sequence[RunTable], keys: Sequence[Tensor], values: Sequence[Tensor], page_size: int
     ) -> None:
         self._keys, self._values = keys, values
-        self._joins = all(map(can_join, (*keys, *values)))
-        self._planner = PassPlanner(runs, page_size, keys[0].device, joins_short_runs=self._joins)
+        self._joins = all(map(can_join, (*keys, *values))) and len({each.dtype for each in (*keys, *values)}) == 1
+        self._planner = PassPlanner(
+            runs, page_size, keys[0].device, joined_dtype=keys[0].dtype if self._joins else None
+        )
         self._write_slots = self._planner.write_slots()
         self._pieces: dict[int | None, list[Piece]] = {}
-        self._merge: Merge = merge_by_loop if self._joins else merge_into
+        self._merge: Merge = merge_into
         if self._joins:
-            short_runs.compile_loop()
+            short_runs.compile_loop(keys[0].dtype)
+        if self._joins and keys[0].dtype == torch.float32:
             merging.compile_loop()
+            self._merge = merge_by_loop
 
     def __call__(
         self,
@@ -73,7 +77,7 @@ class TorchStep:
         if not self._joins:
             return pieces
         compiled.share_threads()  # of the thread that makes the pass
-        return join_short_runs(pieces)
+        return join_short_runs(pieces, self._keys[0].dtype)
 
 
 def _write(storage: Tensor, slots: Index, new: Tensor) -> None:

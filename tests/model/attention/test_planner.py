@@ -49,8 +49,8 @@ class Pass:
     def num_slots(self) -> int:
         return (max(int(run.pages.max()) for run in self.runs) + 1) * self.page_size
 
-    def planner(self, *, joins_short_runs: bool = False) -> PassPlanner:
-        return PassPlanner(self.runs, self.page_size, CPU, joins_short_runs=joins_short_runs)
+    def planner(self, *, joined_dtype: torch.dtype | None = None) -> PassPlanner:
+        return PassPlanner(self.runs, self.page_size, CPU, joined_dtype=joined_dtype)
 
     def slot(self, run: RunTable, position: int) -> int:
         return int(run.pages[position // self.page_size]) * self.page_size + position % self.page_size
@@ -172,9 +172,9 @@ def test_every_row_sees_its_slots_once_when_short_stretches_are_shared(case: Pas
 @given(case=passes(), rows=st.sampled_from([1, 8, 200]), share=st.sampled_from([0.0, 0.5, 0.9]))
 def test_every_row_sees_its_slots_once_when_short_runs_join(case: Pass, rows: int, share: float) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(short_runs, "MAX_ROWS", rows)
+        patch.setattr(short_runs, "MAX_ROWS", {torch.float32: rows})
         patch.setattr(planner, "MIN_DISTINCT_SHARE", share)
-        pieces = case.planner(joins_short_runs=True).pieces(None)
+        pieces = case.planner(joined_dtype=torch.float32).pieces(None)
     assert np.array_equal(counted(case, pieces), case.expected(None))
 
 
@@ -373,7 +373,7 @@ def test_short_runs_that_join_are_planned_whole_beside_a_prompt() -> None:
         RunTable(np.arange(40, dtype=np.int32), 400, 600),
         *(decode(np.arange(50 * stream, 50 * stream + 40, dtype=np.int32), 500 + 7 * stream) for stream in range(1, 4)),
     ]
-    pieces = PassPlanner(runs, 16, CPU, joins_short_runs=True).pieces(None)
+    pieces = PassPlanner(runs, 16, CPU, joined_dtype=torch.float32).pieces(None)
     assert [type(piece) for piece in pieces] == [TailPiece, TailPiece, TailPiece, FullPiece, CausalPiece]
     kinds = [type(piece) for piece in PassPlanner(runs, 16, CPU).pieces(None)]
     assert TailPiece not in kinds
@@ -385,13 +385,13 @@ def test_forks_of_one_context_do_not_read_it_each_for_itself(num_shared: int, is
     """Three runs that read 31 pages each are planned whole as long as more than half of the 93 are different ones."""
     own = 31 - num_shared
     runs = [decode(np.array([*range(num_shared), *range(at, at + own)]), 490) for at in (100, 200, 300)]
-    pieces = PassPlanner(runs, 16, CPU, joins_short_runs=True).pieces(None)
+    pieces = PassPlanner(runs, 16, CPU, joined_dtype=torch.float32).pieces(None)
     assert [isinstance(piece, TailPiece) for piece in pieces] == ([True] * 3 if is_whole else [False] * len(pieces))
 
 
 def test_a_single_short_run_has_nothing_to_join() -> None:
     runs = [decode(np.arange(3, 13, dtype=np.int32), 150), RunTable(np.arange(20, 30, dtype=np.int32), 0, 100)]
-    pieces = PassPlanner(runs, 16, CPU, joins_short_runs=True).pieces(None)
+    pieces = PassPlanner(runs, 16, CPU, joined_dtype=torch.float32).pieces(None)
     assert not any(isinstance(piece, TailPiece) for piece in pieces)
 
 

@@ -26,6 +26,8 @@ from kvcomm.model.attention.torch_backend import TorchBackend
 
 PAGE_SIZE = 16
 
+MOST_ROWS = MAX_ROWS[torch.float32]
+
 
 def run(num_rows: int, end: int, *, page: int = 0, step: int = 1) -> RunTable:
     """The last rows of a sequence whose pages begin with `page`; with another step than 1 they are scattered."""
@@ -46,7 +48,7 @@ def passes(draw: st.DrawFn) -> list[RunTable]:
     ids = draw(st.permutations(range(80)))
     runs = []
     for _ in range(draw(st.integers(2, 5))):
-        num_rows = draw(st.integers(2, MAX_ROWS))
+        num_rows = draw(st.integers(2, MOST_ROWS))
         end = num_rows + draw(st.integers(1, 200))
         num_pages = -(-end // PAGE_SIZE)
         runs.append(RunTable(np.array(ids[:num_pages], dtype=np.int32), end - num_rows, end))
@@ -77,7 +79,7 @@ def test_the_loop_is_the_reference(
     torch.testing.assert_close(out.transpose(0, 1)[None], expected, rtol=0, atol=5e-6)
 
 
-@given(cut=st.lists(st.tuples(st.integers(1, MAX_ROWS), st.integers(1, 300)), min_size=2, max_size=6), data=st.data())
+@given(cut=st.lists(st.tuples(st.integers(1, MOST_ROWS), st.integers(1, 300)), min_size=2, max_size=6), data=st.data())
 def test_decode_beside_a_prompt_is_the_reference(cut: list[tuple[int, int]], data: st.DataObject) -> None:
     """As the back end plans it: rows of decode join, those of the prompt stay what they were."""
     ids = iter(data.draw(st.permutations(range(160))))
@@ -136,7 +138,7 @@ def test_exp_is_as_exact_as_float32_allows() -> None:
 
 
 def test_runs_that_would_cost_more_stay_alone() -> None:
-    many_rows, far = run(MAX_ROWS + 1, 90, page=1), run(2, MAX_SLOTS + 1, page=100)
+    many_rows, far = run(MOST_ROWS + 1, 90, page=1), run(2, MAX_SLOTS + 1, page=100)
     first, second = run(2, 60, page=10), run(3, 50, page=20)
     pieces = joined(many_rows, first, far, second)
     assert [type(piece) for piece in pieces] == [ShortRunsPiece, TailPiece, TailPiece]
@@ -149,7 +151,7 @@ def test_a_run_of_one_row_may_see_more() -> None:
         [run(1, 2048, page=1), run(1, 1500, page=200), run(1, 2049, page=300), run(2, 1025, page=500)],
         PAGE_SIZE,
         torch.device("cpu"),
-        joins_short_runs=True,
+        joined_dtype=torch.float32,
     )
     first, *others = join_short_runs(planned.pieces(None))
     assert isinstance(first, ShortRunsPiece)
@@ -187,7 +189,8 @@ def test_no_pass_waits_for_the_compiler() -> None:
 
 def test_storages_that_cannot_be_read_in_place_do_not_join() -> None:
     assert can_join(torch.zeros(4, 2, 8))
-    assert not can_join(torch.zeros(4, 2, 8, dtype=torch.bfloat16))
+    assert can_join(torch.zeros(4, 2, 8, dtype=torch.bfloat16))
+    assert not can_join(torch.zeros(4, 2, 8, dtype=torch.float16))
     assert not can_join(torch.zeros(2, 4, 8).transpose(0, 1))
 
 

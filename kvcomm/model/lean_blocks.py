@@ -1,0 +1,295 @@
+"""Blocks of a decoder that are known here, each with a `forward` that is cheaper than its class's.
+
+RMS norms, MLPs of the form down(silu(gate) * up), and attention of separate query, key and value projections whose
+heads are rotated by halves: most decoders of transformers are made of these. Whether a module is one is found out by
+computing a few rows both ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kvcomm.errors import KVCommError
+from kvcomm.model.attention import hook
+from kvcomm.model.choice import Choice
+from kvcomm.model.compiled import numbers, one_caller
+from kvcomm.model.linear import Joined
+
+Forward = Callable[..., Any]
+
+NUM_TRIAL_ROWS = 3
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+"""Of the results of a trial, as a share of the largest one: another formula is off by far more."""
+
+
+class Block(NamedTuple):
+    """A module and its other forward.
+
+    Attributes:
+        inner: modules that are computed within, the layer itself included.
+    """
+
+    layer: nn.Module
+    forward: Forward
+    inner: tuple[nn.Module, ...]
+
+    def is_free(self) -> bool:
+        """Whether nobody has hooked these modules or given them a `forward`."""
+        return not any(map(_is_taken, self.inner))
+
+
+def _is_taken(module: nn.Module) -> bool:
+    members = vars(module)
+    return bool("forward" in members or members["_forward_hooks"] or members["_forward_pre_hooks"])
+
+
+def find_blocks(model: nn.Module, choice: Choice, *, exact: bool) -> list[Block]:
+    """The blocks of a model on the CPU; `exact`: by stock products, and only what is the same to the last bit."""
+    hook.register()  # attention is tried with a step
+    return [block for module in model.modules() for block in _block(model, module, choice, exact=exact)]
+
+
+def _block(model: nn.Module, module: nn.Module, choice: Choice, *, exact: bool) -> Iterator[Block]:
+    if "RMSNorm" in type(module).__name__:
+        forward = lean_norm(module, exact=exact)
+        if forward is not None:
+            yield Block(module, forward, (module,))
+    elif _has_linears(module, ("gate_proj", "up_proj", "down_proj")):
+        forward = lean_mlp(module, choice, exact=exact)
+        if forward is not None:
+            yield Block(module, forward, (module, *module.children()))
+    elif _has_linears(module, ("q_proj", "k_proj", "v_proj", "o_proj")):
+        forward = lean_attention(model, module, choice, exact=exact)
+        if forward is not None:
+            yield Block(module, forward, (module, *module.children()))
+
+
+def _has_linears(module: nn.Module, names: tuple[str, ...]) -> bool:
+    found = [getattr(module, name, None) for name in names]
+    return all(type(layer) is nn.Linear and layer.weight.device.type == "cpu" for layer in found)
+
+
+def _is_plain(rows: Tensor, dtype: torch.dtype) -> bool:
+    """Whether rows are those of a pass; who wants gradients, or brings another dtype, gets the stock layer."""
+    return rows.dtype == dtype and torch.is_inference_mode_enabled() and not rows.requires_grad and rows.numel() > 0
+
+
+def lean_linear(layer: nn.Linear, choice: Choice) -> Callable[[Tensor], Tensor]:
+    """`layer.forward` by the product that is chosen."""
+    compute = Joined([layer], choice)
+
+    def forward(rows: Tensor) -> Tensor:
+        if not _is_plain(rows, layer.weight.dtype):
+            return functional.linear(rows, layer.weight, layer.bias)
+        flat = rows.reshape(-1, rows.shape[-1])
+        return compute(flat).view(*rows.shape[:-1], -1)
+
+    return forward
+
+
+def lean_norm(layer: nn.Module, *, exact: bool) -> Forward | None:
+    """`layer.forward` without new tensors at each step, or None if the layer is no RMS norm of the usual form."""
+    weight = layer.weight
+    epsilon = "variance_epsilon" if hasattr(layer, "variance_epsilon") else "eps"
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(getattr(layer, epsilon, None), float):
+        return None
+    if weight.device.type != "cpu" or weight.dtype not in TOLERANCE:
+        return None
+    dtype = weight.dtype
+
+    def in_place(rows: Tensor) -> Tensor:
+        if rows.dtype != dtype:
+            out: Tensor = type(layer).forward(layer, rows)
+            return out
+        weight = layer.weight  # read anew, as epsilon: a user may load others into the model
+        assert isinstance(weight, Tensor)
+        scale = (rows * rows).sum(-1, keepdim=True).div_(rows.shape[-1]).add_(getattr(layer, epsilon)).rsqrt_()
+        return (rows * scale).mul_(weight)
+
+    def by_loop(rows: Tensor) -> Tensor:
+        from kvcomm.model.glue import norm
+
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        if not _is_plain(rows, dtype) or weight.dtype != dtype:
+            out: Tensor = type(layer).forward(layer, rows)
+            return out
+        rows = rows.contiguous()
+        out, size = torch.empty_like(rows), rows.shape[-1]
+        flat, target = numbers(rows.view(-1, size)), numbers(out.view(-1, size))
+        with one_caller:
+            norm(flat, numbers(weight.detach()), np.float32(getattr(layer, epsilon)), target)
+        return out
+
+    forward = in_place if exact else by_loop
+    rows = _trial_rows(len(weight), dtype)
+    with torch.inference_mode():
+        try:
+            # Not by calling the layer: hooks on it are for passes.
+            expected = type(layer).forward(layer, rows)
+        except (AttributeError, RuntimeError, TypeError):
+            return None  # it wants more than rows, such as a gate
+        return forward if _agree(forward(rows), expected, exact=exact) else None
+
+
+def lean_mlp(layer: nn.Module, choice: Choice, *, exact: bool) -> Forward | None:
+    """`layer.forward` of down(silu(gate) * up), or None if it is another form."""
+    gate, up, down = (getattr(layer, name) for name in ("gate_proj", "up_proj", "down_proj"))
+    dtype = gate.weight.dtype
+    open_both, close = Joined([gate, up], choice), Joined([down], choice)
+
+    def forward(*operands: Tensor, **keywords: Tensor) -> Tensor:
+        rows = operands[0] if len(operands) == 1 and not keywords else None
+        if rows is None or not _is_plain(rows, dtype):
+            out: Tensor = type(layer).forward(layer, *operands, **keywords)
+            return out
+        flat = rows.reshape(-1, rows.shape[-1])
+        if exact:
+            opened, beside = open_both.exactly(flat)
+            (out,) = close.exactly(functional.silu(opened, inplace=True).mul_(beside))
+        else:
+            from kvcomm.model.glue import gate as multiply
+
+            both = open_both(flat)
+            opened = both.new_empty(len(both), both.shape[1] // 2)
+            with one_caller:
+                multiply(numbers(both), numbers(opened))
+            out = close(opened)
+        return out.view(*rows.shape[:-1], -1)
+
+    rows = _trial_rows(gate.in_features, dtype)
+    with torch.inference_mode():
+        try:
+            expected = type(layer).forward(layer, rows)
+            return forward if _agree(forward(rows), expected, exact=exact) else None
+        except (AttributeError, RuntimeError, TypeError):
+            return None
+
+
+def lean_attention(model: nn.Module, layer: nn.Module, choice: Choice, *, exact: bool) -> Forward | None:
+    """`layer.forward` of a pass, or None if its heads are made in another way."""
+    query, key, value = (getattr(layer, name) for name in ("q_proj", "k_proj", "v_proj"))
+    dim, layer_id, config = (getattr(layer, name, None) for name in ("head_dim", "layer_idx", "config"))
+    if not isinstance(dim, int) or not isinstance(layer_id, int) or config is None:
+        return None
+    widths = [linear.out_features for linear in (query, key, value)]
+    if any(width % dim for width in widths) or widths[1] != widths[2]:
+        return None
+    dtype = query.weight.dtype
+    rows = _trial_rows(query.in_features, dtype)
+    angles = _trial_angles(dim, dtype)
+    stock, lean = _Recorder(), _Recorder()
+    with hook.pass_lock(model), hook.switched([config]), torch.inference_mode():
+        try:
+            expected = _attend(type(layer).forward, layer, rows, angles, stock)
+        except (AttributeError, RuntimeError, TypeError, ValueError, KVCommError):
+            return None
+        if len(stock.seen) != 1 or stock.seen[0].layer_id != layer_id:
+            return None
+        forward = _attention_forward(layer, stock.seen[0], Joined([query, key, value], choice), choice, exact=exact)
+        out = _attend(lambda _, **keywords: forward(**keywords), layer, rows, angles, lean)
+    pairs = [(out, expected), *zip(lean.seen[0].tensors, stock.seen[0].tensors, strict=True)]
+    return forward if all(_agree(one, other, exact=exact) for one, other in pairs) else None
+
+
+def _attention_forward(layer: nn.Module, seen: _Seen, project: Joined, choice: Choice, *, exact: bool) -> Forward:
+    layer_id, scale, window = seen.layer_id, seen.scale, seen.sliding_window
+    dim = layer.head_dim
+    assert isinstance(dim, int)
+    assert isinstance(layer.o_proj, nn.Linear)
+    dtype = layer.o_proj.weight.dtype
+    close = Joined([layer.o_proj], choice)
+
+    def forward(*operands: Any, **keywords: Any) -> Any:
+        step, hidden = keywords.get(hook.STEP_KEYWORD), keywords.get("hidden_states")
+        if operands or step is None or not isinstance(hidden, Tensor) or len(hidden) != 1:
+            return type(layer).forward(layer, *operands, **keywords)
+        cos, sin = keywords["position_embeddings"]
+        if not (_is_plain(hidden, dtype) and cos.dtype == dtype and cos.shape[-1] == dim):
+            return type(layer).forward(layer, *operands, **keywords)
+        query, key, value = _heads(hidden[0], project, cos[0], sin[0], dim, exact=exact)
+        out = step(layer_id, query, key, value, scale=scale, sliding_window=window)
+        flat = out.reshape(out.shape[1], -1)
+        out = close.exactly(flat)[0] if exact else close(flat)
+        return out[None], None
+
+    return forward
+
+
+def _heads(
+    rows: Tensor, project: Joined, cos: Tensor, sin: Tensor, dim: int, *, exact: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys, rotated, and values of [num_rows, in]: [1, their heads, num_rows, dim] each."""
+    from kvcomm.model.glue import rotate
+
+    cos_numbers, sin_numbers = numbers(cos.contiguous()), numbers(sin.contiguous())
+    made, width = [], project.widths[1]
+    parts = project.exactly(rows) if exact else [project(rows)]
+    for part in parts[:2] if exact else parts:
+        out = part.new_empty(len(part), part.shape[1] if exact else part.shape[1] - width)
+        with one_caller:
+            rotate(numbers(part), cos_numbers, sin_numbers, numbers(out))
+        made.append(out)
+    query, key = made if exact else (made[0][:, :-width], made[0][:, -width:])
+    value = parts[-1][:, -width:]
+    query, key, value = (part.unflatten(1, (-1, dim)).transpose(0, 1)[None] for part in (query, key, value))
+    return query, key, value
+
+
+class _Seen(NamedTuple):
+    """What an attention step was asked for."""
+
+    layer_id: int
+    tensors: tuple[Tensor, Tensor, Tensor]
+    scale: float
+    sliding_window: int | None
+
+
+class _Recorder:
+    """An attention step that keeps what it is asked for, and attends to nothing but a row's own query."""
+
+    def __init__(self) -> None:
+        self.seen: list[_Seen] = []
+
+    def __call__(
+        self, layer_id: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, sliding_window: int | None
+    ) -> Tensor:
+        self.seen.append(_Seen(layer_id, (query.clone(), key.clone(), value.clone()), scale, sliding_window))
+        return query.transpose(1, 2).contiguous()
+
+
+def _attend(forward: Forward, layer: nn.Module, rows: Tensor, angles: tuple[Tensor, Tensor], step: _Recorder) -> Tensor:
+    out: Tensor = forward(
+        layer,
+        hidden_states=rows[None],
+        position_embeddings=angles,
+        attention_mask=None,
+        **{hook.STEP_KEYWORD: step},
+    )[0]
+    return out
+
+
+def _trial_rows(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(NUM_TRIAL_ROWS, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def _trial_angles(dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines as models make them, [1, num_rows, dim] each: the same for both halves of a head."""
+    angles = torch.rand(1, NUM_TRIAL_ROWS, dim // 2, generator=torch.Generator().manual_seed(1)).repeat(1, 1, 2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _agree(one: Tensor, other: Tensor, *, exact: bool) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if exact:
+        return torch.equal(one, other)
+    limit = TOLERANCE[one.dtype] * float(other.float().abs().max())
+    return float((one.float() - other.float()).abs().max()) <= limit
