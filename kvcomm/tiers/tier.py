@@ -303,6 +303,8 @@ class Tier:
         Raises:
             InvalidRequest: the name's digest is not that of the tokens, or KV and tokens do not fit the space.
         """
+        from kvcomm.memory.segments import Segment  # which imports torch
+
         self._require_fit(space, token_ids, kv)
         if Segment(tuple(token_ids)).digest(space.namespace) != name.digest:
             raise InvalidRequest(f"{name.digest[:12]} is not the digest of the tokens under {space.namespace[:12]}")

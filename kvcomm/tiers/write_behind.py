@@ -198,6 +198,8 @@ class WriteBehind:
             is_written = True
         except (KVCommError, OSError, MemoryError) as error:
             logger.warning("%s is not written to the tier: %s", work.name, error)
+        except Exception:  # a fault of ours must not end the thread, for which others wait
+            logger.exception("%s is not written to the tier", work.name)
         finally:
             self._forget(work, None if is_written else Dropped.FAILED)
             work.ended()
