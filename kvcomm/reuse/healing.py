@@ -43,9 +43,9 @@ class Healing:
     """
 
     def __init__(self, memory: Memory, namespace: str, own: KVSequence) -> None:
-        self.own = own
         from kvcomm.memory.sequences import Sequence as KVSequence  # which imports torch
 
+        self.own = own
         self.twin = KVSequence(memory.pool)
         self.approximate_from = own.approximate_from
         self.has_begun = False

@@ -584,6 +584,8 @@ class Tier:
             return got
         part = got.header.rendition
         assert part is not None  # or it would have been foreign
+        from kvcomm.memory.segments import Segment  # which imports torch
+
         before = tuple(Segment(each.token_ids, each.name) for each in part.before)
         return StoredRendition(name, got.header.token_ids, got.kv(), fidelity, part.slot, before, part.risk)
 
