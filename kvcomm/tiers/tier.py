@@ -624,5 +624,7 @@ def _is_rendition(name: RenditionName, fidelity: Fidelity, header: RecordHeader)
     part = header.rendition
     if part is None or header.kind != "rendition" or header.fidelity is not fidelity:
         return False
+    from kvcomm.memory.segments import Segment  # which imports torch
+
     is_named = RenditionName(part.digest, part.signature, header.start) == name
     return is_named and Segment(header.token_ids).digest(header.namespace) == name.digest
