@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
+import safetensors.torch
 import torch
 from torch import nn
 from transformers import (
@@ -35,7 +36,7 @@ from transformers import (
 )
 
 from kvcomm import Engine
-from kvcomm.engine import detokenize, request, sampling
+from kvcomm.engine import detokenize, request, sampler
 from kvcomm.engine.context import Context
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.errors import PoolExhausted
@@ -311,11 +312,11 @@ class FragileLoop(asyncio.SelectorEventLoop):
 
 def _wrapped() -> Iterator[tuple[str, Any, str]]:
     """Calls inside the engine: point, owner, name."""
-    yield "sampler.make", sampling.Sampler, "__init__"
-    yield "sampler.sample", sampling.Sampler, "sample"
+    yield "sampler.make", sampler.Sampler, "__init__"
+    yield "sampler.sample", sampler.Sampler, "sample"
     for processor in PROCESSORS:
         yield "logits_processor", processor, "__call__"
-    for module in _users_of(sampling.token_logprob):
+    for module in _users_of(sampler.token_logprob):
         yield "logprobs", module, "token_logprob"
     yield "detokenizer.push", detokenize.Detokenizer, "push"
     yield "detokenizer.finish", detokenize.Detokenizer, "finish"
@@ -332,7 +333,7 @@ def _wrapped() -> Iterator[tuple[str, Any, str]]:
     yield "learner.after", learner.Learner, "after"
     yield "pool.allocate", pool.PagePool, "allocate"
     yield "pool.copy_page", pool.PagePool, "copy_page"
-    yield "snapshot.write", sealed_file, "save_file"
+    yield "snapshot.write", safetensors.torch, "save_file"
     yield "snapshot.read", sealed_file, "safe_open"
 
 

@@ -96,7 +96,7 @@ def lean_linear(layer: nn.Linear, choice: Choice) -> Callable[[Tensor], Tensor]:
 
 def lean_norm(layer: nn.Module, *, exact: bool) -> Forward | None:
     """`layer.forward` without new tensors at each step, or None if the layer is no RMS norm of the usual form."""
-    weight = layer.weight
+    weight = getattr(layer, "weight", None)  # some have none
     epsilon = "variance_epsilon" if hasattr(layer, "variance_epsilon") else "eps"
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(getattr(layer, epsilon, None), float):
         return None
