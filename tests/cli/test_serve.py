@@ -221,7 +221,7 @@ def test_a_tier_is_closed_where_the_rest_cannot_be_opened(monkeypatch: pytest.Mo
         raise InvalidRequest("the port is taken")
 
     monkeypatch.setattr(Tier, "close", close)
-    monkeypatch.setattr("kvcomm.server.running.bind", bind)
+    monkeypatch.setattr("kvcomm.server.listening.bind", bind)
     with pytest.raises(InvalidRequest, match="the port is taken"):
         _serve(ServerSettings(tier=str(tmp_path)), as_json=False)
     assert len(closed) == 1

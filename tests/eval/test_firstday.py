@@ -559,7 +559,7 @@ def test_the_twin_gets_the_prompts_of_the_served_engine(data: Path, engine: Engi
 def easy_prior(engine: Engine, tmp_path: Path) -> Path:
     """A prior by which nothing ever costs anything, so that text is moved from the first request on."""
     measured = {rung: Measured(0.0, 1e6) for rung in TURNED}
-    pairs = [Pair(measured, {}, Sources(1, 0, num_unread, 10)) for num_unread in (0, 1)] * 40
+    pairs = [Pair(measured, {}, Sources(2, 0, num_unread, 10)) for num_unread in (0, 1, 2)] * 40
     file = tmp_path / "prior.json"
     with engine:
         write_prior(Prior(engine.prior_model, {"gsm8k": pairs, "rag": pairs}), file, name="tiny")

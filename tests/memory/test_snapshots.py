@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from blake3 import blake3
 from safetensors import SafetensorError
@@ -99,7 +100,11 @@ def disk_full_in_safetensors(tensors: object, temporary: Path, metadata: object)
 
 @pytest.mark.parametrize(
     ("target", "name", "failure"),
-    [(sealed_file, "save_file", disk_full_in_safetensors), (os, "fsync", disk_full), (Path, "replace", disk_full)],
+    [
+        (safetensors.torch, "save_file", disk_full_in_safetensors),
+        (os, "fsync", disk_full),
+        (Path, "replace", disk_full),
+    ],
 )
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(
     file: Path, monkeypatch: pytest.MonkeyPatch, target: object, name: str, failure: Callable[..., None]
@@ -119,7 +124,7 @@ def test_an_interrupted_write_leaves_nothing_behind(file: Path, monkeypatch: pyt
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sealed_file, "save_file", interrupt)
+    monkeypatch.setattr(safetensors.torch, "save_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_snapshot(file, make_header(), *make_tensors())
     assert os.listdir(file.parent) == [file.name]

@@ -56,11 +56,11 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def prior(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty pairs, of prompts whose sources had read all and of others, that say that moving does no harm."""
+    """Twenty pairs each of prompts whose sources had read all, some or none, that say that moving does no harm."""
     with Engine.load(str(model_folder)) as engine:
         model = engine.prior_model
     measured = {rung: Measured(0.0, None if rung.share == 0 else 1.0) for rung in TURNED}
-    pairs = tuple(Pair(measured, {}, Sources(1, 0, number % 2, 10)) for number in range(40))
+    pairs = tuple(Pair(measured, {}, Sources(2, 0, number % 3, 10)) for number in range(60))
     file = tmp_path_factory.mktemp("prior") / "prior.json"
     write_prior(Prior(model, {"any": pairs}), file, name="tiny")
     return file

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 from starlette.testclient import TestClient
 
 from kvcomm.engine.engine import Engine
-from kvcomm.memory import sealed_file
 from kvcomm.server.contexts.snapshots import SnapshotFolder
 from kvcomm.server.errors import ApiError
 from tests.engine.conftest import some_tokens
@@ -55,7 +55,7 @@ def test_a_limit_holds_whoever_races_for_the_last_places(engine: Engine, tmp_pat
 def test_a_failed_save_gives_its_place_back(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = SnapshotFolder(tmp_path, "ann", max_snapshots=1)
     with monkeypatch.context() as patch, engine.context(some_tokens(20)) as context:
-        patch.setattr(sealed_file, "save_file", _fail)
+        patch.setattr(safetensors.torch, "save_file", _fail)
         with pytest.raises(ApiError):
             folder.save(context, "one", replace=False)
         assert list((tmp_path / "ann").iterdir()) == []

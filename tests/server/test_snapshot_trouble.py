@@ -15,12 +15,13 @@ from typing import Any
 
 import anyio
 import pytest
+import safetensors.torch
 from safetensors import SafetensorError
 from starlette.testclient import TestClient
 
 from kvcomm.engine.engine import Engine
 from kvcomm.errors import AnchorFileError, InvalidRequest
-from kvcomm.memory import sealed_file, snapshots
+from kvcomm.memory import snapshots
 from tests.files.special import SPECIAL, make_special
 from tests.limits import PATIENCE_S
 from tests.server.conftest import MakeClient
@@ -63,7 +64,7 @@ def told(caplog: pytest.LogCaptureFixture, reason: str) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("target", "name", "failure"),
     [
-        (sealed_file, "save_file", disk_full_in_safetensors),
+        (safetensors.torch, "save_file", disk_full_in_safetensors),
         (os, "fsync", disk_full),
         (os, "link", None),
         (Path, "mkdir", disk_full),
