@@ -15,7 +15,8 @@ from kvcomm import Engine
 def served(engine: Engine, *, keys: Path | None = None) -> Iterator[tuple[int, str]]:
     """A server on a free port of this machine: the port, and what it calls the model; `keys` is a key file."""
     from kvcomm.server.app import make_app
-    from kvcomm.server.running import bind, make_server
+    from kvcomm.server.listening import bind
+    from kvcomm.server.running import make_server
     from kvcomm.server.settings import ServerSettings
 
     settings = ServerSettings(port=0, keys=keys, log_level="error")

@@ -83,7 +83,7 @@ def reuse_command(
         with folder_errors("write", save):
             save.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
-    with load_engine(model, weights) as engine, console.status("") as status:
+    with load_engine(model, weights=weights) as engine, console.status("") as status:
         note = status.update
         if load is not None:
             engine.load_anchors(load)

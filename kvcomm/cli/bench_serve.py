@@ -243,7 +243,7 @@ def _overhead(
     # Texts of its own: the load is to find none of them in the cache.
     shape = replace(shape, num_requests=shape.num_requests + NUM_WARM, num_prefixes=1, seed=shape.seed + 1)
     tell("loading an engine to compare with")
-    with load_engine(model, weights) as engine:
+    with load_engine(model, weights=weights) as engine:
         pairs = measure_overhead(client, engine, [session.first_chat for session in shared_prefix(shape)], tell=tell)
     return [
         median_ms("overhead_ms", [pair.server_s - pair.engine_s for pair in pairs]),

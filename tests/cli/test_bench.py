@@ -145,5 +145,5 @@ def test_reuse_shows_every_agent_and_what_was_learned_can_be_kept(
 def test_reuse_names_what_is_missing(reuse_options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert app.run([*reuse_options, "--warm=100"]) == 2
     assert "14 inputs are too few for --runs 2 and --warm 100" in capsys.readouterr().err
-    assert app.run([*reuse_options, "--load=nowhere"]) == 1
+    assert app.run([*reuse_options, "--load=nowhere"]) == 2
     assert "nowhere" in capsys.readouterr().err
