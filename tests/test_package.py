@@ -37,6 +37,7 @@ LAYERS = [
     "files",
     "errors",
     "figures",
+    "starting",
     "plain",
 ]
 """From top to bottom; a module imports from its own layer and from lower ones."""

@@ -47,6 +47,7 @@ def test_kernels_that_fail_their_self_test(monkeypatch: pytest.MonkeyPatch, caps
         return Verdict(False, f"its self-test on {device} failed: decode differs")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     monkeypatch.setattr("kvcomm.model.self_test.verdict", failed)
     monkeypatch.setattr("kvcomm.align.ops.choice.verdict", failed)
     found = report(capsys)
