@@ -73,15 +73,16 @@ def test_measuring_leaves_nothing_behind(engine: Engine) -> None:
     assert engine.pool.num_free == free
 
 
-@pytest.mark.parametrize(("takes_s", "num_tries"), [(0.01, NUM_TRIES), (3.0, 1)])
-def test_on_an_overloaded_machine_nobody_waits_for_more_than_one_try(
+@pytest.mark.parametrize(("takes_s", "num_tries"), [(0.001, NUM_TRIES), (3.0, 2)])
+def test_on_an_overloaded_machine_nobody_waits_for_more_than_two_tries(
     takes_s: float, num_tries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, tries = [0.0], [0, 0]
 
     def work(which: int) -> None:
+        """Bug: on a new machine the first try compiled the loops that move, and that passed for what moving costs."""
         tries[which] += 1
-        now[0] += takes_s * (1 + which)
+        now[0] += takes_s * (1 + which) * (100 if tries[which] == 1 else 1)
 
     monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
     assert cost._fastest([lambda: work(0), lambda: work(1)]) == pytest.approx([takes_s, 2 * takes_s])
