@@ -580,6 +580,11 @@ class Engine:
         if source.tenant != reading.tenant:
             raise InvalidRequest(f"there is no request {source.request_id} to follow")
 
+    def open_of(self, handle: RequestHandle) -> Reading | None:
+        """The closed prompt that still waits for what it follows and will become this request. Under the lock."""
+        readings = self.scheduler.read_along.readings
+        return next((each for each in readings if each.handle is handle and not each.is_begun), None)
+
     def close_open(
         self, reading: Reading, sampling: SamplingParams | None, settings: dict[str, object], prompt: Prompt | None
     ) -> RequestHandle:

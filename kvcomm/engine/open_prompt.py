@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
@@ -270,6 +270,8 @@ class OpenPromptHost(Protocol):
 
     def require_followable(self, reading: Reading, source: RequestHandle) -> None: ...
 
+    def open_of(self, handle: RequestHandle) -> Reading | None: ...
+
     def close_open(
         self, reading: Reading, sampling: SamplingParams | None, settings: dict[str, object], prompt: Prompt | None
     ) -> RequestHandle: ...
@@ -384,10 +386,11 @@ class OpenPrompt:
 
         def change() -> None:
             require_open(reading)
-            for part in parts:
+            found = [self._resolved(part) for part in parts]
+            for part in found:
                 if isinstance(part, Followed) and isinstance(part.source, Reading) and part.source.waits_for(reading):
                     raise InvalidRequest("a prompt cannot follow itself, nor one that waits for it")
-            reading.parts += parts
+            reading.parts += found
             try:
                 reading.refresh()
             except KVCommError as error:
@@ -395,6 +398,13 @@ class OpenPrompt:
                 raise
 
         self._host.change_open(reading, change)
+
+    def _resolved(self, part: Segment | Followed) -> Segment | Followed:
+        """What follows the request of a closed prompt that waits itself follows that prompt. Under the lock."""
+        if isinstance(part, Segment) or isinstance(part.source, Reading):
+            return part
+        other = self._host.open_of(part.source)
+        return part if other is None else replace(part, source=other)
 
 
 def require_open(reading: Reading) -> None:

@@ -87,6 +87,19 @@ def test_what_a_stop_string_cuts_is_taken_back(engine: Engine, shared_model: Tin
     assert list(critic.result().token_ids) == greedy(shared_model.model, [*ROLE, *cut.token_ids, *TAIL], 8)
 
 
+def test_a_prompt_cannot_follow_the_request_of_one_that_waits_for_it(engine: Engine) -> None:
+    """Bug: by its handle it could, and both waited until their deadline."""
+    first, second, third = (engine.open_prompt(some_tokens(5, seed=seed)) for seed in (1, 2, 3))
+    waiting = second.follow(first).close(max_new_tokens=2)
+    with pytest.raises(InvalidRequest, match="nor one that waits for it"):
+        first.follow(waiting)
+    last = third.follow(waiting).close(max_new_tokens=2)
+    with pytest.raises(InvalidRequest, match="nor one that waits for it"):
+        first.follow(last)
+    first.close(max_new_tokens=2, ignore_eos=True)
+    assert last.result(PATIENCE_S).usage.prompt_tokens == 5 + 2
+
+
 def test_only_what_is_kept_of_an_answer_is_passed_on(engine: Engine, shared_model: TinyModel) -> None:
     solver = engine.submit(QUESTION, max_new_tokens=12)
     opened = engine.open_prompt(ROLE).follow(solver, keep=lambda token_ids: token_ids[:5])
