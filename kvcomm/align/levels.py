@@ -194,8 +194,10 @@ class Standing:
 
     def expected_debt(self, level: Level, bound: Bound) -> float:
         """What audits to come will add to the debt of a bound at a level, if they find what those before them did."""
+        if not self.num_unheard[level]:
+            return 0.0
         heard = [audit for audit in self.audits if (audit.level, audit.bound) == (level, bound)]
-        if not heard or not self.num_unheard[level]:
+        if not heard:
             return 0.0
         rate = sum(audit.is_violation for audit in heard) / len(heard)
         return self.num_unheard[level] * max(0.0, rate - bound.delta)

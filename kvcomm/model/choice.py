@@ -12,8 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
-import tempfile
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -25,14 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvcomm.errors import CacheFolderError
+from kvcomm.errors import InvalidRequest
+from kvcomm.files.reading import CONFIG_BYTES, BadContent, parse_json, read_bytes
+from kvcomm.files.writing import replacing
 from kvcomm.model import compiled
-from kvcomm.model.cache_folder import cache_errors, cache_root
+from kvcomm.model.cache_folder import cache_root
 from kvcomm.model.linear import CANDIDATES, LOOPS, TileMemory, can_compute, product
 
 logger = logging.getLogger("kvcomm.model")
 
-SCHEME = 1
+SCHEME = 2
 """Of the file; counts up when products or the way they are measured change."""
 
 VARIABLE = "KVCOMM_PRODUCTS"
@@ -85,8 +85,8 @@ class Choice:
     def name(self, weight: Tensor, num_rows: int) -> str:
         """Of the product for so many rows of a weight of a dtype among `CANDIDATES`."""
         at = min(bisect_left(ROWS, num_rows), len(ROWS) - 1)
-        name = (self.table or FIXED[weight.dtype])[at]
-        return name if can_compute(name, weight) else "torch"
+        table = self.table or FIXED.get(weight.dtype)
+        return table[at] if table is not None and can_compute(table[at], weight) else "torch"
 
 
 def choose(layers: Sequence[nn.Linear], root: Path | None = None) -> Choice:
@@ -94,10 +94,16 @@ def choose(layers: Sequence[nn.Linear], root: Path | None = None) -> Choice:
 
     Args:
         root: the folder that tables are kept in; None: "products" in the cache folder.
+
+    Raises:
+        InvalidRequest: `KVCOMM_PRODUCTS` says something unknown.
     """
+    wish = os.environ.get(VARIABLE, "")
+    if wish not in ("", "fixed"):
+        raise InvalidRequest(f"{VARIABLE} is {wish!r}; it can be 'fixed', or unset to let products be measured")
     weights = list({layer.weight.data_ptr(): layer.weight.detach() for layer in layers}.values())
     num_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
-    if os.environ.get(VARIABLE) == "fixed" or num_bytes < MIN_PROBED_BYTES:
+    if wish or num_bytes < MIN_PROBED_BYTES:
         return Choice()
     key = _key(weights)
     path = (cache_root() / "products" if root is None else root) / f"{_digest(key)}.json"
@@ -151,12 +157,9 @@ def _seconds(name: str, weights: Sequence[Tensor], num_rows: int) -> float:
 
 def _key(weights: Sequence[Tensor]) -> dict[str, Any]:
     """What a table depends on."""
-    from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
-
     return {
         "scheme": SCHEME,
-        "processor": f"{platform.machine()} {get_host_cpu_name()}",
-        "features": sha256(get_host_cpu_features().flatten().encode()).hexdigest()[:16],
+        "processor": compiled.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -172,10 +175,10 @@ def _digest(key: dict[str, Any]) -> str:
 def _read(path: Path, key: dict[str, Any]) -> Choice | None:
     """The table of a file, or None if there is none that can be used."""
     try:
-        stored = json.loads(path.read_text())
+        stored = parse_json(read_bytes(path, max_bytes=CONFIG_BYTES))
         table = tuple(stored["table"])
         is_ours = stored["key"] == json.loads(json.dumps(key)) and len(table) == len(ROWS)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, BadContent, TypeError, KeyError):
         return None
     allowed = CANDIDATES[getattr(torch, key["dtype"])]
     return Choice(table, "remembered") if is_ours and all(name in allowed for name in table) else None
@@ -184,15 +187,7 @@ def _read(path: Path, key: dict[str, Any]) -> Choice | None:
 def _write(path: Path, key: dict[str, Any], choice: Choice) -> None:
     """Keep a table, whole or not at all; whoever writes last wins."""
     try:
-        with cache_errors(path.parent, "keep measurements in"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-            try:
-                with os.fdopen(handle, "w") as file:
-                    json.dump({"key": key, "rows": ROWS, "table": choice.table}, file)
-                os.replace(name, path)
-            except BaseException:
-                Path(name).unlink(missing_ok=True)
-                raise
-    except CacheFolderError as error:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps({"key": key, "rows": ROWS, "table": choice.table}))
+    except OSError as error:
         logger.warning("which products are quickest is measured again in the next process: %s", error)

@@ -6,9 +6,11 @@ them, or where NUMBA_CACHE_DIR says, and where nothing can be written it is comp
 
 from __future__ import annotations
 
+import platform
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -28,6 +30,14 @@ def jit(function: F, **options: Any) -> F:
         return cast(F, numba.njit(cache=True, **options)(function))
     except RuntimeError:  # no folder for compiled code can be written
         return cast(F, numba.njit(**options)(function))
+
+
+def processor() -> str:
+    """The processor as compilers know it: what timings and products depend on beside threads and libraries."""
+    from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
+
+    features = sha256(get_host_cpu_features().flatten().encode()).hexdigest()[:16]
+    return f"{platform.machine()} {get_host_cpu_name()} {features}"
 
 
 def share_threads() -> None:

@@ -40,6 +40,8 @@ NUM_TILE_IN, NUM_TILE_OUT = 32, 32
 
 def can_compute(name: str, weight: Tensor) -> bool:
     """Whether a product serves this weight here."""
+    if name not in CANDIDATES.get(weight.dtype, ("torch",)):  # a model may be given another dtype afterwards
+        return False
     if name == "onednn":
         return bool(torch.backends.mkldnn.is_available())
     if name != "tiles":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from kvcomm.files.reading import CONFIG_BYTES, read_bytes
 from kvcomm.files.writing import replacing
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.model.compiled import processor
 from kvcomm.model.runner import ModelRunner, Run
 
 logger = logging.getLogger("kvcomm.engine")
@@ -119,7 +119,7 @@ def machine_label() -> str:
     """What timings depend on besides the model."""
     # The number at the end grows when times are taken or fitted in another way.
     cores = f"{os.cpu_count()}cpu-{torch.get_num_threads()}threads"
-    return f"{platform.machine()}-{platform.processor()}-{cores}-{torch.__version__}-3"
+    return f"{processor()}-{cores}-{torch.__version__}-3"
 
 
 def measure_cost(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from kvcomm.errors import InvalidRequest
 from kvcomm.model import choice
 from kvcomm.model.choice import FIXED, ROWS, Choice, choose
 from kvcomm.model.linear import CANDIDATES
@@ -45,7 +46,7 @@ def test_the_quickest_is_taken(layers: list[nn.Linear], tmp_path: Path, monkeypa
     assert choose(layers, tmp_path).table == ("onednn",) * len(ROWS)  # hardly slower, and preferred
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"key": 1}', "null", '{"table": ["rm"]}'])
+@pytest.mark.parametrize("damage", ["", "{", "[]", "[" * 100_000, '{"key": 1}', "null", '{"table": ["rm"]}'])
 def test_a_damaged_file_is_measured_anew(layers: list[nn.Linear], damage: str, tmp_path: Path) -> None:
     choose(layers, tmp_path)
     (path,) = tmp_path.iterdir()
@@ -73,6 +74,21 @@ def test_where_nothing_can_be_written_it_is_measured_each_time(layers: list[nn.L
 def test_small_models_are_not_measured(tmp_path: Path) -> None:
     assert choose([nn.Linear(8, 8)], tmp_path) == Choice()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_dtype_than_was_measured_is_computed_as_it_comes() -> None:
+    """Bug: a model that was made float32 afterwards would have been read as if it still were bfloat16."""
+    tiles = Choice(("tiles",) * len(ROWS))
+    for dtype in (torch.float32, torch.float16):
+        assert tiles.name(torch.zeros(64, 64, dtype=dtype), 1) == "torch"
+    assert Choice(("blocks",) * len(ROWS)).name(torch.zeros(64, 64, dtype=torch.bfloat16), 1) == "torch"
+    assert Choice().name(torch.zeros(64, 64, dtype=torch.float16), 1) == "torch"
+
+
+def test_another_wish_than_fixed_is_refused(layers: list[nn.Linear], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(choice.VARIABLE, "fxied")
+    with pytest.raises(InvalidRequest, match="KVCOMM_PRODUCTS is 'fxied'"):
+        choose(layers)
 
 
 def test_fixed_products_can_be_asked_for(
