@@ -120,6 +120,36 @@ def test_young_readers_are_audited_one_by_one_and_others_by_the_rate(learning: E
     assert auditor.num_audits == YOUNG_AUDITS + 1
 
 
+def test_audits_to_come_are_known_until_they_end_and_wait_where_they_stop_nothing(
+    learning: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earn(learning, LOOSE)
+    book, namespace, reader = learning.reuse.book, learning.namespace(), reader_of(prompt(ROLE_B, 0))
+    standing = book.find(namespace, reader.digest)
+    assert standing is not None
+    jobs: list[Job] = []
+    unheard: list[int] = []
+    keep = learning.reuse.idle.add
+
+    def watched(job: Job) -> None:
+        if job.urgency is Urgency.AUDIT:
+            jobs.append(job)
+            unheard.append(standing.num_unheard[Level.OWN])
+        keep(job)
+
+    monkeypatch.setattr(learning.reuse.idle, "add", watched)
+    for seed in range(100, 103):
+        ask(learning, ROLE_A, seed, EXACT)
+        ask(learning, ROLE_B, seed, replace(LOOSE, audit=1.0, learn=False))
+        assert learning.wait_idle(PATIENCE_S)
+    assert unheard == [1, 1, 1]
+    assert standing.num_unheard.total() == 0
+    assert LOOSE.bound is not None
+    assert not jobs[0].can_wait()
+    book.watch(namespace, reader, Level.OWN, LOOSE.bound).debt = 2.0
+    assert jobs[0].can_wait()
+
+
 def test_nobody_is_audited_at_a_rate_of_nothing(learning: Engine) -> None:
     earn(learning, LOOSE)
     ask(learning, ROLE_A, 100, EXACT)
@@ -185,7 +215,8 @@ def test_exact_prompts_let_a_delta_that_fell_rise_again(learning: Engine) -> Non
     reader, bound = reader_of(prompt(ROLE_B, 0)), LOOSE.bound
     assert bound is not None
     watch = learning.reuse.book.watch(learning.namespace(), reader, Level.OWN, bound)
-    watch.debt = 2.0
+    pool = learning.reuse.book.watch(learning.namespace(), reader, Level.POOL, bound)  # which does not decide
+    watch.debt = pool.debt = 2.0
     assert watch.working_delta <= 0
     for seed in range(100, 104):
         ask(learning, ROLE_A, seed, EXACT)
@@ -194,6 +225,9 @@ def test_exact_prompts_let_a_delta_that_fell_rise_again(learning: Engine) -> Non
         if watch.working_delta >= bound.delta / 2:
             break
     assert watch.debt <= 1.5
+    assert pool.debt <= 1.5
+    latest = learning.reuse.book.pool(learning.namespace())[-1]
+    assert set(latest.measured) == set(TURNED)  # no more than it takes until text moves again
 
 
 def test_learning_comes_where_it_pays_soonest(learning: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,11 +64,13 @@ def test_bounds_and_doubles() -> None:
     queue.close(PATIENCE_S)
 
 
-def test_a_write_that_fails_does_not_end_the_thread() -> None:
+@pytest.mark.parametrize("error", [StoreFailed("the wire is cut"), NameError("a fault of ours")])
+def test_a_write_that_fails_does_not_end_the_thread(error: Exception) -> None:
+    """Bug: one that nobody had foreseen did, and whoever waited for the queue waited in vain."""
     log, queue = Log(), WriteBehind()
 
     def fail() -> None:
-        raise StoreFailed("the wire is cut")
+        raise error
 
     queue.add(log.work("a", write=fail))
     queue.add(log.work("b"))
