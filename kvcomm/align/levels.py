@@ -8,8 +8,8 @@ promises, over the draw of its pairs and of a request like them (exchangeable wi
 - own: P(accepted and divergence > epsilon) <= delta for this reader's requests;
 - pool: the same over the mix of the tenant's readers that the pairs were drawn from, not reader by reader; of prompts
   whose sources had read all that stands before them, and of the others, each by itself;
-- prior: the same over the mix of workloads that it was measured on, for each kind of sources by itself, and nothing
-  about other workloads. So a caller may ask for more (`ReusePolicy.basis`).
+- prior: the same over the mix of workloads that it was measured on, for kinds of sources by themselves (`kinds_at`),
+  and nothing about other workloads. So a caller may ask for more (`ReusePolicy.basis`).
 
 A `Watch` goes with each reader, level and bound; at pool and prior it lies within one over all requests of the tenant
 at this level. Knows no engine and no pages. Guarded by its owner's lock.
@@ -552,12 +552,13 @@ class ReaderBook:
 def kinds_at(level: Level, read: SourcesRead | None) -> frozenset[SourcesRead] | None:
     """Kinds of sources whose pairs decide about a prompt with sources of one kind; None: all.
 
-    A reader's own pairs are of one mix already, and few. A tenant's are told apart by whether all had been read, and
-    those of a prior, which are of unlike workloads, by each kind.
+    A reader's own pairs are of one mix already, and few. Others are told apart by whether all had been read. In a prior
+    what stands between is the worst: it is judged by its like alone, so that nothing milder lets it pass, and counts
+    for documents that nobody has read together, which are of few workloads, as well.
     """
     if read is None or level is Level.OWN:
         return None
-    if level is Level.PRIOR or read is SourcesRead.ALL:
+    if read is SourcesRead.ALL or (level is Level.PRIOR and read is SourcesRead.SOME):
         return frozenset({read})
     return frozenset({SourcesRead.SOME, SourcesRead.NONE})
 

@@ -94,7 +94,7 @@ def test_a_caller_chooses_the_least_level() -> None:
     [
         (Level.OWN, (30, 30, 30)),
         (Level.POOL, (9, 21, 21)),
-        (Level.PRIOR, (9, 10, 11)),
+        (Level.PRIOR, (9, 10, 21)),
     ],
 )
 def test_pairs_of_unlike_sources_are_told_apart_where_they_are_of_unlike_traffic(
