@@ -94,6 +94,7 @@ class Auditor:
             trial.policy,
             guess=continuation,
             moves=trial.moves,
+            served=trial.served,
         )
         trial.sequence, trial.moves = KVSequence(self._trials.memory.pool), []
         return taken

@@ -269,7 +269,8 @@ class Learner:
     def _foresee(self, trial: Trial, pair: Pair) -> None:
         """Let the rung that the prompt would have been served at bear on the working delta of each level.
 
-        So a delta that has fallen until nothing is accepted rises again, also of a level that does not decide now.
+        So a delta that has fallen until nothing is accepted rises again, also of a level that does not decide now. The
+        level that a prompt was served by has heard of it by its audit, and hears nothing twice.
         """
         policy = trial.policy
         if policy.is_exact:
@@ -278,7 +279,8 @@ class Learner:
         ladders = [ladder for ladder in policy.ladders if all(rung in pair.measured for rung in ladder)]
         read = pair.sources.read
         self._book.standing(trial.namespace, trial.reader)  # from now on it has a watch of its own
-        for level in policy.levels:
+        unheard = [level for level in policy.levels if trial.served is None or level is not trial.served.level]
+        for level in unheard:
             grounds = self._book.grounds(trial.namespace, trial.reader, ladders, bound, (level,), read=read)
             if grounds is not None and grounds.tried is not None:
                 grounds.watch.would_give(pair.measured[grounds.calibration.ladder[grounds.tried]].divergence)

@@ -48,7 +48,7 @@ class Trial:
         weights: for which its passes are; once they are gone, the job fails.
         sequence: prompt and answer, whose pages the job holds.
         guess: an answer that exact greedy decoding may give, too; see `Trials.exact_case`.
-        served: how the request was approximated; None: not at all.
+        served: how the request was approximated, whose exact twin this may be; None: not at all.
         others: further sequences whose pages the job holds.
     """
 

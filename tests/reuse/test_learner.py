@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from kvcomm.align.calibration import pairs_needed
 from kvcomm.align.ladder import CORRECTED, DEFAULT_RUNGS, TURNED, Rung
 from kvcomm.align.levels import YOUNG_AUDITS, Level
 from kvcomm.align.readers import reader_of
+from kvcomm.align.watch import Watch
 from kvcomm.engine.engine import Engine
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.segments import Segment
@@ -148,6 +150,37 @@ def test_audits_to_come_are_known_until_they_end_and_wait_where_they_stop_nothin
     assert not jobs[0].can_wait()
     book.watch(namespace, reader, Level.OWN, LOOSE.bound).debt = 2.0
     assert jobs[0].can_wait()
+
+
+def test_an_audited_prompt_that_teaches_bears_on_each_level_once(
+    learning: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: a prompt that broke the bound was owed for as an audit, and once more when its pair was measured."""
+    earn(learning, LOOSE)
+    book, namespace, reader, bound = (
+        learning.reuse.book,
+        learning.namespace(),
+        reader_of(prompt(ROLE_B, 0)),
+        LOOSE.bound,
+    )
+    assert bound is not None
+    own, pool = (book.watch(namespace, reader, level, bound) for level in (Level.OWN, Level.POOL))
+    told: list[tuple[Watch, str]] = []
+    for name in ("audited", "would_give"):
+        real = getattr(Watch, name)
+
+        def spy(watch: Watch, divergence: float, name: str = name, real: Callable[..., bool] = real) -> bool:
+            told.append((watch, name))
+            return real(watch, divergence)
+
+        monkeypatch.setattr(Watch, name, spy)
+    ask(learning, ROLE_A, 100, EXACT)
+    usage = ask(learning, ROLE_B, 100, replace(LOOSE, audit=1.0)).usage
+    assert usage.bound is not None
+    assert usage.bound.level is Level.OWN
+    assert learning.wait_idle(PATIENCE_S)
+    assert [name for watch, name in told if watch is own] == ["audited"]
+    assert [name for watch, name in told if watch is pool] == ["would_give"]
 
 
 def test_nobody_is_audited_at_a_rate_of_nothing(learning: Engine) -> None:
