@@ -179,7 +179,6 @@ class Standing:
         audits: the latest.
         num_requests, num_approximated, num_audited: since it was first seen.
         num_watched: approximate requests up to which all are audited.
-        num_unheard: audits to come, by the level that decided.
     """
 
     reader: Reader
@@ -190,17 +189,6 @@ class Standing:
     num_approximated: int = 0
     num_audited: int = 0
     num_watched: int = YOUNG_AUDITS
-    num_unheard: Counter[Level] = field(default_factory=Counter)
-
-    def expected_debt(self, level: Level, bound: Bound) -> float:
-        """What audits to come will add to the debt of a bound at a level, if they find what those before them did."""
-        if not self.num_unheard[level]:
-            return 0.0
-        heard = [audit for audit in self.audits if (audit.level, audit.bound) == (level, bound)]
-        if not heard:
-            return 0.0
-        rate = sum(audit.is_violation for audit in heard) / len(heard)
-        return self.num_unheard[level] * max(0.0, rate - bound.delta)
 
     @property
     def is_young(self) -> bool:
@@ -434,7 +422,6 @@ class ReaderBook:
         """
         standing = self.find(namespace, reader.digest)
         found = Watch(bound) if standing is None else standing.watches.get(level, bound)
-        found.expected = 0.0 if standing is None else standing.expected_debt(level, bound)
         found.within = None if level is Level.OWN else self._tenant(namespace).watches.get(level, bound)
         return found
 
@@ -448,16 +435,6 @@ class ReaderBook:
         for standing in self.standings(namespace):
             for level, watch in standing.watches:
                 yield level, standing.reader, watch
-
-    def audit_begins(self, namespace: str, reader: Reader, level: Level) -> None:
-        """An audit will be heard of later."""
-        self.standing(namespace, reader).num_unheard[level] += 1
-
-    def audit_ends(self, namespace: str, reader: Reader, level: Level) -> None:
-        """It was heard of, or never will be. Nothing of a reader that is known no more."""
-        standing = self.find(namespace, reader.digest)
-        if standing is not None and standing.num_unheard[level]:
-            standing.num_unheard[level] -= 1
 
     def audited(self, namespace: str, reader: Reader, audit: Audit) -> bool:
         """Count an audit; returns whether a breaker trips with it, of the reader or of all at the level.

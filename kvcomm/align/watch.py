@@ -13,9 +13,8 @@ bad time is left behind as quickly however long it was. The breaker (see `breake
 among accepted requests alone.
 
 Where only a share of accepted requests is audited, drawn evenly, all this holds of the audited ones, and so of all on
-average. Audits that are still to come count as what those before them make likely: a reader that was found to break the
-bound too often owes for the requests that nobody has looked at yet, too. Why nobody audits more for a while behind a
-violation: what those audits find to be good would pay for violations of a time in which one in fifty was seen.
+average. Why nobody audits more for a while behind a violation: what those audits find to be good would pay for
+violations of a time in which one in fifty was seen.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ class Watch:
     Attributes:
         bound: that is watched over.
         debt: violations beyond the share of delta that is allowed, since there last were none; at least 0.
-        expected: debt that audits to come will bring, if they find what those before them did; at least 0.
         breaker: the evidence against the bound, of audited requests alone.
         within: over the same bound for more traffic, of which this one's is a part: it is told whatever this one is,
             and this one is never laxer.
@@ -47,7 +45,6 @@ class Watch:
         self.bound = bound
         self.within = within
         self.debt = 0.0
-        self.expected = 0.0
         self.breaker = Breaker(bound.delta)
 
     def alone(self) -> Watch:
@@ -59,7 +56,7 @@ class Watch:
     @property
     def working_delta(self) -> float:
         """By which rungs are chosen now; 0 or less: nothing is accepted."""
-        working = self.bound.delta * (1 - (self.debt + self.expected) / MAX_DEBT)
+        working = self.bound.delta * (1 - self.debt / MAX_DEBT)
         return working if self.within is None else min(working, self.within.working_delta)
 
     def lets_any(self, num_pairs: int) -> bool:

@@ -55,13 +55,11 @@ class Auditor:
         assert trial.served is not None
         namespace, reader, level = trial.namespace, trial.reader, trial.served.level
         bound = Bound(trial.policy.max_divergence, trial.policy.delta)
-        self._book.audit_begins(namespace, reader, level)
         self._trials.queue(
             trial,
             self._steps(trial),
             Urgency.AUDIT,
             can_wait=lambda: self._book.is_stopped(namespace, reader, level, bound),
-            on_end=lambda: self._book.audit_ends(namespace, reader, level),
         )
 
     def _steps(self, trial: Trial) -> Steps:

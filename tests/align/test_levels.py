@@ -310,27 +310,6 @@ def test_a_level_is_stopped_when_nothing_is_accepted_on_it_of_anybody() -> None:
     assert made.is_stopped("a", ONE, Level.OWN, BOUND)  # without pairs nothing is
 
 
-def test_audits_to_come_count_as_those_before_them_make_likely() -> None:
-    """Bug: a reader was served on and on while the audits that would have stopped it waited for their turn."""
-    made = book(0, 0, 30)
-    for _ in range(9):
-        made.audit_begins("a", ONE, Level.PRIOR)
-    assert made.watch("a", ONE, Level.PRIOR, BOUND).working_delta == BOUND.delta  # nothing speaks against it yet
-    for violated in (False, False, True, False):
-        made.audited("a", ONE, audit(0.09 if violated else 0.01, Level.PRIOR))
-        made.audit_ends("a", ONE, Level.PRIOR)
-    found = made.watch("a", ONE, Level.PRIOR, BOUND)
-    assert (found.debt, found.expected) == pytest.approx((0.8, 5 * (0.25 - 0.1)))
-    assert found.working_delta == pytest.approx(0.1 * (1 - 1.55 / 2))
-    assert made.watch("a", OTHER, Level.PRIOR, BOUND).expected == 0
-    assert made.watch("a", ONE, Level.PRIOR, STRICT).expected == 0
-    assert made.watch("a", ONE, Level.POOL, BOUND).expected == 0
-    for _ in range(9):  # given up; more than there are changes nothing
-        made.audit_ends("a", ONE, Level.PRIOR)
-        made.audit_ends("a", Reader("3" * 64), Level.PRIOR)
-    assert made.watch("a", ONE, Level.PRIOR, BOUND).expected == 0
-
-
 def test_ever_new_bounds_readers_and_ladders_fill_no_memory() -> None:
     made = book(0, 0, 30)
     for index in range(2 * levels.MAX_READERS):
