@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from kvcomm.engine.engine import Engine
+from kvcomm.server.logs import logging_config
 from tests.tiny import save_tiny_model
 
 
@@ -22,6 +24,18 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def other_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with other weights."""
     return save_tiny_model(tmp_path_factory.mktemp("other"), seed=1)
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """A server that was started here, however far, leaves no handler that writes to the stderr of its own test."""
+    loggers = [logging.getLogger(name) for name in logging_config("info")["loggers"]]
+    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 @pytest.fixture

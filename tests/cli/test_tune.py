@@ -106,9 +106,8 @@ def test_a_profile_is_made_checked_and_refused(
     known.write_text("\n".join(used))
     assert "all 18 rows were used" in call(capsys, "--check", str(file), "--data", str(known), code=2)
 
-    question = json.loads(questions(tmp_path / "one.jsonl", 1, "d").read_text())["question"]
-    assert run(["run", str(team), "--input", f"question={question}", "--profile", str(file), "--json"]) == 0
-    assert moved(capsys) == ["second"]
+    asked = ["run", str(team), "--profile", str(file), "--json"]
+    assert {*moving(capsys, asked, fresh)} == {"second"}
     assert run(["run", "gsm8k", "--input", "question=why so?", "--profile", str(file)]) == 1
     assert "another team" in capsys.readouterr().err
 
@@ -130,10 +129,14 @@ def test_a_profile_is_made_checked_and_refused(
         read_profile(file)
 
 
-def moved(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Agents of the run just made that moved text."""
-    (answers,) = json.loads(capsys.readouterr().out)["rounds"]
-    return [name for name, answer in answers.items() if answer["usage"]["aligned_tokens"]]
+def moving(capsys: pytest.CaptureFixture[str], command: list[str], file: Path) -> list[str]:
+    """Agents that moved text, in a run for each question of `file`."""
+    found: list[str] = []
+    for line in file.read_text().splitlines():
+        assert run([*command, "--input", f"question={json.loads(line)['question']}"]) == 0
+        (answers,) = json.loads(capsys.readouterr().out)["rounds"]
+        found += [name for name, answer in answers.items() if answer["usage"]["aligned_tokens"]]
+    return found
 
 
 @pytest.mark.usefixtures("small")
@@ -148,10 +151,9 @@ def test_a_profile_works_where_its_banks_are_not(
     for name in ("tiny.toml", "tiny.pairs.json"):
         shutil.copy(tmp_path / "p" / name, shipped / name)
     file, team = shipped / "tiny.toml", tmp_path / "team.toml"
-    asked = ["run", str(team), "--input", "question=why so?", "--profile", str(file), "--json"]
-    assert run(asked) == 0
-    assert moved(capsys) == ["second"]
+    asked = ["run", str(team), "--profile", str(file), "--json"]
     fresh = questions(tmp_path / "fresh.jsonl", 5, "b")
+    assert moving(capsys, asked, fresh) == ["second"] * 5
     checked = call(capsys, "--check", str(file), "--data", str(fresh), "--workload", str(team))
     assert checked["config"]["ladder"] == "rotate"
     assert {figure["id"]: figure["value"] for figure in checked["figures"]}["accepted"] == 5
@@ -159,13 +161,13 @@ def test_a_profile_works_where_its_banks_are_not(
     pairs = shipped / "tiny.pairs.json"
     content = pairs.read_bytes()
     pairs.write_bytes(content.replace(b'"residual":', b'"residual": ', 1))
-    assert run(asked) == 1
+    assert run([*asked, "--input", "question=why so?"]) == 1
     assert f"{pairs} was altered, or belongs to another profile" in capsys.readouterr().err
     pairs.unlink()
-    assert run(asked) == 1
+    assert run([*asked, "--input", "question=why so?"]) == 1
     assert "copy it beside tiny.toml, or tune anew" in capsys.readouterr().err
     file.write_text(file.read_text().replace("format = 2", "format = 1", 1))
-    assert run(asked) == 1
+    assert run([*asked, "--input", "question=why so?"]) == 1
     assert "has format 1, whose calibration belonged to tuples of edges; tune anew" in capsys.readouterr().err
 
 
