@@ -25,7 +25,7 @@ from eval.figures import Figure, Report
 from kvcomm.errors import InvalidRequest, KVCommError
 from kvcomm.memory.events import EventKind
 from kvcomm.memory.pool import LayerShape, PagePool
-from kvcomm.memory.tree import Node, RadixTree
+from kvcomm.memory.tree import RadixTree
 from kvcomm.server.kv_events.announcer import AllCleared, Announcer, BlocksRemoved, BlocksStored, KVEvent
 from kvcomm.server.kv_events.blocks import DEFAULT_SEED, Owner, as_int, block_hash, root_hash
 from kvcomm.server.kv_events.publisher import require_extra
@@ -303,13 +303,12 @@ class Operations:
         self._numbers = numbers
         self._now = 0.0
         self._pool = PagePool([LayerShape(1, 1, 1)], num_pages=96, page_size=4)
-        self._locks: list[Node] = []
         self.tree = RadixTree(self._pool, clock=lambda: self._now, ttl_s=60.0, max_events=MAX_WAITING_EVENTS)
 
     def step(self) -> None:
         """One of them."""
-        kinds = (self._serve, self._evict, self._wait, self._lock, self._unlock, self._pin, self._quota, self._reset)
-        self._numbers.choices(kinds, weights=(60, 10, 8, 6, 6, 4, 4, 1))[0]()
+        kinds = (self._serve, self._evict, self._wait, self._pin, self._unpin, self._quota, self._reset)
+        self._numbers.choices(kinds, weights=(60, 10, 8, 6, 6, 4, 1))[0]()
 
     def _path(self) -> list[int]:
         """Some tokens, which often begin as others do."""
@@ -336,18 +335,11 @@ class Operations:
         self._now += self._numbers.choice([0.5, 5.0, 30.0])
         self.tree.expire()
 
-    def _lock(self) -> None:
-        node = self.tree.match(self._namespace(), self._path()).node
-        self.tree.lock(node)
-        self._locks.append(node)
-
-    def _unlock(self) -> None:
-        if self._locks:
-            self.tree.unlock(self._locks.pop(self._numbers.randrange(len(self._locks))))
-
     def _pin(self) -> None:
-        pin = self._numbers.choice([self.tree.pin, self.tree.unpin])
-        pin(self._namespace(), self._path())
+        self.tree.pin(self._namespace(), self._path())
+
+    def _unpin(self) -> None:
+        self.tree.unpin(self._namespace(), self._path())
 
     def _quota(self) -> None:
         self.tree.set_quota(self._namespace(), self._numbers.choice([None, None, 4, 20]))

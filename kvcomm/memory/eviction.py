@@ -1,7 +1,7 @@
 """Giving pages of the radix tree back: evicted, expired, over quota, reset.
 
 Owns the orders of leaves and every way a token leaves the tree, so that counters, tombstones, events and page
-references change together. Only unlocked, unpinned leaves go, from the end of their tokens, as much as is
+references change together. Only unpinned leaves go, from the end of their tokens, as much as is
 needed. Always holds: an evictable leaf waits in the order of eviction, in its namespace's own if that has a quota,
 and in the expiry queue if it has a TTL. Refuses to know how paths are matched or inserted.
 """
@@ -101,13 +101,12 @@ class Reaper:
         return freed
 
     def clear(self, namespace: Namespace) -> None:
-        """Drop everything that is not locked, pinned or not."""
+        """Drop everything, pinned or not."""
         namespace.root.tombstones = None
         for node in reversed(list(preorder(namespace.root))):
             node.num_pins = 0
             node.tombstones = None
-            if node.is_evictable:
-                self._remove(node, None)
+            self._remove(node, None)
 
     def start_quota(self, namespace: Namespace) -> None:
         """Give the namespace an order of its own."""

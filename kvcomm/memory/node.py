@@ -90,7 +90,7 @@ class Namespace:
     @property
     def is_empty(self) -> bool:
         """Whether it holds nothing, and nobody has said anything about it that would have to be remembered."""
-        return not self.root.children and not self.root.num_locks and self.quota_pages is None
+        return not self.root.children and self.quota_pages is None
 
     def count(self, other: Namespace) -> None:
         """Add the sizes and counters of another namespace to the own ones."""
@@ -109,7 +109,6 @@ class Node:
         "born_s",
         "children",
         "namespace",
-        "num_locks",
         "num_pins",
         "pages",
         "parent",
@@ -145,7 +144,6 @@ class Node:
         self.rhythm = Rhythm()  # how any of its tokens is visited
         self.rhythm_fully = self.rhythm  # how all of them are: what a split leaves to the lower half
         self.ttl_s = ttl_s
-        self.num_locks = 0
         self.num_pins = 0
         self.tombstones: dict[int, Tombstone] | None = None
 
@@ -160,8 +158,8 @@ class Node:
 
     @property
     def is_evictable(self) -> bool:
-        """A leaf that nobody has locked or pinned; its ancestors are protected by having it as a child."""
-        return not (self.children or self.num_locks or self.num_pins) and self.parent is not None
+        """A leaf that nobody has pinned; its ancestors are protected by having it as a child."""
+        return not (self.children or self.num_pins) and self.parent is not None
 
     @property
     def expires_at_s(self) -> float:

@@ -35,7 +35,6 @@ class Match(NamedTuple):
 
     num_tokens: int
     pages: PageIds
-    node: Node  # the deepest one matched, maybe in part; give it to `lock`
     reason: MissReason | None  # why matching stopped; None if everything matched
 
 
@@ -61,7 +60,6 @@ class NodeView(NamedTuple):
     tokens: TokenIds  # read-only, [end - start]
     num_pages: int
     num_children: int
-    locked: bool
     pinned: bool
     idle_s: float  # since the last use
     expires_in_s: float  # unless it is used before; infinite: never
@@ -96,7 +94,7 @@ class RadixTree:
         self.ages = PageAges()
         self._reaper = Reaper(pool, self._log, self.ages, clock, eviction)
         self._num_uses = 0
-        self._num_guards = 0  # locks and pins of all nodes
+        self._num_pins = 0  # of all nodes
 
     def match(self, namespace: str, tokens: npt.ArrayLike) -> Match:
         """The longest cached prefix of `tokens` in `namespace`.
@@ -155,24 +153,6 @@ class RadixTree:
             node.bury(int(ids[end]), MissReason.QUOTA)
         return end - matched
 
-    def lock(self, node: Node) -> None:
-        """Keep `node` and its ancestors from eviction, expiry and reset until as many `unlock` calls.
-
-        Raises:
-            ValueError: the node has left the tree since it was matched.
-        """
-        if node.parent is None and not node.is_root:
-            raise ValueError("this node is no longer in the tree; match again")
-        node.num_locks += 1
-        self._num_guards += 1
-
-    def unlock(self, node: Node) -> None:
-        """Undo one `lock`."""
-        assert node.num_locks > 0, f"node [{node.start}, {node.end}) is not locked"
-        node.num_locks -= 1
-        self._num_guards -= 1
-        self._unprotected(node)
-
     def pin(self, namespace: str, tokens: npt.ArrayLike) -> int:
         """Keep what is cached of `tokens` from eviction, quota and TTL; returns how many tokens that is."""
         node, matched = descend(self._namespace(namespace).root, _as_tokens(tokens))
@@ -181,7 +161,7 @@ class RadixTree:
         if matched < node.end:
             node = self._split(node, matched)
         node.num_pins += 1
-        self._num_guards += 1
+        self._num_pins += 1
         return matched
 
     def unpin(self, namespace: str, tokens: npt.ArrayLike) -> int:
@@ -193,14 +173,16 @@ class RadixTree:
             return 0
         num_tokens = node.end
         node.num_pins -= 1
-        self._num_guards -= 1
-        self._unprotected(node)
+        self._num_pins -= 1
+        self._reaper.track(node)
+        if node.namespace.quota_pages is not None:  # maybe only the pin kept the namespace above it
+            self._reaper.shrink(node.namespace, node.namespace.quota_pages)
         return num_tokens
 
     def set_quota(self, namespace: str, num_pages: int | None) -> None:
         """Limit the distinct pages of `namespace`; paths of its own go at once if it has more.
 
-        Locked and pinned paths may keep it above the limit until they are unlocked and unpinned.
+        Pinned paths may keep it above the limit until they are unpinned.
 
         Raises:
             ValueError: a negative limit.
@@ -236,8 +218,7 @@ class RadixTree:
     def evict(self, num_pages: int) -> int:
         """Drop leaves in the order of the policy until `num_pages` pages became free in the pool; returns how many.
 
-        Leaves that are locked or pinned stay, and those whose pages others hold too: dropping them frees
-        nothing.
+        Leaves that are pinned stay, and those whose pages others hold too: dropping them frees nothing.
         """
         return self._reaper.evict(num_pages)
 
@@ -246,14 +227,14 @@ class RadixTree:
         return self._reaper.evict(num_pages, spare_shared=False)
 
     def evictable_pages(self) -> Iterator[PageIds]:
-        """Every page reference that eviction could drop: of nodes with nothing locked or pinned below them."""
+        """Every page reference that eviction could drop: of nodes with nothing pinned below them."""
         for space in self._namespaces.values():
-            if not self._num_guards:  # nearly always; whoever has seen enough need not look at the rest
+            if not self._num_pins:  # nearly always; whoever has seen enough need not look at the rest
                 yield from (node.pages for node in preorder(space.root))
                 continue
             kept: set[Node] = set()
             for node in reversed(list(preorder(space.root))):
-                if node in kept or node.num_locks or node.num_pins:
+                if node in kept or node.num_pins:
                     assert node.parent is not None
                     kept.add(node.parent)
                 else:
@@ -264,15 +245,12 @@ class RadixTree:
         return self._reaper.expire(self._clock())
 
     def reset(self, namespace: str | None = None) -> None:
-        """Drop everything in `namespace` (None: in all), pinned or not; locked paths stay.
-
-        Quotas and counters stay.
-        """
+        """Drop everything in `namespace` (None: in all), pinned or not; quotas and counters stay."""
         names = list(self._namespaces) if namespace is None else [namespace]
         for name in names:
             if name in self._namespaces:
                 space = self._namespaces[name]
-                self._num_guards -= sum(node.num_pins for node in preorder(space.root))
+                self._num_pins -= sum(node.num_pins for node in preorder(space.root))
                 self._reaper.clear(space)
 
     def recent_drops(self, namespace: str) -> list[tuple[float, Drop]]:
@@ -321,10 +299,9 @@ class RadixTree:
                 tokens,
                 node.pages.size,
                 len(node.children),
-                node.num_locks > 0,
                 node.num_pins > 0,
                 now - node.used.at_s,
-                math.inf if node.num_pins or node.num_locks else node.expires_at_s - now,
+                math.inf if node.num_pins else node.expires_at_s - now,
             )
 
     def check_integrity(self) -> None:
@@ -333,18 +310,17 @@ class RadixTree:
         Raises:
             AssertionError: naming node and numbers.
         """
-        num_guards = 0
+        num_pins = 0
         for space in self._namespaces.values():
             nodes = list(preorder(space.root))
-            num_guards += space.root.num_locks
             for node in nodes:
                 self._check_node(node)
-                num_guards += node.num_locks + node.num_pins
+                num_pins += node.num_pins
             num_tokens = sum(node.tokens.size for node in nodes)
             assert num_tokens == space.num_tokens, f"{space.name!r}: {num_tokens} tokens, not {space.num_tokens}"
             num_pages = np.unique(np.concatenate([NO_IDS, *(node.pages for node in nodes)])).size
             assert num_pages == space.num_pages, f"{space.name!r}: {num_pages} pages, not {space.num_pages}"
-        assert num_guards == self._num_guards, f"{num_guards} locks and pins, not {self._num_guards}"
+        assert num_pins == self._num_pins, f"{num_pins} pins, not {self._num_pins}"
 
     def _check_node(self, node: Node) -> None:
         parent, page_size = node.parent, self._pool.page_size
@@ -356,7 +332,7 @@ class RadixTree:
         num_pages = -(-node.end // page_size) - node.start // page_size
         assert node.pages.size == num_pages, f"{where} has {node.pages.size} pages, not {num_pages}"
         assert self._pool.refcounts(node.pages).min() > 0, f"{where} refers to free pages {node.pages}"
-        assert min(node.num_locks, node.num_pins) >= 0, f"{where}: {node.num_locks} locks, {node.num_pins} pins"
+        assert node.num_pins >= 0, f"{where}: {node.num_pins} pins"
         if not parent.is_root:
             assert node.used <= parent.used, f"{where} used at {node.used}, its parent at {parent.used}"
             assert node.ttl_s <= parent.ttl_s, f"{where} lives {node.ttl_s} s, its parent {parent.ttl_s} s"
@@ -365,7 +341,7 @@ class RadixTree:
 
     def _found(self, node: Node, matched: int, ids: TokenIds) -> Match:
         reason = None if matched == ids.size else _reason(node, matched, int(ids[matched]))
-        return Match(matched, node.path_pages(matched, self._pool.page_size), node, reason)
+        return Match(matched, node.path_pages(matched, self._pool.page_size), reason)
 
     def _namespace(self, name: str) -> Namespace:
         if name not in self._namespaces:
@@ -426,24 +402,17 @@ class RadixTree:
         above = node.path_pages(matched, page_size)
         shared = int(matched % page_size > 0 and above[-1] == pages[first])
         wanted = pages.size - first - shared
-        node.num_locks += 1
+        node.num_pins += 1  # else room for the rest of a path would be made by dropping its beginning
         self._reaper.shrink(space, max(space.quota_pages - wanted, 0))
-        node.num_locks -= 1
+        node.num_pins -= 1
         self._reaper.track(node)
         fits = min(wanted, max(space.quota_pages - space.num_pages, 0))
         return max(matched, min(num_tokens, (first + shared + fits) * page_size))
 
-    def _unprotected(self, node: Node) -> None:
-        """`node` lost a lock or pin: it may go now, and must if only that kept its namespace above its
-        quota."""
-        self._reaper.track(node)
-        if node.namespace.quota_pages is not None:
-            self._reaper.shrink(node.namespace, node.namespace.quota_pages)
-
     def _split(self, node: Node, at: int) -> Node:
         """Cut `node` at position `at`; returns the new upper half. The lower half stays the same object.
 
-        So locks and pins, which protect ancestors too, go on protecting both halves.
+        So its pins, which protect ancestors too, go on protecting both halves.
         """
         parent, page_size = node.parent, self._pool.page_size
         assert parent is not None, "a root cannot be split"

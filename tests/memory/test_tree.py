@@ -204,36 +204,26 @@ def test_pages_in_use_elsewhere_are_passed_over(bench: Bench) -> None:
     assert bench.tree.evict(4) == 2
 
 
-def test_locks_protect_a_node_through_splits(bench: Bench) -> None:
+def test_pins_count_and_protect_a_node_through_splits(bench: Bench) -> None:
     bench.serve(span(0, 12))
-    node = bench.tree.match(NS, span(0, 12)).node
-    bench.tree.lock(node)
-    bench.tree.lock(node)
+    for _ in range(2):
+        bench.tree.pin(NS, span(0, 12))
     bench.serve(span(0, 6) + span(100, 6))
     bench.tree.evict(100)
     assert bench.cached(span(0, 12)) == 12
-    bench.tree.unlock(node)
+    assert bench.tree.unpin(NS, span(0, 12)) == 12
     bench.tree.evict(100)
     assert bench.cached(span(0, 12)) == 12
-    bench.tree.unlock(node)
+    assert bench.tree.unpin(NS, span(0, 12)) == 12
     bench.tree.evict(100)
     assert bench.cached(span(0, 12)) == 0
-    with pytest.raises(ValueError, match="no longer in the tree"):
-        bench.tree.lock(node)
-    with pytest.raises(AssertionError, match="is not locked"):
-        bench.tree.unlock(node)
 
 
-def test_reset_leaves_only_what_is_locked(bench: Bench) -> None:
+def test_reset_drops_what_is_pinned_too_in_one_namespace(bench: Bench) -> None:
     bench.serve(span(0, 8))
     bench.serve(span(0, 4) + span(100, 4))
     bench.serve(span(0, 8), "other")
     bench.tree.pin(NS, span(0, 4) + span(100, 4))
-    node = bench.tree.match(NS, span(0, 8)).node
-    bench.tree.lock(node)
-    bench.tree.reset(NS)
-    assert bench.tree.usage(NS).num_tokens == 8
-    bench.tree.unlock(node)
     bench.tree.reset(NS)
     assert bench.tree.usage(NS).num_tokens == 0
     assert bench.cached(span(0, 8), "other") == 8
@@ -335,13 +325,12 @@ def test_quota_takes_from_its_own_namespace_only(bench: Bench) -> None:
     assert bench.cached(span(100, 8)) == 8
 
 
-def test_a_lock_may_exceed_the_quota_until_it_ends(bench: Bench) -> None:
+def test_a_pin_may_exceed_the_quota_until_it_ends(bench: Bench) -> None:
     bench.serve(span(0, 8))
-    node = bench.tree.match(NS, span(0, 8)).node
-    bench.tree.lock(node)
+    bench.tree.pin(NS, span(0, 8))
     bench.tree.set_quota(NS, 1)
     assert bench.cached(span(0, 8)) == 8
-    bench.tree.unlock(node)
+    bench.tree.unpin(NS, span(0, 8))
     assert bench.cached(span(0, 8)) == 4
 
 
@@ -490,13 +479,13 @@ def test_all_that_is_there_is_told_with_prefixes_first(bench: Bench) -> None:
 
 @pytest.mark.parametrize("eviction", EVICTION_POLICIES)
 def test_queues_do_not_grow_with_use(eviction: str) -> None:
-    """Locks, refreshed paths and expired ones once left their queue entries behind for good."""
+    """Pins, refreshed paths and expired ones once left their queue entries behind for good."""
     bench = Bench(eviction=eviction)
     bench.serve(span(0, 8))
     for _ in range(500):
-        node = bench.tree.match(NS, span(0, 8)).node
-        bench.tree.lock(node)
-        bench.tree.unlock(node)
+        bench.tree.match(NS, span(0, 8))
+        bench.tree.pin(NS, span(0, 8))
+        bench.tree.unpin(NS, span(0, 8))
         bench.serve(span(100, 4), ttl_s=1.0)
         bench.now += 2.0
         bench.tree.expire()

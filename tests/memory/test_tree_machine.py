@@ -1,6 +1,6 @@
 """Pool and tree together, in any order of operations, against a naive model: the set of all cached prefixes.
 
-Where the model can know the outcome (match, insert without quota, pin, lock, reset) it must be met exactly;
+Where the model can know the outcome (match, insert without quota, pin, reset) it must be met exactly;
 where the tree may choose (evict, expire, quota) the outcome must be allowed: nothing protected or young is
 lost, nothing appears.
 """
@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvcomm.config import EVICTION_POLICIES
 from kvcomm.errors import PoolExhausted
-from kvcomm.memory.tree import Match, MissReason, Node, RadixTree
+from kvcomm.memory.tree import Match, MissReason, RadixTree
 from tests.memory.kv_model import MarkedPool, MarkedSequence, Path
 
 NAMESPACES = ("left", "right")
@@ -50,7 +50,6 @@ class TreeMachine(RuleBasedStateMachine):
         self.life: dict[Prefix, tuple[float, float]] = {}  # last use, time to live
         self.gone: dict[Prefix, set[MissReason]] = defaultdict(set)
         self.sequences: list[MarkedSequence] = []
-        self.locks: list[tuple[Node, Prefix]] = []
         self.pins: list[Prefix] = []
         self.quotas: dict[str, int | None] = dict.fromkeys(NAMESPACES)
         self.queries = dict.fromkeys(NAMESPACES, (0, 0))
@@ -68,14 +67,13 @@ class TreeMachine(RuleBasedStateMachine):
         return found
 
     def protected(self) -> set[Prefix]:
-        paths_kept = [prefix for _, prefix in self.locks] + self.pins
-        return set().union(*(prefixes(*prefix) for prefix in paths_kept))
+        return set().union(*(prefixes(*prefix) for prefix in self.pins))
 
     def lost(self, reason: MissReason, namespace: str | None = None) -> set[Prefix]:
         """Accept what the tree dropped, if it was allowed to, and return it."""
         actual = self.actual()
         assert actual <= self.cached, "tokens appeared from nowhere"
-        assert self.protected() <= actual, "a locked or pinned path lost tokens"
+        assert self.protected() <= actual, "a pinned path lost tokens"
         lost = self.cached - actual
         assert namespace is None or {name for name, _ in lost} <= {namespace}
         for prefix in lost:
@@ -182,23 +180,6 @@ class TreeMachine(RuleBasedStateMachine):
         self.sequences.pop(data.draw(st.integers(0, len(self.sequences) - 1))).release()
 
     @rule(namespace=namespaces, path=paths)
-    def lock(self, namespace: str, path: Path) -> None:
-        match = self.match(namespace, path)
-        self.tree.lock(match.node)
-        self.locks.append((match.node, (namespace, path[: match.num_tokens])))
-
-    @precondition(lambda self: self.locks)
-    @rule(data=st.data())
-    def unlock(self, data: st.DataObject) -> None:
-        node, _ = self.locks.pop(data.draw(st.integers(0, len(self.locks) - 1)))
-        self.tree.unlock(node)
-        self.accept_quota(node.namespace.name)
-
-    def accept_quota(self, namespace: str) -> None:
-        """A namespace above its quota shrinks as soon as protection ends."""
-        assert not self.lost(MissReason.QUOTA, namespace) or self.quotas[namespace] is not None
-
-    @rule(namespace=namespaces, path=paths)
     def pin(self, namespace: str, path: Path) -> None:
         self.settle()
         num_tokens = self.tree.pin(namespace, path)
@@ -213,7 +194,8 @@ class TreeMachine(RuleBasedStateMachine):
         assert self.tree.unpin(namespace, path) == (len(deepest[1]) if deepest else 0)
         if deepest:
             self.pins.remove(deepest)
-            self.accept_quota(namespace)
+            # A namespace above its quota shrinks as soon as protection ends.
+            assert not self.lost(MissReason.QUOTA, namespace) or self.quotas[namespace] is not None
 
     @rule(num_pages=st.integers(0, 12))
     def evict(self, num_pages: int) -> None:
@@ -231,7 +213,7 @@ class TreeMachine(RuleBasedStateMachine):
         held_elsewhere = {p for s in self.sequences for p in s.pages.tolist()}
         for namespace in NAMESPACES:
             for node in self.tree.walk(namespace):
-                if node.num_children or node.locked or node.pinned:
+                if node.num_children or node.pinned:
                     continue
                 match = self.tree.match(namespace, self.path_to(namespace, node.start, node.tokens.tolist()))
                 self.queries[namespace] = tuple(
@@ -268,13 +250,8 @@ class TreeMachine(RuleBasedStateMachine):
         names = NAMESPACES if namespace is None else (namespace,)
         self.pins = [pin for pin in self.pins if pin[0] not in names]
         self.tree.reset(namespace)
-        kept = self.actual()
-        # A lock protects a node, which may reach beyond the tokens that were matched.
-        assert self.protected() <= kept <= self.cached
-        assert {p for p in self.cached if p[0] not in names} == {p for p in kept if p[0] not in names}
-        locked = {prefix[0] for _, prefix in self.locks if prefix[1]}
-        assert not any(name in names and name not in locked for name, _ in kept)
-        self.cached = kept
+        self.cached = {prefix for prefix in self.cached if prefix[0] not in names}
+        assert self.actual() == self.cached
 
     @rule(namespace=namespaces, path=paths.filter(bool))
     def reject_wrong_page_tables(self, namespace: str, path: Path) -> None:
@@ -314,8 +291,6 @@ class TreeMachine(RuleBasedStateMachine):
             return
         for sequence in self.sequences:
             sequence.release()
-        for node, _ in self.locks:
-            self.tree.unlock(node)
         self.tree.reset()
         self.tree.check_integrity()
         self.pool.check_integrity(held=[])
