@@ -57,7 +57,6 @@ from kvcomm.errors import InvalidRequest, UnknownAdapter, WeightsChanged
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PagePool
-from kvcomm.memory.segment_tree import SegmentNode
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
 from kvcomm.model.adapters import without_wrapper
@@ -338,27 +337,6 @@ class Engine:
         tokens in it are real.
         """
         return self._reader.segment(text, name=name)
-
-    def keep_segment(self, segment: Segment, *, tenant: str = DEFAULT_TENANT, ttl_s: float | None = None) -> str:
-        """Store a named segment for `find_segment`; returns its digest.
-
-        Raises:
-            InvalidRequest: the segment has no name.
-        """
-        if segment.name is None:
-            raise InvalidRequest("a segment needs a name to be kept: engine.segment(text, name=...)")
-        with self.lock:
-            return self.memory.segments.name(self.home(tenant), segment.name, segment, ttl_s=ttl_s)
-
-    def find_segment(self, name: str, *, tenant: str = DEFAULT_TENANT) -> Segment | None:
-        """The tenant's segment of that name, or None."""
-        with self.lock:
-            return self.memory.segments.lookup(self.home(tenant), name)
-
-    def segment_tree(self, *, adapter: str | None = None, tenant: str = DEFAULT_TENANT) -> tuple[SegmentNode, ...]:
-        """The tenant's contexts as one tree of segments: parents before children, with what is cached of each."""
-        with self.lock:
-            return tuple(self.memory.segment_tree.walk(self.namespace(tenant, adapter=adapter)))
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Text of token ids, special tokens included."""
@@ -874,8 +852,6 @@ class Engine:
     def _complete(self, context: Context, request: Request, segments: tuple[Segment, ...]) -> None:
         context.complete(request, segments)
         context.weights = request.weights
-        if context.fidelity is Fidelity.EXACT:
-            self.memory.segment_tree.record(request.namespace, context.segments)
 
     def add_context(self, context: Context) -> None:
         """A context has been made."""
@@ -1045,7 +1021,7 @@ class Engine:
                 self.memory.reset(namespace)
 
     def forget(self, tenant: str) -> None:
-        """Drop all that is known of a tenant: cache, quotas, chains of segments, anchors and calibrations.
+        """Drop all that is known of a tenant: cache, quotas, anchors and calibrations.
 
         What its contexts and requests hold stays theirs; they may leave something new.
         """
@@ -1054,7 +1030,6 @@ class Engine:
             for namespace in self.namespaces(tenant):
                 self.memory.reset(namespace)
                 self.memory.segments.forget(namespace)
-                self.memory.segment_tree.forget(namespace)
                 self.reuse.forget(namespace)
 
     def learn(

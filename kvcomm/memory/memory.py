@@ -13,14 +13,13 @@ from itertools import chain
 from kvcomm.errors import PoolExhausted
 from kvcomm.memory.eviction import DEFAULT_ORDER
 from kvcomm.memory.pool import PageIds, PagePool
-from kvcomm.memory.segment_tree import SegmentTreeView
 from kvcomm.memory.segments import SegmentStore
 from kvcomm.memory.sequences import Sequence
 from kvcomm.memory.tree import RadixTree
 
 
 class Memory:
-    """One pool, its tree of exact prefixes, its segments, and the view of the tree by segments."""
+    """One pool, its tree of exact prefixes, and its segments."""
 
     def __init__(
         self, pool: PagePool, *, ttl_s: float | None, segment_bytes: int, eviction: str = DEFAULT_ORDER
@@ -33,7 +32,6 @@ class Memory:
         self.pool = pool
         self.tree = RadixTree(pool, ttl_s=ttl_s, eviction=eviction)
         self.segments = SegmentStore(pool, max_bytes=segment_bytes, ttl_s=ttl_s)
-        self.segment_tree = SegmentTreeView(self.tree)
 
     def make_writable(self, sequence: Sequence, start: int, end: int) -> None:
         """`Sequence.make_writable`, evicting what is only cached when pages run out.

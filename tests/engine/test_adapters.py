@@ -385,13 +385,6 @@ def test_held_tokens_count_over_all_adapters(engine: Engine, lora: PeftModel) ->
     held.release()
 
 
-def test_named_segments_are_found_with_every_adapter(engine: Engine, lora: PeftModel) -> None:
-    engine.keep_segment(engine.segment("The dog.", name="dog"))
-    lora.set_adapter("second")
-
-    assert engine.find_segment("dog") is not None
-
-
 def test_many_threads_with_many_adapters(engine: Engine, tiny: TinyModel, lora: PeftModel) -> None:
     expected = {}
     for name in ("second", "first"):

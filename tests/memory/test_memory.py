@@ -126,7 +126,6 @@ def test_namespaces_that_hold_nothing_any_more_are_forgotten_except_the_latest()
         memory.segments.put(
             name, Segment((1, 2)), signature="s", start=0, pages=sequence.pages[:1], offset=0, fidelity=Fidelity.EXACT
         )
-        memory.segment_tree.record(name, [Segment((1, 2))])
         sequence.release()
     listed = memory.tree.namespaces()
     assert listed == tuple(f"tenant {tenant}" for tenant in range(200 - len(listed), 200))
