@@ -328,7 +328,7 @@ class Engine:
         if self.tree.usage(namespace).quota_pages != num_pages:
             self.tree.set_quota(namespace, num_pages)
             num_bytes = None if num_pages is None else num_pages * self.pool.page_bytes
-            self.memory.segments.set_budget(namespace, num_bytes)
+            self.memory.renditions.set_budget(namespace, num_bytes)
 
     def segment(self, text: str, *, name: str | None = None) -> Segment:
         """A text tokenized on its own, as a piece of a prompt, to be used in prompts as often as you like.
@@ -1029,7 +1029,7 @@ class Engine:
             self.set_quota(tenant=tenant)
             for namespace in self.namespaces(tenant):
                 self.memory.reset(namespace)
-                self.memory.segments.forget(namespace)
+                self.memory.renditions.forget(namespace)
                 self.reuse.forget(namespace)
 
     def learn(
@@ -1308,7 +1308,7 @@ class Engine:
             device=self.model.device,
         )
         half = pool.num_pages * pool.page_bytes // 2
-        return Memory(pool, ttl_s=self.config.cache_ttl_s, segment_bytes=half, eviction=self.config.eviction)
+        return Memory(pool, ttl_s=self.config.cache_ttl_s, rendition_bytes=half, eviction=self.config.eviction)
 
     def _model_identity(self, weights: str, attention: Mapping[str, str] | None = None) -> str:
         return model_identity(

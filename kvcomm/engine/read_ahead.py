@@ -323,7 +323,7 @@ class ReadAhead:
         try:
             self._write(sequence, 0, num_tokens, [stored.kv])
             with self._lock:
-                self._memory.segments.put(
+                self._memory.renditions.put(
                     namespace,
                     segment,
                     signature=stored.name.signature,
@@ -348,7 +348,7 @@ class ReadAhead:
             for segment in segments
             if segment.name is not None and len(segment.token_ids) >= MIN_SEGMENT
         }
-        known = self._memory.segments
+        known = self._memory.renditions
         return tuple(each for each in found.values() if not known.renditions_of(namespace, each))
 
     def _fetch_prefix(self, ask: Ask) -> Reason | None:

@@ -19,7 +19,8 @@ from kvcomm.engine.request import Request
 from kvcomm.engine.write_behind import WriteBehind
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
-from kvcomm.memory.segments import Rendition, Segment
+from kvcomm.memory.renditions import Rendition
+from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
 from kvcomm.model.geometry import ModelGeometry
 from kvcomm.model.live import Weights

@@ -15,7 +15,8 @@ from threading import RLock
 
 from kvcomm.errors import PoolExhausted
 from kvcomm.memory.pool import PageIds, PagePool
-from kvcomm.memory.segments import Rendition, Segment
+from kvcomm.memory.renditions import Rendition
+from kvcomm.memory.segments import Segment
 from kvcomm.model.attention.contract import IntArray
 from kvcomm.tiers.tier import KV, RenditionName, Tier, TierSpace
 from kvcomm.tiers.write_behind import Work

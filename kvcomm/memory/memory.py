@@ -1,8 +1,8 @@
 """All memory of an engine in one place: the pool and those that share it.
 
-Puts pool, tree and segment store together for what concerns all of them: finding pages when none are free, expiry, and
-the proof that every reference has an owner. What each of them holds is its own matter. Not thread-safe: its owner
-serializes the calls.
+Puts pool, tree and store of renditions together for what concerns all of them: finding pages when none are free,
+expiry, and the proof that every reference has an owner. What each of them holds is its own matter. Not thread-safe: its
+owner serializes the calls.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from itertools import chain
 from kvcomm.errors import PoolExhausted
 from kvcomm.memory.eviction import DEFAULT_ORDER
 from kvcomm.memory.pool import PageIds, PagePool
-from kvcomm.memory.segments import SegmentStore
+from kvcomm.memory.renditions import RenditionStore
 from kvcomm.memory.sequences import Sequence
 from kvcomm.memory.tree import RadixTree
 
 
 class Memory:
-    """One pool, its tree of exact prefixes, and its segments."""
+    """One pool, its tree of exact prefixes, and the renditions of its segments."""
 
     def __init__(
-        self, pool: PagePool, *, ttl_s: float | None, segment_bytes: int, eviction: str = DEFAULT_ORDER
+        self, pool: PagePool, *, ttl_s: float | None, rendition_bytes: int, eviction: str = DEFAULT_ORDER
     ) -> None:
         """Args:
         ttl_s: how long unused prefixes and segments live; None: until their pages are needed.
-        segment_bytes: what the renditions of segments may refer to.
+        rendition_bytes: of KV that renditions may refer to.
         eviction: the policy by which prefixes go when pages are needed, see `RadixTree`.
         """
         self.pool = pool
         self.tree = RadixTree(pool, ttl_s=ttl_s, eviction=eviction)
-        self.segments = SegmentStore(pool, max_bytes=segment_bytes, ttl_s=ttl_s)
+        self.renditions = RenditionStore(pool, max_bytes=rendition_bytes, ttl_s=ttl_s)
 
     def make_writable(self, sequence: Sequence, start: int, end: int) -> None:
         """`Sequence.make_writable`, evicting what is only cached when pages run out.
@@ -49,10 +49,10 @@ class Memory:
             PoolExhausted: even without anything cached there would be fewer; then nothing is dropped.
         """
         self.require_possible(num_pages)
-        if self._evict(num_pages, self.tree.evict) or self._evict(num_pages, self.segments.evict):
+        if self._evict(num_pages, self.tree.evict) or self._evict(num_pages, self.renditions.evict):
             return
         # A page that both hold is passed over by each; it comes free only when both let go.
-        while self.segments.drop_oldest():
+        while self.renditions.drop_oldest():
             if self._evict(num_pages, self.tree.evict):
                 return
         self._evict(num_pages, self.tree.evict_all)
@@ -66,7 +66,7 @@ class Memory:
         if num_pages <= self.pool.num_free:
             return
         missing = num_pages - self.pool.num_free
-        references = chain(self.tree.evictable_pages(), self.segments.evictable_pages(), droppable)
+        references = chain(self.tree.evictable_pages(), self.renditions.pages_held(), droppable)
         num_evictable = self.pool.num_held_only_by(references, missing)
         if missing > num_evictable:
             raise PoolExhausted(
@@ -82,19 +82,19 @@ class Memory:
     def expire(self) -> None:
         """Drop what outlived its TTL."""
         self.tree.expire()
-        self.segments.expire()
+        self.renditions.expire()
 
     def reset(self, namespace: str | None = None) -> None:
         """Drop everything cached, of one namespace or of all."""
         self.tree.reset(namespace)
-        self.segments.reset(namespace)
+        self.renditions.reset(namespace)
 
     def check_integrity(self, held: Iterable[PageIds]) -> None:
-        """Prove that the pages `held` by others, the tree's and the segments' are all references there are.
+        """Prove that the pages `held` by others, the tree's and the renditions' are all references there are.
 
         Raises:
             AssertionError: with all the numbers.
         """
         self.tree.check_integrity()
-        self.segments.check_integrity()
-        self.pool.check_integrity([*held, *self.tree.pages_held(), *self.segments.pages_held()])
+        self.renditions.check_integrity()
+        self.pool.check_integrity([*held, *self.tree.pages_held(), *self.renditions.pages_held()])

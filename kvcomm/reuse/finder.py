@@ -22,7 +22,8 @@ from kvcomm.align.slots import kind_of
 from kvcomm.align.spans import place_of
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
-from kvcomm.memory.segments import Rendition, Segment
+from kvcomm.memory.renditions import Rendition
+from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence as KVSequence
 from kvcomm.reuse.plan import Part, Reason
 
@@ -98,7 +99,7 @@ class MoveFinder:
             if neighbor is None:
                 continue
             if is_use:
-                self._memory.segments.touch(namespace, neighbor)
+                self._memory.renditions.touch(namespace, neighbor)
             start, end = max(each.start, num_exact), min(each.start + neighbor.num_tokens, last)
             if start < end:
                 moves.append(self._move(each, neighbor, start, end))
@@ -106,12 +107,12 @@ class MoveFinder:
 
     def is_known(self, namespace: str, segment: Segment) -> bool:
         """Whether there is any rendition of a segment."""
-        return bool(self._memory.segments.renditions_of(namespace, segment))
+        return bool(self._memory.renditions.renditions_of(namespace, segment))
 
     def is_displaced(self, namespace: str, segments: Sequence[Segment]) -> bool:
         """Whether the first text of a prompt is known, but only from where it stood behind others."""
         first = next((each for each in occurrences(segments) if each.segment.name is not None), None)
-        known = () if first is None else self._memory.segments.renditions_of(namespace, first.segment)
+        known = () if first is None else self._memory.renditions.renditions_of(namespace, first.segment)
         return bool(known) and all(rendition.before for rendition in known)
 
     def publish(
@@ -129,16 +130,16 @@ class MoveFinder:
     def replace(self, namespace: str, segments: Sequence[Segment], sequence: KVSequence) -> None:
         """All KV of a sequence is exact now: its exact renditions take the place of its approximate ones."""
         for segment in {each for each in segments if each.name is not None}:
-            for rendition in self._memory.segments.renditions_of(namespace, segment):
+            for rendition in self._memory.renditions.renditions_of(namespace, segment):
                 if rendition.context is sequence.identity and rendition.fidelity is Fidelity.APPROXIMATE:
-                    self._memory.segments.drop(namespace, rendition)
+                    self._memory.renditions.drop(namespace, rendition)
         self.publish(namespace, segments, sequence, start=0, risk=0.0)
 
     def _adds_something(self, namespace: str, each: Occurrence, is_exact: bool) -> bool:
         """Whether no rendition that is as good has read all of what this one has, and there are not too many."""
         alike = [
             rendition
-            for rendition in self._memory.segments.renditions_of(namespace, each.segment)
+            for rendition in self._memory.renditions.renditions_of(namespace, each.segment)
             if rendition.signature == each.signature and (rendition.fidelity is Fidelity.EXACT or not is_exact)
         ]
         read = _texts(each.before)
@@ -156,7 +157,7 @@ class MoveFinder:
     ) -> None:
         page_size = self._memory.pool.page_size
         first = each.start // page_size
-        rendition = self._memory.segments.put(
+        rendition = self._memory.renditions.put(
             namespace,
             each.segment,
             signature=each.signature,
@@ -181,7 +182,7 @@ class MoveFinder:
     def _renditions(self, namespace: str, each: Occurrence, own: KVSequence, before_s: float) -> list[Rendition]:
         return [
             rendition
-            for rendition in self._memory.segments.renditions_of(namespace, each.segment)
+            for rendition in self._memory.renditions.renditions_of(namespace, each.segment)
             if rendition.created_s < before_s and not self._is_own(rendition, each, own)
         ]
 

@@ -25,7 +25,8 @@ from kvcomm.config import EngineConfig
 from kvcomm.errors import AnchorFileForeign, InvalidRequest
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
-from kvcomm.memory.segments import Rendition, Segment
+from kvcomm.memory.renditions import Rendition
+from kvcomm.memory.segments import Segment
 from kvcomm.model.cache_folder import cache_root
 from kvcomm.model.geometry import ModelGeometry
 from kvcomm.model.runner import ModelRunner

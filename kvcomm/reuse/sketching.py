@@ -18,7 +18,8 @@ from kvcomm.align.sketch import Sketcher
 from kvcomm.align.spans import place_of
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
-from kvcomm.memory.segments import Rendition, Segment
+from kvcomm.memory.renditions import Rendition
+from kvcomm.memory.segments import Segment
 from kvcomm.reuse.idle_work import IdleWork, Job, Steps, Urgency
 
 MAX_WAITING = 64
@@ -84,7 +85,7 @@ class SketchAhead:
         pool = self._memory.pool
         while self._waiting:
             namespace, segment, each = self._waiting.pop()
-            if any(known is each for known in self._memory.segments.renditions_of(namespace, segment)):
+            if any(known is each for known in self._memory.renditions.renditions_of(namespace, segment)):
                 pages = each.pages.copy()
                 pool.retain(pages)
                 self._held.append(pages)

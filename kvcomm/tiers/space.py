@@ -131,7 +131,7 @@ class RenditionName(NamedTuple):
 
 
 class StoredRendition(NamedTuple):
-    """A rendition as a tier gives it; see `kvcomm.memory.segments.Rendition`.
+    """A rendition as a tier gives it; see `kvcomm.memory.renditions.Rendition`.
 
     Attributes:
         slot: name of the segment in that context.

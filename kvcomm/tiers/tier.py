@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from threading import Lock
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from kvcomm.errors import InvalidRequest, ObjectMissing, RecordCorrupt, RecordTooNew, StoreFailed
 from kvcomm.files.reading import BadContent
 from kvcomm.memory.fidelity import Fidelity
+from kvcomm.memory.segments import Segment
 from kvcomm.tiers.counting import Counts, KnownKeys, TierStats
 from kvcomm.tiers.deadline import LateReads
 from kvcomm.tiers.inventory import leading_bytes
@@ -41,9 +42,6 @@ from kvcomm.tiers.space import KV, PrefixRead, RenditionName, StoredRendition, T
 from kvcomm.tiers.store import ObjectStore, StoredObject, open_store
 from kvcomm.tiers.write_behind import Dropped, Work, WriteBehind
 from kvcomm.values import text, whole_number
-
-if TYPE_CHECKING:
-    from kvcomm.memory.segments import Segment
 
 __all__ = ["KV", "PrefixRead", "RenditionName", "StoredRendition", "Tier", "TierMiss", "TierSpace", "TierStats"]
 
@@ -303,8 +301,6 @@ class Tier:
         Raises:
             InvalidRequest: the name's digest is not that of the tokens, or KV and tokens do not fit the space.
         """
-        from kvcomm.memory.segments import Segment  # which imports torch
-
         self._require_fit(space, token_ids, kv)
         if Segment(tuple(token_ids)).digest(space.namespace) != name.digest:
             raise InvalidRequest(f"{name.digest[:12]} is not the digest of the tokens under {space.namespace[:12]}")
@@ -584,8 +580,6 @@ class Tier:
             return got
         part = got.header.rendition
         assert part is not None  # or it would have been foreign
-        from kvcomm.memory.segments import Segment  # which imports torch
-
         before = tuple(Segment(each.token_ids, each.name) for each in part.before)
         return StoredRendition(name, got.header.token_ids, got.kv(), fidelity, part.slot, before, part.risk)
 
@@ -624,7 +618,5 @@ def _is_rendition(name: RenditionName, fidelity: Fidelity, header: RecordHeader)
     part = header.rendition
     if part is None or header.kind != "rendition" or header.fidelity is not fidelity:
         return False
-    from kvcomm.memory.segments import Segment  # which imports torch
-
     is_named = RenditionName(part.digest, part.signature, header.start) == name
     return is_named and Segment(header.token_ids).digest(header.namespace) == name.digest

@@ -177,7 +177,7 @@ def test_documents_in_another_order_are_the_same_segments(engine: Engine) -> Non
     assert [engine.decode(each.token_ids) for each in passages[0]] == texts
     static = [{each for each in one.prompt if each.name is None} for one in (first, second)]
     assert static[0] == static[1]
-    assert all(engine.memory.segments.renditions_of(engine.namespace(), each) for each in passages[0])
+    assert all(engine.memory.renditions.renditions_of(engine.namespace(), each) for each in passages[0])
     cold = engine.generate(second.prompt, GREEDY, reads_cache=False)
     assert second.text == cold.text
 

@@ -15,7 +15,7 @@ from kvcomm.align.repeats import Surroundings
 from kvcomm.align.sketch import Sketcher
 from kvcomm.align.spans import layer_stores
 from kvcomm.engine.engine import Engine
-from kvcomm.memory.segments import Identity
+from kvcomm.memory.sequences import Identity
 from kvcomm.model.rope import rotate
 from tests.tiny import tiny_model
 

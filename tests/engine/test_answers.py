@@ -195,7 +195,7 @@ def test_what_others_may_move_is_the_answer_as_far_as_it_was_computed(
     assert answer.text == "12)"
     kept = Segment(answer.token_ids, ANSWER)
     with engine.lock:
-        (rendition,) = engine.memory.segments.renditions_of(engine.namespace(), kept)
+        (rendition,) = engine.memory.renditions.renditions_of(engine.namespace(), kept)
     assert rendition.num_tokens == 2
 
 

@@ -317,7 +317,7 @@ def test_start_tokens_stand_there_once() -> None:
 def test_passages_are_known_when_they_come_in_another_order(engine: Engine) -> None:
     passages = [engine.segment(text, name="web") for text in ("The quick brown fox. ", "It jumps over the dog. ")]
     engine.chat(user(*passages, "why?"), max_new_tokens=1)
-    store = engine.memory.segments
+    store = engine.memory.renditions
     assert all(store.renditions_of(engine.namespace(), passage) for passage in passages)
     turned = engine.chat_prompt(user(*passages[::-1], "why not?"))
     policy = ReusePolicy(max_divergence=1.0, confidence=0.5)

@@ -16,17 +16,18 @@ from kvcomm.memory.pool import PageIds, PagePool
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence
 from kvcomm.memory.tree import MissReason
+from tests.stored import stored_in
 
 
 def test_pages_that_tree_and_segments_share_can_be_had_back() -> None:
     """Each of them passed over what the other held too, so a pool full of caches looked exhausted."""
     pool = PagePool([], num_pages=4, page_size=4)
-    memory = Memory(pool, ttl_s=None, segment_bytes=2**20)
+    memory = Memory(pool, ttl_s=None, rendition_bytes=2**20)
     tokens = np.arange(16, dtype=np.int32)
     pages = pool.allocate(4)
     memory.tree.insert("n", tokens, pages)
     segment = Segment(tuple(tokens.tolist()))
-    memory.segments.put("n", segment, signature="s", start=0, pages=pages, offset=0, fidelity=Fidelity.EXACT)
+    memory.renditions.put("n", segment, signature="s", start=0, pages=pages, offset=0, fidelity=Fidelity.EXACT)
     pool.release(pages)
     assert pool.num_free == 0
 
@@ -40,7 +41,7 @@ def test_pages_that_tree_and_segments_share_can_be_had_back() -> None:
 def test_a_leaf_that_somebody_holds_does_not_protect_what_is_above_it() -> None:
     """Its page is the holder's, but its ancestors' pages are only the tree's."""
     pool = PagePool([], num_pages=4, page_size=4)
-    memory = Memory(pool, ttl_s=None, segment_bytes=2**20)
+    memory = Memory(pool, ttl_s=None, rendition_bytes=2**20)
     pages = pool.allocate(2)
     memory.tree.insert("n", range(4), pages[:1])
     memory.tree.insert("n", range(8), pages)
@@ -60,8 +61,8 @@ def test_room_is_made_exactly_where_dropping_everything_would_make_it(data: st.D
     other, _ = _random_memory(seed)
     for _ in range(20):
         other.tree.evict_all(100)
-        other.segments.evict(100)
-        other.segments.drop_oldest()
+        other.renditions.evict(100)
+        other.renditions.drop_oldest()
     possible = wanted <= other.pool.num_free
     before = _state(memory)
     if possible:
@@ -78,7 +79,7 @@ def _random_memory(seed: int) -> tuple[Memory, list[PageIds]]:
     """A small pool full of prefixes, renditions and holders, with pins here and there; the same for the same seed."""
     random = Random(seed)
     pool = PagePool([], num_pages=12, page_size=2)
-    memory = Memory(pool, ttl_s=None, segment_bytes=2**20)
+    memory = Memory(pool, ttl_s=None, rendition_bytes=2**20)
     held: list[PageIds] = []
     while pool.num_free > 1:
         path = tuple(random.randrange(2) for _ in range(random.randrange(1, 9)))
@@ -94,11 +95,9 @@ def _random_memory(seed: int) -> tuple[Memory, list[PageIds]]:
             memory.tree.insert("n", np.array(path, dtype=np.int32), sequence.pages)
         if random.random() < 0.4:
             segment = Segment(path)
-            memory.segments.put(
+            memory.renditions.put(
                 "n", segment, signature="s", start=0, pages=sequence.pages, offset=0, fidelity=Fidelity.EXACT
             )
-            if random.random() < 0.3:
-                memory.segments.pin("n", segment)
         if random.random() < 0.1:
             memory.tree.pin("n", path)
         if random.random() < 0.3:
@@ -110,20 +109,20 @@ def _random_memory(seed: int) -> tuple[Memory, list[PageIds]]:
 
 def _state(memory: Memory) -> tuple[object, ...]:
     nodes = [(node.start, node.end, node.num_pages) for node in memory.tree.walk("n")]
-    return memory.pool.num_free, nodes, [rendition.digest for rendition in memory.segments.renditions("n")]
+    return memory.pool.num_free, nodes, [rendition.digest for rendition in stored_in(memory.renditions, "n")]
 
 
 def test_namespaces_that_hold_nothing_any_more_are_forgotten_except_the_latest() -> None:
     """Two hundred tenants, once each: only those whose pages are there are listed, and few others remembered."""
     pool = PagePool([], num_pages=32, page_size=4)
-    memory = Memory(pool, ttl_s=None, segment_bytes=2**20)
+    memory = Memory(pool, ttl_s=None, rendition_bytes=2**20)
     for tenant in range(200):
         name, tokens = f"tenant {tenant}", np.arange(8, dtype=np.int32)
         memory.tree.match(name, tokens)
         sequence = Sequence(pool, tokens)
         memory.make_writable(sequence, 0, 8)
         memory.tree.insert(name, tokens, sequence.pages)
-        memory.segments.put(
+        memory.renditions.put(
             name, Segment((1, 2)), signature="s", start=0, pages=sequence.pages[:1], offset=0, fidelity=Fidelity.EXACT
         )
         sequence.release()
@@ -131,7 +130,7 @@ def test_namespaces_that_hold_nothing_any_more_are_forgotten_except_the_latest()
     assert listed == tuple(f"tenant {tenant}" for tenant in range(200 - len(listed), 200))
     assert 10 < len(listed) < 40
     assert len(memory.tree._namespaces) <= len(listed) + 33
-    assert len(memory.segments._spaces) <= 33
+    assert len(memory.renditions._spaces) <= 33
     total = memory.tree.total_usage()
     assert total.query_tokens == 200 * 8
     assert total.num_tokens + total.evicted_tokens == 200 * 8

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvcomm.memory import segments, tree
+from kvcomm.memory import renditions, tree
 from kvcomm.model import linear, runner
 from kvcomm.model.attention.contract import AttentionStep, RunTable
 from kvcomm.model.attention.torch_backend import TorchBackend
@@ -399,7 +399,7 @@ def real_sequences(tokenizer: PreTrainedTokenizerBase, num: int) -> list[Ids]:
     Prose, because random token ids drive the real model to logits of 27, where float32 itself is wrong by 7e-5: against
     a float64 forward the stock forward was further off (7.1e-5) than runs were (5.6e-5), and both together by 1.02e-4.
     """
-    prose = np.array(tokenizer.encode(f"{runner.__doc__} {tree.__doc__} {segments.__doc__}"), dtype=np.int32)
+    prose = np.array(tokenizer.encode(f"{runner.__doc__} {tree.__doc__} {renditions.__doc__}"), dtype=np.int32)
     ids = [prose[40 * index + 64 :][: 20 + 3 * index] for index in range(num)]
     return [*ids[:-2], *(np.concatenate([prose[:64], tail]) for tail in ids[-2:])]
 

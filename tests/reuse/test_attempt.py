@@ -99,7 +99,7 @@ class Bench:
         pool = PagePool([LayerShape(1, 1, 1)] * NUM_LAYERS, num_pages=64, page_size=4)
         for stored in (*pool.keys, *pool.values):
             stored.fill_(0.5)
-        self.pool, self.memory = pool, Memory(pool, ttl_s=None, segment_bytes=2**20)
+        self.pool, self.memory = pool, Memory(pool, ttl_s=None, rendition_bytes=2**20)
         self.layers = [LayerStore(keys, values, None) for keys, values in zip(pool.keys, pool.values, strict=True)]
         name = "looking" if setting.looks else "ranked"
         self.chooser = Ranked(name, looks=setting.looks)

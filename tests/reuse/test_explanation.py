@@ -15,6 +15,7 @@ from kvcomm.reuse.plan import SpanKind
 from tests.engine.conftest import ROWS_ONLY, SMALL, some_tokens
 from tests.limits import PATIENCE_S
 from tests.reuse.reading import LOOSE, ROLE_A, ROLE_B, SAMPLING, ask, earn, prompt
+from tests.stored import stored_in
 from tests.tiny import TinyModel
 
 
@@ -112,9 +113,9 @@ def test_a_quota_bounds_renditions_too(engine: Engine) -> None:
     for seed in range(8):
         parts = [Segment(tuple(some_tokens(9, seed=seed))), Segment(tuple(some_tokens(24, seed=100 + seed)), "text")]
         engine.generate([*parts, Segment((11, 12))], SAMPLING, tenant="ann")
-        store = engine.memory.segments
-        held = sum(each.pages.size for each in store.renditions(engine.namespace("ann")))
+        store = engine.memory.renditions
+        held = sum(each.pages.size for each in stored_in(store, engine.namespace("ann")))
         assert held * engine.config.page_size <= 40
     engine.set_quota(tenant="ann")
     engine.generate([Segment(tuple(some_tokens(90)), "text"), Segment((11, 12))], SAMPLING, tenant="ann")
-    assert len(list(store.renditions(engine.namespace("ann")))) > 1
+    assert len(stored_in(store, engine.namespace("ann"))) > 1

@@ -17,11 +17,13 @@ from kvcomm.align.moves import Move
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import LayerShape, PagePool
-from kvcomm.memory.segments import Rendition, Segment
+from kvcomm.memory.renditions import Rendition
+from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Identity
 from kvcomm.memory.sequences import Sequence as KVSequence
 from kvcomm.reuse.finder import MAX_RENDITIONS, MoveFinder, occurrences, parts_of
 from kvcomm.reuse.plan import Part, Reason, plan_of
+from tests.stored import stored_in
 
 ROLE_A, ROLE_B = Segment(tuple(range(10))), Segment(tuple(range(20, 35)))
 QUESTION, FIRST = Segment(tuple(range(40, 46)), "question"), Segment(tuple(range(50, 58)), "first")
@@ -32,10 +34,10 @@ class Library:
     """A memory without layers, in which prompts are read; its clock goes on by one with every reading."""
 
     def __init__(self, num_pages: int = 4000) -> None:
-        self.memory = Memory(PagePool([], num_pages=num_pages, page_size=4), ttl_s=None, segment_bytes=2**20)
+        self.memory = Memory(PagePool([], num_pages=num_pages, page_size=4), ttl_s=None, rendition_bytes=2**20)
         self.finder = MoveFinder(self.memory)
         self.now_s = 0.0
-        self.memory.segments._clock = lambda: self.now_s
+        self.memory.renditions._clock = lambda: self.now_s
 
     def computed(self, segments: Sequence[Segment]) -> KVSequence:
         """A sequence with all of these, computed."""
@@ -63,7 +65,7 @@ class Library:
 
     def source(self, move: Move) -> Rendition:
         """Which rendition a move takes."""
-        (found,) = (each for each in self.memory.segments.renditions("n") if each.identity is move.source.owner)
+        (found,) = (each for each in stored_in(self.memory.renditions, "n") if each.identity is move.source.owner)
         return found
 
 
@@ -71,7 +73,7 @@ class Library:
 def library() -> Iterator[Library]:
     made = Library()
     yield made
-    made.memory.segments.check_integrity()
+    made.memory.renditions.check_integrity()
 
 
 def passage(number: int, name: str = "document", length: int = 5) -> Segment:
@@ -138,7 +140,7 @@ def test_among_equals_exact_then_the_least_risk_then_the_nearest_then_the_newest
     for role, risk in zip(roles, (0.5, None, None, 0.25), strict=True):
         library.read(role, QUESTION, risk=risk)
     assert library.source(library.find(TAIL, QUESTION, TAIL)[0]).start == 6  # exact, as the third, and nearer
-    library.memory.segments.reset("n")
+    library.memory.renditions.reset("n")
     for role, risk in zip(roles, (0.5, 0.25, 0.5, 0.25), strict=True):
         library.read(role, QUESTION, risk=risk)
     newest = library.source(library.find(TAIL, QUESTION, TAIL)[0])
@@ -188,7 +190,7 @@ def test_looking_is_no_use_and_finding_is(library: Library) -> None:
     library.read(ROLE_A, QUESTION)
     library.read(ROLE_A, FIRST)
     library.find(ROLE_B, QUESTION, TAIL, is_use=False)
-    store = library.memory.segments
+    store = library.memory.renditions
     assert [entry[1] for entry in store._order] == [QUESTION.digest("n"), FIRST.digest("n")]
     library.find(ROLE_B, QUESTION, TAIL)
     assert [entry[1] for entry in store._order] == [FIRST.digest("n"), QUESTION.digest("n")]
@@ -196,7 +198,7 @@ def test_looking_is_no_use_and_finding_is(library: Library) -> None:
 
 def test_renditions_that_add_something_are_kept_and_no_others(library: Library) -> None:
     def kept() -> list[tuple[int, Fidelity]]:
-        found = library.memory.segments.renditions_of("n", SECOND)
+        found = library.memory.renditions.renditions_of("n", SECOND)
         return sorted((len(each.before), each.fidelity) for each in found)
 
     library.read(ROLE_A, QUESTION, SECOND, risk=0.5)
@@ -211,7 +213,7 @@ def test_renditions_that_add_something_are_kept_and_no_others(library: Library) 
         library.read(ROLE_A, Segment(passage(number).token_ids[: 1 + number % 5], "question"), SECOND)
     same = [
         each
-        for each in library.memory.segments.renditions_of("n", SECOND)
+        for each in library.memory.renditions.renditions_of("n", SECOND)
         if each.signature == signatures((ROLE_A, QUESTION, SECOND))[2] and each.fidelity is Fidelity.EXACT
     ]
     assert len(same) == MAX_RENDITIONS
@@ -314,7 +316,7 @@ def test_the_source_is_that_of_a_naive_ranking(
 
     def keep(segment: Segment, at: Known) -> None:
         library.now_s += 1
-        library.memory.segments.put(
+        library.memory.renditions.put(
             "n",
             segment,
             signature="somewhere",
@@ -375,9 +377,9 @@ def test_thousands_of_passages_within_a_byte_budget() -> None:
     num_kept, num_read = 5000, 5400
     pool = PagePool([LayerShape(1, 1, 1)], num_pages=12000, page_size=4)
     library = Library()
-    library.memory = Memory(pool, ttl_s=None, segment_bytes=2 * num_kept * pool.page_bytes)
+    library.memory = Memory(pool, ttl_s=None, rendition_bytes=2 * num_kept * pool.page_bytes)
     library.finder = MoveFinder(library.memory)
-    store = library.memory.segments
+    store = library.memory.renditions
     store._clock = lambda: library.now_s
     store._order = order = CountedOrder()
     for number in range(num_read):
@@ -385,8 +387,8 @@ def test_thousands_of_passages_within_a_byte_budget() -> None:
         # Looked at: what is dropped for it, and never a share of all that is there.
         assert order.num_seen <= 4
         order.num_seen = 0
-        assert store.num_bytes <= 2 * num_kept * pool.page_bytes
-    assert sum(1 for _ in store.renditions("n")) == num_kept
+        assert store._num_pages <= 2 * num_kept
+    assert len(stored_in(store, "n")) == num_kept
     order.num_seen = 0
     for number in np.linspace(0, num_read - 1, 50).astype(int).tolist():
         moves = library.find(ROLE_B, passage(number), TAIL)

@@ -16,6 +16,7 @@ from kvcomm.reuse.healing import Healing
 from kvcomm.reuse.replay import Case
 from tests.limits import PATIENCE_S
 from tests.reuse.reading import LOOSE, ROLE_A, ROLE_B, ask, earn, prompt
+from tests.stored import stored_in
 
 PAGE = 4
 
@@ -24,7 +25,7 @@ PAGE = 4
 def memory() -> Memory:
     """Ten pages of four tokens of one number each."""
     pool = PagePool([LayerShape(1, 1, 1)], num_pages=10, page_size=PAGE)
-    return Memory(pool, ttl_s=None, segment_bytes=10**6)
+    return Memory(pool, ttl_s=None, rendition_bytes=10**6)
 
 
 def approximate(memory: Memory, num_tokens: int, start: int, num_reserved: int = 0) -> Sequence:
@@ -152,7 +153,7 @@ def test_a_repaired_context_leaves_exact_text_for_others(learning: Engine) -> No
         own = context.sequence.identity
 
         def fidelities() -> set[Fidelity]:
-            known = learning.memory.segments.renditions(learning.namespace())
+            known = stored_in(learning.memory.renditions, learning.namespace())
             return {each.fidelity for each in known if each.context is own}
 
         assert fidelities() == {Fidelity.APPROXIMATE}

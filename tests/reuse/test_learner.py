@@ -218,7 +218,7 @@ def test_an_audited_text_has_an_exact_source_from_then_on(learning: Engine) -> N
     assert learning.num_cached(tokens) == len(tokens) // 16 * 16
     again = ask(learning, ROLE_B, 100, EXACT)
     assert list(again.token_ids) == greedy(learning.model, tokens, 8)
-    found = learning.memory.segments.renditions_of(learning.namespace(), prompt(ROLE_B, 100)[1])
+    found = learning.memory.renditions.renditions_of(learning.namespace(), prompt(ROLE_B, 100)[1])
     assert {(each.fidelity, each.risk) for each in found if each.start == len(ROLE_B)} >= {(Fidelity.EXACT, 0.0)}
 
 

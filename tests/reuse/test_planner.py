@@ -245,7 +245,7 @@ def test_the_prior_takes_approximate_sources_while_both_risks_are_within_the_bou
     ask(learning, ROLE_A, 1, EXACT)
     question, answer = prompt(ROLE_B, 1)[1], prompt((), 2)[1]
     learning.generate([Segment(ROLE_B), question, answer, Segment(TAIL)], SAMPLING, policy=POLICY)
-    (rendition,) = learning.memory.segments.renditions_of(learning.namespace(), answer)
+    (rendition,) = learning.memory.renditions.renditions_of(learning.namespace(), answer)
     assert rendition.risk == divergence
     read = [Segment(ROLE_C), question, answer, Segment(TAIL)]
     usage = learning.generate(read, SAMPLING, policy=POLICY).usage

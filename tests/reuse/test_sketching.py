@@ -84,7 +84,7 @@ def test_text_that_has_gone_is_passed_over(learning: Engine, watched: Watched) -
     assert ahead is not None
     with learning.lock:
         (segment,) = (each for each in prompt(ROLE_A, 7) if each.name is not None)
-        (gone,) = learning.memory.segments.renditions_of(learning.namespace(), segment)
+        (gone,) = learning.memory.renditions.renditions_of(learning.namespace(), segment)
         learning.clear_cache()
         ahead(learning.namespace(), segment, gone)
     learning.wake()

@@ -84,7 +84,7 @@ class CacheNode(ResponseModel):
     bytes: Annotated[int, Field(description="KV of its tokens; a rendition's is often that of a prefix too.")]
     fidelity: Literal["exact", "approximate"]
     last_used_s: Annotated[float | None, Field(description="Seconds ago.")]
-    pinned: bool
+    pinned: Annotated[bool, Field(description="Kept by `Engine.pin` of the serving process; only a prefix can be.")]
     expires_in_s: Annotated[float | None, Field(description="Unless it is used, or its pages are needed before.")]
     children: list[CacheNode]
 

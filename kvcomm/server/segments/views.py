@@ -12,7 +12,7 @@ from typing import Any
 
 from kvcomm.engine.engine import Engine
 from kvcomm.memory.fidelity import Fidelity
-from kvcomm.memory.segments import SegmentView
+from kvcomm.memory.renditions import SegmentView
 from kvcomm.memory.tree import NodeView
 from kvcomm.server.schemas.cache import CachedSegment, CacheNode, CacheTree
 from kvcomm.server.segments.prepared import PlacedSegment, num_cached_of
@@ -83,7 +83,7 @@ class _TreeBuilder:
         return list(self._segments(namespace))
 
     def _segments(self, namespace: str) -> Iterator[dict[str, Any]]:
-        for view in self._engine.memory.segments.views(namespace):
+        for view in self._engine.memory.renditions.views(namespace):
             if not view.renditions:
                 continue
             if not self._has_room():
@@ -94,14 +94,14 @@ class _TreeBuilder:
     def _segment(self, view: SegmentView) -> dict[str, Any]:
         slots = [rendition.slot for rendition in view.renditions]
         node = _node(view.digest[:ID_DIGITS], slots[-1] or None, "segment")
-        node |= {"pinned": view.pinned, "last_used_s": view.seen_s - view.used_s}
+        node["last_used_s"] = view.seen_s - view.used_s
         node["expires_in_s"] = _finite(view.due_s - view.seen_s)
         for rendition in view.renditions:
             digest = hashlib.sha256(f"{view.digest} {rendition.signature} {rendition.start}".encode()).hexdigest()
             child = _node(digest[:ID_DIGITS], f"at token {rendition.start}", "rendition")
             child["tokens"], child["bytes"] = rendition.num_tokens, rendition.num_tokens * self._token_bytes
             child["fidelity"] = "exact" if rendition.fidelity is Fidelity.EXACT else "approximate"
-            child["pinned"], child["expires_in_s"] = view.pinned, node["expires_in_s"]
+            child["expires_in_s"] = node["expires_in_s"]
             child["last_used_s"] = view.seen_s - rendition.used_s
             node["children"].append(child)
         self._num_nodes += len(view.renditions)
