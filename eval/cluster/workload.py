@@ -66,12 +66,6 @@ class Workload:
         """Tokens of all prompts."""
         return sum(arrival.num_tokens for arrival in self.arrivals)
 
-    @property
-    def distinct_tokens(self) -> int:
-        """Tokens that even one cache without bounds would have to compute."""
-        in_blocks = sum(arrival.path.size for arrival in self.arrivals) * self.block_tokens
-        return self.num_tokens - in_blocks + self.num_nodes * self.block_tokens
-
 
 def make_workload(trace: Trace, *, copies: int = 1, seed: int = 0) -> Workload:
     """The workload of a trace; the same for the same seed."""

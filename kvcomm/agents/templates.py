@@ -9,7 +9,7 @@ specifications, all of which are mistakes in a prompt.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvcomm.engine.chat import Static
@@ -72,11 +72,6 @@ def parse_template(text: str, *, agent: str, field: str = "prompt") -> tuple[Par
             raise _unbalanced(token, text, agent, field)
     parts.append(Static("".join([*static, text[end:]])))
     return tuple(part for part in parts if part != Static(""))
-
-
-def format_template(parts: Iterable[Part]) -> str:
-    """The template text that parses to these parts: the inverse of `parse_template`."""
-    return "".join(part.placeholder if isinstance(part, Slot) else escape(part.text) for part in parts)
 
 
 def escape(text: str) -> str:

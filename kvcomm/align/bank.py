@@ -208,11 +208,6 @@ class AnchorStore:
         with self._lock:
             yield from list(self._banks.get(namespace, {}).values())
 
-    def remove(self, namespace: str, edge: Edge) -> bool:
-        """Forget a bank; False if there is none."""
-        with self._lock:
-            return self._banks.get(namespace, {}).pop(edge, None) is not None
-
     def forget(self, namespace: str) -> None:
         """Forget every bank of a namespace."""
         with self._lock:

@@ -23,41 +23,6 @@ FORMAT_VERSION = 1
 """Part of every namespace; raised when the meaning of cached KV changes."""
 
 
-def namespace_digest(
-    *,
-    weights_digest: str,
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    attention: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template: str | Mapping[str, str] | None,
-    tenant: str,
-) -> str:
-    """SHA-256 (hex) of everything that separates one cache from another.
-
-    Args:
-        weights_digest: identity of the weights, from `weights.weights_digest`.
-        config: the model's config; its paths, versions and implementation choices do not count.
-        dtype: of the cached keys and values.
-        attention: rope and attention settings as JSON values, beyond what the config says (quantization too).
-        tokenizer: its vocabulary, merges and normalization count; padding and truncation do not.
-        chat_template: of the tokenizer, or what the caller uses in its place.
-        tenant: whose cache it is.
-
-    Raises:
-        TypeError: `attention` holds something that JSON cannot express.
-    """
-    identity = model_identity(
-        weights_digest=weights_digest,
-        config=config,
-        dtype=dtype,
-        attention=attention,
-        tokenizer=tokenizer,
-        chat_template=chat_template,
-    )
-    return tenant_namespace(identity, tenant)
-
-
 def model_identity(
     *,
     weights_digest: str,
@@ -67,7 +32,21 @@ def model_identity(
     tokenizer: PreTrainedTokenizerBase,
     chat_template: str | Mapping[str, str] | None,
 ) -> str:
-    """`namespace_digest` without the tenant; an engine computes it once, and each namespace from it."""
+    """SHA-256 (hex) of everything but the tenant that separates one cache from another.
+
+    An engine computes it once, and each namespace from it.
+
+    Args:
+        weights_digest: identity of the weights, from `weights.weights_digest`.
+        config: the model's config; its paths, versions and implementation choices do not count.
+        dtype: of the cached keys and values.
+        attention: rope and attention settings as JSON values, beyond what the config says (quantization too).
+        tokenizer: its vocabulary, merges and normalization count; padding and truncation do not.
+        chat_template: of the tokenizer, or what the caller uses in its place.
+
+    Raises:
+        TypeError: `attention` holds something that JSON cannot express.
+    """
     return _digest(
         format_version=FORMAT_VERSION,
         weights=weights_digest,

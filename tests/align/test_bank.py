@@ -155,6 +155,6 @@ def test_a_young_edge_falls_back_to_its_slots_and_never_to_another_tenant() -> N
     assert old is not None
     assert (young.edge.is_general, old.edge.is_general) == (True, False)
     assert store.find("two", EDGE, 1) is None
-    assert store.remove("one", EDGE)
-    assert not store.remove("one", EDGE)
     store.check_integrity()
+    store.forget("one")
+    assert store.find("one", EDGE, 1) is None

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from kvcomm.model import namespace
-from kvcomm.model.namespace import namespace_digest, tenant_namespace, tokenizer_digest
+from kvcomm.model.namespace import model_identity, tenant_namespace, tokenizer_digest
 from tests.tiny import tiny_tokenizer
 
 Parts = dict[str, Any]
@@ -33,10 +33,14 @@ def parts() -> Parts:
     }
 
 
-def test_deterministic() -> None:
-    digest = namespace_digest(**parts())
+def namespace_of(*, tenant: str, **identity: Any) -> str:
+    return tenant_namespace(model_identity(**identity), tenant)
 
-    assert namespace_digest(**parts()) == digest
+
+def test_deterministic() -> None:
+    digest = namespace_of(**parts())
+
+    assert namespace_of(**parts()) == digest
     assert len(bytes.fromhex(digest)) == 32
 
 
@@ -63,14 +67,14 @@ def test_every_part_counts(change: str) -> None:
     changed = parts()
     CHANGES[change](changed)
 
-    assert namespace_digest(**changed) != namespace_digest(**parts())
+    assert namespace_of(**changed) != namespace_of(**parts())
 
 
 def test_format_version_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = namespace_digest(**parts())
+    before = namespace_of(**parts())
     monkeypatch.setattr(namespace, "FORMAT_VERSION", namespace.FORMAT_VERSION + 1)
 
-    assert namespace_digest(**parts()) != before
+    assert namespace_of(**parts()) != before
 
 
 def test_padding_and_truncation_of_earlier_calls_do_not_count() -> None:
@@ -100,12 +104,12 @@ def test_mapping_order_does_not_count() -> None:
     first["attention"] = {"a": 1, "b": 2}
     second["attention"] = {"b": 2, "a": 1}
 
-    assert namespace_digest(**first) == namespace_digest(**second)
+    assert namespace_of(**first) == namespace_of(**second)
 
 
 def test_what_json_cannot_express_is_refused() -> None:
     with pytest.raises(TypeError, match="JSON values, not of Tensor"):
-        namespace_digest(**parts() | {"attention": {"inv_freq": torch.ones(2)}})
+        namespace_of(**parts() | {"attention": {"inv_freq": torch.ones(2)}})
 
 
 def test_tenant_namespace_by_hand() -> None:

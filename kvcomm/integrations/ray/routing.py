@@ -157,11 +157,6 @@ def candidates(
     return {worker: loads[worker] for worker in found if worker in loads}
 
 
-def holders_of(wanted: Wanted, holders: Mapping[str, Collection[str]]) -> set[str]:
-    """Workers that hold anything of the request."""
-    return {worker for key in wanted.all_keys() for worker in holders.get(key, NOTHING)}
-
-
 @lru_cache(maxsize=65_536)  # prompts that begin alike ask again and again
 def rendezvous(key: str, worker: str) -> int:
     """How much `worker` attracts `key`, in [0, 2**64): the same on every machine."""

@@ -149,7 +149,6 @@ class KVCommConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, un
         found = connector_output.kv_connector_worker_meta
         if isinstance(found, WorkerMetadata):
             self._ledger.took(found.prepared)
-        self._ledger.saved(tuple(connector_output.finished_sending or ()))
 
     def reset_cache(self) -> bool:
         """Forget what is cached in kvcomm's own pool. What a tier has stays."""

@@ -44,17 +44,11 @@ class Ledger:
         self._num_workers = num_workers
         self._entries: dict[str, _Entry] = {}
         self._jobs: list[Job] = []
-        self._saving: set[str] = set()
 
     @property
     def num_requests(self) -> int:
         """Requests that are known."""
         return len(self._entries)
-
-    @property
-    def num_saving(self) -> int:
-        """Ended requests whose blocks the workers still read."""
-        return len(self._saving)
 
     def add(
         self,
@@ -128,7 +122,7 @@ class Ledger:
     def finished(
         self, request_id: str, token_ids: Sequence[int], num_computed: int, blocks: Sequence[int], *, is_whole: bool
     ) -> bool:
-        """A request has ended; True: its blocks are still read, until `saved`.
+        """A request has ended; True: the workers still read its blocks.
 
         Args:
             token_ids: prompt and answer.
@@ -146,7 +140,6 @@ class Ledger:
         num_kept = min(num_computed, len(token_ids))
         if not entry.saves or num_kept <= (entry.num_ready or 0) or not blocks:
             return False
-        self._saving.add(request_id)
         kept = tuple(token_ids[:num_kept])
         self._jobs.append(Save(request_id, tuple(blocks), kept, entry.num_ready or 0, entry.params))
         return True
@@ -154,10 +147,6 @@ class Ledger:
     def forget(self) -> None:
         """Let the workers drop what they have cached."""
         self._jobs.append(Forget())
-
-    def saved(self, request_ids: Sequence[str]) -> None:
-        """Workers have read what they save."""
-        self._saving.difference_update(request_ids)
 
     def _ask(self, request_id: str, entry: _Entry) -> None:
         entry.is_asked = True

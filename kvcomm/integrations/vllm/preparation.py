@@ -203,10 +203,6 @@ class Preparations:
         if self._engine is not None:
             self._engine.clear_cache()
 
-    def close_endings(self) -> None:
-        """Wait until what ended requests left to be done is done; nothing may end afterwards."""
-        self._endings.shutdown()
-
     def close(self) -> None:
         """Give up all that is held."""
         for work in self._works.values():

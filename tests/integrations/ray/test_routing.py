@@ -12,7 +12,6 @@ from kvcomm.integrations.ray.routing import (
     Segment,
     Wanted,
     candidates,
-    holders_of,
     rank,
     rendezvous,
 )
@@ -54,7 +53,6 @@ def test_segments_count_where_they_lie_beyond_the_prefix() -> None:
     holders = {"a": {"w1"}, "s": {"w1", "w2"}, "t": {"w2"}}  # w1 saves 300 + 50, w2 100 + 250
     assert rank(wanted, holders, {"w1": 0.0, "w2": 1.0}, policy=policy)[0] == "w1"
     assert rank(wanted, holders, {"w1": 1.0, "w2": 0.0}, policy=policy)[0] == "w2"
-    assert holders_of(wanted, holders) == {"w1", "w2"}
 
 
 def test_unknown_workers_and_keys_are_ignored() -> None:
@@ -106,11 +104,8 @@ def test_holders_and_the_least_loaded_are_enough_to_choose(
     holders: dict[str, set[str]], loads: dict[str, float]
 ) -> None:
     least = min(loads.values())
-    few = {
-        worker: load
-        for worker, load in loads.items()
-        if load - least <= Policy().slack or worker in holders_of(PROMPT, holders)
-    }
+    holding = set().union(*(holders.get(key, set()) for key in PROMPT.all_keys()))
+    few = {worker: load for worker, load in loads.items() if load - least <= Policy().slack or worker in holding}
     assert rank(PROMPT, holders, few)[0] == rank(PROMPT, holders, loads)[0]
 
 

@@ -22,6 +22,7 @@ from kvcomm.memory.segments import Segment
 from kvcomm.model.geometry import ModelGeometry
 from kvcomm.model.weights import weights_digest
 from tests.integrations.vllm.fake_host import ModelHost, TensorPages
+from tests.limits import wait_for
 from tests.tiny import TinyModel, tiny_model
 
 PROMPT = tuple(range(10, 90))
@@ -174,11 +175,8 @@ def test_an_answer_becomes_a_source(engine: Engine, host: ModelHost, pages: Tens
     prepared(preparations, "r")
     answer = tuple(range(200, 230))
     preparations.drop(Drop("r", (*answer, 2), "answer"))  # 2 ends answers, and is passed on to nobody
-    preparations.close_endings()
-    explained = engine.explain(
-        [Segment(PROMPT[:5]), Segment(answer, "other"), Segment(PROMPT[5:9])], policy=MOVES.policy
-    )
-    assert "no_source" not in explained.plan.reasons
+    asked = [Segment(PROMPT[:5]), Segment(answer, "other"), Segment(PROMPT[5:9])]
+    wait_for(lambda: "no_source" not in engine.explain(asked, policy=MOVES.policy).plan.reasons)
     preparations.close()
 
 

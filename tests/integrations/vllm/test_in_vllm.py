@@ -114,7 +114,7 @@ class Server:
     def check(self) -> None:
         """Nothing is held for anybody."""
         self.settle()
-        assert self.inside.connector.ledger.num_requests == self.inside.connector.ledger.num_saving == 0
+        assert self.inside.connector.ledger.num_requests == 0
         assert self.preparations.num_held == 0
         assert self.inside.num_free_blocks() == self.num_free
         self.engine.check_integrity()

@@ -56,9 +56,6 @@ def test_exact_tokens_are_saved_behind_those_that_were_there() -> None:
     ledger.take_jobs()
     assert ledger.finished("r", (*PROMPT, 1, 2), 101, [1, 2, 3], is_whole=False)
     assert ledger.take_jobs()[1:] == [Save("r", (1, 2, 3), (*PROMPT, 1), 64, RequestParams())]
-    assert ledger.num_saving == 1
-    ledger.saved(["r"])
-    assert ledger.num_saving == 0
 
 
 def test_the_slowest_worker_decides() -> None:
@@ -91,7 +88,6 @@ class LedgerMachine(RuleBasedStateMachine):
         self.asked: set[str] = set()
         self.dropped: set[str] = set()
         self.saving: set[str] = set()
-        self.readable: set[str] = set()
         self.num = 0
 
     @rule(num_tokens=st.integers(1, 50), moves=st.booleans(), reads=st.booleans(), saves=st.booleans())
@@ -116,7 +112,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.dropped.add(job.request_id)
             else:
                 assert job.request_id in self.saving
-                self.readable.add(job.request_id)
+                self.saving.discard(job.request_id)
 
     @precondition(lambda self: self.asked)
     @rule(data=st.data())
@@ -154,18 +150,9 @@ class LedgerMachine(RuleBasedStateMachine):
             self.saving.add(name)
         self.ready.pop(name, None)
 
-    @precondition(lambda self: self.readable)
-    @rule(data=st.data())
-    def read(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.readable)))
-        self.readable.discard(name)
-        self.saving.discard(name)
-        self.ledger.saved([name])
-
     @invariant()
     def counts_agree(self) -> None:
         assert self.ledger.num_requests == len(self.living)
-        assert self.ledger.num_saving == len(self.saving)
 
     def teardown(self) -> None:
         for name in list(self.living):
