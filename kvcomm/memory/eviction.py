@@ -55,6 +55,7 @@ class Reaper:
         self._new_order = ORDERS[order]
         self._order = self._new_order(clock)
         self._expiry = LeafQueue(lambda node: node.expires_at_s)
+        self._with_quota: dict[Namespace, LeafOrder] = {}  # each one's own leaves, in the order of the policy
 
     def track(self, node: Node) -> None:
         """To be called when `node` may have become evictable, or due earlier than before."""
@@ -87,8 +88,9 @@ class Reaper:
 
     def shrink(self, namespace: Namespace, num_pages: int) -> None:
         """Drop the namespace's own tokens, in the policy's order, until it holds `num_pages`, as far as possible."""
-        assert namespace.leaves is not None, f"namespace {namespace.name!r} has no quota"
-        while namespace.num_pages > num_pages and (leaf := namespace.leaves.pop()) is not None:
+        assert namespace in self._with_quota, f"namespace {namespace.name!r} has no quota"
+        leaves = self._with_quota[namespace]
+        while namespace.num_pages > num_pages and (leaf := leaves.pop()) is not None:
             over = namespace.num_pages - num_pages
             own = leaf.pages.size - leaf.num_shared_pages
             self._cut(leaf, leaf.pages.size - over if over <= own else 0, MissReason.QUOTA)
@@ -110,9 +112,13 @@ class Reaper:
 
     def start_quota(self, namespace: Namespace) -> None:
         """Give the namespace an order of its own."""
-        namespace.leaves = self._new_order(self._clock)
+        self._with_quota[namespace] = self._new_order(self._clock)
         for node in preorder(namespace.root):
             self.track(node)
+
+    def end_quota(self, namespace: Namespace) -> None:
+        """Its leaves wait among all others only."""
+        self._with_quota.pop(namespace, None)
 
     def record(self, kind: EventKind, node: Node, start: int, reason: str | None = None) -> None:
         """Log tokens [start, node.end) of the path, if anybody listens."""
@@ -127,8 +133,8 @@ class Reaper:
 
     def _orders(self, node: Node) -> Iterator[LeafOrder]:
         yield self._order
-        if node.namespace.leaves is not None:
-            yield node.namespace.leaves
+        if node.namespace in self._with_quota:
+            yield self._with_quota[node.namespace]
         if node.ttl_s != math.inf:
             yield self._expiry
 
@@ -159,7 +165,7 @@ class Reaper:
         parent = leaf.parent
         assert parent is not None, "a root cannot be removed"
         self._account(leaf, leaf.start, leaf.pages.size - leaf.num_shared_pages, reason)
-        for order in (self._order, self._expiry, leaf.namespace.leaves):
+        for order in (self._order, self._expiry, self._with_quota.get(leaf.namespace)):
             if order is not None:
                 order.discard(leaf)
         first = int(leaf.tokens[0])

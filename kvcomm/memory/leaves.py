@@ -6,10 +6,9 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from kvcomm.memory.node import Node
+from kvcomm.memory.node import Node
 
 
 class LeafOrder(Protocol):

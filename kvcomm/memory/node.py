@@ -12,16 +12,13 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from kvcomm.memory.pool import PageIds
-from kvcomm.memory.returning import Rhythm
-
-if TYPE_CHECKING:
-    from kvcomm.memory.leaves import LeafOrder
+from kvcomm.memory.rhythm import Rhythm
 
 TokenIds = npt.NDArray[np.int32]
 
@@ -79,7 +76,6 @@ class Namespace:
         self.name = name
         self.root = Node(self, None, NO_IDS, 0, NO_IDS, Use(0, 0.0), math.inf)
         self.quota_pages: int | None = None
-        self.leaves: LeafOrder | None = None  # only with a quota
         self.num_tokens = 0
         self.num_pages = 0
         self.query_tokens = 0

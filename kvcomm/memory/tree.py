@@ -20,14 +20,12 @@ import numpy.typing as npt
 from kvcomm.memory.ages import PageAges
 from kvcomm.memory.events import CacheEvent, EventKind, EventLog
 from kvcomm.memory.eviction import DEFAULT_ORDER, Reaper
-from kvcomm.memory.node import NO_IDS, Drop, MissReason, Namespace, Node, TokenIds, Use, descend, preorder
+from kvcomm.memory.namespaces import Namespaces, NamespaceUsage
+from kvcomm.memory.node import NO_IDS, Drop, MissReason, Node, TokenIds, Use, descend, preorder
 from kvcomm.memory.pool import PageIds, PagePool
-from kvcomm.memory.returning import Rhythm
+from kvcomm.memory.rhythm import Rhythm
 
-__all__ = ["Drop", "Match", "MissReason", "NamespaceUsage", "Node", "NodeView", "RadixTree", "TokenIds"]
-
-
-_MAX_FORMER = 32
+__all__ = ["Drop", "Match", "MissReason", "NamespaceUsage", "NodeView", "RadixTree"]
 
 
 class Match(NamedTuple):
@@ -36,19 +34,6 @@ class Match(NamedTuple):
     num_tokens: int
     pages: PageIds
     reason: MissReason | None  # why matching stopped; None if everything matched
-
-
-class NamespaceUsage(NamedTuple):
-    """What a namespace holds, and what became of its tokens so far."""
-
-    num_tokens: int
-    num_pages: int  # distinct pages
-    quota_pages: int | None
-    query_tokens: int  # asked for by `match`
-    hit_tokens: int  # of those found
-    evicted_tokens: int
-    expired_tokens: int
-    quota_tokens: int  # dropped for the namespace's own quota
 
 
 class NodeView(NamedTuple):
@@ -88,8 +73,7 @@ class RadixTree:
         self._pool = pool
         self._clock = clock
         self._ttl_s = math.inf if ttl_s is None else ttl_s
-        self._namespaces: dict[str, Namespace] = {}
-        self._forgotten = Namespace("")  # the counters of all that are not known any more
+        self._namespaces = Namespaces()
         self._log = EventLog(max_events)
         self.ages = PageAges()
         self._reaper = Reaper(pool, self._log, self.ages, clock, eviction)
@@ -104,7 +88,7 @@ class RadixTree:
         """
         ids = _as_tokens(tokens)
         self.expire()
-        space = self._namespace(namespace)
+        space = self._namespaces.enter(namespace)
         node, matched = descend(space.root, ids)
         self._visit(node, matched)
         self._touch(node, matched)
@@ -119,8 +103,8 @@ class RadixTree:
     def look(self, namespace: str, tokens: npt.ArrayLike) -> Match:
         """What `match` would find. Counts as no use, as `peek`."""
         self.expire()
-        ids, space = _as_tokens(tokens), self._namespaces.get(namespace) or Namespace(namespace)
-        node, matched = descend(space.root, ids)
+        ids = _as_tokens(tokens)
+        node, matched = descend(self._namespaces.look(namespace).root, ids)
         return self._found(node, matched, ids)
 
     def insert(self, namespace: str, tokens: npt.ArrayLike, pages: PageIds, *, ttl_s: float | None = None) -> int:
@@ -140,7 +124,7 @@ class RadixTree:
             raise ValueError(f"{ids.size} tokens need {num_pages} pages of {self._pool.page_size}, not {pages.size}")
         self.expire()
         ttl = self._ttl_s if ttl_s is None else ttl_s
-        node, matched = descend(self._namespace(namespace).root, ids)
+        node, matched = descend(self._namespaces.enter(namespace).root, ids)
         rhythm = node.rhythm_below(matched, ids, self._clock()) if matched < ids.size else node.rhythm
         self._touch(node, matched)
         end = self._make_room(node, matched, ids.size, pages)
@@ -155,7 +139,7 @@ class RadixTree:
 
     def pin(self, namespace: str, tokens: npt.ArrayLike) -> int:
         """Keep what is cached of `tokens` from eviction, quota and TTL; returns how many tokens that is."""
-        node, matched = descend(self._namespace(namespace).root, _as_tokens(tokens))
+        node, matched = descend(self._namespaces.enter(namespace).root, _as_tokens(tokens))
         if not matched:
             return 0
         if matched < node.end:
@@ -166,7 +150,7 @@ class RadixTree:
 
     def unpin(self, namespace: str, tokens: npt.ArrayLike) -> int:
         """Undo one `pin` on the longest pinned prefix of `tokens`; returns its length, 0 if there is none."""
-        node, matched = descend(self._namespace(namespace).root, _as_tokens(tokens))
+        node, matched = descend(self._namespaces.enter(namespace).root, _as_tokens(tokens))
         while node.parent is not None and (node.end > matched or not node.num_pins):
             node = node.parent
         if node.is_root:
@@ -189,31 +173,25 @@ class RadixTree:
         """
         if num_pages is not None and num_pages < 0:
             raise ValueError(f"a quota cannot be {num_pages} pages; use None for no limit")
-        space = self._namespace(namespace)
+        space = self._namespaces.enter(namespace)
         space.quota_pages = num_pages
         if num_pages is None:
-            space.leaves = None
+            self._reaper.end_quota(space)
         else:
             self._reaper.start_quota(space)
             self._reaper.shrink(space, num_pages)
 
     def usage(self, namespace: str) -> NamespaceUsage:
         """Sizes and counters of `namespace`; all zero if it was never used, or is forgotten."""
-        return _usage(self._namespaces.get(namespace) or Namespace(namespace))
+        return self._namespaces.usage(namespace)
 
     def namespaces(self) -> tuple[str, ...]:
-        """Namespaces that hold something or have a quota.
-
-        Of those that have neither any more, the latest few are remembered: their counters, and why their prompts miss.
-        """
-        return tuple(name for name, space in self._namespaces.items() if not space.is_empty)
+        """Namespaces that hold something or have a quota."""
+        return self._namespaces.names()
 
     def total_usage(self) -> NamespaceUsage:
         """Sizes and counters over all namespaces, also over those that are forgotten; no quota."""
-        total = Namespace("")
-        for space in (self._forgotten, *self._namespaces.values()):
-            total.count(space)
-        return _usage(total)
+        return self._namespaces.total_usage()
 
     def evict(self, num_pages: int) -> int:
         """Drop leaves in the order of the policy until `num_pages` pages became free in the pool; returns how many.
@@ -228,7 +206,7 @@ class RadixTree:
 
     def evictable_pages(self) -> Iterator[PageIds]:
         """Every page reference that eviction could drop: of nodes with nothing pinned below them."""
-        for space in self._namespaces.values():
+        for space in self._namespaces:
             if not self._num_pins:  # nearly always; whoever has seen enough need not look at the rest
                 yield from (node.pages for node in preorder(space.root))
                 continue
@@ -246,17 +224,14 @@ class RadixTree:
 
     def reset(self, namespace: str | None = None) -> None:
         """Drop everything in `namespace` (None: in all), pinned or not; quotas and counters stay."""
-        names = list(self._namespaces) if namespace is None else [namespace]
-        for name in names:
-            if name in self._namespaces:
-                space = self._namespaces[name]
-                self._num_pins -= sum(node.num_pins for node in preorder(space.root))
-                self._reaper.clear(space)
+        for space in self._namespaces if namespace is None else [self._namespaces.look(namespace)]:
+            self._num_pins -= sum(node.num_pins for node in preorder(space.root))
+            self._reaper.clear(space)
 
     def recent_drops(self, namespace: str) -> list[tuple[float, Drop]]:
         """What left `namespace` lately, the latest few, newest first; with the seconds since then."""
-        space, now = self._namespaces.get(namespace), self._clock()
-        return [] if space is None else [(now - drop.at_s, drop) for drop in reversed(space.drops)]
+        now_s = self._clock()
+        return [(now_s - drop.at_s, drop) for drop in reversed(self._namespaces.look(namespace).drops)]
 
     def take_events(self) -> list[CacheEvent]:
         """Events since the last call, oldest first; the first call starts recording and returns none."""
@@ -270,22 +245,20 @@ class RadixTree:
     def all_stored(self) -> list[CacheEvent]:
         """Everything there is, as if it came just now, prefixes first: where a reader begins, or begins again."""
         return [
-            CacheEvent(EventKind.STORED, name, node.start, node.path_tokens())
-            for name, space in self._namespaces.items()
+            CacheEvent(EventKind.STORED, space.name, node.start, node.path_tokens())
+            for space in self._namespaces
             for node in preorder(space.root)
         ]
 
     def pages_held(self) -> Iterable[PageIds]:
         """Every page reference of the tree, for `PagePool.check_integrity`."""
-        for space in self._namespaces.values():
+        for space in self._namespaces:
             for node in preorder(space.root):
                 yield node.pages
 
     def walk(self, namespace: str) -> Iterator[NodeView]:
         """All nodes of `namespace`, parents before children; do not change the tree meanwhile."""
-        space = self._namespaces.get(namespace)
-        if space is None:
-            return
+        space = self._namespaces.look(namespace)
         now, depths = self._clock(), {space.root: 0}
         for node in preorder(space.root):
             assert node.parent is not None
@@ -311,7 +284,7 @@ class RadixTree:
             AssertionError: naming node and numbers.
         """
         num_pins = 0
-        for space in self._namespaces.values():
+        for space in self._namespaces:
             nodes = list(preorder(space.root))
             for node in nodes:
                 self._check_node(node)
@@ -342,19 +315,6 @@ class RadixTree:
     def _found(self, node: Node, matched: int, ids: TokenIds) -> Match:
         reason = None if matched == ids.size else _reason(node, matched, int(ids[matched]))
         return Match(matched, node.path_pages(matched, self._pool.page_size), reason)
-
-    def _namespace(self, name: str) -> Namespace:
-        if name not in self._namespaces:
-            self._forget_former()
-            self._namespaces[name] = Namespace(name)
-        return self._namespaces[name]
-
-    def _forget_former(self) -> None:
-        """Remember only the latest of the namespaces that hold nothing any more."""
-        former = sorted((s for s in self._namespaces.values() if s.is_empty), key=lambda space: space.root.used)
-        for space in former[: max(0, len(former) - _MAX_FORMER)]:
-            self._forgotten.count(space)
-            del self._namespaces[space.name]
 
     def _visit(self, node: Node, matched: int) -> None:
         """Note the visit of the path of `matched` tokens down to `node`, before it is used again.
@@ -443,17 +403,6 @@ class RadixTree:
         self._reaper.track(leaf)
         self._reaper.record(EventKind.STORED, leaf, start)
         return leaf
-
-
-def _usage(space: Namespace) -> NamespaceUsage:
-    return NamespaceUsage(
-        space.num_tokens,
-        space.num_pages,
-        space.quota_pages,
-        space.query_tokens,
-        space.hit_tokens,
-        *(space.dropped_tokens[r] for r in (MissReason.EVICTED, MissReason.EXPIRED, MissReason.QUOTA)),
-    )
 
 
 def _as_tokens(tokens: npt.ArrayLike) -> TokenIds:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcomm.config import EVICTION_POLICIES
-from kvcomm.memory.returning import FIRST_GAP_S, MAX_RETURNS, Kind, Rhythm
+from kvcomm.memory.rhythm import FIRST_GAP_S, MAX_RETURNS, Kind, Rhythm
 from kvcomm.memory.tree import RadixTree
 from tests.memory.test_tree import Bench, span
 
@@ -105,7 +105,7 @@ def test_an_unmatched_rest_keeps_its_own_past() -> None:
     for _ in range(6):
         bench.now += 8.0
         bench.serve((*span(0, 4), 99))
-    rests = bench.tree._namespaces["namespace"].root.children[0].children.values()
+    rests = bench.tree._namespaces.look("namespace").root.children[0].children.values()
     assert sorted(node.rhythm.num_returns for node in rests) == [0, 6]
 
 
