@@ -12,8 +12,9 @@ import anyio.to_thread
 from fastapi import APIRouter, Depends, Path, Query
 
 from kvcomm.server.access import security
-from kvcomm.server.contexts.registry import ContextRegistry, Node
+from kvcomm.server.contexts.registry import ContextRegistry
 from kvcomm.server.contexts.snapshot_surface import folder_of
+from kvcomm.server.contexts.turns import Node
 from kvcomm.server.contexts.views import views
 from kvcomm.server.errors import ApiError, documented
 from kvcomm.server.keys import NAME_PATTERN

@@ -32,8 +32,8 @@ from kvcomm.server.anthropic import surface as messages
 from kvcomm.server.callers import Callers, cors_of
 from kvcomm.server.contexts import snapshot_surface as snapshots
 from kvcomm.server.contexts import surface as contexts
-from kvcomm.server.contexts.registry import NewId, new_id
 from kvcomm.server.contexts.snapshots import open_folder
+from kvcomm.server.contexts.turns import NewId, new_id
 from kvcomm.server.draining import DrainedBodies
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.limits import BodyLimit

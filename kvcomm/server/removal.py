@@ -15,7 +15,7 @@ from contextlib import suppress
 import anyio.to_thread
 
 from kvcomm.server.contexts.keeping import snapshots_of
-from kvcomm.server.contexts.registry import Node
+from kvcomm.server.contexts.turns import Node
 from kvcomm.server.errors import ApiError
 from kvcomm.server.keys import NAME_PATTERN
 from kvcomm.server.schemas.admin import RemovedTenant, TenantStatus

@@ -13,7 +13,8 @@ from fastapi import Depends, Request
 from kvcomm.engine.engine import Engine
 from kvcomm.server.access import tenant_name
 from kvcomm.server.admission import Admission
-from kvcomm.server.contexts.registry import Contexts, NewId, new_id
+from kvcomm.server.contexts.registry import Contexts
+from kvcomm.server.contexts.turns import NewId, new_id
 from kvcomm.server.errors import ApiError
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.logs import Ended

@@ -14,8 +14,8 @@ from kvcomm.engine.engine import Engine
 from kvcomm.memory.segments import Segment
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.server.contexts.conversation import Continued
-from kvcomm.server.contexts.registry import ContextRegistry, Node
-from kvcomm.server.contexts.turns import Turn
+from kvcomm.server.contexts.registry import ContextRegistry
+from kvcomm.server.contexts.turns import Node, Turn
 from kvcomm.server.errors import ApiError
 from kvcomm.server.schemas.contexts import Terms
 from kvcomm.server.settings import Limits, ServerSettings

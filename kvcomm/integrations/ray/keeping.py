@@ -30,7 +30,8 @@ from kvcomm.memory.segments import Segment
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.server.contexts.conversation import KeptConversation
 from kvcomm.server.contexts.kept_response import KeptResponse
-from kvcomm.server.contexts.registry import ContextRegistry, Node
+from kvcomm.server.contexts.registry import ContextRegistry
+from kvcomm.server.contexts.turns import Node
 from kvcomm.server.errors import ApiError, translate
 from kvcomm.server.state import ServerState
 from kvcomm.server.tenants import Tenant

@@ -13,8 +13,8 @@ from kvcomm.engine.results import Completion
 from kvcomm.server.access import security
 from kvcomm.server.bodies import BodyRoute
 from kvcomm.server.contexts.conversation import Continued, continue_conversation
-from kvcomm.server.contexts.registry import ContextRegistry, Node
-from kvcomm.server.contexts.turns import Turn
+from kvcomm.server.contexts.registry import ContextRegistry
+from kvcomm.server.contexts.turns import Node, Turn
 from kvcomm.server.contexts.views import branch_of, extended, view, views
 from kvcomm.server.errors import documented
 from kvcomm.server.generation import Call, CallDep, Job

@@ -1,4 +1,4 @@
-"""Turns: requests on a context.
+"""The contexts of a tenant as nodes, and turns: requests on them.
 
 A turn works on a fork. If its context is to keep what comes of it, the fork takes the context's place once the request
 has succeeded: nobody ever sees a context half-way, and a request that fails or whose client is gone has never been.
@@ -6,8 +6,10 @@ has succeeded: nobody ever sees a context half-way, and a request that fails or 
 
 from __future__ import annotations
 
+import secrets
+import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 from kvcomm.engine.context import Context
 from kvcomm.engine.handle import RequestHandle
@@ -16,11 +18,66 @@ from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.segments import Segment
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.server.contexts.conversation import Continued, Conversation, KeptConversation
+from kvcomm.server.contexts.kept_response import KeptResponse
 from kvcomm.server.contexts.quota import ConversationQuota
 from kvcomm.server.errors import ApiError
 
-if TYPE_CHECKING:
-    from kvcomm.server.contexts.registry import Node
+NewId = Callable[[str | None], str]
+"""Makes the id of a context, given that of the context it came from, if there is one."""
+
+
+def new_id(parent: str | None = None) -> str:
+    """An id that nobody guesses, whatever it came from."""
+    return f"ctx_{secrets.token_hex(12)}"
+
+
+@dataclass(eq=False)
+class Node:
+    """A context of a tenant.
+
+    Attributes:
+        num_inherited: tokens it has from its parent.
+        ttl_s, used_s: seconds it lives after its last use, unless it is pinned, and when that was.
+        turn: the request that writes it now.
+        response: that it ends with; it is not gone on with then, its forks are.
+        is_spare: nobody asked for it, it is kept while there is room: others take its place.
+    """
+
+    context: Context
+    name: str | None = None
+    salt: str | None = None
+    conversation: KeptConversation | None = None
+    parent: Node | None = None
+    num_inherited: int = 0
+    is_pinned: bool = False
+    ttl_s: float = 0.0
+    used_s: float = 0.0
+    turn: Turn | None = None
+    response: KeptResponse | None = None
+    is_spare: bool = False
+    id: str = field(default_factory=new_id)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def take(self, turn: Turn) -> None:
+        """Put what a turn made in this context's place."""
+        replaced, self.context = self.context, turn.work
+        self.conversation, self.turn = turn.conversation, None
+        replaced.release()
+
+    def fork(self) -> tuple[Context, KeptConversation | None]:
+        """A context with all that is known at this moment, and its conversation."""
+        if self.turn is None:
+            return self.context.fork(), self.conversation
+        context = self.turn.work.fork()
+        has_new = context.num_tokens > self.turn.num_kept
+        return context, self.turn.conversation if has_new else self.conversation
+
+    def release(self) -> None:
+        """Give all pages back; a request that writes it is cancelled and waited for. For a worker thread."""
+        turn = self.turn  # the loop may end it meanwhile
+        if turn is not None:
+            turn.work.release()
+        self.context.release()
 
 
 class Turn:

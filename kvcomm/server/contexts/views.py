@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from kvcomm.engine.results import Completion
-from kvcomm.server.contexts.registry import ContextRegistry, Node
+from kvcomm.server.contexts.registry import ContextRegistry
+from kvcomm.server.contexts.turns import Node
 from kvcomm.server.schemas.contexts import Context, ContextBranch, ExtendedContext
 from kvcomm.server.usage import usage_of
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Self
 from pydantic import TypeAdapter
 
 from kvcomm.server.contexts.kept_response import KeptResponse
-from kvcomm.server.contexts.registry import ContextRegistry, NewId, Node
-from kvcomm.server.contexts.turns import Turn
+from kvcomm.server.contexts.registry import ContextRegistry
+from kvcomm.server.contexts.turns import NewId, Node, Turn
 from kvcomm.server.errors import ApiError
 from kvcomm.server.generation import Call
 from kvcomm.server.responses.translation import SentItem, items_of
