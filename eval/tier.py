@@ -36,7 +36,7 @@ from kvcomm.errors import TierError
 from kvcomm.lab.timings import Samples, TakeTokens
 from kvcomm.memory.pool import LayerShape
 from kvcomm.tiers.janitor import sweep
-from kvcomm.tiers.store import open_store
+from kvcomm.tiers.opening import open_store
 from kvcomm.tiers.tier import KV, Tier, TierMiss, TierSpace
 
 GOALS = {"folder": "<= 0.05", "s3": "<= 0.15"}

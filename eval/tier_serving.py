@@ -32,7 +32,8 @@ from eval.tasks.options import positive
 from eval.workload import note
 from kvcomm import Engine, KVCommError
 from kvcomm.model.loading import load_model
-from kvcomm.tiers.store import ObjectStore, StoredObject, open_store
+from kvcomm.tiers.opening import open_store
+from kvcomm.tiers.store import ObjectStore, StoredObject
 from kvcomm.tiers.tier import Tier
 
 SLOWDOWN = 100.0

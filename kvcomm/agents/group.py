@@ -17,7 +17,8 @@ from kvcomm.agents.agent import Agent, check_one_answer
 from kvcomm.agents.graph import AgentGraph
 from kvcomm.agents.rendering import Input, PromptRenderer
 from kvcomm.agents.results import GroupEvent, GroupFinished, GroupResult
-from kvcomm.agents.running import RunPlan, follow, follow_async
+from kvcomm.agents.run_plan import RunPlan
+from kvcomm.agents.running import follow, follow_async
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import InvalidRequest, PromptTooLong, TemplateError
 from kvcomm.reuse.policy import ReusePolicy

@@ -15,7 +15,8 @@ from kvcomm.agents.agent import Agent
 from kvcomm.agents.graph import AgentGraph
 from kvcomm.agents.rendering import RenderedPrompt
 from kvcomm.agents.results import AgentFinished, GroupEvent, GroupFinished
-from kvcomm.agents.running import Failure, GroupRun, RunPlan, raised
+from kvcomm.agents.run_plan import RunPlan
+from kvcomm.agents.running import Failure, GroupRun, raised
 from kvcomm.align.readers import reader_of
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.engine.warming import Gained, Lessons, Tell

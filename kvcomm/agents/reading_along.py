@@ -16,13 +16,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kvcomm.agents.graph import Task
+from kvcomm.agents.run_plan import RunPlan
 from kvcomm.agents.templates import Slot
 from kvcomm.errors import KVCommError
 from kvcomm.memory.segments import Segment
 
 if TYPE_CHECKING:
     from kvcomm.agents.results import AgentResult
-    from kvcomm.agents.running import RunPlan
     from kvcomm.engine.handle import RequestHandle
     from kvcomm.engine.open_prompt import OpenPrompt
     from kvcomm.engine.sampling import SamplingParams

@@ -151,7 +151,7 @@ def _vllm() -> dict[str, Any]:
 def _tier(url: str) -> dict[str, Any]:
     """Whether a tier can be opened and listed; nothing is written."""
     from kvcomm.errors import KVCommError
-    from kvcomm.tiers.store import open_store
+    from kvcomm.tiers.opening import open_store
 
     try:
         store = open_store(url)

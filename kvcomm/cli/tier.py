@@ -114,7 +114,7 @@ def prune_command(
 
 @contextmanager
 def _opened(url: str) -> Iterator[ObjectStore]:
-    from kvcomm.tiers.store import open_store
+    from kvcomm.tiers.opening import open_store
 
     store = open_store(url, is_made=False)
     try:

@@ -19,7 +19,7 @@ from kvcomm.errors import KVCommError
 from kvcomm.model.attention import hook
 from kvcomm.model.choice import Choice
 from kvcomm.model.compiled import numbers, one_caller
-from kvcomm.model.linear import Joined
+from kvcomm.model.joined import Joined
 
 Forward = Callable[..., Any]
 

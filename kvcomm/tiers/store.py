@@ -9,19 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 from kvcomm.errors import TierError
-from kvcomm.values import text
 
 MAX_KEY = 512
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*(/[A-Za-z0-9][A-Za-z0-9._=-]*)*")
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-
-BUCKETS = ("s3", "gs", "az")
-REDIS = ("redis", "rediss", "unix")
 
 
 class StoredObject(NamedTuple):
@@ -98,38 +92,6 @@ class ObjectStore(Protocol):
         """Give up connections; the store is not used afterwards."""
 
 
-def open_store(url: str, *, is_made: bool = True) -> ObjectStore:
-    """The store at a URL.
-
-    Args:
-        url: a folder as a path or `file://` URL, `s3://bucket/prefix`, `gs://...`, `az://...` or `redis://host/0`.
-        is_made: a folder that is not there is made, for its owner alone, if its parent is.
-
-    Raises:
-        TierError: no such kind of store, or it cannot be opened; says why in one line.
-        MissingExtra: the package that it needs is not installed.
-    """
-    from kvcomm.tiers.folder import FolderStore
-
-    if not text("a tier's URL", url).strip() or "\0" in url:
-        raise TierError(f"a tier is named by a folder or a URL, not by {url!r}")
-    if not _SCHEME.match(url):
-        return FolderStore.open(Path(url).expanduser(), is_made=is_made)
-    scheme = url.partition("://")[0].lower()
-    if scheme == "file":
-        return FolderStore.open(_local_path(url), is_made=is_made)
-    if scheme in BUCKETS:
-        from kvcomm.tiers.objects import open_bucket
-
-        return open_bucket(url)
-    if scheme in REDIS:
-        from kvcomm.tiers.redis_store import open_redis
-
-        return open_redis(url)
-    known = ", ".join(f"{each}://" for each in ("file", *BUCKETS, *REDIS))
-    raise TierError(f"{shown_url(url)} is no tier: {scheme}:// is not known; a path or one of {known} is")
-
-
 def safe_key(key: str) -> str:
     """The name itself.
 
@@ -163,14 +125,3 @@ def shown_url(url: str) -> str:
     except ValueError:
         return "the URL"
     return f"{parts.scheme}://{host}{port}{parts.path}"
-
-
-def _local_path(url: str) -> Path:
-    from urllib.request import url2pathname
-
-    parts = urlsplit(url)
-    if parts.netloc not in ("", "localhost"):
-        raise TierError(f"{url} names a folder of the host {parts.netloc}; write file:///path for one of this machine")
-    if not parts.path or parts.query or parts.fragment:
-        raise TierError(f"{url} names no folder; write file:///path, with %3F for ? and %23 for #")
-    return Path(url2pathname(parts.path))

@@ -24,6 +24,7 @@ from kvcomm.tiers.deadline import LateReads
 from kvcomm.tiers.inventory import leading_bytes
 from kvcomm.tiers.janitor import Swept, sweep
 from kvcomm.tiers.keys import ChainLink, SpaceKeys, require_secret, tenant_key
+from kvcomm.tiers.opening import open_store
 from kvcomm.tiers.pace import Pace
 from kvcomm.tiers.record import (
     SEAL,
@@ -39,7 +40,7 @@ from kvcomm.tiers.record import (
     unpack_record,
 )
 from kvcomm.tiers.space import KV, PrefixRead, RenditionName, StoredRendition, TierMiss, TierSpace
-from kvcomm.tiers.store import ObjectStore, StoredObject, open_store
+from kvcomm.tiers.store import ObjectStore, StoredObject
 from kvcomm.tiers.write_behind import Dropped, Work, WriteBehind
 from kvcomm.values import text, whole_number
 
@@ -118,7 +119,7 @@ class Tier:
         """The tier at a URL.
 
         Args:
-            url: see `kvcomm.tiers.store.open_store`.
+            url: see `kvcomm.tiers.opening.open_store`.
             secret: of all who share the tier, 16 bytes or more. Without one only the default tenant's KV is kept, under
                 names that everybody can make; other tenants are refused, as anybody could ask for what is theirs.
             max_bytes: that this tier's janitor keeps it within; None: it is left to others.

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kvcomm.model.choice import Choice
-from kvcomm.model.linear import CANDIDATES, Joined, TileProduct, can_compute, product
+from kvcomm.model.joined import Joined
+from kvcomm.model.linear import CANDIDATES, TileProduct, can_compute, product
 from kvcomm.model.tiles import are_there
 
 ULP = {torch.float32: 2e-6, torch.bfloat16: 2**-8}

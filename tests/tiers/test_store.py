@@ -15,8 +15,9 @@ from eval.moto import moto_program, s3_running
 from kvcomm.errors import MissingExtra, ObjectMissing, StoreFailed, TierError
 from kvcomm.tiers import folder as folder_module
 from kvcomm.tiers.folder import FolderStore
+from kvcomm.tiers.opening import open_store
 from kvcomm.tiers.redis_store import CHUNK_BYTES, RedisStore
-from kvcomm.tiers.store import ObjectStore, open_store, safe_key, shown_url
+from kvcomm.tiers.store import ObjectStore, safe_key, shown_url
 from tests.limits import at_once
 from tests.tiers.stores import DictStore, redis_running, redis_server
 

@@ -36,7 +36,7 @@ from kvcomm.server.logs import logging_config
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.state import ServerState
 from kvcomm.tiers.keys import read_secret
-from kvcomm.tiers.store import open_store
+from kvcomm.tiers.opening import open_store
 
 logger = logging.getLogger("kvcomm.ray")
 

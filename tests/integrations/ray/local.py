@@ -22,7 +22,7 @@ from kvcomm.integrations.ray.sealed import SealedObjects
 from kvcomm.integrations.ray.serving import Serving
 from kvcomm.server.app import make_app
 from kvcomm.server.settings import ServerSettings
-from kvcomm.tiers.store import open_store
+from kvcomm.tiers.opening import open_store
 from tests.limits import PATIENCE_S
 from tests.tiny import TinyModel
 
