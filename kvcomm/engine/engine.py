@@ -55,6 +55,7 @@ from kvcomm.engine.token_texts import TokenTexts
 from kvcomm.engine.warming import Gained, Progress, require_movable, warm
 from kvcomm.errors import InvalidRequest, UnknownAdapter, WeightsChanged
 from kvcomm.memory.fidelity import Fidelity
+from kvcomm.memory.lock_rule import holding
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PagePool
 from kvcomm.memory.segments import Segment
@@ -134,9 +135,9 @@ class Engine:
         self.backend = make_backend(self.config.attention, model.device)
         self.live = LiveWeights(model, weights_id)
         self._adapters = Adapters(given, model, self.live, self._model_identity)
+        self._lock = RLock()
         self.memory = self._make_memory()
         self.pool, self.tree = self.memory.pool, self.memory.tree
-        self._lock = RLock()
         self.runner = runner = ModelRunner(
             model,
             keys=self.pool.keys,
@@ -1308,7 +1309,13 @@ class Engine:
             device=self.model.device,
         )
         half = pool.num_pages * pool.page_bytes // 2
-        return Memory(pool, ttl_s=self.config.cache_ttl_s, rendition_bytes=half, eviction=self.config.eviction)
+        return Memory(
+            pool,
+            ttl_s=self.config.cache_ttl_s,
+            rendition_bytes=half,
+            eviction=self.config.eviction,
+            require_held=holding(self._lock),
+        )
 
     def _model_identity(self, weights: str, attention: Mapping[str, str] | None = None) -> str:
         return model_identity(

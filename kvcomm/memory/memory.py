@@ -2,7 +2,7 @@
 
 Puts pool, tree and store of renditions together for what concerns all of them: finding pages when none are free,
 expiry, and the proof that every reference has an owner. What each of them holds is its own matter. Not thread-safe: its
-owner serializes the calls.
+owner serializes the calls, see `lock_rule`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from itertools import chain
 
 from kvcomm.errors import PoolExhausted
 from kvcomm.memory.eviction import DEFAULT_ORDER
+from kvcomm.memory.lock_rule import RequireHeld, unshared
 from kvcomm.memory.pool import PageIds, PagePool
 from kvcomm.memory.renditions import RenditionStore
 from kvcomm.memory.sequences import Sequence
@@ -22,16 +23,23 @@ class Memory:
     """One pool, its tree of exact prefixes, and the renditions of its segments."""
 
     def __init__(
-        self, pool: PagePool, *, ttl_s: float | None, rendition_bytes: int, eviction: str = DEFAULT_ORDER
+        self,
+        pool: PagePool,
+        *,
+        ttl_s: float | None,
+        rendition_bytes: int,
+        eviction: str = DEFAULT_ORDER,
+        require_held: RequireHeld = unshared,
     ) -> None:
         """Args:
         ttl_s: how long unused prefixes and segments live; None: until their pages are needed.
         rendition_bytes: of KV that renditions may refer to.
         eviction: the policy by which prefixes go when pages are needed, see `RadixTree`.
+        require_held: checks who calls, in the tree and the store of renditions.
         """
         self.pool = pool
-        self.tree = RadixTree(pool, ttl_s=ttl_s, eviction=eviction)
-        self.renditions = RenditionStore(pool, max_bytes=rendition_bytes, ttl_s=ttl_s)
+        self.tree = RadixTree(pool, ttl_s=ttl_s, eviction=eviction, require_held=require_held)
+        self.renditions = RenditionStore(pool, max_bytes=rendition_bytes, ttl_s=ttl_s, require_held=require_held)
 
     def make_writable(self, sequence: Sequence, start: int, end: int) -> None:
         """`Sequence.make_writable`, evicting what is only cached when pages run out.

@@ -3,7 +3,8 @@
 Owns the renditions of every namespace, with one page reference per page, under byte budgets (the store's and each
 namespace's) with LRU and TTL. A segment is known as long as it has a rendition. Always holds: a hit compares tokens,
 not only digests; namespaces never see each other; an approximate rendition is marked as such and never becomes exact.
-Refuses to know how a rendition is moved or corrected. Not thread-safe: its owner serializes the calls.
+Refuses to know how a rendition is moved or corrected. Not thread-safe: its owner serializes the calls, which is
+asserted in each, see `lock_rule`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvcomm.memory.fidelity import Fidelity
+from kvcomm.memory.lock_rule import RequireHeld, unshared
 from kvcomm.memory.sequences import Identity
 
 if TYPE_CHECKING:
@@ -94,7 +96,7 @@ class RenditionStore:
     """Stored renditions of every namespace.
 
     `max_bytes` bounds the KV bytes that all of them refer to (a page that two renditions share counts twice); `ttl_s`
-    is how long a segment lives of which no rendition is used; None is forever.
+    is how long a segment lives of which no rendition is used; None is forever. `require_held` checks who calls.
     """
 
     def __init__(
@@ -104,7 +106,9 @@ class RenditionStore:
         max_bytes: int,
         clock: Callable[[], float] = time.monotonic,
         ttl_s: float | None = None,
+        require_held: RequireHeld = unshared,
     ) -> None:
+        self._require_held = require_held
         self._pool = pool
         self._max_bytes = max_bytes
         self._clock = clock
@@ -139,6 +143,7 @@ class RenditionStore:
         Raises:
             ValueError: no tokens, or `pages` are not those of its tokens from slot `offset` on.
         """
+        self._require_held()
         covered = len(segment.token_ids) if num_tokens is None else num_tokens
         self._require_pages(segment, covered, pages, offset)
         self.expire()
@@ -172,6 +177,7 @@ class RenditionStore:
 
     def renditions_of(self, namespace: str, segment: Segment) -> tuple[Rendition, ...]:
         """Every rendition of one segment, exact or not; counts as no use."""
+        self._require_held()
         self.expire()
         record = self._space(namespace).records.get(segment.digest(namespace))
         if record is None or record.token_ids != segment.token_ids:
@@ -180,6 +186,7 @@ class RenditionStore:
 
     def touch(self, namespace: str, rendition: Rendition) -> None:
         """Count a rendition found by `renditions_of` as used now."""
+        self._require_held()
         place = _place(namespace, rendition)
         record = self._spaces[namespace].records[place.digest]
         record.used_s = self._clock()
@@ -189,10 +196,12 @@ class RenditionStore:
 
     def drop(self, namespace: str, rendition: Rendition) -> None:
         """Forget a rendition found by `renditions_of`."""
+        self._require_held()
         self._drop(_place(namespace, rendition))
 
     def reset(self, namespace: str | None = None) -> None:
         """Forget every rendition of `namespace` (None: of all); budgets stay."""
+        self._require_held()
         for name in list(self._spaces) if namespace is None else [namespace]:
             for digest in list(self._space(name).records):
                 self._forget(name, digest)
@@ -204,6 +213,7 @@ class RenditionStore:
 
     def set_budget(self, namespace: str, max_bytes: int | None) -> None:
         """Limit the KV bytes that renditions of `namespace` refer to; its least recently used go first."""
+        self._require_held()
         self._spaces.setdefault(namespace, _Space()).max_bytes = max_bytes
         self._make_room(namespace, 0)
         self._forget_if_empty(namespace)
@@ -213,6 +223,7 @@ class RenditionStore:
 
         Those whose pages others hold too stay: dropping them would free nothing.
         """
+        self._require_held()
         freed = 0
         for place in list(self._order):
             if freed >= num_pages:
@@ -226,6 +237,7 @@ class RenditionStore:
 
         For whoever shares pages with this store, like the radix tree: each passes over what the other holds too.
         """
+        self._require_held()
         oldest = next(iter(self._order), None)
         if oldest is not None:
             self._drop(oldest)
@@ -233,6 +245,7 @@ class RenditionStore:
 
     def expire(self) -> int:
         """Forget segments that outlived their TTL; returns how many pages became free in the pool."""
+        self._require_held()
         now, freed = self._clock(), 0
         if now < self._next_due_s:
             return 0
@@ -247,12 +260,14 @@ class RenditionStore:
 
     def views(self, namespace: str) -> Iterator[SegmentView]:
         """Every known segment of `namespace` as others may see it; counts as no use."""
+        self._require_held()
         now = self._clock()
         for digest, record in self._space(namespace).records.items():
             yield SegmentView(digest, tuple(record.renditions.values()), record.used_s, self._due_s(record), now)
 
     def pages_held(self) -> Iterator[PageIds]:
         """Every page reference of the store; eviction could drop each of them."""
+        self._require_held()
         for place in self._order:
             yield self._at(place).pages
 
@@ -262,6 +277,7 @@ class RenditionStore:
         Raises:
             AssertionError: with the entries or numbers that differ.
         """
+        self._require_held()
         found: set[_Place] = set()
         for name, space in self._spaces.items():
             assert space.records or space.max_bytes is not None, f"{name!r} is kept for nothing"

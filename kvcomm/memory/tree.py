@@ -4,7 +4,7 @@ Owns the nodes and one page reference per node and page. Edges are token strings
 any token, also inside a page, and a hit compares every token. There is one root per namespace and no way
 between them. Always holds: the pages of a match hold exactly the matched tokens' KV, as long as writers copy
 every page they do not hold alone. Refuses to know where KV comes from; approximate KV must never be inserted.
-Not thread-safe: its owner serializes the calls.
+Not thread-safe: its owner serializes the calls, which is asserted in each, see `lock_rule`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from kvcomm.memory.ages import PageAges
 from kvcomm.memory.events import CacheEvent, EventKind, EventLog
 from kvcomm.memory.eviction import DEFAULT_ORDER, Reaper
+from kvcomm.memory.lock_rule import RequireHeld, unshared
 from kvcomm.memory.namespaces import Namespaces, NamespaceUsage
 from kvcomm.memory.node import NO_IDS, Drop, MissReason, Node, TokenIds, Use, descend, preorder
 from kvcomm.memory.pool import PageIds, PagePool
@@ -55,7 +56,7 @@ class RadixTree:
 
     `ttl_s` is how long an unused path lives unless `insert` says otherwise; None is forever. `clock` gives
     seconds. `max_events` wait for `take_events`; then the oldest are lost. `eviction` names the policy by which leaves
-    go, one of `kvcomm.memory.eviction.ORDERS`; ValueError for another name.
+    go, one of `kvcomm.memory.eviction.ORDERS`; ValueError for another name. `require_held` checks who calls.
 
     Attributes:
         ages: how long pages lived and lay unused, of all namespaces together.
@@ -69,7 +70,9 @@ class RadixTree:
         ttl_s: float | None = None,
         max_events: int = 65_536,
         eviction: str = DEFAULT_ORDER,
+        require_held: RequireHeld = unshared,
     ) -> None:
+        self._require_held = require_held
         self._pool = pool
         self._clock = clock
         self._ttl_s = math.inf if ttl_s is None else ttl_s
@@ -86,6 +89,7 @@ class RadixTree:
         Refreshes the path for eviction and TTL and drops what has expired; splits nothing. A node matched in part
         is refreshed as a whole until it is split; then its unmatched rest goes back to its own last use.
         """
+        self._require_held()
         ids = _as_tokens(tokens)
         self.expire()
         space = self._namespaces.enter(namespace)
@@ -102,6 +106,7 @@ class RadixTree:
 
     def look(self, namespace: str, tokens: npt.ArrayLike) -> Match:
         """What `match` would find. Counts as no use, as `peek`."""
+        self._require_held()
         self.expire()
         ids = _as_tokens(tokens)
         node, matched = descend(self._namespaces.look(namespace).root, ids)
@@ -118,6 +123,7 @@ class RadixTree:
         Raises:
             ValueError: `pages` has another length.
         """
+        self._require_held()
         ids = _as_tokens(tokens)
         num_pages = -(-ids.size // self._pool.page_size)
         if pages.size != num_pages:
@@ -139,6 +145,7 @@ class RadixTree:
 
     def pin(self, namespace: str, tokens: npt.ArrayLike) -> int:
         """Keep what is cached of `tokens` from eviction, quota and TTL; returns how many tokens that is."""
+        self._require_held()
         node, matched = descend(self._namespaces.enter(namespace).root, _as_tokens(tokens))
         if not matched:
             return 0
@@ -150,6 +157,7 @@ class RadixTree:
 
     def unpin(self, namespace: str, tokens: npt.ArrayLike) -> int:
         """Undo one `pin` on the longest pinned prefix of `tokens`; returns its length, 0 if there is none."""
+        self._require_held()
         node, matched = descend(self._namespaces.enter(namespace).root, _as_tokens(tokens))
         while node.parent is not None and (node.end > matched or not node.num_pins):
             node = node.parent
@@ -171,6 +179,7 @@ class RadixTree:
         Raises:
             ValueError: a negative limit.
         """
+        self._require_held()
         if num_pages is not None and num_pages < 0:
             raise ValueError(f"a quota cannot be {num_pages} pages; use None for no limit")
         space = self._namespaces.enter(namespace)
@@ -183,14 +192,17 @@ class RadixTree:
 
     def usage(self, namespace: str) -> NamespaceUsage:
         """Sizes and counters of `namespace`; all zero if it was never used, or is forgotten."""
+        self._require_held()
         return self._namespaces.usage(namespace)
 
     def namespaces(self) -> tuple[str, ...]:
         """Namespaces that hold something or have a quota."""
+        self._require_held()
         return self._namespaces.names()
 
     def total_usage(self) -> NamespaceUsage:
         """Sizes and counters over all namespaces, also over those that are forgotten; no quota."""
+        self._require_held()
         return self._namespaces.total_usage()
 
     def evict(self, num_pages: int) -> int:
@@ -198,14 +210,17 @@ class RadixTree:
 
         Leaves that are pinned stay, and those whose pages others hold too: dropping them frees nothing.
         """
+        self._require_held()
         return self._reaper.evict(num_pages)
 
     def evict_all(self, num_pages: int) -> int:
         """As `evict`, but leaves whose pages others hold too go as well, since they keep their ancestors from going."""
+        self._require_held()
         return self._reaper.evict(num_pages, spare_shared=False)
 
     def evictable_pages(self) -> Iterator[PageIds]:
         """Every page reference that eviction could drop: of nodes with nothing pinned below them."""
+        self._require_held()
         for space in self._namespaces:
             if not self._num_pins:  # nearly always; whoever has seen enough need not look at the rest
                 yield from (node.pages for node in preorder(space.root))
@@ -220,21 +235,25 @@ class RadixTree:
 
     def expire(self) -> int:
         """Drop what outlived its TTL; returns how many pages became free in the pool."""
+        self._require_held()
         return self._reaper.expire(self._clock())
 
     def reset(self, namespace: str | None = None) -> None:
         """Drop everything in `namespace` (None: in all), pinned or not; quotas and counters stay."""
+        self._require_held()
         for space in self._namespaces if namespace is None else [self._namespaces.look(namespace)]:
             self._num_pins -= sum(node.num_pins for node in preorder(space.root))
             self._reaper.clear(space)
 
     def recent_drops(self, namespace: str) -> list[tuple[float, Drop]]:
         """What left `namespace` lately, the latest few, newest first; with the seconds since then."""
+        self._require_held()
         now_s = self._clock()
         return [(now_s - drop.at_s, drop) for drop in reversed(self._namespaces.look(namespace).drops)]
 
     def take_events(self) -> list[CacheEvent]:
         """Events since the last call, oldest first; the first call starts recording and returns none."""
+        self._require_held()
         return self._log.take()
 
     @property
@@ -244,6 +263,7 @@ class RadixTree:
 
     def all_stored(self) -> list[CacheEvent]:
         """Everything there is, as if it came just now, prefixes first: where a reader begins, or begins again."""
+        self._require_held()
         return [
             CacheEvent(EventKind.STORED, space.name, node.start, node.path_tokens())
             for space in self._namespaces
@@ -252,12 +272,14 @@ class RadixTree:
 
     def pages_held(self) -> Iterable[PageIds]:
         """Every page reference of the tree, for `PagePool.check_integrity`."""
+        self._require_held()
         for space in self._namespaces:
             for node in preorder(space.root):
                 yield node.pages
 
     def walk(self, namespace: str) -> Iterator[NodeView]:
         """All nodes of `namespace`, parents before children; do not change the tree meanwhile."""
+        self._require_held()
         space = self._namespaces.look(namespace)
         now, depths = self._clock(), {space.root: 0}
         for node in preorder(space.root):
@@ -283,6 +305,7 @@ class RadixTree:
         Raises:
             AssertionError: naming node and numbers.
         """
+        self._require_held()
         num_pins = 0
         for space in self._namespaces:
             nodes = list(preorder(space.root))

@@ -57,7 +57,7 @@ def occurrences(segments: Sequence[Segment]) -> Iterator[Occurrence]:
 
 
 class MoveFinder:
-    """Moves out of, and renditions into, the segment store. Called under the engine's lock.
+    """Moves out of, and renditions into, the store of renditions. Called under the engine's lock.
 
     Attributes:
         published: is told of every new rendition, if anybody wants to know.

@@ -27,6 +27,7 @@ from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import PoolTooSmall, PromptTooLong, TemplateError
 from kvcomm.model.runner import ModelRunner
 from tests.agents.tiny_engine import make_engine
+from tests.stored import renditions_by
 
 GREEDY = SamplingParams(max_new_tokens=12)
 
@@ -177,7 +178,7 @@ def test_documents_in_another_order_are_the_same_segments(engine: Engine) -> Non
     assert [engine.decode(each.token_ids) for each in passages[0]] == texts
     static = [{each for each in one.prompt if each.name is None} for one in (first, second)]
     assert static[0] == static[1]
-    assert all(engine.memory.renditions.renditions_of(engine.namespace(), each) for each in passages[0])
+    assert all(renditions_by(engine, each) for each in passages[0])
     cold = engine.generate(second.prompt, GREEDY, reads_cache=False)
     assert second.text == cold.text
 

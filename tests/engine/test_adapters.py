@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 from kvcomm import Agent, Engine, EngineConfig, KVCommAgentGroup, SamplingParams
 from kvcomm.errors import InvalidRequest, ModelLoadError, QuotaExceeded, SnapshotForeign, UnknownAdapter, WeightsChanged
 from tests.lora import fill, greedy, save_lora, with_adapters
+from tests.stored import cached_by
 from tests.tiny import TinyModel, tiny_model
 
 PROMPT = "Question: how many apples are left? "
@@ -372,9 +373,9 @@ def test_quotas_and_clearing_concern_all_adapters(engine: Engine, lora: PeftMode
     for adapter in (None, "first", "second"):
         for index in range(3):
             engine.generate(f"{index} {PROMPT}", adapter=adapter, tenant="small", max_new_tokens=4)
-        assert engine.tree.usage(engine.namespace("small", adapter=adapter)).num_pages <= 2
+        assert cached_by(engine, engine.namespace("small", adapter=adapter)).num_pages <= 2
     engine.clear_cache(tenant="small")
-    assert all(engine.tree.usage(each).num_pages == 0 for each in engine.namespaces("small"))
+    assert all(cached_by(engine, each).num_pages == 0 for each in engine.namespaces("small"))
 
 
 def test_held_tokens_count_over_all_adapters(engine: Engine, lora: PeftModel) -> None:

@@ -19,6 +19,7 @@ from kvcomm.engine.sampling import SamplingParams
 from kvcomm.memory.segments import Segment
 from tests.engine.conftest import SMALL, greedy, stock_logits
 from tests.scripted import draw
+from tests.stored import renditions_by
 from tests.tiny import tiny_llama
 from tests.tokenizer_kinds import llama, tokenizer_of
 
@@ -194,8 +195,7 @@ def test_what_others_may_move_is_the_answer_as_far_as_it_was_computed(
     answer = engine.generate(prompt, stop=("\n",), max_new_tokens=8, ignore_eos=True)
     assert answer.text == "12)"
     kept = Segment(answer.token_ids, ANSWER)
-    with engine.lock:
-        (rendition,) = engine.memory.renditions.renditions_of(engine.namespace(), kept)
+    (rendition,) = renditions_by(engine, kept)
     assert rendition.num_tokens == 2
 
 

@@ -22,6 +22,7 @@ from kvcomm.engine.token_texts import TokenTexts
 from kvcomm.errors import EmptyPrompt, InvalidRequest, TemplateError, UnknownToken
 from kvcomm.model.loading import LoadedModel
 from tests.engine.test_encoding import JOINABLE, decoded
+from tests.stored import renditions_by
 from tests.tiny import CHAT_TEMPLATE, TinyModel, tiny_tokenizer
 from tests.tokenizer_kinds import tokenizer_of
 
@@ -317,8 +318,7 @@ def test_start_tokens_stand_there_once() -> None:
 def test_passages_are_known_when_they_come_in_another_order(engine: Engine) -> None:
     passages = [engine.segment(text, name="web") for text in ("The quick brown fox. ", "It jumps over the dog. ")]
     engine.chat(user(*passages, "why?"), max_new_tokens=1)
-    store = engine.memory.renditions
-    assert all(store.renditions_of(engine.namespace(), passage) for passage in passages)
+    assert all(renditions_by(engine, passage) for passage in passages)
     turned = engine.chat_prompt(user(*passages[::-1], "why not?"))
     policy = ReusePolicy(max_divergence=1.0, confidence=0.5)
     for tenant, is_new in (("default", False), ("other", True)):

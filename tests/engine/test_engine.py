@@ -30,6 +30,7 @@ from kvcomm.memory.segments import Segment
 from tests.engine.conftest import greedy, some_tokens, stock_logits
 from tests.limits import PATIENCE_S
 from tests.stalling import stalling
+from tests.stored import cached_by
 from tests.tiny import TinyModel, tiny_model
 
 NO_EOS = SamplingParams(max_new_tokens=12, ignore_eos=True)
@@ -154,7 +155,7 @@ def test_pinned_prefix_survives_and_quota_limits(shared_model: TinyModel) -> Non
         assert engine.unpin(prompt) == 40
         engine.set_quota(cached_tokens=20)
         engine.generate(some_tokens(60, seed=9), NO_EOS)
-        assert engine.tree.usage(engine.namespace()).num_pages <= 5
+        assert cached_by(engine, engine.namespace()).num_pages <= 5
 
 
 def test_more_requests_than_pages_queue_and_finish(shared_model: TinyModel) -> None:

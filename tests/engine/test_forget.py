@@ -6,6 +6,7 @@ from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.memory.segments import Segment
+from tests.stored import cached_by
 from tests.tiny import tiny_model
 
 PROMPT = [Segment(tuple(range(10, 40)), "system"), Segment(tuple(range(50, 70)), "question")]
@@ -27,7 +28,7 @@ def test_what_is_known_of_a_tenant_goes() -> None:
         engine.check_integrity()
         assert engine.num_cached(PROMPT, tenant="ann") == 0
         assert engine.readers("ann") == []
-        assert engine.tree.usage(engine.namespace("ann")).quota_pages is None
+        assert cached_by(engine, engine.namespace("ann")).quota_pages is None
         assert engine.num_cached(PROMPT, tenant="bob") == num_bobs
         assert held.generate(GREEDY).text == answer  # what is held stays
         held.release()

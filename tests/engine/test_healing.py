@@ -32,7 +32,7 @@ from kvcomm.reuse.policy import ReusePolicy
 from tests.engine.conftest import ROWS_ONLY, SMALL, greedy, some_tokens
 from tests.limits import wait_for
 from tests.stalling import stalling
-from tests.stored import stored_in
+from tests.stored import stored_by
 from tests.tiny import TinyModel
 
 ROTATE = Rung("rotate")
@@ -197,10 +197,10 @@ def test_a_context_is_a_cold_one_afterwards(engine: Engine, shared_model: TinyMo
 def test_later_readers_find_exact_text(engine: Engine) -> None:
     """Its approximate renditions give way to exact ones, of the answer, too."""
     with moved_context(engine, healing(3)) as context:
-        before = stored_in(engine.memory.renditions, engine.namespace())
+        before = stored_by(engine)
         assert any(each.fidelity is Fidelity.APPROXIMATE for each in before)
         written = context.generate(SAMPLING)
-        behind = stored_in(engine.memory.renditions, engine.namespace())
+        behind = stored_by(engine)
         assert all(each.fidelity is Fidelity.EXACT and each.risk == 0 for each in behind)
         digests = {Segment(ids).digest(engine.namespace()) for ids in (TEXT, written.token_ids)}
         own = {each.digest for each in behind if each.context is context.sequence.identity}

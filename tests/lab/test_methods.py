@@ -29,6 +29,7 @@ from kvcomm.reuse.choosing import View
 from kvcomm.reuse.policy import ReusePolicy
 from tests.engine.conftest import greedy, some_tokens
 from tests.limits import PATIENCE_S
+from tests.stored import renditions_by
 from tests.tiny import TinyModel, tiny_model
 
 SAMPLING = SamplingParams(max_new_tokens=8, ignore_eos=True)
@@ -178,7 +179,7 @@ def test_influence_takes_whole_texts_and_then_the_end_of_the_next(sizes: list[in
 def test_what_it_leaves_behind_is_moved_for_nobody_with_a_bound(engine: Engine) -> None:
     ask(engine, 0)
     ask(engine, 1, METHODS["rotate"])
-    renditions = engine.memory.renditions.renditions_of(engine.namespace(), Segment(TEXT, "question"))
+    renditions = renditions_by(engine, Segment(TEXT, "question"))
     assert sorted(rendition.risk for rendition in renditions) == [0.0, float("inf")]
     exact = engine.generate(prompt(1), SAMPLING, policy=ReusePolicy(5.0))
     assert list(exact.token_ids) == greedy(engine.model, tokens_of(1), SAMPLING.max_new_tokens)

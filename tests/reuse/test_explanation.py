@@ -15,7 +15,7 @@ from kvcomm.reuse.plan import SpanKind
 from tests.engine.conftest import ROWS_ONLY, SMALL, some_tokens
 from tests.limits import PATIENCE_S
 from tests.reuse.reading import LOOSE, ROLE_A, ROLE_B, SAMPLING, ask, earn, prompt
-from tests.stored import stored_in
+from tests.stored import cached_by, stored_by
 from tests.tiny import TinyModel
 
 
@@ -26,9 +26,9 @@ def test_exact_plans_come_true(engine: Engine) -> None:
     for index in range(60):
         length, tail = int(draw.integers(0, 350)), some_tokens(int(draw.integers(1, 60)), seed=index % 7)
         ids = [*trunks[index % 4][:length], *(tail if index % 3 else [])] or tail
-        free, usage = engine.memory_stats(), engine.tree.usage(engine.namespace())
+        free, usage = engine.memory_stats(), cached_by(engine, engine.namespace())
         explained = engine.explain(ids)
-        assert (engine.memory_stats(), engine.tree.usage(engine.namespace())) == (free, usage)
+        assert (engine.memory_stats(), cached_by(engine, engine.namespace())) == (free, usage)
         engine.check_integrity()
         made = engine.generate(ids, max_new_tokens=1).usage
         assert explained.plan.spans == made.spans
@@ -113,9 +113,8 @@ def test_a_quota_bounds_renditions_too(engine: Engine) -> None:
     for seed in range(8):
         parts = [Segment(tuple(some_tokens(9, seed=seed))), Segment(tuple(some_tokens(24, seed=100 + seed)), "text")]
         engine.generate([*parts, Segment((11, 12))], SAMPLING, tenant="ann")
-        store = engine.memory.renditions
-        held = sum(each.pages.size for each in stored_in(store, engine.namespace("ann")))
+        held = sum(each.pages.size for each in stored_by(engine, "ann"))
         assert held * engine.config.page_size <= 40
     engine.set_quota(tenant="ann")
     engine.generate([Segment(tuple(some_tokens(90)), "text"), Segment((11, 12))], SAMPLING, tenant="ann")
-    assert len(stored_in(store, engine.namespace("ann"))) > 1
+    assert len(stored_by(engine, "ann")) > 1

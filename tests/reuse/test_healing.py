@@ -16,7 +16,7 @@ from kvcomm.reuse.healing import Healing
 from kvcomm.reuse.replay import Case
 from tests.limits import PATIENCE_S
 from tests.reuse.reading import LOOSE, ROLE_A, ROLE_B, ask, earn, prompt
-from tests.stored import stored_in
+from tests.stored import stored_by
 
 PAGE = 4
 
@@ -153,8 +153,7 @@ def test_a_repaired_context_leaves_exact_text_for_others(learning: Engine) -> No
         own = context.sequence.identity
 
         def fidelities() -> set[Fidelity]:
-            known = stored_in(learning.memory.renditions, learning.namespace())
-            return {each.fidelity for each in known if each.context is own}
+            return {each.fidelity for each in stored_by(learning) if each.context is own}
 
         assert fidelities() == {Fidelity.APPROXIMATE}
         assert context.repair().result(PATIENCE_S)

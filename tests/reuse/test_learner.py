@@ -23,6 +23,7 @@ from kvcomm.reuse.policy import ReusePolicy
 from tests.engine.conftest import greedy, some_tokens
 from tests.limits import PATIENCE_S
 from tests.reuse.reading import LOOSE, ROLE_A, ROLE_B, SAMPLING, TAIL, ask, earn, prompt, rewrite, tokens_of
+from tests.stored import renditions_by
 
 EXACT = ReusePolicy.exact()
 NEVER = replace(LOOSE, max_divergence=1e-12)
@@ -218,7 +219,7 @@ def test_an_audited_text_has_an_exact_source_from_then_on(learning: Engine) -> N
     assert learning.num_cached(tokens) == len(tokens) // 16 * 16
     again = ask(learning, ROLE_B, 100, EXACT)
     assert list(again.token_ids) == greedy(learning.model, tokens, 8)
-    found = learning.memory.renditions.renditions_of(learning.namespace(), prompt(ROLE_B, 100)[1])
+    found = renditions_by(learning, prompt(ROLE_B, 100)[1])
     assert {(each.fidelity, each.risk) for each in found if each.start == len(ROLE_B)} >= {(Fidelity.EXACT, 0.0)}
 
 

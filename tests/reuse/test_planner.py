@@ -19,6 +19,7 @@ from kvcomm.reuse.policy import ReusePolicy
 from tests.engine.conftest import some_tokens
 from tests.limits import PATIENCE_S
 from tests.reuse.reading import LOOSE, ROLE_A, ROLE_B, SAMPLING, TAIL, ask, earn, measured_as, prompt, rewrite
+from tests.stored import renditions_by
 
 EXACT = ReusePolicy.exact()
 POLICY = ReusePolicy(max_divergence=0.5, confidence=0.9, audit=0.0, rungs=TURNED, learn=False)
@@ -245,7 +246,7 @@ def test_the_prior_takes_approximate_sources_while_both_risks_are_within_the_bou
     ask(learning, ROLE_A, 1, EXACT)
     question, answer = prompt(ROLE_B, 1)[1], prompt((), 2)[1]
     learning.generate([Segment(ROLE_B), question, answer, Segment(TAIL)], SAMPLING, policy=POLICY)
-    (rendition,) = learning.memory.renditions.renditions_of(learning.namespace(), answer)
+    (rendition,) = renditions_by(learning, answer)
     assert rendition.risk == divergence
     read = [Segment(ROLE_C), question, answer, Segment(TAIL)]
     usage = learning.generate(read, SAMPLING, policy=POLICY).usage

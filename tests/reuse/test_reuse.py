@@ -47,6 +47,7 @@ from tests.reuse.reading import (
     tokens_of,
     widen,
 )
+from tests.stored import renditions_by
 from tests.tiny import TinyModel, tiny_model
 
 EXACT = ReusePolicy.exact()
@@ -310,7 +311,7 @@ def test_text_on_kv_that_nobody_foresaw_is_no_source(learning: Engine) -> None:
     with learning.context(prompt(ROLE_B, 99), policy=LOOSE) as context:
         context.extend([Segment(tuple(some_tokens(90, seed=1098)), "question"), Segment(TAIL)])
         assert context.fidelity is Fidelity.APPROXIMATE
-        (rendition,) = learning.memory.renditions.renditions_of(learning.namespace(), prompt(ROLE_B, 98)[1])
+        (rendition,) = renditions_by(learning, prompt(ROLE_B, 98)[1])
         assert (rendition.fidelity, rendition.risk) == (Fidelity.APPROXIMATE, float("inf"))
         usage = learning.generate([*prompt(ROLE_A, 99), *prompt((), 98)[1:]], SAMPLING, policy=LOOSE).usage
         assert (usage.aligned_tokens, usage.reasons["source_risk"]) == (0, 90)

@@ -21,7 +21,7 @@ from kvcomm.reuse.policy import ReusePolicy
 from tests.engine.conftest import ROWS_ONLY, greedy, some_tokens
 from tests.limits import PATIENCE_S
 from tests.reuse.reading import widen
-from tests.stored import stored_in
+from tests.stored import stored_by
 from tests.tiny import tiny_model
 
 CONFIG = EngineConfig(anchor_bytes=150_000, pool_tokens=2048)
@@ -159,7 +159,7 @@ class ReuseMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_approximate_passes_for_exact(self) -> None:
         """What is moved comes with a risk, or is a cold run's to the last number."""
-        for rendition in stored_in(self.engine.memory.renditions, self.engine.namespace()):
+        for rendition in stored_by(self.engine):
             assert (rendition.risk == 0) <= (rendition.fidelity is Fidelity.EXACT)
 
     @invariant()
@@ -167,7 +167,8 @@ class ReuseMachine(RuleBasedStateMachine):
         for context in self.contexts:
             if context.fidelity is Fidelity.APPROXIMATE:
                 exact = context.sequence.num_exact
-                path = self.engine.tree.match(self.engine.namespace(), context.sequence.token_ids)
+                with self.engine.lock:
+                    path = self.engine.tree.match(self.engine.namespace(), context.sequence.token_ids)
                 shared = set(path.pages.tolist()) & set(context.sequence.pages[-(-exact // 16) :].tolist())
                 assert not shared
 

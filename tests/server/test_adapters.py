@@ -16,6 +16,7 @@ from kvcomm.server.app import make_app
 from kvcomm.server.settings import ServerSettings, load_settings
 from tests.lora import save_lora
 from tests.server.conftest import MODEL, SMALL, chat, completion, require_nothing_left
+from tests.stored import cached_by
 from tests.tiny import tiny_model
 
 
@@ -111,8 +112,8 @@ def test_what_is_cached_counts_over_all_adapters(client: TestClient, engine: Eng
     cold = client.post("/v1/cache/explain", json=completion(model="judge")).json()["prompts"][0]
     assert cold["cached_prefix_tokens"] == 0
     both = client.get("/v1/stats").json()["cache"]["tokens"]
-    assert both == sum(engine.tree.usage(each).num_tokens for each in engine.namespaces())
-    assert client.get("/v1/cache/tree").json()["tokens"] == both > engine.tree.usage(engine.namespace()).num_tokens > 0
+    assert both == sum(cached_by(engine, each).num_tokens for each in engine.namespaces())
+    assert client.get("/v1/cache/tree").json()["tokens"] == both > cached_by(engine, engine.namespace()).num_tokens > 0
 
 
 def test_changed_weights_are_told(client: TestClient, engine: Engine) -> None:

@@ -23,6 +23,7 @@ from tests.limits import PATIENCE_S
 from tests.server.conftest import MODEL, Keys, MakeClient, chat, completion
 from tests.server.test_fields import error_of
 from tests.server.test_segments import CHAT, TEXTS, given, num_tokens, usage_of
+from tests.stored import cached_by
 from tests.tiny import TinyModel
 
 
@@ -113,7 +114,7 @@ class TestTree:
         assert "secret" not in answer.text
         tree = answer.json()
         usages = [
-            engine.tree.usage(engine.namespace(space)) for space in ("default", json.dumps(["default", "secret"]))
+            cached_by(engine, engine.namespace(space)) for space in ("default", json.dumps(["default", "secret"]))
         ]
         assert tree["tokens"] == sum(usage.num_tokens for usage in usages)
         assert tree["bytes"] == sum(usage.num_pages for usage in usages) * engine.pool.page_bytes
@@ -142,6 +143,14 @@ class TestTree:
             assert [tokens for tokens, _ in left[:2]] == [num_tokens(engine, "A"), num_tokens(engine, "B", "C")]
             for (_, expires_s), ttl_s in zip(left, chain((20 * 3600, 10 * 3600), repeat(3600)), strict=False):
                 assert ttl_s - PATIENCE_S < expires_s <= ttl_s
+
+    def test_what_the_process_pins_is_shown_as_pinned(self, client: TestClient, engine: Engine) -> None:
+        client.post("/v1/completions", json=completion(prompt=list(range(10, 30))))
+        client.post(CHAT, json=chat(segments=given("A")))
+        assert engine.pin(list(range(10, 20))) == 10
+        nodes = list(walk(client.get("/v1/cache/tree").json()["root"]))
+        assert {node["kind"] for node in nodes} >= {"prefix", "segment", "rendition"}
+        assert [(node["kind"], node["tokens"]) for node in nodes if node["pinned"]] == [("prefix", 10)]
 
     def test_a_tree_without_end_is_cut(self, client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
         client.get("/v1/cache/tree")

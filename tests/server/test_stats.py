@@ -27,6 +27,7 @@ from kvcomm.server.settings import Limits, ServerSettings
 from tests.limits import PATIENCE_S, wait_for
 from tests.server.conftest import MODEL, Keys, MakeClient, chat, completion
 from tests.server.live import serving
+from tests.stored import cached_by
 
 CHAT = "/v1/chat/completions"
 STATS = "/v1/stats"
@@ -96,9 +97,10 @@ def test_the_last_minute_and_the_minutes_before(client: TestClient) -> None:
 def test_what_is_cached_and_what_was_dropped(client: TestClient, engine: Engine) -> None:
     client.post("/v1/completions", json=completion(max_tokens=1))
     cache = stats_of(client)["cache"]
-    assert cache["tokens"] == engine.tree.usage(engine.namespace()).num_tokens > 0
+    assert cache["tokens"] == cached_by(engine, engine.namespace()).num_tokens > 0
     assert cache["bytes"] == engine.memory_stats().num_cached * engine.pool.page_bytes
-    engine.tree.evict(10_000)
+    with engine.lock:
+        engine.tree.evict(10_000)
     found = stats_of(client)
     assert found["cache"]["tokens"] == 0
     assert found["cache"]["evicted_tokens"] == cache["tokens"] == sum(each["tokens"] for each in found["evictions"])
@@ -173,7 +175,8 @@ def test_tenants_see_their_own(make_client: MakeClient, keys: Keys, key_file: Pa
     before = stats_of(client, headers=keys.header("bob"))
     for fields in ({}, {"cache_salt": "s"}):
         client.post(CHAT, json=chat(max_tokens=1, **fields), headers=keys.header("ann"))
-    engine.tree.evict(10_000)
+    with engine.lock:
+        engine.tree.evict(10_000)
     audit(engine, READER, Level.OWN, (0.01, 0.02), tenant="ann")
     ann, bob = (stats_of(client, headers=keys.header(name)) for name in ("ann", "bob"))
     assert (ann["requests"], len(ann["bounds"]), len(ann["readers"]), len(ann["audits"])) == (2, 1, 1, 1)

@@ -60,17 +60,22 @@ def feed_of(engine: Engine, recorder: Recorder, *, has_keys: bool = False, **set
     return feed
 
 
+def blocks_of(engine: Engine, owners: dict[str, Owner], block_size: int) -> set[int]:
+    with engine.lock:
+        return whole_blocks(engine.tree, owners, block_size)
+
+
 def test_what_is_cached_is_announced_and_taken_back(engine: Engine) -> None:
     recorder = Recorder()
     engine.generate(TEXT, max_new_tokens=2)
     feed = feed_of(engine, recorder)
     assert recorder.events[0] == {"type": "AllBlocksCleared"}
     owners = {engine.namespace(): Owner()}
-    assert recorder.mirror == whole_blocks(engine.tree, owners, 3)
+    assert recorder.mirror == blocks_of(engine, owners, 3)
     assert len(recorder.mirror) > 5
     engine.generate(f"{TEXT} once more", max_new_tokens=2)
     feed.step()
-    assert recorder.mirror == whole_blocks(engine.tree, owners, 3)
+    assert recorder.mirror == blocks_of(engine, owners, 3)
     num_batches = len(recorder.batches)
     feed.step()
     assert len(recorder.batches) == num_batches
@@ -91,7 +96,7 @@ def test_approximate_kv_is_never_announced(learning: Engine) -> None:
     served = ask(learning, ROLE_B, 99, LOOSE)
     assert served.usage.aligned_tokens
     feed.step()
-    assert recorder.mirror == whole_blocks(learning.tree, {learning.namespace(): Owner()}, 3)
+    assert recorder.mirror == blocks_of(learning, {learning.namespace(): Owner()}, 3)
     read = tokens_of(prompt(ROLE_B, 99))
     behind = second_names(Case(read, Owner(), 3))[len(ROLE_B) // 3 :]  # the moved text, and all that has read it
     assert len(behind) > 30
@@ -106,7 +111,7 @@ def test_tenants_and_salts(engine: Engine) -> None:
         engine.generate(f"{tenant} {TEXT}", max_new_tokens=2, tenant=tenant)
     feed.step()
     owners = {engine.namespace("ann"): Owner(salt="sesame"), engine.namespace("bob"): Owner()}
-    assert recorder.mirror == whole_blocks(engine.tree, owners, 3)
+    assert recorder.mirror == blocks_of(engine, owners, 3)
     first = [event for event in recorder.events if event.get("parent_block_hash", 0) is None]
     assert sorted(event["extra_keys"][0] or [] for event in first) == [[], ["sesame"]]
 
@@ -117,7 +122,7 @@ def test_without_keys_there_is_one_tenant(engine: Engine) -> None:
     engine.generate(TEXT, max_new_tokens=2)
     engine.generate(f"secret {TEXT}", max_new_tokens=2, tenant=namespace("default", "salt"))
     feed.step()
-    assert recorder.mirror == whole_blocks(engine.tree, {engine.namespace(): Owner()}, 3)
+    assert recorder.mirror == blocks_of(engine, {engine.namespace(): Owner()}, 3)
 
 
 def test_other_weights_are_another_cache(engine: Engine) -> None:
@@ -130,7 +135,7 @@ def test_other_weights_are_another_cache(engine: Engine) -> None:
     engine.weights_changed()
     engine.generate(f"another {TEXT}", max_new_tokens=2)
     feed.step()
-    assert recorder.mirror == whole_blocks(engine.tree, {engine.namespace(): Owner()}, 3)
+    assert recorder.mirror == blocks_of(engine, {engine.namespace(): Owner()}, 3)
     assert not former & recorder.mirror
 
 
@@ -140,9 +145,10 @@ def test_lost_events_are_made_good(engine: Engine) -> None:
     engine.tree._log._max_events = 1
     for index in range(4):
         engine.generate(f"{index} {TEXT}", max_new_tokens=2)
-    engine.tree.evict(2)
+    with engine.lock:
+        engine.tree.evict(2)
     feed.step()
-    assert recorder.mirror == whole_blocks(engine.tree, {engine.namespace(): Owner()}, 3)
+    assert recorder.mirror == blocks_of(engine, {engine.namespace(): Owner()}, 3)
 
 
 def test_nothing_is_announced_where_nothing_can_be_computed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +172,7 @@ def test_from_a_running_thread_over_sockets(engine: Engine) -> None:
             asking.connect(str(publisher.replay_address))
             with make_feed(engine, publisher, settings, has_keys=False):
                 engine.generate(TEXT, max_new_tokens=2)
-                wanted = whole_blocks(engine.tree, {engine.namespace(): Owner()}, 3)
+                wanted = blocks_of(engine, {engine.namespace(): Owner()}, 3)
 
                 def has_it_all() -> bool:
                     """Ask again from the beginning, as who comes late does."""
