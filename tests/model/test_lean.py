@@ -11,9 +11,10 @@ from torch.nn import functional
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from kvcomm.model import linear as products
+from kvcomm.model import joined
 from kvcomm.model.choice import Choice
 from kvcomm.model.lean import MAX_ROWS, LeanLayers
+from kvcomm.model.linear import PRODUCTS
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -43,9 +44,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
     def counting(name: str, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         seen.append((name, len(rows)))
-        return products.PRODUCTS[name](rows, weight, bias)
+        return PRODUCTS[name](rows, weight, bias)
 
-    monkeypatch.setattr(products, "product", counting)
+    monkeypatch.setattr(joined, "product", counting)
     return seen
 
 
