@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from eval.figures import Figure, Report
-from eval.report.contents import Contents, bound_figures, write_report
+from eval.report.contents import Contents, bound_figures
 from eval.report.facts import facts_of
+from eval.report.writing import write_report
 from eval.tasks.analysis import ModeResult
 from eval.tasks.modes import make_modes
 from eval.tasks.options import COLD_CONFIG, CONFIG, make_parser, make_work, settings_of
