@@ -146,3 +146,4 @@ class GroupFinished:
 
 
 GroupEvent = AgentStarted | AgentText | AgentFinished | RoundFinished | GroupFinished
+"""What `KVCommAgentGroup.stream` yields."""

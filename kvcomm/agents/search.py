@@ -114,10 +114,14 @@ def mcts(
     there), scores it and adds the score to every node on the way.
 
     Args:
-        root, expand, score, max_depth, is_final: as for `best_first`.
+        root: as for `best_first`.
+        expand: as for `best_first`.
+        score: as for `best_first`.
         simulations: descents; at most one expansion and one score each.
         exploration: weight of rarely tried thoughts, in units of the score; sqrt(2) suits scores in [0, 1].
+        max_depth: as for `best_first`.
         seed: order in which the thoughts of one expansion are tried. What they say depends on `expand`.
+        is_final: as for `best_first`.
 
     Returns:
         As `best_first`: the path to the best score seen, complete paths first.

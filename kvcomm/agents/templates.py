@@ -51,7 +51,8 @@ def parse_template(text: str, *, agent: str, field: str = "prompt") -> tuple[Par
 
     Args:
         text: the template; may be empty.
-        agent, field: whose template this is, for error messages only.
+        agent: whose template this is, for error messages only.
+        field: which of the agent's templates, for error messages only.
 
     Raises:
         TemplateError: an unbalanced brace, an empty placeholder, a bad name or a suffix other than @previous.

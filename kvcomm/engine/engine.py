@@ -110,15 +110,17 @@ class Engine:
         prior: Prior | Literal["shipped"] | None = "shipped",
         tier: Tier | str | None = None,
     ) -> None:
-        """Args:
-        model: a decoder on its device, in its dtype; it is put into eval mode. Adapters that PEFT has put into its
-            layers may be named by requests, also where the model is wrapped in a `PeftModel`.
-        weights_id: identity of the weights without adapters where it is known already; else they are hashed (about
-            0.2 s per GB).
-        prior: pairs measured on this model beforehand, so that approximate reuse may begin at once; by default those
-            that come with kvcomm, if there are any for it.
-        tier: where exact prefixes are shared with other engines, or its URL, see `Tier.open`; the engine closes what it
-            has opened. What is wrong with it later costs time, never an answer.
+        """Make an engine for a model, with a pool and a cache of its own.
+
+        Args:
+            model: a decoder on its device, in its dtype; it is put into eval mode. Adapters that PEFT has put into its
+                layers may be named by requests, also where the model is wrapped in a `PeftModel`.
+            weights_id: identity of the weights without adapters where it is known already; else they are hashed (about
+                0.2 s per GB).
+            prior: pairs measured on this model beforehand, so that approximate reuse may begin at once; by default
+                those that come with kvcomm, if there are any for it.
+            tier: where exact prefixes are shared with other engines, or its URL, see `Tier.open`; the engine closes
+                what it has opened. What is wrong with it later costs time, never an answer.
 
         Raises:
             UnsupportedModel: its KV cannot be cached soundly.
@@ -475,7 +477,8 @@ class Engine:
 
         Args:
             prompt: what is known already.
-            adapter, policy: as in `submit`.
+            adapter: as in `submit`.
+            policy: as in `submit`.
             deadline_s: seconds after which it is given up if it is not complete by then.
 
         Raises:

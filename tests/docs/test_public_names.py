@@ -1,0 +1,71 @@
+"""The API reference: every public name is in it, and whatever is in it has a docstring that says what it does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+
+import griffe
+import pytest
+
+import kvcomm
+from kvcomm import agents
+from tests.docs.snippets import ROOT
+
+REFERENCE = ROOT / "docs" / "api.md"
+NAMES = re.findall(r"^::: (\S+)$", REFERENCE.read_text(), re.MULTILINE)
+SECTIONS = ("Args:", "Attributes:", "Raises:", "Returns:", "Yields:")
+
+
+@cache
+def package() -> griffe.Module:
+    found = griffe.load("kvcomm", search_paths=[ROOT], resolve_aliases=True)
+    assert isinstance(found, griffe.Module)
+    return found
+
+
+def described(name: str) -> griffe.Object:
+    """What a dotted name of the reference stands for."""
+    found = package()[name.removeprefix("kvcomm.")]
+    target = found.final_target if isinstance(found, griffe.Alias) else found
+    assert isinstance(target, griffe.Object)
+    return target
+
+
+def parts(name: str) -> Iterator[griffe.Object]:
+    """The thing itself, and what the reference shows of it: public functions, classes and their public methods."""
+    found = described(name)
+    yield found
+    for member in found.members.values():
+        if member.name == "__init__" and member.docstring is not None:
+            assert isinstance(member, griffe.Function)
+            yield member
+        if member.name.startswith("_"):
+            continue
+        if isinstance(member, griffe.Class) and found.is_module:
+            yield from parts(member.path)
+        elif isinstance(member, griffe.Function) or (
+            isinstance(member, griffe.Attribute) and "property" in member.labels
+        ):
+            yield member
+
+
+@pytest.mark.parametrize("module", [kvcomm, agents], ids=lambda module: module.__name__)
+def test_every_public_name_is_in_the_reference(module: object) -> None:
+    own = {described(name).path for name in NAMES}
+    errors = {each.path for each in described("kvcomm.errors").members.values()}
+    for name in getattr(module, "__all__"):  # noqa: B009  # of two modules
+        if not name.startswith("__"):
+            path = described(f"{module.__name__}.{name}").path  # type: ignore[attr-defined]
+            assert path in own | errors, f"{path} is public and not in docs/api.md"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whatever_is_in_the_reference_says_what_it_does(name: str) -> None:
+    silent = [
+        f"{part.path} ({part.relative_filepath}:{part.lineno})"
+        for part in parts(name)
+        if part.docstring is None or part.docstring.value.strip().startswith(SECTIONS)
+    ]
+    assert not silent, f"no docstring, or none that begins with a sentence: {', '.join(silent)}"
