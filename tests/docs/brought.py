@@ -55,6 +55,7 @@ def write_files(folder: Path) -> None:
     """Files that commands of pages name as the reader's own."""
     (folder / "rules.txt").write_text("Answer in one word.\n")
     (folder / "anchors").mkdir()
+    (folder / "kv").mkdir()  # of a shared tier
     (folder / "constraints.txt").write_text((ROOT / "constraints.txt").read_text())
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 from kvcomm import Engine
 from kvcomm.model.loading import LoadedModel
 from tests.docs import brought
-from tests.docs.snippets import LANGUAGES, PAGES, ROOT, Command, commands_of, python_of, snippets
+from tests.docs.snippets import LANGUAGES, PAGES, ROOT, Command, Snippet, commands_of, python_of, snippets
 from tests.docs.stand_ins import STAND_INS, stand_in
 from tests.limits import PATIENCE_S
 from tests.server.live import Live
@@ -75,13 +76,22 @@ def test_python_runs_as_pasted(page: Path, folder: Path, live: Live) -> None:
         brought.write_adapters(folder)
     namespace: dict[str, Any] = {"__name__": "__main__", **brought.names(live)}
     try:
-        for each in python_of(page):
-            lines_before = "\n" * (each.line - 1)  # so that tracebacks name the line of the page
-            exec(compile(lines_before + each.text, str(page), "exec"), namespace)
+        failed = [problem for each in python_of(page) if (problem := _run(each, namespace))]
     finally:
         for value in namespace.values():
             if isinstance(value, Engine):
                 value.close()
+    assert not failed, "\n\n".join(failed)
+
+
+def _run(snippet: Snippet, namespace: dict[str, Any]) -> str | None:
+    """What went wrong with a block; further blocks are run all the same, so that a page is mended at once."""
+    lines_before = "\n" * (snippet.line - 1)  # so that tracebacks name the line of the page
+    try:
+        exec(compile(lines_before + snippet.text, str(snippet.page), "exec"), namespace)
+    except Exception:
+        return f"{snippet.place}\n{traceback.format_exc(limit=-2)}"
+    return None
 
 
 @pytest.mark.slow

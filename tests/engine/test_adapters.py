@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import re
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
-from kvcomm import Agent, Engine, EngineConfig, KVCommAgentGroup, SamplingParams
+from kvcomm import Engine, EngineConfig, SamplingParams
 from kvcomm.errors import InvalidRequest, ModelLoadError, QuotaExceeded, SnapshotForeign, UnknownAdapter, WeightsChanged
 from tests.lora import fill, greedy, save_lora, with_adapters
 from tests.stored import cached_by
@@ -23,7 +21,6 @@ from tests.tiny import TinyModel, tiny_model
 PROMPT = "Question: how many apples are left? "
 NUM_TOKENS = 12
 SHORT = SamplingParams(max_new_tokens=8)
-README = Path(__file__).parents[2] / "README.md"
 CONFIG = EngineConfig(page_size=4, pool_tokens=2048, prefill_chunk=8)
 
 
@@ -422,16 +419,6 @@ def test_two_engines_on_one_model_do_not_disturb_each_other(tiny: TinyModel, lor
         for name, handle in handles:
             assert list(handle.result().token_ids) == expected[name]
     assert lora.active_adapter == "first"
-
-
-def test_the_readme_s_example(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for seed, name in enumerate(("poet", "judge"), start=1):
-        save_lora(tmp_path / "loras" / name, seed=seed)
-    monkeypatch.chdir(tmp_path)
-    section = README.read_text().partition("## Adapters")[2].partition("## ")[0]
-    (code,) = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-    exec(code, {"engine": engine, "Agent": Agent, "KVCommAgentGroup": partial(KVCommAgentGroup, sampling=SHORT)})
-    assert engine.adapters == ("judge", "poet")
 
 
 def test_what_is_learned_belongs_to_an_adapter(engine: Engine, lora: PeftModel) -> None:
