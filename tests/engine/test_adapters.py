@@ -20,7 +20,6 @@ from tests.tiny import TinyModel, tiny_model
 
 PROMPT = "Question: how many apples are left? "
 NUM_TOKENS = 12
-SHORT = SamplingParams(max_new_tokens=8)
 CONFIG = EngineConfig(page_size=4, pool_tokens=2048, prefill_chunk=8)
 
 
