@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
-from kvcomm import Engine, EngineConfig, SamplingParams
+from kvcomm import Engine, EngineConfig
 from kvcomm.errors import InvalidRequest, ModelLoadError, QuotaExceeded, SnapshotForeign, UnknownAdapter, WeightsChanged
 from tests.lora import fill, greedy, save_lora, with_adapters
 from tests.stored import cached_by
