@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from kvcomm import Engine
 from kvcomm.model.loading import LoadedModel
@@ -26,6 +27,8 @@ from tests.server.live import Live
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 WITH_ADAPTERS = "load_adapter("
 """Pages with this in their Python need adapters on disk."""
+FAULTS = {"README.md": "its section on approximate reuse does not import ReusePolicy"}
+"""Pages whose Python does not run as pasted, and why; one that is mended has no place here."""
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +72,16 @@ def test_every_row_of_the_table_is_needed() -> None:
     assert [row.begins for row in STAND_INS if row not in used] == []
 
 
+def _with_python() -> Iterator[ParameterSet]:
+    for page in PAGES:
+        if python_of(page):
+            why = FAULTS.get(page.name)
+            marks = () if why is None else pytest.mark.xfail(reason=why, strict=True)
+            yield pytest.param(page, id=page.name, marks=marks)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if python_of(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", _with_python())
 def test_python_runs_as_pasted(page: Path, folder: Path, live: Live) -> None:
     if any(WITH_ADAPTERS in each.text for each in python_of(page)):
         brought.write_adapters(folder)
