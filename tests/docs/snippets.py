@@ -53,10 +53,11 @@ def python_of(page: Path) -> list[Snippet]:
 
 def commands_of(page: Path) -> list[Command]:
     """The commands of a page's shell blocks, in order."""
-    return [command for each in snippets(page) if each.language == "bash" for command in _commands(each)]
+    return [command for each in snippets(page) if each.language == "bash" for command in commands_in(each)]
 
 
-def _commands(snippet: Snippet) -> Iterator[Command]:
+def commands_in(snippet: Snippet) -> Iterator[Command]:
+    """The commands of one shell block, in order."""
     text, line = "", snippet.line
     for number, part in enumerate(snippet.text.splitlines(), start=snippet.line):
         line = line if text else number

@@ -19,7 +19,7 @@ from _pytest.mark import ParameterSet
 from kvcomm import Engine
 from kvcomm.model.loading import LoadedModel
 from tests.docs import brought
-from tests.docs.snippets import LANGUAGES, PAGES, ROOT, Command, Snippet, commands_of, python_of, snippets
+from tests.docs.snippets import LANGUAGES, PAGES, ROOT, Command, Snippet, commands_in, commands_of, python_of, snippets
 from tests.docs.stand_ins import STAND_INS, stand_in
 from tests.limits import PATIENCE_S
 from tests.server.live import Live
@@ -72,30 +72,38 @@ def test_every_row_of_the_table_is_needed() -> None:
     assert [row.begins for row in STAND_INS if row not in used] == []
 
 
-def _with_python() -> Iterator[ParameterSet]:
+def _running() -> Iterator[ParameterSet]:
     for page in PAGES:
-        if python_of(page):
+        if python_of(page) or any(stand_in(each.words) is None for each in commands_of(page)):
             why = FAULTS.get(page.name)
             marks = () if why is None else pytest.mark.xfail(reason=why, strict=True)
             yield pytest.param(page, id=page.name, marks=marks)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", _with_python())
-def test_python_runs_as_pasted(page: Path, folder: Path, live: Live) -> None:
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("page", list(_running()))
+def test_a_page_runs_as_pasted(page: Path, folder: Path, live: Live) -> None:
+    """Python and commands in the order of the page: in one namespace, one folder, and against one server."""
     if any(WITH_ADAPTERS in each.text for each in python_of(page)):
         brought.write_adapters(folder)
     namespace: dict[str, Any] = {"__name__": "__main__", **brought.names(live)}
+    problems: list[str | None] = []
     try:
-        failed = [problem for each in python_of(page) if (problem := _run(each, namespace))]
+        for each in snippets(page):
+            if each.language == "python":
+                problems.append(_executed(each, namespace))
+            if each.language == "bash":
+                problems += [_called(command, live) for command in commands_in(each) if stand_in(command.words) is None]
     finally:
         for value in namespace.values():
             if isinstance(value, Engine):
                 value.close()
+    failed = [problem for problem in problems if problem is not None]
     assert not failed, "\n\n".join(failed)
 
 
-def _run(snippet: Snippet, namespace: dict[str, Any]) -> str | None:
+def _executed(snippet: Snippet, namespace: dict[str, Any]) -> str | None:
     """What went wrong with a block; further blocks are run all the same, so that a page is mended at once."""
     lines_before = "\n" * (snippet.line - 1)  # so that tracebacks name the line of the page
     try:
@@ -105,17 +113,7 @@ def _run(snippet: Snippet, namespace: dict[str, Any]) -> str | None:
     return None
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-@pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)], ids=lambda page: page.name)
-def test_commands_run_as_pasted(page: Path, folder: Path, live: Live) -> None:
-    failed = [
-        problem for each in commands_of(page) if stand_in(each.words) is None if (problem := _problem(each, live))
-    ]
-    assert not failed, "\n\n".join(failed)
-
-
-def _problem(command: Command, live: Live) -> str | None:
+def _called(command: Command, live: Live) -> str | None:
     """What went wrong with a command, run in the folder of the test; addresses are those of the test's server."""
     text = command.text.replace(brought.ADDRESS, live.url).replace("/srv/", f"{Path.cwd()}/")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
