@@ -115,16 +115,12 @@ STAND_INS = (
     StandIn("kvcomm serve ", SERVES, options_of_command),
     StandIn("kvcomm top", "shows a running server until it is stopped; tests/cli/test_top.py", options_of_command),
     StandIn("kvcomm bench", MINUTES, options_of_command),
-    StandIn("kvcomm tune", MINUTES, options_of_command),
     StandIn("kvcomm run", "a team's answers take a minute; tests/cli/test_run.py", options_of_command),
-    StandIn(
-        "kvcomm doctor --vllm", "needs vLLM beside kvcomm; CI has it in an environment of its own", options_of_command
-    ),
     StandIn("vllm serve", "needs vLLM; tests/integrations/vllm", names_are_there),
     StandIn("serve run", "needs Ray; tests/integrations/ray", names_are_there),
 )
 
-RUN = ("kvcomm serve keys ", "kvcomm serve --check ", "kvcomm tune --help ")
+RUN = ("kvcomm serve keys ", "kvcomm serve --check ")
 """Commands that are run although what they begin with is in the table."""
 
 
