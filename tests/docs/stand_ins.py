@@ -71,6 +71,13 @@ def script_is_there(words: Words) -> None:
     subprocess.run([words[0], "-n", ROOT / words[1]] if words[0] == "bash" else ["ls", ROOT / words[1]], check=True)
 
 
+def tests_are_there(words: Words) -> None:
+    """The files of tests are there."""
+    files = [word for word in words if word.endswith(".py")]
+    assert files, words
+    assert all((ROOT / file).is_file() for file in files), words
+
+
 def integration_is_there(words: Words) -> None:
     """`scripts/setup-env --integration NAME` knows the name."""
     assert (ROOT / "scripts" / "integrations" / f"{words[3]}.txt").is_file(), words
@@ -111,7 +118,7 @@ STAND_INS = (
     StandIn("bash scripts/", "makes a virtual environment; CI runs it", script_is_there),
     StandIn("python examples/", "tests/examples runs every example against a server", script_is_there),
     StandIn("pip install", "changes the environment that runs the tests; CI installs the wheel", extras_are_there),
-    StandIn("python -m pytest", "tests do not run tests", lambda _: None),
+    StandIn("python -m pytest", "tests do not run tests", tests_are_there),
     StandIn("kvcomm serve ", SERVES, options_of_command),
     StandIn("kvcomm top", "shows a running server until it is stopped; tests/cli/test_top.py", options_of_command),
     StandIn("kvcomm bench", MINUTES, options_of_command),
