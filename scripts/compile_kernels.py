@@ -45,7 +45,9 @@ from kvcomm.model.attention.triton_plan import MAX_PARTS, SPLIT_FIELDS, TILE_FIE
 
 GROUP_SIZE = 4
 PAGE_SIZE = 16
-WINDOW_CHOICES = (False, True)
+SCORINGS = ((False, False), (True, False), (True, True))
+"""Of `attend`: whether it has a window, whether its scores are capped."""
+
 NUM_NEIGHBORS = 8
 MOVES = ("keys", "keys rotated only", "interleaved keys", "values")
 
@@ -93,12 +95,13 @@ class Variant:
     dtype: DtypeName
     head_dim: int
     tiles: str | None = None
-    has_window: bool | None = None
+    has_window: bool = False
+    has_softcap: bool = False
 
     @property
     def label(self) -> str:
-        window = {None: "", False: "", True: " window"}[self.has_window]
-        return f"{self.kernel} {self.tiles or ''}{window}".strip()
+        window, softcap = " window" * self.has_window, " softcap" * self.has_softcap
+        return f"{self.kernel} {self.tiles or ''}{window}{softcap}".strip()
 
     @property
     def element_bytes(self) -> int:
@@ -193,8 +196,8 @@ def variants(targets: list[TargetName], dtypes: list[DtypeName], head_dims: list
         found.append(Variant(KernelName.MERGE_SPLITS, target, dtype, head_dim))
         # Parts are float32: for that dtype they are the narrow tiles.
         tiles = ("wide", "narrow") if dtype == DtypeName.FP32 else ("wide", "narrow", "parts")
-        for tile, window in product(tiles, WINDOW_CHOICES):
-            found.append(Variant(KernelName.ATTEND, target, dtype, head_dim, tile, window))
+        for tile, scoring in product(tiles, SCORINGS):
+            found.append(Variant(KernelName.ATTEND, target, dtype, head_dim, tile, *scoring))
         found += [Variant(KernelName.MOVE_ROWS, target, dtype, head_dim, moved) for moved in MOVES]
     return found
 
@@ -243,7 +246,7 @@ def specialize(
         if name.endswith("_ptr"):
             signature[name] = "*" + plan.pointers[name.removesuffix("_ptr")]
         else:
-            signature[name] = "fp32" if name == "scale" else "i32"
+            signature[name] = "fp32" if name in ("scale", "softcap") else "i32"
         if name.endswith("_ptr") or (aligned and "_stride_" in name and "lse" not in name):
             attributes[(index,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
@@ -261,7 +264,8 @@ def attend_plan(variant: Variant) -> Plan:
         value_dim=dim,
         group_size=GROUP_SIZE,
         page_size=PAGE_SIZE,
-        has_window=bool(variant.has_window),
+        has_window=variant.has_window,
+        has_softcap=variant.has_softcap,
     )
     dtype = variant.dtype.value
     return Plan(

@@ -134,7 +134,7 @@ class Engine:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.geometry = ModelGeometry.from_model(model)
-        self.backend = make_backend(self.config.attention, model.device)
+        self.backend = make_backend(self.config.attention, model.device, self.geometry.layers)
         self.live = LiveWeights(model, weights_id)
         self._adapters = Adapters(given, model, self.live, self._model_identity)
         self._lock = RLock()

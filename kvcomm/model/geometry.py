@@ -38,7 +38,12 @@ LOW_PRECISION_LOGIT_TOLERANCE = 0.5
 
 @dataclass(frozen=True)
 class LayerGeometry:
-    """KV of one layer. `rope` is None where keys do not depend on the position or follow no known rotation."""
+    """KV of one layer, and how it is attended to.
+
+    Attributes:
+        rope: None where keys do not depend on the position or follow no known rotation.
+        softcap, has_sinks: see `AttentionStep`.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -47,6 +52,8 @@ class LayerGeometry:
     scale: float
     sliding_window: int | None
     rope: RopeGeometry | None
+    softcap: float | None = None
+    has_sinks: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,8 @@ class _Seen:
     value: Tensor
     scale: float
     sliding_window: int | None
+    softcap: float | None
+    has_sinks: bool
 
 
 class _ProbeStep:
@@ -127,10 +136,12 @@ class _ProbeStep:
         *,
         scale: float,
         sliding_window: int | None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         if layer_id in self.layers:
             raise ValueError(f"layer {layer_id} attends more than once")
-        self.layers[layer_id] = _Seen(query, key, value, scale, sliding_window)
+        self.layers[layer_id] = _Seen(query, key, value, scale, sliding_window, softcap, sinks is not None)
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2)
 
 
@@ -241,6 +252,8 @@ def _layer(seen: _Seen, rope: RopeGeometry | None) -> LayerGeometry:
         scale=seen.scale,
         sliding_window=seen.sliding_window,
         rope=rope,
+        softcap=seen.softcap,
+        has_sinks=seen.has_sinks,
     )
 
 

@@ -193,6 +193,8 @@ def lean_attention(model: nn.Module, layer: nn.Module, choice: Choice, *, exact:
             return None
         if len(stock.seen) != 1 or stock.seen[0].layer_id != layer_id:
             return None
+        if stock.seen[0].has_sinks:  # a parameter, to be read anew in each pass, under a name that is not known here
+            return None
         forward = _attention_forward(layer, stock.seen[0], Joined([query, key, value], choice), choice, exact=exact)
         out = _attend(lambda _, **keywords: forward(**keywords), layer, rows, angles, lean)
     pairs = [(out, expected), *zip(lean.seen[0].tensors, stock.seen[0].tensors, strict=True)]
@@ -200,7 +202,7 @@ def lean_attention(model: nn.Module, layer: nn.Module, choice: Choice, *, exact:
 
 
 def _attention_forward(layer: nn.Module, seen: _Seen, project: Joined, choice: Choice, *, exact: bool) -> Forward:
-    layer_id, scale, window = seen.layer_id, seen.scale, seen.sliding_window
+    layer_id, scale, window, softcap = seen.layer_id, seen.scale, seen.sliding_window, seen.softcap
     dim = layer.head_dim
     assert isinstance(dim, int)
     assert isinstance(layer.o_proj, nn.Linear)
@@ -215,7 +217,7 @@ def _attention_forward(layer: nn.Module, seen: _Seen, project: Joined, choice: C
         if not (_is_plain(hidden, dtype) and cos.dtype == dtype and cos.shape[-1] == dim):
             return type(layer).forward(layer, *operands, **keywords)
         query, key, value = _heads(hidden[0], project, cos[0], sin[0], dim, exact=exact)
-        out = step(layer_id, query, key, value, scale=scale, sliding_window=window)
+        out = step(layer_id, query, key, value, scale=scale, sliding_window=window, softcap=softcap)
         flat = out.reshape(out.shape[1], -1)
         out = close.exactly(flat)[0] if exact else close(flat)
         return out[None], None
@@ -250,6 +252,8 @@ class _Seen(NamedTuple):
     tensors: tuple[Tensor, Tensor, Tensor]
     scale: float
     sliding_window: int | None
+    softcap: float | None
+    has_sinks: bool
 
 
 class _Recorder:
@@ -259,9 +263,19 @@ class _Recorder:
         self.seen: list[_Seen] = []
 
     def __call__(
-        self, layer_id: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, sliding_window: int | None
+        self,
+        layer_id: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        self.seen.append(_Seen(layer_id, (query.clone(), key.clone(), value.clone()), scale, sliding_window))
+        tensors = query.clone(), key.clone(), value.clone()
+        self.seen.append(_Seen(layer_id, tensors, scale, sliding_window, softcap, sinks is not None))
         return query.transpose(1, 2).contiguous()
 
 

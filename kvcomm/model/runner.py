@@ -160,9 +160,20 @@ class _Watched:
         self._step, self._watch = step, watch
 
     def __call__(
-        self, layer_id: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, sliding_window: int | None
+        self,
+        layer_id: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        attended = self._step(layer_id, query, key, value, scale=scale, sliding_window=sliding_window)
+        attended = self._step(
+            layer_id, query, key, value, scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=sinks
+        )
         self._watch(layer_id, query, scale)
         return attended
 

@@ -44,6 +44,7 @@ class Family(NamedTuple):
         rotary_dims: rotated channels of each layer's keys; None: the layer has no rope.
         windows: sliding window of each layer.
         moves: whether keys follow the position by a rotation (or not at all).
+        softcap, has_sinks: as in `LayerGeometry`, of every layer.
     """
 
     config: Callable[[], Any]
@@ -54,6 +55,8 @@ class Family(NamedTuple):
     interleaved: bool = False
     windows: tuple[int | None, ...] = (None, None, None)
     moves: bool = True
+    softcap: float | None = None
+    has_sinks: bool = False
 
 
 FAMILIES: dict[str, Family] = {
@@ -103,6 +106,30 @@ FAMILIES: dict[str, Family] = {
     "smollm3": Family(lambda: tf.SmolLM3Config(**GROUPED, no_rope_layers=[1, 0, 1]), rotary_dims=(12, None, 12)),
     "starcoder2": Family(lambda: tf.Starcoder2Config(**GROUPED, sliding_window=WINDOW), windows=(WINDOW,) * 3),
     "granite": Family(lambda: tf.GraniteConfig(**GROUPED, attention_multiplier=0.3, residual_multiplier=0.5)),
+    "gemma2": Family(
+        lambda: tf.Gemma2Config(
+            **GROUPED, head_dim=16, sliding_window=WINDOW, layer_types=LAYER_TYPES, attn_logit_softcapping=2.0
+        ),
+        head_dim=16,
+        rotary_dims=(16,) * 3,
+        windows=(WINDOW, None, WINDOW),
+        softcap=2.0,
+    ),
+    "gpt-oss": Family(
+        lambda: tf.GptOssConfig(
+            **GROUPED,
+            **EXPERTS,
+            head_dim=16,
+            sliding_window=WINDOW,
+            layer_types=LAYER_TYPES,
+            rope_parameters=dict(YARN_ROPE),
+        ),
+        head_dim=16,
+        rotary_dims=(16,) * 3,
+        kind="yarn",
+        windows=(WINDOW, None, WINDOW),
+        has_sinks=True,
+    ),
     "olmo2": Family(lambda: tf.Olmo2Config(**GROUPED)),
     "olmo3": Family(
         lambda: tf.Olmo3Config(**GROUPED, sliding_window=WINDOW, layer_types=LAYER_TYPES),
@@ -120,16 +147,18 @@ FAMILIES: dict[str, Family] = {
 
 
 def from_config(config: Any, *, seed: int = 0) -> tf.PreTrainedModel:
-    """A float32 model in evaluation mode: large random weights, SDPA as its own attention, logits spread by about 1.
+    """A float32 model in evaluation mode: large random weights, logits spread by about 1, its own attention by default.
 
     Weights are large so that every visible token changes the logits far more than rounding does.
     """
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval().float()
-        for weight in model.parameters():
+        model = tf.AutoModelForCausalLM.from_config(config).eval().float()
+        for name, weight in model.named_parameters():
             if weight.dim() > 1:
                 weight.mul_(8)
+            elif name.endswith("sinks"):
+                weight.normal_()
         logits = model(input_ids=torch.randint(3, 97, (1, 32)), use_cache=False).logits
         model.get_output_embeddings().weight.div_(logits.std())
     return model

@@ -45,6 +45,7 @@ def test_layers_are_what_the_family_says(name: str) -> None:
     assert tuple(layer.rope.rotary_dim if layer.rope else None for layer in layers) == family.rotary_dims
     assert {layer.rope.kind for layer in layers if layer.rope} <= {family.kind}
     assert {layer.rope.interleaved for layer in layers if layer.rope} <= {family.interleaved}
+    assert {(layer.softcap, layer.has_sinks) for layer in layers} == {(family.softcap, family.has_sinks)}
     assert (geometry.immovable is None) == family.moves
     assert (geometry.max_context, geometry.vocab_size, geometry.dtype) == (256, 97, torch.float32)
     assert geometry.kv_bytes_per_token == 3 * family.num_kv_heads * 2 * family.head_dim * 4
@@ -212,14 +213,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "deepseek-v3, latents": (
         lambda: tf.DeepseekV3Config(**SIZES, **MLA, **EXPERTS, num_key_value_heads=4),
         "DeepseekV3ForCausalLM is not supported: multi-head latent attention",
-    ),
-    "gemma 2, soft caps": (
-        lambda: tf.Gemma2Config(**GROUPED, head_dim=16),
-        "Gemma2Attention changes attention scores through softcap",
-    ),
-    "gpt-oss, sinks": (
-        lambda: tf.GptOssConfig(**GROUPED, head_dim=16, num_local_experts=4, num_experts_per_tok=2),
-        "GptOssAttention changes attention scores through s_aux",
     ),
     "doge, a mask made by the layer": (
         lambda: tf.DogeConfig(**GROUPED, keep_window_size=8),

@@ -81,7 +81,7 @@ def test_all_variants_of_a_target_are_clean(target: str) -> None:
     result = run_script("--target", target, "--json")
     reports = variants(result)
     assert result.returncode == 0, [(report["label"], report["problems"]) for report in reports]
-    # Two head sizes; per dtype write and merge, wide and narrow with and without a window, what is moved; parts for
-    # two dtypes.
-    assert len(reports) == 2 * (3 * (2 + 4 + len(MOVES)) + 2 * 2)
+    # Two head sizes; per dtype write and merge, what is moved, and wide and narrow tiles without a window, with one,
+    # and with a cap as well; parts for two dtypes.
+    assert len(reports) == 2 * (3 * (2 + 6 + len(MOVES)) + 2 * 3)
     assert {report["variant"]["target"] for report in reports} == {target}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from kvcomm.errors import InvalidRequest
 from kvcomm.model.attention.contract import AttentionBackend, AttentionStep, RunTable
+
+if TYPE_CHECKING:
+    from kvcomm.model.geometry import LayerGeometry
 
 __all__ = [
     "AttentionBackend",
@@ -47,11 +51,15 @@ def preferred_backend(device: str | torch.device) -> str:
     return "triton" if torch.device(device).type == "cuda" and _is_installed("triton") else "torch"
 
 
-def make_backend(name: str, device: str | torch.device) -> AttentionBackend:
+def make_backend(name: str, device: str | torch.device, layers: Sequence[LayerGeometry] = ()) -> AttentionBackend:
     """Make a back end by name; "auto" takes Triton on CUDA where it passes its self-test, and torch elsewhere.
 
+    Args:
+        layers: that it will attend in.
+
     Raises:
-        InvalidRequest: unknown name, or a back end that does not run on this device or fails there; says why.
+        InvalidRequest: unknown name, a back end that does not run on this device or fails there, or one that cannot
+            score as these layers do; says why.
     """
     target = torch.device(device)
     if name == "auto":
@@ -62,7 +70,7 @@ def make_backend(name: str, device: str | torch.device) -> AttentionBackend:
     if not info.runs:
         raise InvalidRequest(f"attention back end {name!r} does not run here: {info.reason}")
     if name == "flashinfer":
-        return _tested_flashinfer(target)
+        return _tested_flashinfer(target, layers)
     if name == "triton":
         from kvcomm.model.attention.triton import TritonBackend
 
@@ -106,14 +114,17 @@ def _flashinfer_info(device: torch.device) -> BackendInfo:
     return BackendInfo("flashinfer", True, "installed; taken only where it is asked for, after a self-test")
 
 
-def _tested_flashinfer(device: torch.device) -> AttentionBackend:
-    from kvcomm.model.attention.flashinfer import FLASHINFER_ATTENTION, TIMEOUT_S, FlashInferBackend
+def _tested_flashinfer(device: torch.device, layers: Sequence[LayerGeometry]) -> AttentionBackend:
+    from kvcomm.model.attention import flashinfer
     from kvcomm.model.self_test import verdict
 
-    found = verdict(FLASHINFER_ATTENTION, device, timeout_s=TIMEOUT_S)
+    flashinfer.require_plain_scores(
+        softcap=any(layer.softcap is not None for layer in layers), sinks=any(layer.has_sinks for layer in layers)
+    )
+    found = verdict(flashinfer.FLASHINFER_ATTENTION, device, timeout_s=flashinfer.TIMEOUT_S)
     if not found.passed:
         raise InvalidRequest(f"attention back end 'flashinfer' does not run here: {found.reason}")
-    return FlashInferBackend()
+    return flashinfer.FlashInferBackend()
 
 
 def _is_installed(package: str) -> bool:

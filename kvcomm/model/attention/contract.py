@@ -47,6 +47,8 @@ class AttentionStep(Protocol):
         *,
         scale: float,
         sliding_window: int | None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Write key and value of all runs to their slots, then attend.
 
@@ -57,6 +59,11 @@ class AttentionStep(Protocol):
             value: [1, num_kv_heads, num_tokens, value_dim].
             scale: factor on the scores.
             sliding_window: a query at p sees keys in (p - sliding_window, p]; None: [0, p].
+            softcap: scaled scores become softcap * tanh(score / softcap), before anything is hidden (Gemma 2,
+                arXiv 2408.00118v3, Sec. 2); None: they stay.
+            sinks: [num_heads], any float dtype: for each head a logit that takes part in the sum of a row's softmax and
+                has no value, so that the weights of a row sum up to less than one (gpt-oss, arXiv 2508.10925v1,
+                Sec. 2.2); None: no such logit.
 
         Returns:
             [1, num_tokens, num_heads, value_dim], dtype of `query`.

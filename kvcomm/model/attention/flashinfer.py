@@ -125,8 +125,11 @@ class FlashInferStep:
         *,
         scale: float,
         sliding_window: int | None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """Write, then attend; see `AttentionStep`."""
+        """Write, then attend; see `AttentionStep`. Neither caps nor sinks: `require_plain_scores`."""
+        require_plain_scores(softcap=softcap is not None, sinks=sinks is not None)
         keys, values = self._keys[layer_id], self._values[layer_id]
         keys.index_copy_(0, self._slots, key[0].transpose(0, 1))
         values.index_copy_(0, self._slots, value[0].transpose(0, 1))
@@ -164,7 +167,18 @@ class FlashInferStep:
 
 def examine(device: torch.device) -> None:
     """The self-test, in the dtypes and heads that it serves; see `self_test.examine`."""
-    self_test.examine(device, FlashInferBackend(), dtypes=DTYPES, head_dims=HEAD_DIMS)
+    self_test.examine(device, FlashInferBackend(), dtypes=DTYPES, head_dims=HEAD_DIMS, plain_scores=True)
+
+
+def require_plain_scores(*, softcap: bool, sinks: bool) -> None:
+    """Raises InvalidRequest for scores that were never compared with this back end's."""
+    asked = " and ".join(
+        name for name, is_asked in (("caps its scores", softcap), ("has attention sinks", sinks)) if is_asked
+    )
+    if asked:
+        raise InvalidRequest(
+            f"attention back end 'flashinfer' serves plain scores only, and this model {asked}; choose 'auto'"
+        )
 
 
 def _bounds(counts: np.ndarray) -> Tensor:

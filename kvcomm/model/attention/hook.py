@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.configuration_utils import PreTrainedConfig
@@ -23,6 +24,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvcomm.errors import UnsupportedModel
 from kvcomm.model.attention.contract import AttentionStep
+from kvcomm.model.attention.merging import weight_beside
+from kvcomm.model.attention.pieces import Scoring, attention_with_lse
 
 IMPLEMENTATION = "kvcomm"
 STEP_KEYWORD = "kvcomm_step"
@@ -41,11 +44,12 @@ SCORE_CHANGING_KEYWORDS = (
     "head_mask",
     "indices",
     "position_bias",
-    "s_aux",
     "sinks",
-    "softcap",
 )
-"""Keywords through which a model asks for other scores than scaled dot products; no back end here computes them."""
+"""Keywords through which a model asks for scores that no back end here computes.
+
+`sinks` are other ones for each token; those of a head are called `s_aux`.
+"""
 
 
 def attention(
@@ -58,15 +62,19 @@ def attention(
     kvcomm_step: AttentionStep | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function transformers calls; shapes as in `AttentionStep`.
+    """The attention function transformers calls; shapes as in `AttentionStep`, `s_aux` are the sinks.
 
     Raises:
-        UnsupportedModel: the layer asks for scores no back end computes (soft caps, sinks, biases, own masks), or
-            is not causal.
+        UnsupportedModel: the layer asks for scores no back end computes (biases, own masks), or is not causal.
     """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if kvcomm_step is None:
+        if softcap is not None or s_aux is not None:
+            return _masked_attention(query, key, value, attention_mask, scale, softcap, s_aux), None
         return _stock_attention(
             module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **keywords
         )
@@ -77,11 +85,34 @@ def attention(
         raise UnsupportedModel(f"{type(module).__name__} makes an attention mask of its own")
     if getattr(module, "is_causal", True) is False:
         raise UnsupportedModel(f"{type(module).__name__} is not causal: it sees tokens that come later")
+    if s_aux is not None and s_aux.shape != query.shape[1:2]:
+        raise UnsupportedModel(f"{type(module).__name__} has sinks of shape {list(s_aux.shape)}, not one for each head")
     layer_id = module.layer_idx
     assert isinstance(layer_id, int)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = kvcomm_step(layer_id, query, key, value, scale=scale, sliding_window=sliding_window)
+    out = kvcomm_step(
+        layer_id, query, key, value, scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=s_aux
+    )
     return out, None
+
+
+def _masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """What stock SDPA cannot compute, for somebody else's pass; `mask` as SDPA takes it, None: causal."""
+    is_causal = mask is None and query.shape[2] > 1
+    if mask is not None and mask.dtype == torch.bool:
+        # Finite, as in stock models: a row of padding sees nothing, and must not become NaN.
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
+    out, lse = attention_with_lse(query, key, value, Scoring(scale, softcap), causal=is_causal, bias=mask)
+    if sinks is not None:
+        out = (out * weight_beside(lse, sinks[:, None])[..., None]).to(out.dtype)
+    return out.transpose(1, 2).contiguous()
 
 
 def _stock_attention(*operands: Any, **keywords: Any) -> tuple[Tensor, Tensor | None]:

@@ -29,6 +29,19 @@ def merge_into(out: Tensor, lse: Tensor, rows: Index, part: Tensor, part_lse: Te
     lse[:, rows] = total
 
 
+def weight_beside(lse: Tensor, sinks: Tensor) -> Tensor:
+    """The weight that rows keep once their softmax's sum holds a sink as well, in the shape of `lse`, float32.
+
+    Attention over keys and a sink is attention over the keys alone times exp(lse) / (exp(lse) + exp(sink)). So a sink
+    counts once for a row, in however many pieces its keys were attended.
+
+    Args:
+        lse: log-sum-exp of the scores of all keys that a row sees.
+        sinks: broadcast to it.
+    """
+    return torch.sigmoid(lse - sinks.float())
+
+
 def merge_by_loop(out: Tensor, lse: Tensor, rows: Index, part: Tensor, part_lse: Tensor) -> None:
     """`merge_into` for float32 on CPU, without the intermediate results it writes for every step.
 

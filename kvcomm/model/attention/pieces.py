@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,22 @@ _flash_on_cpu: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._scaled_dot
 
 MAX_GATHERED_TOKENS = 1024
 """A short run's slots that are not all consecutive are gathered up to this number, and beyond read where they are."""
+
+MAX_SCORES = 2**24
+"""That are held at once where attention is computed by products: 64 MB."""
+
+
+class Scoring(NamedTuple):
+    """How a layer scores keys, and what is asked of its pieces.
+
+    Attributes:
+        scale, softcap: see `AttentionStep`.
+        with_lse: whether the log-sum-exp is needed of all rows, also of those that one piece serves alone.
+    """
+
+    scale: float
+    softcap: float | None = None
+    with_lse: bool = False
 
 
 class Piece(Protocol):
@@ -39,12 +55,12 @@ class Piece(Protocol):
         """Whether the rows already hold a partial result."""
         ...
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor | None]:
         """Attend with query [num_heads, num_tokens, key_dim] over storages [num_slots, num_kv_heads, dim].
 
         Returns:
             out [num_heads, num_rows, value_dim], dtype of query, and lse [num_heads, num_rows], float32, natural log;
-            lse may be None if no other piece serves these rows.
+            lse may be None if no other piece serves these rows and `scoring` does not ask for it.
         """
         ...
 
@@ -74,13 +90,13 @@ class FullPiece:
     rows: Index
     merge: bool
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
         key, value = _heads_first(keys, self.slots), _heads_first(values, self.slots)
         num_kv_heads = key.shape[1]
         rows = query[:, self.rows]
         num_heads, num_rows, key_dim = rows.shape
         folded = rows.reshape(1, num_kv_heads, num_heads // num_kv_heads * num_rows, key_dim)
-        out, lse = attention_with_lse(folded, key, value, scale)
+        out, lse = attention_with_lse(folded, key, value, scoring)
         return out.reshape(num_heads, num_rows, -1), lse.reshape(num_heads, num_rows)
 
 
@@ -92,9 +108,9 @@ class CausalPiece:
     rows: slice
     merge: bool
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
         key, value = _heads_first(keys, self.slots), _heads_first(values, self.slots)
-        out, lse = attention_with_lse(query[None, :, self.rows], key, value, scale, causal=True)
+        out, lse = attention_with_lse(query[None, :, self.rows], key, value, scoring, causal=True)
         return out[0], lse[0]
 
 
@@ -113,7 +129,7 @@ class TailPiece:
     merge: bool = False
     masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, compare=False)
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor | None]:
         key_parts = [_heads_first(keys, part)[0] for part in self.parts]
         value_parts = [_heads_first(values, part)[0] for part in self.parts]
         num_slots = sum(part.shape[1] for part in key_parts)
@@ -122,11 +138,12 @@ class TailPiece:
         group = num_heads // keys.shape[1]
         folded = rows.reshape(keys.shape[1], group * num_rows, key_dim)
         is_plain = query.device.type == "cpu" and query.dtype == torch.float32
+        is_plain = is_plain and scoring.softcap is None and not scoring.with_lse
         if is_plain and len(self.parts) > 1 and num_slots > MAX_GATHERED_TOKENS:
-            return self._attend_parts(folded, key_parts, value_parts, scale).view(num_heads, num_rows, -1), None
+            return self._attend_parts(folded, key_parts, value_parts, scoring.scale).view(num_heads, num_rows, -1), None
         key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in (key_parts, value_parts))
         mask = self._mask(group, num_rows, num_slots, rows)
-        out, lse = attention_with_lse(folded[None], key[None], value[None], scale, bias=mask)
+        out, lse = attention_with_lse(folded[None], key[None], value[None], scoring, bias=mask)
         return out.reshape(num_heads, num_rows, -1), lse.reshape(num_heads, num_rows)
 
     def _attend_parts(
@@ -164,10 +181,10 @@ class MaskedPiece:
     visible: Tensor  # [num_rows, num_slots] bool
     merge: bool = False
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
         key, value = _heads_first(keys, self.slots), _heads_first(values, self.slots)
         bias = _additive(self.visible, query.dtype)
-        out, lse = attention_with_lse(query[None, :, self.rows], key, value, scale, bias=bias)
+        out, lse = attention_with_lse(query[None, :, self.rows], key, value, scoring, bias=bias)
         return out[0], lse[0]
 
 
@@ -185,8 +202,8 @@ class StridedPiece:
     rows: Index
     merge: bool
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        return _attend_one_row_each(query[:, self.rows], self._stretches(keys), self._stretches(values), scale)
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        return _attend_one_row_each(query[:, self.rows], self._stretches(keys), self._stretches(values), scoring)
 
     def _stretches(self, stored: Tensor) -> Tensor:
         """[num_rows, num_kv_heads, num_slots, dim], a view."""
@@ -207,17 +224,17 @@ class PaddedPiece:
     visible: Tensor  # [num_rows, max_slots] bool
     merge: bool
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
         num_rows, max_slots = self.slots.shape
         flat = self.slots.flatten()
         key = keys.index_select(0, flat).view(num_rows, max_slots, *keys.shape[1:]).transpose(1, 2)
         value = values.index_select(0, flat).view(num_rows, max_slots, *values.shape[1:]).transpose(1, 2)
         bias = _additive(self.visible, query.dtype)[:, None, None]
-        return _attend_one_row_each(query[:, self.rows], key, value, scale, bias=bias)
+        return _attend_one_row_each(query[:, self.rows], key, value, scoring, bias=bias)
 
 
 def _attend_one_row_each(
-    rows: Tensor, key: Tensor, value: Tensor, scale: float, *, bias: Tensor | None = None
+    rows: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Row i of [num_heads, num_rows, key_dim] over entry i of [num_rows, num_kv_heads, num_slots, dim].
 
@@ -228,7 +245,7 @@ def _attend_one_row_each(
     folded = rows.transpose(0, 1).reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, -1)
     if bias is not None:
         bias = bias.expand(*folded.shape[:3], num_slots)
-    out, lse = attention_with_lse(folded, key, value, scale, bias=bias)
+    out, lse = attention_with_lse(folded, key, value, scoring, bias=bias)
     return out.reshape(num_rows, num_heads, -1).transpose(0, 1), lse.reshape(num_rows, num_heads).transpose(0, 1)
 
 
@@ -236,7 +253,7 @@ def attention_with_lse(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scale: float,
+    scoring: Scoring,
     *,
     causal: bool = False,
     bias: Tensor | None = None,
@@ -252,28 +269,46 @@ def attention_with_lse(
     Returns:
         out [batch, num_heads, num_rows, value_dim], dtype of query; lse [batch, num_heads, num_rows], float32.
     """
-    if query.device.type == "cpu" and key.shape[-1] == value.shape[-1]:
+    if query.device.type == "cpu" and key.shape[-1] == value.shape[-1] and scoring.softcap is None:
         # The kernel behind stock SDPA on CPU; it serves grouped heads itself.
         # Called directly, it silently misreads operands whose last axis is strided.
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-        return _flash_on_cpu(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
-    return _attention_by_matmul(query, key, value, scale, causal=causal, bias=bias)
+        return _flash_on_cpu(query, key, value, 0.0, causal, attn_mask=bias, scale=scoring.scale)
+    return _attention_by_matmul(query, key, value, scoring, causal=causal, bias=bias)
 
 
 def _attention_by_matmul(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool, bias: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, causal: bool, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    scores = (query @ key.transpose(-1, -2)).float() * scale
-    if causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(hidden, float("-inf"))
-    if bias is not None:
-        scores = scores + bias
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp().to(value.dtype)
-    return weights @ value, lse
+    """Block by block of rows, so that a long prompt's scores take little memory."""
+    batch, num_heads, num_rows, _ = query.shape
+    block = max(1, MAX_SCORES // (batch * num_heads * key.shape[2]))
+    outs, lses = [], []
+    for start in range(0, num_rows, block):
+        rows = query[:, :, start : start + block]
+        end = start + rows.shape[2]
+        seen = end if causal else key.shape[2]
+        scores = _scores(rows, key[:, :, :seen], scoring)
+        if causal:
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(start + 1)
+            scores.masked_fill_(hidden, float("-inf"))
+        if bias is not None:
+            scores += bias if bias.shape[-2] == 1 else bias[..., start:end, :]
+        lse = scores.logsumexp(-1)
+        weights = scores.sub_(lse[..., None]).exp_().to(value.dtype)
+        folded = weights.view(batch, value.shape[1], -1, seen)
+        outs.append((folded @ value[:, :, :seen]).view(*weights.shape[:3], -1))
+        lses.append(lse)
+    return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, 2), torch.cat(lses, 2))
+
+
+def _scores(query: Tensor, key: Tensor, scoring: Scoring) -> Tensor:
+    """[batch, num_heads, num_rows, num_slots] float32; heads of a group and rows are one axis of the product."""
+    batch, num_heads, num_rows, key_dim = query.shape
+    folded = query.reshape(batch, key.shape[1], num_heads // key.shape[1] * num_rows, key_dim)
+    scores = (folded @ key.mT).float().mul_(scoring.scale).view(batch, num_heads, num_rows, -1)
+    cap = scoring.softcap
+    return scores if cap is None else scores.div_(cap).tanh_().mul_(cap)
 
 
 def _heads_first(stored: Tensor, slots: Index) -> Tensor:

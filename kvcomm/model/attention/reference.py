@@ -23,6 +23,9 @@ def paged_attention_reference(
     page_size: int,
     scale: float,
     sliding_window: int | None,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of every run to its own page table.
 
@@ -38,10 +41,12 @@ def paged_attention_reference(
         page_size: Slots per page.
         scale: Factor on the dot products.
         sliding_window: Number of positions a query sees, itself included; None for all.
+        softcap, sinks: See `AttentionStep`.
 
     Returns:
         Output [1, num_tokens, num_heads, value_dim] in the dtype of `query`, rounded once, and the natural
-        logarithm of the softmax denominators [1, num_tokens, num_heads], float32 (float64 where `query` is). No
+        logarithm of the softmax denominators, sinks included, [1, num_tokens, num_heads], float32 (float64 where
+        `query` is). No
         input is modified; slots outside the page tables, and slots that no query sees, are never read.
 
     Raises:
@@ -68,9 +73,14 @@ def paged_attention_reference(
         for head in range(num_heads):
             kv_head = head // group_size
             scores = query[0, head, tokens].to(inside) @ key_cache[slots, kv_head].to(inside).T * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
             scores = scores.masked_fill(~visible, -torch.inf)
+            if sinks is not None:  # one more column, whose weight goes nowhere
+                column = sinks[head].to(scores).expand(len(scores), 1)
+                scores = torch.cat([scores, column], dim=1)
             lse[0, tokens, head] = torch.logsumexp(scores, dim=1)
-            weights = torch.softmax(scores, dim=1)
+            weights = torch.softmax(scores, dim=1)[:, : len(seen)]
             out[0, tokens, head] = (weights @ value_cache[slots, kv_head].to(inside)).to(query.dtype)
     return out, lse
 

@@ -35,6 +35,7 @@ class Shape(NamedTuple):
         heads: query heads and key heads.
         dims: of a key and of a value.
         windows: each is a pass of its own.
+        softcap, has_sinks: see `AttentionStep`.
     """
 
     name: str
@@ -43,6 +44,8 @@ class Shape(NamedTuple):
     dims: tuple[int, int]
     page_size: int = 16
     windows: tuple[int | None, ...] = (None, 6)
+    softcap: float | None = None
+    has_sinks: bool = False
 
 
 PREFILL = ((0, 0, 1), (1, 0, 15), (2, 0, 16), (3, 0, 17), (4, 0, 70))
@@ -55,6 +58,7 @@ SHAPES = (
     Shape("decode", DECODE, (4, 1), (64, 64), windows=(None, 100, 1050)),
     Shape("heads of 128", ((0, 0, 33), (1, 40, 41)), (4, 1), (128, 128)),
     Shape("heads of 256", ((0, 0, 33), (1, 40, 41)), (2, 1), (256, 256)),
+    Shape("capped scores and sinks", ((0, 0, 17), (1, 40, 41)), (4, 2), (64, 64), softcap=3.0, has_sinks=True),
     Shape("odd sizes", ((0, 3, 12), (1, 9, 10)), (20, 1), (80, 96), page_size=5),
 )
 
@@ -69,6 +73,8 @@ class Pass(NamedTuple):
     query: Tensor  # [1, num_heads, num_tokens, key_dim], strided as a model hands it over
     key: Tensor
     value: Tensor
+    softcap: float | None
+    sinks: Tensor | None  # [num_heads]
 
     @classmethod
     def of(cls, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Pass:
@@ -100,6 +106,8 @@ class Pass(NamedTuple):
             normal(1, num_tokens, num_heads, key_dim).to(dtype).to(device).transpose(1, 2),
             normal(1, num_tokens, num_kv_heads, key_dim).to(dtype).to(device).transpose(1, 2),
             uniform(1, num_tokens, num_kv_heads, value_dim).to(dtype).to(device).transpose(1, 2),
+            shape.softcap,
+            normal(num_heads).to(device) if shape.has_sinks else None,
         )
 
     @property
@@ -117,7 +125,10 @@ class Pass(NamedTuple):
     def truth(self, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
         """The equation in float64 on what the storages hold."""
         query, keys, values = (each.cpu().double() for each in (self.query, keys, values))
-        return paged_attention_reference(query, keys, values, self.runs, self.page_size, self.scale, window)[0]
+        sinks = None if self.sinks is None else self.sinks.cpu().double()
+        return paged_attention_reference(
+            query, keys, values, self.runs, self.page_size, self.scale, window, softcap=self.softcap, sinks=sinks
+        )[0]
 
 
 def examine(
@@ -126,12 +137,14 @@ def examine(
     *,
     dtypes: Sequence[torch.dtype] = DTYPES,
     head_dims: Collection[int] | None = None,
+    plain_scores: bool = False,
 ) -> None:
     """Compute all passes by the Triton back end, or those that another one serves.
 
     Args:
         dtypes: that it computes in.
         head_dims: channels that its heads may have; None: any.
+        plain_scores: leave out capped scores and sinks.
 
     Raises:
         KernelsDiffer: the first pass that differs, or cannot be computed, and how torch's back end does there.
@@ -141,6 +154,8 @@ def examine(
 
         backend = TritonBackend()
     shapes = [shape for shape in SHAPES if head_dims is None or set(shape.dims) <= set(head_dims)]
+    if plain_scores:
+        shapes = [shape for shape in shapes if shape.softcap is None and not shape.has_sinks]
     passes = ((shape, window, dtype) for shape in shapes for window in shape.windows for dtype in dtypes)
     for seed, (shape, window, dtype) in enumerate(passes):
         label = _label(shape, window, dtype)
@@ -162,7 +177,16 @@ def _how_torch_does(made: Pass, window: int | None) -> str:
 def _examine(made: Pass, window: int | None, backend: AttentionBackend) -> None:
     keys, values = made.written(made.keys, made.key), made.written(made.values, made.value)
     step = backend.prepare(made.runs, [made.keys], [made.values], made.page_size)
-    out = step(0, made.query, made.key, made.value, scale=made.scale, sliding_window=window)
+    out = step(
+        0,
+        made.query,
+        made.key,
+        made.value,
+        scale=made.scale,
+        sliding_window=window,
+        softcap=made.softcap,
+        sinks=made.sinks,
+    )
     require_same_bits("keys in the pool", made.keys, keys)
     require_same_bits("values in the pool", made.values, values)
     if out.dtype != made.query.dtype:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvcomm.model import compiled
-from kvcomm.model.attention.pieces import Piece, TailPiece
+from kvcomm.model.attention.pieces import Piece, Scoring, TailPiece
 from kvcomm.model.attention.slots import Index, SlotArray, index_of
 from kvcomm.model.compiled import numbers
 
@@ -65,7 +65,7 @@ class ShortRunsPiece:
     merge: bool = False
     buffers: dict[tuple[int, ...], Buffers] = field(default_factory=dict, compare=False)
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, None]:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
         from kvcomm.model.attention.short_runs_loop import attend
 
         rows = numbers(query[:, self.rows].transpose(0, 1).contiguous())
@@ -73,6 +73,7 @@ class ShortRunsPiece:
         num_parts = self._num_parts(num_kv_heads)
         buffers = self._buffers(num_kv_heads, num_parts, rows.shape[1], rows.shape[2], values.shape[2])
         out = query.new_empty(*rows.shape[:2], values.shape[2])
+        lse = torch.empty(rows.shape[:2])
         with compiled.one_caller:
             attend(
                 rows,
@@ -81,11 +82,13 @@ class ShortRunsPiece:
                 self.runs,
                 self.slots,
                 num_parts,
-                np.float32(scale),
+                np.float32(scoring.scale),
+                np.float32(scoring.softcap or 0),
                 *buffers,
                 numbers(out),
+                lse.numpy(),
             )
-        return out.transpose(0, 1), None
+        return out.transpose(0, 1), lse.T
 
     def _num_parts(self, num_kv_heads: int) -> int:
         """Parts into which the rows over one head of keys are cut, so that all threads have work to the end."""
@@ -130,7 +133,7 @@ def compile_loop(dtype: torch.dtype = torch.float32) -> None:
     """Compile or load the loop: for the first pass of all, which measures a model, so that none that serves waits."""
     with torch.inference_mode(), compiled.threads():
         one = torch.zeros(1, 1, 1, dtype=dtype)
-        ShortRunsPiece(slice(0, 1), np.array([[0, 1, 0, 1]]), np.zeros(1, np.int64)).attend(one, one, one, 1.0)
+        ShortRunsPiece(slice(0, 1), np.array([[0, 1, 0, 1]]), np.zeros(1, np.int64)).attend(one, one, one, Scoring(1.0))
 
 
 def _is_short(piece: TailPiece, dtype: torch.dtype) -> bool:

@@ -7,6 +7,8 @@ while all rows of the item use it.
 
 from __future__ import annotations
 
+import math
+
 import numba
 import numpy as np
 import numpy.typing as npt
@@ -106,8 +108,16 @@ def _score_block(rows: Floats, keys: Numbers, head: int, slots: Ints, start: int
 score_block = compiled.jit(_score_block, fastmath=ANY_ORDER)
 
 
-def _weigh(scores: Floats, num_seen: int, scale: np.float32) -> np.float32:
-    """Turn a row's scores into weights that are yet to be divided by their sum, which is returned."""
+def _weigh(scores: Floats, num_seen: int, scale: np.float32, softcap: np.float32) -> tuple[np.float32, np.float32]:
+    """Turn a row's products into weights that are yet to be divided by their sum.
+
+    Returns:
+        The sum, and the largest score.
+    """
+    if softcap > ZERO:
+        for s in range(num_seen):
+            scores[s] = softcap * np.float32(math.tanh(scores[s] * scale / softcap))
+        scale = ONE
     top = scores[0] * scale
     for s in range(num_seen):
         scores[s] *= scale
@@ -119,7 +129,7 @@ def _weigh(scores: Floats, num_seen: int, scale: np.float32) -> np.float32:
         total += weight
     for s in range(num_seen, len(scores)):
         scores[s] = ZERO
-    return np.float32(total)
+    return np.float32(total), np.float32(top)
 
 
 weigh = compiled.jit(_weigh, fastmath=ANY_ORDER)
@@ -161,10 +171,12 @@ def _attend(
     slots: Ints,
     num_parts: int,
     scale: np.float32,
+    softcap: np.float32,
     rows: Floats,
     scores: Floats,
     sums: Floats,
     out: Floats,
+    lse: Floats,
 ) -> None:
     """Attention of `ShortRunsPiece`.
 
@@ -172,7 +184,9 @@ def _attend(
         query, out: [num_rows, num_heads, dim].
         keys, values: [num_slots, num_kv_heads, dim].
         num_parts: parts into which the rows of a group's heads are cut.
+        softcap: of the scores; 0: none.
         rows, scores, sums: see `Buffers`.
+        lse: [num_rows, num_heads], log-sum-exp of the scores.
     """
     num_kv_heads = keys.shape[1]
     group = query.shape[1] // num_kv_heads
@@ -196,8 +210,11 @@ def _attend(
             score_block(rows[item, :count], keys, head, seen, s, block_end, scores[item, :count])
         for f in range(count):
             num_seen = num_slots - num_rows + 1 + (start + f) % num_rows
+            total, top = weigh(scores[item, f, :num_slots], num_seen, scale, softcap)
             # A row is read no more once it has its scores; its first number becomes the sum of its weights.
-            rows[item, f, 0] = weigh(scores[item, f, :num_slots], num_seen, scale)
+            rows[item, f, 0] = total
+            row, its_head = first_row + (start + f) % num_rows, head * group + (start + f) // num_rows
+            lse[row, its_head] = top + math.log(total)
         for s in range(0, num_slots, BLOCK):
             block_end = min(s + BLOCK, num_slots)
             add_block(scores[item, :count], values, head, seen, s, block_end, sums[item, :count])

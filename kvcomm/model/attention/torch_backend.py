@@ -4,6 +4,8 @@ A pass is cut into pieces (`planner`), each piece is one call of torch's flash a
 results of a row are merged by their log-sum-exp. A pass whose only piece is one causal block goes through the very
 kernel that stock SDPA uses, so a cold full prefill is bit-identical to the stock forward on CPU. There, in float32 and
 bfloat16, all short runs of a pass are one piece (`short_runs`), and in float32 one compiled loop merges (`merging`).
+Sinks take their share of a row once, after its pieces are merged. Flash attention cannot cap scores: what it would
+compute of a layer that does is two products with a softmax between them.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from torch import Tensor
 from kvcomm.model import compiled
 from kvcomm.model.attention import merging, short_runs
 from kvcomm.model.attention.contract import AttentionStep, RunTable
-from kvcomm.model.attention.merging import Merge, merge_by_loop, merge_into
-from kvcomm.model.attention.pieces import Piece
+from kvcomm.model.attention.merging import Merge, merge_by_loop, merge_into, weight_beside
+from kvcomm.model.attention.pieces import Piece, Scoring
 from kvcomm.model.attention.planner import PassPlanner
 from kvcomm.model.attention.short_runs import can_join, join_short_runs
 from kvcomm.model.attention.slots import Index
@@ -63,6 +65,8 @@ class TorchStep:
         *,
         scale: float,
         sliding_window: int | None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         keys, values = self._keys[layer_id], self._values[layer_id]
         _write(keys, self._write_slots, key)
@@ -70,7 +74,13 @@ class TorchStep:
         window = self._planner.effective_window(sliding_window)
         if window not in self._pieces:
             self._pieces[window] = self._plan(window)
-        return _attend(self._pieces[window], query[0], keys, values, scale, self._merge)
+        scoring = Scoring(scale, softcap, with_lse=sinks is not None)
+        out, lse = _attend(self._pieces[window], query[0], keys, values, scoring, self._merge)
+        if sinks is not None:
+            assert lse is not None
+            weights = weight_beside(lse, sinks[:, None])
+            out = (out * weights[..., None]).to(out.dtype)
+        return out.transpose(0, 1)[None]
 
     def _plan(self, window: int | None) -> list[Piece]:
         pieces = self._planner.pieces(window)
@@ -88,16 +98,18 @@ def _write(storage: Tensor, slots: Index, new: Tensor) -> None:
         storage.index_copy_(0, slots, new[0].transpose(0, 1))
 
 
-def _attend(pieces: Sequence[Piece], query: Tensor, keys: Tensor, values: Tensor, scale: float, merge: Merge) -> Tensor:
+def _attend(
+    pieces: Sequence[Piece], query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring, merge: Merge
+) -> tuple[Tensor, Tensor | None]:
+    """What `Piece.attend` gives, of all rows."""
     if len(pieces) == 1 and pieces[0].rows == slice(0, query.shape[1]):
-        out, _ = pieces[0].attend(query, keys, values, scale)
-        return out.transpose(0, 1)[None]
+        return pieces[0].attend(query, keys, values, scoring)
     num_heads, num_tokens, _ = query.shape
     rows_first = query.new_empty(num_tokens, num_heads, values.shape[-1])
     out = rows_first.transpose(0, 1)
     lse = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=query.device)
     for piece in pieces:
-        part, part_lse = piece.attend(query, keys, values, scale)
+        part, part_lse = piece.attend(query, keys, values, scoring)
         if piece.merge:
             assert part_lse is not None
             merge(out, lse, piece.rows, part, part_lse)
@@ -105,4 +117,4 @@ def _attend(pieces: Sequence[Piece], query: Tensor, keys: Tensor, values: Tensor
             out[:, piece.rows] = part
             if part_lse is not None:
                 lse[:, piece.rows] = part_lse
-    return rows_first[None]
+    return out, lse

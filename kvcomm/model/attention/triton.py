@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kvcomm.errors import InvalidRequest
 from kvcomm.model.attention.contract import AttentionStep, IntArray, RunTable
+from kvcomm.model.attention.merging import weight_beside
 from kvcomm.model.attention.triton_plan import AttentionPlan, RunArrays, flatten_runs, plan_attention
 from kvcomm.model.attention.triton_shapes import (
     MERGE_WARPS,
@@ -94,6 +95,8 @@ class TritonStep:
         *,
         scale: float,
         sliding_window: int | None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Write, then attend; see `AttentionStep`.
 
@@ -102,7 +105,8 @@ class TritonStep:
             shapes.
         """
         self.write(layer_id, key, value)
-        return self.attend(layer_id, query, scale=scale, sliding_window=sliding_window)[0]
+        out, lse = self.attend(layer_id, query, scale=scale, sliding_window=sliding_window, softcap=softcap)
+        return out if sinks is None else (out * weight_beside(lse, sinks)[..., None]).to(out.dtype)
 
     def write(self, layer_id: int, key: Tensor, value: Tensor) -> None:
         """Scatter key [1, num_kv_heads, num_tokens, key_dim] and value of all runs to their slots."""
@@ -128,9 +132,9 @@ class TritonStep:
             )
 
     def attend(
-        self, layer_id: int, query: Tensor, *, scale: float, sliding_window: int | None
+        self, layer_id: int, query: Tensor, *, scale: float, sliding_window: int | None, softcap: float | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Attention of all runs to what their slots hold now.
+        """Attention of all runs to what their slots hold now, without sinks.
 
         Returns:
             Output [1, num_tokens, num_heads, value_dim] in the dtype of `query`, and the natural logarithm of
@@ -140,7 +144,7 @@ class TritonStep:
         _check_query(query, keys, len(self._slots), sliding_window)
         _, num_heads, num_tokens, _ = query.shape
         window = sliding_window if sliding_window is not None and sliding_window < self._max_end else None
-        launch = _Launch(self._kernels, query, keys, values, self._page_table, self._page_size, scale, window)
+        launch = _Launch(self._kernels, query, keys, values, self._page_table, self._page_size, scale, window, softcap)
         plan = self._plan(num_heads // keys.shape[1], window, launch.shape(wide=True).block_rows)
         out = query.new_empty(num_tokens, num_heads, values.shape[2])
         lse = query.new_empty(num_tokens, num_heads, dtype=torch.float32)
@@ -196,6 +200,7 @@ class _Launch(NamedTuple):
     page_size: int
     scale: float
     window: int | None
+    softcap: float | None
 
     def shape(self, *, wide: bool) -> TileShape:
         return tile_shape(self.query.dtype, self.keys.shape[2], self.values.shape[2], wide=wide)
@@ -222,6 +227,7 @@ class _Launch(NamedTuple):
             group_size=self.query.shape[1] // num_kv_heads,
             page_size=self.page_size,
             has_window=self.window is not None,
+            has_softcap=self.softcap is not None,
         )
         self.kernels.attend[(len(tiles), num_kv_heads)](
             self.query,
@@ -233,6 +239,7 @@ class _Launch(NamedTuple):
             lse,
             self.scale,
             self.window or 0,
+            self.softcap or 0.0,
             *self.query.stride()[1:],
             *self.keys.stride(),
             *self.values.stride(),

@@ -71,7 +71,7 @@ def write_kv(
     tl.store(value_cache_ptr + target, tl.load(value_ptr + source, mask=value_mask), mask=value_mask)
 
 
-@triton.jit(do_not_specialize=["sliding_window"])
+@triton.jit(do_not_specialize=["sliding_window", "softcap"])
 def attend(
     query_ptr,  # [num_heads, num_tokens, KEY_DIM]
     key_cache_ptr,  # [num_slots, num_kv_heads, KEY_DIM]
@@ -82,6 +82,7 @@ def attend(
     lse_ptr,  # [num_out_tokens, num_heads] float32
     scale,
     sliding_window,
+    softcap,
     query_stride_head,
     query_stride_token,
     query_stride_dim,
@@ -101,6 +102,7 @@ def attend(
     GROUP: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     DOT_FLOAT32: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -164,7 +166,15 @@ def attend(
         )
         if DOT_FLOAT32:
             key = key.to(tl.float32)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * log2_scale
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        if HAS_SOFTCAP:
+            # tanh(x) = (1 - exp(-2 x)) / (1 + exp(-2 x)), of x >= 0, so that no power overflows.
+            scores = scores * (log2_scale / softcap)
+            power = tl.exp2(-2.0 * tl.abs(scores))
+            capped = (softcap * LOG2_E) * (1.0 - power) / (1.0 + power)
+            scores = tl.where(scores < 0, -capped, capped)
+        else:
+            scores = scores * log2_scale
         visible = positions[None, :] <= last_seen[:, None]
         if HAS_WINDOW:
             visible &= positions[None, :] > row_positions[:, None] - sliding_window

@@ -57,7 +57,14 @@ def write_constants(key_dim: int, value_dim: int) -> dict[str, int]:
 
 
 def attend_constants(
-    shape: TileShape, *, key_dim: int, value_dim: int, group_size: int, page_size: int, has_window: bool
+    shape: TileShape,
+    *,
+    key_dim: int,
+    value_dim: int,
+    group_size: int,
+    page_size: int,
+    has_window: bool,
+    has_softcap: bool,
 ) -> dict[str, int]:
     """The compile-time arguments of `attend`, but for DOT_FLOAT32."""
     return {
@@ -66,6 +73,7 @@ def attend_constants(
         "GROUP": group_size,
         "PAGE_SIZE": page_size,
         "HAS_WINDOW": has_window,
+        "HAS_SOFTCAP": has_softcap,
         "BLOCK_ROWS": shape.block_rows,
         "BLOCK_KEYS": shape.block_keys,
         "BLOCK_KEY_DIM": padded(key_dim),

@@ -20,7 +20,8 @@ SOURCE = Path(triton_kernels.__file__)
 
 SCORES = 'scores = tl.where(visible, scores, -float("inf"))'
 MISTAKES = {
-    "a sign": Mistake('input_precision="ieee") * log2_scale', 'input_precision="ieee") * -log2_scale'),
+    "a sign": Mistake("scores = scores * log2_scale", "scores = scores * -log2_scale"),
+    "another cap": Mistake("capped = (softcap * LOG2_E)", "capped = 1.001 * (softcap * LOG2_E)"),
     "a window one too wide": Mistake(
         "> row_positions[:, None] - sliding_window", ">= row_positions[:, None] - sliding_window"
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,7 @@ from kvcomm.errors import InvalidRequest
 from kvcomm.model.attention import available_backends, flashinfer, make_backend
 from kvcomm.model.attention.contract import RunTable
 from kvcomm.model.attention.flashinfer import FlashInferBackend, examine
+from kvcomm.model.geometry import LayerGeometry
 from kvcomm.model.self_test import KernelsDiffer, SelfTest, Verdict
 
 CPU = torch.device("cpu")
@@ -141,6 +143,22 @@ def test_what_it_does_not_serve_is_refused(dims: tuple[int, int], dtype: torch.d
     keys, values = (torch.zeros(16, 1, dim, dtype=dtype) for dim in dims)
     with pytest.raises(InvalidRequest, match=message):
         FlashInferBackend().prepare([RunTable(np.zeros(1, dtype=np.int32), 0, 1)], [keys], [values], 16)
+
+
+def test_scores_of_another_form_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = LayerGeometry(4, 2, 64, 64, 0.1, None, None)
+    monkeypatch.setattr("kvcomm.model.self_test.verdict", lambda *_, **__: Verdict(True, "passed"))
+    monkeypatch.setattr("kvcomm.model.attention._is_installed", lambda package: True)
+    assert make_backend("flashinfer", "cuda", [plain]).name == "flashinfer"
+    message = r"'flashinfer' serves plain scores only, and this model caps its scores; choose 'auto'"
+    with pytest.raises(InvalidRequest, match=message):
+        make_backend("flashinfer", "cuda", [plain, replace(plain, softcap=50.0)])
+    with pytest.raises(InvalidRequest, match="and this model has attention sinks"):
+        make_backend("flashinfer", "cuda", [replace(plain, has_sinks=True)])
+    stored = torch.zeros(16, 2, 64, dtype=torch.float16)
+    step = FlashInferBackend().prepare([RunTable(np.zeros(1, dtype=np.int32), 0, 3)], [stored], [stored], 16)
+    with pytest.raises(InvalidRequest, match="has attention sinks"):
+        step(0, *tensors(3), scale=0.1, sliding_window=None, sinks=torch.zeros(4))
 
 
 def test_a_pool_on_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

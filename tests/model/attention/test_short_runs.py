@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcomm.model.attention.contract import RunTable
-from kvcomm.model.attention.pieces import Piece, TailPiece
+from kvcomm.model.attention.pieces import Piece, Scoring, TailPiece
 from kvcomm.model.attention.planner import PassPlanner
 from kvcomm.model.attention.reference import paged_attention_reference
 from kvcomm.model.attention.short_runs import (
@@ -62,9 +62,15 @@ def passes(draw: st.DrawFn) -> list[RunTable]:
     dims=st.sampled_from([(1, 1), (8, 8), (24, 16), (64, 64)]),
     num_threads=st.sampled_from([1, 8]),
     scale=st.sampled_from([0.3, -0.3, 0.0]),
+    softcap=st.sampled_from([None, 0.5, 30.0]),
 )
 def test_the_loop_is_the_reference(
-    runs: list[RunTable], heads: tuple[int, int], dims: tuple[int, int], num_threads: int, scale: float
+    runs: list[RunTable],
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    num_threads: int,
+    scale: float,
+    softcap: float | None,
 ) -> None:
     pieces = joined(*runs)
     (piece,) = pieces
@@ -74,9 +80,13 @@ def test_the_loop_is_the_reference(
     keys, values = random(80 * PAGE_SIZE, heads[1], dims[0], seed=1), random(80 * PAGE_SIZE, heads[1], dims[1], seed=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: num_threads)  # decides how finely work is cut
-        out, _ = piece.attend(query, keys, values, scale)
-    expected, _ = paged_attention_reference(query[None], keys, values, runs, PAGE_SIZE, scale, None)
+        out, lse = piece.attend(query, keys, values, Scoring(scale, softcap))
+    assert lse is not None
+    expected, expected_lse = paged_attention_reference(
+        query[None], keys, values, runs, PAGE_SIZE, scale, None, softcap=softcap
+    )
     torch.testing.assert_close(out.transpose(0, 1)[None], expected, rtol=0, atol=5e-6)
+    torch.testing.assert_close(lse.T[None], expected_lse, rtol=1e-6, atol=1e-5)
 
 
 @given(cut=st.lists(st.tuples(st.integers(1, MOST_ROWS), st.integers(1, 300)), min_size=2, max_size=6), data=st.data())
@@ -112,7 +122,7 @@ def test_large_scores_do_not_overflow() -> None:
     runs = [run(3, 90, page=1), run(2, 40, page=10)]
     (piece,) = joined(*runs)
     query, keys, values = 300 * random(2, 5, 8), 300 * random(400, 1, 8, seed=1), random(400, 1, 8, seed=2)
-    out, _ = piece.attend(query, keys, values, 1.0)
+    out, _ = piece.attend(query, keys, values, Scoring(1.0))
     expected, _ = paged_attention_reference(query[None], keys, values, runs, PAGE_SIZE, 1.0, None)
     torch.testing.assert_close(out.transpose(0, 1)[None], expected, rtol=1e-5, atol=1e-5)
 
@@ -121,7 +131,7 @@ def test_what_is_not_a_number_stays_so_in_its_row_alone() -> None:
     (piece,) = joined(run(3, 90, page=1), run(2, 40, page=10))
     query = random(2, 5, 8)
     query[1, 3, 0] = torch.nan
-    out, _ = piece.attend(query, random(400, 1, 8, seed=1), random(400, 1, 8, seed=2), 0.3)
+    out, _ = piece.attend(query, random(400, 1, 8, seed=1), random(400, 1, 8, seed=2), Scoring(0.3))
     assert out[1, 3].isnan().all()
     assert not out[0].isnan().any()
     assert not out[1, [0, 1, 2, 4]].isnan().any()
@@ -184,7 +194,7 @@ def test_no_pass_waits_for_the_compiler() -> None:
     for runs in ([run(4, 100, step=2)], [run(3, 90, page=1), run(2, 40, page=10)]):
         (piece,) = joined(*runs)
         query = random(1, 20, 6, 8)[0, : runs[0].end - runs[0].start + 2 * (len(runs) - 1)].transpose(0, 1)
-        piece.attend(query, random(400, 2, 8), random(400, 2, 8), 0.3)
+        piece.attend(query, random(400, 2, 8), random(400, 2, 8), Scoring(0.3))
     assert attend.signatures == known
 
 
@@ -199,6 +209,6 @@ def test_buffers_are_made_once_for_layers_alike() -> None:
     (piece,) = joined(run(3, 90, page=1), run(2, 40, page=10))
     assert isinstance(piece, ShortRunsPiece)
     for _ in range(2):
-        piece.attend(random(2, 5, 8), random(400, 1, 8), random(400, 1, 8), 0.3)
-    piece.attend(random(4, 5, 8), random(400, 2, 8), random(400, 2, 8), 0.3)
+        piece.attend(random(2, 5, 8), random(400, 1, 8), random(400, 1, 8), Scoring(0.3))
+    piece.attend(random(4, 5, 8), random(400, 2, 8), random(400, 2, 8), Scoring(0.3))
     assert len(piece.buffers) == 2

@@ -6,6 +6,7 @@ Values are unit normals, so outputs are at most about 4; FLOOR is the absolute e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,22 +63,38 @@ class Case:
         self.written = np.concatenate([slots_of(run, run.start, run.end) for run in runs])
         self.keys[self.written], self.values[self.written] = torch.nan, torch.nan
 
-    def check(self, *, window: int | None = None, atol: float | None = None) -> Tensor:
+    def check(
+        self,
+        *,
+        window: int | None = None,
+        atol: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """Run the step on layer 1 of 2 and compare everything it returns, writes and must leave alone."""
         keys, values = [torch.empty(0), self.keys.clone()], [torch.empty(0), self.values.clone()]
         inputs = [tensor.clone() for tensor in (self.query, self.key, self.value)]
         step = TorchBackend().prepare(self.runs, keys, values, PAGE_SIZE)
-        out = step(1, self.query, self.key, self.value, scale=0.35, sliding_window=window)
+        asked: Any = {"scale": 0.35, "sliding_window": window, "softcap": softcap, "sinks": sinks}
+        out = step(1, self.query, self.key, self.value, **asked)
         self._check_storage(keys[1], self.keys, self.key)
         self._check_storage(values[1], self.values, self.value)
         for tensor, before in zip((self.query, self.key, self.value), inputs, strict=True):
             assert torch.equal(tensor, before)
         expected, _ = paged_attention_reference(
-            self.query.float(), keys[1].float(), values[1].float(), self.runs, PAGE_SIZE, 0.35, window
+            self.query.float(),
+            keys[1].float(),
+            values[1].float(),
+            self.runs,
+            PAGE_SIZE,
+            0.35,
+            window,
+            softcap=softcap,
+            sinks=sinks,
         )
         assert (out.shape, out.dtype) == (expected.shape, self.query.dtype)
         torch.testing.assert_close(out.float(), expected, rtol=0, atol=atol or FLOOR[out.dtype])
-        again = step(1, self.query, self.key, self.value, scale=0.35, sliding_window=window)
+        again = step(1, self.query, self.key, self.value, **asked)
         assert torch.equal(out, again)
         return out
 
@@ -193,6 +210,56 @@ def test_layers_with_and_without_window_share_a_pass() -> None:
         got = step(layer_id, case.query, case.key, case.value, scale=0.35, sliding_window=window)
         assert torch.equal(got, out)
     assert not torch.equal(outs[0], outs[1])
+
+
+SHAPED: dict[str, dict[str, Any]] = {
+    "a cap": {"softcap": 0.7},
+    "sinks": {"sinks": torch.tensor([-3.0, 0.0, 2.0, 5.0, 9.0, 90.0])},
+    "a cap and sinks": {"softcap": 0.7, "sinks": torch.tensor([-9.0, -1.0, 0.0, 0.5, 2.0, 9.0])},
+    "sinks that change nothing": {"sinks": torch.full((6,), -torch.inf)},
+}
+
+
+def passes() -> dict[str, list[RunTable]]:
+    """Every kind of piece: causal, behind a prefix, shared, single rows, short runs, gaps, long scattered tails."""
+    first, second, third, fourth = tables(500, 500, 500, 500)
+    long = tables(1500)[0]
+    return {
+        "a prompt": [RunTable(first, 0, 500)],
+        "a rest": [RunTable(first, 100, 500)],
+        "a short tail, long and scattered": [RunTable(long, 1470, 1500)],
+        "decode": [RunTable(pages, 400 + index, 401 + index) for index, pages in enumerate((first, second, third))],
+        "forks that decode": [RunTable(pages, 207, 208) for pages in forks()],
+        "forks that read on": [RunTable(pages, 180, 208) for pages in forks()],
+        "short runs": [RunTable(pages, 96, 100) for pages in (first, second, third)],
+        "recomputed tokens": [RunTable(first, start, start + 2) for start in range(300, 400, 9)],
+        "all at once": [
+            RunTable(first, 0, 300),
+            RunTable(second, 15, 17),
+            RunTable(third, 399, 400),
+            RunTable(fourth, 60, 67),
+        ],
+    }
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("shaped", SHAPED.values(), ids=SHAPED.keys())
+@pytest.mark.parametrize("name", sorted(passes()))
+def test_caps_and_sinks(name: str, shaped: dict[str, Any], window: int | None) -> None:
+    """In a row that several pieces serve a sink counts once, and a cap comes before anything is hidden."""
+    Case(passes()[name]).check(window=window, **shaped)
+
+
+@pytest.mark.parametrize("shaped", SHAPED.values(), ids=SHAPED.keys())
+def test_caps_and_sinks_in_bfloat16(shaped: dict[str, Any]) -> None:
+    Case(passes()["forks that decode"], dtype=torch.bfloat16).check(**shaped)
+
+
+def test_what_products_compute_comes_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "MAX_SCORES", 6 * 500 * 7)
+    for name in ("a prompt", "a rest"):
+        Case(passes()[name]).check(softcap=0.7)
+        Case(passes()[name]).check(softcap=0.7, window=100)
 
 
 @pytest.mark.parametrize("window", [None, 30])

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,10 +107,10 @@ class Case:
     def tensors(self) -> list[Tensor]:
         return [self.query, self.key, self.value, self.keys, self.values]
 
-    def expected(self, scale: float, sliding_window: int | None) -> tuple[Tensor, Tensor]:
+    def expected(self, scale: float, sliding_window: int | None, **shaped: Any) -> tuple[Tensor, Tensor]:
         """The reference on what the caches hold now, in float32."""
         tensors = (self.query.float(), self.keys.float(), self.values.float())
-        return paged_attention_reference(*tensors, self.runs, self.page_size, scale, sliding_window)
+        return paged_attention_reference(*tensors, self.runs, self.page_size, scale, sliding_window, **shaped)
 
     def in_working_dtype(self, scale: float, sliding_window: int | None) -> Tensor:
         """The same formula with scores, weights and sums rounded to the working dtype."""
@@ -165,6 +166,18 @@ def test_scenarios(scenario: str, sliding_window: int | None) -> None:
 @pytest.mark.parametrize("scenario", ["middle", "split"])
 def test_half_precision(scenario: str, dtype: torch.dtype) -> None:
     assert_matches(Case(SCENARIOS[scenario], dtype=dtype), None)
+
+
+@pytest.mark.usefixtures("few_keys")
+@pytest.mark.parametrize("softcap", [None, 0.5, 30.0])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize(("scenario", "sliding_window"), [("lengths", 6), ("middle", None), ("split", None)])
+def test_caps_and_sinks(scenario: str, sliding_window: int | None, sinks: bool, softcap: float | None) -> None:
+    case = Case(SCENARIOS[scenario])
+    logits = torch.tensor([-4.0, 0.0, 40.0], device=DEVICE) if sinks else None
+    shaped = {"softcap": softcap, "sinks": logits}
+    out = case.step()(0, case.query, case.key, case.value, scale=3.0, sliding_window=sliding_window, **shaped)
+    torch.testing.assert_close(out, case.expected(3.0, sliding_window, **shaped)[0], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(
