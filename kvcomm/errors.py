@@ -240,3 +240,9 @@ def kept(error: BaseException) -> BaseException:
         return copy.copy(error)
     except Exception:  # of a class of somebody else's
         return KVCommError(f"{type(error).__name__}: {error}")
+
+
+def first_line(error: BaseException) -> str:
+    """Of what another library's error says; the name of its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import RenderableType
 
 from kvcomm import __version__
+from kvcomm.cli.doctor_families import families_view, tried_families, write_page
 from kvcomm.cli.options import WeightsFlag, known_model
 from kvcomm.cli.output import JsonFlag, emit, format_bytes, table
 from kvcomm.errors import InvalidRequest
@@ -36,13 +38,20 @@ ALTERNATIVES = frozenset({"faiss"})
 
 ModelName = Annotated[
     str | None,
-    typer.Argument(metavar="[MODEL]", help="A packaged name, folder or hub id to look at as well."),
+    typer.Argument(metavar="[MODEL]", help="A packaged name, folder, GGUF file or hub id to look at as well."),
 ]
 
 
 VllmFlag = Annotated[bool, typer.Option("--vllm", help="Say whether kvcomm serves in the vLLM that is installed.")]
 TierUrl = Annotated[
     str | None, typer.Option("--tier", metavar="URL", help="A shared tier to look at as well; see kvcomm serve.")
+]
+FamiliesFlag = Annotated[
+    bool, typer.Option("--families", help="Try every family of models that transformers has; a minute or two.")
+]
+Page = Annotated[
+    Path | None,
+    typer.Option("--page", metavar="FILE", help="Write the table of families into this Markdown page as well."),
 ]
 
 
@@ -51,6 +60,8 @@ def doctor(
     weights: WeightsFlag = None,
     tier: TierUrl = None,
     vllm: VllmFlag = False,
+    families: FamiliesFlag = False,
+    page: Page = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Show what is installed, what runs here and why the rest does not; with MODEL, what it supports."""
@@ -58,6 +69,8 @@ def doctor(
         known_model(model)
     elif weights is not None:
         raise InvalidRequest(f"--weights {weights} is said of a model: kvcomm doctor MODEL --weights {weights}")
+    if page is not None and not families:
+        raise InvalidRequest("--page is where the table of families goes: kvcomm doctor --families --page FILE")
     with collector_paused():
         report = _report()
     if tier is not None:
@@ -66,6 +79,10 @@ def doctor(
         report["model"] = _model(model, weights)
     if vllm:
         report["vllm"] = _vllm()
+    if families:
+        report["families"] = tried_families()
+    if page is not None:
+        write_page(page, report["families"])
     emit(report, *_views(report), as_json=as_json)
 
 
@@ -244,6 +261,8 @@ def _views(report: dict[str, Any]) -> list[RenderableType]:
             sections.append(table(None, _rounding_rows(rounding), title=title))
     if "vllm" in report:
         sections.append(table(None, _plain_rows(report["vllm"]), title="vLLM"))
+    if "families" in report:
+        sections.append(families_view(report["families"]))
     return sections
 
 

@@ -212,7 +212,7 @@ class Engine:
         tier: Tier | str | None = None,
         progress: bool = False,
     ) -> Engine:
-        """Load a packaged model ("smollm2-135m"), a folder or a hub id.
+        """Load a packaged model ("smollm2-135m"), a folder, a GGUF file or a hub id.
 
         Args:
             weights: "int8" or "int4" keeps weights in fewer bits; see `load_model` for this and the other arguments.

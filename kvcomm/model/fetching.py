@@ -7,7 +7,6 @@ appears by one rename. Nothing is unpacked before its hash is right. Callers hol
 from __future__ import annotations
 
 import contextlib
-import io
 import shutil
 import tempfile
 import zipfile
@@ -99,13 +98,9 @@ def convert(gguf: Path, out: Path) -> None:
 
     Takes about 40 s on two cores for 135 million parameters, most of it for reading the vocabulary.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from kvcomm.model.gguf_file import read_gguf
 
-    # The GGUF reader of transformers draws its bar past transformers' own switch for bars.
-    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        tokenizer.save_pretrained(out)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True)
-        )
+    model, tokenizer = read_gguf(gguf)
+    tokenizer.save_pretrained(out)
+    with quiet_transformers():
         model.save_pretrained(out)

