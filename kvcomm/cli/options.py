@@ -50,7 +50,7 @@ ModelFlag = Annotated[
         "--model",
         envvar=MODEL_VARIABLE,
         metavar="MODEL",
-        help="A packaged name, folder or hub id.",
+        help="A packaged name, folder, GGUF file or hub id.",
         callback=known_model,
     ),
 ]

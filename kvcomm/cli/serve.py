@@ -71,7 +71,7 @@ at Python's five milliseconds each would wait for every worker that reads a larg
 def serve(
     context: typer.Context,
     model: Annotated[
-        str | None, typer.Option("--model", metavar="MODEL", help="A packaged name, folder or hub id.")
+        str | None, typer.Option("--model", metavar="MODEL", help="A packaged name, folder, GGUF file or hub id.")
     ] = None,
     served_name: Annotated[
         str | None, typer.Option("--served-name", metavar="NAME", help="What clients call the model.")

@@ -134,7 +134,7 @@ class ServerSettings(BaseModel):
     """How a server is set up; every field is a flag, an environment variable and a key of the file.
 
     Attributes:
-        model: a packaged name, folder or hub id.
+        model: a packaged name, folder, GGUF file or hub id.
         served_name: what clients call the model; by default the last part of `model`.
         adapters: folders of adapters that PEFT has saved, by the names that clients call them as models.
         dtype, device, weights: as for `Engine.load`; None: its defaults.

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
-import torch
 import transformers as tf
+
+from kvcomm.model.families import random_model
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -130,6 +131,21 @@ FAMILIES: dict[str, Family] = {
         windows=(WINDOW, None, WINDOW),
         has_sinks=True,
     ),
+    "nanochat, which turns the other way round": Family(lambda: tf.NanoChatConfig(**GROUPED)),
+    "afmoe": Family(
+        lambda: tf.AfmoeConfig(
+            **GROUPED,
+            head_dim=16,
+            sliding_window=WINDOW,
+            layer_types=LAYER_TYPES,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+        ),
+        head_dim=16,
+        rotary_dims=(16, None, 16),
+        windows=(WINDOW, None, WINDOW),
+    ),
     "olmo2": Family(lambda: tf.Olmo2Config(**GROUPED)),
     "olmo3": Family(
         lambda: tf.Olmo3Config(**GROUPED, sliding_window=WINDOW, layer_types=LAYER_TYPES),
@@ -146,25 +162,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def from_config(config: Any, *, seed: int = 0) -> tf.PreTrainedModel:
-    """A float32 model in evaluation mode: large random weights, logits spread by about 1, its own attention by default.
-
-    Weights are large so that every visible token changes the logits far more than rounding does.
-    """
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
-        model = tf.AutoModelForCausalLM.from_config(config).eval().float()
-        for name, weight in model.named_parameters():
-            if weight.dim() > 1:
-                weight.mul_(8)
-            elif name.endswith("sinks"):
-                weight.normal_()
-        logits = model(input_ids=torch.randint(3, 97, (1, 32)), use_cache=False).logits
-        model.get_output_embeddings().weight.div_(logits.std())
-    return model
-
-
 @cache
 def tiny_model(name: str) -> tf.PreTrainedModel:
     """The family's model, the same object in every test; nobody changes it."""
-    return from_config(FAMILIES[name].config())
+    return random_model(FAMILIES[name].config())

@@ -14,9 +14,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvcomm.errors import UnsupportedModel
 from kvcomm.model import geometry as geometry_module
+from kvcomm.model.families import random_model
 from kvcomm.model.geometry import ModelGeometry
 from kvcomm.model.rope import rotate
-from tests.model.architectures import FAMILIES, GROUPED, SIZES, from_config, tiny_model
+from tests.model.architectures import FAMILIES, GROUPED, SIZES, tiny_model
 
 every_family = pytest.mark.parametrize("name", sorted(FAMILIES))
 movable = pytest.mark.parametrize("name", sorted(name for name, family in FAMILIES.items() if family.moves))
@@ -104,7 +105,7 @@ def test_scale_is_the_models_own() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "glm", "cohere2"])
 def test_low_precision_keys_still_reveal_their_rotation(name: str, dtype: torch.dtype) -> None:
-    model = from_config(FAMILIES[name].config()).to(dtype)
+    model = random_model(FAMILIES[name].config()).to(dtype)
     geometry = ModelGeometry.from_model(model)
     exact = ModelGeometry.from_model(tiny_model(name))
     assert geometry.dtype == dtype
@@ -117,7 +118,7 @@ def test_low_precision_keys_still_reveal_their_rotation(name: str, dtype: torch.
 
 
 def test_measuring_leaves_the_model_as_it_was() -> None:
-    model = from_config(FAMILIES["mistral"].config())
+    model = random_model(FAMILIES["mistral"].config())
     token_ids = torch.arange(3, 63)[None]
     with torch.inference_mode():
         before = model(input_ids=token_ids).logits
@@ -147,7 +148,7 @@ def test_learned_positions_cannot_be_moved() -> None:
 def test_length_dependent_rope_is_cached_only_where_its_frequencies_stay(
     config: Any, kind: str, max_context: int
 ) -> None:
-    model = from_config(config())
+    model = random_model(config())
     geometry = ModelGeometry.from_model(model)
     assert geometry.immovable == f"{kind} rope changes its frequencies with the length"
     assert geometry.max_context == max_context
@@ -249,15 +250,32 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "diffllama, two attentions a layer": (
         lambda: tf.DiffLlamaConfig(**GROUPED),
-        r"DiffLlamaForCausalLM is not supported: .* \(layer 0 attends more than once\)",
+        "DiffLlamaForCausalLM is not supported: layer 0 attends more than once",
     ),
     "gpt-j, attention of its own": (
         lambda: tf.GPTJConfig(vocab_size=97, n_embd=48, n_layer=2, n_head=4, rotary_dim=8, n_positions=256),
-        "GPTJForCausalLM is not supported: only 0 of its 2 layers are attention kvcomm can replace",
+        "GPTJForCausalLM is not supported: its layers attend by code of their own, which cannot be replaced$",
+    ),
+    "falcon, whose layers want a mask": (
+        lambda: tf.FalconConfig(vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=4),
+        "FalconForCausalLM is not supported: its layers attend by code of their own, which cannot be replaced$",
+    ),
+    "bloom, alibi": (
+        lambda: tf.BloomConfig(vocab_size=97, hidden_size=48, n_layer=2, n_head=4),
+        "BloomForCausalLM is not supported: its layers attend by code of their own, which cannot be replaced$",
+    ),
+    "xmod, which wants to know the language": (
+        lambda: tf.XmodConfig(**SIZES, is_decoder=True),
+        r"XmodForCausalLM is not supported: a pass over one token, with neither a mask nor a cache, fails in its code "
+        r"\(ValueError: Input language unknown",
+    ),
+    "bart, whose config counts the layers of its encoder": (
+        lambda: tf.BartConfig(**SEQ2SEQ | {"encoder_layers": 1}, is_encoder_decoder=False, is_decoder=True),
+        "BartForCausalLM is not supported: 2 layers attend, and its config names 1",
     ),
     "mpt, alibi": (
         lambda: tf.MptConfig(vocab_size=97, d_model=48, n_heads=4, n_layers=2, max_seq_len=256),
-        "MptForCausalLM is not supported: it does not take a replaced attention function",
+        "MptForCausalLM is not supported: its layers attend by code of their own, which cannot be replaced$",
     ),
 }
 
@@ -280,6 +298,27 @@ def test_refuses_encoder_decoders() -> None:
         ModelGeometry.from_model(model.eval())
 
 
+def test_refuses_a_model_without_a_head() -> None:
+    model = tf.LlamaModel(tf.LlamaConfig(**GROUPED)).eval()
+    with pytest.raises(UnsupportedModel, match="LlamaModel is not supported: it has no head for logits; load it by"):
+        ModelGeometry.from_model(model)
+
+
+def test_a_module_may_hold_frequencies_and_nothing_else() -> None:
+    model = random_model(FAMILIES["llama"].config())
+    expected = ModelGeometry.from_model(model).layers
+    other = torch.nn.Module()
+    other.register_buffer("inv_freq", torch.ones(3))
+    model.other = other
+    assert ModelGeometry.from_model(model).layers == expected
+
+
+def test_the_length_that_stays_is_read_where_each_type_of_layer_has_a_rope_of_its_own() -> None:
+    config = FAMILIES["gemma3"].config()
+    config.rope_parameters = {"full_attention": dict(LONGROPE), "sliding_attention": {"rope_type": "default"}}
+    assert geometry_module._max_context(config) == 64
+
+
 def hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Switch earlier checks off, so that a later one has to find the reason by itself."""
     for name in names:
@@ -291,26 +330,26 @@ def test_hidden_state_is_found_without_help_from_the_config(monkeypatch: pytest.
     hide(monkeypatch, "_refuse_by_config")
     config, _ = REFUSED["falcon-h1, a state space beside attention in every layer"]
     with pytest.raises(UnsupportedModel, match=r"FalconH1ForCausalLM .* computed in two passes its logits differ by"):
-        ModelGeometry.from_model(from_config(config()))
+        ModelGeometry.from_model(random_model(config()))
 
 
 def test_counted_positions_are_found_by_the_trial_too(monkeypatch: pytest.MonkeyPatch) -> None:
     hide(monkeypatch, "_refuse_other_positions")
     config, _ = REFUSED["mbart, which counts positions by itself"]
     with pytest.raises(UnsupportedModel, match=r"MBartForCausalLM .* computed in two passes its logits differ by"):
-        ModelGeometry.from_model(from_config(config()))
+        ModelGeometry.from_model(random_model(config()))
 
 
 def test_missing_layers_name_what_keeps_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
     hide(monkeypatch, "_refuse_by_config")
     config, _ = REFUSED["qwen3-next, linear attention beside full"]
     with pytest.raises(UnsupportedModel, match=r"only 1 of its 4 layers .*; Qwen3NextGatedDeltaNet keeps a recurrent"):
-        ModelGeometry.from_model(from_config(config()))
+        ModelGeometry.from_model(random_model(config()))
 
 
 def test_the_trial_does_not_mind_a_model_that_gives_nan() -> None:
     """Whether its numbers are any good is found out when it answers."""
-    model = from_config(FAMILIES["llama"].config())
+    model = random_model(FAMILIES["llama"].config())
     with torch.no_grad():
         model.get_output_embeddings().weight[5] = torch.nan
     assert ModelGeometry.from_model(model).immovable is None

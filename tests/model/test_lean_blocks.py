@@ -13,9 +13,10 @@ from kvcomm.model.attention import hook
 from kvcomm.model.attention.contract import RunTable
 from kvcomm.model.attention.torch_backend import TorchBackend
 from kvcomm.model.choice import Choice
+from kvcomm.model.families import random_model
 from kvcomm.model.lean import LeanLayers
 from kvcomm.model.lean_blocks import find_blocks, lean_attention, lean_mlp
-from tests.model.architectures import FAMILIES, from_config
+from tests.model.architectures import FAMILIES
 
 KNOWN = {
     "llama": {"LlamaAttention", "LlamaMLP", "LlamaRMSNorm"},
@@ -31,7 +32,7 @@ KNOWN = {
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("family", KNOWN)
 def test_blocks_that_are_known(family: str, exact: bool) -> None:
-    blocks = find_blocks(from_config(FAMILIES[family].config()), Choice(), exact=exact)
+    blocks = find_blocks(random_model(FAMILIES[family].config()), Choice(), exact=exact)
     assert {type(block.layer).__name__ for block in blocks} == KNOWN[family]
 
 
@@ -40,7 +41,7 @@ def test_blocks_that_are_known(family: str, exact: bool) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pass_is_the_stock_forward(family: str, up_to_rounding: bool, num_rows: int) -> None:
     """Whatever a decoder is made of; a long whole prompt to the last bit."""
-    model = from_config(FAMILIES[family].config())
+    model = random_model(FAMILIES[family].config())
     hook.register()
     token_ids = torch.arange(num_rows)[None] % 90 + 3
     with torch.inference_mode():
@@ -56,7 +57,7 @@ def test_a_pass_is_the_stock_forward(family: str, up_to_rounding: bool, num_rows
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 def test_attention_of_a_pass_asks_the_step_for_what_the_stock_layer_asks(family: str, dtype: torch.dtype) -> None:
-    model = from_config(FAMILIES[family].config()).to(dtype)
+    model = random_model(FAMILIES[family].config()).to(dtype)
     hook.register()
     layer = next(module for module in model.modules() if type(module).__name__.endswith("Attention"))
     forward = lean_attention(model, layer, Choice(), exact=False)
@@ -94,7 +95,7 @@ def test_attention_that_scales_queries_is_left_alone() -> None:
         def forward(self, hidden_states: torch.Tensor, **keywords: object) -> object:
             return super().forward(hidden_states * 1.01, **keywords)
 
-    model = from_config(FAMILIES["llama"].config())
+    model = random_model(FAMILIES["llama"].config())
     hook.register()
     config = model.config
     assert lean_attention(model, LlamaAttention(config, 0), Choice(), exact=False) is not None
@@ -103,7 +104,7 @@ def test_attention_that_scales_queries_is_left_alone() -> None:
 
 
 def test_a_hook_within_a_block_is_called() -> None:
-    model = from_config(FAMILIES["llama"].config())
+    model = random_model(FAMILIES["llama"].config())
     layers = LeanLayers(model)
     seen: list[object] = []
     mlp = next(module for module in model.modules() if isinstance(module, LlamaMLP))
@@ -116,7 +117,7 @@ def test_a_hook_within_a_block_is_called() -> None:
 
 
 def test_training_meanwhile_goes_the_stock_way() -> None:
-    model: nn.Module = from_config(FAMILIES["llama"].config()).requires_grad_(True)
+    model: nn.Module = random_model(FAMILIES["llama"].config()).requires_grad_(True)
     layers = LeanLayers(model)
     with layers.switched(5):
         model(torch.arange(5)[None]).logits.sum().backward()

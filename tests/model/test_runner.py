@@ -22,10 +22,11 @@ from kvcomm.memory import renditions, tree
 from kvcomm.model import joined, linear, runner
 from kvcomm.model.attention.contract import AttentionStep, RunTable
 from kvcomm.model.attention.torch_backend import TorchBackend
+from kvcomm.model.families import random_model
 from kvcomm.model.geometry import ModelGeometry
 from kvcomm.model.runner import ModelRunner, Run
 from tests.limits import PATIENCE_S
-from tests.model.architectures import FAMILIES, from_config, tiny_model
+from tests.model.architectures import FAMILIES, tiny_model
 
 if TYPE_CHECKING:
     from kvcomm.model.loading import LoadedModel
@@ -235,7 +236,7 @@ def test_only_the_wanted_logits_are_returned_in_the_order_of_the_runs() -> None:
 
 def test_a_model_that_returns_all_logits_is_cut_to_the_wanted_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: some old models do not know `logits_to_keep`; their rows were taken for those of other runs."""
-    model = from_config(FAMILIES["llama"].config())
+    model = random_model(FAMILIES["llama"].config())
     forward = model.forward
 
     def all_logits(*, logits_to_keep: Tensor, **keywords: object) -> object:
@@ -327,7 +328,7 @@ class WaitingBackend(TorchBackend):
 @pytest.fixture
 def fresh_model() -> PreTrainedModel:
     """A model of the test's own, because these tests are about what a pass leaves behind in it."""
-    return from_config(FAMILIES["gemma3"].config())
+    return random_model(FAMILIES["gemma3"].config())
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

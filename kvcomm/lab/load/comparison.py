@@ -77,7 +77,7 @@ class StockLoop:
     """Transformers' own `generate`: one chat at a time, greedy, every prompt computed whole."""
 
     def __init__(self, model: str) -> None:
-        """Load a model by packaged name, folder or hub id.
+        """Load a model by packaged name, folder, GGUF file or hub id.
 
         Raises:
             KVCommError: see `load_model`.

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from kvcomm.errors import UnsupportedModel
 from kvcomm.model.attention import hook
-from tests.model.architectures import FAMILIES, from_config
+from kvcomm.model.families import random_model
+from tests.model.architectures import FAMILIES
 
 NUM_TOKENS = 40
 
@@ -17,7 +18,7 @@ NUM_TOKENS = 40
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_call_without_a_step_is_the_stock_one(name: str, padded: bool) -> None:
     """Another thread may call the model while a pass has its setting."""
-    model = from_config(FAMILIES[name].config())
+    model = random_model(FAMILIES[name].config())
     token_ids = torch.arange(2 * NUM_TOKENS).view(2, -1) % 90 + 3
     mask = torch.ones_like(token_ids)
     if padded:
