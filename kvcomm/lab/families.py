@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from textwrap import shorten
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Pr
 from kvcomm.align.ladder import Rung
 from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
-from kvcomm.errors import UnsupportedModel, first_line
+from kvcomm.errors import UnsupportedModel
 from kvcomm.memory.segments import Segment
 from kvcomm.model.families import families, random_model, tiny_config
 from kvcomm.model.geometry import ModelGeometry
@@ -32,6 +34,9 @@ NUM_PROMPT, NUM_NEW = 70, 6
 """Tokens: of a prompt that fills several pages and is longer than the windows; of an answer."""
 
 MAX_PARAMETERS = 20_000_000
+MAX_REASON = 120
+"""Characters of what another library says."""
+
 FROM, TO = 3, 90
 """Places between which keys are moved."""
 
@@ -81,7 +86,8 @@ def try_family(name: str) -> FamilyRow:
                 return FamilyRow(name, model_name, Outcome.NOT_TRIED, reason=f"a tiny one has {size:,} parameters")
             model = random_model(config)
         except Exception as error:  # whatever a family's own code raises
-            reason = f"no tiny model of it runs ({type(error).__name__}: {first_line(error)})"
+            line = shorten(str(error), MAX_REASON, placeholder=" ...")
+            reason = f"no tiny model of it runs ({type(error).__name__}: {line})"
             return FamilyRow(name, model_name, Outcome.NOT_TRIED, reason=reason)
         return try_model(name, model)
 
@@ -184,8 +190,8 @@ def _first_keys(model: PreTrainedModel, ids: Sequence[int], first: int) -> Tenso
     place = torch.arange(first, first + len(ids))[None]
     with torch.inference_mode():
         model(input_ids=torch.tensor([ids]), position_ids=place, past_key_values=cache, use_cache=True)
-    keys = cache.layers[0].keys
-    assert isinstance(keys, Tensor)
+    layer: Any = cache.layers[0]
+    keys: Tensor = layer.keys
     return keys
 
 

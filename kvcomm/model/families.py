@@ -26,14 +26,14 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), NUM_LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
-    **dict.fromkeys(("head_dim", "rotary_dim", "v_head_dim", "kv_lora_rank", "q_lora_rank", "kv_channels"), 16),
-    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "state_size", "mamba_d_state"), 8),
+    **dict.fromkeys(("head_dim", "rotary_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank", "q_lora_rank"), 16),
+    **dict.fromkeys(("qk_nope_head_dim", "state_size", "mamba_d_state", "hidden_size_per_layer_input"), 8),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 256),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 32),
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts"), 1),
-    "vocab_size": VOCAB_SIZE,
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCAB_SIZE),
     "sliding_window": WINDOW,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -43,7 +43,11 @@ SIZES: dict[str, Any] = {
 
 OTHER_SIZES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "window_size": WINDOW},
+    # Layers that take keys and values from others, fewer than by default.
+    "gemma3n_text": {"num_kv_shared_layers": 1},
+    "gemma4_text": {"num_kv_shared_layers": 1},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "mamba2": {"num_heads": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
 }
 """What a family needs besides, by the name of its type."""

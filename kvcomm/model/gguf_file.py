@@ -42,13 +42,14 @@ def read_gguf(file: Path, dtype: torch.dtype | None = None) -> tuple[PreTrainedM
     # The GGUF reader of transformers draws its bar past transformers' own switch for bars.
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()), _errors(file):
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent,
             **where,
             dtype=dtype or torch.float32,
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
         )
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ModelLoadError(f"{file}: it lacks {len(missing)} parameters, such as {missing[0]}")
     return model, tokenizer
@@ -69,6 +70,8 @@ def _errors(file: Path) -> Iterator[None]:
     """One clear line, whichever of three libraries gives up, and on whatever."""
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:
         line = first_line(error)
         if isinstance(error, ValueError | NotImplementedError) and "not supported" in str(error):
