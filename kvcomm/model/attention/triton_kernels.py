@@ -168,11 +168,9 @@ def attend(
             key = key.to(tl.float32)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         if HAS_SOFTCAP:
-            # tanh(x) = (1 - exp(-2 x)) / (1 + exp(-2 x)), of x >= 0, so that no power overflows.
-            scores = scores * (log2_scale / softcap)
-            power = tl.exp2(-2.0 * tl.abs(scores))
-            capped = (softcap * LOG2_E) * (1.0 - power) / (1.0 + power)
-            scores = tl.where(scores < 0, -capped, capped)
+            # tanh(x) = 1 - 2 / (1 + exp(2 x)), which is 1 long before the power would overflow.
+            power = tl.exp2(tl.minimum(scores * (2.0 * log2_scale / softcap), 126.0))
+            scores = (softcap * LOG2_E) * (1.0 - 2.0 / (1.0 + power))
         else:
             scores = scores * log2_scale
         visible = positions[None, :] <= last_seen[:, None]

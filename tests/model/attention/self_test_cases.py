@@ -21,7 +21,7 @@ SOURCE = Path(triton_kernels.__file__)
 SCORES = 'scores = tl.where(visible, scores, -float("inf"))'
 MISTAKES = {
     "a sign": Mistake("scores = scores * log2_scale", "scores = scores * -log2_scale"),
-    "another cap": Mistake("capped = (softcap * LOG2_E)", "capped = 1.001 * (softcap * LOG2_E)"),
+    "another cap": Mistake("scores = (softcap * LOG2_E)", "scores = 1.001 * (softcap * LOG2_E)"),
     "a window one too wide": Mistake(
         "> row_positions[:, None] - sliding_window", ">= row_positions[:, None] - sliding_window"
     ),
