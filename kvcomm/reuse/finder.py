@@ -187,8 +187,9 @@ class MoveFinder:
         ]
 
     def _is_own(self, rendition: Rendition, each: Occurrence, own: KVSequence) -> bool:
+        """Whether a prompt has this KV already; its first page may be shared for what stands before the text only."""
         first = each.start // self._memory.pool.page_size
-        return first < own.num_pages and int(rendition.pages[0]) == int(own.pages[first])
+        return own.num_computed > each.start and int(rendition.pages[0]) == int(own.pages[first])
 
     def _move(self, each: Occurrence, rendition: Rendition, start: int, end: int) -> Move:
         pool, index = self._memory.pool, start - each.start

@@ -175,6 +175,18 @@ def test_only_what_was_there_before_and_is_not_its_own(library: Library) -> None
     assert library.finder.find("n", (ROLE_B, FIRST, TAIL), 0, own) == []
 
 
+def test_a_text_is_found_although_its_first_page_is_shared_for_what_stands_before_it(library: Library) -> None:
+    """Bug: two prompts with the same first word moved nothing that begins in their first page."""
+    written = library.read(Segment((1, 2)), QUESTION, TAIL)
+    prompt = (Segment((1, 3)), QUESTION, TAIL)
+    own = KVSequence(library.memory.pool, [token for segment in prompt for token in segment.token_ids])
+    own.adopt(written.pages[:1], 1)
+    (move,) = library.finder.find("n", prompt, 1, own)
+    assert (move.start, move.end) == (2, 2 + len(QUESTION.token_ids))
+    library.finder.release([move])
+    own.release()
+
+
 def test_behind_the_exact_prefix_and_short_of_the_last_token(library: Library) -> None:
     library.read(ROLE_A, QUESTION, FIRST)
     segments = (ROLE_B, QUESTION, FIRST)
