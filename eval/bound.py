@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from eval.figures import Figure
-from kvcomm.align.bound import Bound
-from kvcomm.align.calibration import Calibration
-from kvcomm.align.intervals import violation_limit
-from kvcomm.reuse.decision import Rungs, serve
+from kvcomm.lab.bounds import Bound, Calibration, Rungs, serve, violation_limit
 
 BOUNDS = (Bound(0.02, 0.05), Bound(0.05, 0.05))
 GOALS = {"aligned_002": ">= 0.85", "aligned_005": ">= 0.93"}

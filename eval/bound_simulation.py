@@ -25,12 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.figures import PIPE_WIDTH, Figure, Report
-from kvcomm.align.bound import Bound
-from kvcomm.align.calibration import Measured, Pair
-from kvcomm.align.intervals import violation_limit
-from kvcomm.align.ladder import TURNED
-from kvcomm.align.levels import Audit, Grounds, ReaderBook
-from kvcomm.align.readers import Reader
+from kvcomm.lab.bounds import Audit, Bound, Grounds, Measured, Pair, ReaderBook, violation_limit
+from kvcomm.lab.moving import TURNED, Reader
 
 EPSILON = 0.05
 BOLDER = np.array([1.0, 1.7, 3.0])

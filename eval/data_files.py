@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kvcomm.errors import InvalidRequest
-from kvcomm.files.reading import BadContent, Line, parse_json, read_lines, read_text
+from kvcomm.lab.files import BadContent, Line, parse_json, read_lines, read_text
 
 Made = TypeVar("Made")
 

@@ -30,10 +30,10 @@ from eval.replayed import ByAgent, OutcomeFile, Replayed
 from eval.shift import shift_figures, shift_texts
 from eval.team_answers import Run, in_order, team_runs
 from eval.workload import note, settings
-from kvcomm import Engine, KVCommError, ReusePolicy
-from kvcomm.align.calibration import Calibration
-from kvcomm.align.ladder import CORRECTED, TURNED, Rung
+from kvcomm import Engine, KVCommError, ReusePolicy, Rung
+from kvcomm.lab.bounds import Calibration, add_pair
 from kvcomm.lab.methods import add_to
+from kvcomm.lab.moving import CORRECTED, TURNED
 
 SHARES = (0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05, 0.0)
 PLANNED = tuple(Rung(estimator, share) for estimator in ("token", "rotate") for share in SHARES)
@@ -180,15 +180,15 @@ def _teach(engine: Engine, runs: Sequence[Run]) -> None:
     for index, run in enumerate(runs):
         note(f"anchors: question {index + 1} of {len(runs)}")
         for _, reading in in_order(engine, run):
-            engine.calibrate(reading.prompt, reading.answer, LOOKING).result()
-            engine.learn(reading.prompt, estimators=("token", "paper")).result()
+            engine.reuse.calibrate(reading.prompt, reading.answer, LOOKING).result()
+            engine.reuse.learn(reading.prompt, estimators=("token", "paper")).result()
 
 
 def _calibrate(engine: Engine, calibrated: ByAgent) -> None:
     """Give an engine's readers the pairs that were measured."""
     for prompts in calibrated.values():
         for each in prompts:
-            engine.reuse.book.add(engine.namespace(), each.reader, each.pair)
+            add_pair(engine, each.reader, each.pair)
 
 
 def _usable(measured: ByAgent) -> tuple[dict[str, list[Replayed]], int]:

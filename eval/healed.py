@@ -14,12 +14,11 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from eval.figures import Figure
@@ -27,15 +26,9 @@ from eval.replayed import content_of
 from eval.tasks.records import RecordFile
 from eval.team_answers import Reading, Run, in_order
 from eval.workload import note
-from kvcomm import Engine, ReusePolicy
-from kvcomm.align.ladder import Rung
-from kvcomm.engine.context import PREFILL_ONLY, Context
-from kvcomm.engine.handle import RequestHandle
-from kvcomm.engine.request import Request
-from kvcomm.engine.sampling import SamplingParams
-from kvcomm.memory.fidelity import Fidelity
-from kvcomm.model.attention.contract import IntArray
-from kvcomm.reuse.replay import NUM_CONTINUATION
+from kvcomm import Context, Engine, ReusePolicy, Rung, SamplingParams
+from kvcomm.lab.forcing import cold_context, moved_context, write_answer
+from kvcomm.lab.moving import NUM_CONTINUATION, Fidelity
 
 RUNG = Rung("token")
 """Corrected by anchors, nothing computed after all."""
@@ -113,7 +106,7 @@ def teach_anchors(engine: Engine, runs: Sequence[Run]) -> None:
     for index, run in enumerate(runs):
         note(f"anchors: question {index + 1} of {len(runs)}")
         for _, reading in in_order(engine, run):
-            engine.learn(reading.prompt, estimators=(RUNG.estimator,)).result()
+            engine.reuse.learn(reading.prompt, estimators=(RUNG.estimator,)).result()
 
 
 def heal_figures(measured: Sequence[Healed]) -> list[Figure]:
@@ -164,28 +157,6 @@ def heal_samples(measured: Sequence[Healed]) -> dict[str, list[float]]:
     }
 
 
-class _Forced:
-    """Draws what it is told to, in place of a request's sampler, and keeps what it would have drawn from."""
-
-    def __init__(self, token_ids: Sequence[int]) -> None:
-        self._token_ids = tuple(token_ids)
-        self._rows: list[Tensor] = []
-
-    def sample(self, logits: Tensor, token_ids: IntArray, num_answer: int = 0) -> int:
-        """See `Sampler.sample`."""
-        self._rows.append(logits.float().log_softmax(-1))
-        return self._token_ids[num_answer]
-
-    def ends(self, token_id: int) -> bool:
-        """Nothing ends before all is written."""
-        return False
-
-    @property
-    def log_probs(self) -> Tensor:
-        """[number of tokens, vocab_size]."""
-        return torch.stack(self._rows)
-
-
 def _measure(engine: Engine, agent: str, reading: Reading) -> Healed | None:
     """None where nothing of the prompt was moved."""
     answer = reading.answer[:NUM_CONTINUATION]
@@ -194,45 +165,18 @@ def _measure(engine: Engine, agent: str, reading: Reading) -> Healed | None:
         def entered(context: Context) -> Context:
             return open_contexts.enter_context(context)
 
-        moved = entered(_prefilled(engine, reading, lambda request: setattr(request, "rung", RUNG)))
+        moved = entered(moved_context(engine, reading.prompt, RUNG))
         if moved.fidelity is Fidelity.EXACT:
             return None
         ttft_s = _first_tokens(engine, reading)
         forks = [entered(moved.fork()) for _ in (None, *WITHIN)]
         for fork, within in zip(forks[1:], WITHIN, strict=True):
             fork.policy = ReusePolicy(heal=True, heal_within=within)
-        served = _written(engine, forks, answer)
-        cold = entered(_prefilled(engine, reading, lambda request: setattr(request, "reads_cache", False)))
-        exact = _written(engine, [cold], answer)[0]
+        served = write_answer(engine, forks, answer)
+        cold = entered(cold_context(engine, reading.prompt))
+        exact = write_answer(engine, [cold], answer)[0]
         errors = [_difference(fork, cold) for fork in forks[1:] if fork.fidelity is Fidelity.EXACT]
         return Healed(agent, len(answer), [_divergence(exact, each) for each in served], errors, len(WITHIN), ttft_s)
-
-
-def _prefilled(engine: Engine, reading: Reading, change: Callable[[Request], None]) -> Context:
-    """A prompt in a context, computed in a certain way."""
-    context = engine.empty_context(policy=ReusePolicy.exact())
-    with engine.held():
-        handle = context.submit(PREFILL_ONLY, prompt=reading.prompt)
-        change(_request_of(engine, handle))
-    handle.result()
-    return context
-
-
-def _written(engine: Engine, contexts: Sequence[Context], answer: Sequence[int]) -> list[Tensor]:
-    """Let contexts write an answer, all at once; the log-probabilities that each would have drawn from."""
-    samplers = [_Forced(answer) for _ in contexts]
-    with engine.held():
-        handles = [context.submit(max_new_tokens=len(answer), ignore_eos=True) for context in contexts]
-        for handle, sampler in zip(handles, samplers, strict=True):
-            _request_of(engine, handle).branches[0].sampler = sampler  # type: ignore[assignment]
-    for handle in handles:
-        handle.result()
-    return [sampler.log_probs for sampler in samplers]
-
-
-def _request_of(engine: Engine, handle: RequestHandle) -> Request:
-    """What the engine makes of a request; it must be held."""
-    return next(request for request in engine.scheduler.requests() if request.handle is handle)
 
 
 def _first_tokens(engine: Engine, reading: Reading) -> tuple[float, float]:

@@ -18,10 +18,7 @@ import torch
 from eval.figures import Figure, Report
 from eval.workload import add_sizes, make_parser, note, parse, run, settings
 from kvcomm import Engine
-from kvcomm.align.offsets import OffsetRows, OffsetTable
-from kvcomm.align.ops.choice import make_ops
-from kvcomm.align.ops.contract import LayerStore, Neighbors, Place
-from kvcomm.align.spans import layer_stores
+from kvcomm.lab.kernels import kv_bytes, made_neighbors, made_offsets, make_ops, pool_layers
 from kvcomm.lab.timings import Samples, TakeTokens
 
 COPY_BYTES = 256 * 2**20
@@ -37,30 +34,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(engine: Engine, take: TakeTokens, options: Namespace) -> Report:
     """All figures, on scratch pages of the engine's pool; no prompts are needed."""
-    layers = layer_stores(engine.pool, engine.geometry)
-    num_pages = -(-options.tokens // engine.config.page_size)
-    with engine.lock:
-        pages = engine.pool.allocate(2 * num_pages)
-    try:
-        slots = [engine.pool.slots(part, options.tokens) for part in (pages[:num_pages], pages[num_pages:])]
-        source, target = Place(slots[0], 100), Place(slots[1], 900)
-        for layer in layers:  # real memory: pages never written all lie in one place
-            for stored in (layer.keys, layer.values):
-                stored[source.slots] = stored[target.slots] = torch.randn_like(stored[target.slots])
-        offsets = make_anchors(layers, options.anchors)
-        neighbors = make_neighbors(layers, options.tokens, options.k, options.anchors)
-        ops = make_ops("auto", engine.model.device)
+    ops = make_ops("auto", engine.model.device)
+    timed: dict[str, list[float]] = {"copy": [], "rotate": [], "align": []}
+    with pool_layers(engine, 2, options.tokens) as (layers, (source, target)):
+        offsets = made_offsets(layers, options.anchors)
+        neighbors = made_neighbors(layers, options.tokens, options.k, options.anchors)
         block = torch.ones(COPY_BYTES // 4, device=layers[0].keys.device)
         other = torch.empty_like(block)
-        timed: dict[str, list[float]] = {"copy": [], "rotate": [], "align": []}
         for index in range(options.repeats + 1):
             note(f"round {index} of {options.repeats}")
             timed["copy"].append(_seconds(lambda: other.copy_(block)))
             timed["rotate"].append(_seconds(lambda: ops.rotate(layers, source, target)))
             timed["align"].append(_seconds(lambda: ops.align(layers, source, target, offsets, neighbors)))
-    finally:
-        with engine.lock:
-            engine.pool.release(pages)
     samples = {name: Samples(tuple(seconds[1:])) for name, seconds in timed.items()}  # the first one warms up
     moved = {
         "copy": 2 * COPY_BYTES,
@@ -69,29 +54,6 @@ def measure(engine: Engine, take: TakeTokens, options: Namespace) -> Report:
     }
     figures = _figures(samples, moved, options)
     return Report("kernels", figures, settings(engine, options), {name: list(s.values) for name, s in samples.items()})
-
-
-def kv_bytes(layers: Sequence[LayerStore]) -> int:
-    """Keys and values of one token over all layers."""
-    return sum(stored[0].nbytes for layer in layers for stored in (layer.keys, layer.values))
-
-
-def make_anchors(layers: Sequence[LayerStore], count: int) -> OffsetTable:
-    """Random offsets of so many anchor tokens, in all layers but the first."""
-
-    def rows(stored: torch.Tensor) -> OffsetRows:
-        return OffsetRows.quantize(torch.randn(count, *stored.shape[1:], device=stored.device))
-
-    keys = [rows(layer.keys) for layer in layers[1:]]
-    return OffsetTable((None, *keys), (None, *(rows(layer.values) for layer in layers[1:])))
-
-
-def make_neighbors(layers: Sequence[LayerStore], num_tokens: int, k: int, num_anchors: int) -> Neighbors:
-    """Random ones, weighted alike."""
-    device = layers[0].keys.device
-    indices = torch.randint(0, num_anchors, (1, num_tokens, k), device=device)
-    weights = torch.full(indices.shape, 1 / k, device=device)
-    return Neighbors(indices, weights, (0,) * len(layers))
 
 
 def _figures(samples: dict[str, Samples], moved: dict[str, int], options: Namespace) -> list[Figure]:

@@ -23,13 +23,22 @@ from typing import Any, NamedTuple
 
 from eval.figures import Figure, Report
 from kvcomm.errors import InvalidRequest, KVCommError
-from kvcomm.memory.events import EventKind
-from kvcomm.memory.pool import LayerShape, PagePool
-from kvcomm.memory.tree import RadixTree
-from kvcomm.server.kv_events.announcer import AllCleared, Announcer, BlocksRemoved, BlocksStored, KVEvent
-from kvcomm.server.kv_events.blocks import DEFAULT_SEED, Owner, as_int, block_hash, root_hash
-from kvcomm.server.kv_events.publisher import require_extra
-from kvcomm.server.kv_events.wire import Encoder, Form
+from kvcomm.lab.cache import BareCache, EventKind
+from kvcomm.server.kv_events import (
+    DEFAULT_SEED,
+    AllCleared,
+    Announcer,
+    BlocksRemoved,
+    BlocksStored,
+    Encoder,
+    Form,
+    KVEvent,
+    Owner,
+    as_int,
+    block_hash,
+    require_extra,
+    root_hash,
+)
 
 SEED = 0
 NAMESPACES = ("plain", "salted", "adapted", "unowned")
@@ -269,19 +278,19 @@ class Mirror:
                 self.names -= set(rest[0])
 
 
-def whole_blocks(tree: RadixTree, owners: dict[str, Owner], block_size: int) -> set[int]:
+def whole_blocks(cache: BareCache, owners: dict[str, Owner], block_size: int) -> set[int]:
     """The names of the whole blocks in a tree, read off the tree itself and derived a second time."""
     return {
         name
         for namespace, owner in owners.items()
-        for path in _paths(tree, namespace)
+        for path in _paths(cache, namespace)
         for name in second_names(Case(path, owner, block_size))
     }
 
 
-def _paths(tree: RadixTree, namespace: str) -> Iterator[list[int]]:
+def _paths(cache: BareCache, namespace: str) -> Iterator[list[int]]:
     path: list[int] = []
-    for node in tree.walk(namespace):
+    for node in cache.tree.walk(namespace):
         path = path[: node.start] + node.tokens.tolist()
         if not node.num_children:
             yield path
@@ -301,9 +310,7 @@ class Operations:
 
     def __init__(self, numbers: random.Random) -> None:
         self._numbers = numbers
-        self._now = 0.0
-        self._pool = PagePool([LayerShape(1, 1, 1)], num_pages=96, page_size=4)
-        self.tree = RadixTree(self._pool, clock=lambda: self._now, ttl_s=60.0, max_events=MAX_WAITING_EVENTS)
+        self.cache = BareCache(num_pages=96, page_size=4, ttl_s=60.0, max_events=MAX_WAITING_EVENTS)
 
     def step(self) -> None:
         """One of them."""
@@ -319,33 +326,26 @@ class Operations:
         return self._numbers.choice(NAMESPACES)
 
     def _serve(self) -> None:
-        path, namespace = self._path(), self._namespace()
-        num_pages = -(-len(path) // self._pool.page_size)
-        if num_pages > self._pool.num_free:
-            self.tree.evict(num_pages - self._pool.num_free)
-        if num_pages <= self._pool.num_free:
-            pages = self._pool.allocate(num_pages)
-            self.tree.insert(namespace, path, pages, ttl_s=self._numbers.choice([None, 5.0, float("inf")]))
-            self._pool.release(pages)
+        self.cache.serve(self._namespace(), self._path(), ttl_s=self._numbers.choice([None, 5.0, float("inf")]))
 
     def _evict(self) -> None:
-        self.tree.evict(self._numbers.randrange(12))
+        self.cache.tree.evict(self._numbers.randrange(12))
 
     def _wait(self) -> None:
-        self._now += self._numbers.choice([0.5, 5.0, 30.0])
-        self.tree.expire()
+        self.cache.now_s += self._numbers.choice([0.5, 5.0, 30.0])
+        self.cache.tree.expire()
 
     def _pin(self) -> None:
-        self.tree.pin(self._namespace(), self._path())
+        self.cache.tree.pin(self._namespace(), self._path())
 
     def _unpin(self) -> None:
-        self.tree.unpin(self._namespace(), self._path())
+        self.cache.tree.unpin(self._namespace(), self._path())
 
     def _quota(self) -> None:
-        self.tree.set_quota(self._namespace(), self._numbers.choice([None, None, 4, 20]))
+        self.cache.tree.set_quota(self._namespace(), self._numbers.choice([None, None, 4, 20]))
 
     def _reset(self) -> None:
-        self.tree.reset(self._numbers.choice([None, *NAMESPACES]))
+        self.cache.tree.reset(self._numbers.choice([None, *NAMESPACES]))
 
 
 def mirrored(num_operations: int, seed: int) -> Mirrored:
@@ -355,26 +355,26 @@ def mirrored(num_operations: int, seed: int) -> Mirrored:
     block_size = numbers.choice(BLOCK_SIZES)
     forms: tuple[Form, Form] = ("map", "array")
     encoders = [Encoder(form, block_size=block_size, medium="CPU") for form in forms]
-    tree, announcer, owners = operations.tree, Announcer(block_size), dict(OWNERS)
-    tree.take_events()
+    cache, announcer, owners = operations.cache, Announcer(block_size), dict(OWNERS)
+    cache.tree.take_events()
     num_equal = num_blocks = num_begun_again = 0
     for _ in range(num_operations):
         for _ in range(numbers.choice([1, 1, 1, 1, 1, 1, 1, 1, 1, 100])):
             operations.step()
-        events = tree.take_events()
+        events = cache.tree.take_events()
         is_changed = numbers.randrange(100) == 0
         if is_changed:
             owners = {name: owner for name, owner in OWNERS.items() if numbers.randrange(4)}
         said: list[KVEvent]
         if is_changed or any(event.kind is EventKind.LOST for event in events):
-            said = announcer.begin_again(tree.all_stored(), owners)
+            said = announcer.begin_again(cache.tree.all_stored(), owners)
             num_begun_again += 1
         else:
             said = announcer.announce(events, owners)
         mirror.read(numbers.choice(encoders).batch(said, 0.0))
-        num_equal += mirror.names == whole_blocks(tree, owners, block_size)
+        num_equal += mirror.names == whole_blocks(cache, owners, block_size)
         num_blocks += len(mirror.names)
-    tree.check_integrity()
+    cache.check_integrity()
     return Mirrored(num_operations, num_equal, num_blocks, num_begun_again)
 
 

@@ -273,8 +273,7 @@ def _wanted(options: Namespace) -> dict[str, str]:
     from starlette.testclient import TestClient
 
     from kvcomm import Engine
-    from kvcomm.server.app import make_app
-    from kvcomm.server.settings import ServerSettings
+    from kvcomm.server import ServerSettings, make_app
 
     settings = ServerSettings(model=options.model)
     with Engine.load(settings.model, config=settings.engine) as engine:
@@ -371,7 +370,7 @@ def _pids() -> dict[str, int]:
 def _client(options: Namespace, port: int) -> Iterator[Client]:
     import httpx
 
-    from kvcomm.server.settings import ServerSettings
+    from kvcomm.server import ServerSettings
 
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S) as http:
         yield Client(http, ServerSettings(model=options.model).name, options.new)

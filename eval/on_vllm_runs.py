@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eval.workload import note
-from kvcomm import Engine, ReusePolicy, SamplingParams
+from kvcomm import Engine, ReusePolicy, SamplingParams, Segment
 from kvcomm.config import EngineConfig
 from kvcomm.errors import MissingExtra
-from kvcomm.memory.segments import Segment
 
 BOUND = (0.05, 0.9)
 POOL_TOKENS = 16384
@@ -106,11 +105,11 @@ class Bench:
                 f"vLLM cannot be imported here ({error}): scripts/setup-env --integration vllm makes an environment "
                 "that has it, and --python names its interpreter"
             ) from error
-        from kvcomm.integrations.vllm import adapter
-        from kvcomm.model.packaged import fetch_model
+        from kvcomm.integrations.vllm import inside, version
+        from kvcomm.lab.models import fetch_model
 
         self._sampling = vllm.SamplingParams
-        self.version = adapter.version()
+        self.version = version()
         self._model = model
         path = model if Path(model).exists() else str(fetch_model(model))
         note("starting vLLM")
@@ -127,7 +126,7 @@ class Bench:
                 kv_connector_extra_config={"tier": str(folder), "pool_tokens": POOL_TOKENS},
             ),
         )
-        self._inside = adapter.inside(self._llm)
+        self._inside = inside(self._llm)
         preparations = self._inside.worker.preparations
         if preparations is None or preparations.engine is None:
             raise MissingExtra(f"kvcomm moves nothing in vLLM {self.version}; its log says why")
@@ -285,7 +284,7 @@ class Bench:
                 *self._teams(own, num_teams, learns=learns),
             ]
         equal = [first == second for first, second, is_same_plan, _ in pairs if is_same_plan]
-        statuses = self._engine.reuse_status(policy=ReusePolicy(*BOUND))
+        statuses = self._engine.reuse.status(policy=ReusePolicy(*BOUND))
         return (
             sum(equal) / len(equal) if equal else 0.0,
             len(equal) / len(pairs),

@@ -70,7 +70,7 @@ def _prefill(
     for index in range(options.repeats):
         note(f"prefill of {options.prefill_tokens} tokens: pair {index + 1} of {options.repeats}")
         prompt = take(options.prefill_tokens)
-        engine.clear_cache()
+        engine.cache.clear()
         if index % 2:
             engine_s.append(time_request(engine, prompt)[0])
         stock_s.append(stock.prefill_s(prompt, use_cache=use_cache))

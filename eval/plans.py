@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from eval.replayed import ByAgent, Replayed
-from kvcomm.align.ladder import Rung
+from kvcomm import Rung
 
 Plan = Mapping[str, Rung]
 """Agent -> the rung for all of its prompts."""

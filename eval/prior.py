@@ -19,9 +19,9 @@ from eval.firstday.workloads import WORKLOADS, Wanted, Workload, make_workload
 from eval.tasks.options import positive
 from eval.workload import note
 from kvcomm import Engine, KVCommError, ReusePolicy
-from kvcomm.align.calibration import Pair
-from kvcomm.align.ladder import TURNED
-from kvcomm.align.prior import Prior, read_prior, require_prior_fits, write_prior
+from kvcomm.lab.bounds import Level, Pair, pairs_of
+from kvcomm.lab.moving import TURNED
+from kvcomm.lab.priors import Prior, head_weights, read_prior, require_prior_fits, write_prior
 
 POLICY = ReusePolicy(max_divergence=1e-12, confidence=0.5, rungs=TURNED)
 """Nothing keeps this bound, so everything is computed exactly and measured."""
@@ -56,8 +56,7 @@ def measure(engine: Engine, workload: Workload) -> tuple[tuple[Pair, ...], Weigh
         note(f"{workload.name}: request {number} of {len(workload.inputs)}")
         group.run(rounds=1, **{**workload.team.inputs, **inputs})
         engine.wait_idle()
-    namespace = engine.namespace(tenant)
-    found = engine.reuse.book.pool(namespace), engine.reuse.book.heads(namespace).weights
+    found = tuple(pairs_of(engine, Level.POOL, tenant=tenant)), head_weights(engine, tenant=tenant)
     engine.forget(tenant)
     return found
 

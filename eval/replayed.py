@@ -17,13 +17,10 @@ from typing import Any, Self
 from eval.tasks.records import RecordFile
 from eval.team_answers import Reading, Run, in_order
 from eval.workload import note
-from kvcomm import Engine
-from kvcomm.align.calibration import Measured, Pair
-from kvcomm.align.ladder import Ladder, Rung, ladders_of
-from kvcomm.align.readers import Reader, reader_of
+from kvcomm import Engine, Rung
 from kvcomm.errors import InvalidRequest
-from kvcomm.reuse.decision import Rungs
-from kvcomm.reuse.replay import Outcome
+from kvcomm.lab.bounds import Measured, Pair, Rungs
+from kvcomm.lab.moving import Ladder, Outcome, Reader, ladders_of, reader_of
 
 WORST = 1e6
 """Nats that are written down where a divergence is not finite."""
@@ -148,7 +145,7 @@ class OutcomeFile:
             return found
 
     def _at(self, rungs: Sequence[Rung], reading: Reading) -> dict[Rung, Outcome]:
-        outcomes = self._engine.measure(reading.prompt, reading.answer, rungs).result()
+        outcomes = self._engine.reuse.measure(reading.prompt, reading.answer, rungs).result()
         return {
             rung: outcome._replace(divergence=min(outcome.divergence, WORST))
             for rung, outcome in zip(rungs, outcomes, strict=bool(outcomes))

@@ -14,10 +14,7 @@ from kvcomm import Engine
 @contextmanager
 def served(engine: Engine, *, keys: Path | None = None) -> Iterator[tuple[int, str]]:
     """A server on a free port of this machine: the port, and what it calls the model; `keys` is a key file."""
-    from kvcomm.server.app import make_app
-    from kvcomm.server.listening import bind
-    from kvcomm.server.running import make_server
-    from kvcomm.server.settings import ServerSettings
+    from kvcomm.server import ServerSettings, bind, make_app, make_server
 
     settings = ServerSettings(port=0, keys=keys, log_level="error")
     listener = bind(settings)

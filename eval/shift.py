@@ -10,11 +10,10 @@ from eval.data_files import rows_of
 from eval.figures import Figure
 from eval.workload import note
 from kvcomm import Engine, ReusePolicy
-from kvcomm.agents.example_runs import run_all
-from kvcomm.agents.team import load_team
-from kvcomm.align.ladder import CORRECTED
+from kvcomm.agents import load_team
 from kvcomm.errors import InvalidRequest
-from kvcomm.reuse.plan import Reason
+from kvcomm.lab.moving import CORRECTED, Reason
+from kvcomm.lab.teams import run_all
 
 MAX_CHARACTERS = 1200
 """Of each text; documents are longer."""
@@ -39,7 +38,7 @@ def shift_figures(engine: Engine, team: str, texts: Sequence[str]) -> list[Figur
     results = run_all(
         chosen.group(engine, policy=POLICY, read_along=False), [{"question": text} for text in texts], chosen, note
     )
-    engine.clear_cache()
+    engine.cache.clear()
     usages = [result[name].usage for result in results for name in list(result)[1:]]
     num_requests = len(usages)
     num_approximated = sum(usage.aligned_tokens > 0 for usage in usages)

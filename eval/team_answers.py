@@ -15,11 +15,9 @@ from typing import Any
 
 from eval.data_files import rows_of
 from eval.workload import note
-from kvcomm import Engine, ReusePolicy
-from kvcomm.agents.example_runs import publish, run_all
-from kvcomm.agents.results import GroupResult
-from kvcomm.agents.team import load_team
-from kvcomm.memory.segments import Segment
+from kvcomm import Engine, ReusePolicy, Segment
+from kvcomm.agents import GroupResult, load_team
+from kvcomm.lab.teams import publish, run_all
 
 BATCH = 16
 """Questions that are answered at the same time."""
@@ -73,12 +71,12 @@ def in_order(engine: Engine, run: Run) -> Iterator[tuple[str, Reading]]:
 
     Whoever reads others comes after them, wherever it stands in the team. Begins with an empty cache, ends with one.
     """
-    engine.clear_cache()
+    engine.cache.clear()
     for index, (name, reading) in enumerate(_ordered(run)):
         if index and reading.answer and reading.num_movable:
             yield name, reading
         publish(engine, [(reading.prompt, reading.answer)])
-    engine.clear_cache()
+    engine.cache.clear()
 
 
 def _ordered(run: Run) -> Iterator[tuple[str, Reading]]:
@@ -94,7 +92,7 @@ def _answer(engine: Engine, team: str, questions: Sequence[str]) -> list[Run]:
     chosen = load_team(team)
     group = chosen.group(engine, policy=ReusePolicy.exact())
     results = run_all(group, [{"question": question} for question in questions], chosen)
-    engine.clear_cache()
+    engine.cache.clear()
     return [run_of(result) for result in results]
 
 

@@ -103,7 +103,7 @@ def _named(*kinds: Sequence[float]) -> Iterator[tuple[str, Sequence[float]]]:
 @contextmanager
 def serving(engine: Engine, folder: Path) -> Iterator[tuple[Client, Client]]:
     """A server with keys on a free port of this machine, and its two tenants."""
-    from kvcomm.server.keys import add_key
+    from kvcomm.server import add_key
 
     file = folder / "keys.json"
     keys = [add_key(file, name) for name in (ATTACKER, VICTIM)]

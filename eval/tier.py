@@ -34,10 +34,7 @@ from eval.workload import add_sizes, make_parser, note, parse, run, settings
 from kvcomm import Engine
 from kvcomm.errors import TierError
 from kvcomm.lab.timings import Samples, TakeTokens
-from kvcomm.memory.pool import LayerShape
-from kvcomm.tiers.janitor import sweep
-from kvcomm.tiers.opening import open_store
-from kvcomm.tiers.tier import KV, Tier, TierMiss, TierSpace
+from kvcomm.tiers import KV, LayerShape, Tier, TierMiss, TierSpace, open_store, sweep
 
 GOALS = {"folder": "<= 0.05", "s3": "<= 0.15"}
 VICTIM = TierSpace("eval", "eval", "default", (LayerShape(4, 64, 64),) * 4, torch.float32, 2**16)

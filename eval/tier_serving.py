@@ -31,10 +31,8 @@ from eval.figures import Figure, Report
 from eval.tasks.options import positive
 from eval.workload import note
 from kvcomm import Engine, KVCommError
-from kvcomm.model.loading import load_model
-from kvcomm.tiers.opening import open_store
-from kvcomm.tiers.store import ObjectStore, StoredObject
-from kvcomm.tiers.tier import Tier
+from kvcomm.lab.models import load_model
+from kvcomm.tiers import ObjectStore, StoredObject, Tier, open_store
 
 SLOWDOWN = 100.0
 FIRST_TOKEN, LAST_TOKEN = 1000, 40_000
@@ -168,7 +166,7 @@ def slowed_tier(sizes: Sizes) -> list[Figure]:
         for index, prompt in enumerate(prompts):
             note(f"computing prompt {index + 1} of {len(prompts)}")
             _ask(first, prompt)
-            first.flush_tier()
+            first.tiering.flush()
     rounds: list[list[Compared]] = []
     with (
         Engine(loaded.model, loaded.tokenizer, **known) as exact,
@@ -229,7 +227,7 @@ def _in_process(sizes: Sizes, seed: int) -> list[Asked]:
 def _work(options: Namespace) -> list[Asked]:
     with Engine.load(options.model, tier=options.url) as engine:
         asked = [_ask(engine, prompt) for prompt in _prompts(options.prompts, options.tokens, options.worker)]
-        engine.flush_tier()
+        engine.tiering.flush()
     return asked
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,10 +30,8 @@ import numpy.typing as npt
 
 from eval.figures import Figure, Report
 from eval.optimum import most_hits, next_uses, trie_paths
-from kvcomm.lab.load.trace_file import IdArray, Request, Trace, TraceError, block_tokens, read_trace
-from kvcomm.memory.eviction import DEFAULT_ORDER, ORDERS
-from kvcomm.memory.pool import PageIds, PagePool
-from kvcomm.memory.tree import Match, RadixTree
+from kvcomm.lab.cache import DEFAULT_ORDER, ORDERS, BareCache, Served
+from kvcomm.lab.load.trace_file import Request, Trace, TraceError, block_tokens, read_trace
 
 PAGE_SIZE = 16
 SMALL_BLOCK_SIZE = 4
@@ -59,59 +56,22 @@ class Pass(NamedTuple):
     num_tokens: npt.NDArray[np.int64]  # [num_requests]
 
 
-class Replay:
-    """A tree on a pool of bookkeeping only, served one request after the other."""
-
-    def __init__(self, block_size: int, *, page_size: int, num_pages: int, eviction: str = DEFAULT_ORDER) -> None:
-        self._block_size = block_size
-        self._now_s = self._evicting_s = 0.0
-        self.pool = PagePool([], num_pages=num_pages, page_size=page_size)
-        self.tree = RadixTree(self.pool, clock=lambda: self._now_s, eviction=eviction)
-
-    def serve(self, request: Request) -> tuple[int, float]:
-        """Blocks found in the tree, and seconds spent in it. Afterwards the tree knows the prompt.
-
-        A prompt larger than the whole pool is stored as far as it fits.
-        """
-        tokens = block_tokens(request.blocks, self._block_size)
-        namespace = str(request.session)
-        self._now_s = request.at_s
-        self._evicting_s = 0.0
-        started = time.perf_counter()
-        match = self.tree.match(namespace, tokens)
-        matched = time.perf_counter()
-        pages = self._pages_for(match, tokens)
-        stored = tokens[: pages.size * self.pool.page_size]
-        inserting = time.perf_counter()
-        self.tree.insert(namespace, stored, pages)
-        done = time.perf_counter()
-        self.pool.release(pages)
-        return match.num_tokens // self._block_size, matched - started + done - inserting + self._evicting_s
-
-    def _pages_for(self, match: Match, tokens: IdArray) -> PageIds:
-        """The page table a sequence would have: matched whole pages shared, the rest allocated."""
-        page_size = self.pool.page_size
-        shared = match.pages[: match.num_tokens // page_size]
-        self.pool.retain(shared)
-        missing = -(-tokens.size // page_size) - shared.size
-        if missing > self.pool.num_free:
-            started = time.perf_counter()
-            self.tree.evict(missing - self.pool.num_free)
-            self._evicting_s = time.perf_counter() - started
-        return np.concatenate([shared, self.pool.allocate(min(missing, self.pool.num_free))])
-
-
 def replay(trace: Trace, *, page_size: int, num_pages: int, eviction: str = DEFAULT_ORDER) -> Pass:
     """Serve all requests of `trace` in order, each at its own time."""
-    state = Replay(trace.block_size, page_size=page_size, num_pages=num_pages, eviction=eviction)
-    served = [state.serve(request) for request in trace.requests]
+    cache = BareCache(num_pages=num_pages, page_size=page_size, eviction=eviction)
+    served = [_serve(cache, request, trace.block_size) for request in trace.requests]
     sizes = [request.blocks.size * trace.block_size for request in trace.requests]
     return Pass(
-        sum(hits for hits, _ in served),
-        state.pool.num_pages - state.pool.num_free,
-        np.array([seconds for _, seconds in served]),
+        sum(each.num_found // trace.block_size for each in served),
+        cache.num_held,
+        np.array([each.seconds for each in served]),
         np.array(sizes, dtype=np.int64),
     )
+
+
+def _serve(cache: BareCache, request: Request, block_size: int) -> Served:
+    cache.now_s = request.at_s
+    return cache.serve(str(request.session), block_tokens(request.blocks, block_size))
 
 
 def measure(trace: Trace, capacities: Sequence[int]) -> Report:

@@ -74,7 +74,7 @@ def settings(engine: Engine, options: Namespace, **more: Any) -> dict[str, Any]:
         **given,
         "prompts": "random tokens" if options.data is None else "text",
         "device": str(engine.model.device),
-        "attention": engine.backend.name,
+        "attention": engine.attention,
         "torch_threads": torch.get_num_threads(),
         "page_size": engine.config.page_size,
         **more,

@@ -6,17 +6,21 @@ same text run on one engine. Importing the package is cheap; torch is loaded wit
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kvcomm.starting import lazily
 
 if TYPE_CHECKING:
     from kvcomm.agents import Agent, KVCommAgentGroup
+    from kvcomm.align.ladder import Rung
     from kvcomm.config import EngineConfig
-    from kvcomm.engine.chat import Static
+    from kvcomm.engine.chat_template import Static
     from kvcomm.engine.context import Context
     from kvcomm.engine.engine import Engine
     from kvcomm.engine.grammar import Grammar
-    from kvcomm.engine.results import Completion, Usage
+    from kvcomm.engine.handle import RequestHandle
+    from kvcomm.engine.open_prompt import OpenPrompt
+    from kvcomm.engine.results import Chunk, Completion, Usage
     from kvcomm.engine.sampling import SamplingParams
     from kvcomm.errors import KVCommError
     from kvcomm.memory.segments import Segment
@@ -26,6 +30,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Agent": "kvcomm.agents",
+    "Chunk": "kvcomm.engine.results",
     "Completion": "kvcomm.engine.results",
     "Context": "kvcomm.engine.context",
     "Engine": "kvcomm.engine.engine",
@@ -33,15 +38,19 @@ _HOMES = {
     "Grammar": "kvcomm.engine.grammar",
     "KVCommAgentGroup": "kvcomm.agents",
     "KVCommError": "kvcomm.errors",
+    "OpenPrompt": "kvcomm.engine.open_prompt",
+    "RequestHandle": "kvcomm.engine.handle",
     "ReusePolicy": "kvcomm.reuse.policy",
+    "Rung": "kvcomm.align.ladder",
     "SamplingParams": "kvcomm.engine.sampling",
     "Segment": "kvcomm.memory.segments",
-    "Static": "kvcomm.engine.chat",
+    "Static": "kvcomm.engine.chat_template",
     "Usage": "kvcomm.engine.results",
 }
 
 __all__ = [
     "Agent",
+    "Chunk",
     "Completion",
     "Context",
     "Engine",
@@ -49,7 +58,10 @@ __all__ = [
     "Grammar",
     "KVCommAgentGroup",
     "KVCommError",
+    "OpenPrompt",
+    "RequestHandle",
     "ReusePolicy",
+    "Rung",
     "SamplingParams",
     "Segment",
     "Static",
@@ -58,13 +70,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from kvcomm.starting import collector_paused
-
-    with collector_paused():
-        return getattr(import_module(_HOMES[name]), name)
+__getattr__ = lazily(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -1,10 +1,29 @@
-"""What makes a start cheaper: loading without the garbage collector, and giving back the memory that it took."""
+"""What makes a start cheaper: names that are loaded when they are first used, loading without the garbage collector,
+and giving back the memory that it took."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+
+def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """The `__getattr__` of a package whose public names are loaded with their first use.
+
+    Args:
+        homes: name -> module that defines it.
+    """
+
+    def load(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        with collector_paused():
+            return getattr(import_module(homes[name]), name)
+
+    return load
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def stalling(engine: Engine, *, after: int = 0, written: int | None = None) -> I
 
     def may_go_on() -> bool:
         is_given_up = any(request.is_cancelled for request in engine.scheduler.requests())
-        return is_given_up or engine._loop._is_closing
+        return is_given_up or engine._workings.loop._is_closing
 
     def is_due() -> bool:
         if written is None:
@@ -34,7 +34,7 @@ def stalling(engine: Engine, *, after: int = 0, written: int | None = None) -> I
         if is_due():
             while not go_on.wait(0.005) and not may_go_on():
                 pass
-        if not engine._loop._is_closing:
+        if not engine._workings.loop._is_closing:
             step()
 
     engine.scheduler.step = stalling_step  # type: ignore[method-assign]

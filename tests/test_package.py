@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -23,8 +27,8 @@ LAYERS = [
     "cli",
     "integrations",
     "server",
-    "agents",
     "lab",
+    "agents",
     "toolcalls",
     "engine",
     "reuse",
@@ -38,6 +42,7 @@ LAYERS = [
     "errors",
     "figures",
     "starting",
+    "pictures",
     "plain",
 ]
 """From top to bottom; a module imports from its own layer and from lower ones."""
@@ -86,6 +91,182 @@ def test_imports_go_downwards() -> None:
             if layer is not None and LAYERS.index(layer) < own:
                 wrong.append(f"{file.relative_to(ROOT)} imports {name}")
     assert wrong == []
+
+
+def test_the_laboratory_serves_nobody() -> None:
+    """Only the command line measures with it; no request may come through what serves comparison."""
+    below = [file for file in ROOT.rglob("*.py") if file.relative_to(ROOT).parts[0] not in ("lab", "cli")]
+    assert [str(file) for file in below if any(_is_in(name, "kvcomm.lab") for name in _imports(file))] == []
+
+
+def _is_in(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def test_no_two_evaluations_import_each_other() -> None:
+    folder = ROOT.parent / "eval"
+    names = {".".join(file.relative_to(ROOT.parent).with_suffix("").parts): file for file in folder.rglob("*.py")}
+    known = {name.removesuffix(".__init__"): _imported_modules(file) for name, file in names.items()}
+    assert [(a, b) for a, wanted in known.items() for b in wanted if a < b and a in known.get(b, ())] == []
+
+
+def _imported_modules(file: Path) -> set[str]:
+    """What a module imports, and what might be modules among the names that it takes from packages."""
+    froms = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom) and node.module]
+    return _imports(file) | {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
+
+
+LISTED = (
+    "kvcomm",
+    "kvcomm.agents",
+    "kvcomm.server",
+    "kvcomm.server.kv_events",
+    "kvcomm.tiers",
+    "kvcomm.integrations.ray",
+    "kvcomm.integrations.vllm",
+)
+"""Packages whose public names are those of their `__all__`."""
+WHOLE = ("kvcomm.errors", "kvcomm.config", "kvcomm.lab")
+"""All of whose modules are public: what they define, and what their `__all__` lists where they have one."""
+
+
+def test_evaluations_import_public_names_only() -> None:
+    files = [file for folder in ("eval", "examples") for file in (ROOT.parent / folder).rglob("*.py")]
+    assert files
+    assert [f"{file}: {name}" for file in files for name in _not_public(ast.parse(file.read_text()))] == []
+
+
+def test_what_is_not_public_is_found() -> None:
+    """Of the check above: one public name and one that is none from each kind of module."""
+    source = """
+from kvcomm import Engine, Sequence
+from kvcomm.agents import Agent, AgentGraph
+from kvcomm.lab.moving import Rung, DEFAULT_TENANT
+from kvcomm.lab.timings import Samples, Engine, _forks
+from kvcomm.errors import KVCommError
+from kvcomm.memory.pool import PagePool
+import kvcomm.memory
+def f():
+    from kvcomm.server.app import make_app
+"""
+    assert [*_not_public(ast.parse(source))] == [
+        "kvcomm.Sequence",
+        "kvcomm.agents.AgentGraph",
+        "kvcomm.lab.moving.DEFAULT_TENANT",
+        "kvcomm.lab.timings.Engine",
+        "kvcomm.lab.timings._forks",
+        "kvcomm.memory.pool.PagePool",
+        "kvcomm.memory",
+        "kvcomm.server.app.make_app",
+    ]
+
+
+def _not_public(tree: ast.AST) -> Iterator[str]:
+    """Names of kvcomm that a module imports and that are not public, in order."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if _is_in(alias.name, "kvcomm")]
+            yield from (name for name in names if name not in LISTED and not any(_is_in(name, each) for each in WHOLE))
+        elif isinstance(node, ast.ImportFrom) and node.module and _is_in(node.module, "kvcomm"):
+            for alias in node.names:
+                if not _is_public(node.module, alias.name):
+                    yield f"{node.module}.{alias.name}"
+
+
+def _is_public(module: str, name: str) -> bool:
+    if any(_is_in(module, each) for each in WHOLE):
+        return _file_of(f"{module}.{name}") is not None or name in (_listed(module) or _defined(module))
+    return module in LISTED and name in (_listed(module) or ())
+
+
+def _file_of(module: str) -> Path | None:
+    path = ROOT.parent.joinpath(*module.split("."))
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()), None)
+
+
+@cache
+def _listed(module: str) -> list[str] | None:
+    """What stands in the `__all__` of a module; None: it has none."""
+    file = _file_of(module)
+    assert file is not None, module
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"]:
+            return list(ast.literal_eval(node.value))
+    return None
+
+
+@cache
+def _defined(module: str) -> set[str]:
+    """What a module makes itself and gives no private name."""
+    file = _file_of(module)
+    assert file is not None, module
+    names = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {ast.unparse(target) for target in targets}
+    return {name for name in names if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("package", LISTED)
+def test_what_a_package_lists_is_there(package: str) -> None:
+    """Of what is loaded with its first use as well: a package may list what only an extra brings."""
+    if package == "kvcomm.integrations.vllm":
+        pytest.importorskip("vllm")
+    module = import_module(package)
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        module.nothing  # noqa: B018  # the access itself is tested
+
+
+INTERNALS = {
+    "backend",
+    "geometry",
+    "live",
+    "lock",
+    "memory",
+    "parts",
+    "pool",
+    "runner",
+    "scheduler",
+    "tree",
+}
+"""Of an engine, and of its `reuse`; those below may use them, and `kvcomm.lab`, where it measures them."""
+ENGINES = re.compile(r"(^|_|\b)(engine|twin|cold|reuse)$")
+"""Ends what an engine, or its `reuse`, is called where it is used."""
+
+
+def test_nobody_outside_reaches_into_an_engine() -> None:
+    files = [file for folder in ("kvcomm/server", "eval", "examples") for file in (ROOT.parent / folder).rglob("*.py")]
+    assert [f"{file}: {use}" for file in files for use in _reaches(ast.parse(file.read_text()))] == []
+
+
+def test_reaching_into_an_engine_is_found() -> None:
+    """Of the check above."""
+    source = """
+with self._engine.lock, other.lock:
+    state.engine.pool.allocate(engine.reuse.parts.idle.worked_s)
+engine.reuse.readers()
+engine._tools.maker
+peer.tree.pause()
+"""
+    assert sorted(_reaches(ast.parse(source))) == [
+        "engine._tools",
+        "engine.reuse.parts",
+        "self._engine.lock",
+        "state.engine.pool",
+    ]
+
+
+def _reaches(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute) or not ENGINES.search(ast.unparse(node.value)):
+            continue
+        if node.attr in INTERNALS or re.match("_(?!_)", node.attr):
+            yield ast.unparse(node)
 
 
 @pytest.mark.parametrize("forbidden", ["pickle", "marshal", "shelve", "dill"])

@@ -82,13 +82,13 @@ def test_anchors_snapshots_and_archives_by_name(tiny: TinyModel, tmp_path: Path)
     config = EngineConfig(page_size=4, pool_tokens=512)
     with Engine(tiny.model, tiny.tokenizer, config=config) as engine:
         folder = str(tmp_path / "anchors")
-        saved = engine.save_anchors(folder)
-        assert engine.load_anchors(folder) == saved
+        saved = engine.reuse.save(folder)
+        assert engine.reuse.load(folder) == saved
         assert export_archive(folder, f"{tmp_path}/anchors.tar") == 0
         assert import_archive(f"{tmp_path}/anchors.tar", f"{tmp_path}/again") == 0
         with engine.context([5, 6, 7]) as context:
             assert context.save(f"{tmp_path}/one.safetensors") == tmp_path / "one.safetensors"
-            assert engine.save_snapshot(context, f"{tmp_path}/two.safetensors") == tmp_path / "two.safetensors"
+            assert context.save(str(tmp_path / "two.safetensors")) == tmp_path / "two.safetensors"
             with engine.restore(f"{tmp_path}/two.safetensors") as restored:
                 assert restored.tokens == (5, 6, 7)
 

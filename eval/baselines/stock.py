@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from kvcomm.memory.segments import Segment
+from kvcomm import Segment
 
 CACHED, COMPUTED = "exact", "computed"
 
@@ -69,8 +69,10 @@ class StockServer:
         keeps_prefixes: bool,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Args:
-        keeps_prefixes: whether the KV of prompts' static beginnings is kept.
+        """Make one.
+
+        Args:
+            keeps_prefixes: whether the KV of prompts' static beginnings is kept.
         """
         self._model: Any = model
         self._ends = sorted(end_token_ids)

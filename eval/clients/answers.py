@@ -87,7 +87,7 @@ def _answer(port: int, body: dict[str, Any]) -> tuple[str, bool]:
 
 def overheads(engine: Engine, prompt: Sequence[int], options: Namespace) -> list[float]:
     """For each repeat, the time of masked steps over that of plain ones, each pair in turns; the engine guesses not."""
-    from kvcomm.engine.grammar import Grammar
+    from kvcomm import Grammar
 
     plain = SamplingParams(max_new_tokens=NUM_STEPS, ignore_eos=True)
     masked = SamplingParams(max_new_tokens=NUM_STEPS, grammar=Grammar.json_schema(ENDLESS))

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 from eval.cluster.costs import SMOLLM2, Costs
-from kvcomm import Engine
-from kvcomm.engine.sampling import SamplingParams
+from kvcomm import Engine, SamplingParams
 from kvcomm.lab.timings import TakeTokens, random_tokens, warm_up
 
 LENGTHS = (512, 1024, 2048)
@@ -43,7 +42,7 @@ def measured(model: str, lengths: Sequence[int] = LENGTHS) -> Costs:
             pair_s=pair_s,
             step_s=one,
             stream_s=max((many - one) / (NUM_STREAMS - 1), 0.0),
-            token_bytes=engine.geometry.kv_bytes_per_token,
+            token_bytes=engine.cache.page_bytes // engine.cache.page_size,
         )
 
 
@@ -66,7 +65,7 @@ def _step(engine: Engine, take: TakeTokens, num_streams: int) -> float:
 
 def _seconds(engine: Engine, prompts: Sequence[Sequence[int]], num_tokens: int) -> float:
     """CPU seconds of answers of so many tokens to prompts that nobody has seen."""
-    engine.clear_cache()
+    engine.cache.clear()
     sampling = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)
     started = time.process_time()
     handles = [engine.submit(prompt, sampling) for prompt in prompts]

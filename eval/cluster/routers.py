@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eval.cluster.workload import Arrival
-from kvcomm.integrations.ray.routing import Policy, Run, Wanted, candidates, rank, rendezvous
+from kvcomm.integrations.ray import Policy, Run, Wanted, candidates, rank, rendezvous
 
 HASH_BLOCKS = 2
 RING_POINTS = 256

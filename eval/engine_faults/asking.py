@@ -8,13 +8,11 @@ from contextlib import closing
 from typing import Any
 
 from eval.engine_faults.faults import FragileLoop
-from eval.engine_faults.oracle import Asked
 from eval.engine_faults.patience import SLICE_S
+from eval.engine_faults.records import Asked, Flight
 from eval.engine_faults.values import REFUSED, TAKEN, resolve
-from eval.engine_faults.world import Flight, Hung, World, named
-from kvcomm import ReusePolicy, SamplingParams
-from kvcomm.align.ladder import Rung
-from kvcomm.engine.handle import RequestHandle
+from eval.engine_faults.world import Hung, World, named
+from kvcomm import RequestHandle, ReusePolicy, Rung, SamplingParams
 
 WAYS: Mapping[str, Mapping[str, Any]] = {
     "none": {},

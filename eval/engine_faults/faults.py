@@ -23,7 +23,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
-import safetensors.torch
 import torch
 from torch import nn
 from transformers import (
@@ -36,12 +35,8 @@ from transformers import (
 )
 
 from kvcomm import Engine
-from kvcomm.engine import detokenize, request, sampler
-from kvcomm.engine.context import Context
-from kvcomm.engine.handle import RequestHandle
 from kvcomm.errors import PoolExhausted
-from kvcomm.memory import pool, sealed_file, tree
-from kvcomm.reuse import attempt, learner, planner
+from kvcomm.lab.faults import attention_watched, places_watched
 
 
 class InjectedFault(Exception):
@@ -211,8 +206,10 @@ class Faults:
     def installed(self) -> Iterator[None]:
         """Wrap the calls inside the engine."""
         with ExitStack() as stack:
-            for point, owner, name in _wrapped():
-                stack.enter_context(mock.patch.object(owner, name, self._wrap(point, owner.__dict__[name])))
+            stack.enter_context(places_watched(self.reach))
+            for processor in PROCESSORS:
+                call = self._wrap("logits_processor", processor.__call__)
+                stack.enter_context(mock.patch.object(processor, "__call__", call))
             yield
 
     def watch_model(self, model: nn.Module) -> None:
@@ -226,19 +223,7 @@ class Faults:
 
     def watch_attention(self, engine: Engine) -> None:
         """Let an engine's attention back end fail, before a pass and in one of its layers."""
-        prepare = engine.backend.prepare
-
-        def fragile_prepare(*arguments: Any, **keywords: Any) -> Any:
-            self.reach("attention.prepare")
-            step = prepare(*arguments, **keywords)
-
-            def fragile_step(*operands: Any, **settings: Any) -> Any:
-                self.reach("attention.layer")
-                return step(*operands, **settings)
-
-            return fragile_step
-
-        engine.backend.prepare = fragile_prepare  # type: ignore[method-assign]
+        attention_watched(engine, self.reach)
 
     def _wrap(self, point: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*arguments: Any, **keywords: Any) -> Any:
@@ -308,37 +293,3 @@ class FragileLoop(asyncio.SelectorEventLoop):
             super().call_soon_threadsafe(self.stop)
             raise
         return super().call_soon_threadsafe(*arguments, **keywords)
-
-
-def _wrapped() -> Iterator[tuple[str, Any, str]]:
-    """Calls inside the engine: point, owner, name."""
-    yield "sampler.make", sampler.Sampler, "__init__"
-    yield "sampler.sample", sampler.Sampler, "sample"
-    for processor in PROCESSORS:
-        yield "logits_processor", processor, "__call__"
-    for module in _users_of(sampler.token_logprob):
-        yield "logprobs", module, "token_logprob"
-    yield "detokenizer.push", detokenize.Detokenizer, "push"
-    yield "detokenizer.finish", detokenize.Detokenizer, "finish"
-    yield "handle.publish", RequestHandle, "publish"
-    yield "request.completion", request.Request, "completion"
-    yield "context.complete", Context, "complete"
-    yield "tree.match", tree.RadixTree, "match"
-    yield "tree.insert", tree.RadixTree, "insert"
-    yield "reuse.plan", planner.Planner, "plan"
-    yield "reuse.assemble", attempt.Attempt, "assemble"
-    yield "reuse.look", attempt.Attempt, "watch"
-    yield "reuse.advance", attempt.Attempt, "advance"
-    yield "reuse.publish", planner.Planner, "publish"
-    yield "learner.after", learner.Learner, "after"
-    yield "pool.allocate", pool.PagePool, "allocate"
-    yield "pool.copy_page", pool.PagePool, "copy_page"
-    yield "snapshot.write", safetensors.torch, "save_file"
-    yield "snapshot.read", sealed_file, "safe_open"
-
-
-def _users_of(function: Callable[..., Any]) -> list[Any]:
-    """Modules of the package that call a function by this name."""
-    name = function.__name__
-    modules = [module for path, module in list(sys.modules.items()) if path.startswith("kvcomm.")]
-    return [module for module in modules if getattr(module, name, None) is function]

@@ -8,111 +8,18 @@ for nothing else; that a source is another tenant's, or the prompt would wait fo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from eval.engine_faults import holding
 from eval.engine_faults.asking import read_params
-from eval.engine_faults.oracle import Asked
-from eval.engine_faults.world import Flight, Held, World, named
+from eval.engine_faults.records import KEEPS, Flight, Followed, Held, Opened
+from eval.engine_faults.world import World, named
 from kvcomm import SamplingParams
-from kvcomm.engine.handle import RequestHandle
-from kvcomm.engine.open_prompt import OpenPrompt
 from kvcomm.errors import InvalidRequest, SourceFailed
 
 PREFILL = SamplingParams(max_new_tokens=0)
 HURRIED_S = 0.002
 """A deadline that answers do not always keep."""
-
-
-class Unpassed(Exception):
-    """What a caller's `keep` raises."""
-
-
-def keep_all(token_ids: tuple[int, ...]) -> tuple[int, ...]:
-    """The whole answer."""
-    return token_ids
-
-
-def keep_but_last(token_ids: tuple[int, ...]) -> tuple[int, ...]:
-    """The answer without its last token."""
-    return token_ids[:-1]
-
-
-def keep_nothing(token_ids: tuple[int, ...]) -> tuple[int, ...]:
-    """An empty answer."""
-    return ()
-
-
-def keep_fails(token_ids: tuple[int, ...]) -> tuple[int, ...]:
-    """A caller's code that fails."""
-    raise Unpassed("thrown in by the evaluation")
-
-
-KEEPS = {"all": keep_all, "but last": keep_but_last, "nothing": keep_nothing, "fails": keep_fails}
-
-
-@dataclass(frozen=True, eq=False)
-class Followed:
-    """An answer in a prompt; `source` is whoever gives it."""
-
-    source: Flight | Opened
-    keep: str
-
-    @property
-    def handle(self) -> RequestHandle | None:
-        """Of the answer, if it was asked for."""
-        return self.source.handle
-
-    @property
-    def max_tokens(self) -> int:
-        """That the answer may have."""
-        return int(self.source.asked.params.max_new_tokens)
-
-    @property
-    def token_ids(self) -> tuple[int, ...] | None:
-        """What is passed on of the answer; None: there is none."""
-        if self.handle is None or not self.handle.done or self.keep == "fails":
-            return None
-        try:
-            return KEEPS[self.keep](self.handle.result().token_ids)
-        except Exception:
-            return None
-
-
-@dataclass(eq=False)
-class Opened:
-    """An open prompt and what was put into it."""
-
-    prompt: OpenPrompt
-    asked: Asked
-    parts: list[tuple[int, ...] | Followed] = field(default_factory=list)
-    handle: RequestHandle | None = None
-
-    def has_failed_source(self) -> bool:
-        """Whether an answer that it follows will never be there, as far as can be seen now."""
-        return any(isinstance(part, Followed) and part.token_ids is None for part in self.parts)
-
-    def settle(self) -> None:
-        """Let what is asked be the whole prompt, if all that it follows is there."""
-        known: list[int] = []
-        for part in self.parts:
-            ids = part.token_ids if isinstance(part, Followed) else part
-            if ids is None:
-                return
-            known += ids
-        self.asked.tokens, self.asked.num_followed = tuple(known), 0
-
-    def waits_for(self, other: Opened) -> bool:
-        """Whether it would wait for itself behind the other one."""
-        stack = [self]
-        while stack:
-            each = stack.pop()
-            if each is other:
-                return True
-            sources = (part.source for part in each.parts if isinstance(part, Followed))
-            stack += [source for source in sources if isinstance(source, Opened)]
-        return False
 
 
 def open_prompt(world: World, settings: Mapping[str, Any]) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from eval.engine_faults.asking import WAYS, read_async, read_params, read_stream
-from eval.engine_faults.oracle import Asked
+from eval.engine_faults.records import Asked, Flight, Held, Saved
 from eval.engine_faults.values import resolve
-from eval.engine_faults.world import PROBE, Flight, Held, Saved, World, named
+from eval.engine_faults.world import PROBE, World, named
 from kvcomm import Context, SamplingParams
 from kvcomm.errors import SnapshotError
-from kvcomm.memory.fidelity import Fidelity
+from kvcomm.lab.moving import Fidelity
 
 PREFILL = SamplingParams(max_new_tokens=0)
 KV_TOLERANCE = 1e-3

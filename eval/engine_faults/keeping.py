@@ -7,7 +7,8 @@ from typing import Any
 
 from eval.engine_faults.asking import WAYS
 from eval.engine_faults.operations import NAMED
-from eval.engine_faults.world import Pin, World, named
+from eval.engine_faults.records import Pin
+from eval.engine_faults.world import World, named
 from kvcomm import SamplingParams
 
 PREFILL = SamplingParams(max_new_tokens=0)
@@ -20,7 +21,7 @@ def pin(world: World, settings: Mapping[str, Any]) -> None:
         world.has_pinned = True
     asked = world.asked(tokens, PREFILL, tenant)
     try:
-        num_tokens = world.engine.pin(list(tokens), tenant=tenant)
+        num_tokens = world.engine.cache.pin(list(tokens), tenant=tenant)
     except Exception as error:
         world.oracle.judge_error(asked, error)
         return
@@ -37,7 +38,7 @@ def unpin(world: World, settings: Mapping[str, Any]) -> None:
         world.pins = [each for each in world.pins if each.tenant != tenant]
     asked = world.asked(tokens, PREFILL, tenant)
     try:
-        world.engine.unpin(list(tokens), tenant=tenant)
+        world.engine.cache.unpin(list(tokens), tenant=tenant)
     except Exception as error:
         world.oracle.judge_error(asked, error)
 
@@ -47,7 +48,9 @@ def quota(world: World, settings: Mapping[str, Any]) -> None:
     tenant = settings["tenant"]
     with world.lock:
         world.tenants_with_quota.add(tenant)
-    world.engine.set_quota(cached_tokens=settings["cached_tokens"], held_tokens=settings["held_tokens"], tenant=tenant)
+    world.engine.cache.set_quota(
+        cached_tokens=settings["cached_tokens"], held_tokens=settings["held_tokens"], tenant=tenant
+    )
 
 
 def clear(world: World, settings: Mapping[str, Any]) -> None:
@@ -55,7 +58,7 @@ def clear(world: World, settings: Mapping[str, Any]) -> None:
     tenant = settings["tenant"]
     with world.lock:
         world.pins = [each for each in world.pins if tenant is not None and each.tenant != tenant]
-        world.engine.clear_cache(tenant=tenant)
+        world.engine.cache.clear(tenant=tenant)
 
 
 def explain(world: World, settings: Mapping[str, Any]) -> None:
@@ -93,7 +96,7 @@ def learn(world: World, settings: Mapping[str, Any]) -> None:
     adapter = world.adapter_of(settings)
     asked = world.asked(world.tokens_of(settings["prompt"]), PREFILL, tenant, adapter)
     try:
-        job = world.engine.learn(world.prompt_of(settings["prompt"]), tenant=tenant, **named(adapter))
+        job = world.engine.reuse.learn(world.prompt_of(settings["prompt"]), tenant=tenant, **named(adapter))
     except Exception as error:
         world.oracle.judge_error(asked, error)
         return
@@ -106,8 +109,8 @@ def look(world: World, settings: Mapping[str, Any]) -> None:
     tokens, tenant = world.tokens_of(settings["prompt"]), settings["tenant"]
     asked = world.asked(tokens, PREFILL, tenant)
     try:
-        num_cached = world.engine.num_cached(list(tokens), tenant=tenant)
-        stats = world.engine.memory_stats()
+        num_cached = world.engine.cache.num_cached(list(tokens), tenant=tenant)
+        stats = world.engine.cache.stats()
         repr(world.engine)
         texts = [each.text for each in world.engine.contexts]
     except Exception as error:

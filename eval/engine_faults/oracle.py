@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from eval.engine_faults.faults import POINTS, Faults
 from eval.engine_faults.findings import Findings
+from eval.engine_faults.records import Asked
 from eval.engine_faults.reference import ColdAnswer, Reference
-from eval.engine_faults.subject import MAX_CONTEXT, Weights
-from kvcomm import Completion, KVCommError, SamplingParams
-from kvcomm.engine.results import Choice, Chunk
+from eval.engine_faults.subject import MAX_CONTEXT
+from kvcomm import Chunk, Completion, KVCommError
 from kvcomm.errors import (
     ContextBusy,
     ContextReleased,
@@ -37,57 +35,39 @@ from kvcomm.errors import (
     RequestCancelled,
     SourceFailed,
 )
-
-if TYPE_CHECKING:
-    from eval.engine_faults.following import Opened
-    from eval.engine_faults.world import World
+from kvcomm.lab.answers import Choice
 
 LOGPROB_TOLERANCE = 2e-3
 
 
-@dataclass(eq=False)
-class Asked:
-    """A request as its caller knows it.
+class Circumstances(Protocol):
+    """Under which requests were made; see `World`, which is one."""
 
-    Attributes:
-        tokens: of the whole prompt, the context's own included.
-        weights: in force when it was made.
-        may_move: its caller allows moved KV.
-        is_invalid: one of its values must be refused.
-        is_first: nobody of its tenant has asked before.
-        opened: the open prompt that it was, which knows its tokens once the answers that it follows are there.
-        num_followed: tokens that those may have, as long as they are not.
-        is_hurried: it may be given up for taking too long.
-        was_cancelled, context_was_busy, context_was_released, held_other_weights: what it may meet for that reason.
-        submitted: on the monotonic clock.
-        num_fired: by point, faults fired before it was made.
-    """
+    weights_have_changed: bool
+    is_closed: bool
+    tenants_with_quota: set[str]
 
-    tokens: tuple[int, ...]
-    params: SamplingParams
-    weights: Weights
-    tenant: str
-    num_fired: Counter[str]
-    may_move: bool = False
-    is_invalid: bool = False
-    is_first: bool = False
-    opened: Opened | None = None
-    num_followed: int = 0
-    is_hurried: bool = False
-    was_cancelled: bool = False
-    context_was_busy: bool = False
-    context_was_released: bool = False
-    held_other_weights: bool = False
-    submitted: float = field(default_factory=time.monotonic)
+    @property
+    def num_pages(self) -> int:
+        """Of the pool."""
 
-    def __repr__(self) -> str:
-        return f"prompt {list(self.tokens)}, {self.params}, tenant {self.tenant!r}, {self.weights}"
+    def num_pages_at_most(self, asked: Asked) -> int:
+        """That a request can need."""
+
+    def num_pages_at_least(self, asked: Asked) -> int:
+        """That a request must need."""
+
+    def was_held_since(self, moment: float) -> bool:
+        """Whether somebody held pages at or after a moment."""
+
+    def note_lost(self, error: BaseException) -> None:
+        """The engine is of no use any more."""
 
 
 class Oracle:
     """One for each engine that lives; `world` says what it was asked to hold."""
 
-    def __init__(self, world: World, reference: Reference, faults: Faults, findings: Findings) -> None:
+    def __init__(self, world: Circumstances, reference: Reference, faults: Faults, findings: Findings) -> None:
         self._world = world
         self._reference = reference
         self._faults = faults

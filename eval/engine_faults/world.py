@@ -13,22 +13,18 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from eval.engine_faults.faults import Faults, FragileTokenizer, chained
 from eval.engine_faults.findings import Findings, Harm
-from eval.engine_faults.oracle import Asked, Oracle
+from eval.engine_faults.oracle import Oracle
 from eval.engine_faults.patience import Patience
+from eval.engine_faults.records import Asked, Flight, Held, Opened, Pin, Saved
 from eval.engine_faults.reference import Reference
 from eval.engine_faults.subject import Subject, Weights
 from eval.engine_faults.values import SPECIAL
-from kvcomm import Completion, Context, Engine, EngineConfig, SamplingParams, Segment
-from kvcomm.engine.handle import RequestHandle
-
-if TYPE_CHECKING:
-    from eval.engine_faults.following import Opened
+from kvcomm import Completion, Engine, EngineConfig, RequestHandle, SamplingParams, Segment
 
 PROBE = tuple(range(40, 52))
 MAX_CONTEXTS = 5
@@ -37,52 +33,6 @@ MAX_OPEN = 4
 
 class Hung(Exception):
     """An engine gives no answer."""
-
-
-@dataclass(eq=False)
-class Held:
-    """A context and what is known about it.
-
-    Attributes:
-        weights: that computed it.
-        adapter: that it names; None: it goes by what is active.
-        flight: runs on it, or ran and was not looked at yet.
-    """
-
-    context: Context
-    tenant: str
-    weights: Weights
-    adapter: str | None = None
-    flight: Flight | None = None
-
-
-@dataclass(eq=False)
-class Flight:
-    """A request somebody will ask about later. `before` and `added` are the tokens of a context that lent itself."""
-
-    asked: Asked
-    handle: RequestHandle
-    on: Held | None = None
-    before: tuple[int, ...] = ()
-
-
-class Pin(NamedTuple):
-    """A prompt of which `num_tokens` were cached when it was pinned."""
-
-    tokens: tuple[int, ...]
-    tenant: str
-    weights: Weights
-    num_tokens: int
-
-
-class Saved(NamedTuple):
-    """A snapshot and what is in it."""
-
-    file: Path
-    tokens: tuple[int, ...]
-    tenant: str
-    weights: Weights
-    adapter: str | None
 
 
 class World:
@@ -433,9 +383,9 @@ class World:
         self._has_forgotten = False  # the collector has been there: a forgotten context holds nothing any more
         self._require_idle()
         self.pins.clear()
-        self.engine.clear_cache()
+        self.engine.cache.clear()
         self.has_pinned = False
-        stats = self.engine.memory_stats()
+        stats = self.engine.cache.stats()
         return stats.num_pages - stats.num_free
 
     def _require_idle(self) -> None:
@@ -445,7 +395,7 @@ class World:
     def _judge_pins(self) -> None:
         for pin in self.pins:
             if pin.weights == self.subject.weights:
-                num_cached = self.engine.num_cached(list(pin.tokens), tenant=pin.tenant)
+                num_cached = self.engine.cache.num_cached(list(pin.tokens), tenant=pin.tenant)
                 if num_cached < pin.num_tokens:
                     self.findings.wrong("pinned tokens are gone", f"{num_cached} of {pin}")
 

@@ -25,9 +25,9 @@ from eval.firstday.workloads import WORKLOADS, Wanted, Workload, make_workload
 from eval.tasks.progress import Phases
 from eval.workload import note
 from kvcomm import Engine, KVCommError
-from kvcomm.align.bound import Bound
-from kvcomm.align.prior import find_prior, read_prior, require_prior_fits
 from kvcomm.errors import InvalidRequest
+from kvcomm.lab.bounds import Bound
+from kvcomm.lab.priors import find_prior, read_prior, require_prior_fits
 
 ALL = "all"
 

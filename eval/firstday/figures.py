@@ -9,7 +9,7 @@ import numpy as np
 
 from eval.figures import Figure
 from eval.firstday.records import Call, Part, Served
-from kvcomm.align.intervals import violation_limit, wilson
+from kvcomm.lab.bounds import violation_limit, wilson
 
 EARLY, LATE = (3, 12), (21, 40)
 """Requests of which shares are taken, first and last."""

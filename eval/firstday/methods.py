@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kvcomm import Engine, ReusePolicy
+from kvcomm import Engine, ReusePolicy, Segment
 from kvcomm.errors import InvalidRequest
 from kvcomm.lab.methods import METHODS, add_to
-from kvcomm.memory.segments import Segment
 
 PAPER = "paper"
 """The estimator that needs anchors; it learns them from every prompt."""
@@ -22,8 +21,10 @@ class Laboratory:
     """An engine on which methods are measured."""
 
     def __init__(self, engine: Engine, names: Sequence[str]) -> None:
-        """Args:
-        engine: to be used by nobody else.
+        """Make one.
+
+        Args:
+            engine: to be used by nobody else.
 
         Raises:
             InvalidRequest: an unknown method; lists the known ones.
@@ -49,7 +50,7 @@ class Laboratory:
         self, names: Sequence[str], prompt: Sequence[Segment], answer: Sequence[int], share: float
     ) -> dict[str, float]:
         rungs = [replace(METHODS[name], share=share) for name in names]
-        outcomes = self._engine.measure(prompt, answer, rungs).result()
+        outcomes = self._engine.reuse.measure(prompt, answer, rungs).result()
         if not outcomes:  # nothing of the prompt can be moved here
             return {}
         return {name: outcome.divergence for name, outcome in zip(names, outcomes, strict=True)}
@@ -57,7 +58,7 @@ class Laboratory:
     def read(self, prompt: Sequence[Segment]) -> None:
         """Read a prompt exactly: its texts can be moved from here, and the method with anchors learns from it."""
         if PAPER in self._names:
-            self._engine.learn(prompt, estimators=(PAPER,)).result()
+            self._engine.reuse.learn(prompt, estimators=(PAPER,)).result()
         self._engine.context(prompt, policy=ReusePolicy.exact()).release()
 
 

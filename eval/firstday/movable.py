@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from kvcomm.memory.segments import Segment
-from kvcomm.reuse.plan import Reason, Span, SpanKind
+from kvcomm import Segment
+from kvcomm.lab.moving import Reason, Span, SpanKind
 
 NO_SOURCE = frozenset({Reason.NO_SOURCE, Reason.LAST_TOKEN, Reason.IMMOVABLE})
 """Reasons by which text is computed that could not have been moved, also if it was known."""

@@ -21,9 +21,10 @@ from eval.tasks.progress import Phases
 from eval.tasks.rows import digest_of
 from eval.workload import note
 from kvcomm import Engine, EngineConfig, ReusePolicy
-from kvcomm.align.bound import Bound
-from kvcomm.align.prior import Prior
 from kvcomm.errors import InvalidRequest
+from kvcomm.lab.bounds import Bound
+from kvcomm.lab.moving import learning_s
+from kvcomm.lab.priors import Prior
 
 CONFIG = EngineConfig(pool_bytes=4 * 2**30)
 """Pools hold a day's prompts; untouched pages cost no memory on a CPU."""
@@ -48,12 +49,14 @@ class Evaluation:
         *,
         fresh: bool,
     ) -> None:
-        """Args:
-        twin: of the model that is evaluated; used by nobody else.
-        prior: of the model; parts that use it leave out what was measured in their workload.
-        methods: to be compared with on `RAG`.
-        folder: where requests are kept.
-        fresh: keep nothing of an earlier run.
+        """Make one.
+
+        Args:
+            twin: of the model that is evaluated; used by nobody else.
+            prior: of the model; parts that use it leave out what was measured in their workload.
+            methods: to be compared with on `RAG`.
+            folder: where requests are kept.
+            fresh: keep nothing of an earlier run.
         """
         self._twin = twin
         self._workloads = workloads
@@ -84,7 +87,7 @@ class Evaluation:
 
     def _served(self, part: Part, workload: Workload, methods: Sequence[str]) -> Iterator[Served]:
         policy = ReusePolicy(part.bound.max_divergence, part.bound.confidence)
-        self._twin.clear_cache()
+        self._twin.cache.clear()
         with self._engine(part) as engine, self._laboratory(methods) as laboratory:
             yield from Server(engine, self._twin, workload, policy, learning_s, laboratory).serve()
 
@@ -123,11 +126,6 @@ def parts_of(
         note("no prior ships for this model: measured without one")
     ways = (False, True) if uses_prior is None and prior is not None else (bool(uses_prior),)
     return [Part(name, way, bound) for name in workloads for way in ways for bound in bounds]
-
-
-def learning_s(engine: Engine) -> float:
-    """Seconds that an engine has spent beside requests: on anchors, pairs and audits."""
-    return engine.reuse.idle.worked_s
 
 
 def _settings(twin: Engine, workload: Workload, methods: Sequence[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from eval.firstday.movable import RECOMPUTED
 from eval.tasks.records import RecordFile
-from kvcomm.align.bound import Bound
+from kvcomm.lab.bounds import Bound
 
 
 @dataclass(frozen=True)

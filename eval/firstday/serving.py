@@ -19,12 +19,20 @@ from eval.firstday.methods import Laboratory
 from eval.firstday.movable import TokenIds, movable_of
 from eval.firstday.records import Call, Served
 from eval.firstday.workloads import Workload
-from kvcomm import Completion, Context, Engine, KVCommAgentGroup, ReusePolicy, SamplingParams, Usage
-from kvcomm.agents.graph import AgentGraph, Task
-from kvcomm.agents.results import AgentResult
-from kvcomm.engine.handle import RequestHandle
-from kvcomm.memory.segments import Segment
-from kvcomm.reuse.replay import NUM_CONTINUATION
+from kvcomm import (
+    Completion,
+    Context,
+    Engine,
+    KVCommAgentGroup,
+    RequestHandle,
+    ReusePolicy,
+    SamplingParams,
+    Segment,
+    Usage,
+)
+from kvcomm.agents import AgentResult
+from kvcomm.lab.moving import NUM_CONTINUATION
+from kvcomm.lab.teams import AgentGraph, Task
 
 EXACT = ReusePolicy.exact()
 
@@ -98,11 +106,13 @@ class Server:
         learning_s: Callable[[Engine], float],
         laboratory: Laboratory | None = None,
     ) -> None:
-        """Args:
-        engine: fresh; never idle for long enough to think that nobody asks any more.
-        twin: of the same model, with nothing in its cache.
-        learning_s: seconds that an engine has spent on learning.
-        laboratory: measures other methods on the same prompts; None: nobody does.
+        """Make one.
+
+        Args:
+            engine: fresh; never idle for long enough to think that nobody asks any more.
+            twin: of the same model, with nothing in its cache.
+            learning_s: seconds that an engine has spent on learning.
+            laboratory: measures other methods on the same prompts; None: nobody does.
         """
         self._engine = engine
         self._here, self._twin = Keeper(engine), Keeper(twin)
@@ -130,7 +140,7 @@ class Server:
                 finally:
                     self._here.release()
                 waited_s = held_s - answered_s
-                num_pairs = sum(len(standing.pairs) for standing in self._engine.readers())
+                num_pairs = sum(len(standing.pairs) for standing in self._engine.reuse.readers())
                 yield Served(number, held_s - began_s, learned_s - before_s, calls, num_pairs)
 
     def _calls(self, results: Mapping[str, AgentResult], waited_s: float) -> tuple[Call, ...]:
@@ -158,7 +168,7 @@ class Server:
 
     def _ask_twin(self, kept: Sequence[Kept], looks: Sequence[bool]) -> list[Twin]:
         """Exact first tokens, and the exact continuation of those that are looked at; all at once, as here."""
-        with self._twin.engine.lock:
+        with self._twin.engine.held():
             for each, is_audited in zip(kept, looks, strict=True):
                 sampling = SamplingParams(max_new_tokens=NUM_CONTINUATION if is_audited else 1)
                 self._twin.submit(each.prompt, sampling, policy=EXACT)

@@ -18,7 +18,7 @@ from eval.data_files import json_of, rows_of, text_of
 from eval.firstday.cutting import CountTokens, cut, pieces
 from eval.firstday.data_folder import files, find
 from kvcomm import Agent
-from kvcomm.agents.team import Team
+from kvcomm.agents import Team
 from kvcomm.errors import InvalidRequest
 
 NUM_NOTES = 6

@@ -22,9 +22,9 @@ from eval.tasks.rows import chosen, load_rows
 from eval.tasks.task import Task
 from eval.tasks.topology import wire
 from kvcomm import Agent, Engine, SamplingParams
-from kvcomm.agents.example_runs import limited
-from kvcomm.agents.team import Team, load_team
+from kvcomm.agents import Team, load_team
 from kvcomm.errors import InvalidRequest
+from kvcomm.lab.teams import limited
 
 MAX_PROMPT = 1200
 """Tokens of a prompt that is put together here; half of what the model may see, if that is less."""

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from eval.gpu.kernels import ROWS, synchronize, timed
 from eval.gpu.records import Recorder
 from kvcomm import Engine
+from kvcomm.lab.kernels import described
 from kvcomm.lab.timings import TakeTokens
-from kvcomm.model.self_test import described
 
 Forward = Callable[[Tensor], Tensor]
 

@@ -19,25 +19,32 @@ import torch
 from torch import Tensor
 
 from eval.gpu.records import Recorder
-from eval.kernels import kv_bytes, make_anchors, make_neighbors
-from kvcomm.align.ops import reference
-from kvcomm.align.ops.contract import LayerStore, Ops, Place
-from kvcomm.align.ops.triton_launch import Mover
 from kvcomm.errors import InvalidRequest
+from kvcomm.lab.kernels import (
+    AttentionBackend,
+    AttentionStep,
+    FlashInferBackend,
+    LayerStore,
+    Ops,
+    Place,
+    RunTable,
+    TorchBackend,
+    TritonBackend,
+    described,
+    kv_bytes,
+    made_layers,
+    made_neighbors,
+    made_offsets,
+    make_ops,
+    paged_attention_reference,
+    untested_triton_ops,
+)
 from kvcomm.lab.timings import Samples
-from kvcomm.model.attention.contract import AttentionBackend, AttentionStep, RunTable
-from kvcomm.model.attention.flashinfer import FlashInferBackend
-from kvcomm.model.attention.reference import paged_attention_reference
-from kvcomm.model.attention.torch_backend import TorchBackend
-from kvcomm.model.attention.triton import TritonBackend
-from kvcomm.model.rope import RopeGeometry
-from kvcomm.model.self_test import described
 
 PAGE_SIZE = 16
 ROWS = (1, 8, 32)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NUM_NEIGHBORS, NUM_ANCHORS = 8, 512
-ROPE_BASE = 1e4
 
 
 class Case(NamedTuple):
@@ -229,11 +236,11 @@ def _moving(
     name: str, what: str, ops_name: str, options: Namespace, record: Recorder, rate: float | None, dtype: torch.dtype
 ) -> Work:
     def work() -> None:
-        layers = _layers(options, dtype)
-        num_tokens = options.prefill_tokens
+        num_tokens, size = options.prefill_tokens, (options.key_heads, options.head_dim)
+        layers = made_layers(options.layers, 2 * num_tokens, *size, dtype=dtype, device=options.device)
         source, target = Place(slice(0, num_tokens), 100), Place(slice(num_tokens, 2 * num_tokens), 900)
-        offsets = make_anchors(layers, NUM_ANCHORS)
-        neighbors = make_neighbors(layers, num_tokens, NUM_NEIGHBORS, NUM_ANCHORS)
+        offsets = made_offsets(layers, NUM_ANCHORS)
+        neighbors = made_neighbors(layers, num_tokens, NUM_NEIGHBORS, NUM_ANCHORS)
 
         def move(ops: Ops) -> None:
             if what == "rotate":
@@ -241,11 +248,11 @@ def _moving(
             else:
                 ops.align(layers, source, target, offsets, neighbors)
 
-        ops = _ops(ops_name)
+        ops = _ops(ops_name, options)
         move(ops)
         if ops_name != "reference":
             mine = [_at(layers, target)[i].clone() for i in range(2)]
-            move(_ops("reference"))
+            move(_ops("reference", options))
             both = zip(mine, _at(layers, target), strict=True)
             record.figure(f"{name}_error", max(float((a.float() - b.float()).abs().max()) for a, b in both), "")
         if rate is None:
@@ -260,22 +267,8 @@ def _moving(
     return work
 
 
-def _ops(name: str) -> Ops:
-    if name == "reference":
-        return Ops(reference.rotate, reference.align)
-    mover = Mover()
-    return Ops(mover.rotate, mover.align)
-
-
-def _layers(options: Namespace, dtype: torch.dtype) -> Sequence[LayerStore]:
-    inv_freq = tuple(ROPE_BASE ** (-pair / options.head_dim) for pair in range(0, options.head_dim, 2))
-    rope = RopeGeometry("default", inv_freq, interleaved=False)
-    shape = (2 * options.prefill_tokens, options.key_heads, options.head_dim)
-
-    def stored() -> Tensor:
-        return torch.randn(shape, dtype=dtype, device=options.device)
-
-    return [LayerStore(stored(), stored(), rope) for _ in range(options.layers)]
+def _ops(name: str, options: Namespace) -> Ops:
+    return untested_triton_ops() if name == "triton" else make_ops(name, options.device)
 
 
 def _at(layers: Sequence[LayerStore], place: Place) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,8 @@ from eval.gpu import compiling, kernels, paper, passes, testing
 from eval.gpu.records import Clock, Recorder
 from eval.workload import text_tokens
 from kvcomm import Engine, EngineConfig
+from kvcomm.lab.kernels import described
 from kvcomm.lab.timings import TakeTokens, random_tokens, warm_up
-from kvcomm.model.self_test import described
 
 OnEngine = Callable[[Engine, TakeTokens, Namespace, Recorder], None]
 
@@ -61,7 +61,7 @@ def run_part(name: str, options: Namespace, seconds: float, file: Path) -> None:
 def _with_engine(measure: OnEngine, options: Namespace, record: Recorder) -> None:
     config = EngineConfig(pool_tokens=options.pool_tokens, attention=options.attention)
     with Engine.load(options.model, dtype=options.dtype, device=options.device, config=config) as engine:
-        record.setting(attention=engine.backend.name, dtype=str(engine.model.dtype).removeprefix("torch."))
+        record.setting(attention=engine.attention, dtype=str(engine.model.dtype).removeprefix("torch."))
         take = random_tokens(engine, seed=options.seed)
         if options.data is not None:
             take = text_tokens(engine, options.data)

@@ -37,7 +37,7 @@ def _prefill(engine: Engine, stock: Stock, take: TakeTokens, options: Namespace,
             record.cut(f"round {index} of prefills")
             break
         prompt = take(options.prefill_tokens)
-        engine.clear_cache()
+        engine.cache.clear()
         pair = time_request(engine, prompt)[0], stock.prefill_s(prompt, use_cache=True)
         if index:
             own_s.append(pair[0])

@@ -14,9 +14,7 @@ from importlib.util import find_spec
 import torch
 
 from eval.gpu.records import Recorder
-from kvcomm.align.ops.self_test import TRITON_MOVES
-from kvcomm.model.attention.self_test import TRITON_ATTENTION
-from kvcomm.model.self_test import TIMEOUT_S, in_a_process
+from kvcomm.lab.kernels import TIMEOUT_S, TRITON_ATTENTION, TRITON_MOVES, in_a_process
 
 TESTS = {"attention": TRITON_ATTENTION, "moves": TRITON_MOVES}
 

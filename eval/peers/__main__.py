@@ -34,8 +34,7 @@ from eval.peers.same_tokens import same_token_figures
 from eval.workload import note
 from kvcomm import KVCommError
 from kvcomm.errors import InvalidRequest, ServerError
-from kvcomm.model.packaged import fetch_model
-from kvcomm.model.registry import PACKAGED
+from kvcomm.lab.models import PACKAGED, fetch_model
 
 PARTS = ("first", "streams", "shifted", "team", "tokens")
 SERVED = PARTS[:-1]

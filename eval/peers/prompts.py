@@ -78,8 +78,10 @@ class Texts:
     """Hands out stretches of text, each once."""
 
     def __init__(self, tokenizer_file: Path) -> None:
-        """Args:
-        tokenizer_file: tokenizer.json of the model.
+        """Make one.
+
+        Args:
+            tokenizer_file: tokenizer.json of the model.
 
         Raises:
             InvalidRequest: there is none, or this project's files are not there.

@@ -68,7 +68,7 @@ def _cached(engine: Engine, prompts: Sequence[list[int]], sampling: SamplingPara
 
 def _together(engine: Engine, prompts: Sequence[list[int]], sampling: SamplingParams) -> Answers:
     def batch(some: Sequence[list[int]]) -> Answers:
-        with engine.lock:  # no step starts before all are in
+        with engine.held():  # no step starts before all are in
             handles = [engine.submit(prompt, sampling) for prompt in some]
         return [handle.result().token_ids for handle in handles]
 

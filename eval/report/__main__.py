@@ -21,7 +21,7 @@ from eval.figures import PIPE_WIDTH
 from eval.tasks.analysis import analyse
 from eval.tasks.samples import SampleFile
 from kvcomm.errors import InvalidRequest
-from kvcomm.files.reading import BadContent, parse_json, read_bytes
+from kvcomm.lab.files import BadContent, parse_json, read_bytes
 
 Values = Mapping[str, Any]
 

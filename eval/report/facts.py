@@ -20,8 +20,8 @@ from eval.tasks.options import COLD_CONFIG
 from eval.tasks.rows import digest_of, split_file
 from eval.tasks.work import Work
 from kvcomm import Engine
-from kvcomm.agents.team import packaged_teams
-from kvcomm.files.reading import read_bytes
+from kvcomm.agents import packaged_teams
+from kvcomm.lab.files import read_bytes
 
 PACKAGES = ("datasets", "tokenizers", "faiss-cpu", "numba", "statsmodels", "matplotlib")
 """Besides those of every evaluation."""
@@ -34,9 +34,9 @@ def facts_of(engine: Engine, work: Work, modes: Sequence[Mode], options: Namespa
         "model": {
             "name": str(options.model),
             "namespace": engine.namespace(),
-            "dtype": str(engine.geometry.dtype),
+            "dtype": str(engine.dtype),
             "device": str(engine.model.device),
-            "attention": engine.backend.name,
+            "attention": engine.attention,
             "torch_threads": torch.get_num_threads(),
         },
         "modes": {mode.name: mode.describe() for mode in modes},
@@ -52,7 +52,7 @@ def facts_of(engine: Engine, work: Work, modes: Sequence[Mode], options: Namespa
             "chat_template": _digest(getattr(engine.tokenizer, "chat_template", None)),
         },
         "seeds": {"questions": options.seed, "drawn_answers": options.seed},
-        "pool_bytes": engine.pool.num_pages * engine.pool.page_bytes,
+        "pool_bytes": engine.cache.num_pages * engine.cache.page_bytes,
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from eval.tasks.analysis import ModeResult
 from eval.tasks.task import Task
-from kvcomm.align.intervals import Interval
+from kvcomm.lab.bounds import Interval
 
 NONE = "-"
 

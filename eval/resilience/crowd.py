@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from eval.figures import Figure
 from eval.resilience.questions import OUTPUT_LEN, PATIENCE_S, Question, connect, wait_until
 from kvcomm.lab.load.process import ServerProcess
-from kvcomm.server.keys import Role, add_key
+from kvcomm.server import Role, add_key
 
 NUM_HALF_SENT = 256
 NUM_PROMPTS = 128

@@ -21,7 +21,7 @@ from eval.resilience.questions import (
 from kvcomm.errors import ServerError
 from kvcomm.lab.load.client import Client, Sample
 from kvcomm.lab.load.process import ServerProcess
-from kvcomm.server.keys import Role, add_key, remove_key
+from kvcomm.server import Role, add_key, remove_key
 
 CONTEXTS = "/v1/contexts"
 BIG = 3_900_000

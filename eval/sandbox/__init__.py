@@ -17,8 +17,9 @@ besides, up to a small number. With isolation "none", which nobody gets without 
 promised but the limits of time and memory of each process: programs have the user's files, network and rights.
 """
 
+from eval.sandbox.choosing import WAYS, NoIsolation, isolation, obstacle
 from eval.sandbox.running import MAX_OUTPUT, Limits, Tests, Verdict, judge, run_program
-from eval.sandbox.ways import NONE, WAYS, Isolation, NoIsolation, isolation, obstacle
+from eval.sandbox.ways import NONE, Isolation
 
 __all__ = [
     "MAX_OUTPUT",

@@ -1,10 +1,9 @@
-"""How a process is kept apart from everything else, and which of the ways works here.
+"""How a process is kept apart from everything else.
 
 A way is a command line that is put before the process's own. What a process sees is the same in all of them: the
 system's programs and libraries, the Python that runs this, the folder `inside` beside this file, four harmless
 devices, all read-only, and one empty folder in memory; no other process, no network, no environment. What it may ask
-of the kernel is the rest (`system_calls`). A way counts as working when a program that checks some of this has run in
-it.
+of the kernel is the rest (`system_calls`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 from eval.sandbox.system_calls import filter_program
-from kvcomm.errors import InvalidRequest
 
 INSIDE = Path(__file__).with_name("inside")
 FOLDER, FOLDER_BYTES = "/kvcomm-sandbox/work", 32 << 20
@@ -30,10 +28,6 @@ _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cach
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _CAPABILITIES_KEPT = ("CAP_SETUID", "CAP_SETGID")
 """Of a process that starts as root: it becomes another user before it runs anything that is not ours."""
-
-
-class NoIsolation(InvalidRequest):
-    """The system offers no way to keep a program apart."""
 
 
 @dataclass(frozen=True)
@@ -106,50 +100,6 @@ class Isolation:
 
 
 NONE = Isolation("none")
-WAYS = (
-    Isolation("bubblewrap", maps_user=False),
-    Isolation("bubblewrap"),
-    Isolation("namespaces", maps_user=False),
-    Isolation("namespaces"),
-)
-"""The best first."""
-
-
-@cache
-def obstacle(way: Isolation) -> str | None:
-    """Why a way does not work here; None: it does."""
-    if way == NONE:
-        return None
-    if sys.platform != "linux":
-        return "only Linux has what it takes"
-    if not way.maps_user and os.getuid() != 0:
-        return "only for root"
-    if way.name == "bubblewrap" and shutil.which("bwrap") is None:
-        return "bwrap is not installed"
-    from eval.sandbox.running import trial
-
-    return trial(way)
-
-
-def isolation(*, unsafe: bool = False) -> Isolation:
-    """The best way that works here.
-
-    Args:
-        unsafe: where none does, go on without.
-
-    Raises:
-        NoIsolation: none works; says why, and what would help.
-    """
-    found = next((way for way in WAYS if obstacle(way) is None), None)
-    if found is not None:
-        return found
-    if unsafe:
-        return NONE
-    reasons = "; ".join(f"{way}: {obstacle(way)}" for way in WAYS)
-    raise NoIsolation(
-        f"programs that a model wrote cannot be kept apart from this system ({reasons}). Install bubblewrap, or allow "
-        "user namespaces; --unsafe runs them with your rights, files and network"
-    )
 
 
 def _python(function: str, inside: str) -> list[str]:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from kvcomm import Engine, ReusePolicy, SamplingParams
-from kvcomm.engine.handle import RequestHandle
-from kvcomm.engine.spare import MIN_CHUNK
-from kvcomm.memory.segments import Segment
+from kvcomm import Engine, RequestHandle, ReusePolicy, SamplingParams, Segment
+from kvcomm.lab.answers import MIN_CHUNK
 
 NUM_LATE = MIN_CHUNK
 """Tokens of the newest answer that are not read when it ends: fewer are not worth a pass beside who writes them."""

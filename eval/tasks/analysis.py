@@ -13,7 +13,7 @@ from eval.tasks.replays import LEVELS, Divergence
 from eval.tasks.samples import Answer, Sample
 from eval.tasks.statistics import mcnemar, mean, median, pass_at_k
 from eval.tasks.timing import Timed
-from kvcomm.align.intervals import Interval, violation_limit, wilson
+from kvcomm.lab.bounds import Interval, violation_limit, wilson
 
 PASSES = (1, 2, 5, 10, 100)
 

@@ -10,13 +10,11 @@ from eval.tasks.samples import Answer, Sample, usage_values
 from eval.tasks.task import Row
 from eval.tasks.topology import role_of
 from eval.tasks.work import Work
-from kvcomm import Completion, Engine, ReusePolicy
-from kvcomm.agents.rendering import Filling, PromptRenderer
-from kvcomm.agents.templates import Slot
-from kvcomm.engine.request import ANSWER
-from kvcomm.engine.sampling import TokenLogprob
+from kvcomm import Completion, Engine, ReusePolicy, Segment
+from kvcomm.agents import Slot
 from kvcomm.errors import InvalidRequest
-from kvcomm.memory.segments import Segment
+from kvcomm.lab.answers import ANSWER, TokenLogprob
+from kvcomm.lab.teams import Filling, PromptRenderer
 
 DENSELY, EXACTLY = Mode(DENSE, ReusePolicy.exact()), Mode(EXACT, ReusePolicy.exact())
 

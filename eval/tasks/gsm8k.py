@@ -27,8 +27,10 @@ class Gsm8k:
     tools: Mapping[str, str] = {"programmer": "The program prints"}
 
     def __init__(self, *, unsafe: bool = False) -> None:
-        """Args:
-        unsafe: run programs even where the system cannot keep them apart.
+        """Make one.
+
+        Args:
+            unsafe: run programs even where the system cannot keep them apart.
         """
         self._unsafe = unsafe
 

@@ -47,9 +47,11 @@ class HumanEval:
     tools: Mapping[str, str] = {"coder": "On the examples of the docstring it gets"}
 
     def __init__(self, limits: Limits | None = None, *, unsafe: bool = False) -> None:
-        """Args:
-        limits: of every program that is judged.
-        unsafe: run programs even where the system cannot keep them apart.
+        """Make one.
+
+        Args:
+            limits: of every program that is judged.
+            unsafe: run programs even where the system cannot keep them apart.
         """
         self._limits = limits or Limits()
         self._unsafe = unsafe

@@ -35,8 +35,10 @@ class Mmlu:
     tools: Mapping[str, str] = {}
 
     def __init__(self, examples: Sequence[Row], num_shots: int = NUM_SHOTS) -> None:
-        """Args:
-        examples: rows of the dev split.
+        """Make one.
+
+        Args:
+            examples: rows of the dev split.
         """
         self._examples: dict[str, list[str]] = defaultdict(list)
         for row in examples:

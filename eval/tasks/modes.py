@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from kvcomm import ReusePolicy
-from kvcomm.align.bound import Bound
-from kvcomm.align.ladder import Rung
+from kvcomm import ReusePolicy, Rung
 from kvcomm.errors import InvalidRequest
+from kvcomm.lab.bounds import Bound
 from kvcomm.lab.methods import METHODS
 
 DENSE, EXACT, ALONG, KVCOMM, HEAL = "dense", "exact", "along", "kvcomm", "heal"

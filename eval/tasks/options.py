@@ -13,9 +13,9 @@ from eval.tasks.task import Row, Task
 from eval.tasks.topology import AGENTS, TOPOLOGIES, wire
 from eval.tasks.work import Work
 from kvcomm import EngineConfig, SamplingParams
-from kvcomm.agents.example_runs import limited
-from kvcomm.agents.team import Team, load_team
+from kvcomm.agents import Team, load_team
 from kvcomm.errors import InvalidRequest
+from kvcomm.lab.teams import limited
 
 CONFIG = EngineConfig(pool_bytes=6 * 2**30, idle_after_s=0.0)
 """Of the engine that reuses. The pool holds the prompts of many questions; untouched pages cost no memory on a CPU."""

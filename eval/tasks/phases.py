@@ -20,7 +20,7 @@ from eval.tasks.teaching import teach
 from eval.tasks.timing import Servers, time_modes
 from eval.tasks.work import Work
 from kvcomm import Engine
-from kvcomm.engine.engine import end_token_ids
+from kvcomm.lab.models import end_token_ids
 
 
 class Run:

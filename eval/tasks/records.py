@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from kvcomm.errors import InvalidRequest
-from kvcomm.files.reading import BadContent, decoded, parse_json, read_bytes
-from kvcomm.files.writing import locked
+from kvcomm.lab.files import BadContent, decoded, locked, parse_json, read_bytes
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -23,8 +22,10 @@ class RecordFile(Generic[Record]):
     """A file of JSON lines, one dataclass each. Records may be added from several threads and processes."""
 
     def __init__(self, file: Path, read: Callable[[Any], Record]) -> None:
-        """Args:
-        read: makes a record of a line's JSON value; may raise what a value of another form leads to.
+        """Make one.
+
+        Args:
+            read: makes a record of a line's JSON value; may raise what a value of another form leads to.
         """
         self.file = file
         self._read = read

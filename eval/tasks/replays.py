@@ -17,13 +17,10 @@ from eval.tasks.modes import DENSE, Mode
 from eval.tasks.records import RecordFile
 from eval.tasks.samples import Answer, Sample
 from eval.tasks.serving import Advance, Samples
-from kvcomm import Engine
-from kvcomm.align.calibration import Calibration, Pair
-from kvcomm.align.ladder import Rung
-from kvcomm.align.levels import Level
+from kvcomm import Engine, Rung, Segment
 from kvcomm.lab.anatomy import Anatomy, Dissection, dissect
-from kvcomm.memory.segments import Segment
-from kvcomm.reuse.replay import NUM_CONTINUATION
+from kvcomm.lab.bounds import Calibration, Level, pairs_of
+from kvcomm.lab.moving import NUM_CONTINUATION
 
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Confidences at which what calibration predicts is held against what is measured."""
@@ -98,7 +95,7 @@ def replay(
         missing = [mode for mode in replayed if (index, mode.name) not in done]
         if missing:
             file.add(_replayed(engine, stock, missing, truth, samples))
-            engine.clear_cache()
+            engine.cache.clear()
         advance(1)
 
 
@@ -152,19 +149,8 @@ def _predicted(engine: Engine, served: Served) -> dict[str, float]:
         return {}
     moved, rung = served.answer.usage["moved"], _rung(served)
     (ladder,) = (ladder for ladder in served.mode.policy.ladders if rung in ladder)
-    calibration = Calibration(ladder, _pairs(engine, moved["reader"], Level(moved["level"])))
+    calibration = Calibration(ladder, pairs_of(engine, Level(moved["level"]), moved["reader"]))
     return {str(level): calibration.predicted(ladder.index(rung), level) for level in LEVELS}
-
-
-def _pairs(engine: Engine, reader: str, level: Level) -> Sequence[Pair]:
-    """Those of a level, for one reader."""
-    book, namespace = engine.reuse.book, engine.namespace()
-    if level is Level.POOL:
-        return book.pool(namespace)
-    if level is Level.PRIOR:
-        return tuple(book.prior)
-    standing = book.find(namespace, reader)
-    return () if standing is None else tuple(standing.pairs)
 
 
 def _values(anatomy: Anatomy) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from eval.tasks.task import Row, Source, Split
 from kvcomm.errors import InvalidRequest
-from kvcomm.files.reading import open_regular
+from kvcomm.lab.files import open_regular
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 

@@ -13,8 +13,7 @@ from eval.tasks.replays import DivergenceFile
 from eval.tasks.samples import SampleFile
 from eval.tasks.timing import TimesFile
 from kvcomm.errors import InvalidRequest
-from kvcomm.files.reading import CONFIG_BYTES, BadContent, parse_json, read_bytes
-from kvcomm.files.writing import locked, replacing
+from kvcomm.lab.files import CONFIG_BYTES, BadContent, locked, parse_json, read_bytes, replacing
 
 TRAIN = "train_rows"
 

@@ -10,8 +10,7 @@ from typing import Any
 
 from eval.tasks.records import RecordFile
 from eval.tasks.task import Score
-from kvcomm import Usage
-from kvcomm.memory.segments import Segment
+from kvcomm import Segment, Usage
 
 Prompt = tuple[tuple[tuple[int, ...], str | None], ...]
 """(token ids, name of the slot or None) of every segment."""

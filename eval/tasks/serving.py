@@ -25,11 +25,8 @@ from eval.tasks.at_once import at_once
 from eval.tasks.modes import ALONG, DENSE, EXACT, HEAL, KVCOMM, Mode
 from eval.tasks.samples import Answer, Sample, SampleFile, usage_values
 from eval.tasks.work import NUM_LOGPROBS, Work
-from kvcomm import Completion, Engine, ReusePolicy
-from kvcomm.engine.handle import RequestHandle
-from kvcomm.engine.results import Chunk
-from kvcomm.engine.sampler import token_logprob
-from kvcomm.memory.segments import Segment
+from kvcomm import Chunk, Completion, Engine, RequestHandle, ReusePolicy, Segment
+from kvcomm.lab.answers import token_logprob
 
 WIDTH = 16
 """Questions that are served at the same time at most."""
@@ -63,7 +60,7 @@ def serve_by_engine(
         if wanted
     }
     for batch in batches(engine, sizes):
-        engine.clear_cache()
+        engine.cache.clear()
         read_roles(engine, team.roles)
 
         def serve(index: int) -> dict[str, Sample]:
@@ -73,7 +70,7 @@ def serve_by_engine(
             for name, sample in served.items():
                 files[name].add([sample])
             advance(len(served))
-    engine.clear_cache()
+    engine.cache.clear()
 
 
 def serve_stock(
@@ -132,7 +129,7 @@ def batches(engine: Engine, sizes: Mapping[int, int]) -> Iterator[list[int]]:
     Args:
         sizes: tokens of every question, by its index.
     """
-    room = POOL_SHARE * engine.pool.num_pages * engine.pool.page_size
+    room = POOL_SHARE * engine.cache.num_pages * engine.cache.page_size
     batch: list[int] = []
     taken = 0
     for index, size in sizes.items():

@@ -20,6 +20,7 @@ from eval.tasks.samples import Answer, Sample, SampleFile
 from eval.tasks.serving import WIDTH, Advance
 from eval.tasks.work import Work
 from kvcomm import Engine, ReusePolicy
+from kvcomm.lab.moving import anchor_bytes
 from kvcomm.lab.paper import PaperEstimator
 
 PAPER, TOKEN, ROTATE = PaperEstimator.name, "token", "rotate"
@@ -51,10 +52,10 @@ class Lesson:
     def read(self, engine: Engine, answer: Answer, *, teaches: bool) -> int:
         """Measure one prompt, and then let an engine learn from it; returns tokens kept by the published estimator."""
         for policy in self.policies if answer.token_ids else ():
-            engine.calibrate(answer.segments, answer.token_ids, policy).result()
+            engine.reuse.calibrate(answer.segments, answer.token_ids, policy).result()
         kept = 0
         for name in sorted(self.estimators) if teaches else ():
-            found = engine.learn(answer.segments, estimators=[name]).result()
+            found = engine.reuse.learn(answer.segments, estimators=[name]).result()
             kept += found if name == PAPER else 0
         return kept
 
@@ -73,7 +74,7 @@ def teach(
     """
     is_known = folder.exists()
     if is_known:
-        engine.load_anchors(folder)
+        engine.reuse.load(folder)
     lesson = Lesson.of(modes, is_known=is_known)
     num_questions = len(work.train) if lesson.policies else work.num_anchors if lesson.estimators else 0
     advance(len(work.train) - num_questions)
@@ -85,7 +86,7 @@ def teach(
             publish_answer(engine, answer)
         if teaches:
             lesson.paper_tokens.append(kept)
-        engine.clear_cache()
+        engine.cache.clear()
         advance(1)
     if lesson.policies:
         _keep(engine, folder)
@@ -101,7 +102,7 @@ def _answered(engine: Engine, work: Work, file: SampleFile, num_questions: int) 
         for sample in at_once(engine, lambda index: team.answer(index, work.train[index]), missing, WIDTH):
             file.add([sample])
             known[sample.index] = sample
-        engine.clear_cache()
+        engine.cache.clear()
         for index in indices:
             yield known[index]
 
@@ -110,13 +111,13 @@ def _keep(engine: Engine, folder: Path) -> None:
     """Save what was learned; the folder appears whole or not at all."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
         partial = Path(name) / folder.name
-        engine.save_anchors(partial)
+        engine.reuse.save(partial)
         partial.rename(folder)
 
 
 def _held_bytes(engine: Engine, lesson: Lesson) -> dict[str, int]:
     """The published estimator keeps source KV and offsets in float32, of a number of texts for every edge."""
-    banks = engine.reuse.anchors.banks(engine.namespace())
-    kv_bytes = FLOAT32_BYTES * engine.geometry.kv_bytes_per_token // engine.geometry.dtype.itemsize
+    token_bytes = engine.cache.page_bytes // engine.cache.page_size
+    kv_bytes = FLOAT32_BYTES * token_bytes // engine.dtype.itemsize
     kept = sum(lesson.paper_tokens[-PaperEstimator.max_texts :])
-    return {TOKEN: sum(bank.snapshot().num_bytes for bank in banks), PAPER: 2 * kv_bytes * kept, ROTATE: 0}
+    return {TOKEN: anchor_bytes(engine), PAPER: 2 * kv_bytes * kept, ROTATE: 0}

@@ -79,7 +79,7 @@ def time_modes(
 
 
 def _time_team(servers: Servers, work: Work, mode: Mode, truth: Sample, limit: int | None = None) -> list[Timed]:
-    servers.engine.clear_cache()
+    servers.engine.cache.clear()
     if not mode.is_stock and mode.name != DENSE:
         read_roles(servers.engine, (answer.segments[0] for answer in truth.answers.values()))
     found = []
@@ -93,7 +93,7 @@ def _time_team(servers: Servers, work: Work, mode: Mode, truth: Sample, limit: i
         found.append(Timed(truth.index, mode.name, name, **timed))
         if mode.moves and name != work.referee:
             publish_answer(servers.engine, whole)
-    servers.engine.clear_cache()
+    servers.engine.cache.clear()
     return found
 
 
@@ -106,7 +106,7 @@ def _ask(engine: Engine, mode: Mode, whole: Answer, num_tokens: int, agents: Seq
     held = 0
     for _ in handle:
         if not held:  # at the first token; the pages of the whole answer are taken by then
-            stats = engine.memory_stats()
+            stats = engine.cache.stats()
             held = (stats.num_pages - stats.num_free) * stats.page_bytes
     usage = handle.result().usage
     return {

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kvcomm.agents import Agent
-from kvcomm.agents.team import Team
+from kvcomm.agents import Agent, Team
 from kvcomm.errors import InvalidRequest
 
 TOPOLOGIES = ("full", "chain", "debate", "star")

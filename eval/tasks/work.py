@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from eval.tasks.task import Row, Score, Task
 from kvcomm import SamplingParams
-from kvcomm.agents.team import Team
-from kvcomm.reuse.replay import NUM_CONTINUATION
+from kvcomm.agents import Team
+from kvcomm.lab.moving import NUM_CONTINUATION
 
 NUM_LOGPROBS = 100
 """First tokens among which a task's texts are looked for."""

@@ -17,10 +17,8 @@ import torch
 from eval.stock import Stock
 from eval.ttft.team import ONE_TOKEN, Team, tokens_of
 from eval.workload import note
-from kvcomm import Completion, Engine, ReusePolicy, SamplingParams
-from kvcomm.engine.results import Usage
+from kvcomm import Completion, Engine, ReusePolicy, SamplingParams, Segment, Usage
 from kvcomm.errors import InvalidRequest
-from kvcomm.memory.segments import Segment
 
 PIECE = 32
 """Tokens of an output that come at once: about what an engine reads in a pass while others decode."""
@@ -49,7 +47,7 @@ def follow_team(team: Team, num_output_tokens: int) -> list[Completion]:
     engine, texts = team.engine, team.texts()
     team.restart()
     names = [output.name for output in texts.outputs]
-    with engine.lock:  # all prompts are open before the first step
+    with engine.held():  # all prompts are open before the first step
         opened = [engine.open_prompt(policy=ReusePolicy.exact()) for _ in team.agents]
         for agent, reader in enumerate(opened):
             for part in team.prompt(agent, texts):

@@ -40,11 +40,9 @@ from eval.ttft.following import Slowdown, measure_slowdown
 from eval.ttft.team import tokens_of
 from eval.workload import note, settings
 from kvcomm import Engine, KVCommAgentGroup, ReusePolicy, SamplingParams
-from kvcomm.agents.comparison import read_roles
-from kvcomm.agents.example_runs import BATCH, examples, run_all
-from kvcomm.agents.results import AgentResult, GroupResult
-from kvcomm.agents.team import Team, load_team
+from kvcomm.agents import AgentResult, GroupResult, Team, load_team
 from kvcomm.errors import InvalidRequest
+from kvcomm.lab.teams import BATCH, examples, read_roles, run_all
 from kvcomm.lab.timings import Samples, TakeTokens
 
 GOALS = {
@@ -205,7 +203,7 @@ def _questions(team: Team, engine: Engine, options: Namespace) -> tuple[list[dic
 def _earn(engine: Engine, team: Team, others: Sequence[Inputs], policy: ReusePolicy, options: Namespace) -> None:
     """Take what was learned from the folder, or learn and keep it there."""
     if options.anchors.exists():
-        profile = engine.load_anchors(options.anchors)
+        profile = engine.reuse.load(options.anchors)
         note(f"anchors and pairs of {len(profile.knowledge.readers)} readers taken from {options.anchors}")
         return
     num_exact = options.warm + -(-3 * options.calibration // 4)
@@ -216,8 +214,8 @@ def _earn(engine: Engine, team: Team, others: Sequence[Inputs], policy: ReusePol
     run_all(group, others[num_exact:], team, note)
     note("learning in idle time")
     engine.wait_idle()
-    engine.clear_cache()
-    engine.save_anchors(options.anchors)
+    engine.cache.clear()
+    engine.reuse.save(options.anchors)
 
 
 @dataclass(frozen=True)
@@ -248,7 +246,7 @@ class Bench:
 
     def forget(self) -> None:
         """Leave nothing but the role prompts in the cache."""
-        self.engine.clear_cache()
+        self.engine.cache.clear()
         read_roles(self.engine, self.team, self.inputs[0])
 
     def _question(self, turns: Turns, index: int) -> None:

@@ -25,10 +25,8 @@ from eval.ttft.along import follow, num_left, read_along
 from eval.ttft.grid import Row
 from eval.ttft.team import ONE_TOKEN, Sizes, Team, Texts, num_slot_tokens, tokens_of
 from eval.workload import note
-from kvcomm import Engine, ReusePolicy
-from kvcomm.align.ladder import Rung
+from kvcomm import Engine, ReusePolicy, Rung, Segment
 from kvcomm.lab.timings import Samples, TakeTokens
-from kvcomm.memory.segments import Segment
 
 WAYS = ("dense", "exact", "kvcomm", "along")
 COLUMNS = ("agent", "prompt tokens", *(f"{way} s" for way in WAYS), *(f"dense/{way}" for way in WAYS[1:]))
@@ -153,7 +151,7 @@ def _agent(team: Team, servers: Servers, texts: Texts, agent: int, found: FirstT
 def _along_s(servers: Servers, prompt: Sequence[Segment], *, reads: bool) -> float:
     """Seconds to the first token of an agent that reads along if it reads others at all."""
     engine, exact = servers.along, ReusePolicy.exact()
-    engine.clear_cache()
+    engine.cache.clear()
     engine.context(prompt[:1], policy=exact).release()
     if not reads:
         return engine.generate(prompt, ONE_TOKEN, policy=exact).usage.ttft_s

@@ -12,12 +12,9 @@ from dataclasses import dataclass, field
 from itertools import cycle, islice
 
 from eval.workload import note
-from kvcomm import Engine, ReusePolicy, SamplingParams
-from kvcomm.agents.results import AgentResult
-from kvcomm.engine.open_prompt import OpenPrompt
-from kvcomm.engine.results import Usage
+from kvcomm import Engine, OpenPrompt, ReusePolicy, SamplingParams, Segment, Usage
+from kvcomm.agents import AgentResult
 from kvcomm.lab.timings import Samples
-from kvcomm.memory.segments import Segment
 
 NUM_READERS = 3
 
@@ -83,7 +80,7 @@ def _answer(
     """Of all producers together; and the prompts of their readers, which are the caller's."""
     sampling, exact = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True), ReusePolicy.exact()
     producers = _producers(answers)
-    with engine.lock:  # nobody decodes before all are in
+    with engine.held():  # nobody decodes before all are in
         handles = [engine.submit(each.prompt, sampling, policy=exact) for each in producers]
         readers = [
             engine.open_prompt((role, *producers[0].prompt[1:]), policy=exact)

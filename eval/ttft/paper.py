@@ -33,11 +33,10 @@ from eval.ttft.along import FIRST_TOKEN, compare, follow, follow_team, num_left,
 from eval.ttft.first_tokens import MOVED
 from eval.ttft.team import ONE_TOKEN, Sizes, Team, Texts, num_slot_tokens, teach, tokens_of
 from eval.workload import note, settings
-from kvcomm import Completion, Engine, ReusePolicy
-from kvcomm.align.ladder import CORRECTED, Rung
+from kvcomm import Completion, Engine, ReusePolicy, Rung, Segment
 from kvcomm.errors import InvalidRequest
+from kvcomm.lab.moving import CORRECTED
 from kvcomm.lab.timings import Samples, TakeTokens
-from kvcomm.memory.segments import Segment
 
 GLUE_ONLY = ReusePolicy(max_divergence=1e6, confidence=0.5, basis="pool", rungs=CORRECTED, learn=False, audit=0.0)
 BOUND = ReusePolicy(max_divergence=0.05, confidence=0.95, basis="pool", learn=False, audit=0.0)
@@ -103,7 +102,7 @@ def _warm(team: Team, options: Namespace) -> None:
     engine = team.engine
     num_calibrated = 0 if options.quick else options.calibration
     if options.anchors is not None and options.anchors.exists():
-        profile = engine.load_anchors(options.anchors)
+        profile = engine.reuse.load(options.anchors)
         num_readers = len(profile.knowledge.readers)
         if num_readers != options.agents - 1:
             raise InvalidRequest(
@@ -119,7 +118,7 @@ def _warm(team: Team, options: Namespace) -> None:
         note(f"calibration: text {index + 1} of {num_calibrated}")
         team.calibrate(BOUND)
     if options.anchors is not None:
-        engine.save_anchors(options.anchors)
+        engine.reuse.save(options.anchors)
 
 
 def _round(team: Team, stock: Stock, servings: Sequence[Serving]) -> Iterator[tuple[str, float]]:
@@ -186,7 +185,7 @@ def _divergence(team: Team, prompt: Sequence[Segment], served: Completion, servi
     rungs = serving.policy.rungs if serving.rung is None else (serving.rung,)
     (rung,) = (rung for rung in rungs if str(rung) == report.rung)
     continuation = team.continuation(prompt)
-    (outcome,) = team.engine.measure(prompt, continuation, [rung]).result()
+    (outcome,) = team.engine.reuse.measure(prompt, continuation, [rung]).result()
     return outcome.divergence
 
 

@@ -12,14 +12,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from eval.workload import note
-from kvcomm import Engine, SamplingParams
-from kvcomm.agents.example_runs import publish
-from kvcomm.engine.handle import RequestHandle
+from kvcomm import Engine, RequestHandle, ReusePolicy, SamplingParams, Segment
 from kvcomm.errors import InvalidRequest
+from kvcomm.lab.moving import NUM_CONTINUATION
+from kvcomm.lab.teams import publish
 from kvcomm.lab.timings import TakeTokens
-from kvcomm.memory.segments import Segment
-from kvcomm.reuse.policy import ReusePolicy
-from kvcomm.reuse.replay import NUM_CONTINUATION
 
 ONE_TOKEN = SamplingParams(max_new_tokens=1, ignore_eos=True)
 
@@ -85,7 +82,7 @@ class Team:
         texts = self.texts()
         for agent in self.agents:
             if agent:
-                self.engine.learn(self.prompt(agent, texts)).result()
+                self.engine.reuse.learn(self.prompt(agent, texts)).result()
             self.publish(agent, texts)
         self.restart()
 
@@ -96,7 +93,7 @@ class Team:
         answers = [answer.result().token_ids for answer in [self._answer(prompt) for prompt in prompts[1:]]]
         self.restart()
         for agent in self.agents:
-            if agent and self.engine.calibrate(prompts[agent], answers[agent - 1], policy).result() is None:
+            if agent and self.engine.reuse.calibrate(prompts[agent], answers[agent - 1], policy).result() is None:
                 raise InvalidRequest(f"nothing of agent {agent + 1}'s prompt can be moved")
             self.publish(agent, texts)
         self.restart()
@@ -107,7 +104,7 @@ class Team:
 
     def restart(self) -> None:
         """Forget everything but the roles."""
-        self.engine.clear_cache()
+        self.engine.cache.clear()
         for agent in self.agents:
             self.read_role(agent)
 

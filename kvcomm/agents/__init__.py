@@ -19,7 +19,7 @@ from kvcomm.agents.search import beam, best_first, mcts
 from kvcomm.agents.team import Team, load_team, packaged_teams
 from kvcomm.agents.templates import Slot, parse_template
 from kvcomm.agents.thoughts import SampleThoughts, Thought
-from kvcomm.engine.chat import Static
+from kvcomm.engine.chat_template import Static
 from kvcomm.errors import AgentFailed
 
 __all__ = [

@@ -106,8 +106,10 @@ class Comparison:
     """
 
     def __init__(self, engine: Engine, team: Team) -> None:
-        """Args:
-        engine: on which KV is moved.
+        """Make one.
+
+        Args:
+            engine: on which KV is moved.
         """
         self._engine = engine
         self._agents = {agent.name: AgentReuse(agent.name) for agent in team.agents}
@@ -137,10 +139,10 @@ class Comparison:
         self._num_audited = self._count_audits()
 
     def _count_audits(self) -> dict[str, int]:
-        return {standing.reader.digest: standing.num_audited for standing in self._engine.readers()}
+        return {standing.reader.digest: standing.num_audited for standing in self._engine.reuse.readers()}
 
     def _audited_since(self, reader: str) -> list[float]:
-        (standing,) = (each for each in self._engine.readers() if each.reader.digest == reader)
+        (standing,) = (each for each in self._engine.reuse.readers() if each.reader.digest == reader)
         count = standing.num_audited - self._num_audited.get(reader, 0)
         return [audit.divergence for audit in list(standing.audits)[-count:]] if count else []
 
@@ -214,7 +216,7 @@ def in_turns(
             Way.MOVED: team.group(engine, policy=watched(policy), read_along=False),
             Way.HEALED: team.group(engine, policy=healing(policy), read_along=False),
         }
-        engine.clear_cache()
+        engine.cache.clear()
         read_roles(engine, team, inputs[0])
         _move_once(engine, team, inputs[0], policy)
         engine.wait_idle()
@@ -222,7 +224,7 @@ def in_turns(
             first = index % len(Way)
             results = {}
             for way in [*Way][first:] + [*Way][:first]:
-                groups[way].engine.clear_cache()
+                groups[way].engine.cache.clear()
                 read_roles(groups[way].engine, team, inputs[0])
                 groups[way].engine.wait_idle()
                 results[way] = answer(groups[way], {**team.inputs, **each}, index, way)

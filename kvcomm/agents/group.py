@@ -203,7 +203,7 @@ class KVCommAgentGroup:
 
     def _status(self, agent: Agent) -> ReaderStatus:
         prompt = self._renderer.render(agent).fill({})
-        return self._engine.reuse_status(prompt, policy=self.policy, tenant=self._tenant, adapter=agent.adapter)
+        return self._engine.reuse.status(prompt, policy=self.policy, tenant=self._tenant, adapter=agent.adapter)
 
     def close(self) -> None:
         """Close the engine if the group made it; an engine that was given stays open."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from kvcomm.agents.agent import Agent
 from kvcomm.agents.templates import Part, Slot
-from kvcomm.engine.chat import ChatTemplate, Static
+from kvcomm.engine.chat_template import ChatTemplate, Static
 from kvcomm.engine.marks import Marks
 from kvcomm.errors import TemplateError
 from kvcomm.memory.segments import Segment

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from html import escape
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from kvcomm import pictures
 from kvcomm.memory.segments import Segment
 from kvcomm.plain import Plain, plain, short
 
@@ -90,6 +92,20 @@ class GroupResult(Mapping[str, AgentResult]):
 
     def __len__(self) -> int:
         return len(self.rounds[-1])
+
+    def _repr_html_(self) -> str:
+        several = len(self.rounds) > 1
+        rows = [
+            [
+                escape(f"{answer.name}, round {answer.round}" if several else answer.name),
+                pictures.bar(answer.usage.sources),
+                f"{answer.usage.ttft_s:.3g} s",
+                pictures.shown(answer.text),
+            ]
+            for answers in self.rounds
+            for answer in answers.values()
+        ]
+        return pictures.table(["agent", "prompt", "first token", "answer"], rows)
 
     def __repr__(self) -> str:
         shown = [f"{answer.name}: {short(answer.text)}" for answer in self.final[:MAX_SHOWN]]

@@ -52,7 +52,7 @@ class RunPlan:
     def check_adapters(self) -> None:
         """Raise UnknownAdapter for an agent whose adapter the engine does not have."""
         wanted = {agent.adapter: agent.name for agent in self.graph.agents if agent.adapter is not None}
-        known = self.engine.adapters if wanted else ()
+        known = self.engine.adapters.names if wanted else ()
         for adapter, name in wanted.items():
             if adapter not in known:
                 listed = ", ".join(known) or "none"
@@ -64,7 +64,7 @@ class RunPlan:
             grammar = self.sampling_of(agent).grammar
             if grammar is not None:
                 try:
-                    self.engine.compile_grammar(grammar, tenant=self.tenant)
+                    self.engine.grammars.compile(grammar, owner=self.tenant)
                 except InvalidRequest as error:
                     raise InvalidRequest(f"agent {agent.name!r}: {error}") from error
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvcomm.engine.chat import Static
+from kvcomm.engine.chat_template import Static
 from kvcomm.errors import TemplateError
 
 NAME_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")

@@ -18,7 +18,7 @@ from kvcomm.errors import InvalidRequest
 if TYPE_CHECKING:
     from kvcomm.engine.context import Context
     from kvcomm.engine.handle import RequestHandle
-    from kvcomm.engine.prompts import Prompt
+    from kvcomm.memory.segments import Prompt
 
 
 @dataclass(frozen=True)

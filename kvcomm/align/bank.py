@@ -43,7 +43,7 @@ class BankShape(NamedTuple):
 
     @classmethod
     def of(cls, geometry: ModelGeometry, *, num_groups: int, dim: int) -> Self:
-        """Of a model; its first layer needs no offsets."""
+        """The shape of a model's banks; its first layer needs no offsets."""
         layers = geometry.layers
         keys = tuple(layer.num_kv_heads * layer.key_dim if index else None for index, layer in enumerate(layers))
         values = tuple(layer.num_kv_heads * layer.value_dim if index else None for index, layer in enumerate(layers))

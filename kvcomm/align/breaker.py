@@ -22,9 +22,11 @@ class Breaker:
     """The evidence against one bound at one level. Guarded by its owner's lock."""
 
     def __init__(self, delta: float, alpha: float = ALPHA) -> None:
-        """Args:
-        delta: violation rate that is allowed, in (0, 1).
-        alpha: probability of ever tripping although it is kept.
+        """Make one.
+
+        Args:
+            delta: violation rate that is allowed, in (0, 1).
+            alpha: probability of ever tripping although it is kept.
         """
         self.delta = delta
         self.alpha = alpha

@@ -46,8 +46,10 @@ class HeadFit:
     """
 
     def __init__(self, weights: tuple[float, ...] | None = None) -> None:
-        """Args:
-        weights: those to begin with, as they come with a model; then nothing is learned.
+        """Make one.
+
+        Args:
+            weights: those to begin with, as they come with a model; then nothing is learned.
         """
         self.weights = weights
         self.num_prompts = 0
@@ -78,7 +80,7 @@ class HeadFit:
 
 
 def _shares(attention: Tensor) -> Tensor:
-    """Of each head's attention to all of these tokens."""
+    """Shares of each head's attention to all of these tokens."""
     import torch
 
     return attention / attention.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)

@@ -39,8 +39,10 @@ class TorchIndex:
     """
 
     def __init__(self, rows: Tensor) -> None:
-        """Args:
-        rows: [num_rows, dim] float32, not copied if contiguous.
+        """Make one.
+
+        Args:
+            rows: [num_rows, dim] float32, not copied if contiguous.
         """
         self._rows = rows.contiguous()
         # Around their middle, so that rounding depends on how far rows are from each other and not from the origin.

@@ -17,7 +17,10 @@ class Interval(NamedTuple):
 
 
 def wilson(count: int, total: int) -> Interval:
-    """Of `count` in `total`; of nothing: 0, and anything is possible. Source: Wilson, JASA 22 (1927), p. 209."""
+    """The interval of `count` in `total`; of nothing: 0, and anything is possible.
+
+    Source: Wilson, JASA 22 (1927), p. 209.
+    """
     if not total:
         return Interval(0.0, 0.0, 1.0)
     share, square = count / total, Z_95**2

@@ -51,7 +51,7 @@ class Prior:
 
     @property
     def all_pairs(self) -> tuple[Pair, ...]:
-        """Of all workloads, as many of each: those of the smallest number, the first ones."""
+        """Pairs of all workloads, as many of each: those of the smallest number, the first ones."""
         num_each = min((len(pairs) for pairs in self.pairs.values()), default=0)
         return tuple(pair for pairs in self.pairs.values() for pair in pairs[:num_each])
 

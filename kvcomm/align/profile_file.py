@@ -23,8 +23,9 @@ from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import Measured, Pair, Sources
 from kvcomm.align.edges import Edge
 from kvcomm.align.ladder import Rung
-from kvcomm.align.levels import KeptWatch, Knowledge, Level
+from kvcomm.align.levels import KeptWatch, Knowledge
 from kvcomm.align.readers import Reader
+from kvcomm.align.standings import Level
 from kvcomm.align.watch import Watch
 from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileTooNew, AnchorFileTooOld, InvalidRequest
 from kvcomm.files.reading import MAX_SHOWN, first_fault

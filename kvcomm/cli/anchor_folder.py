@@ -12,7 +12,7 @@ from kvcomm.align.bank_file import SUFFIX, BankHeader, read_bank_header
 from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import Pair
 from kvcomm.align.ladder import DEFAULT_RUNGS, Ladder, ladders_of
-from kvcomm.align.levels import Count, Knowledge, Level, ReaderBook
+from kvcomm.align.levels import Count, Knowledge, ReaderBook
 from kvcomm.align.profile_file import (
     EARLIER_FILE,
     READERS_FILE,
@@ -25,6 +25,7 @@ from kvcomm.align.profile_file import (
     too_old,
 )
 from kvcomm.align.readers import Reader
+from kvcomm.align.standings import Level
 from kvcomm.errors import AnchorFileError, InvalidRequest
 
 Entry = TypeVar("Entry")
@@ -77,8 +78,10 @@ class AnchorFolder:
     """What lies in one folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Args:
-        folder: one that is there.
+        """Make one.
+
+        Args:
+            folder: one that is there.
         """
         self.folder = folder
 

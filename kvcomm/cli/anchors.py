@@ -269,8 +269,8 @@ def _counts(found: AnchorFolder, entry: ReaderEntry | None) -> list[dict[str, An
     """What a reader has of its own, or None: all of them together, at each confidence."""
     from kvcomm.align.bound import Bound
     from kvcomm.align.calibration import pairs_needed
-    from kvcomm.align.levels import Level
     from kvcomm.align.readers import Reader
+    from kvcomm.align.standings import Level
 
     level, reader = (Level.POOL, Reader("")) if entry is None else (Level.OWN, entry.reader)
     values = []
@@ -299,7 +299,7 @@ def _of(number: int, needed: int) -> str:
 
 
 def _anchors_in_words(banks: list[dict[str, Any]]) -> str | None:
-    """Of the bank that has least."""
+    """The anchors of the bank that has least."""
     least = min(banks, key=lambda bank: int(bank["num_tokens"]), default=None)
     return None if least is None else f"{_of(least['num_tokens'], least['num_enough'])} or more"
 

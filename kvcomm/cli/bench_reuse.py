@@ -86,7 +86,7 @@ def reuse_command(
     with load_engine(model, weights=weights) as engine, console.status("") as status:
         note = status.update
         if load is not None:
-            engine.load_anchors(load)
+            engine.reuse.load(load)
         elif warm:
             known = [{**chosen.inputs, **each} for each in inputs[runs:wanted]]
             chosen.group(engine, policy=policy).warm(
@@ -95,7 +95,7 @@ def reuse_command(
                 progress=lambda done: note(f"{done.text}: {done.num_done} of {done.num_total}"),
             )
         if save is not None:
-            engine.save_anchors(save)
+            engine.reuse.save(save)
         agents = compare(engine, chosen, inputs[:runs], policy, note=note)
     value = {
         "agents": [agent_values(agent) for agent in agents],

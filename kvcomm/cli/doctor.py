@@ -160,7 +160,7 @@ def _cache() -> dict[str, Any]:
 
 
 def _vllm() -> dict[str, Any]:
-    from kvcomm.integrations.vllm.adapter import look
+    from kvcomm.integrations.vllm.needed import look
 
     return look()._asdict()
 

@@ -116,7 +116,7 @@ def with_adapters(engine: Engine, adapters: Mapping[str, Path]) -> Engine:
     """The engine with these adapters; closed if one of them cannot be loaded."""
     try:
         for name, folder in adapters.items():
-            engine.load_adapter(name, folder)
+            engine.adapters.load(name, folder)
     except BaseException:
         engine.close()
         raise

@@ -35,9 +35,11 @@ class Adapters:
     def __init__(
         self, given: nn.Module, model: PreTrainedModel, live: LiveWeights, identify: Callable[[str], str]
     ) -> None:
-        """Args:
-        given: what the engine was made for: the model itself or PEFT's wrapper around it.
-        identify: the model's identity with weights of a digest.
+        """Make one.
+
+        Args:
+            given: what the engine was made for: the model itself or PEFT's wrapper around it.
+            identify: the model's identity with weights of a digest.
         """
         self.live = live
         self._loader: Any = given
@@ -58,6 +60,27 @@ class Adapters:
             WeightsChanged, UnsupportedModel: see `LiveWeights.now`.
         """
         return self.live.now(adapter, closely=True)
+
+    def weights_to_go_on(self, adapter: str | None, former: Weights | None, what: str) -> Weights:
+        """The weights to go on with behind KV that was computed before.
+
+        Args:
+            former: those that computed it; None: there is none yet.
+            what: was computed, for messages.
+
+        Raises:
+            WeightsChanged: these are gone, or others now.
+        """
+        named = "the model as it is now" if adapter is None else f"adapter {adapter!r}"
+        try:
+            weights = self.weights(adapter)
+        except UnknownAdapter as error:
+            raise WeightsChanged(f"{named} of {what} is gone; load it again to go on") from error
+        if former is not None and weights.digest != former.digest:
+            raise WeightsChanged(
+                f"{what} was computed by other weights than those of {named}; bring those back, or make it anew"
+            )
+        return weights
 
     def namespace(self, weights: Weights, tenant: str) -> str:
         """Where a tenant's KV of these weights is cached; raises InvalidRequest for a tenant that is no text."""
@@ -99,8 +122,10 @@ class Adapters:
             request.weights = self.weights(request.adapter)
             request.namespace = self.namespace(request.weights, request.tenant)
 
-    def load(self, name: str, folder: Path) -> None:
-        """Attach an adapter from a folder, as PEFT saves it; whatever was active stays so.
+    def load(self, name: str, folder: str | Path) -> None:
+        """Attach an adapter that PEFT has saved; requests may name it from then on. What is active stays so.
+
+        Its KV is cached under the digest of its weights and settings: the same in every process, whatever its name.
 
         Raises:
             InvalidRequest: the name cannot be used, or is taken, or the weights are kept in fewer bits.
@@ -108,6 +133,7 @@ class Adapters:
             MissingExtra: PEFT is not installed.
         """
         require_adapter_name(name)
+        folder = Path(folder)
         if name in self.names:
             raise InvalidRequest(f"there is an adapter {name!r} already; unload it first, or take another name")
         for file in ADAPTER_FILES:
@@ -132,7 +158,7 @@ class Adapters:
                 raise ModelLoadError(f"{folder} is no adapter that fits this model ({line[0]})") from error
 
     def unload(self, name: str) -> None:
-        """Take an adapter out of the model; requests that use it fail.
+        """Take an adapter out of the model. Requests that use it fail, contexts wait for it to come back.
 
         Raises:
             UnknownAdapter: there is none of that name.

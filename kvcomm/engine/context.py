@@ -10,70 +10,32 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
-from threading import RLock
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self, Unpack
 
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvcomm.engine.grammar import Grammar
+from kvcomm.engine.context_tools import ContextTools
+from kvcomm.engine.exchange import ContextState
 from kvcomm.engine.handle import RequestHandle
-from kvcomm.engine.open_prompt import DEADLINE_S, OpenPrompt, Reading
-from kvcomm.engine.prompts import Prompt
+from kvcomm.engine.open_prompt import DEADLINE_S, OpenPrompt
+from kvcomm.engine.reading import Reading
 from kvcomm.engine.request import ANSWER, Carried, Request
 from kvcomm.engine.results import Chunk, Completion
-from kvcomm.engine.sampling import SamplingParams
+from kvcomm.engine.sampling import SamplingParams, SamplingSettings, sampling_params
 from kvcomm.errors import ContextBusy, ContextReleased, InvalidRequest
 from kvcomm.memory.fidelity import Fidelity
-from kvcomm.memory.segments import Segment
+from kvcomm.memory.segments import Prompt, Segment, token_ids_of
 from kvcomm.memory.sequences import Sequence
 from kvcomm.model.live import Weights
 from kvcomm.plain import short
+from kvcomm.reuse.healing import Healing
 from kvcomm.reuse.policy import ReusePolicy
-from kvcomm.values import told
-
-JSON_SCHEMA = "json_schema"
-"""A setting that is short for a grammar."""
 
 PREFILL_ONLY = SamplingParams(max_new_tokens=0)
 """Computes a prompt and generates nothing."""
-
-
-class ContextHost(Protocol):
-    """What a context needs from its engine."""
-
-    @property
-    def lock(self) -> RLock: ...
-
-    def decode(self, token_ids: tuple[int, ...]) -> str: ...
-
-    def read_prompt(self, prompt: Prompt, *, is_start: bool) -> tuple[Segment, ...]: ...
-
-    def submit_lent(
-        self,
-        context: Context,
-        sequence: Sequence,
-        segments: tuple[Segment, ...],
-        sampling: SamplingParams,
-        reading: Reading | None = None,
-    ) -> RequestHandle: ...
-
-    def open_behind(self, context: Context, deadline_s: float) -> OpenPrompt: ...
-
-    def compile_grammar(self, grammar: Grammar, *, tenant: str) -> None: ...
-
-    def add_context(self, context: Context) -> None: ...
-
-    def drop_context(self, context: Context) -> None: ...
-
-    def save_snapshot(self, context: Context, file: Path, *, replace: bool) -> Path: ...
-
-    def copy_to_hf_cache(self, context: Context, *, whole: bool) -> DynamicCache: ...
-
-    def repair(self, context: Context) -> Future[bool]: ...
 
 
 class Context:
@@ -90,7 +52,7 @@ class Context:
 
     def __init__(
         self,
-        engine: ContextHost,
+        tools: ContextTools,
         sequence: Sequence,
         *,
         tenant: str,
@@ -103,7 +65,7 @@ class Context:
         policy: ReusePolicy | None = None,
         note: str | None = None,
     ) -> None:
-        self._engine = engine
+        self._tools = tools
         self._sequence = sequence
         self._segments = segments
         self._last_logits = last_logits
@@ -116,7 +78,9 @@ class Context:
         self.name = name
         self.policy = policy
         self.note = note
-        engine.add_context(self)
+        with tools.lock:
+            tools.holdings.add(self, sequence, tools.tenancy.home(tenant))
+            tools.living[id(sequence)] = self
 
     def __repr__(self) -> str:
         state = "released" if self._released else "busy" if self.busy else "ready"
@@ -141,7 +105,7 @@ class Context:
     @property
     def text(self) -> str:
         """The tokens decoded, special tokens included."""
-        return self._engine.decode(self.tokens)
+        return self._tools.language.texts.decode(self.tokens)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -182,7 +146,7 @@ class Context:
             ContextReleased: there is nothing to fork.
         """
         self._require_alive()
-        with self._engine.lock:
+        with self._tools.lock:
             segments = self._segments
             logits = None if self.busy else self._last_logits
             sequence = self._sequence.fork()
@@ -190,7 +154,7 @@ class Context:
             if grown:
                 segments = (*segments, Segment(tuple(sequence.token_ids[-grown:].tolist()), ANSWER))
             return Context(
-                self._engine,
+                self._tools,
                 sequence,
                 tenant=self.tenant,
                 weights=self.weights,
@@ -201,7 +165,7 @@ class Context:
                 policy=self.policy,
             )
 
-    def generate(self, sampling: SamplingParams | None = None, **settings: object) -> Completion:
+    def generate(self, sampling: SamplingParams | None = None, **settings: Unpack[SamplingSettings]) -> Completion:
         """Generate an answer behind the context and keep it there (with `n` > 1 the context stays as it is).
 
         Args:
@@ -217,7 +181,11 @@ class Context:
         return self.submit(sampling_params(sampling, settings)).result()
 
     def submit(
-        self, sampling: SamplingParams | None = None, *, prompt: Prompt | None = None, **settings: object
+        self,
+        sampling: SamplingParams | None = None,
+        *,
+        prompt: Prompt | None = None,
+        **settings: Unpack[SamplingSettings],
     ) -> RequestHandle:
         """`generate` without waiting.
 
@@ -227,19 +195,26 @@ class Context:
         """
         params = sampling_params(sampling, settings)
         if params.grammar is not None:
-            self._engine.compile_grammar(params.grammar, tenant=self.tenant)  # not under the lock
-        segments = () if prompt is None else self._engine.read_prompt(prompt, is_start=self.num_tokens == 0)
-        return self._write(segments, params)
+            self._tools.language.grammars.compile(params.grammar, owner=self.tenant)  # not under the lock
+        segments = () if prompt is None else self._tools.language.reader.read(prompt, is_start=self.num_tokens == 0)
+        with self._tools.lock:
+            self._require_idle()
+            self._request = self._lend(segments, params)
+            return self._request
 
-    def stream(self, sampling: SamplingParams | None = None, **settings: object) -> Iterator[Chunk]:
+    def stream(self, sampling: SamplingParams | None = None, **settings: Unpack[SamplingSettings]) -> Iterator[Chunk]:
         """`generate`, chunk by chunk. Leaving the loop early cancels the request."""
         return iter(self.submit(sampling_params(sampling, settings)))
 
-    def astream(self, sampling: SamplingParams | None = None, **settings: object) -> AsyncIterator[Chunk]:
+    def astream(
+        self, sampling: SamplingParams | None = None, **settings: Unpack[SamplingSettings]
+    ) -> AsyncIterator[Chunk]:
         """`stream` for asyncio."""
         return aiter(self.submit(sampling_params(sampling, settings)))
 
-    async def agenerate(self, sampling: SamplingParams | None = None, **settings: object) -> Completion:
+    async def agenerate(
+        self, sampling: SamplingParams | None = None, **settings: Unpack[SamplingSettings]
+    ) -> Completion:
         """`generate` for asyncio."""
         return await self.submit(sampling_params(sampling, settings)).aresult()
 
@@ -261,22 +236,14 @@ class Context:
             InvalidRequest: there is no such request of this tenant.
         """
         self._require_alive()
-        opened = self._engine.open_behind(self, deadline_s)
+        opened = self._tools.open_prompts.open(
+            self._sequence, self._weights_now(), self.tenant, deadline_s, self._begin
+        )
         try:
             return opened.follow(source, name=name)
         except BaseException:
             opened.cancel()
             raise
-
-    def begin(self, reading: Reading, segments: tuple[Segment, ...]) -> None:
-        """For the engine, under its lock: an open prompt behind the context is complete.
-
-        Raises:
-            ContextReleased, ContextBusy: the context cannot be written.
-        """
-        assert reading.sampling is not None
-        self._require_idle()
-        self._request = self._engine.submit_lent(self, self._sequence, segments, reading.sampling, reading)
 
     def save(self, file: str | Path, *, replace: bool = True) -> Path:
         """Write a snapshot; `Engine.restore` reads it. The file appears whole or not at all.
@@ -291,7 +258,14 @@ class Context:
             SnapshotError: the file cannot be written.
         """
         self._require_idle()
-        return self._engine.save_snapshot(self, Path(file), replace=replace)
+        file = Path(file)
+        namespace = self._tools.tenancy.namespace(self.weights, self.tenant)
+        with self.fork(name=self.name) as copy:
+            state = ContextState(
+                copy.tokens, copy.segments, copy.name, self.note, copy.fidelity, last_logits=copy._last_logits
+            )
+            self._tools.exchange.save(file, namespace, copy._sequence, state, is_new=not replace)
+        return file
 
     def to_hf_cache(self, *, whole: bool = False) -> DynamicCache:
         """A copy of the KV as a transformers cache: `generate(ids, past_key_values=cache)` goes on from it.
@@ -306,7 +280,9 @@ class Context:
             WeightsChanged: stock `generate` would go on with other weights than those that computed it.
         """
         self._require_idle()
-        return self._engine.copy_to_hf_cache(self, whole=whole)
+        self._weights_now()
+        with self.fork() as copy:
+            return self._tools.exchange.to_hf_cache(copy._sequence, self._tools.config, whole=whole)
 
     def repair(self) -> Future[bool]:
         """Replace approximate KV by what computing it exactly gives, in idle time; tokens stay as they are.
@@ -319,7 +295,9 @@ class Context:
             WeightsChanged: see `extend`.
         """
         self._require_alive()
-        return self._engine.repair(self)
+        weights = self._weights_now()
+        namespace = self._tools.tenancy.namespace(weights, self.tenant)
+        return self._tools.repairer.repair(namespace, weights, self._sequence, self._take_over)
 
     def release(self) -> None:
         """Give the pages back; a running request is cancelled first. Idempotent."""
@@ -329,10 +307,11 @@ class Context:
         if self._request is not None:
             self._request.cancel()
             self._request.wait()
-        with self._engine.lock:
+        with self._tools.lock:
             self._sequence.release()
             self._last_logits = None
-            self._engine.drop_context(self)
+            self._tools.holdings.drop(self._sequence)
+            self._tools.living.pop(id(self._sequence), None)
 
     def __enter__(self) -> Self:
         return self
@@ -344,26 +323,74 @@ class Context:
 
     @property
     def sequence(self) -> Sequence:
-        """For the engine: the tokens and pages; written only by the request they are lent to."""
+        """The tokens and pages; written only by the request that they are lent to."""
         return self._sequence
 
     @property
     def ready_logits(self) -> Tensor | None:
-        """For the engine: logits behind the last token, [vocab_size], if that token's pass was the last one."""
+        """Logits behind the last token, [vocab_size], if that token's pass was the last one."""
         return self._last_logits
 
-    @property
-    def carried(self) -> Carried:
-        """For the engine: prompt tokens computed by extensions that no answer has reported yet."""
-        return self._carried
+    def _begin(self, reading: Reading, segments: tuple[Segment, ...]) -> None:
+        """An open prompt behind the context is complete. Under the lock.
 
-    def repaired(self) -> None:
-        """For the engine, under its lock: the KV is exact now; what was noted about the former one is forgotten."""
-        self._last_logits = None
-        self._carried = Carried()
+        Raises:
+            ContextReleased, ContextBusy: the context cannot be written.
+        """
+        assert reading.sampling is not None
+        self._require_idle()
+        self._request = self._lend(segments, reading.sampling, reading)
 
-    def complete(self, request: Request, segments: tuple[Segment, ...]) -> None:
-        """For the engine, under its lock: a request on the own sequence has succeeded."""
+    def _lend(
+        self, segments: tuple[Segment, ...], sampling: SamplingParams, reading: Reading | None = None
+    ) -> RequestHandle:
+        """Append segments to the sequence and run a request on it. Under the lock.
+
+        Args:
+            reading: the open prompt that the segments have been.
+        """
+        tools, sequence, num_kept = self._tools, self._sequence, self._sequence.num_tokens
+        weights = self._weights_now()
+        new_tokens = token_ids_of(segments)
+        if not num_kept and not new_tokens:
+            raise InvalidRequest("the context is empty; extend it before generating")
+        if num_kept and sampling.prompt_logprobs is not None:
+            raise InvalidRequest("prompt_logprobs are not there behind a context: what it holds is not computed again")
+        is_fork = sampling.n > 1  # several answers cannot all stand behind the context: it stays as it is
+        target = sequence.fork() if is_fork else sequence
+        target.append(new_tokens)
+        try:
+            request = tools.maker.make(
+                target,
+                (*self._segments, *segments),
+                sampling,
+                tenant=self.tenant,
+                policy=self.policy,
+                weights=weights,
+                adapter=self.adapter,
+                is_lent=not is_fork,
+                reading=reading,
+            )
+            request.num_kept_tokens = num_kept
+            request.carried = self._carried
+            if not new_tokens:
+                request.ready_logits = self._last_logits
+            if not is_fork:
+                request.on_success = lambda: self._complete(request, segments)
+                request.on_healed = self._repaired
+            tools.scheduler.submit(request)
+        except BaseException:
+            if is_fork:
+                target.release()
+            else:
+                target.truncate(num_kept)
+            raise
+        if reading is None:
+            tools.loop.wake()  # else whoever has closed the prompt does so
+        return request.handle
+
+    def _complete(self, request: Request, segments: tuple[Segment, ...]) -> None:
+        """A request on the own sequence has succeeded. Under the lock."""
         answer = request.completion().token_ids
         self._segments += segments
         if answer:
@@ -372,12 +399,26 @@ class Context:
         self._last_logits = None if answer else request.exact_logits
         is_reported = request.sampling.max_new_tokens > 0
         self._carried = Carried() if is_reported else self._carried.plus(request.plan, request.num_tier_tokens)
+        self.weights = request.weights
 
-    def _write(self, segments: tuple[Segment, ...], sampling: SamplingParams) -> RequestHandle:
-        with self._engine.lock:
-            self._require_idle()
-            self._request = self._engine.submit_lent(self, self._sequence, segments, sampling)
-            return self._request
+    def _take_over(self, healing: Healing) -> tuple[Segment, ...] | None:
+        """Go on with exact KV, unless a request is writing. Under the lock."""
+        if self.busy:
+            return None
+        healing.put_in_place()
+        self._repaired()
+        return self._segments
+
+    def _repaired(self) -> None:
+        """The KV is exact now; what was noted about the former one is forgotten. Under the lock."""
+        self._last_logits = None
+        self._carried = Carried()
+
+    def _weights_now(self) -> Weights:
+        """The weights to go on with; raises WeightsChanged where they are not those that computed the context."""
+        known = self.weights if self.num_tokens else None
+        self.weights = self._tools.adapters.weights_to_go_on(self.adapter, known, f"context {self.name or ''}")
+        return self.weights
 
     def _require_alive(self) -> None:
         if self._released:
@@ -387,28 +428,3 @@ class Context:
         self._require_alive()
         if self.busy:
             raise ContextBusy(f"context {self.name or ''} has a request in flight; wait for it, or fork the context")
-
-
-def sampling_params(sampling: SamplingParams | None, settings: dict[str, object]) -> SamplingParams:
-    """Either a ready object or its fields; with either of them `json_schema` is short for a grammar made of it.
-
-    Raises:
-        InvalidRequest: both are given, a field is unknown, or `sampling` is something else.
-    """
-    if not isinstance(sampling, SamplingParams | None):
-        raise InvalidRequest(f"sampling must be a SamplingParams, not {told(sampling)}; or give its fields by name")
-    fields = {key: value for key, value in settings.items() if key != JSON_SCHEMA}
-    if sampling is not None and fields:
-        raise InvalidRequest(f"give either a SamplingParams or its fields, not both ({sorted(fields)})")
-    unknown = sorted(fields.keys() - SamplingParams.__dataclass_fields__.keys())
-    if unknown:
-        known = sorted((*SamplingParams.__dataclass_fields__, JSON_SCHEMA))
-        raise InvalidRequest(f"unknown sampling settings {unknown}; known: {known}")
-    params = sampling or SamplingParams(**fields)  # type: ignore[arg-type]
-    return params if settings.get(JSON_SCHEMA) is None else _with_schema(params, settings[JSON_SCHEMA])
-
-
-def _with_schema(params: SamplingParams, schema: object) -> SamplingParams:
-    if params.grammar is not None:
-        raise InvalidRequest("give either a grammar or a json_schema, not both")
-    return replace(params, grammar=Grammar.json_schema(schema))  # type: ignore[arg-type]

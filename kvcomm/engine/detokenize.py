@@ -65,10 +65,12 @@ class Detokenizer:
         encode: Callable[[str], Sequence[int]] | None = None,
         min_tokens: int = 0,
     ) -> None:
-        """Args:
-        texts: of the tokenizer, where they are known already.
-        encode: tokenizes what a stop string leaves of a token, as the middle of a text; None: the ids lack it.
-        min_tokens: tokens in whose text no stop string is looked for.
+        """Make one.
+
+        Args:
+            texts: of the tokenizer, where they are known already.
+            encode: tokenizes what a stop string leaves of a token, as the middle of a text; None: the ids lack it.
+            min_tokens: tokens in whose text no stop string is looked for.
         """
         self._texts = texts or TokenTexts(tokenizer)
         self._encode = encode

@@ -13,14 +13,13 @@ from collections.abc import Sequence as AnySequence
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import RLock
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 
 from kvcomm.engine import hf_cache
-from kvcomm.engine.context import Context
 from kvcomm.engine.holdings import Holdings
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.fidelity import Fidelity
@@ -32,21 +31,30 @@ from kvcomm.memory.snapshots import SegmentRecord, SnapshotHeader, read_snapshot
 from kvcomm.model.geometry import ModelGeometry
 
 
-class Loaded(NamedTuple):
-    """A snapshot that fits the model: what a context is made of again, still outside the pool."""
+class ContextState(NamedTuple):
+    """What a snapshot says of a context besides its KV.
+
+    Attributes:
+        last_logits: [vocab_size] behind the last token, where they are at hand.
+    """
 
     token_ids: tuple[int, ...]
     segments: tuple[Segment, ...]
     name: str | None
     note: str | None
-    keys: list[Tensor]
-    values: list[Tensor]
     fidelity: Fidelity
     last_logits: Tensor | None
 
 
-Finish = Callable[[Sequence], Context]
-"""Makes a context of a sequence whose KV is in place; called under the engine's lock."""
+class Loaded(NamedTuple):
+    """A snapshot that fits the model, still outside the pool; KV per layer [num_computed, num_kv_heads, dim]."""
+
+    state: ContextState
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+T = TypeVar("T")
 
 
 def layer_shapes(geometry: ModelGeometry) -> list[LayerShape]:
@@ -72,30 +80,31 @@ class KVExchange:
         self._lock = lock
         self._require_open = require_open
 
-    def save(self, context: Context, file: Path, namespace: str, *, is_new: bool) -> None:
-        """Write a snapshot of a context as it is now, whatever is done with it while this goes on.
+    def save(self, file: Path, namespace: str, sequence: Sequence, state: ContextState, *, is_new: bool) -> None:
+        """Write a snapshot.
+
+        Args:
+            sequence: a fork of the caller's own, whose pages stay as they are while this goes on.
 
         Raises:
             SnapshotExists: `is_new`, and there is a file.
             SnapshotError: the file cannot be written.
         """
-        with context.fork(name=context.name) as copy:
-            copy.note = context.note
-            keys, values = self._read(copy.sequence, copy.sequence.num_computed)
-            header = SnapshotHeader(
-                namespace=namespace,
-                architecture=self._geometry.architecture,
-                dtype=str(self._geometry.dtype),
-                name=copy.name,
-                note=copy.note,
-                token_ids=copy.tokens,
-                num_computed=copy.sequence.num_computed,
-                path=tuple(SegmentRecord(num_tokens=len(s.token_ids), name=s.name) for s in copy.segments),
-                fidelity=copy.fidelity,
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                payload_blake3="",
-            )
-            write_snapshot(file, header, keys, values, copy.ready_logits, is_new=is_new)
+        keys, values = self._read(sequence, sequence.num_computed)
+        header = SnapshotHeader(
+            namespace=namespace,
+            architecture=self._geometry.architecture,
+            dtype=str(self._geometry.dtype),
+            name=state.name,
+            note=state.note,
+            token_ids=state.token_ids,
+            num_computed=sequence.num_computed,
+            path=tuple(SegmentRecord(num_tokens=len(each.token_ids), name=each.name) for each in state.segments),
+            fidelity=state.fidelity,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            payload_blake3="",
+        )
+        write_snapshot(file, header, keys, values, state.last_logits, is_new=is_new)
 
     def load(self, file: Path, namespace: str) -> Loaded:
         """Read and check a snapshot.
@@ -118,24 +127,18 @@ class KVExchange:
         )
         device = self._memory.pool.keys[0].device
         logits = None if snapshot.logits is None else snapshot.logits.clone().to(device)
-        return Loaded(
-            header.token_ids,
-            segments,
-            header.name,
-            header.note,
-            snapshot.keys,
-            snapshot.values,
-            header.fidelity,
-            logits,
-        )
+        state = ContextState(header.token_ids, segments, header.name, header.note, header.fidelity, logits)
+        return Loaded(state, snapshot.keys, snapshot.values)
 
-    def to_hf_cache(self, context: Context, config: PreTrainedConfig, *, whole: bool) -> DynamicCache:
-        """The computed tokens of a context as a transformers cache, unless `whole` without the context's last one."""
-        with context.fork() as copy:
-            sequence = copy.sequence
-            num_tokens = sequence.num_computed if whole else min(sequence.num_computed, sequence.num_tokens - 1)
-            found = self._read(sequence, max(0, num_tokens))
-            keys, values = ([layer.clone() for layer in layers] for layers in found)
+    def to_hf_cache(self, sequence: Sequence, config: PreTrainedConfig, *, whole: bool) -> DynamicCache:
+        """The computed tokens of a sequence as a transformers cache, unless `whole` without its last token.
+
+        Args:
+            sequence: a fork of the caller's own.
+        """
+        num_tokens = sequence.num_computed if whole else min(sequence.num_computed, sequence.num_tokens - 1)
+        found = self._read(sequence, max(0, num_tokens))
+        keys, values = ([layer.clone() for layer in layers] for layers in found)
         return hf_cache.to_cache(keys, values, config)
 
     def from_hf_cache(
@@ -158,12 +161,13 @@ class KVExchange:
         keys: AnySequence[Tensor],
         values: AnySequence[Tensor],
         fidelity: Fidelity,
-        finish: Finish,
-    ) -> Context:
-        """Copy KV into pages of its own and make a context of them.
+        finish: Callable[[Sequence], T],
+    ) -> T:
+        """Copy KV into pages of its own and make something of them that holds them.
 
         Args:
             keys, values: per layer [num_computed, num_kv_heads, dim], of the leading tokens.
+            finish: makes it of a sequence whose KV is in place; called under the engine's lock.
 
         Raises:
             PoolExhausted: no pages for it, in the pool or in the namespace's quota; nothing is kept.

@@ -47,10 +47,12 @@ class GrammarState:
         mask: MaskBytes | None = None,
         cost_s: float = 0.0,
     ) -> None:
-        """Args:
-        matcher: its own, at the beginning of the answer.
-        mask: what it says about the first token, if that is known.
-        cost_s: of computing that.
+        """Make one.
+
+        Args:
+            matcher: its own, at the beginning of the answer.
+            mask: what it says about the first token, if that is known.
+            cost_s: of computing that.
         """
         self.cost_s = cost_s
         self.num_waited = 0

@@ -40,7 +40,7 @@ class GuessGain:
 
     @property
     def row_cost(self) -> float:
-        """Of a pass over one row, that a row more takes."""
+        """Share of a pass over one row that a row more takes."""
         weight, rows, seconds, squares, products = self._sums
         spread = weight * squares - rows * rows
         if weight < 4 or spread < 0.1 * weight * weight:
@@ -56,7 +56,7 @@ class GuessGain:
             self._sums = [FADING * known + new for known, new in zip(self._sums, found, strict=True)]
 
     def tried(self, num_matched: int, num_tried: int, num_right: int) -> None:
-        """Of the guesses behind so many repeated tokens, the leading ones were right."""
+        """Guesses behind so many repeated tokens were tried, and so many leading ones were right."""
         for index in range(min(num_tried, num_right + 1)):
             counts = (self._next if index else self._first)[num_matched]
             counts[0] = FADING * counts[0] + 1

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvcomm.engine.open_prompt import Reading
 from kvcomm.engine.passes import Work
+from kvcomm.engine.reading import Reading
 from kvcomm.engine.request import Branch, Request
 from kvcomm.engine.spare import MIN_CHUNK
 from kvcomm.errors import QuotaExceeded
@@ -24,8 +24,10 @@ class HealingWork:
     """What the scheduler asks about healing; under its lock. Keeps nothing: a request's healing is the request's."""
 
     def __init__(self, memory: Memory, *, require_quota: Callable[[str, int], None]) -> None:
-        """Args:
-        require_quota: raises where a tenant's quota leaves no room for so many more pages.
+        """Make one.
+
+        Args:
+            require_quota: raises where a tenant's quota leaves no room for so many more pages.
         """
         self._memory = memory
         self._require_quota = require_quota
@@ -79,21 +81,15 @@ class HealingWork:
             request.healing.release()
             request.healing = None
 
-    def is_awaited(self, request: Request) -> bool:
-        """Whether a request waits for its twin: for its next token, or to end."""
-        branch = request.branches[0]
-        is_over = branch.finish_reason is not None or len(branch.token_ids) >= request.policy.heal_within
-        return _is_begun(request) and is_over
-
     def num_guesses(self, request: Request, branch: Branch) -> int | None:
         """Guesses that a step may try before the twin takes over; None: as many as it likes."""
-        if not _is_begun(request):
+        if not request.is_healing:
             return None
         return request.policy.heal_within - len(branch.token_ids) - 1
 
     def has_caught_up(self, request: Request) -> bool:
         """Whether the twin of a request that waits for it can take over."""
-        return self.is_awaited(request) and self._twin_of(request).has_caught_up
+        return request.awaits_twin and self._twin_of(request).has_caught_up
 
     def awaited_work(self, request: Request, budget: int) -> Work:
         """What comes next of a twin that is awaited, at most `budget` tokens, and with them its request's next token.
@@ -111,7 +107,7 @@ class HealingWork:
 
     def wants_more(self, request: Request) -> bool:
         """Whether more of its twin would be computed beside answers."""
-        return _is_begun(request) and not self.is_awaited(request)
+        return request.is_healing and not request.awaits_twin
 
     def spare_work(self, request: Request, budget: int) -> Work | None:
         """What is worth computing beside answers of a twin that is not awaited yet; None: nothing."""
@@ -154,11 +150,6 @@ def is_of_twin(work: Work) -> bool:
     """Whether work is of a request's exact twin."""
     healing = None if isinstance(work.request, Reading) else work.request.healing
     return healing is not None and work.sequence is healing.twin
-
-
-def _is_begun(request: Request) -> bool:
-    healing = request.healing
-    return healing is not None and request.is_prefilled and not healing.is_in_place
 
 
 def _end(request: Request) -> int:

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from kvcomm.engine.context import Context
 from kvcomm.engine.read_along import ReadAlong
 from kvcomm.engine.request import Request
 from kvcomm.errors import QuotaExceeded
@@ -23,7 +22,7 @@ from kvcomm.memory.sequences import Sequence
 class _Held(NamedTuple):
     sequence: Sequence
     namespace: str
-    finalizer: weakref.finalize[[Sequence], Context] | None = None
+    finalizer: weakref.finalize[[Sequence], object] | None = None
 
 
 class Holdings:
@@ -35,27 +34,18 @@ class Holdings:
         requests: Callable[[], list[Request]],
         open_prompts: Callable[[], ReadAlong],
     ) -> None:
-        """Args:
-        requests: lists the requests in flight.
-        open_prompts: of the engine.
+        """Make one.
+
+        Args:
+            requests: lists the requests in flight.
+            open_prompts: of the engine.
         """
         self._pool = pool
         self._requests = requests
         self._open_prompts = open_prompts
         self._held: dict[int, _Held] = {}  # by id of the sequence
-        self._contexts: weakref.WeakValueDictionary[int, Context] = weakref.WeakValueDictionary()
         self._forgotten: deque[Sequence] = deque()
         self._quota_pages: dict[str, int] = {}
-
-    @property
-    def contexts(self) -> tuple[Context, ...]:
-        """Contexts that have not been released."""
-        return tuple(self._contexts.values())
-
-    @property
-    def num_contexts(self) -> int:
-        """How many there are about now; may be asked for without the lock."""
-        return len(self._contexts)
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -71,20 +61,17 @@ class Holdings:
         """A sequence that was being filled is given up."""
         self._held.pop(id(sequence), None)
 
-    def add(self, context: Context, namespace: str) -> None:
-        """A context has been made."""
+    def add(self, owner: object, sequence: Sequence, namespace: str) -> None:
+        """A context has been made; where its user forgets it, its sequence is given back."""
         self.reclaim()
-        key = id(context.sequence)
-        finalizer = weakref.finalize(context, self._forgotten.append, context.sequence)
-        self._held[key] = _Held(context.sequence, namespace, finalizer)
-        self._contexts[key] = context
+        finalizer = weakref.finalize(owner, self._forgotten.append, sequence)
+        self._held[id(sequence)] = _Held(sequence, namespace, finalizer)
 
-    def drop(self, context: Context) -> None:
+    def drop(self, sequence: Sequence) -> None:
         """A context has been released."""
-        held = self._held.pop(id(context.sequence))
+        held = self._held.pop(id(sequence))
         if held.finalizer is not None:
             held.finalizer.detach()
-        self._contexts.pop(id(context.sequence), None)
 
     def set_quota(self, namespace: str, num_pages: int | None) -> None:
         """Limit what a namespace's contexts and requests may refer to at once; None lifts the limit."""

@@ -27,9 +27,11 @@ class EngineLoop:
     """Starts with the first request, sleeps when idle, ends with `close`."""
 
     def __init__(self, scheduler: Scheduler, idle: IdleWork, budget: Budget, idle_after_s: float = 0.0) -> None:
-        """Args:
-        budget: of idle work while there are requests.
-        idle_after_s: seconds without any request before idle work goes on without a budget.
+        """Make one.
+
+        Args:
+            budget: of idle work while there are requests.
+            idle_after_s: seconds without any request before idle work goes on without a budget.
         """
         self._scheduler = scheduler
         self._idle = idle
@@ -40,6 +42,7 @@ class EngineLoop:
         self._stepping = threading.Lock()
         self._is_closing = False
         self._thread: threading.Thread | None = None
+        idle.when_added = self.wake
 
     def submit(self, request: Request) -> None:
         """Queue a request and make sure somebody works on it.

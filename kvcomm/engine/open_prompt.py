@@ -4,277 +4,191 @@ An agent's role and question need not wait for the answers that it will read, an
 written: its tokens go into its readers' prompts, a few at a time. When it ends, a reader has a few tokens left to
 compute: the first token of an exact prefix hit, and nothing about it is approximate.
 
-`OpenPrompt` is the caller's end; `Reading` is what the engine's thread works on (`read_along`). A follower knows no
-more of a request than what its handle tells everybody: the ids whose text is out, and at the end the answer's. What was
-read too far (a stop string cuts text that looked final, an agent's end-of-turn token is not passed on) is taken back.
+`OpenPrompt` is the caller's end, `OpenPrompts` the engine's; `Reading` is what the engine's thread works on
+(`read_along`).
 """
 
 from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from operator import index
+from dataclasses import replace
+from functools import partial
+from threading import RLock
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+from typing import Self, Unpack
 
-import numpy as np
-
+from kvcomm import values
+from kvcomm.engine.adapters import Adapters
 from kvcomm.engine.handle import RequestHandle
-from kvcomm.engine.sampling import SamplingParams
-from kvcomm.errors import InvalidRequest, KVCommError, PromptTooLong, RequestCancelled, SourceFailed, kept
-from kvcomm.memory.segments import Segment
-from kvcomm.memory.sequences import Sequence as KVSequence
-from kvcomm.memory.sequences import num_common
-from kvcomm.model.attention.contract import IntArray
+from kvcomm.engine.language import Language
+from kvcomm.engine.loop import EngineLoop
+from kvcomm.engine.making import RequestMaker
+from kvcomm.engine.reading import Begin, Followed, Keep, Reading, TokenIds, require_open
+from kvcomm.engine.sampling import SamplingParams, SamplingSettings, sampling_params
+from kvcomm.engine.scheduler import Scheduler
+from kvcomm.engine.tenancy import Tenancy
+from kvcomm.errors import InvalidRequest, KVCommError, kept
+from kvcomm.memory.pool import PagePool
+from kvcomm.memory.segments import Prompt, Segment
+from kvcomm.memory.sequences import Sequence
 from kvcomm.model.live import Weights
+from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.values import told
-
-if TYPE_CHECKING:
-    from kvcomm.engine.prompts import Prompt
 
 DEADLINE_S = 600.0
 """Seconds for which a prompt may be open."""
 
-MAX_ID = 2**31 - 1
 
-TokenIds = tuple[int, ...]
-Keep = Callable[[TokenIds], TokenIds]
+class OpenPrompts:
+    """Opens the prompts of one engine, changes them and closes them, for whoever has them. Safe from any thread."""
 
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        loop: EngineLoop,
+        maker: RequestMaker,
+        language: Language,
+        *,
+        adapters: Adapters,
+        pool: PagePool,
+        tenancy: Tenancy,
+        lock: RLock,
+        max_context: int,
+    ) -> None:
+        """Make one.
 
-class Known(NamedTuple):
-    """What is known of an answer: its ids so far, and whether these are all."""
-
-    token_ids: TokenIds
-    is_final: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Followed:
-    """An answer that stands in a prompt, whoever gives it.
-
-    Attributes:
-        source: the request, or the prompt that will become it.
-        keep: what of the final ids is passed on.
-    """
-
-    source: RequestHandle | Reading
-    name: str
-    keep: Keep
-
-    @property
-    def handle(self) -> RequestHandle | None:
-        """The request's; None as long as it has not been asked for."""
-        return self.source if isinstance(self.source, RequestHandle) else self.source.handle
-
-    def look(self) -> Known:
-        """What is known of it now.
-
-        Raises:
-            SourceFailed: there is no answer, and there will be none.
+        Args:
+            max_context: tokens the model may see at most.
         """
-        handle = self.handle
-        if handle is None:
-            assert isinstance(self.source, Reading)
-            if self.source.is_over:
-                raise SourceFailed(f"the prompt whose answer is followed as {self.name!r} was given up")
-            return Known((), is_final=False)
-        outcome = handle.outcome
-        if outcome is None:
-            return Known(handle.drawn, is_final=False)
-        if isinstance(outcome, BaseException):  # without its traceback, which knows whoever has asked for the result
-            raise self._failed(handle, outcome) from kept(outcome)
-        try:
-            return Known(_ids(self.keep(outcome.token_ids)), is_final=True)
-        except Exception as error:
-            raise self._failed(handle, error) from error
+        self._scheduler = scheduler
+        self._read_along = scheduler.read_along
+        self._adapters = adapters
+        self._pool = pool
+        self._loop = loop
+        self._maker = maker
+        self._language = language
+        self._tenancy = tenancy
+        self._lock = lock
+        self._max_context = max_context
 
-    def _failed(self, handle: RequestHandle, error: BaseException) -> SourceFailed:
-        return SourceFailed(
-            f"request {handle.request_id}, whose answer is followed as {self.name!r}, gave none: {error}"
-        )
+    def open_first(
+        self, prompt: Prompt | None, adapter: str | None, tenant: str, policy: ReusePolicy | None, deadline_s: float
+    ) -> OpenPrompt:
+        """See `Engine.open_prompt`."""
 
-
-@dataclass(eq=False)
-class Reading:
-    """An open prompt, as the engine works on it. Changed under the engine's lock only.
-
-    What always holds: `sequence` has the tokens of `segments` and behind them, as far as known, those of the answer
-    that is being followed; what of it counts as computed has the KV of exactly these tokens.
-
-    Attributes:
-        request_id: in messages, and for passes.
-        owner: what the tenant's quota goes by.
-        sequence: what is read so far; pages are its own or shared.
-        parts: what the prompt consists of.
-        num_parts: leading parts whose text is final, and stands in `segments`.
-        segments: the final text, behind what stands before it in a context.
-        num_final: tokens of `sequence` that are final.
-        num_before: of these, tokens of the context that it stands behind.
-        num_shared: leading tokens whose KV was there already.
-        num_own: leading tokens up to which it has computed something itself.
-        num_cached: leading tokens that the tree has from it.
-        followed: `[start, end)` of answers, final or not.
-        due_s: when it is given up, on the monotonic clock.
-        begin: makes the request once the prompt is complete.
-        sampling: of the answer; None: it has not been closed.
-        prompt: the whole prompt, where the caller has said what it is.
-        handle: of the answer, once it was asked for.
-        is_begun: the request has been made, and takes what was read.
-        is_in_pass: a pass is writing into its pages.
-        was_denied: since it was last given rows, answers in progress have left it none.
-        has_no_room: of the pool: what was free when there was too little; None: there was enough.
-        error: why it can become nothing.
-        attempt: nothing is moved into it.
-    """
-
-    request_id: int
-    namespace: str
-    tenant: str
-    owner: str
-    weights: Weights
-    sequence: KVSequence
-    due_s: float
-    max_tokens: int
-    begin: Callable[[Reading, tuple[Segment, ...]], None]
-    parts: list[Segment | Followed] = field(default_factory=list)
-    num_parts: int = 0
-    segments: list[Segment] = field(default_factory=list)
-    num_final: int = 0
-    num_before: int = 0
-    num_shared: int = 0
-    num_own: int = 0
-    num_cached: int = 0
-    followed: list[tuple[int, int]] = field(default_factory=list)
-    sampling: SamplingParams | None = None
-    prompt: tuple[Segment, ...] | None = None
-    handle: RequestHandle | None = None
-    is_begun: bool = False
-    is_cancelled: bool = False
-    is_over: bool = False
-    is_spoiled: bool = False
-    is_in_pass: bool = False
-    was_denied: bool = False
-    has_no_room: int | None = None
-    error: BaseException | None = None
-    attempt: None = None
-
-    def __post_init__(self) -> None:
-        self.num_before = self.num_final = self.sequence.num_tokens
-        self.num_shared = self.sequence.num_computed
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether all of its text is final and no more will come."""
-        return self.sampling is not None and (self.prompt is not None or self.num_parts == len(self.parts))
-
-    @property
-    def num_unread(self) -> int:
-        """Known tokens that are not computed; the last token of a complete prompt is left to the request."""
-        return self.sequence.num_tokens - self.sequence.num_computed
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether an answer that it follows is not there yet."""
-        return self.num_parts < len(self.parts)
-
-    def sources(self) -> Iterator[Reading]:
-        """Open prompts whose answers it waits for."""
-        for part in self.parts[self.num_parts :]:
-            if isinstance(part, Followed) and isinstance(part.source, Reading):
-                yield part.source
-
-    def waits_for(self, other: Reading) -> bool:
-        """Whether it, or what it waits for, waits for another one, or is that one."""
-        seen, stack = set(), [self]
-        while stack:
-            reading = stack.pop()
-            if reading is other:
-                return True
-            if id(reading) not in seen:
-                seen.add(id(reading))
-                stack += reading.sources()
-        return False
-
-    def refresh(self) -> None:
-        """Take over what has become known; pages stay, so a pass may be writing into them.
-
-        Raises:
-            SourceFailed: an answer that it follows will never come.
-            PromptTooLong: more than the model may see.
-        """
-        while self.num_parts < len(self.parts):
-            part = self.parts[self.num_parts]
-            known = Known(part.token_ids, is_final=True) if isinstance(part, Segment) else part.look()
-            self._show(known.token_ids)
-            if isinstance(part, Followed):
-                self._mark(self.num_final, self.sequence.num_tokens)
-            if not known.is_final:
-                return
-            self.segments.append(part if isinstance(part, Segment) else Segment(known.token_ids, part.name))
-            self.num_final, self.num_parts = self.sequence.num_tokens, self.num_parts + 1
-
-    def count(self, start: int, token_ids: IntArray) -> None:
-        """A pass has computed tokens from `start` on; what has been taken back meanwhile does not count."""
-        sequence = self.sequence
-        if start > sequence.num_computed:
-            return
-        end = start + num_common(token_ids, sequence.token_ids[start:])
-        if end > sequence.num_computed:
-            sequence.count(end)
-            self.num_own = max(self.num_own, end)
-
-    def num_usable(self, namespace: str, token_ids: IntArray) -> int:
-        """Leading tokens of a prompt of which this has the KV."""
-        if self.is_over or namespace != self.namespace:
-            return 0
-        return min(self.num_alike(token_ids), self.sequence.num_computed)
-
-    def num_alike(self, token_ids: IntArray) -> int:
-        """Leading tokens of a prompt that are its own."""
-        return num_common(self.sequence.token_ids, token_ids)
-
-    def cancel(self) -> None:
-        """Nobody wants its answer any more."""
-        self.is_cancelled = True
-        if self.is_begun and self.handle is not None:
-            self.handle.cancel()
-
-    def _show(self, token_ids: Sequence[int]) -> None:
-        """Let these be the tokens behind the final ones; of those that stood there, an equal beginning stays."""
-        sequence, new = self.sequence, np.array(token_ids, dtype=np.int32)
-        if self.num_final + len(new) > self.max_tokens:
-            raise PromptTooLong(
-                f"an open prompt of {self.num_final + len(new)} tokens exceeds the model's limit of {self.max_tokens}; "
-                "shorten the prompt, or lower max_new_tokens of the answers that it follows"
+        def begin(reading: Reading, segments: tuple[Segment, ...]) -> None:
+            assert reading.sampling is not None
+            request = self._maker.make_first(
+                segments, reading.sampling, tenant=tenant, policy=policy, adapter=adapter, reading=reading
             )
-        num_same = num_common(sequence.token_ids[self.num_final :], new)
-        sequence.truncate(self.num_final + num_same)
-        sequence.append(new[num_same:])
+            self._scheduler.submit(request)  # the loop is woken by whoever asks, unless that is the loop
 
-    def _mark(self, start: int, end: int) -> None:
-        if self.followed and self.followed[-1][0] == start:
-            self.followed.pop()
-        self.followed.append((start, end))
+        opened = self.open(Sequence(self._pool), self._adapters.weights(adapter), tenant, deadline_s, begin)
+        try:
+            return opened if prompt is None else opened.append(prompt)
+        except BaseException:
+            opened.cancel()
+            raise
 
+    def open(self, past: Sequence, weights: Weights, tenant: str, deadline_s: float, begin: Begin) -> OpenPrompt:
+        """An open prompt behind what is there already.
 
-class OpenPromptHost(Protocol):
-    """What an open prompt needs from its engine."""
+        Args:
+            past: forked; it stays the caller's.
+            deadline_s: seconds after which it is given up if it is not complete by then.
+            begin: makes and submits the request once it is complete, under the engine's lock.
 
-    def read_prompt(self, prompt: Prompt, *, is_start: bool) -> tuple[Segment, ...]: ...
+        Raises:
+            InvalidRequest: a deadline that is no positive number.
+            EngineClosed: the engine has been closed.
+        """
+        seconds = values.real_number("deadline_s", deadline_s)
+        if not seconds > 0:
+            raise InvalidRequest(f"deadline_s must be a positive number of seconds, not {seconds}")
+        namespace, owner = self._tenancy.namespace(weights, tenant), self._tenancy.home(tenant)
+        with self._lock:
+            self._loop.require_open()
+            reading = Reading(
+                request_id=self._maker.next_id(),
+                namespace=namespace,
+                tenant=tenant,
+                owner=owner,
+                weights=weights,
+                sequence=past.fork(),  # the last thing that may fail: from here on somebody gives its pages back
+                due_s=time.monotonic() + seconds,
+                max_tokens=self._max_context,
+                begin=begin,
+            )
+            self._read_along.add(reading)
+        self._loop.wake()
+        return OpenPrompt(self, reading)
 
-    def change_open(self, reading: Reading, change: Callable[[], None]) -> None: ...
+    def read(self, reading: Reading, prompt: Prompt) -> tuple[Segment, ...]:
+        """The checked segments of what is put behind it."""
+        return self._language.reader.read(prompt, is_start=not reading.parts and not reading.num_before)
 
-    def cancel_open(self, reading: Reading) -> None: ...
+    def put(self, reading: Reading, *parts: Segment | Followed) -> None:
+        """Put parts behind it; see `OpenPrompt.append` and `OpenPrompt.follow`."""
+        with self._lock:
+            try:
+                require_open(reading)
+                self._put(reading, [self._resolved(part) for part in parts])
+            finally:
+                self._read_along.touch()
+        self._loop.wake()
 
-    def require_followable(self, reading: Reading, source: RequestHandle) -> None: ...
+    def follow(self, reading: Reading, source: RequestHandle, part: Followed) -> None:
+        """Put the answer of a request behind it. Raises InvalidRequest: nobody learns of others' requests."""
+        if not self._maker.has_made(source):
+            raise InvalidRequest(f"request {source.request_id} is none of this engine's: follow where it is computed")
+        if source.tenant != reading.tenant:
+            raise InvalidRequest(f"there is no request {source.request_id} to follow")
+        self.put(reading, part)
 
-    def open_of(self, handle: RequestHandle) -> Reading | None: ...
+    def close(
+        self, reading: Reading, sampling: SamplingParams | None, settings: SamplingSettings, prompt: Prompt | None
+    ) -> RequestHandle:
+        """See `OpenPrompt.close`."""
+        params = sampling_params(sampling, settings)
+        if params.grammar is not None:
+            self._language.grammars.compile(params.grammar, owner=reading.tenant)  # not under the lock
+        is_start = not reading.num_before
+        whole = None if prompt is None else self._language.reader.read(prompt, is_start=is_start)
+        with self._lock:
+            require_open(reading)
+            if whole is None and not reading.parts and is_start:
+                raise InvalidRequest("the open prompt holds nothing; append a text, or follow an answer")
+            reading.sampling, reading.prompt = params, whole
+            reading.handle = handle = self._maker.handle(reading.tenant, partial(self.cancel, reading))
+            self._read_along.begin_now(reading)
+        self._loop.wake()
+        return handle
 
-    def close_open(
-        self, reading: Reading, sampling: SamplingParams | None, settings: dict[str, object], prompt: Prompt | None
-    ) -> RequestHandle: ...
+    def cancel(self, reading: Reading) -> None:
+        """See `OpenPrompt.cancel`."""
+        with self._lock:
+            self._read_along.cancel(reading)
+        self._loop.wake()
+
+    def _put(self, reading: Reading, parts: list[Segment | Followed]) -> None:
+        for part in parts:
+            if isinstance(part, Followed) and isinstance(part.source, Reading) and part.source.waits_for(reading):
+                raise InvalidRequest("a prompt cannot follow itself, nor one that waits for it")
+        reading.parts += parts
+        try:
+            reading.refresh()
+        except KVCommError as error:
+            reading.error, reading.is_cancelled = kept(error), True
+            raise
+
+    def _resolved(self, part: Segment | Followed) -> Segment | Followed:
+        """What follows the request of a closed prompt that waits itself follows that prompt. Under the lock."""
+        if isinstance(part, Segment) or isinstance(part.source, Reading):
+            return part
+        readings = self._read_along.readings
+        other = next((each for each in readings if each.handle is part.source and not each.is_begun), None)
+        return part if other is None else replace(part, source=other)
 
 
 class OpenPrompt:
@@ -283,8 +197,8 @@ class OpenPrompt:
     Usable in a `with` statement, which cancels it unless it was closed.
     """
 
-    def __init__(self, host: OpenPromptHost, reading: Reading) -> None:
-        self._host = host
+    def __init__(self, opened_by: OpenPrompts, reading: Reading) -> None:
+        self._opened_by = opened_by
         self._reading = reading
         weakref.finalize(self, _forget, reading)
 
@@ -304,7 +218,7 @@ class OpenPrompt:
 
     @property
     def num_read(self) -> int:
-        """Of these, tokens whose KV is there already."""
+        """Known tokens whose KV is there already."""
         return self._reading.sequence.num_computed
 
     def append(self, prompt: Prompt) -> Self:
@@ -314,9 +228,7 @@ class OpenPrompt:
             InvalidRequest: the prompt is closed, or the text is empty, or holds unknown tokens.
             PromptTooLong, SourceFailed, RequestCancelled: it has been given up, and why.
         """
-        reading = self._reading
-        segments = self._host.read_prompt(prompt, is_start=not reading.parts and not reading.num_before)
-        self._put(*segments)
+        self._opened_by.put(self._reading, *self._opened_by.read(self._reading, prompt))
         return self
 
     def follow(self, source: RequestHandle | OpenPrompt, *, name: str = "answer", keep: Keep | None = None) -> Self:
@@ -335,18 +247,21 @@ class OpenPrompt:
             raise InvalidRequest(f"follow a RequestHandle or an OpenPrompt, not {told(source)}")
         if isinstance(source, OpenPrompt):
             other = source._reading
-            if source._host is not self._host:
+            if source._opened_by is not self._opened_by:
                 raise InvalidRequest("an open prompt of another engine: follow where it is computed")
             if other.tenant != self._reading.tenant:
                 raise InvalidRequest("there is no such prompt to follow")
-            self._put(Followed(other, name, keep or _all))
+            self._opened_by.put(self._reading, Followed(other, name, keep or _all))
         else:
-            self._host.require_followable(self._reading, source)
-            self._put(Followed(source, name, keep or _all))
+            self._opened_by.follow(self._reading, source, Followed(source, name, keep or _all))
         return self
 
     def close(
-        self, sampling: SamplingParams | None = None, *, prompt: Prompt | None = None, **settings: object
+        self,
+        sampling: SamplingParams | None = None,
+        *,
+        prompt: Prompt | None = None,
+        **settings: Unpack[SamplingSettings],
     ) -> RequestHandle:
         """No more text comes: let the answer begin as soon as all that is followed has ended.
 
@@ -363,14 +278,14 @@ class OpenPrompt:
             InvalidRequest: it is closed already, holds no token, or sampling settings are wrong.
             PromptTooLong, SourceFailed, RequestCancelled: it has been given up, and why.
         """
-        return self._host.close_open(self._reading, sampling, settings, prompt)
+        return self._opened_by.close(self._reading, sampling, settings, prompt)
 
     def cancel(self) -> None:
         """Give it up: pages are returned, at the latest when a pass over them ends, and what follows it fails.
 
         No effect once it has ended.
         """
-        self._host.cancel_open(self._reading)
+        self._opened_by.cancel(self._reading)
 
     def __enter__(self) -> Self:
         return self
@@ -380,63 +295,6 @@ class OpenPrompt:
     ) -> None:
         if not self.is_closed:
             self.cancel()
-
-    def _put(self, *parts: Segment | Followed) -> None:
-        reading = self._reading
-
-        def change() -> None:
-            require_open(reading)
-            found = [self._resolved(part) for part in parts]
-            for part in found:
-                if isinstance(part, Followed) and isinstance(part.source, Reading) and part.source.waits_for(reading):
-                    raise InvalidRequest("a prompt cannot follow itself, nor one that waits for it")
-            reading.parts += found
-            try:
-                reading.refresh()
-            except KVCommError as error:
-                reading.error, reading.is_cancelled = kept(error), True
-                raise
-
-        self._host.change_open(reading, change)
-
-    def _resolved(self, part: Segment | Followed) -> Segment | Followed:
-        """What follows the request of a closed prompt that waits itself follows that prompt. Under the lock."""
-        if isinstance(part, Segment) or isinstance(part.source, Reading):
-            return part
-        other = self._host.open_of(part.source)
-        return part if other is None else replace(part, source=other)
-
-
-def require_open(reading: Reading) -> None:
-    """Raises why a prompt can take no more text: InvalidRequest where it was closed, else what has ended it."""
-    if reading.handle is not None:
-        raise InvalidRequest("the prompt is closed: its answer was asked for; open another one")
-    if reading.error is not None:
-        raise kept(reading.error)
-    if reading.is_over or reading.is_cancelled:
-        raise RequestCancelled("the open prompt was cancelled; open another one")
-
-
-def overdue(reading: Reading) -> KVCommError | None:
-    """What ends a prompt that has been open for too long; None: it has time left."""
-    if reading.is_begun or time.monotonic() < reading.due_s:
-        return None
-    waits = next((part.name for part in reading.parts[reading.num_parts :] if isinstance(part, Followed)), None)
-    why = "it was not closed" if waits is None else f"the answer that it follows as {waits!r} has not ended"
-    return SourceFailed(f"the open prompt was given up at its deadline: {why}; raise deadline_s")
-
-
-def nothing_to_begin(reading: Reading, segments: tuple[Segment, ...]) -> None:
-    """Begins what is over."""
-    raise RequestCancelled(f"open prompt {reading.request_id} is over")
-
-
-def _ids(given: object) -> TokenIds:
-    """What a caller's `keep` has returned. Raises InvalidRequest, or what is wrong with it, if these are no ids."""
-    ids = tuple(index(token) for token in given)  # type: ignore[attr-defined]  # what is none is told by its error
-    if not all(0 <= token <= MAX_ID for token in ids):
-        raise InvalidRequest(f"keep must return token ids, not {told(given)}")
-    return ids
 
 
 def _all(token_ids: TokenIds) -> TokenIds:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvcomm.engine.open_prompt import Reading
+from kvcomm.engine.reading import Reading
 from kvcomm.engine.request import Branch, Request
 from kvcomm.errors import UnsupportedModel, WeightsChanged
 from kvcomm.memory.sequences import Sequence as KVSequence

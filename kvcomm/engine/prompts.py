@@ -8,15 +8,11 @@ tokens stand at the very beginning of a context, once, if the tokenizer adds any
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
 
 from kvcomm import values
 from kvcomm.engine.encoding import TextEncoder
 from kvcomm.errors import EmptyPrompt, InvalidRequest, PromptTooLong, UnknownToken
-from kvcomm.memory.segments import Segment
-
-Prompt: TypeAlias = str | Sequence[int] | Sequence[Segment]
-"""One text, token ids, or segments."""
+from kvcomm.memory.segments import Prompt, Segment
 
 
 class PromptReader:

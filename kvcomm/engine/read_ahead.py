@@ -342,7 +342,7 @@ class ReadAhead:
                 sequence.release()
 
     def _unknown(self, namespace: str, segments: Iterable[Segment]) -> tuple[Segment, ...]:
-        """Of some segments, those of which nothing can be moved from here."""
+        """Those of some segments of which nothing can be moved from here."""
         found = {
             segment.token_ids: segment
             for segment in segments

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from kvcomm.config import EngineConfig
-from kvcomm.engine.open_prompt import Reading, nothing_to_begin, overdue
 from kvcomm.engine.passes import Work
+from kvcomm.engine.reading import Reading, nothing_to_begin, overdue
 from kvcomm.engine.request import Request
 from kvcomm.engine.spare import MIN_CHUNK, Spare
 from kvcomm.errors import PoolExhausted, RequestCancelled, kept
@@ -48,9 +48,11 @@ class ReadAlong:
         require_weights: Callable[[Weights], None],
         require_quota: Callable[[str, int], None],
     ) -> None:
-        """Args:
-        require_weights: raises where the model has others now.
-        require_quota: raises where a tenant's quota leaves no room for so many more pages.
+        """Make one.
+
+        Args:
+            require_weights: raises where the model has others now.
+            require_quota: raises where a tenant's quota leaves no room for so many more pages.
         """
         self._memory = memory
         self._pool = memory.pool
@@ -218,7 +220,7 @@ class ReadAlong:
         reading.sequence.release()
 
     def digests(self) -> list[str]:
-        """Of the weights of those that could be read on."""
+        """Digests of the weights of those that could be read on."""
         return list(dict.fromkeys(each.weights.digest for each in self._readings if self._wants(each)))
 
     def give_way(self) -> bool:

@@ -17,8 +17,8 @@ from kvcomm.align.ladder import Rung
 from kvcomm.engine.detokenize import Detokenizer
 from kvcomm.engine.grammar_state import GrammarState
 from kvcomm.engine.handle import RequestHandle
-from kvcomm.engine.open_prompt import Reading
 from kvcomm.engine.read_ahead import Ask
+from kvcomm.engine.reading import Reading
 from kvcomm.engine.results import Choice, Chunk, Completion, Usage
 from kvcomm.engine.sampler import Sampler, token_logprob
 from kvcomm.engine.sampling import SamplingParams, TokenLogprob
@@ -223,6 +223,19 @@ class Request:
         if self.healing is None or not self.healing.is_in_place:
             return None
         return min(self.num_moved_tokens, len(self.branches[0].token_ids))
+
+    @property
+    def is_healing(self) -> bool:
+        """Whether its answer is drawn on moved KV, and an exact twin is to take over."""
+        return self.healing is not None and self.is_prefilled and not self.healing.is_in_place
+
+    @property
+    def awaits_twin(self) -> bool:
+        """Whether it waits for its exact twin: for its next token, or to end."""
+        if not self.is_healing:
+            return False
+        branch = self.branches[0]
+        return branch.finish_reason is not None or len(branch.token_ids) >= self.policy.heal_within
 
     @property
     def exact_logits(self) -> Tensor | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from kvcomm.engine.sampling import TokenLogprob
+from kvcomm.pictures import TokenSources, bar, shown
 from kvcomm.plain import Plain, fields_of, short
 from kvcomm.reuse.healing import NotHealed
 from kvcomm.reuse.plan import ApproximationReport, BoundInForce, Span
@@ -101,6 +102,16 @@ class Usage(Plain):
         )
 
     @property
+    def sources(self) -> TokenSources:
+        """Where the prompt's tokens came from."""
+        return TokenSources(self.exact_tokens, self.aligned_tokens, self.computed_tokens)
+
+    def _repr_html_(self) -> str:
+        times = f"first token {self.ttft_s:.3g} s, {self.generated_tokens} generated, all {self.total_s:.3g} s"
+        bound = "" if self.bound is None else f"; bound {self.bound.max_divergence:g} at {self.bound.confidence:g}"
+        return f"<div>{bar(self.sources)}<br><small>{times}{bound}</small></div>"
+
+    @property
     def decode_tokens_per_s(self) -> float:
         """Generated tokens per second after the first one; 0 if there were none."""
         decoding_s = self.total_s - self.ttft_s
@@ -155,6 +166,10 @@ class Completion(Plain):
         more = f" and {len(self.choices) - 1} more" if len(self.choices) > 1 else ""
         usage = f"{self.usage.prompt_tokens} prompt, {self.usage.generated_tokens} generated tokens"
         return f"Completion({short(self.text)}{more}, {self.finish_reason}, {usage}, {self.usage.total_s:.3g} s)"
+
+    def _repr_html_(self) -> str:
+        answers = "".join(f"<p>{shown(choice.text)}</p>" for choice in self.choices)
+        return f"<div>{answers}{self.usage._repr_html_()}</div>"
 
     @property
     def text(self) -> str:

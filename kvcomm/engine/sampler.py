@@ -44,10 +44,12 @@ class Sampler:
         grammar: GrammarState | None = None,
         end_token_ids: Collection[int] = (),
     ) -> None:
-        """Args:
-        entropy: seeds the draws when the parameters have no seed.
-        grammar: where the answer stands in it; this choice's own.
-        end_token_ids: the model's.
+        """Make one.
+
+        Args:
+            entropy: seeds the draws when the parameters have no seed.
+            grammar: where the answer stands in it; this choice's own.
+            end_token_ids: the model's.
         """
         self._params = params
         self._generator = torch.Generator()

@@ -5,10 +5,10 @@ Drawing itself is the matter of `kvcomm.engine.sampler`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import isfinite
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 from kvcomm.engine.grammar import Grammar
 from kvcomm.errors import InvalidRequest
@@ -19,6 +19,9 @@ MAX_CHOICES = 1024
 
 MAX_BIASED = 4096
 """Tokens with a bias of their own."""
+
+JSON_SCHEMA = "json_schema"
+"""A setting that is short for a grammar."""
 
 
 def _optional_whole_number(name: str, value: object) -> int | None:
@@ -171,6 +174,58 @@ class SamplingParams:
         penalties = self.frequency_penalty, self.presence_penalty, self.min_tokens
         is_plain = self.repetition_penalty == 1.0 and not any(penalties) and not self.biases
         return self.temperature == 0 and is_plain and self.grammar is None
+
+
+class SamplingSettings(TypedDict, total=False):
+    """The fields of `SamplingParams` by name, for calls that take them so; and what is short for one of them.
+
+    `json_schema` beside others, or beside a ready `SamplingParams`, is short for `grammar=Grammar.json_schema(...)`.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    n: int
+    logprobs: int | None
+    skip_special_tokens: bool
+    frequency_penalty: float
+    presence_penalty: float
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]]
+    min_tokens: int
+    prompt_logprobs: int | None
+    grammar: Grammar | None
+    json_schema: Mapping[str, Any] | bool | str | None
+
+
+def sampling_params(sampling: SamplingParams | None, settings: SamplingSettings) -> SamplingParams:
+    """Either a ready object or its fields; with either of them `json_schema` is short for a grammar made of it.
+
+    Raises:
+        InvalidRequest: both are given, a field is unknown, or `sampling` is something else.
+    """
+    if not isinstance(sampling, SamplingParams | None):
+        raise InvalidRequest(f"sampling must be a SamplingParams, not {told(sampling)}; or give its fields by name")
+    fields: dict[str, Any] = {key: value for key, value in settings.items() if key != JSON_SCHEMA}
+    if sampling is not None and fields:
+        raise InvalidRequest(f"give either a SamplingParams or its fields, not both ({sorted(fields)})")
+    unknown = sorted(fields.keys() - SamplingParams.__dataclass_fields__.keys())
+    if unknown:
+        known = sorted((*SamplingParams.__dataclass_fields__, JSON_SCHEMA))
+        raise InvalidRequest(f"unknown sampling settings {unknown}; known: {known}")
+    params = sampling or SamplingParams(**fields)
+    schema = settings.get("json_schema")
+    if schema is None:
+        return params
+    if params.grammar is not None:
+        raise InvalidRequest("give either a grammar or a json_schema, not both")
+    return replace(params, grammar=Grammar.json_schema(schema))
 
 
 class TopLogprob(NamedTuple):

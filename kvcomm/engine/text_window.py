@@ -78,7 +78,7 @@ class TextWindow:
             self.is_in_run = False
 
     def take_run(self) -> list[int]:
-        """Of each token of a run that has ended: letters of the run's text up to its end; once."""
+        """Letters of the text of a run that has ended, up to the end of each of its tokens; once."""
         ends, self._run_ends = self._run_ends, []
         return ends
 

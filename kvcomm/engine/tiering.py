@@ -26,7 +26,9 @@ from kvcomm.model.geometry import ModelGeometry
 from kvcomm.model.live import Weights
 from kvcomm.reuse.cost import ReuseCost
 from kvcomm.reuse.plan import Part, Plan, Reason, plan_of
+from kvcomm.tiers.space import DEFAULT_TENANT
 from kvcomm.tiers.tier import Tier, TierSpace
+from kvcomm.values import text
 
 CLOSE_S = 2.0
 """Seconds that closing an engine may take for what is still to be written."""
@@ -51,10 +53,15 @@ class Tiering:
         lock: RLock,
         *,
         space_of: Callable[[Weights, str], TierSpace],
+        first_weights: Weights,
     ) -> None:
-        """Args:
-        space_of: whose KV it is that these weights compute for a tenant.
+        """Make one.
+
+        Args:
+            space_of: whose KV it is that these weights compute for a tenant.
+            first_weights: those that the model had when the engine was made.
         """
+        self._first_weights = first_weights
         self.tier = tier
         self._lock = lock
         self.space_of = space_of
@@ -97,7 +104,7 @@ class Tiering:
         return ask is not None and ask.namespace == request.namespace and ask.num_placed > sequence.num_computed
 
     def num_next(self, request: Request, start: int, end: int) -> int:
-        """Of `[start, end)`, how much to compute before looking again whether the tier has given more."""
+        """How much of `[start, end)` to compute before looking again whether the tier has given more."""
         if self._reads is None or request.ask is None:
             return end - start
         return self._reads.num_next(request.ask, start, end)
@@ -142,8 +149,16 @@ class Tiering:
             yield from self._reads.pages_held()
             yield from self._writes.pages_held()
 
+    def home_space(self, tenant: str = DEFAULT_TENANT) -> TierSpace:
+        """What a tenant's snapshots and the like go by in the tier, whatever the weights become.
+
+        Raises:
+            InvalidRequest: the tenant is no text.
+        """
+        return self.space_of(self._first_weights, text("the tenant", tenant))
+
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until all that was computed so far is written; False after `timeout_s`."""
+        """Wait until the tier has what was computed so far; False after `timeout_s`. Closing does so for 2 s."""
         return self._writes is None or self._writes.flush(timeout_s)
 
     def stop_reading(self) -> None:

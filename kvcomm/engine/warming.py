@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvcomm import values
-from kvcomm.align.levels import Level
 from kvcomm.align.readers import reader_of
+from kvcomm.align.standings import Level
 from kvcomm.errors import InvalidRequest
-from kvcomm.memory.segments import Segment
+from kvcomm.memory.segments import Prompt, Segment
 from kvcomm.plain import Plain
 from kvcomm.reuse.lesson import Lesson
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.reuse.replay import NUM_CONTINUATION
+from kvcomm.reuse.reuse import is_movable, require_movable
 from kvcomm.reuse.status import NUM_DIGITS, ReaderStatus
 
 if TYPE_CHECKING:
     from kvcomm.engine.engine import Engine
-    from kvcomm.engine.prompts import Prompt
 
 BATCH = 8
 """Examples that are answered at the same time."""
@@ -95,8 +95,10 @@ class Lessons:
         tenant: str,
         adapter: str | None = None,
     ) -> None:
-        """Args:
-        num_total: lessons that there will be.
+        """Make one.
+
+        Args:
+            num_total: lessons that there will be.
         """
         self._engine = engine
         self._policy = policy
@@ -112,7 +114,7 @@ class Lessons:
         lesson, segments = Lesson(self._policy), self._engine.read_prompt(prompt, is_start=True)
         with self._engine.lock:
             self._waiting.append(lesson)
-            if _is_movable(segments):
+            if is_movable(segments):
                 key = adapter, reader_of(segments).digest
                 if key not in self._tallies:
                     self._tallies[key] = _Tally(adapter, segments, self._status(segments, adapter).num_tokens, [])
@@ -142,7 +144,7 @@ class Lessons:
         return Gained(len(tally.lessons), num_pairs, status.num_tokens - tally.num_tokens, status)
 
     def _status(self, segments: tuple[Segment, ...], adapter: str | None) -> ReaderStatus:
-        return self._engine.reuse_status(segments, policy=self._policy, tenant=self._tenant, adapter=adapter)
+        return self._engine.reuse.status(segments, policy=self._policy, tenant=self._tenant, adapter=adapter)
 
     def _advance(self, text: str) -> None:
         with self._engine.lock:
@@ -200,17 +202,9 @@ def require_something(engine: Engine, policy: ReusePolicy, num_examples: int) ->
             "the policy is exact reuse only, which has nothing to learn; give one that allows more, such as "
             "ReusePolicy(max_divergence=0.05, confidence=0.9)"
         )
-    if engine.reuse.planner.immovable:
-        raise InvalidRequest(f"there is nothing to learn, since nothing can be moved: {engine.reuse.planner.immovable}")
-    engine.reuse.planner.require_known(policy.rungs)
-
-
-def require_movable(segments: Iterable[Segment], named: str) -> None:
-    """Raises InvalidRequest for a prompt of which no segment has a name; `named` says which one it is."""
-    if not _is_movable(segments):
-        raise InvalidRequest(
-            f"nothing of {named} can be moved: only segments with a name are, engine.segment(text, name=...)"
-        )
+    if engine.reuse.immovable:
+        raise InvalidRequest(f"there is nothing to learn, since nothing can be moved: {engine.reuse.immovable}")
+    engine.reuse.require_known(policy.rungs)
 
 
 @contextmanager
@@ -224,7 +218,3 @@ def told(progress: Progress) -> Iterator[Tell]:
     reporter = Reporter(enabled=values.truth_value("progress", progress))
     with reporter.stage("learning from examples", total=1000) as update:
         yield lambda done: update(1000 * done.num_done // done.num_total)
-
-
-def _is_movable(segments: Iterable[Segment]) -> bool:
-    return any(segment.name is not None for segment in segments)

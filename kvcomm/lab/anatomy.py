@@ -18,13 +18,14 @@ from torch import Tensor
 from kvcomm.align.ladder import Rung, moved_positions
 from kvcomm.align.moves import edges_of
 from kvcomm.align.spans import layer_stores
-from kvcomm.engine.engine import DEFAULT_TENANT, Engine
-from kvcomm.engine.prompts import Prompt
+from kvcomm.engine.engine import Engine
 from kvcomm.errors import InvalidRequest
+from kvcomm.memory.segments import Prompt
 from kvcomm.memory.sequences import Sequence as KVSequence
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.reuse.replay import Case
 from kvcomm.reuse.trials import Trial
+from kvcomm.tiers.space import DEFAULT_TENANT
 
 
 class Anatomy(NamedTuple):
@@ -80,16 +81,14 @@ def dissect(
     segments, tokens, wanted = engine.read_prompt(prompt, is_start=True), tuple(answer), tuple(rungs)
     if not tokens:
         raise InvalidRequest("an empty answer cannot be replayed; generate at least one token")
-    engine.reuse.planner.require_known(wanted)
+    engine.reuse.parts.planner.require_known(wanted)
     dissector = _Dissector(engine)
 
     def steps(trial: Trial) -> Generator[None, None, Dissection]:
         return (yield from dissector.steps(trial, tokens, wanted))
 
     namespace, weights = engine.namespace(tenant), engine.live.now(closely=True)
-    future = engine.reuse.trials.promise(namespace, weights, segments, steps, ReusePolicy.exact())
-    engine.wake()
-    return future
+    return engine.reuse.parts.trials.promise(namespace, weights, segments, steps, ReusePolicy.exact())
 
 
 class _Dissector:
@@ -98,11 +97,11 @@ class _Dissector:
     def __init__(self, engine: Engine) -> None:
         self._memory = engine.memory
         self._layers = layer_stores(engine.pool, engine.geometry)
-        self._reuse = engine.reuse
+        self._parts = engine.reuse.parts
 
     def steps(self, trial: Trial, answer: Sequence[int], rungs: Sequence[Rung]) -> Generator[None, None, Dissection]:
         """Pass by pass: the exact side, then every rung."""
-        trials, replayer = self._reuse.trials, self._reuse.replayer
+        trials, replayer = self._parts.trials, self._parts.replayer
         yield from trials.complete(trial)
         case = trials.case(trial, answer, trial.moves)
         exact = replayer.exact(case)
@@ -114,8 +113,8 @@ class _Dissector:
 
         if case.moves:
             with trials.lock:
-                known = self._reuse.planner.known(trial.namespace, rungs, edges_of(case.moves))
-                weights = self._reuse.book.heads(trial.namespace).weights
+                known = self._parts.planner.known(trial.namespace, rungs, edges_of(case.moves))
+                weights = self._parts.book.heads(trial.namespace).weights
             yield from replayer.measure(case, exact, rungs, known, weights, take_apart)
         return Dissection(exact.log_probs, tuple(found.get(rung) for rung in rungs) if case.moves else ())
 

@@ -141,7 +141,8 @@ def _ids(num: int, seed: int = 0) -> Ids:
 
 def _stock(engine: Engine, ids: Ids) -> Ids:
     given = torch.tensor([ids], device=engine.model.device)
-    out = engine.model.generate(
+    model: Any = engine.model  # transformers types none of its mixins
+    out = model.generate(
         given, attention_mask=torch.ones_like(given), max_new_tokens=NUM_NEW, do_sample=False, pad_token_id=0
     )
     assert isinstance(out, Tensor)

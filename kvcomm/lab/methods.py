@@ -42,9 +42,9 @@ DEVIATION_LAYER = 1
 def add_to(engine: Engine) -> None:
     """Let an engine know every method of this file; once."""
     layers = layer_stores(engine.pool, engine.geometry)
-    engine.reuse.add_estimator(PaperEstimator())
+    engine.reuse.parts.add_estimator(PaperEstimator())
     for chooser in (InfluenceChooser(), HeadChooser(), DeviationChooser(engine.memory, layers, engine.runner)):
-        engine.reuse.add_chooser(chooser)
+        engine.reuse.parts.add_chooser(chooser)
 
 
 class InfluenceChooser:
@@ -95,7 +95,7 @@ class DeviationChooser:
         return top_tokens(view.moves, share, self._deviations(exact, view.moves))
 
     def _deviations(self, exact: KVSequence, moves: Sequence[Move]) -> Tensor:
-        """Of every moved token's KV in the second layer from that of a sequence, [number of moved tokens]."""
+        """Distances of every moved token's KV in the second layer from that of a sequence, [number of moved tokens]."""
         scores = []
         for move in moves:
             truth = place_of(self._memory.pool, exact.pages, move.start, move.num_tokens, position=move.start)

@@ -121,7 +121,7 @@ def random_tokens(engine: Engine, *, seed: int = 0) -> TakeTokens:
     """Prompts of uniformly random ordinary tokens (no special ones), the same ones for the same seed."""
     tokenizer = engine.tokenizer
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    ordinary = np.array([i for i in range(min(len(tokenizer), engine.geometry.vocab_size)) if i not in special])
+    ordinary = np.array([i for i in range(min(len(tokenizer), engine.vocab_size)) if i not in special])
     generator = np.random.default_rng(seed)
 
     def take(num_tokens: int) -> list[int]:
@@ -156,7 +156,7 @@ def measure_prefix_hit(
         InvalidRequest: the prompt exceeds the model's limit, the prefix did not come from the cache, or the prompts
             given all begin alike.
     """
-    engine.clear_cache()
+    engine.cache.clear()
     prefix = take(num_prefix_tokens)
     cold, *others = _different_tails(take, num_tails=1 + num_hits, num_tokens=num_tail_tokens)
     cold_s, _ = time_request(engine, prefix + cold)
@@ -195,7 +195,7 @@ def prefilled(
         InvalidRequest: too long for the model.
         PoolExhausted, PoolTooSmall: no pages for them.
     """
-    engine.clear_cache()
+    engine.cache.clear()
     with ExitStack() as stack:
         contexts = []
         with ExitStack() as room:
@@ -217,7 +217,7 @@ def time_decode_step(engine: Engine, contexts: Sequence[Context], *, num_new_tok
     """
     if num_new_tokens < 2:
         raise ValueError(f"a step lies between two tokens; num_new_tokens={num_new_tokens}")
-    engine.clear_cache()
+    engine.cache.clear()
     with _forks(contexts) as forks:
         stamps: list[float] = []
         _generate_together(engine, forks, num_new_tokens, stamps)
@@ -226,14 +226,14 @@ def time_decode_step(engine: Engine, contexts: Sequence[Context], *, num_new_tok
 
 def measure_forks(engine: Engine, context: Context, *, num_forks: int) -> ForkCost:
     """Fork a context again and again; every fork is released before the next one."""
-    copied_before = engine.memory_stats().bytes_copied
+    copied_before = engine.cache.stats().bytes_copied
     seconds: list[float] = []
     for _ in range(num_forks):
         start = time.perf_counter()
         fork = context.fork()
         seconds.append(time.perf_counter() - start)
         fork.release()
-    return ForkCost(Samples(tuple(seconds)), engine.memory_stats().bytes_copied - copied_before)
+    return ForkCost(Samples(tuple(seconds)), engine.cache.stats().bytes_copied - copied_before)
 
 
 def measure_branches(engine: Engine, prompt: Sequence[int], *, num_branches: int, num_new_tokens: int) -> BranchCost:
@@ -243,15 +243,15 @@ def measure_branches(engine: Engine, prompt: Sequence[int], *, num_branches: int
         InvalidRequest: too long for the model.
         PoolExhausted, PoolTooSmall: no pages for them.
     """
-    engine.clear_cache()
-    before = engine.memory_stats()
+    engine.cache.clear()
+    before = engine.cache.stats()
     start = time.perf_counter()
     with engine.context(prompt) as parent:
         prefilled_at = time.perf_counter()
         with _forks([parent] * num_branches) as branches:
             answers = _generate_together(engine, branches, num_new_tokens)
             end = time.perf_counter()
-            pages_used = before.num_free - engine.memory_stats().num_free
+            pages_used = before.num_free - engine.cache.stats().num_free
     page_size = engine.config.page_size
     pages_expected = -(-len(prompt) // page_size) + num_branches * (-(-num_new_tokens // page_size) + 1)
     return BranchCost(
@@ -271,12 +271,12 @@ def measure_restore(engine: Engine, prompt: Sequence[int], folder: str | Path) -
         InvalidRequest: too long for the model.
     """
     file = Path(folder) / "benchmark.safetensors"
-    engine.clear_cache()
+    engine.cache.clear()
     start = time.perf_counter()
     with engine.context(prompt) as context:
         recompute_s = time.perf_counter() - start
         context.save(file)
-    engine.clear_cache()
+    engine.cache.clear()
     start = time.perf_counter()
     with engine.restore(file):
         restore_s = time.perf_counter() - start
@@ -294,7 +294,7 @@ def _generate_together(
 ) -> tuple[tuple[int, ...], ...]:
     """Answers of all contexts; `stamps` gets the time of each token of the first one."""
     sampling = _answer_of(num_new_tokens)
-    with engine.lock:  # no step starts before all are in
+    with engine.held():  # no step starts before all are in
         handles = [context.submit(sampling) for context in contexts]
     for _ in handles[0]:
         if stamps is not None:

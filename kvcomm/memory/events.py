@@ -13,6 +13,9 @@ from enum import StrEnum
 
 from kvcomm.memory.node import NO_IDS, TokenIds
 
+MAX_EVENTS = 65_536
+"""That wait for a reader before what comes is lost."""
+
 
 class EventKind(StrEnum):
     """What happened to a stretch of a token path."""
@@ -49,7 +52,7 @@ class CacheEvent:
 class EventLog:
     """Bounded buffer, off until the first `take`."""
 
-    def __init__(self, max_events: int = 65_536, max_tokens: int = 2**24) -> None:
+    def __init__(self, max_events: int = MAX_EVENTS, max_tokens: int = 2**24) -> None:
         """`max_tokens`: of the paths of all events together, four bytes each."""
         self.recording = False
         self._max_events = max_events

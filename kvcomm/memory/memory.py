@@ -31,11 +31,13 @@ class Memory:
         eviction: str = DEFAULT_ORDER,
         require_held: RequireHeld = unshared,
     ) -> None:
-        """Args:
-        ttl_s: how long unused prefixes and segments live; None: until their pages are needed.
-        rendition_bytes: of KV that renditions may refer to.
-        eviction: the policy by which prefixes go when pages are needed, see `RadixTree`.
-        require_held: checks who calls, in the tree and the store of renditions.
+        """Make one.
+
+        Args:
+            ttl_s: how long unused prefixes and segments live; None: until their pages are needed.
+            rendition_bytes: of KV that renditions may refer to.
+            eviction: the policy by which prefixes go when pages are needed, see `RadixTree`.
+            require_held: checks who calls, in the tree and the store of renditions.
         """
         self.pool = pool
         self.tree = RadixTree(pool, ttl_s=ttl_s, eviction=eviction, require_held=require_held)

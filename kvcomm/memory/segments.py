@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -35,3 +37,12 @@ class Segment(Plain):
         owner = namespace.encode()
         ids = np.array(self.token_ids, dtype="<i4").tobytes()
         return hashlib.sha256(_DOMAIN + struct.pack("<Q", len(owner)) + owner + ids).hexdigest()
+
+
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Segment]
+"""What users give as a prompt: one text, token ids, or segments."""
+
+
+def token_ids_of(segments: Iterable[Segment]) -> list[int]:
+    """The ids of segments one after the other."""
+    return [token for segment in segments for token in segment.token_ids]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Identity:
-    """Of one KV, however often it is used: what is derived from it may be kept as long as this lives."""
+    """The identity of one KV, however often it is used: what is derived from it may be kept as long as this lives."""
 
     __slots__ = ("__weakref__",)
 

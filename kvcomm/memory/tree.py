@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcomm.memory.ages import PageAges
-from kvcomm.memory.events import CacheEvent, EventKind, EventLog
+from kvcomm.memory.events import MAX_EVENTS, CacheEvent, EventKind, EventLog
 from kvcomm.memory.eviction import DEFAULT_ORDER, Reaper
 from kvcomm.memory.lock_rule import RequireHeld, unshared
 from kvcomm.memory.namespaces import Namespaces, NamespaceUsage
@@ -68,7 +68,7 @@ class RadixTree:
         *,
         clock: Callable[[], float] = time.monotonic,
         ttl_s: float | None = None,
-        max_events: int = 65_536,
+        max_events: int = MAX_EVENTS,
         eviction: str = DEFAULT_ORDER,
         require_held: RequireHeld = unshared,
     ) -> None:

@@ -83,7 +83,7 @@ class Choice:
     memory: TileMemory = field(default_factory=TileMemory, repr=False, compare=False)
 
     def name(self, weight: Tensor, num_rows: int) -> str:
-        """Of the product for so many rows of a weight of a dtype among `CANDIDATES`."""
+        """Name among `CANDIDATES` of the product for so many rows of a weight of a dtype."""
         at = min(bisect_left(ROWS, num_rows), len(ROWS) - 1)
         table = self.table or FIXED.get(weight.dtype)
         return table[at] if table is not None and can_compute(table[at], weight) else "torch"

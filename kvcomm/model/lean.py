@@ -36,8 +36,10 @@ class LeanLayers:
     """The layers of one model that can be switched. They are found once, when this is made."""
 
     def __init__(self, model: nn.Module, choice: Choice | None = None) -> None:
-        """Args:
-        choice: of products; None: what was, or now is, measured on this machine.
+        """Make one.
+
+        Args:
+            choice: of products; None: what was, or now is, measured on this machine.
         """
         linears = _linears(model)
         self._dtype = linears[0].weight.dtype if linears else None

@@ -110,7 +110,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def num_bits(self) -> int:
-        """Of a code."""
+        """Bits of a code."""
         return 8 if self.lows is None else 4
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
@@ -154,8 +154,10 @@ class QuantizedEmbedding(nn.Module):
     scales: Tensor
 
     def __init__(self, kept: Bytes, dtype: torch.dtype) -> None:
-        """Args:
-        dtype: of the rows that are looked up.
+        """Make one.
+
+        Args:
+            dtype: of the rows that are looked up.
         """
         super().__init__()
         self.num_embeddings, self.embedding_dim = kept.codes.shape

@@ -61,10 +61,12 @@ class ModelRunner:
         backend: AttentionBackend,
         live: LiveWeights | None = None,
     ) -> None:
-        """Args:
-        keys, values: per layer [num_slots, num_kv_heads, dim]; written by `forward`.
-        page_size: tokens per page.
-        live: watches the model's weights; None: whoever calls vouches for them.
+        """Make one.
+
+        Args:
+            keys, values: per layer [num_slots, num_kv_heads, dim]; written by `forward`.
+            page_size: tokens per page.
+            live: watches the model's weights; None: whoever calls vouches for them.
         """
         hook.register()
         self.backend = backend

@@ -38,7 +38,8 @@ from kvcomm.reuse.choosing import Chooser, View
 from kvcomm.reuse.decision import Acceptance
 from kvcomm.reuse.finder import parts_of
 from kvcomm.reuse.plan import ApproximationReport, Part, Plan, Reason, plan_of
-from kvcomm.reuse.replay import NOTHING, assemble, computed_stretches, rung_stretches
+from kvcomm.reuse.replay import NOTHING, assemble
+from kvcomm.reuse.stretches import computed_stretches, rung_stretches
 
 logger = logging.getLogger("kvcomm.engine")
 
@@ -132,9 +133,11 @@ class Attempt:
         wanted: Acceptance | Rung,
         head_weights: Sequence[float] | None,
     ) -> None:
-        """Args:
-        corrections: one per move.
-        wanted: on what grounds it is served; or a rung to serve at with no bound.
+        """Make one.
+
+        Args:
+            corrections: one per move.
+            wanted: on what grounds it is served; or a rung to serve at with no bound.
         """
         self.prompt = prompt
         self.reader = reader

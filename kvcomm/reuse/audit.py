@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable
 
 from kvcomm.align.bound import Bound
-from kvcomm.align.levels import Audit, ReaderBook
+from kvcomm.align.levels import ReaderBook
 from kvcomm.align.readers import Reader
+from kvcomm.align.standings import Audit
 from kvcomm.memory.sequences import Sequence as KVSequence
 from kvcomm.reuse.idle_work import Steps, Urgency
 from kvcomm.reuse.policy import ReusePolicy
@@ -31,8 +32,10 @@ class Auditor:
     """
 
     def __init__(self, trials: Trials, book: ReaderBook, study: Callable[[Trial], None]) -> None:
-        """Args:
-        study: takes over a trial whose prompt is exact, to learn from it. Called under the lock.
+        """Make one.
+
+        Args:
+            study: takes over a trial whose prompt is exact, to learn from it. Called under the lock.
         """
         self.num_audits = 0
         self.num_violations = 0

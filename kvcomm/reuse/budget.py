@@ -18,9 +18,11 @@ class Budget:
     """
 
     def __init__(self, share: float, loan_s: float = LOAN_S) -> None:
-        """Args:
-        share: of all time that is worked, in [0, 1); 0: nothing is learned while requests come.
-        loan_s: seconds that count as worked from the beginning.
+        """Make one.
+
+        Args:
+            share: of all time that is worked, in [0, 1); 0: nothing is learned while requests come.
+            loan_s: seconds that count as worked from the beginning.
         """
         self.share = share
         self.loan_s = loan_s

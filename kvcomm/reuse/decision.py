@@ -14,8 +14,9 @@ from typing import NamedTuple, Protocol
 from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import Calibration, SourcesRead
 from kvcomm.align.ladder import Ladder, Rung
-from kvcomm.align.levels import Grounds, Level, ReaderBook
+from kvcomm.align.levels import Grounds, ReaderBook
 from kvcomm.align.readers import Reader
+from kvcomm.align.standings import Level
 from kvcomm.reuse.plan import Reason
 from kvcomm.reuse.policy import ReusePolicy
 
@@ -107,12 +108,12 @@ class Replayed(Protocol):
 
     @property
     def distance(self) -> float:
-        """Of the text from what the estimator knows."""
+        """Distance of the text from what the estimator knows."""
         ...
 
     @property
     def residual(self) -> float | None:
-        """Of the recomputed tokens; None where none were."""
+        """Residual of the recomputed tokens; None where none were."""
         ...
 
     @property

@@ -67,9 +67,11 @@ class IdleWork:
 
     Attributes:
         worked_s: seconds that jobs have taken.
+        when_added: wakes whoever works on jobs; must not take the engine's lock.
     """
 
     def __init__(self, lock: RLock) -> None:
+        self.when_added: Callable[[], None] = lambda: None
         self._lock = lock
         self._jobs: list[Job] = []
         self._begun: Job | None = None
@@ -98,6 +100,7 @@ class IdleWork:
                 self._remove(job)
             elif len(list(self._droppable())) > MAX_STUDIES:
                 self._drop()
+        self.when_added()
 
     def step(self) -> float:
         """Work on the first job until it yields or ends; returns the seconds it took."""
@@ -122,12 +125,12 @@ class IdleWork:
             level = logging.DEBUG if job.urgency is Urgency.AWAITED else logging.ERROR
             logger.log(level, "idle work failed", exc_info=True)
             self.num_failed += 1
+        took_s = time.perf_counter() - begun_s
         with self._lock:
+            self.worked_s += took_s  # before the job is gone: whoever waits for that sees what it took
             self._running = None
             if (ended or self._is_closed) and job in self._jobs:
                 self._remove(job)
-        took_s = time.perf_counter() - begun_s
-        self.worked_s += took_s
         return took_s
 
     def give_way(self) -> bool:

@@ -15,10 +15,11 @@ from concurrent.futures import Future
 from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import Measured, Pair, sources_of
 from kvcomm.align.ladder import Rung
-from kvcomm.align.levels import Level, ReaderBook, kinds_at
+from kvcomm.align.levels import ReaderBook, kinds_at
 from kvcomm.align.moves import Move, edges_of
 from kvcomm.align.ops.contract import LayerStore
 from kvcomm.align.spans import place_of
+from kvcomm.align.standings import Level
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.segments import Segment
 from kvcomm.model.live import Weights

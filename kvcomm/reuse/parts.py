@@ -82,8 +82,10 @@ class ReuseParts:
         end_token_ids: frozenset[int],
         prior: Prior | None,
     ) -> Self:
-        """Args:
-        identity: of the model, for what was measured on it.
+        """Make one of these.
+
+        Args:
+            identity: of the model, for what was measured on it.
         """
         layers = layer_stores(memory.pool, geometry)
         device = memory.pool.keys[0].device

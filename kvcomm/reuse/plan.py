@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from kvcomm.align.levels import Level
+from kvcomm.align.standings import Level
 from kvcomm.plain import Plain
 
 

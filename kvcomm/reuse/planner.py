@@ -16,9 +16,10 @@ from kvcomm.align.calibration import SourcesRead, sources_of
 from kvcomm.align.edges import Edge
 from kvcomm.align.estimators import Correction, Estimator
 from kvcomm.align.ladder import Ladder, Rung
-from kvcomm.align.levels import Level, ReaderBook
+from kvcomm.align.levels import ReaderBook
 from kvcomm.align.moves import Move, edges_of, num_moved
 from kvcomm.align.readers import Reader, reader_of
+from kvcomm.align.standings import Level
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.pool import PageIds
 from kvcomm.memory.segments import Segment
@@ -61,8 +62,10 @@ class Planner:
         *,
         immovable: str | None,
     ) -> None:
-        """Args:
-        immovable: why this model's keys cannot be moved, or None.
+        """Make one.
+
+        Args:
+            immovable: why this model's keys cannot be moved, or None.
         """
         self.finder = MoveFinder(tools.memory)
         self.estimators = estimators

@@ -12,9 +12,9 @@ from itertools import pairwise
 
 from kvcomm.align.bound import Bound
 from kvcomm.align.ladder import DEFAULT_RUNGS, Ladder, Rung, ladders_of
-from kvcomm.align.levels import LEVELS, Level
+from kvcomm.align.standings import LEVELS, Level
 from kvcomm.errors import InvalidRequest
-from kvcomm.values import items, real_number, text, truth_value, whole_number
+from kvcomm.values import items, real_number, text, told, truth_value, whole_number
 
 DEFAULT_AUDIT = 0.02
 DEFAULT_HEAL_WITHIN = 8
@@ -122,3 +122,10 @@ class ReusePolicy:
     def levels(self) -> tuple[Level, ...]:
         """Levels that may decide, the most specific first."""
         return LEVELS[: LEVELS.index(Level(self.basis)) + 1]
+
+
+def checked_policy(policy: ReusePolicy | None) -> ReusePolicy | None:
+    """The same policy; raises InvalidRequest where it is none."""
+    if not isinstance(policy, ReusePolicy | None):
+        raise InvalidRequest(f"policy must be a ReusePolicy, not {told(policy)}; exact reuse is ReusePolicy.exact()")
+    return policy

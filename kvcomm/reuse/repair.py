@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from typing import Protocol
 
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.sequences import Sequence as KVSequence
@@ -14,33 +13,8 @@ from kvcomm.reuse.healing import Healing
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.reuse.trials import Trial, Trials
 
-
-class Repairable(Protocol):
-    """A context, as far as repairing it goes."""
-
-    @property
-    def sequence(self) -> KVSequence:
-        """Its tokens and pages."""
-        ...
-
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        """What it was built from."""
-        ...
-
-    @property
-    def busy(self) -> bool:
-        """Whether a request is writing it."""
-        ...
-
-    @property
-    def released(self) -> bool:
-        """Whether it is gone."""
-        ...
-
-    def repaired(self) -> None:
-        """Its KV is exact now."""
-        ...
+TakeOver = Callable[[Healing], tuple[Segment, ...] | None]
+"""Lets whoever owns a sequence go on with its exact twin; returns what the sequence is made of, None: not now."""
 
 
 class Repairer:
@@ -51,11 +25,15 @@ class Repairer:
         self._finder = finder
         self._memory = trials.memory
 
-    def repair(self, namespace: str, weights: Weights, context: Repairable) -> Future[bool]:
-        """Make a context exact; the future gives whether it is."""
+    def repair(self, namespace: str, weights: Weights, own: KVSequence, take_over: TakeOver) -> Future[bool]:
+        """Make a context exact; the future gives whether it is.
+
+        Args:
+            own: its sequence.
+            take_over: called under the engine's lock with a twin that has caught up.
+        """
 
         def steps(trial: Trial) -> Generator[None, None, bool]:
-            own = context.sequence
             healing = Healing(self._memory, namespace, own)
             trial.sequence = healing.twin
             with self._trials.lock:
@@ -67,21 +45,23 @@ class Repairer:
                         break
                 yield from self._trials.prefill(healing.twin)
                 with self._trials.lock:
-                    if self._put_in_place(namespace, healing, context):
+                    if self._put_in_place(namespace, healing, take_over):
                         break
                 yield
-            return not context.released and own.approximate_from is None
+            is_released = own.num_tokens > 0 and own.num_pages == 0
+            return not is_released and own.approximate_from is None
 
         return self._trials.promise(namespace, weights, (), steps, ReusePolicy.exact())
 
-    def _put_in_place(self, namespace: str, healing: Healing, context: Repairable) -> bool:
+    def _put_in_place(self, namespace: str, healing: Healing, take_over: TakeOver) -> bool:
         """Let a context that nobody writes go on with its twin, if that has caught up. Under the lock."""
         own, page_size = healing.own, self._memory.pool.page_size
-        if context.busy or own.approximate_from is None or not healing.has_caught_up:
+        if own.approximate_from is None or not healing.has_caught_up:
             return False
-        healing.put_in_place()
-        context.repaired()
+        segments = take_over(healing)
+        if segments is None:
+            return False
         whole = own.num_computed - own.num_computed % page_size
         self._memory.tree.insert(namespace, own.token_ids[:whole], own.pages[: whole // page_size])
-        self._finder.replace(namespace, context.segments, own)
+        self._finder.replace(namespace, segments, own)
         return True

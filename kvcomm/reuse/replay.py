@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kvcomm.align.attention_mass import AttentionMass, damaged_layers, looking_layers, looking_rows
@@ -35,6 +34,7 @@ from kvcomm.model.live import Weights
 from kvcomm.model.runner import ModelRunner, Run
 from kvcomm.reuse.choosing import Chooser, View
 from kvcomm.reuse.idle_work import Steps
+from kvcomm.reuse.stretches import computed_stretches, rung_stretches
 
 NUM_CONTINUATION = 32
 """Tokens over which a divergence is taken."""
@@ -147,8 +147,10 @@ class Replayer:
         choosers: Mapping[str, Chooser],
         lock: RLock,
     ) -> None:
-        """Args:
-        choosers: by name; others may be added later.
+        """Make one.
+
+        Args:
+            choosers: by name; others may be added later.
         """
         self.choosers = choosers
         self._memory = memory
@@ -429,30 +431,3 @@ def assemble(
         found.append(correction.write(layers, move, target, with_errors=with_errors))
     errors = [each.errors for each in found if each.errors is not None]
     return Written(max(each.distance for each in found), torch.cat(errors) if with_errors else None)
-
-
-def computed_stretches(moves: Sequence[Move], recomputed: IntArray, num_tokens: int) -> list[tuple[int, int]]:
-    """`[start, end)` of what is computed from the first move on: everything but what stays moved."""
-    computed = np.ones(num_tokens, dtype=bool)
-    computed[: moves[0].start] = False
-    for move in moves:
-        computed[move.start : move.end] = False
-    computed[recomputed] = True
-    return _stretches(computed)
-
-
-def rung_stretches(moves: Sequence[Move], recomputed: IntArray, num_tokens: int) -> list[tuple[int, int]]:
-    """`[start, end)` of what a rung computes behind a first pass: its tokens, and all behind the last move once more.
-
-    What stands between moves stays as the first pass left it. Computing that once more, too, takes nothing off the
-    divergence that would be worth its time.
-    """
-    computed = np.zeros(num_tokens, dtype=bool)
-    computed[recomputed] = True
-    computed[moves[-1].end :] = True
-    return _stretches(computed)
-
-
-def _stretches(computed: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    edges = np.flatnonzero(np.diff(np.concatenate(([False], computed, [False])).astype(np.int8)))
-    return [(int(start), int(end)) for start, end in zip(edges[::2], edges[1::2], strict=True)]

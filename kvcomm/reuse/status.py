@@ -13,8 +13,8 @@ from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import SourcesRead, pairs_needed
 from kvcomm.align.edges import Edge
 from kvcomm.align.estimators import TokenEstimator
-from kvcomm.align.levels import Level, Standing
 from kvcomm.align.readers import Reader
+from kvcomm.align.standings import Level, Standing
 from kvcomm.plain import Plain
 from kvcomm.reuse.decision import Acceptance, decide
 from kvcomm.reuse.parts import ReuseParts

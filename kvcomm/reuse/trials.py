@@ -10,9 +10,9 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from kvcomm.align.levels import Level
 from kvcomm.align.moves import Move
 from kvcomm.align.readers import Reader, reader_of
+from kvcomm.align.standings import Level
 from kvcomm.errors import EngineClosed, kept
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
@@ -87,8 +87,10 @@ class Trials:
         chunk: int,
         end_token_ids: frozenset[int],
     ) -> None:
-        """Args:
-        chunk: tokens of a prefill pass beside requests.
+        """Make one.
+
+        Args:
+            chunk: tokens of a prefill pass beside requests.
         """
         self.memory = memory
         self.replayer = replayer

@@ -17,11 +17,11 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kvcomm.engine.engine import DEFAULT_TENANT
 from kvcomm.server.callers import Callers, use_origin_form
 from kvcomm.server.errors import ApiError
 from kvcomm.server.keys import KeyRecord, KeyRing, Role
 from kvcomm.server.logs import notes_of
+from kvcomm.tiers.space import DEFAULT_TENANT
 
 if TYPE_CHECKING:
     from kvcomm.server.admission import Admission

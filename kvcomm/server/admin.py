@@ -35,12 +35,12 @@ def metrics(state: StateDep) -> Response:
 @router.get("/admin/status", operation_id="serverStatus", responses=documented(401, 403, 500))
 def server_status(state: StateDep) -> ServerStatus:  # in a thread: it waits for the engine's lock
     """How full the server is."""
-    stats = state.engine.memory_stats()
+    stats = state.engine.cache.stats()
     return ServerStatus(
         is_draining=state.admission.is_draining,
         requests_in_flight=state.admission.num_in_flight,
-        requests_running=state.engine.scheduler.num_running,
-        requests_waiting=state.engine.scheduler.num_waiting + state.workers.engine.num_waiting,
+        requests_running=state.engine.requests.num_running,
+        requests_waiting=state.engine.requests.num_waiting + state.workers.engine.num_waiting,
         num_pages=stats.num_pages,
         num_free_pages=stats.num_free,
         num_cached_pages=stats.num_cached,

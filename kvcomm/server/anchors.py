@@ -91,7 +91,7 @@ async def get_anchor_status(
 def _archive(engine: Engine, tenant: str) -> bytes:
     with _scratch() as scratch:
         folder, file = scratch / "anchors", scratch / "anchors.tar"
-        engine.save_anchors(folder, tenant=tenant)
+        engine.reuse.save(folder, tenant=tenant)
         export_archive(folder, file)
         return read_bytes(file)
 
@@ -118,7 +118,7 @@ def _take(engine: Engine, tenant: str, scratch: Path) -> AnchorsTaken:
     file, folder = scratch / "archive", scratch / "anchors"
     try:
         num_banks = import_archive(file, folder)
-        profile = engine.load_anchors(folder, tenant=tenant)
+        profile = engine.reuse.load(folder, tenant=tenant)
     except (AnchorFileCorrupt, AnchorFileForeign, AnchorFileTooNew, AnchorFileTooOld) as error:
         # Messages name files; where this server unpacks them is nobody's business.
         raise ApiError(400, "bad_anchors", str(error).replace(f"{scratch}/", "")) from error

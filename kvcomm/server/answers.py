@@ -133,14 +133,14 @@ class ChatAnswers:
         return answers
 
     async def prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
-        """Of the prompt's tokens, if they were asked for; raises as `Call.results`."""
+        """Log-probabilities of the prompt's tokens, if they were asked for; raises as `Call.results`."""
         if self._body.prompt_logprobs is None:
             return None
         (completion,) = await self._call.results()
         return completion.prompt_logprobs
 
     async def usage(self) -> Usage:
-        """Of the request, once it has ended; raises as `Call.results`."""
+        """Usage of the request, once it has ended; raises as `Call.results`."""
         (completion,) = await self._call.results()
         usage = usage_of([completion.usage], cache_breakpoints=num_breakpoints(self._body))
         more: dict[str, Any] = {}
@@ -162,7 +162,7 @@ def _prepare(body: ChatRequest, call: Call, turn: Turn | None, followed: Sequenc
         tools = tools or (None if before is None else before.tools)
     end = ""
     if state.prompts.readers.needs_prompt:
-        end = state.engine.decode(prompt.token_ids[-NUM_PROMPT_TOKENS:])
+        end = state.engine.texts.decode(prompt.token_ids[-NUM_PROMPT_TOKENS:])
     reply = grammar_of(body)
     grammar = _grammar(body, tools or [], end, state, reply)
     if grammar is not None:

@@ -100,7 +100,7 @@ def make_app(
     for surface in SURFACES:
         app.include_router(surface)
     errors.install(app, unknown_url=UnknownUrls(SURFACES))
-    openapi.install(app, models=lambda: state.models, vocab_size=engine.geometry.vocab_size)
+    openapi.install(app, models=lambda: state.models, vocab_size=engine.vocab_size)
     app.add_middleware(
         BodyLimit, max_bytes=settings.max_bytes_of, timeout_s=settings.body_timeout_s, pause_s=settings.body_pause_s
     )

@@ -34,7 +34,7 @@ class Echo(NamedTuple):
 
 
 def entries_of(piece: Choice | Chunk) -> list[Entry]:
-    """Of an answer or a piece of it; places are in the answer's own text."""
+    """Entries of an answer or a piece of it; places are in the answer's own text."""
     return [
         Entry(token.token_id, token, place)
         for token, place in zip(piece.logprobs or (), piece.text_offsets or (), strict=True)
@@ -44,7 +44,7 @@ def entries_of(piece: Choice | Chunk) -> list[Entry]:
 def echo_of(engine: Engine, prompt: str | list[int], token_ids: Sequence[int], completion: Completion) -> Echo:
     """A prompt with the log-probabilities of its tokens, which the engine has been asked for."""
     assert completion.prompt_logprobs is not None
-    text, places = engine.locate(token_ids)
+    text, places = engine.texts.locate(token_ids)
     if isinstance(prompt, str):
         num_before = len(text) - len(prompt) if text.endswith(prompt) else 0  # start tokens that nobody wrote
         text, places = prompt, tuple(min(max(0, place - num_before), len(prompt)) for place in places)

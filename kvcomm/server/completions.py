@@ -199,7 +199,7 @@ class _Answer:
                 yield CompletionChoice(index=index, text=text, logprobs=None, finish_reason=None)
 
     def _prompt_text(self, prompt: str | list[int]) -> str:
-        return prompt if isinstance(prompt, str) else self._engine.decode(prompt)
+        return prompt if isinstance(prompt, str) else self._engine.texts.decode(prompt)
 
     def _pieces(self, piece: Piece) -> list[CompletionChoice]:
         """One event for a chunk; none while its text is held back."""
@@ -217,7 +217,7 @@ class _Answer:
         return [CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=end)]
 
     def _ends(self, completions: Sequence[Completion]) -> Iterator[CompletionChoice]:
-        """Of choices of which nothing was to be generated."""
+        """Ends of choices of which nothing was to be generated."""
         for job, completion in enumerate(completions):
             for choice in completion.choices:
                 index = self._index(job, choice.index)
@@ -232,7 +232,7 @@ class _Answer:
     def _lost_space(self, token_ids: Iterable[int]) -> str:
         """What stands between a prompt that is echoed and its answer; see `Engine.lost_space`."""
         skips = self._body.skip_special_tokens is not False
-        return self._engine.lost_space(token_ids, skip_special_tokens=skips) if self._body.echo else ""
+        return self._engine.texts.lost_space(token_ids, skip_special_tokens=skips) if self._body.echo else ""
 
     def _placed(self, choice: EngineChoice, start: int, end: int) -> list[Entry]:
         """The tokens of an answer behind an echoed prompt that ends at `start`; with the token that ended it at `end`.

@@ -213,7 +213,7 @@ class Call:
                 yield piece
 
     def usage_so_far(self) -> RunningUsage:
-        """Of all jobs, while their answers are streamed."""
+        """Usage of all jobs, while their answers are streamed."""
         num_prompt = self.num_prompt_tokens
         return RunningUsage(
             prompt_tokens=num_prompt,
@@ -306,7 +306,7 @@ class Call:
         self.state.workers.engine.leave(self.tenant.name)
 
     def _note_texts(self, completions: Sequence[Completion]) -> None:
-        decode = self.state.engine.decode
+        decode = self.state.engine.texts.decode
         self.notes.fields["prompts"] = [decode(each.prompt.token_ids) for each in self._running]
         self.notes.fields["answers"] = [[choice.text for choice in each.choices] for each in completions]
 

@@ -10,7 +10,7 @@ from kvcomm.server.schemas.chat import TokenLogprob, TopLogprob
 
 
 def told_logprobs(engine: Engine, tokens: Iterable[EngineLogprob]) -> list[TokenLogprob]:
-    """Of tokens that were drawn."""
+    """Log-probabilities of tokens that were drawn, as they are told."""
     return [_drawn(engine, token) for token in tokens]
 
 
@@ -21,4 +21,6 @@ def _drawn(engine: Engine, token: EngineLogprob) -> TokenLogprob:
 
 
 def _top(engine: Engine, token_id: int, logprob: float) -> TopLogprob:
-    return TopLogprob(token=engine.token_text(token_id), logprob=logprob, bytes=list(engine.token_bytes(token_id)))
+    return TopLogprob(
+        token=engine.texts.token_text(token_id), logprob=logprob, bytes=list(engine.texts.token_bytes(token_id))
+    )

@@ -56,7 +56,7 @@ class Metrics:
         """`turns`: those for the engine."""
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(engine, admission, turns))
-        self.registry.register(_TierCollector(engine.tier))
+        self.registry.register(_TierCollector(engine.tiering.tier))
         self._queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self._hits = self._counter("prefix_cache_hits", "Prompt tokens found there.")
         self._from_tier = self._counter("prompt_tokens_from_tier", "Of the exact ones, those from the shared tier.")
@@ -198,11 +198,11 @@ class _EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """The present values."""
         engine = self._engine
-        stats = engine.memory_stats()
+        stats = engine.cache.stats()
         gauges = {
             "kv_cache_usage_ratio": ("Pages in use.", 1 - stats.num_free / stats.num_pages),
             "kv_cache_cached_pages": ("Pages that cached prefixes refer to.", stats.num_cached),
-            "requests_running": ("Engine requests that are computed.", engine.scheduler.num_running),
+            "requests_running": ("Engine requests that are computed.", engine.requests.num_running),
             "requests_waiting": ("Engine requests that wait to be computed.", self._num_waiting),
             "requests_in_flight": ("Engine requests that hold a place.", self._admission.num_in_flight),
         }
@@ -211,31 +211,30 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily(
             "kvcomm:audit_violations",
             "Audits in which moved KV broke the bound.",
-            value=engine.reuse.learner.auditor.num_violations,
+            value=engine.reuse.num_violations,
         )
         yield self._evicted()
         yield from self._ages()
 
     @property
     def _num_waiting(self) -> int:
-        return self._engine.scheduler.num_waiting + self._turns.num_waiting
+        return self._engine.requests.num_waiting + self._turns.num_waiting
 
     def _ages(self) -> Iterator[Metric]:
-        ages = self._engine.tree.ages
+        ages = self._engine.cache.ages
         histograms = {
             "kv_page_lifetime_seconds": ("Cached pages dropped, by the time since they came.", ages.lifetime),
             "kv_page_idle_before_drop_seconds": ("Cached pages dropped, by the time since their use.", ages.idle),
             "kv_page_reuse_gap_seconds": ("Cached pages found, by the time since the use before.", ages.reuse_gap),
         }
-        with self._engine.lock:
+        with self._engine.cache.unchanged():
             for name, (meaning, histogram) in histograms.items():
                 totals = zip((*map(str, BOUNDS_S), "+Inf"), accumulate(histogram.counts), strict=True)
                 yield HistogramMetricFamily(f"kvcomm:{name}", meaning, list(totals), histogram.sum_s)
 
     def _evicted(self) -> Metric:
         engine = self._engine
-        with engine.lock:
-            usage = engine.tree.total_usage()
+        usage = engine.cache.total_usage()
         family = CounterMetricFamily("kvcomm:evicted_tokens", "Cached tokens dropped, by reason.", labels=["reason"])
         family.add_metric(["evicted"], usage.evicted_tokens)
         family.add_metric(["expired"], usage.expired_tokens)

@@ -16,18 +16,8 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
-from kvcomm.engine.chat import (
-    ROLES,
-    TEXT,
-    Message,
-    Placed,
-    Rendered,
-    joined,
-    pieces_of,
-    placed_text,
-    rendered_ids,
-    segments_of,
-)
+from kvcomm.engine.chat import TEXT, joined, pieces_of, placed_text, rendered_ids, segments_of
+from kvcomm.engine.chat_template import ROLES, Message, Placed, Rendered
 from kvcomm.engine.marks import Marks
 from kvcomm.errors import TemplateError
 from kvcomm.memory.segments import Segment

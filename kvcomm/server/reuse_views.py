@@ -11,14 +11,14 @@ from collections.abc import Iterable, Sequence
 
 from kvcomm.align.calibration import SourcesRead, pairs_needed
 from kvcomm.align.ladder import DEFAULT_RUNGS, ladders_of
-from kvcomm.align.levels import Audit, Count, Level, Standing
+from kvcomm.align.levels import Count
 from kvcomm.align.readers import Reader
+from kvcomm.align.standings import Audit, Level, Standing
 from kvcomm.align.watch import Watch
 from kvcomm.engine.engine import Engine
 from kvcomm.plain import fields_of
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.reuse.status import ReaderStatus as EngineStatus
-from kvcomm.reuse.status import status_of
 from kvcomm.server.schemas.anchors import AnchorStatus, EdgeStatus, LevelStatus, ReaderStatus
 from kvcomm.server.schemas.stats import AuditRecord, ReaderStanding, WatchedBound
 
@@ -32,7 +32,7 @@ NOBODY = Reader("")
 
 def watched_bounds(engine: Engine, namespaces: Iterable[str]) -> list[WatchedBound]:
     """Every bound that was asked for; those of all readers together first, then reader by reader, the latest first."""
-    found = [(name, *each) for name in namespaces for each in engine.reuse.book.watches(name)]
+    found = [(name, *each) for name in namespaces for each in engine.reuse.watches(name)]
     together = [each for each in found if each[2] is None]
     apart = [each for each in found if each[2] is not None]
     return [_watched(engine, *each) for each in (*together, *reversed(apart))][:MAX_SHOWN]
@@ -45,7 +45,7 @@ def reader_standings(engine: Engine, namespaces: Iterable[str]) -> list[ReaderSt
 
 def audit_records(engine: Engine, namespaces: Iterable[str], now_s: float) -> list[AuditRecord]:
     """The latest audits of all readers, newest first."""
-    standings = [each for name in namespaces for each in engine.reuse.book.standings(name)]
+    standings = [each for name in namespaces for each in engine.reuse.standings(name)]
     audits = [(audit, standing.reader) for standing in standings for audit in standing.audits]
     audits.sort(key=lambda each: each[0].at_s, reverse=True)
     return [_audit(audit, reader, now_s) for audit, reader in audits[:MAX_SHOWN]]
@@ -58,13 +58,13 @@ def anchor_status(engine: Engine, name: str, spaces: Sequence[str], policy: Reus
         name: of the tenant.
         spaces: the engine's tenants that are this one's, with salts and without.
     """
-    with engine.lock:
-        namespaces = [each for space in spaces for each in engine.namespaces(space)]
+    with engine.cache.unchanged():
+        namespaces = [each for space in spaces for each in engine.tenancy.namespaces(space)]
         readers = [
-            _status(status_of(engine.reuse, namespace, standing.reader, policy))
+            _status(engine.reuse.status_in(namespace, standing.reader, policy))
             for namespace, standing in _latest(engine, namespaces)
         ]
-        newcomer = _status(status_of(engine.reuse, engine.namespace(name), NOBODY, policy))
+        newcomer = _status(engine.reuse.status_in(engine.namespace(name), NOBODY, policy))
     return AnchorStatus(
         max_divergence=policy.max_divergence,
         confidence=policy.confidence,
@@ -75,7 +75,7 @@ def anchor_status(engine: Engine, name: str, spaces: Sequence[str], policy: Reus
 
 
 def _latest(engine: Engine, namespaces: Iterable[str]) -> list[tuple[str, Standing]]:
-    found = [(name, each) for name in namespaces for each in engine.reuse.book.standings(name)]
+    found = [(name, each) for name in namespaces for each in engine.reuse.standings(name)]
     return found[::-1][:MAX_SHOWN]
 
 
@@ -119,7 +119,7 @@ def _counts(engine: Engine, namespace: str, level: Level, reader: Reader | None,
     return [
         count
         for read in SourcesRead
-        for count in engine.reuse.book.counts(namespace, reader or NOBODY, LADDERS, watch.bound, (level,), read=read)
+        for count in engine.reuse.counts(namespace, reader or NOBODY, LADDERS, watch.bound, level, read)
     ]
 
 

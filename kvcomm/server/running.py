@@ -29,9 +29,11 @@ class DrainingServer(uvicorn.Server):
         tick: Callable[[], Awaitable[None]],
         prepare: Callable[[], None],
     ) -> None:
-        """Args:
-        tick: is called about once a second.
-        prepare: is called once it listens, in a thread of its own: what requests would else have to wait for.
+        """Make one.
+
+        Args:
+            tick: is called about once a second.
+            prepare: is called once it listens, in a thread of its own: what requests would else have to wait for.
         """
         super().__init__(config)
         self._drain = drain
@@ -81,7 +83,7 @@ def make_server(app: FastAPI) -> DrainingServer:
         timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=settings.drain_timeout_s,
     )
-    return DrainingServer(config, state.admission.drain, partial(tick, state), state.engine.prepare_grammars)
+    return DrainingServer(config, state.admission.drain, partial(tick, state), state.engine.grammars.prepare)
 
 
 async def tick(state: ServerState) -> None:

@@ -80,7 +80,7 @@ class ServerState:
         events, turns = self.settings.kv_events, self.workers.engine
         return VllmMetrics(
             self.engine,
-            lambda: self.engine.scheduler.num_waiting + turns.num_waiting,
+            lambda: self.engine.requests.num_waiting + turns.num_waiting,
             model=self.settings.name,
             block_size=self.engine.config.page_size if events is None else events.block_size,
         )
@@ -104,7 +104,7 @@ class ServerState:
     @property
     def models(self) -> tuple[str, ...]:
         """What requests may name: the model, and every adapter as a model of its own."""
-        return (self.settings.name, *(name for name in self.engine.adapters if name != self.settings.name))
+        return (self.settings.name, *(name for name in self.engine.adapters.names if name != self.settings.name))
 
     def adapter_of(self, model: str) -> str | None:
         """The adapter that a model's name stands for; None: the model itself.
@@ -137,11 +137,9 @@ class ServerState:
     def prolong(self, space: str, prompt: PreparedPrompt, adapter: str | None) -> None:
         """Let what is cached of a prompt live as long as its request says, unless its pages are needed."""
         engine, token_ids = self.engine, prompt.token_ids
-        with engine.lock:
-            namespace = engine.namespace(space, adapter=adapter)
-            for num_tokens, ttl_s, _ in prompt.lifetimes:
-                match = engine.tree.match(namespace, token_ids[:num_tokens])
-                engine.tree.insert(namespace, token_ids[: match.num_tokens], match.pages, ttl_s=ttl_s)
+        namespace = engine.namespace(space, adapter=adapter)
+        for num_tokens, ttl_s, _ in prompt.lifetimes:
+            engine.cache.prolong(namespace, token_ids[:num_tokens], ttl_s)
 
 
 def state_of(request: Request) -> ServerState:

@@ -82,8 +82,8 @@ class _Seen(NamedTuple):
 
 
 def _look(engine: Engine, spaces: Sequence[str], quota_tokens: int | None, clock: Callable[[], float]) -> _Seen:
-    with engine.lock:
-        namespaces = [each for space in spaces for each in engine.namespaces(space)]
+    with engine.cache.unchanged():
+        namespaces = [each for space in spaces for each in engine.tenancy.namespaces(space)]
         return _Seen(
             _cache(engine, namespaces, quota_tokens),
             _evictions(engine, namespaces),
@@ -136,10 +136,10 @@ def _finished(finished: Finished, now_s: float) -> FinishedRequest:
 
 
 def _cache(engine: Engine, namespaces: Sequence[str], quota_tokens: int | None) -> CacheUse:
-    usages = [engine.tree.usage(each) for each in namespaces]
+    usages = [engine.cache.usage(each) for each in namespaces]
     return CacheUse(
         tokens=sum(usage.num_tokens for usage in usages),
-        bytes=sum(usage.num_pages for usage in usages) * engine.pool.page_bytes,
+        bytes=sum(usage.num_pages for usage in usages) * engine.cache.page_bytes,
         quota_tokens=quota_tokens,
         evicted_tokens=sum(usage.evicted_tokens for usage in usages),
         expired_tokens=sum(usage.expired_tokens for usage in usages),
@@ -164,11 +164,11 @@ def _kept(state: ServerState, tenant: Tenant) -> Kept:
 
 
 def _evictions(engine: Engine, namespaces: Sequence[str]) -> list[Eviction]:
-    drops = [drop for namespace in namespaces for drop in engine.tree.recent_drops(namespace)]
+    drops = [drop for namespace in namespaces for drop in engine.cache.recent_drops(namespace)]
     drops.sort(key=lambda each: each[0])
     return [_eviction(engine, ago_s, drop) for ago_s, drop in drops[:MAX_SHOWN]]
 
 
 def _eviction(engine: Engine, ago_s: float, drop: Drop) -> Eviction:
-    label = engine.decode(drop.head)
+    label = engine.texts.decode(drop.head)
     return Eviction(ago_s=ago_s, start=drop.start, tokens=drop.num_tokens, reason=drop.reason, label=label)

@@ -61,9 +61,11 @@ class EventStream(StreamingResponse):
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[Event, None], *, deadline_s: float, wire: Wire | None = None) -> None:
-        """Args:
-        deadline_s: when the events end by themselves, on the loop's clock.
-        wire: by default that of OpenAI's older APIs.
+        """Make one.
+
+        Args:
+            deadline_s: when the events end by themselves, on the loop's clock.
+            wire: by default that of OpenAI's older APIs.
         """
         self._wire = wire or UNNAMED
         self._encoded = self._encode(events)

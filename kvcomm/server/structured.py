@@ -51,7 +51,7 @@ def compile_grammar(engine: Engine, grammar: Grammar, *, space: str, param: str)
     Raises:
         ApiError: 400 for one that cannot be enforced, that costs too much, or that nothing satisfies.
     """
-    _made(param, lambda each: engine.compile_grammar(each, tenant=space), grammar)
+    _made(param, lambda each: engine.grammars.compile(each, owner=space), grammar)
 
 
 def _of_outputs(wanted: StructuredOutputs) -> Grammar:

@@ -15,13 +15,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kvcomm.engine.engine import DEFAULT_TENANT, Engine
+from kvcomm.engine.engine import Engine
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.server.errors import ApiError
 from kvcomm.server.followed import Sources
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.settings import Limits, ServerSettings
 from kvcomm.server.tally import Tally
+from kvcomm.tiers.space import DEFAULT_TENANT
 
 SECONDS_PER_MINUTE = 60
 
@@ -140,7 +141,7 @@ class Tenants:
         elif tenant.limits != limits:
             tenant.follow(limits, self._clock)
             for space in tenant.salts:
-                self._engine.set_quota(cached_tokens=limits.cached_tokens, tenant=space)
+                self._engine.cache.set_quota(cached_tokens=limits.cached_tokens, tenant=space)
         return tenant
 
     def limits_of(self, name: str) -> Limits:
@@ -169,7 +170,7 @@ class Tenants:
 
     @property
     def names(self) -> list[str]:
-        """Of those that have asked for something."""
+        """Names of those that have asked for something."""
         return sorted(self._tenants)
 
     def open_namespace(self, tenant: Tenant, salt: str | None) -> str:
@@ -179,7 +180,7 @@ class Tenants:
         tenant.salts[space] = None
         tenant.salts.move_to_end(space)
         if is_new and tenant.limits.cached_tokens is not None:
-            self._engine.set_quota(cached_tokens=tenant.limits.cached_tokens, tenant=space)
+            self._engine.cache.set_quota(cached_tokens=tenant.limits.cached_tokens, tenant=space)
         while len(tenant.salts) > self._settings.max_salts:
             oldest, _ = tenant.salts.popitem(last=False)
             self._engine.forget(oldest)
@@ -187,14 +188,14 @@ class Tenants:
 
     def num_cached(self, tenant: Tenant) -> int:
         """Tokens of its cached prefixes, over all its salts."""
-        with self._engine.lock:
+        with self._engine.cache.unchanged():
             return sum(self._num_cached(space) for space in list(tenant.salts))
 
     def clear(self, tenant: Tenant) -> int:
         """Drop its cached prefixes; returns how many tokens went."""
         before = self.num_cached(tenant)
         for space in list(tenant.salts):
-            self._engine.clear_cache(tenant=space)
+            self._engine.cache.clear(tenant=space)
         return before - self.num_cached(tenant)
 
     def forget(self, tenant: Tenant) -> int:
@@ -209,7 +210,7 @@ class Tenants:
         limit = tenant.limits.cached_tokens
         if limit is None or len(tenant.salts) < 2:  # one namespace keeps its quota by itself
             return
-        with self._engine.lock:
+        with self._engine.cache.unchanged():
             sizes = {space: self._num_cached(space) for space in tenant.salts}
             total = sum(sizes.values())
             for space in list(sizes)[:-1]:
@@ -220,7 +221,7 @@ class Tenants:
                 total -= sizes[space]
 
     def _num_cached(self, space: str) -> int:
-        return sum(self._engine.tree.usage(each).num_tokens for each in self._engine.namespaces(space))
+        return sum(self._engine.cache.usage(each).num_tokens for each in self._engine.tenancy.namespaces(space))
 
 
 def namespace(tenant: str, salt: str | None) -> str:

@@ -17,7 +17,7 @@ class TokenNames:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.name = lru_cache(NUM_KNOWN)(self._name)
-        self.text = lru_cache(NUM_KNOWN)(engine.token_text)
+        self.text = lru_cache(NUM_KNOWN)(engine.texts.token_text)
 
     def apart(self, token_ids: Sequence[int]) -> dict[int, str]:
         """Names of the tokens of one place, no two alike: where texts are the same, the first token has it."""
@@ -32,7 +32,7 @@ class TokenNames:
 
     def _name(self, token_id: int) -> str:
         """A token's text; what is a part of a character only is told by its bytes, as OpenAI does it."""
-        data = self._engine.token_bytes(token_id)
+        data = self._engine.texts.token_bytes(token_id)
         try:
             data.decode()
         except UnicodeDecodeError:

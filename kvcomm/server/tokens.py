@@ -87,4 +87,4 @@ def _text_of(body: DetokenizeRequest, call: Call) -> Detokenized:
     engine = call.state.engine
     if body.tokens:
         engine.read_prompt(body.tokens, is_start=False)  # which knows what ids there are
-    return Detokenized(prompt=engine.decode(body.tokens))
+    return Detokenized(prompt=engine.texts.decode(body.tokens))

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from kvcomm.align.levels import LEVELS
+from kvcomm.align.standings import LEVELS
 from kvcomm.engine.results import Usage as EngineUsage
 from kvcomm.reuse.plan import BoundInForce, Span, SpanKind
 from kvcomm.server.schemas.usage import Bound, PlanSpan, PromptTokensDetails, Timings, Usage
@@ -56,7 +56,7 @@ def usage_of(usages: Sequence[EngineUsage], *, cache_breakpoints: int = 0) -> Us
 
 
 def _bound(bounds: Sequence[BoundInForce]) -> Bound | None:
-    """Of several: the one that rests on least, by level and then by pairs."""
+    """The one of several bounds that rests on least, by level and then by pairs."""
     if not bounds:
         return None
     moved = [bound for bound in bounds if bound.level is not None]

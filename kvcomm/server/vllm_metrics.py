@@ -21,10 +21,12 @@ class VllmMetrics(Collector):
     """What an engine does now, in vLLM's words."""
 
     def __init__(self, engine: Engine, num_waiting: Callable[[], int], *, model: str, block_size: int) -> None:
-        """Args:
-        num_waiting: requests that wait to be computed.
-        model: what clients call it.
-        block_size: in tokens.
+        """Make one.
+
+        Args:
+            num_waiting: requests that wait to be computed.
+            model: what clients call it.
+            block_size: in tokens.
         """
         self._engine = engine
         self._num_waiting = num_waiting
@@ -33,10 +35,10 @@ class VllmMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """The present values."""
-        stats = self._engine.memory_stats()
+        stats = self._engine.cache.stats()
         usage = min(1.0, (stats.num_in_contexts + stats.num_in_requests) / stats.num_pages)
         usage_meaning = "KV that requests and contexts hold, of all there is room for; 1 is all."
-        yield self._gauge("num_requests_running", "Requests that are computed.", self._engine.scheduler.num_running)
+        yield self._gauge("num_requests_running", "Requests that are computed.", self._engine.requests.num_running)
         yield self._gauge("num_requests_waiting", "Requests that wait to be computed.", self._num_waiting())
         yield self._gauge("kv_cache_usage_perc", usage_meaning, usage)
         yield self._gauge("gpu_cache_usage_perc", f"{usage_meaning} The older name.", usage)

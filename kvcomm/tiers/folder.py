@@ -42,9 +42,11 @@ class FolderStore:
     kind = "folder"
 
     def __init__(self, root: Path, *, is_mapped: bool) -> None:
-        """Args:
-        root: a folder that is there.
-        is_mapped: files are mapped, else read into memory.
+        """Make one.
+
+        Args:
+            root: a folder that is there.
+            is_mapped: files are mapped, else read into memory.
         """
         self.root = root
         self.url = str(root)

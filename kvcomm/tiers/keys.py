@@ -81,24 +81,24 @@ class SpaceKeys:
         return links
 
     def prefix(self, link: ChainLink) -> str:
-        """Of one run of a prefix."""
+        """Key of one run of a prefix."""
         return f"{self.root}/prefix/{link.digest}"
 
     def renditions(self, digest: str) -> str:
-        """Of the folder of a segment's renditions."""
+        """Key of the folder of a segment's renditions."""
         return f"{self.root}/rendition/{self._hex('segment', digest)[:32]}/"
 
     def rendition(self, name: RenditionName, fidelity: Fidelity) -> str:
-        """Of one rendition."""
+        """Key of one rendition."""
         where = self._hex("rendition", name.digest, name.signature, str(name.position), fidelity.value)
         return self.renditions(name.digest) + where
 
     def blobs(self, kind: str) -> str:
-        """Of the folder of all blobs of a kind."""
+        """Key of the folder of all blobs of a kind."""
         return f"{self.root}/{kind}/"
 
     def blob(self, kind: str, name: str) -> str:
-        """Of the folder of a blob's versions."""
+        """Key of the folder of a blob's versions."""
         return f"{self.blobs(kind)}{self._hex('blob', kind, name)[:32]}/"
 
     def seal(self, key: str, header_digest: str) -> str:

@@ -40,12 +40,12 @@ class Pace:
 
     @property
     def latency_s(self) -> float:
-        """Of an operation of no bytes; 0 as long as it is not known."""
+        """Seconds of an operation of no bytes; 0 as long as it is not known."""
         return self._latency_s or 0.0
 
     @property
     def byte_s(self) -> float:
-        """Of each byte; 0 as long as it is not known."""
+        """Seconds for each byte; 0 as long as it is not known."""
         return self._byte_s or 0.0
 
     @property

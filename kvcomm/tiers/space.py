@@ -55,7 +55,7 @@ class KV(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         return sum(each.nbytes for each in (*self.keys, *self.values))
 
     def part(self, start: int, end: int) -> KV:

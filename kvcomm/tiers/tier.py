@@ -13,21 +13,17 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from threading import Lock
-from typing import Protocol
 
-from kvcomm.errors import InvalidRequest, ObjectMissing, RecordCorrupt, RecordTooNew, StoreFailed
-from kvcomm.files.reading import BadContent
+from kvcomm.errors import InvalidRequest
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.segments import Segment
-from kvcomm.tiers.counting import Counts, KnownKeys, TierStats
+from kvcomm.tiers.checked import PROBE_BYTES, CheckedObjects, is_rendition, is_run
+from kvcomm.tiers.counting import TierStats
 from kvcomm.tiers.deadline import LateReads
-from kvcomm.tiers.inventory import leading_bytes
-from kvcomm.tiers.janitor import Swept, sweep
+from kvcomm.tiers.janitor import Swept
 from kvcomm.tiers.keys import ChainLink, SpaceKeys, require_secret, tenant_key
 from kvcomm.tiers.opening import open_store
-from kvcomm.tiers.pace import Pace
 from kvcomm.tiers.record import (
-    SEAL,
     BlobKind,
     NamedSegment,
     Record,
@@ -36,34 +32,20 @@ from kvcomm.tiers.record import (
     header_of,
     pack_blob,
     pack_kv,
-    unpack_header,
-    unpack_record,
 )
 from kvcomm.tiers.space import KV, PrefixRead, RenditionName, StoredRendition, TierMiss, TierSpace
-from kvcomm.tiers.store import ObjectStore, StoredObject
+from kvcomm.tiers.store import ObjectStore
 from kvcomm.tiers.write_behind import Dropped, Work, WriteBehind
 from kvcomm.values import text, whole_number
 
 __all__ = ["KV", "PrefixRead", "RenditionName", "StoredRendition", "Tier", "TierMiss", "TierSpace", "TierStats"]
 
 RUN_TOKENS = 256
-PROBE_BYTES = 64
 MAX_SPACES = 4096
 """Whose keys are kept; made again where there are more."""
-MAX_LISTED = 64
-"""Renditions of a segment, or versions of a blob, that are looked at."""
 WRITE_S = 10.0
 """Seconds that writing one object may be expected to take."""
-SWEEP_S = 60.0
-"""Seconds between looks at the byte budget."""
 CLOSE_S = 5.0
-
-
-class Check(Protocol):
-    """Whether a header is the one that was asked for."""
-
-    def __call__(self, header: RecordHeader) -> bool:
-        """False: it is foreign."""
 
 
 class Tier:
@@ -90,22 +72,16 @@ class Tier:
         """See `open`; the store is the tier's own from here on."""
         self._store = store
         self._secret = require_secret(secret)
-        self._max_bytes = max_bytes
         self.run_tokens = whole_number("run_tokens", run_tokens)
         if self.run_tokens < 1:
             raise InvalidRequest(f"run_tokens must be 1 or more, not {run_tokens}")
         self.kind, self.url = store.kind, store.url
-        self.reads, self.writes = Pace(clock), Pace(clock)
         self.queue = queue or WriteBehind()
-        self._clock = clock
-        self._late = LateReads()
-        self._counts = Counts()
-        self._known = KnownKeys(clock)
-        self._keys: dict[TierSpace, SpaceKeys] = {}
+        self._objects = CheckedObjects(store, self.queue, max_bytes=max_bytes, clock=clock)
+        self.reads, self.writes, self._counts = self._objects.reads, self._objects.writes, self._objects.counts
+        self._known, self._late, self._keys = self._objects.known, LateReads(), dict[TierSpace, SpaceKeys]()
         self._lock = Lock()
         self._is_closed = False
-        self._written_bytes = 0
-        self._swept_s = clock()
 
     @classmethod
     def open(
@@ -126,7 +102,7 @@ class Tier:
             run_tokens: tokens of each object of a prefix; only tiers opened with the same number share prefixes.
 
         Raises:
-            TierError: no such kind of store, it cannot be opened, or the secret is too short; one clear line.
+            TierError: no such kind of store, it cannot be opened, or the secret is too short.
             MissingExtra: the package that it needs is not installed.
             InvalidRequest: a number that cannot be.
         """
@@ -146,8 +122,7 @@ class Tier:
     def prefix_length(self, space: TierSpace, token_ids: Sequence[int], *, deadline_s: float | None = None) -> int:
         """Leading tokens that are held, in whole runs.
 
-        Runs are written in order and removed from the end, so their number is found by bisection; where one in the
-        middle is lost, reading says so.
+        Their number is found by bisection; where one in the middle is lost, reading says so.
 
         Args:
             deadline_s: seconds after which 0 is returned.
@@ -156,7 +131,11 @@ class Tier:
         if keys is None or not space.knows(token_ids):
             return 0
         links = keys.chain(token_ids, self.run_tokens)
-        found = self._late.within(deadline_s, partial(self._held_runs, keys, links), self._seconds_late(PROBE_BYTES))
+        found = self._late.within(
+            deadline_s,
+            partial(self._objects.num_leading, [keys.prefix(link) for link in links]),
+            self._seconds_late(PROBE_BYTES),
+        )
         return 0 if found is None else found * self.run_tokens
 
     def get_prefix(
@@ -272,8 +251,8 @@ class Tier:
         if keys is None:
             return []
         names: list[RenditionName] = []
-        for found in self._listed(keys.renditions(digest)):
-            header = self._read_header(keys, found.key)
+        for found in self._objects.listed(keys.renditions(digest)):
+            header = self._objects.read_header(keys, found.key)
             if header is None or header.rendition is None or header.rendition.digest != digest:
                 continue
             name = RenditionName(digest, header.rendition.signature, header.start)
@@ -347,10 +326,10 @@ class Tier:
         folder = keys.blob(kind, name)
         key = f"{folder}{time.time_ns():016x}-{secrets.token_hex(8)}"
         header = header_of(space, kind, name=name)
-        if not self._put(key, pack_blob(header, content, partial(keys.seal, key))):
+        if not self._objects.put(key, pack_blob(header, content, partial(keys.seal, key))):
             return False
-        for older in self._listed(folder)[1:]:
-            self._delete(older.key)
+        for older in self._objects.listed(folder)[1:]:
+            self._objects.delete(older.key)
         return True
 
     def list_blobs(self, space: TierSpace, kind: BlobKind) -> list[str]:
@@ -358,24 +337,23 @@ class Tier:
         keys = self._keys_of(space)
         if keys is None:
             return []
-        headers = (self._read_header(keys, found.key) for found in self._listed(keys.blobs(kind), max_listed=None))
+        headers = (
+            self._objects.read_header(keys, found.key)
+            for found in self._objects.listed(keys.blobs(kind), max_listed=None)
+        )
         return sorted({header.name for header in headers if header is not None and header.kind == kind})
 
     def delete_blob(self, space: TierSpace, kind: BlobKind, name: str) -> bool:
         """Remove all versions; whether there was one."""
         keys = self._keys_of(space)
-        found = self._listed(keys.blob(kind, name), max_listed=None) if keys is not None else []
+        found = self._objects.listed(keys.blob(kind, name), max_listed=None) if keys is not None else []
         for each in found:
-            self._delete(each.key)
+            self._objects.delete(each.key)
         return bool(found)
 
     def sweep(self) -> Swept | None:
         """Bring the tier within its byte budget and remove leftovers; None: that could not be done."""
-        try:
-            return sweep(self._store, max_bytes=self._max_bytes)
-        except StoreFailed as error:
-            self._counts.trouble(error)
-            return None
+        return self._objects.sweep()
 
     def stats(self) -> TierStats:
         """What was read, written, missed and dropped so far, and what it costs."""
@@ -404,150 +382,18 @@ class Tier:
             return None
         return keys
 
-    def _seconds_late(self, num_bytes: int) -> Callable[[float], None]:
-        return lambda seconds: self.reads.late(num_bytes, seconds)
-
-    # What the store is asked.
-
-    def _is_there(self, key: str) -> bool:
-        if key in self._known:
-            return True
-        try:
-            start_s = self._clock()
-            self._store.get_range(key, 0, PROBE_BYTES)
-            self.reads.done(0, self._clock() - start_s)
-        except ObjectMissing:
-            self.reads.done(0, self._clock() - start_s)
-            return False
-        except StoreFailed as error:
-            self._trouble(self.reads, error)
-            return False
-        self._known.add(key)
-        return True
-
-    def _held_runs(self, keys: SpaceKeys, links: Sequence[ChainLink]) -> int:
-        """How many leading runs are there, if they are there in order."""
-        held, missing = 0, len(links) + 1  # all of the first `held` are there, the `missing`-th is not
-        step = 1
-        while held + 1 < missing:
-            middle = min(held + step, missing - 1) if missing > len(links) else (held + missing) // 2
-            if self._is_there(keys.prefix(links[middle - 1])):
-                held, step = middle, 2 * step
-            else:
-                missing = middle
-            if self.reads.is_failing:
-                return held
-        return held
-
-    def _read(self, keys: SpaceKeys, key: str, check: Check) -> Record | TierMiss:
-        """A record that is whole, sealed under its name, of the space, and the one that was asked for."""
-        start_s = self._clock()
-        try:
-            content = self._store.get(key)
-            record = unpack_record(key, content)
-        except ObjectMissing:
-            self._known.discard(key)
-            return self._counts.miss(TierMiss.ABSENT)
-        except StoreFailed as error:
-            self._trouble(self.reads, error)
-            return self._counts.miss(TierMiss.FAILED)
-        except RecordTooNew:
-            return self._counts.miss(TierMiss.TOO_NEW)
-        except RecordCorrupt as error:
-            return self._damaged(key, TierMiss.CORRUPT, str(error))
-        if not record.header.is_of(keys.space) or not check(record.header):
-            return self._damaged(key, TierMiss.FOREIGN, "it is not what its name says")
-        if not record.is_sealed(partial(keys.seal, key)):
-            return self._damaged(key, TierMiss.FOREIGN, "its seal is not that of its tenant")
-        if record.header.kind in ("prefix", "rendition") and not record.kv().is_finite():
-            return self._damaged(key, TierMiss.CORRUPT, "it holds numbers that are not finite")
-        if not keys.space.knows(record.header.token_ids):
-            return self._damaged(key, TierMiss.FOREIGN, "it holds tokens that the model does not know")
-        seconds = self._clock() - start_s
-        self.reads.done(len(content), seconds)
-        self._counts.read(len(content), seconds)
-        self._known.add(key)
-        return record
-
-    def _read_header(self, keys: SpaceKeys, key: str) -> RecordHeader | None:
-        """The header of a record that is sealed under its name; its tensors are not read."""
-        try:
-            header, metadata = unpack_header(key, leading_bytes(self._store, key))
-        except (ObjectMissing, BadContent, RecordCorrupt, RecordTooNew):
-            return None
-        except StoreFailed as error:
-            self._trouble(self.reads, error)
-            return None
-        is_sealed = metadata.get(SEAL) == keys.seal(key, metadata["header_blake3"])
-        return header if is_sealed and header.is_of(keys.space) else None
-
-    def _listed(self, prefix: str, max_listed: int | None = MAX_LISTED) -> list[StoredObject]:
-        """Objects below a folder, the newest first."""
-        try:
-            found = sorted(self._store.list(prefix), key=lambda each: (each.modified_s, each.key), reverse=True)
-        except StoreFailed as error:
-            self._trouble(self.reads, error)
-            return []
-        return found[:max_listed]
-
     def _may_write(self, num_bytes: int) -> bool:
         return not self._is_closed and self.writes.is_worth(num_bytes, WRITE_S)
 
-    def _put(self, key: str, parts: Sequence[memoryview]) -> bool:
-        """Write an object; whether it was written."""
-        num_bytes = sum(part.nbytes for part in parts)
-        start_s = self._clock()
-        try:
-            is_new = self._store.put_once(key, parts)
-        except StoreFailed as error:
-            self._trouble(self.writes, error)
-            self._counts.unwritten()
-            return False
-        seconds = self._clock() - start_s
-        self._known.add(key)
-        if is_new:
-            self.writes.done(num_bytes, seconds)
-            self._counts.written(num_bytes, seconds)
-            self._sweep_if_due(num_bytes)
-        return is_new
-
-    def _delete(self, key: str) -> None:
-        self._known.discard(key)
-        try:
-            self._store.delete(key)
-        except StoreFailed as error:
-            self._counts.trouble(error)
-
-    def _damaged(self, key: str, miss: TierMiss, reason: str) -> TierMiss:
-        """Remove what cannot be used: nobody could write the right thing in its place."""
-        self._counts.damaged(key, reason)
-        self._delete(key)
-        return self._counts.miss(miss)
-
-    def _trouble(self, pace: Pace, error: StoreFailed) -> None:
-        pace.failed()
-        self._counts.trouble(error)
-
-    def _sweep_if_due(self, num_bytes: int) -> None:
-        """Queue the janitor where enough was written, or long ago enough, since it last came."""
-        if self._max_bytes is None:
-            return
-        with self._lock:
-            self._written_bytes += num_bytes
-            is_due = self._written_bytes > self._max_bytes // 20 or self._clock() - self._swept_s > SWEEP_S
-            if is_due:
-                self._written_bytes, self._swept_s = 0, self._clock()
-        if is_due:
-            self.queue.add(Work("janitor", 0, self.sweep, lambda: None))
-
-    # Prefixes, renditions, blobs.
+    def _seconds_late(self, num_bytes: int) -> Callable[[float], None]:
+        return lambda seconds: self.reads.late(num_bytes, seconds)
 
     def _read_runs(
         self, keys: SpaceKeys, links: Sequence[ChainLink], token_ids: Sequence[int], runs: list[KV]
     ) -> PrefixRead:
         """Reads into `runs`, so that whoever does not wait until the end has what has come."""
         for link in links:
-            got = self._read(keys, keys.prefix(link), partial(_is_run, link, token_ids, self.run_tokens))
+            got = self._objects.read(keys, keys.prefix(link), partial(is_run, link, token_ids, self.run_tokens))
             if isinstance(got, TierMiss):
                 return PrefixRead(list(runs), got)
             runs.append(got.kv())
@@ -555,7 +401,7 @@ class Tier:
 
     def _put_run(self, keys: SpaceKeys, link: ChainLink, token_ids: Sequence[int], kv: KV, start: int) -> bool:
         key, end = keys.prefix(link), link.start + self.run_tokens
-        if not self._may_write(keys.space.token_bytes * self.run_tokens) or self._is_there(key):
+        if not self._may_write(keys.space.token_bytes * self.run_tokens) or self._objects.is_there(key):
             return False
         ids = tuple(int(each) for each in token_ids[link.start : end])
         header = header_of(keys.space, "prefix", token_ids=ids, start=link.start, parent=link.parent)
@@ -564,7 +410,7 @@ class Tier:
     def _put_missing(
         self, keys: SpaceKeys, links: Sequence[ChainLink], token_ids: Sequence[int], load: Callable[[int], KV]
     ) -> None:
-        held = self._held_runs(keys, links)
+        held = self._objects.num_leading([keys.prefix(link) for link in links])
         if held < len(links) and self._may_write(keys.space.token_bytes * self.run_tokens):
             start = links[held].start
             self.put_prefix(keys.space, token_ids, load(start), start)
@@ -573,10 +419,10 @@ class Tier:
         if not kv.is_finite():
             self._counts.unwritten()
             return False
-        return self._put(key, pack_kv(header, kv, partial(keys.seal, key)))
+        return self._objects.put(key, pack_kv(header, kv, partial(keys.seal, key)))
 
     def _read_rendition(self, keys: SpaceKeys, name: RenditionName, fidelity: Fidelity) -> StoredRendition | TierMiss:
-        got = self._read(keys, keys.rendition(name, fidelity), partial(_is_rendition, name, fidelity))
+        got = self._objects.read(keys, keys.rendition(name, fidelity), partial(is_rendition, name, fidelity))
         if isinstance(got, TierMiss):
             return got
         part = got.header.rendition
@@ -585,10 +431,10 @@ class Tier:
         return StoredRendition(name, got.header.token_ids, got.kv(), fidelity, part.slot, before, part.risk)
 
     def _read_blob(self, keys: SpaceKeys, kind: BlobKind, name: str) -> bytes | TierMiss:
-        versions = self._listed(keys.blob(kind, name))
+        versions = self._objects.listed(keys.blob(kind, name))
         miss = TierMiss.FAILED if self.reads.is_failing else TierMiss.ABSENT
         for found in versions:
-            got = self._read(keys, found.key, lambda header: header.kind == kind and header.name == name)
+            got = self._objects.read(keys, found.key, lambda header: header.kind == kind and header.name == name)
             if isinstance(got, Record):
                 return got.blob()
             miss = got
@@ -602,22 +448,3 @@ class Tier:
             )
         if not space.knows(token_ids):
             raise InvalidRequest(f"there are tokens beyond the {space.vocab_size} that the model knows")
-
-
-def _is_run(link: ChainLink, token_ids: Sequence[int], run_tokens: int, header: RecordHeader) -> bool:
-    wanted = tuple(token_ids[link.start : link.start + run_tokens])
-    return (header.kind, header.fidelity, header.start, header.parent, header.token_ids) == (
-        "prefix",
-        Fidelity.EXACT,
-        link.start,
-        link.parent,
-        wanted,
-    )
-
-
-def _is_rendition(name: RenditionName, fidelity: Fidelity, header: RecordHeader) -> bool:
-    part = header.rendition
-    if part is None or header.kind != "rendition" or header.fidelity is not fidelity:
-        return False
-    is_named = RenditionName(part.digest, part.signature, header.start) == name
-    return is_named and Segment(header.token_ids).digest(header.namespace) == name.digest

@@ -57,9 +57,11 @@ class WorkBudget:
     """A share of the time that goes by, with a loan at the beginning. Used by one thread."""
 
     def __init__(self, share: float, loan_s: float, clock: Callable[[], float]) -> None:
-        """Args:
-        share: of the time, in (0, 1].
-        loan_s: seconds of work that are free at any time after a long enough rest.
+        """Make one.
+
+        Args:
+            share: of the time, in (0, 1].
+            loan_s: seconds of work that are free at any time after a long enough rest.
         """
         self._share = share
         self._loan_s = loan_s
@@ -94,9 +96,11 @@ class WriteBehind:
         share: float = SHARE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Args:
-        max_items, max_bytes: that may wait, including what is being written.
-        share: of the time that the thread may work.
+        """Make one.
+
+        Args:
+            max_items, max_bytes: that may wait, including what is being written.
+            share: of the time that the thread may work.
         """
         self._max_items = max_items
         self._max_bytes = max_bytes

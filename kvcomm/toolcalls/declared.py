@@ -29,9 +29,11 @@ class DeclaredParser:
         prompt: str,
         tools: Sequence[Mapping[str, Any]] | None,
     ) -> None:
-        """Args:
-        prompt: the end of what stands before the answer, special tokens included; the answer may begin in a region.
-        tools: their schemas, by which arguments get types; None: calls are text.
+        """Make one.
+
+        Args:
+            prompt: the end of what stands before the answer, special tokens included; the answer may begin in a region.
+            tools: their schemas, by which arguments get types; None: calls are text.
         """
         from transformers.utils.chat_parsing import ResponseParser
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from kvcomm.engine.chat import PROBE, PROBED_TOOL, ChatTemplate
+from kvcomm.engine.chat_template import PROBE, PROBED_TOOL, ChatTemplate
 from kvcomm.errors import TemplateError
 from kvcomm.toolcalls.formats import FORMATS, HERMES, MISTRAL, TRIGGERS, Format, Shape, format_of
 

@@ -36,7 +36,7 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
     tiny = tiny_model()
     with Engine(tiny.model, tiny.tokenizer) as made:
         for seed, name in enumerate(("poet", "judge"), start=1):
-            made.load_adapter(name, save_lora(tmp_path / name, seed=seed))
+            made.adapters.load(name, save_lora(tmp_path / name, seed=seed))
         yield made
 
 

@@ -22,7 +22,7 @@ def engine() -> Iterator[Engine]:
     """Warm: it moves text."""
     tiny = tiny_model()
     with Engine(tiny.model, tiny.tokenizer) as engine:
-        engine.reuse.cost.model = ROWS_ONLY
+        engine.reuse.parts.cost.model = ROWS_ONLY
         TEAM.group(engine, policy=LOOSE).warm(inputs(6))
         yield engine
         engine.check_integrity()
@@ -38,7 +38,7 @@ def test_ways_take_turns_and_nobody_is_timed_beside_audits(engine: Engine) -> No
     def watched_run(group: KVCommAgentGroup, given: Mapping[str, str], index: int, way: Way) -> GroupResult:
         calls.append((index, way))
         assert given == inputs(4, "y")[index]
-        assert not engine.reuse.idle.has_work
+        assert not engine.reuse.parts.idle.has_work
         assert (group.engine is engine) == (way in (Way.MOVED, Way.HEALED))
         return run(group, given, index, way)
 
@@ -78,10 +78,10 @@ def test_what_is_read_along_is_counted(engine: Engine, monkeypatch: pytest.Monke
 
 
 def test_text_was_moved_before_anything_is_timed_and_that_is_not_audited(engine: Engine) -> None:
-    before = {standing.reader.digest: standing.num_audited for standing in engine.readers()}
+    before = {standing.reader.digest: standing.num_audited for standing in engine.reuse.readers()}
     ways = in_turns(engine, TEAM, inputs(1, "y"), LOOSE, run)
     next(ways)
-    after = {standing.reader.digest: standing for standing in engine.readers()}
+    after = {standing.reader.digest: standing for standing in engine.reuse.readers()}
     counts = [(each.num_approximated, each.num_audited - before[digest]) for digest, each in after.items()]
     assert counts == [(3, 1), (3, 1)]  # of second and third; the first one of each and what is healed have no audit
     ways.close()

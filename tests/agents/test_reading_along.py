@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Callable
 from contextlib import closing
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,7 +113,7 @@ def test_a_group_that_does_not_read_along() -> None:
 
 def test_an_open_prompt_is_the_agents() -> None:
     engine = plain_engine()
-    engine.adapters = ("poet",)  # type: ignore[attr-defined]
+    engine.adapters = SimpleNamespace(names=("poet",))  # type: ignore[attr-defined]
     group = KVCommAgentGroup(engine, tenant="acme", sampling=SamplingParams(max_new_tokens=7))
     group.add(Agent("a", prompt="a")).add(
         Agent("b", prompt="{a}", adapter="poet", sampling=SamplingParams(max_new_tokens=9))

@@ -59,7 +59,7 @@ def shared_engine() -> Iterator[Engine]:
 
 @pytest.fixture
 def engine(shared_engine: Engine) -> Iterator[Engine]:
-    shared_engine.clear_cache()
+    shared_engine.cache.clear()
     yield shared_engine
     require_nothing_left(shared_engine)
 
@@ -68,7 +68,7 @@ def require_nothing_left(engine: Engine) -> None:
     """Of a run: no request, no open prompt, no page but the cache's."""
     wait_for(lambda: not engine.scheduler.requests() and not engine.scheduler.read_along.readings)
     engine.check_integrity()
-    engine.clear_cache()
+    engine.cache.clear()
     assert engine.pool.num_free == engine.pool.num_pages
 
 
@@ -226,7 +226,7 @@ def test_a_chain_of_the_real_model(smollm2: LoadedModel) -> None:
     ]
     with Engine(smollm2.model, smollm2.tokenizer, weights_id=smollm2.weights_digest) as engine:
         found = group_of(engine, *agents).run(question="What is 17 times 4?")
-        engine.clear_cache()
+        engine.cache.clear()
         wanted = group_of(engine, *agents, read_along=False).run(question="What is 17 times 4?")
         assert said(found) == said(wanted)
         assert found["critic"].usage.read_along_tokens > 0

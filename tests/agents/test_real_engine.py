@@ -63,7 +63,7 @@ def engine() -> Iterator[Engine]:
         assert engine.scheduler.requests() == []
         assert engine.contexts == ()
         engine.check_integrity()
-        engine.clear_cache()
+        engine.cache.clear()
         assert engine.pool.num_free == engine.pool.num_pages
 
 
@@ -175,7 +175,7 @@ def test_documents_in_another_order_are_the_same_segments(engine: Engine) -> Non
     second = group.run(question="how?", documents=texts[::-1])["reader"]
     passages = [[each for each in one.prompt if each.name == "documents"] for one in (first, second)]
     assert passages[0] == passages[1][::-1]
-    assert [engine.decode(each.token_ids) for each in passages[0]] == texts
+    assert [engine.texts.decode(each.token_ids) for each in passages[0]] == texts
     static = [{each for each in one.prompt if each.name is None} for one in (first, second)]
     assert static[0] == static[1]
     assert all(renditions_by(engine, each) for each in passages[0])

@@ -14,7 +14,7 @@ from kvcomm.agents.comparison import compare
 from kvcomm.agents.example_runs import examples
 from kvcomm.agents.group import KVCommAgentGroup
 from kvcomm.agents.team import Team, load_team
-from kvcomm.align.levels import Level
+from kvcomm.align.standings import Level
 from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.warming import Done
@@ -31,7 +31,7 @@ from tests.tiny import tiny_model
 def engine() -> Iterator[Engine]:
     tiny = tiny_model()
     with Engine(tiny.model, tiny.tokenizer) as engine:
-        engine.reuse.cost.model = ROWS_ONLY
+        engine.reuse.parts.cost.model = ROWS_ONLY
         yield engine
         engine.check_integrity()
 
@@ -67,19 +67,19 @@ def test_examples_are_run_exactly_whatever_is_known(engine: Engine, monkeypatch:
     monkeypatch.delattr(Engine, "open_prompt")
     group = TEAM.group(engine, policy=LOOSE)
     group.warm(inputs(6))
-    counted = {standing.reader.digest: standing.num_approximated for standing in engine.readers()}
+    counted = {standing.reader.digest: standing.num_approximated for standing in engine.reuse.readers()}
     group.warm(inputs(3, "z"))
-    assert {standing.reader.digest: standing.num_approximated for standing in engine.readers()} == counted
+    assert {standing.reader.digest: standing.num_approximated for standing in engine.reuse.readers()} == counted
     assert group.status("third").num_pairs(Level.OWN) == 9
 
 
 def test_no_example_is_judged_by_its_own_anchors(engine: Engine) -> None:
     """Of the first ones nothing is known of corrections; each one is measured before it teaches."""
     TEAM.group(engine, policy=LOOSE).warm(inputs(1))
-    for standing in engine.readers():
+    for standing in engine.reuse.readers():
         for pair in standing.pairs:
             assert {rung.estimator for rung in pair.measured} == {"rotate"}
-    assert sum(bank.snapshot().num_tokens for bank in engine.reuse.anchors.banks(engine.namespace())) > 0
+    assert sum(bank.snapshot().num_tokens for bank in engine.reuse.parts.anchors.banks(engine.namespace())) > 0
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_bad_examples_are_named_before_anything_runs(
     group = TEAM.group(engine, policy=LOOSE)
     with pytest.raises(error, match=message):
         group.warm(given)
-    assert engine.readers() == []
-    assert engine.memory_stats().num_cached == 0
+    assert engine.reuse.readers() == []
+    assert engine.cache.stats().num_cached == 0
 
 
 def test_an_exact_policy_has_nothing_to_learn(engine: Engine) -> None:
@@ -130,9 +130,9 @@ def test_a_reader_is_the_same_whatever_its_slots_hold(engine: Engine) -> None:
     results = [group.run(rounds=2, topic=topic) for topic in ("apples", "", "pears, say, or plums")]
     engine.wait_idle()
     wanted = {status.reader for status in group.status().values()}
-    assert {standing.reader.digest for standing in engine.readers()} == wanted
+    assert {standing.reader.digest for standing in engine.reuse.readers()} == wanted
     prompts = [answers["a"].prompt for result in results for answers in result.rounds]
-    assert {engine.reuse_status(prompt).reader for prompt in prompts} == {group.status("a").reader}
+    assert {engine.reuse.status(prompt).reader for prompt in prompts} == {group.status("a").reader}
 
 
 def test_a_status_asked_of_nobody_is_one_line(engine: Engine) -> None:
@@ -158,7 +158,7 @@ def test_a_small_pool_gives_lessons_up_and_counts_them(engine: Engine) -> None:
     tiny = tiny_model()
     with Engine(tiny.model, tiny.tokenizer, config=EngineConfig(page_size=4, pool_tokens=512)) as small:
         gained = TEAM.group(small, policy=LOOSE).warm(inputs(8))
-        pairs = {standing.reader.digest: len(standing.pairs) for standing in small.readers()}
+        pairs = {standing.reader.digest: len(standing.pairs) for standing in small.reuse.readers()}
         for each in gained.values():
             assert each.num_pairs == pairs.get(each.status.reader, 0)
         small.check_integrity()

@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvcomm.align import levels
+from kvcomm.align import levels, standings
 from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import Measured, Pair, Sources, SourcesRead
 from kvcomm.align.ladder import Ladder, Rung
-from kvcomm.align.levels import LEVELS, YOUNG_AUDITS, Audit, Level, Pairs, ReaderBook, Standing
+from kvcomm.align.levels import ReaderBook
 from kvcomm.align.readers import Reader
+from kvcomm.align.standings import LEVELS, YOUNG_AUDITS, Audit, Level, Pairs, Standing
 
 CHEAP: Ladder = (Rung("token", 0.3), Rung("token", 0.0))
 SURE: Ladder = (Rung("rotate", 0.5),)
@@ -323,20 +324,20 @@ def test_ever_new_bounds_readers_and_ladders_fill_no_memory() -> None:
         made.audited("a", ONE, audit(0.01, Level.PRIOR, bound))
         made.add("a", ONE, pair())
     standing = made.standing("a", ONE)
-    assert len(standing.watches) == levels.MAX_WATCHES
-    assert sum(reader is None for _, reader, _ in made.watches("a")) == levels.MAX_WATCHES
-    assert len(standing.audits) == levels.MAX_AUDITS
+    assert len(standing.watches) == standings.MAX_WATCHES
+    assert sum(reader is None for _, reader, _ in made.watches("a")) == standings.MAX_WATCHES
+    assert len(standing.audits) == standings.MAX_AUDITS
     assert standing.num_audited == 300
-    assert len(standing.pairs) == levels.MAX_OWN_PAIRS
+    assert len(standing.pairs) == standings.MAX_OWN_PAIRS
 
 
 def test_of_too_many_watches_the_one_used_longest_ago_goes() -> None:
     made = book(0, 0, 30)
     made.audited("a", ONE, audit(0.09, Level.PRIOR))
-    for index in range(levels.MAX_WATCHES - 2):
+    for index in range(standings.MAX_WATCHES - 2):
         made.watch("a", ONE, Level.PRIOR, Bound(1 + index, 0.1))
     assert made.watch("a", ONE, Level.PRIOR, BOUND).debt > 0
-    for index in range(levels.MAX_WATCHES):
+    for index in range(standings.MAX_WATCHES):
         made.watch("a", ONE, Level.PRIOR, Bound(1000 + index, 0.1))
     assert made.watch("a", ONE, Level.PRIOR, BOUND).debt == 0
 
@@ -488,7 +489,7 @@ class AgainstANaiveModel(RuleBasedStateMachine):
             return [0.01] * self.num_prior
         if level is Level.POOL:
             return [divergence for _, divergence in self.pool[tenant]][-levels.MAX_POOL_PAIRS :]
-        return self.own[tenant, reader][-levels.MAX_OWN_PAIRS :]
+        return self.own[tenant, reader][-standings.MAX_OWN_PAIRS :]
 
     def naive(self, tenant: str, reader: Reader, level: Level) -> list[NaiveWatch]:
         owners = [reader] if level is Level.OWN else [reader, None]

@@ -23,10 +23,11 @@ from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import Measured, Pair, Sources
 from kvcomm.align.edges import Edge
 from kvcomm.align.ladder import Rung
-from kvcomm.align.levels import KeptWatch, Knowledge, Level
+from kvcomm.align.levels import KeptWatch, Knowledge
 from kvcomm.align.offsets import OffsetRows, OffsetTable
 from kvcomm.align.profile_file import EARLIER_FILE, READERS_FILE, bank_name, load_profile, read_readers, save_profile
 from kvcomm.align.readers import Reader
+from kvcomm.align.standings import Level
 from kvcomm.align.watch import Watch
 from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign, AnchorFileTooOld
 from tests.limits import PATIENCE_S

@@ -62,5 +62,5 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Engine]]:
         assert engine.scheduler.requests() == []
         assert engine.contexts == ()
         engine.check_integrity()
-        engine.clear_cache()
+        engine.cache.clear()
         assert engine.pool.num_free == engine.pool.num_pages

@@ -25,7 +25,7 @@ def test_one_prompt_is_answered_by_its_adapter(
         assert run([*arguments, *more]) == 0
         texts.append(json.loads(capsys.readouterr().out)["rounds"][0]["answer"]["text"])
     with Engine.load(model_folder) as engine:
-        engine.load_adapter("poet", folder)
+        engine.adapters.load("poet", folder)
         expected = [engine.generate("The dog", adapter=each, max_new_tokens=5).text for each in (None, "poet")]
     assert texts == expected
     assert texts[0] != texts[1]

@@ -64,7 +64,7 @@ def test_the_verbs(kvcomm: Any) -> None:
 def test_the_callers_settings_stay_as_they_are(live: Live, kvcomm: Any) -> None:
     kvcomm("create", "base", "--text", "The quick brown fox")
     sampling = {"max_new_tokens": 3, "temperature": 0.0}
-    answer = RemoteContexts(live.url, None).generate("base", sampling, None, None)
+    answer = RemoteContexts(live.url, None).generate("base", sampling, (), None, lambda _: None).value
     assert answer["usage"]["completion_tokens"] == 3
     assert sampling == {"max_new_tokens": 3, "temperature": 0.0}
 

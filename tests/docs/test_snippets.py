@@ -25,9 +25,9 @@ from tests.limits import PATIENCE_S
 from tests.server.live import Live
 
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
-WITH_ADAPTERS = "load_adapter("
+WITH_ADAPTERS = "adapters.load("
 """Pages with this in their Python need adapters on disk."""
-FAULTS = {"README.md": "its section on approximate reuse does not import ReusePolicy"}
+FAULTS: dict[str, str] = {}
 """Pages whose Python does not run as pasted, and why; one that is mended has no place here."""
 
 

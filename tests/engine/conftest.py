@@ -32,8 +32,8 @@ def engine(shared_model: TinyModel) -> Iterator[Engine]:
         made.check_integrity()
         for context in made.contexts:
             context.release()
-        made.clear_cache()
-        assert made.memory_stats().num_free == made.pool.num_pages
+        made.cache.clear()
+        assert made.cache.stats().num_free == made.pool.num_pages
 
 
 def greedy(model: torch.nn.Module, prompt: Sequence[int], num_new: int) -> list[int]:

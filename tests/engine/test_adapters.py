@@ -80,7 +80,7 @@ def test_kv_of_former_weights_is_not_found(
 
     assert list(after.token_ids) == stock(tiny) != before
     assert after.usage.exact_tokens == 0
-    assert engine.num_cached(PROMPT) > 0
+    assert engine.cache.num_cached(PROMPT) > 0
 
 
 def test_kv_comes_back_with_the_weights(engine: Engine, tiny: TinyModel) -> None:
@@ -90,7 +90,7 @@ def test_kv_comes_back_with_the_weights(engine: Engine, tiny: TinyModel) -> None
     answer(engine)
     tiny.model.load_state_dict(former)
 
-    assert engine.num_cached(PROMPT) > 0
+    assert engine.cache.num_cached(PROMPT) > 0
     assert answer(engine) == before
 
 
@@ -103,7 +103,7 @@ def test_what_is_chosen_by_hand_is_what_requests_without_a_name_mean(
             assert answer(engine) == stock(tiny)
         with lora.disable_adapter():
             assert answer(engine) == stock(tiny) == stock(tiny_model())
-    assert engine.num_cached(PROMPT) == engine.num_cached(PROMPT, adapter="first") > 0
+    assert engine.cache.num_cached(PROMPT) == engine.cache.num_cached(PROMPT, adapter="first") > 0
 
 
 def test_an_adapter_that_is_named_is_used_and_the_choice_by_hand_stays(
@@ -117,7 +117,7 @@ def test_an_adapter_that_is_named_is_used_and_the_choice_by_hand_stays(
         assert answer(engine, adapter=name) == expected[name]
         assert lora.active_adapter == "first"
         assert stock(tiny) == expected["first"]
-    assert engine.adapters == ("first", "second")
+    assert engine.adapters.names == ("first", "second")
 
 
 def test_a_wrapped_model_is_served_by_its_adapter(tiny: TinyModel) -> None:
@@ -199,7 +199,7 @@ def test_snapshots_belong_to_an_adapter_in_every_process(engine: Engine, lora: P
             engine.restore(file, adapter=adapter)
     other = tiny_model()
     with Engine(other.model, other.tokenizer, config=CONFIG) as elsewhere:
-        elsewhere.load_adapter("renamed", save_lora(tmp_path / "lora", seed=2))
+        elsewhere.adapters.load("renamed", save_lora(tmp_path / "lora", seed=2))
         context = elsewhere.restore(file, adapter="renamed")
         assert list(context.generate(max_new_tokens=NUM_TOKENS, ignore_eos=True).token_ids) == expected
         with pytest.raises(SnapshotForeign):
@@ -212,9 +212,9 @@ def test_snapshots_belong_to_an_adapter_in_every_process(engine: Engine, lora: P
 def test_adapters_are_loaded_from_folders(engine: Engine, tiny: TinyModel, tmp_path: Path) -> None:
     plain = answer(engine)
     for seed, name in enumerate(("poet", "judge"), start=1):
-        engine.load_adapter(name, str(save_lora(tmp_path / name, seed=seed)))
+        engine.adapters.load(name, str(save_lora(tmp_path / name, seed=seed)))
         assert answer(engine) == plain == stock(tiny)
-    answers = {name: answer(engine, adapter=name) for name in engine.adapters}
+    answers = {name: answer(engine, adapter=name) for name in engine.adapters.names}
 
     for seed, name in enumerate(("poet", "judge"), start=1):
         other = tiny_model()
@@ -222,8 +222,8 @@ def test_adapters_are_loaded_from_folders(engine: Engine, tiny: TinyModel, tmp_p
         fill(other.model, "poet", seed=seed)
         assert answers[name] == stock(other) != plain
     tiny.model.set_adapter("judge")
-    engine.unload_adapter("poet")
-    assert engine.adapters == ("judge",)
+    engine.adapters.unload("poet")
+    assert engine.adapters.names == ("judge",)
     assert answer(engine) == answers["judge"] == stock(tiny)
 
 
@@ -231,23 +231,23 @@ def test_an_adapter_that_does_not_fit_leaves_nothing(engine: Engine, tmp_path: P
     good = save_lora(tmp_path / "good", seed=1)
     plain = answer(engine)
     with pytest.raises(InvalidRequest, match="bad adapter name 'a:b'"):
-        engine.load_adapter("a:b", good)
+        engine.adapters.load("a:b", good)
     with pytest.raises(ModelLoadError, match=r"no adapter_config\.json"):
-        engine.load_adapter("none", tmp_path)
+        engine.adapters.load("none", tmp_path)
     (good / "adapter_model.safetensors").rename(good / "adapter_model.bin")
     with pytest.raises(ModelLoadError, match=r"no adapter_model\.safetensors"):
-        engine.load_adapter("pickled", good)
+        engine.adapters.load("pickled", good)
     for damage in (b"", b"x" * 100):
         (good / "adapter_model.safetensors").write_bytes(damage)
         with pytest.raises(ModelLoadError, match="no adapter that fits"):
-            engine.load_adapter("damaged", good)
+            engine.adapters.load("damaged", good)
     (good / "adapter_config.json").write_text('{"peft_type": "NONE"}')
     with pytest.raises(ModelLoadError, match="no adapter that fits"):
-        engine.load_adapter("unknown", good)
-    assert engine.adapters == ()
+        engine.adapters.load("unknown", good)
+    assert engine.adapters.names == ()
     assert answer(engine) == plain
     with pytest.raises(UnknownAdapter):
-        engine.unload_adapter("damaged")
+        engine.adapters.unload("damaged")
 
 
 # Requests that run
@@ -306,7 +306,7 @@ def test_a_choice_by_hand_does_not_reach_an_answer_that_has_begun(
         lora.set_adapter("first" if len(found) % 2 else "second")
 
     assert found == expected
-    assert engine.num_cached(PROMPT, adapter="first") > 0
+    assert engine.cache.num_cached(PROMPT, adapter="first") > 0
 
 
 @pytest.mark.parametrize("change", [load_other_weights, write_through_data])
@@ -365,18 +365,18 @@ def test_a_model_that_became_another_kind_fails_requests_not_the_engine(engine: 
 
 
 def test_quotas_and_clearing_concern_all_adapters(engine: Engine, lora: PeftModel) -> None:
-    engine.set_quota(cached_tokens=8, tenant="small")
+    engine.cache.set_quota(cached_tokens=8, tenant="small")
     for adapter in (None, "first", "second"):
         for index in range(3):
             engine.generate(f"{index} {PROMPT}", adapter=adapter, tenant="small", max_new_tokens=4)
         assert cached_by(engine, engine.namespace("small", adapter=adapter)).num_pages <= 2
-    engine.clear_cache(tenant="small")
-    assert all(cached_by(engine, each).num_pages == 0 for each in engine.namespaces("small"))
+    engine.cache.clear(tenant="small")
+    assert all(cached_by(engine, each).num_pages == 0 for each in engine.tenancy.namespaces("small"))
 
 
 def test_held_tokens_count_over_all_adapters(engine: Engine, lora: PeftModel) -> None:
     held = engine.context(PROMPT, adapter="first", tenant="small")
-    engine.set_quota(held_tokens=held.num_tokens + 8, tenant="small")
+    engine.cache.set_quota(held_tokens=held.num_tokens + 8, tenant="small")
     with pytest.raises(QuotaExceeded):
         engine.context(PROMPT, adapter="second", tenant="small")
     held.release()
@@ -426,16 +426,16 @@ def test_what_is_learned_belongs_to_an_adapter(engine: Engine, lora: PeftModel) 
     read, think = engine.segment("Read this: "), engine.segment("Now think of it. ")
     for adapter in (None, "second"):
         engine.generate([read, note], adapter=adapter, max_new_tokens=2)
-    assert engine.learn([think, note, read], adapter="second").result() > 0
-    assert list(engine.reuse.anchors.banks(engine.namespace(adapter="second")))
-    assert not list(engine.reuse.anchors.banks(engine.namespace()))
+    assert engine.reuse.learn([think, note, read], adapter="second").result() > 0
+    assert list(engine.reuse.parts.anchors.banks(engine.namespace(adapter="second")))
+    assert not list(engine.reuse.parts.anchors.banks(engine.namespace()))
 
 
 def test_idle_work_on_weights_that_are_gone_is_given_up_by_name(engine: Engine, tiny: TinyModel) -> None:
     with engine.lock:
-        future = engine.learn(PROMPT * 3)
+        future = engine.reuse.learn(PROMPT * 3)
         load_other_weights(tiny.model)
     with pytest.raises(WeightsChanged):
         future.result()
-    assert engine.num_cached(PROMPT * 3) == 0
+    assert engine.cache.num_cached(PROMPT * 3) == 0
     assert answer(engine, PROMPT * 3) == stock(tiny, PROMPT * 3)

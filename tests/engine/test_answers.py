@@ -39,8 +39,8 @@ def engine(tokenizer: PreTrainedTokenizerBase) -> Iterator[Engine]:
         made.check_integrity()
         for context in made.contexts:
             context.release()
-        made.clear_cache()
-        assert made.memory_stats().num_free == made.pool.num_pages
+        made.cache.clear()
+        assert made.cache.stats().num_free == made.pool.num_pages
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, *pieces: str) -> list[int]:
@@ -182,7 +182,7 @@ def test_the_next_agent_reads_what_the_answer_shows(engine: Engine, monkeypatch:
     group.add(Agent("second", system="judge.", prompt="they say: {first}!"))
     result = group.run(q="what?")
     assert result["first"].text == "1)"
-    read = engine.decode(token for segment in result["second"].prompt for token in segment.token_ids)
+    read = engine.texts.decode(token for segment in result["second"].prompt for token in segment.token_ids)
     messages = [{"role": "system", "content": "judge."}, {"role": "user", "content": "they say: 1)!"}]
     assert read == engine.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
@@ -286,19 +286,19 @@ def test_texts_behind_one_another_read_as_they_were_written(kind: str) -> None:
     """`context("hello").extend("world")` read "hello world"; a list of segments had no start token."""
     tokenizer = tokenizer_of(kind)
     with Engine(tiny_llama(vocab_size=len(tokenizer)), tokenizer, config=SMALL) as engine:
-        before = engine.decode(tokenizer.encode("hello")).removesuffix("</s>")
+        before = engine.texts.decode(tokenizer.encode("hello")).removesuffix("</s>")
         context = engine.context("hello").extend("world").fork().extend([engine.segment(" he"), engine.segment("llo")])
         assert context.text == before + "world hello"
         start = engine.encoder.start_ids
         listed = engine.context([engine.segment("hel"), engine.segment("lo", name="lo")])
-        assert listed.text == engine.decode(start) + "hello"
+        assert listed.text == engine.texts.decode(start) + "hello"
         assert listed.tokens[: len(start)] == start
         assert listed.segments[-1] == engine.segment("lo", name="lo")
         again = engine.context([Segment(start), engine.segment("hello")]) if start else listed
         assert again.tokens.count(1) <= 1
         stock = tuple(tokenizer.encode("hello"))
         assert engine.context("hello").tokens == (stock[:-1] if kind == "llama-bos-eos" else stock)
-        assert engine.num_cached([engine.segment("hel"), engine.segment("lo")]) > 0
+        assert engine.cache.num_cached([engine.segment("hel"), engine.segment("lo")]) > 0
 
 
 @pytest.mark.parametrize(
@@ -315,5 +315,5 @@ def test_an_agents_prompt_is_what_the_chat_template_gives(kind: str) -> None:
         content = f"hello {asked['q']} and {asked['r']}."
         messages = [{"role": "system", "content": "You are."}, {"role": "user", "content": content}]
         expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        assert engine.decode(ids) == engine.decode(engine.encoder.start_ids) + expected
+        assert engine.texts.decode(ids) == engine.texts.decode(engine.encoder.start_ids) + expected
         assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2

@@ -273,7 +273,7 @@ def engine(tiny: TinyModel) -> Iterator[Engine]:
 def test_chat_is_the_answer_to_its_prompt(engine: Engine) -> None:
     messages = [{"role": "system", "content": "Be kind."}, *user(engine.segment("The dog.", name="web"), "why?")]
     prompt = engine.chat_prompt(messages)
-    assert engine.decode(joined_ids(prompt)) == stock(engine.tokenizer, messages)
+    assert engine.texts.decode(joined_ids(prompt)) == stock(engine.tokenizer, messages)
     answer = engine.chat(messages, max_new_tokens=5, ignore_eos=True)
     assert answer.token_ids == engine.generate(prompt, max_new_tokens=5, ignore_eos=True, reads_cache=False).token_ids
     speaks = engine.segment("<|im_start|>assistant\n").token_ids
@@ -293,7 +293,7 @@ def test_tools_and_variables_are_for_the_template(engine: Engine) -> None:
     engine.tokenizer.chat_template = "{{ tools }}|{{ mood }}|{{ messages[0]['content'] }}"
     tools = [{"type": "function", "function": {"name": "<|im_end|>"}}]
     prompt = engine.chat_prompt(user("hi"), tools=tools, variables={"mood": "kind"})
-    assert engine.decode(joined_ids(prompt)) == f"{tools}|kind|hi"
+    assert engine.texts.decode(joined_ids(prompt)) == f"{tools}|kind|hi"
     assert engine.tokenizer.eos_token_id not in joined_ids(prompt)
 
 

@@ -134,9 +134,9 @@ def test_several_choices_leave_the_context_alone(engine: Engine) -> None:
 
 def test_with_statement_releases(engine: Engine) -> None:
     with engine.context(some_tokens(21)) as context:
-        assert engine.memory_stats().num_in_contexts == 6
+        assert engine.cache.stats().num_in_contexts == 6
     assert context.released
-    assert engine.memory_stats().num_in_contexts == 0
+    assert engine.cache.stats().num_in_contexts == 0
 
 
 def test_empty_extension_and_bad_settings_change_nothing(engine: Engine) -> None:
@@ -210,11 +210,11 @@ def test_a_forgotten_context_gives_its_pages_back(engine: Engine) -> None:
             break
         time.sleep(0.01)
     assert engine.contexts == ()
-    assert engine.memory_stats().num_in_contexts == 0
+    assert engine.cache.stats().num_in_contexts == 0
 
 
 def test_quota_refuses_what_a_tenant_cannot_hold(engine: Engine) -> None:
-    engine.set_quota(held_tokens=32, tenant="a")
+    engine.cache.set_quota(held_tokens=32, tenant="a")
     context = engine.context(some_tokens(20), tenant="a")
     child = context.fork()  # shared pages count once
     with pytest.raises(QuotaExceeded, match=r"needs 4 more pages of 4 tokens; .* hold 5 of its 8"):
@@ -223,7 +223,7 @@ def test_quota_refuses_what_a_tenant_cannot_hold(engine: Engine) -> None:
         engine.generate(some_tokens(12, seed=2), max_new_tokens=4, tenant="a")
     assert context.num_tokens == 20
     assert engine.generate(some_tokens(12, seed=2), max_new_tokens=4, tenant="b").usage.prompt_tokens == 12
-    engine.set_quota(tenant="a")
+    engine.cache.set_quota(tenant="a")
     context.extend(some_tokens(13, seed=1))
     child.release()
 
@@ -312,7 +312,7 @@ class ContextMachine(RuleBasedStateMachine):
 
     @rule()
     def clear(self) -> None:
-        self.engine.clear_cache()
+        self.engine.cache.clear()
 
     @invariant()
     def nothing_is_lost(self) -> None:
@@ -324,8 +324,8 @@ class ContextMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         for context in self.engine.contexts:
             context.release()
-        self.engine.clear_cache()
-        assert self.engine.memory_stats().num_free == self.engine.pool.num_pages
+        self.engine.cache.clear()
+        assert self.engine.cache.stats().num_free == self.engine.pool.num_pages
         self.engine.close()
 
 

@@ -106,7 +106,7 @@ def test_tenants_do_not_share(engine: Engine) -> None:
     engine.generate(prompt, NO_EOS, tenant="a")
     assert engine.generate(prompt, NO_EOS, tenant="b").usage.exact_tokens == 0
     assert engine.namespace("a") != engine.namespace("b")
-    assert (engine.num_cached(prompt, tenant="a"), engine.num_cached(prompt, tenant="c")) == (40, 0)
+    assert (engine.cache.num_cached(prompt, tenant="a"), engine.cache.num_cached(prompt, tenant="c")) == (40, 0)
 
 
 def test_cache_off_reuses_nothing(shared_model: TinyModel) -> None:
@@ -116,7 +116,7 @@ def test_cache_off_reuses_nothing(shared_model: TinyModel) -> None:
         for _ in range(2):
             usage = engine.generate(some_tokens(40), NO_EOS).usage
             assert (usage.exact_tokens, usage.reasons) == (0, {"cache_off": 40})
-        assert engine.memory_stats().num_free == engine.pool.num_pages
+        assert engine.cache.stats().num_free == engine.pool.num_pages
 
 
 def test_a_request_that_does_not_read_the_cache_still_fills_it(engine: Engine) -> None:
@@ -148,12 +148,12 @@ def test_pinned_prefix_survives_and_quota_limits(shared_model: TinyModel) -> Non
     with Engine(shared_model.model, shared_model.tokenizer, config=config) as engine:
         prompt = some_tokens(40)
         engine.generate(prompt, NO_EOS)
-        assert engine.pin(prompt) == 40
+        assert engine.cache.pin(prompt) == 40
         for seed in range(1, 5):
             engine.generate(some_tokens(60, seed=seed), NO_EOS)
-        assert engine.num_cached(prompt) == 40
-        assert engine.unpin(prompt) == 40
-        engine.set_quota(cached_tokens=20)
+        assert engine.cache.num_cached(prompt) == 40
+        assert engine.cache.unpin(prompt) == 40
+        engine.cache.set_quota(cached_tokens=20)
         engine.generate(some_tokens(60, seed=9), NO_EOS)
         assert cached_by(engine, engine.namespace()).num_pages <= 5
 
@@ -176,7 +176,7 @@ def test_stop_string_ends_text_and_tokens(engine: Engine) -> None:
     assert stopped.text == whole.text[: whole.text.index(stop)]
     assert stopped.finish_reason == "stop"
     assert whole.token_ids[: len(stopped.token_ids)] == stopped.token_ids
-    assert stopped.text.startswith(engine.decode(stopped.token_ids))
+    assert stopped.text.startswith(engine.texts.decode(stopped.token_ids))
 
 
 def test_stop_token_is_not_part_of_the_answer(engine: Engine) -> None:
@@ -217,7 +217,7 @@ def test_leaving_a_stream_cancels_and_returns_pages(engine: Engine) -> None:
         assert handle.wait(PATIENCE_S)
     with pytest.raises(RequestCancelled, match=f"request {handle.request_id}"):
         handle.result()
-    assert engine.memory_stats().num_in_requests == 0
+    assert engine.cache.stats().num_in_requests == 0
 
 
 def test_ctrl_c_while_waiting_cancels(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ def test_ctrl_c_while_waiting_cancels(engine: Engine, monkeypatch: pytest.Monkey
             with pytest.raises(KeyboardInterrupt):
                 handle.result()
         assert handle.wait(PATIENCE_S)
-    assert engine.memory_stats().num_in_requests == 0
+    assert engine.cache.stats().num_in_requests == 0
     assert engine.generate(some_tokens(10), NO_EOS).usage.generated_tokens == 12
 
 
@@ -296,7 +296,7 @@ def test_bad_settings_of_a_request(engine: Engine) -> None:
             engine.generate(some_tokens(5), **settings)  # type: ignore[arg-type]
     for limit in (-1, 2.5, "many", True):
         with pytest.raises(InvalidRequest, match="held_tokens must be"):
-            engine.set_quota(held_tokens=limit)  # type: ignore[arg-type]
+            engine.cache.set_quota(held_tokens=limit)  # type: ignore[arg-type]
 
 
 def test_request_larger_than_the_pool(shared_model: TinyModel) -> None:
@@ -334,12 +334,12 @@ def test_nan_logits_fail_that_request_only() -> None:
     with Engine(tiny.model, tiny.tokenizer, config=EngineConfig(page_size=4, pool_tokens=512)) as engine:
         clean = [token for token in some_tokens(40) if token != poison]
         alone = engine.generate(clean, NO_EOS).token_ids
-        engine.clear_cache()
+        engine.cache.clear()
         handles = [engine.submit([*clean[:20], poison, *clean[20:]], NO_EOS), engine.submit(clean, NO_EOS)]
         with pytest.raises(NumericalError, match="NaN or infinite logits"):
             handles[0].result()
         assert handles[1].result().token_ids == alone
-        assert engine.num_cached([*clean[:20], poison]) <= 20
+        assert engine.cache.num_cached([*clean[:20], poison]) <= 20
         engine.check_integrity()
         assert engine.generate(clean, NO_EOS).token_ids == alone
 
@@ -379,7 +379,7 @@ def test_an_internal_error_wakes_every_waiter(
     def broken() -> None:
         raise AssertionError("page 3 counted twice")
 
-    monkeypatch.setattr(engine.scheduler, "_admit", broken)
+    monkeypatch.setattr(engine.scheduler._admission, "admit", broken)
     handle = engine.submit(some_tokens(5))
     with pytest.raises(EngineClosed, match="page 3 counted twice"):
         handle.result(PATIENCE_S)

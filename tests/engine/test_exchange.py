@@ -94,7 +94,7 @@ def test_a_snapshot_is_written_without_the_lock_and_holds_what_was(
         answer = context.generate(max_new_tokens=7, ignore_eos=True)
         engine.check_integrity()
         context.release()
-        engine.clear_cache()
+        engine.cache.clear()
         engine.context(some_tokens(300, 5)).release()  # others use the pages that come free
         go_on.set()
     assert found == [file]
@@ -115,11 +115,11 @@ def test_an_engine_that_is_closed_meanwhile(
     with pytest.raises(EngineClosed):
         engine.restore(file)
     assert engine.contexts == ()
-    assert engine.memory_stats().num_free == engine.pool.num_pages
+    assert engine.cache.stats().num_free == engine.pool.num_pages
 
 
 def test_pages_that_run_out_meanwhile(engine: Engine, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine.clear_cache()
+    engine.cache.clear()
     with stalled(monkeypatch, snapshots, "payload_digest", lambda: engine.restore(file)) as (go_on, found):
         held = [engine.context(some_tokens(490, seed)) for seed in (1, 2)]
         go_on.set()
@@ -131,25 +131,25 @@ def test_pages_that_run_out_meanwhile(engine: Engine, file: Path, monkeypatch: p
 
 
 def test_a_quota_that_is_used_up_meanwhile(engine: Engine, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine.set_quota(held_tokens=60)
+    engine.cache.set_quota(held_tokens=60)
     with stalled(monkeypatch, snapshots, "payload_digest", lambda: engine.restore(file)) as (go_on, found):
         context = engine.context(some_tokens(20, 3))
         go_on.set()
     context.release()
     assert isinstance(found[0], QuotaExceeded)
     engine.restore(file).release()
-    engine.set_quota()
+    engine.cache.set_quota()
 
 
 def test_what_fails_while_pages_are_filled_gives_them_back(
     engine: Engine, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = engine.memory_stats().num_free
+    before = engine.cache.stats().num_free
     with monkeypatch.context() as patch:
         patch.setattr(PagePool, "slots", _fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             engine.restore(file)
-    assert engine.memory_stats().num_free == before
+    assert engine.cache.stats().num_free == before
     engine.check_integrity()
 
 
@@ -164,7 +164,7 @@ def test_pages_that_are_being_filled_are_accounted_for(
         require_free_lock(engine)
         engine.check_integrity()
         assert engine.contexts == ()
-        assert engine.memory_stats().num_in_contexts == 13
+        assert engine.cache.stats().num_in_contexts == 13
         go_on.set()
     found[0].release()
 
@@ -201,7 +201,7 @@ def test_anchors_are_written_and_read_without_the_lock(
     taught: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "anchors"
-    for work in (lambda: taught.save_anchors(folder), lambda: taught.load_anchors(folder)):
+    for work in (lambda: taught.reuse.save(folder), lambda: taught.reuse.load(folder)):
         with stalled(monkeypatch, bank_file, "tensors_digest", work) as (go_on, found):
             require_free_lock(taught)
             taught.generate(some_tokens(9), max_new_tokens=1)
@@ -214,7 +214,7 @@ def test_many_save_anchors_into_one_folder(taught: Engine, tmp_path: Path) -> No
     """What is there then is what one of them had: pairs whose banks are another's would be left out."""
     folder = tmp_path / "anchors"
     with ThreadPoolExecutor(8) as threads:
-        list(threads.map(lambda _: taught.save_anchors(folder), range(8)))
-        profiles = list(threads.map(lambda _: taught.load_anchors(folder), range(4)))
+        list(threads.map(lambda _: taught.reuse.save(folder), range(8)))
+        profiles = list(threads.map(lambda _: taught.reuse.load(folder), range(4)))
     assert {profile.num_missing for profile in profiles} == {0}
     assert all(profile.num_tokens for profile in profiles)

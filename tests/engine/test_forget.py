@@ -17,23 +17,23 @@ def test_what_is_known_of_a_tenant_goes() -> None:
     tiny = tiny_model()
     with Engine(tiny.model, tiny.tokenizer, config=EngineConfig(page_size=4, pool_tokens=1024)) as engine:
         for tenant in ("ann", "bob"):
-            engine.set_quota(cached_tokens=400, held_tokens=400, tenant=tenant)
+            engine.cache.set_quota(cached_tokens=400, held_tokens=400, tenant=tenant)
             engine.context(PROMPT, tenant=tenant).release()
         held = engine.context(PROMPT, tenant="ann")
-        num_bobs = engine.num_cached(PROMPT, tenant="bob")
+        num_bobs = engine.cache.num_cached(PROMPT, tenant="bob")
         assert num_bobs >= 48
         with held.fork() as fork:
             answer = fork.generate(GREEDY).text
         engine.forget("ann")
         engine.check_integrity()
-        assert engine.num_cached(PROMPT, tenant="ann") == 0
-        assert engine.readers("ann") == []
+        assert engine.cache.num_cached(PROMPT, tenant="ann") == 0
+        assert engine.reuse.readers("ann") == []
         assert cached_by(engine, engine.namespace("ann")).quota_pages is None
-        assert engine.num_cached(PROMPT, tenant="bob") == num_bobs
+        assert engine.cache.num_cached(PROMPT, tenant="bob") == num_bobs
         assert held.generate(GREEDY).text == answer  # what is held stays
         held.release()
         engine.forget("nobody")
         engine.forget("bob")
         engine.forget("ann")
-        stats = engine.memory_stats()
+        stats = engine.cache.stats()
         assert stats.num_free == stats.num_pages

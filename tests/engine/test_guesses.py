@@ -94,7 +94,7 @@ def test_right_guesses_save_their_passes(
 
     monkeypatch.setattr(runner, "forward", counted)
     monkeypatch.setattr(GuessGain, "row_cost", 0.01)  # not what the clock says
-    monkeypatch.setattr("kvcomm.engine.scheduler.repeated", knowing)
+    monkeypatch.setattr("kvcomm.engine.batches.repeated", knowing)
     completion = engine.generate(prompt, GREEDY)
     assert list(completion.token_ids) == answer
     assert passes == [len(prompt), 8, 8, 8, 8, 7]  # the prompt gives the first of 40 tokens
@@ -115,7 +115,7 @@ def test_answers_have_equal_shares_of_the_guesses(
     monkeypatch.setattr(runner, "forward", counted)
     monkeypatch.setattr(GuessGain, "row_cost", 0.01)  # not what the clock says
     monkeypatch.setattr(
-        "kvcomm.engine.scheduler.repeated", lambda token_ids, num: Found(np.zeros(num, dtype=np.int32), MAX_MATCH)
+        "kvcomm.engine.batches.repeated", lambda token_ids, num: Found(np.zeros(num, dtype=np.int32), MAX_MATCH)
     )
     engine.generate(some_tokens(36), replace(GREEDY, n=3))
     assert passes[1] == [3, 3, 2]

@@ -56,13 +56,13 @@ def healing(within: int) -> ReusePolicy:
 
 def read_by_another(engine: Engine) -> None:
     """Let the text be known from another prompt."""
-    engine.reuse.cost.model = ROWS_ONLY  # measuring would take the pages of what is known
+    engine.reuse.parts.cost.model = ROWS_ONLY  # measuring would take the pages of what is known
     engine.generate(prompt(ROLE_A), max_new_tokens=1)
 
 
 def answer(engine: Engine, policy: ReusePolicy, sampling: SamplingParams = SAMPLING) -> Completion:
     """An answer on moved KV, of an engine that knows the text from another prompt and nothing else."""
-    engine.clear_cache()
+    engine.cache.clear()
     read_by_another(engine)
     completion = engine.generate(prompt(ROLE_B), sampling, policy=policy, rung=ROTATE)
     assert completion.usage.aligned_tokens == len(TEXT)
@@ -71,7 +71,7 @@ def answer(engine: Engine, policy: ReusePolicy, sampling: SamplingParams = SAMPL
 
 def moved_context(engine: Engine, policy: ReusePolicy) -> Context:
     """A context into which the text has been moved."""
-    engine.clear_cache()
+    engine.cache.clear()
     read_by_another(engine)
     context = engine.empty_context(policy=policy)
     with engine.held():
@@ -170,7 +170,7 @@ def test_guesses_end_where_exact_kv_begins(
         return Found(np.array(moved[known : known + num], dtype=np.int32), MAX_MATCH)
 
     monkeypatch.setattr(GuessGain, "row_cost", 0.01)  # not what the clock says
-    monkeypatch.setattr("kvcomm.engine.scheduler.repeated", knowing)
+    monkeypatch.setattr("kvcomm.engine.batches.repeated", knowing)
     wanted = {within: expected(shared_model, list(moved), within, 40) for within in range(1, 30)}
     telling = [within for within in wanted if wanted[within][within] != moved[within]]  # the next guess is wrong there
     assert len(telling) >= 3
@@ -185,7 +185,7 @@ def test_a_context_is_a_cold_one_afterwards(engine: Engine, shared_model: TinyMo
         context.generate(SAMPLING)
         assert_cold(context, engine)
         tokens = list(context.tokens)
-        assert engine.num_cached(tokens) >= (len(tokens) - 1) // SMALL.page_size * SMALL.page_size
+        assert engine.cache.num_cached(tokens) >= (len(tokens) - 1) // SMALL.page_size * SMALL.page_size
         assert list(engine.generate(tokens, SAMPLING).token_ids) == greedy(shared_model.model, tokens, NUM_ANSWER)
         more = context.generate(SAMPLING)
         assert list(more.token_ids) == greedy(shared_model.model, tokens, NUM_ANSWER)
@@ -223,14 +223,14 @@ def test_an_answer_that_ends_sooner_is_out_before_its_context_is_exact(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[str | None, bool]] = []
-    take_over = engine.scheduler._let_take_over
+    take_over = engine.scheduler._answers.let_take_over
 
     def watched(request: Request) -> None:
         seen.append((request.branches[0].finish_reason, request.handle.done))
         assert "".join(chunk.text for chunk in request.handle._chunks) == request.branches[0].detokenizer.text
         take_over(request)
 
-    monkeypatch.setattr(engine.scheduler, "_let_take_over", watched)
+    monkeypatch.setattr(engine.scheduler._answers, "let_take_over", watched)
     with moved_context(engine, healing(8)) as context:
         completion = context.generate(max_new_tokens=3, ignore_eos=True)
         assert seen == [("length", False)]
@@ -295,11 +295,11 @@ def test_a_pool_that_holds_no_twin_serves_without(shared_model: TinyModel, unhea
 
 
 def test_a_quota_that_leaves_no_room_for_a_twin(engine: Engine, unhealed: list[int]) -> None:
-    engine.set_quota(held_tokens=len(TOKENS) + NUM_ANSWER + len(TEXT))
+    engine.cache.set_quota(held_tokens=len(TOKENS) + NUM_ANSWER + len(TEXT))
     completion = answer(engine, healing(4))
     assert list(completion.token_ids) == unhealed
     assert completion.usage.not_healed is NotHealed.QUOTA
-    engine.set_quota()
+    engine.cache.set_quota()
     assert answer(engine, healing(4)).usage.healed_after == 4
 
 
@@ -324,7 +324,7 @@ def test_several_answers_and_none_are_not_healed(engine: Engine) -> None:
     prefilled = answer(engine, healing(3), PREFILL_ONLY)
     assert prefilled.usage.not_healed is NotHealed.NO_ANSWER
     assert prefilled.usage.healed_after is None
-    engine.clear_cache()
+    engine.cache.clear()
     exact = engine.generate(prompt(ROLE_B), SAMPLING, policy=healing(3))
     assert (exact.usage.healed_after, exact.usage.not_healed) == (None, None)  # nothing was moved
 

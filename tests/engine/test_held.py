@@ -16,21 +16,21 @@ def test_what_is_asked_while_it_is_held_is_done_afterwards(engine: Engine) -> No
     with engine.held():
         handle = engine.submit(prompt, SamplingParams(max_new_tokens=1))
         assert not handle.wait(0.1)
-        assert engine.num_cached(prompt) == 0
+        assert engine.cache.num_cached(prompt) == 0
     assert handle.wait(PATIENCE_S)
-    assert engine.num_cached(prompt) > 0
+    assert engine.cache.num_cached(prompt) > 0
 
 
 def test_nothing_is_learned_while_it_is_held(engine: Engine) -> None:
     """Idle work that waits (here: how long passes take) takes no time that is counted either."""
     engine.explain([engine.segment("a text", name="text")], policy=ReusePolicy(0.05, 0.9))
     assert engine.wait_idle(PATIENCE_S)
-    before_s = engine.reuse.idle.worked_s
+    before_s = engine.reuse.parts.idle.worked_s
     with engine.held():
-        future = engine.learn([engine.segment("a text", name="text"), engine.segment("and more")])
+        future = engine.reuse.learn([engine.segment("a text", name="text"), engine.segment("and more")])
         with pytest.raises(TimeoutError):
             future.result(0.2)
-        assert engine.reuse.idle.worked_s == before_s
+        assert engine.reuse.parts.idle.worked_s == before_s
     assert future.result(PATIENCE_S) == 0
     assert engine.wait_idle(PATIENCE_S)
-    assert engine.reuse.idle.worked_s > before_s
+    assert engine.reuse.parts.idle.worked_s > before_s

@@ -140,7 +140,7 @@ def test_the_cache_is_a_copy(engine: Engine) -> None:
     context.release()
     for tensor in (*engine.pool.keys, *engine.pool.values):
         tensor.fill_(torch.nan)
-    engine.clear_cache()
+    engine.cache.clear()
     longer = [*token_ids, 77]
     assert stock_continuation(engine.model, longer, kept) == greedy(engine.model, longer, NUM_NEW)
 
@@ -279,10 +279,10 @@ def test_foreign_kv_never_serves_anybody_else(engine: Engine, tmp_path: Path, nu
     continuation(context)
     contexts = [context, longer, longer.fork(), restored]
     assert {kept.fidelity for kept in contexts} == {Fidelity.APPROXIMATE}
-    assert engine.memory_stats().num_cached == 0
+    assert engine.cache.stats().num_cached == 0
     for kept in contexts:
         kept.release()
-    assert engine.memory_stats().num_cached == 0
+    assert engine.cache.stats().num_cached == 0
     completion = engine.generate(token_ids, max_new_tokens=NUM_NEW, ignore_eos=True)
     assert list(completion.token_ids) == greedy(engine.model, token_ids, NUM_NEW)
     assert (completion.usage.exact_tokens, completion.usage.computed_tokens) == (0, 40)
@@ -294,7 +294,7 @@ def test_an_approximate_context_does_not_take_from_the_cache_either(engine: Engi
     cache = spoiled(stock_cache(engine.model, token_ids[:20]))
     before = continuation(engine.context_from_hf_cache(cache, token_ids))
     engine.generate(token_ids, max_new_tokens=1)
-    assert engine.memory_stats().num_cached > 0
+    assert engine.cache.stats().num_cached > 0
     assert continuation(engine.context_from_hf_cache(cache, token_ids)) == before
 
 

@@ -20,10 +20,14 @@ import torch
 from torch import Tensor
 
 from kvcomm.config import EngineConfig
-from kvcomm.engine import scheduler
+from kvcomm.engine import answers
+from kvcomm.engine.admission import Admission
+from kvcomm.engine.batches import Batches
 from kvcomm.engine.detokenize import Detokenizer
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.handle import RequestHandle
+from kvcomm.engine.in_flight import InFlight
+from kvcomm.engine.offers import Offers
 from kvcomm.engine.passes import Work, compute
 from kvcomm.engine.request import Request
 from kvcomm.engine.sampler import Sampler
@@ -75,15 +79,15 @@ PLACES: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "sampler": (Sampler, "sample", lambda self, *_: self._params.n == 3),
     "detokenizer": (Detokenizer, "push", lambda self, *_: bool(self._stop)),
     "end of text": (Detokenizer, "finish", lambda self: bool(self._stop)),
-    "log-probabilities": (scheduler, "token_logprob", lambda *_: True),
+    "log-probabilities": (answers, "token_logprob", lambda *_: True),
     "a chunk": (Request, "publish", lambda self, *_: is_victims(self)),
     "the result": (Request, "completion", lambda self: is_victims(self)),
-    "planning": (scheduler.Scheduler, "_plan", lambda self, request: is_victims(request)),
-    "publishing": (scheduler.Scheduler, "_publish", lambda self, request: is_victims(request)),
-    "remembering": (scheduler.Scheduler, "_remember", lambda self, request, *_, **__: is_victims(request)),
-    "a fork": (scheduler.Scheduler, "_fork", lambda self, request, *_: is_victims(request)),
-    "guessing": (scheduler.Scheduler, "_found", lambda self, request, *_: is_victims(request)),
-    "writing to pages": (scheduler.Scheduler, "_can_write", lambda self, request, *_: is_victims(request)),
+    "planning": (Admission, "_plan", lambda self, request: is_victims(request)),
+    "publishing": (Offers, "publish", lambda self, request: is_victims(request)),
+    "remembering": (Offers, "remember", lambda self, request, *_, **__: is_victims(request)),
+    "a fork": (answers, "_fork", lambda request, *_: is_victims(request)),
+    "guessing": (Batches, "_found", lambda self, request, *_: is_victims(request)),
+    "writing to pages": (InFlight, "can_write", lambda self, request, *_: is_victims(request)),
     "waiting for a source": (Planner, "waits_for_source", lambda self, request, *_: is_victims(request)),
 }
 
@@ -103,8 +107,8 @@ def test_an_exception_of_one_choice_ends_its_request_alone(
         before = [engine.submit(prompt, ANSWER) for prompt, _ in neighbors[:2]]
         victim = engine.submit(some_tokens(13, seed=9), VICTIM)
         after = [engine.submit(prompt, ANSWER) for prompt, _ in neighbors[2:]]
-    answers = [handle.result(PATIENCE_S).token_ids for handle in (*before, *after)]
-    assert answers == [tuple(expected) for _, expected in neighbors]
+    given = [handle.result(PATIENCE_S).token_ids for handle in (*before, *after)]
+    assert given == [tuple(expected) for _, expected in neighbors]
     with pytest.raises(Injected) if at_call == 0 else suppress(Injected):  # later calls may never come
         victim.result(PATIENCE_S)
     assert engine.generate(neighbors[0][0], ANSWER).token_ids == tuple(neighbors[0][1])
@@ -250,8 +254,8 @@ def narrow(shared_model: TinyModel) -> Iterator[Engine]:
         made.check_integrity()
         for context in made.contexts:
             context.release()
-        made.clear_cache()
-        assert made.memory_stats().num_free == made.pool.num_pages
+        made.cache.clear()
+        assert made.cache.stats().num_free == made.pool.num_pages
 
 
 def test_answers_of_no_tokens_leave_no_pages(narrow: Engine) -> None:
@@ -263,8 +267,8 @@ def test_answers_of_no_tokens_leave_no_pages(narrow: Engine) -> None:
     for _ in range(5):
         assert len(context.generate(max_new_tokens=0, n=3).choices) == 3
     context.release()
-    narrow.clear_cache()
-    assert narrow.memory_stats().num_free == 32
+    narrow.cache.clear()
+    assert narrow.cache.stats().num_free == 32
 
 
 def test_requests_of_several_answers_wait_for_each_other(narrow: Engine, shared_model: TinyModel) -> None:
@@ -319,7 +323,7 @@ def test_waiting_evicts_nothing(narrow: Engine) -> None:
     contexts = [narrow.context(some_tokens(64, seed=1)), narrow.context(some_tokens(64, seed=2))]
     with pytest.raises(PoolExhausted, match="nothing is running that could return some"):
         narrow.generate(some_tokens(100, seed=3), max_new_tokens=50, tenant="other")
-    assert narrow.num_cached(cached) == 80
+    assert narrow.cache.num_cached(cached) == 80
     for context in contexts:
         context.release()
     assert len(narrow.generate(some_tokens(100, seed=3), max_new_tokens=50, tenant="other").token_ids) > 0
@@ -330,8 +334,8 @@ def test_a_request_that_can_be_admitted_evicts_what_it_needs_and_no_more(narrow:
     narrow.generate(old, max_new_tokens=0)
     narrow.generate(young, max_new_tokens=0)
     narrow.generate(some_tokens(100, seed=2), max_new_tokens=20, ignore_eos=True)
-    assert narrow.num_cached(young) == 80
-    assert 0 < narrow.num_cached(old) < 80
+    assert narrow.cache.num_cached(young) == 80
+    assert 0 < narrow.cache.num_cached(old) < 80
 
 
 def test_the_cost_of_learning_is_not_paid_by_whoever_waits(shared_model: TinyModel) -> None:

@@ -146,7 +146,7 @@ def test_final_text_enters_the_cache_and_no_other(engine: Engine) -> None:
     solved = solver.result().token_ids
     read(opened)
     whole = [*ROLE, *solved]
-    assert engine.num_cached(whole) == len(whole) // SMALL.page_size * SMALL.page_size
+    assert engine.cache.num_cached(whole) == len(whole) // SMALL.page_size * SMALL.page_size
     opened.cancel()
     wait_for(lambda: not engine.scheduler.read_along.readings)
 
@@ -304,7 +304,7 @@ class TestBadInput:
             opened.append(TAIL)
         with pytest.raises(EngineClosed):
             engine.open_prompt(ROLE)
-        assert engine.memory_stats().num_in_requests == 0
+        assert engine.cache.stats().num_in_requests == 0
 
 
 class TestEnds:
@@ -332,8 +332,8 @@ class TestEnds:
         assert engine.wait_idle(PATIENCE_S)
         del opened
         gc.collect()
-        engine.clear_cache()
-        assert engine.memory_stats().num_free == engine.pool.num_pages
+        engine.cache.clear()
+        assert engine.cache.stats().num_free == engine.pool.num_pages
 
     def test_a_reader_that_is_cancelled(self, engine: Engine) -> None:
         solver = engine.submit(QUESTION, max_new_tokens=30)
@@ -417,7 +417,7 @@ def test_an_engine_is_not_idle_while_it_reads_for_a_user_who_has_forgotten(
     del reader
     wait_for(lambda: not engine.scheduler.read_along.readings or seen)
     assert not any(seen)
-    engine.memory_stats()  # which gives back what was forgotten
+    engine.cache.stats()  # which gives back what was forgotten
     wait_for(lambda: not engine.scheduler.has_work)
 
 
@@ -428,8 +428,8 @@ def crowded(shared_model: TinyModel) -> Iterator[Engine]:
     with Engine(shared_model.model, shared_model.tokenizer, config=config) as made:
         yield made
         made.check_integrity()
-        made.clear_cache()
-        assert made.memory_stats().num_free == made.pool.num_pages
+        made.cache.clear()
+        assert made.cache.stats().num_free == made.pool.num_pages
 
 
 def test_requests_take_the_pages_of_open_prompts(crowded: Engine, shared_model: TinyModel) -> None:
@@ -441,13 +441,13 @@ def test_requests_take_the_pages_of_open_prompts(crowded: Engine, shared_model: 
 
 
 def test_open_prompts_keep_to_the_tenants_quota(engine: Engine) -> None:
-    engine.set_quota(held_tokens=40)
+    engine.cache.set_quota(held_tokens=40)
     opened = engine.open_prompt(some_tokens(100, 5))
     engine.generate(TAIL, max_new_tokens=1)
     assert opened.num_read <= 40
     with pytest.raises(QuotaExceeded):
         opened.close(max_new_tokens=4)
-    engine.set_quota()
+    engine.cache.set_quota()
 
 
 def test_a_segment_without_text_keeps_its_place(engine: Engine) -> None:

@@ -227,7 +227,7 @@ class OpenPromptMachine(RuleBasedStateMachine):
 
     @rule()
     def forget_the_cache(self) -> None:
-        self.engine.clear_cache()
+        self.engine.cache.clear()
 
     def is_ready(self, node: Node) -> bool:
         return node.handle is not None and all(source.has_failed() or self.is_ready(source) for source in node.sources)
@@ -273,8 +273,8 @@ class OpenPromptMachine(RuleBasedStateMachine):
             for context in self.contexts:
                 context.release()
             self.engine.check_integrity()
-            self.engine.clear_cache()
-            stats = self.engine.memory_stats()
+            self.engine.cache.clear()
+            stats = self.engine.cache.stats()
             assert stats.num_free == stats.num_pages
         finally:
             self.engine.close()

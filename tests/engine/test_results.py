@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from kvcomm.align.levels import Level
+from kvcomm.align.standings import Level
 from kvcomm.engine.context import Context
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.results import Completion, Usage

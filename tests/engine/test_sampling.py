@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvcomm.engine.context import sampling_params
 from kvcomm.engine.sampler import Sampler, token_logprob
-from kvcomm.engine.sampling import SamplingParams
+from kvcomm.engine.sampling import SamplingParams, sampling_params
 from kvcomm.errors import InvalidRequest
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0, -1.0])

@@ -52,7 +52,7 @@ def over(
     tier = Tier(store, secret=secret, run_tokens=RUN)
     settings = EngineConfig(**{**vars(SMALL), **config})
     with Engine(tiny.model, tiny.tokenizer, config=settings, tier=tier) as engine:
-        engine.reuse.cost.model = cost
+        engine.reuse.parts.cost.model = cost
         yield engine
         engine.check_integrity()
     tier.queue.close(0)
@@ -62,14 +62,14 @@ def fill_tier(tiny: TinyModel, store: FaultyStore, *prompts: list[int], **settin
     with over(tiny, store) as engine:
         for prompt in prompts:
             engine.generate(prompt, max_new_tokens=1, **settings)
-        assert engine.flush_tier(PATIENCE_S)
+        assert engine.tiering.flush(PATIENCE_S)
 
 
 def test_what_one_engine_has_computed_another_one_reads(shared_model: TinyModel, store: FaultyStore) -> None:
     prompt = some_tokens(45)
     with over(shared_model, store) as first:
         cold = first.generate(prompt, max_new_tokens=20, temperature=0, logprobs=5, ignore_eos=True)
-        assert first.flush_tier(PATIENCE_S)
+        assert first.tiering.flush(PATIENCE_S)
     assert cold.usage.tier_tokens == 0
     with over(shared_model, store) as second:
         warm = second.generate(prompt, max_new_tokens=20, temperature=0, logprobs=5, ignore_eos=True)
@@ -86,16 +86,16 @@ def test_a_folder_is_a_tier(shared_model: TinyModel, tmp_path: Path) -> None:
     prompt = some_tokens(600, seed=1)[:300]
     for expected in (0, 256):
         with Engine(shared_model.model, shared_model.tokenizer, config=SMALL, tier=str(tmp_path / "tier")) as engine:
-            engine.reuse.cost.model = PATIENT
+            engine.reuse.parts.cost.model = PATIENT
             assert engine.generate(prompt, max_new_tokens=1).usage.tier_tokens == expected
-            assert engine.flush_tier(PATIENCE_S)
+            assert engine.tiering.flush(PATIENCE_S)
 
 
 def test_answers_are_written_too(shared_model: TinyModel, store: FaultyStore) -> None:
     prompt = some_tokens(20)
     with over(shared_model, store) as first:
         answer = first.generate(prompt, max_new_tokens=21, ignore_eos=True).token_ids
-        first.flush_tier(PATIENCE_S)
+        first.tiering.flush(PATIENCE_S)
     with over(shared_model, store) as second:
         assert second.generate([*prompt, *answer], max_new_tokens=1).usage.tier_tokens == 40
 
@@ -118,7 +118,7 @@ def test_only_what_is_not_there_is_fetched_and_written(shared_model: TinyModel, 
         num_gets = store.num_gets
         assert engine.generate(prompt, max_new_tokens=1).usage.tier_tokens == 15
         assert store.num_gets == num_gets + 2
-        engine.flush_tier(PATIENCE_S)
+        engine.tiering.flush(PATIENCE_S)
     assert len(store.objects) == 8
 
 
@@ -137,7 +137,7 @@ def test_what_is_altered_or_lost_is_computed(shared_model: TinyModel, store: Fau
         reason = "tier_corrupt" if fault == "alter" else "tier_failed"
         assert found.usage.reasons == {reason: 40, "new": 1}
         if fault == "alter":  # what is damaged was removed, and can be written again
-            engine.flush_tier(PATIENCE_S)
+            engine.tiering.flush(PATIENCE_S)
     with over(shared_model, store) as engine:
         engine.generate(prompt, max_new_tokens=1)
 
@@ -160,8 +160,8 @@ def test_what_fails_is_computed(shared_model: TinyModel, store: FaultyStore) -> 
         store.is_failing = True
         found = engine.generate(prompt, max_new_tokens=1)
         assert found.usage.computed_tokens == 41
-        assert engine.tier is not None
-        assert engine.tier.stats().is_failing
+        assert engine.tiering.tier is not None
+        assert engine.tiering.tier.stats().is_failing
         store.is_failing = False
 
 
@@ -208,7 +208,7 @@ def test_tenants_share_nothing_in_a_tier(shared_model: TinyModel, store: FaultyS
     prompt = some_tokens(41)
     with over(shared_model, store, secret=SECRET) as engine:
         engine.generate(prompt, max_new_tokens=1, tenant="ann")
-        engine.flush_tier(PATIENCE_S)
+        engine.tiering.flush(PATIENCE_S)
     for tenant, expected in (("bob", 0), ("ann", 40)):
         with over(shared_model, store, secret=SECRET) as engine:
             assert engine.generate(prompt, max_new_tokens=1, tenant=tenant).usage.tier_tokens == expected
@@ -283,13 +283,13 @@ def test_renditions_are_moved_by_another_engine(shared_model: TinyModel, store: 
     wanted = (Segment(tuple(some_tokens(13, seed=4))), text, tail)
     settings = {"rung": Rung("rotate", 0.0), "max_new_tokens": 6, "temperature": 0, "ignore_eos": True}
     with Engine(shared_model.model, shared_model.tokenizer, config=SMALL) as alone:
-        alone.reuse.cost.model = PATIENT
+        alone.reuse.parts.cost.model = PATIENT
         alone.generate(read, max_new_tokens=1)
         expected = alone.generate(wanted, **settings)
         assert expected.usage.aligned_tokens > 0
     with over(shared_model, store) as first:
         first.generate(read, max_new_tokens=1)
-        first.flush_tier(PATIENCE_S)
+        first.tiering.flush(PATIENCE_S)
     with over(shared_model, store) as second:
         moved = second.generate(wanted, **settings)
         assert moved.token_ids == expected.token_ids
@@ -313,9 +313,9 @@ def test_beside_a_tier_that_is_expected_later_prompts_are_computed_in_pieces(
     fill_tier(shared_model, store, prompt)
     cost = CostModel(pass_s=0.001, row_s=0.1, pair_s=0, move_s=0)
     with over(shared_model, store, cost=cost, max_batch_tokens=400) as engine:
-        assert engine.tier is not None
-        engine.tier.reads.done(0, 1e-6)
-        engine.tier.reads.done(1_000_000, 1_000_000 * 5.0 / (192 * 256))  # five seconds for what the tier has
+        assert engine.tiering.tier is not None
+        engine.tiering.tier.reads.done(0, 1e-6)
+        engine.tiering.tier.reads.done(1_000_000, 1_000_000 * 5.0 / (192 * 256))  # five seconds for what the tier has
         store.open_for_reads.clear()
         forward, rows = engine.runner.forward, []
 
@@ -340,10 +340,10 @@ def test_the_real_model(smollm2: LoadedModel, tmp_path: Path) -> None:
         with Engine(
             smollm2.model, smollm2.tokenizer, weights_id=smollm2.weights_digest, tier=str(tmp_path / "tier")
         ) as engine:
-            engine.reuse.cost.model = PATIENT
+            engine.reuse.parts.cost.model = PATIENT
             found.append(engine.generate(prompt, **settings))
             assert found[-1].usage.tier_tokens == expected
-            assert engine.flush_tier(PATIENCE_S)
+            assert engine.tiering.flush(PATIENCE_S)
     cold, warm = found
     assert warm.token_ids == cold.token_ids
     for one, other in zip(cold.logprobs or (), warm.logprobs or (), strict=True):

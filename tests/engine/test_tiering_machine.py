@@ -46,7 +46,7 @@ class TierMachine(RuleBasedStateMachine):
     def _engine(self, tier: Tier) -> Engine:
         config = EngineConfig(page_size=4, pool_tokens=320, max_batch_tokens=24, prefill_chunk=8)
         engine = Engine(TINY.model, TINY.tokenizer, config=config, tier=tier)
-        engine.reuse.cost.model = DEAR
+        engine.reuse.parts.cost.model = DEAR
         return engine
 
     @rule(index=engines, which=strategies.sampled_from(PROMPTS), length=strategies.integers(2, 60))
@@ -75,12 +75,12 @@ class TierMachine(RuleBasedStateMachine):
 
     @rule(index=engines)
     def forget_the_cache(self, index: int) -> None:
-        self.engines[index].clear_cache()
+        self.engines[index].cache.clear()
 
     @rule(index=engines)
     def write_all(self, index: int) -> None:
         if self.store.open_for_writes.is_set():
-            assert self.engines[index].flush_tier(PATIENCE_S)
+            assert self.engines[index].tiering.flush(PATIENCE_S)
 
     @rule(index=numbers)
     def alter(self, index: int) -> None:
@@ -109,12 +109,12 @@ class TierMachine(RuleBasedStateMachine):
             return
         self.store.close()
         for engine, tier in zip(self.engines, self.tiers, strict=True):
-            engine.flush_tier(PATIENCE_S)
+            engine.tiering.flush(PATIENCE_S)
             engine.close()
             tier.close()
-            engine.clear_cache()
+            engine.cache.clear()
             engine.check_integrity()
-            assert engine.memory_stats().num_free == engine.pool.num_pages
+            assert engine.cache.stats().num_free == engine.pool.num_pages
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -26,10 +26,12 @@ from eval.engine_faults.reference import Reference
 from eval.engine_faults.subject import ADAPTERS, Subject, Weights, has_peft
 from eval.engine_faults.values import REFUSED, SPECIAL, TAKEN, resolve
 from kvcomm import Engine, SamplingParams
+from kvcomm.engine.cache import Cache
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.loop import EngineLoop
-from kvcomm.engine.open_prompt import Followed as EngineFollowed
-from kvcomm.engine.open_prompt import Known
+from kvcomm.engine.open_prompt import OpenPrompts
+from kvcomm.engine.reading import Followed as EngineFollowed
+from kvcomm.engine.reading import Known
 from kvcomm.engine.sampler import Sampler
 from kvcomm.engine.scheduler import Scheduler
 from kvcomm.model.live import LiveWeights
@@ -165,19 +167,29 @@ def test_a_source_of_another_tenant_that_is_taken_is_noticed(runner: Runner, mon
     findings = found(runner, [asked, opened, follow, CHECK])
     assert findings.all == []
     assert findings.counts["sources refused"] == 1
-    monkeypatch.setattr(Engine, "require_followable", lambda self, reading, source: None)
+    monkeypatch.setattr(OpenPrompts, "follow", lambda self, reading, source, part: self.put(reading, part))
     seen = kinds(found(runner, [asked, opened, follow, CHECK]))
     assert seen == {(Harm.WRONG, "a source was taken that must be refused")}
 
 
-def test_leaked_pages_are_noticed(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    pin = Engine.pin
+def unowned(pin: Callable[..., int]) -> Callable[..., int]:
+    """A pin that takes a page besides, which nobody has then."""
 
-    def leaking_pin(self: Engine, *arguments: Any, **keywords: Any) -> int:
-        self.pool.allocate(2)
+    def pinned(self: Cache, *arguments: Any, **keywords: Any) -> int:
+        self._memory.pool.allocate(1)
         return pin(self, *arguments, **keywords)
 
-    monkeypatch.setattr(Engine, "pin", leaking_pin)
+    return pinned
+
+
+def test_leaked_pages_are_noticed(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    pin = Cache.pin
+
+    def leaking_pin(self: Cache, *arguments: Any, **keywords: Any) -> int:
+        self._memory.pool.allocate(2)
+        return pin(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Cache, "pin", leaking_pin)
     monkeypatch.setattr(Engine, "check_integrity", lambda self: None)
     findings = found(runner, [Operation("pin", {"which": 0, "prompt": PROMPT, "tenant": "a"}), CHECK, ask()])
     assert kinds(findings) == {(Harm.LEAKED, "pages leaked")}
@@ -185,8 +197,8 @@ def test_leaked_pages_are_noticed(runner: Runner, monkeypatch: pytest.MonkeyPatc
 
 
 def test_pages_without_an_owner_are_noticed(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    pin = Engine.pin
-    monkeypatch.setattr(Engine, "pin", lambda self, *a, **k: pin(self, *a, **k) + 0 * self.pool.allocate(1).sum())
+    pin = Cache.pin
+    monkeypatch.setattr(Cache, "pin", unowned(pin))
     findings = found(runner, [Operation("pin", {"which": 0, "prompt": PROMPT, "tenant": "a"}), CHECK])
     assert kinds(findings) == {(Harm.LEAKED, "the books do not balance")}
 
@@ -333,8 +345,8 @@ def test_findings_can_be_replayed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The operations that matter are left of those in a file, and find the same again."""
-    pin = Engine.pin
-    monkeypatch.setattr(Engine, "pin", lambda self, *a, **k: pin(self, *a, **k) + 0 * self.pool.allocate(1).sum())
+    pin = Cache.pin
+    monkeypatch.setattr(Cache, "pin", unowned(pin))
     whole = Episode(ENGINE, [*SOME, Operation("pin", {"which": 0, "prompt": PROMPT, "tenant": "a"}), *SOME])
     file, out = tmp_path / "whole.json", tmp_path / "run.json"
     file.write_text(json.dumps(whole.to_json()))

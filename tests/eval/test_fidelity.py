@@ -29,6 +29,7 @@ from kvcomm.engine.engine import Engine
 from kvcomm.memory.segments import Segment
 from kvcomm.reuse.decision import Rungs
 from kvcomm.reuse.replay import Outcome
+from kvcomm.reuse.reuse import Reuse
 from tests.engine.conftest import ROWS_ONLY
 from tests.tiny import tiny_model
 
@@ -110,15 +111,15 @@ def test_an_interrupted_measurement_goes_on_where_it_was(
     lines = file.read_text().splitlines(keepends=True)
     assert len(lines) == 7  # 4 questions calibrate, 3 test
     file.write_text("".join(lines[:2]) + lines[2][:50])
-    measure, asked = Engine.measure, []
-    monkeypatch.setattr(Engine, "measure", lambda *args: asked.append(args) or measure(*args))
+    measure, asked = Reuse.measure, []
+    monkeypatch.setattr(Reuse, "measure", lambda *args: asked.append(args) or measure(*args))
     assert fidelity.main(bounded) == 0
     assert len(asked) == 5
     again = values_of(capsys.readouterr().out)
     assert again.keys() == whole.keys()
     assert all(again[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-6) for name in whole)
 
-    monkeypatch.setattr(Engine, "learn", None)  # with everything known nothing is taught
+    monkeypatch.setattr(Reuse, "learn", None)  # with everything known nothing is taught
     assert fidelity.main(bounded) == 0
     assert len(asked) == 5
 
@@ -213,18 +214,18 @@ def test_no_plan_within_the_share_is_better_than_the_best(data: st.DataObject) -
 
 def test_a_reader_sees_nothing_of_later_ones(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     published: list[tuple[Segment, ...]] = []
-    context, measure = Engine.context, Engine.measure
+    context, measure = Engine.context, Reuse.measure
 
     def watched(engine: Engine, prompt: tuple[Segment, ...], **settings: Any) -> Context:
         published.append(tuple(prompt))
         return context(engine, prompt, **settings)
 
-    def measured(engine: Engine, prompt: tuple[Segment, ...], *more: Any) -> object:
+    def measured(reuse: Reuse, prompt: tuple[Segment, ...], *more: Any) -> object:
         assert [each[: len(prompt)] for each in published].count(tuple(prompt)) == 0
-        return measure(engine, prompt, *more)
+        return measure(reuse, prompt, *more)
 
     monkeypatch.setattr(Engine, "context", watched)
-    monkeypatch.setattr(Engine, "measure", measured)
+    monkeypatch.setattr(Reuse, "measure", measured)
     assert fidelity.main(arguments) == 0
     assert published
 
@@ -302,10 +303,10 @@ def test_healing_behind_the_answer_leaves_all_of_it(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(healed, "WITHIN", (1, 10, 30))
     tiny, text = tiny_model(), Segment(tuple(range(30, 90)), "question")
     with Engine(tiny.model, tiny.tokenizer) as engine:
-        engine.reuse.cost.model = ROWS_ONLY
+        engine.reuse.parts.cost.model = ROWS_ONLY
         reader = (Segment((8, 9)), text, Segment((4,)))
         answer = engine.generate(reader, max_new_tokens=20, ignore_eos=True).token_ids
-        engine.clear_cache()
+        engine.cache.clear()
         engine.generate((Segment((5, 6, 7)), text), max_new_tokens=1)
         measured = healed._measure(engine, "reader", Reading(reader, answer))
         assert measured is not None

@@ -547,7 +547,7 @@ def test_the_twin_gets_the_prompts_of_the_served_engine(data: Path, engine: Engi
         assert [made.prompt for made in request.calls] == [sum(len(s.token_ids) for s in p) for p in prompts]
         page = twin.config.page_size
         assert all(
-            twin.num_cached(prompt) // page >= made.prompt // page - 1
+            twin.cache.num_cached(prompt) // page >= made.prompt // page - 1
             for prompt, made in zip(prompts, request.calls, strict=True)
         )
 

@@ -82,7 +82,7 @@ def test_lost_answers_are_seen(live: Live, monkeypatch: pytest.MonkeyPatch) -> N
 def test_leaked_pages_are_seen(live: Live, engine: Engine) -> None:
     with engine.context(list(range(10, 20))):
         assert leaked_pages(live.url) == 3
-    engine.clear_cache()
+    engine.cache.clear()
     assert leaked_pages(live.url) == 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from eval import gsm8k, humaneval
-from eval.sandbox import NONE, WAYS, Isolation, NoIsolation, __main__, isolation, obstacle, ways
+from eval.sandbox import NONE, WAYS, Isolation, NoIsolation, __main__, choosing, isolation, obstacle
 from eval.sandbox.system_calls import filter_program
 from eval.tasks.gsm8k import Gsm8k
 from eval.tasks.humaneval import HumanEval
@@ -82,12 +82,12 @@ def test_an_unknown_machine_has_no_filter() -> None:
 @pytest.fixture
 def helpless(monkeypatch: pytest.MonkeyPatch) -> None:
     """A system that offers nothing."""
-    monkeypatch.setattr(ways, "obstacle", lambda way: None if way == NONE else f"no {way.name} here")
+    monkeypatch.setattr(choosing, "obstacle", lambda way: None if way == NONE else f"no {way.name} here")
 
 
 def test_the_first_way_that_works_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for works in WAYS:
-        monkeypatch.setattr(ways, "obstacle", lambda way, works=works: None if way == works else "no")
+        monkeypatch.setattr(choosing, "obstacle", lambda way, works=works: None if way == works else "no")
         assert isolation() == works
         assert isolation(unsafe=True) == works
 
@@ -164,4 +164,4 @@ def test_an_obstacle_has_a_reason(way: Isolation) -> None:
 
 def test_a_way_whose_program_is_missing_is_no_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    assert ways.obstacle.__wrapped__(WAYS[1]) == "bwrap is not installed"
+    assert choosing.obstacle.__wrapped__(WAYS[1]) == "bwrap is not installed"

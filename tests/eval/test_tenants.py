@@ -9,6 +9,7 @@ import pytest
 
 from eval import tenants
 from kvcomm.server.tenants import Tenants
+from kvcomm.tiers.space import DEFAULT_TENANT
 
 
 def run(folder: Path, out: Path) -> dict[str, float]:
@@ -43,7 +44,7 @@ def test_a_shared_cache_is_measured_as_a_hit(
     metrics = tenants.Engine.submit
 
     def submit(engine: tenants.Engine, prompt: object, *arguments: object, **settings: object) -> object:
-        hits.append(engine.num_cached(prompt, tenant=str(settings["tenant"])))  # type: ignore[arg-type]
+        hits.append(engine.cache.num_cached(prompt, tenant=str(settings.get("tenant", DEFAULT_TENANT))))  # type: ignore[arg-type]
         return metrics(engine, prompt, *arguments, **settings)  # type: ignore[arg-type]
 
     monkeypatch.setattr(tenants.Engine, "submit", submit)

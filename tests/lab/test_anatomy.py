@@ -44,7 +44,7 @@ def answer(engine: Engine) -> list[int]:
 
 
 def test_the_mean_over_positions_is_what_measure_gives(engine: Engine, answer: list[int]) -> None:
-    measured = engine.measure(prompt(1), answer, RUNGS).result()
+    measured = engine.reuse.measure(prompt(1), answer, RUNGS).result()
     found = dissect(engine, prompt(1), answer, RUNGS).result().anatomies
     for outcome, anatomy in zip(measured, found, strict=True):
         assert anatomy is not None

@@ -102,7 +102,7 @@ def test_a_share_is_recomputed_and_a_replay_says_the_same_of_it(engine: Engine, 
     served = ask(engine, 1, Rung("rotate", 0.25, chooser))
     assert (served.usage.aligned_tokens, served.usage.reasons["rung"]) == (45, 15)
     answer = greedy(engine.model, tokens_of(1), 8)
-    (outcome,) = engine.measure(prompt(1), answer, [Rung("rotate", 0.25, chooser)]).result(PATIENCE_S)
+    (outcome,) = engine.reuse.measure(prompt(1), answer, [Rung("rotate", 0.25, chooser)]).result(PATIENCE_S)
     assert outcome.num_recomputed == 15
     assert served.usage.approximation is not None
     assert served.usage.approximation.residual == pytest.approx(outcome.residual, rel=1e-3)
@@ -121,7 +121,7 @@ def test_deviations_take_two_layers_to_know(engine: Engine, monkeypatch: pytest.
     monkeypatch.setattr(DeviationChooser, "choose", choose)
     ask(engine, 0)
     ask(engine, 1, METHODS["cacheblend"])
-    engine.measure(prompt(1), greedy(engine.model, tokens_of(1), 3), [METHODS["cacheblend"]]).result(PATIENCE_S)
+    engine.reuse.measure(prompt(1), greedy(engine.model, tokens_of(1), 3), [METHODS["cacheblend"]]).result(PATIENCE_S)
     with torch.no_grad():
         first, second = (
             engine.model(torch.tensor([[*role, *TEXT]]), use_cache=True).past_key_values.layers[1] for role in ROLES
@@ -195,9 +195,9 @@ def test_an_estimator_that_knows_nothing_computes(engine: Engine) -> None:
 def test_the_published_estimator_is_taught_and_then_serves(engine: Engine) -> None:
     """What it has seen itself it knows: the text's own offsets are added, and the answer is exact but for rounding."""
     ask(engine, 0)
-    assert engine.learn(prompt(1), estimators=["paper"]).result(PATIENCE_S) == len(TEXT)
+    assert engine.reuse.learn(prompt(1), estimators=["paper"]).result(PATIENCE_S) == len(TEXT)
     answer = greedy(engine.model, tokens_of(1), 8)
-    paper, turned = engine.measure(prompt(1), answer, [METHODS["paper"], METHODS["rotate"]]).result(PATIENCE_S)
+    paper, turned = engine.reuse.measure(prompt(1), answer, [METHODS["paper"], METHODS["rotate"]]).result(PATIENCE_S)
     assert paper.divergence < 1e-6 < turned.divergence
     assert list(ask(engine, 1, METHODS["paper"]).token_ids) == answer
 

@@ -26,8 +26,8 @@ def engine(tiny: TinyModel) -> Engine:
 def assert_idle(engine: Engine) -> None:
     """No context, no request and, but for the cache, no page is left."""
     engine.check_integrity()
-    engine.clear_cache()
-    stats = engine.memory_stats()
+    engine.cache.clear()
+    stats = engine.cache.stats()
     assert engine.contexts == ()
     assert stats.num_free == stats.num_pages
 

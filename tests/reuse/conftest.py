@@ -18,6 +18,6 @@ __all__ = ["engine", "shared_model"]
 def learning(shared_model: TinyModel) -> Iterator[Engine]:
     """An engine that can learn to move text, on which only computed tokens take time."""
     with Engine(shared_model.model, shared_model.tokenizer, config=SMALL_BANKS) as made:
-        made.reuse.cost.model = ROWS_ONLY
+        made.reuse.parts.cost.model = ROWS_ONLY
         yield made
         made.check_integrity()

@@ -68,7 +68,7 @@ def measured_as(pair: Pair, *, distance: float | None = None, residual: float | 
 
 def rewrite(engine: Engine, change: Callable[[Pair], Pair]) -> None:
     """Put other pairs in place of all that are known, reader by reader."""
-    book, namespace = engine.reuse.book, engine.namespace()
+    book, namespace = engine.reuse.parts.book, engine.namespace()
     with engine.lock:
         known = book.knowledge(namespace)
         book.forget(namespace)

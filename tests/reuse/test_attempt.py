@@ -22,11 +22,11 @@ from kvcomm.align.calibration import Calibration, Measured, Pair
 from kvcomm.align.edges import Edge
 from kvcomm.align.estimators import Written
 from kvcomm.align.ladder import Ladder, Rung, top_tokens
-from kvcomm.align.levels import Level
 from kvcomm.align.moves import Move, num_moved
 from kvcomm.align.ops.contract import LayerStore, Place
 from kvcomm.align.readers import reader_of
 from kvcomm.align.repeats import Surroundings
+from kvcomm.align.standings import Level
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import LayerShape, PagePool
 from kvcomm.memory.segments import Segment

@@ -66,7 +66,7 @@ def test_the_fit_finds_what_the_times_were_made_from() -> None:
 
 def test_measuring_leaves_nothing_behind(engine: Engine) -> None:
     free = engine.pool.num_free
-    parts = engine.reuse
+    parts = engine.reuse.parts
     layers = layer_stores(engine.pool, engine.geometry)
     model = measure_cost(engine.memory, parts.replayer._runner, layers, parts.ops.rotate, 128)
     assert model.compute_s([(0, 10)]) > 0

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import Calibration, Measured, Pair
 from kvcomm.align.ladder import Rung
-from kvcomm.align.levels import Grounds, Level
+from kvcomm.align.levels import Grounds
+from kvcomm.align.standings import Level
 from kvcomm.align.watch import MAX_DEBT, Watch
 from kvcomm.reuse.decision import Rungs, Served, accept, serve
 from kvcomm.reuse.replay import Outcome

@@ -26,9 +26,9 @@ def test_exact_plans_come_true(engine: Engine) -> None:
     for index in range(60):
         length, tail = int(draw.integers(0, 350)), some_tokens(int(draw.integers(1, 60)), seed=index % 7)
         ids = [*trunks[index % 4][:length], *(tail if index % 3 else [])] or tail
-        free, usage = engine.memory_stats(), cached_by(engine, engine.namespace())
+        free, usage = engine.cache.stats(), cached_by(engine, engine.namespace())
         explained = engine.explain(ids)
-        assert (engine.memory_stats(), cached_by(engine, engine.namespace())) == (free, usage)
+        assert (engine.cache.stats(), cached_by(engine, engine.namespace())) == (free, usage)
         engine.check_integrity()
         made = engine.generate(ids, max_new_tokens=1).usage
         assert explained.plan.spans == made.spans
@@ -44,7 +44,7 @@ def test_asking_does_not_keep_a_prefix_from_eviction(shared_model: TinyModel) ->
             engine.generate(ids, max_new_tokens=1)
         engine.explain(old)
         engine.generate(other, max_new_tokens=1)
-        assert engine.num_cached(new) > engine.num_cached(old)
+        assert engine.cache.num_cached(new) > engine.cache.num_cached(old)
 
 
 def test_plans_of_moved_text_come_true(learning: Engine) -> None:
@@ -58,10 +58,10 @@ def test_plans_of_moved_text_come_true(learning: Engine) -> None:
         assert learning.wait_idle(PATIENCE_S)
     assert reasons == {"no_source", "uncalibrated", "new", "glue", "last_token"} - ({"last_token"} - reasons)
     ask(learning, ROLE_A, 99, LOOSE)
-    asked = [standing.num_requests for standing in learning.readers()]
+    asked = [standing.num_requests for standing in learning.reuse.readers()]
     explained = learning.explain(prompt(ROLE_B, 99), policy=LOOSE)
     refused = learning.explain(prompt(ROLE_B, 99), policy=replace(LOOSE, max_divergence=1e-12))
-    assert [standing.num_requests for standing in learning.readers()] == asked
+    assert [standing.num_requests for standing in learning.reuse.readers()] == asked
     assert refused.plan.reasons["bound"] == 90
     assert refused.rung is None
     assert explained.rung == 0.0
@@ -88,13 +88,13 @@ def test_asking_makes_nobody_known(learning: Engine) -> None:
     """Bug: whoever was asked about stood among the readers from then on, and was the last to be forgotten."""
     ask(learning, ROLE_A, 0, LOOSE)
     assert learning.wait_idle(PATIENCE_S)
-    known = [standing.reader for standing in learning.readers()]
+    known = [standing.reader for standing in learning.reuse.readers()]
     learning.explain(prompt(ROLE_B, 0), policy=LOOSE)
-    assert [standing.reader for standing in learning.readers()] == known
+    assert [standing.reader for standing in learning.reuse.readers()] == known
 
 
 def test_costs_are_measured_when_first_asked_for(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.reuse.cost, "_measure", lambda: ROWS_ONLY)
+    monkeypatch.setattr(engine.reuse.parts.cost, "_measure", lambda: ROWS_ONLY)
     ids = some_tokens(20)
     assert engine.explain(ids).cold_s is None
     assert engine.wait_idle(PATIENCE_S)
@@ -109,12 +109,12 @@ def test_what_cannot_be_asked_cannot_be_explained(engine: Engine) -> None:
 
 def test_a_quota_bounds_renditions_too(engine: Engine) -> None:
     """A tenant cannot hold in its segments' renditions what it may not hold as cached prefixes."""
-    engine.set_quota(cached_tokens=40, tenant="ann")
+    engine.cache.set_quota(cached_tokens=40, tenant="ann")
     for seed in range(8):
         parts = [Segment(tuple(some_tokens(9, seed=seed))), Segment(tuple(some_tokens(24, seed=100 + seed)), "text")]
         engine.generate([*parts, Segment((11, 12))], SAMPLING, tenant="ann")
         held = sum(each.pages.size for each in stored_by(engine, "ann"))
         assert held * engine.config.page_size <= 40
-    engine.set_quota(tenant="ann")
+    engine.cache.set_quota(tenant="ann")
     engine.generate([Segment(tuple(some_tokens(90)), "text"), Segment((11, 12))], SAMPLING, tenant="ann")
     assert len(stored_by(engine, "ann")) > 1

@@ -126,16 +126,16 @@ def test_an_audit_judges_what_was_served(learning: Engine, monkeypatch: pytest.M
     """Not the exact KV that has taken its place by then; and it need not compute what is exact already."""
     earn(learning, LOOSE)
     found: list[tuple[Fidelity, float]] = []
-    served = learning.reuse.replayer.served
+    served = learning.reuse.parts.replayer.served
 
     def watched(case: Case, exact: Tensor) -> float:
         divergence = served(case, exact)
         found.append((case.sequence.fidelity, divergence))
         return divergence
 
-    monkeypatch.setattr(learning.reuse.replayer, "served", watched)
+    monkeypatch.setattr(learning.reuse.parts.replayer, "served", watched)
     for policy in (LOOSE, replace(LOOSE, heal=True, heal_within=2)):
-        learning.clear_cache()
+        learning.cache.clear()
         ask(learning, ROLE_A, 99, LOOSE)
         usage = ask(learning, ROLE_B, 99, replace(policy, audit=1.0)).usage
         assert usage.aligned_tokens == 90

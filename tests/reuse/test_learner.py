@@ -11,8 +11,8 @@ import pytest
 from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import pairs_needed
 from kvcomm.align.ladder import CORRECTED, DEFAULT_RUNGS, TURNED, Rung
-from kvcomm.align.levels import YOUNG_AUDITS, Level
 from kvcomm.align.readers import reader_of
+from kvcomm.align.standings import YOUNG_AUDITS, Level
 from kvcomm.align.watch import Watch
 from kvcomm.engine.engine import Engine
 from kvcomm.memory.fidelity import Fidelity
@@ -39,13 +39,13 @@ def read(engine: Engine, seed: int, policy: ReusePolicy, *roles: tuple[int, ...]
 def test_no_stage_waits_for_another_one(learning: Engine) -> None:
     """The first exact prompt gives a pair and anchors; the next one pairs for the rungs that need those, too."""
     read(learning, 0, NEVER)
-    (first,) = learning.reuse.book.pool(learning.namespace())
+    (first,) = learning.reuse.parts.book.pool(learning.namespace())
     assert set(first.measured) == set(TURNED)
-    edge_tokens = [bank.snapshot().num_tokens for bank in learning.reuse.anchors.banks(learning.namespace())]
+    edge_tokens = [bank.snapshot().num_tokens for bank in learning.reuse.parts.anchors.banks(learning.namespace())]
     assert len(edge_tokens) == 2  # of its edge, and of its slots in any context
     assert min(edge_tokens) > 0
     read(learning, 1, NEVER)
-    _, second = learning.reuse.book.pool(learning.namespace())
+    _, second = learning.reuse.parts.book.pool(learning.namespace())
     assert set(second.measured) == set(DEFAULT_RUNGS)
     assert set(second.distances) == {"token", "rotate"}
     assert (second.sources.num_segments, second.sources.num_tokens) == (1, 90)
@@ -58,9 +58,9 @@ def test_a_pair_says_what_measuring_says(learning: Engine) -> None:
     read(learning, 1, NEVER)
     ask(learning, ROLE_A, 2, EXACT)
     answer = greedy(learning.model, tokens_of(prompt(ROLE_B, 2)), 32)
-    outcomes = learning.measure(prompt(ROLE_B, 2), answer, DEFAULT_RUNGS).result(PATIENCE_S)
+    outcomes = learning.reuse.measure(prompt(ROLE_B, 2), answer, DEFAULT_RUNGS).result(PATIENCE_S)
     read(learning, 2, NEVER, ROLE_B)
-    pair = learning.reuse.book.pool(learning.namespace())[-1]
+    pair = learning.reuse.parts.book.pool(learning.namespace())[-1]
     for rung, outcome in zip(DEFAULT_RUNGS, outcomes, strict=True):
         assert pair.measured[rung].divergence == pytest.approx(outcome.divergence, rel=1e-3, abs=1e-6)
         assert (pair.measured[rung].residual is None) is (outcome.residual is None) is (rung.share == 0)
@@ -73,17 +73,19 @@ def test_turned_keys_are_measured_until_enough_is_known(learning: Engine, monkey
     assert pairs_needed(0.025) < ENOUGH_PAIRS
     for seed in range(5):
         read(learning, seed, NEVER)
-    measured = [set(pair.measured) for pair in learning.reuse.book.pool(learning.namespace())]
+    measured = [set(pair.measured) for pair in learning.reuse.parts.book.pool(learning.namespace())]
     assert measured == [set(TURNED), set(DEFAULT_RUNGS), set(DEFAULT_RUNGS), set(CORRECTED), set(CORRECTED)]
 
 
 def test_text_flows_from_its_first_reader_to_the_others(learning: Engine) -> None:
     """What B left behind is no source for A, who had read the text before: that prompt teaches nothing about A."""
     read(learning, 0, NEVER)
-    assert {standing.reader for standing in learning.readers() if standing.pairs} == {reader_of(prompt(ROLE_B, 0))}
-    learning.clear_cache()
+    assert {standing.reader for standing in learning.reuse.readers() if standing.pairs} == {
+        reader_of(prompt(ROLE_B, 0))
+    }
+    learning.cache.clear()
     read(learning, 0, NEVER, ROLE_B, ROLE_A)
-    assert {standing.reader for standing in learning.readers() if standing.pairs} == {
+    assert {standing.reader for standing in learning.reuse.readers() if standing.pairs} == {
         reader_of(prompt(ROLE_A, 0)),
         reader_of(prompt(ROLE_B, 0)),
     }
@@ -92,8 +94,8 @@ def test_text_flows_from_its_first_reader_to_the_others(learning: Engine) -> Non
 @pytest.mark.parametrize("policy", [EXACT, replace(NEVER, learn=False)], ids=["exact", "does not learn"])
 def test_who_does_not_want_it_is_not_learned_from(learning: Engine, policy: ReusePolicy) -> None:
     read(learning, 0, policy)
-    assert not learning.reuse.book.pool(learning.namespace())
-    assert not list(learning.reuse.anchors.banks(learning.namespace()))
+    assert not learning.reuse.parts.book.pool(learning.namespace())
+    assert not list(learning.reuse.parts.anchors.banks(learning.namespace()))
 
 
 def test_several_answers_and_given_rungs_teach_nothing(learning: Engine) -> None:
@@ -101,20 +103,20 @@ def test_several_answers_and_given_rungs_teach_nothing(learning: Engine) -> None
     learning.generate(prompt(ROLE_B, 0), replace(SAMPLING, n=2), policy=NEVER)
     learning.generate(prompt(ROLE_B, 0), SAMPLING, policy=NEVER, rung=Rung("rotate", 0.5), reads_cache=False)
     assert learning.wait_idle(PATIENCE_S)
-    assert not learning.reuse.book.pool(learning.namespace())
+    assert not learning.reuse.parts.book.pool(learning.namespace())
 
 
 def test_young_readers_are_audited_one_by_one_and_others_by_the_rate(learning: Engine) -> None:
     earn(learning, LOOSE)
     watched = replace(LOOSE, audit=1e-9, learn=False)
-    auditor, counts = learning.reuse.learner.auditor, []
+    auditor, counts = learning.reuse.parts.learner.auditor, []
     for seed in range(100, 100 + YOUNG_AUDITS + 4):
         ask(learning, ROLE_A, seed, EXACT)
         assert ask(learning, ROLE_B, seed, watched).usage.approximation is not None
         assert learning.wait_idle(PATIENCE_S)
         counts.append(auditor.num_audits)
     assert counts == [*range(1, YOUNG_AUDITS + 1), *[YOUNG_AUDITS] * 4]
-    standing = learning.reuse.book.find(learning.namespace(), reader_of(prompt(ROLE_B, 0)).digest)
+    standing = learning.reuse.parts.book.find(learning.namespace(), reader_of(prompt(ROLE_B, 0)).digest)
     assert standing is not None
     assert (standing.num_approximated, standing.num_audited) == (YOUNG_AUDITS + 4, YOUNG_AUDITS)
     ask(learning, ROLE_A, 200, EXACT)
@@ -125,16 +127,16 @@ def test_young_readers_are_audited_one_by_one_and_others_by_the_rate(learning: E
 
 def test_audits_wait_where_they_stop_nothing(learning: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     earn(learning, LOOSE)
-    book, namespace, reader = learning.reuse.book, learning.namespace(), reader_of(prompt(ROLE_B, 0))
+    book, namespace, reader = learning.reuse.parts.book, learning.namespace(), reader_of(prompt(ROLE_B, 0))
     jobs: list[Job] = []
-    keep = learning.reuse.idle.add
+    keep = learning.reuse.parts.idle.add
 
     def watched(job: Job) -> None:
         if job.urgency is Urgency.AUDIT:
             jobs.append(job)
         keep(job)
 
-    monkeypatch.setattr(learning.reuse.idle, "add", watched)
+    monkeypatch.setattr(learning.reuse.parts.idle, "add", watched)
     ask(learning, ROLE_A, 100, EXACT)
     ask(learning, ROLE_B, 100, replace(LOOSE, audit=1.0, learn=False))
     assert learning.wait_idle(PATIENCE_S)
@@ -150,7 +152,7 @@ def test_an_audited_prompt_that_teaches_bears_on_each_level_once(
     """Bug: a prompt that broke the bound was owed for as an audit, and once more when its pair was measured."""
     earn(learning, LOOSE)
     book, namespace, reader, bound = (
-        learning.reuse.book,
+        learning.reuse.parts.book,
         learning.namespace(),
         reader_of(prompt(ROLE_B, 0)),
         LOOSE.bound,
@@ -180,7 +182,7 @@ def test_nobody_is_audited_at_a_rate_of_nothing(learning: Engine) -> None:
     ask(learning, ROLE_A, 100, EXACT)
     assert ask(learning, ROLE_B, 100, LOOSE).usage.aligned_tokens == 90
     assert learning.wait_idle(PATIENCE_S)
-    assert learning.reuse.learner.auditor.num_audits == 0
+    assert learning.reuse.parts.learner.auditor.num_audits == 0
 
 
 def test_an_audit_says_what_a_replay_of_the_rung_says_and_teaches(learning: Engine) -> None:
@@ -191,21 +193,21 @@ def test_an_audit_says_what_a_replay_of_the_rung_says_and_teaches(learning: Engi
     assert served.usage.approximation is not None
     with learning.held():
         pass
-    num_pairs = len(learning.reuse.book.pool(learning.namespace()))
+    num_pairs = len(learning.reuse.parts.book.pool(learning.namespace()))
     assert learning.wait_idle(PATIENCE_S)
-    standing = learning.reuse.book.find(learning.namespace(), served.usage.approximation.reader)
+    standing = learning.reuse.parts.book.find(learning.namespace(), served.usage.approximation.reader)
     assert standing is not None
     (audit,) = standing.audits
     assert (audit.bound, audit.level) == (Bound(50.0, 0.5), Level.OWN)
     assert audit.predicted == served.usage.approximation.predicted
-    assert len(learning.reuse.book.pool(learning.namespace())) >= num_pairs
+    assert len(learning.reuse.parts.book.pool(learning.namespace())) >= num_pairs
     answer = greedy(learning.model, tokens_of(prompt(ROLE_B, 100)), 32)
     (rung,) = (each for each in DEFAULT_RUNGS if str(each) == served.usage.approximation.rung)
-    pair = learning.reuse.book.pool(learning.namespace())[-1]
+    pair = learning.reuse.parts.book.pool(learning.namespace())[-1]
     assert pair.measured[rung].divergence == pytest.approx(audit.divergence, rel=1e-3, abs=1e-6)
-    learning.clear_cache()
+    learning.cache.clear()
     ask(learning, ROLE_A, 100, EXACT)
-    (outcome,) = learning.measure(prompt(ROLE_B, 100), answer, [rung]).result(PATIENCE_S)
+    (outcome,) = learning.reuse.measure(prompt(ROLE_B, 100), answer, [rung]).result(PATIENCE_S)
     if rung.estimator == "rotate":  # whose estimates do not change with what was taught meanwhile
         assert audit.divergence == pytest.approx(outcome.divergence, rel=1e-3, abs=1e-6)
 
@@ -216,7 +218,7 @@ def test_an_audited_text_has_an_exact_source_from_then_on(learning: Engine) -> N
     assert ask(learning, ROLE_B, 100, replace(LOOSE, audit=1.0)).usage.aligned_tokens == 90
     assert learning.wait_idle(PATIENCE_S)
     tokens = tokens_of(prompt(ROLE_B, 100))
-    assert learning.num_cached(tokens) == len(tokens) // 16 * 16
+    assert learning.cache.num_cached(tokens) == len(tokens) // 16 * 16
     again = ask(learning, ROLE_B, 100, EXACT)
     assert list(again.token_ids) == greedy(learning.model, tokens, 8)
     found = renditions_by(learning, prompt(ROLE_B, 100)[1])
@@ -226,11 +228,11 @@ def test_an_audited_text_has_an_exact_source_from_then_on(learning: Engine) -> N
 def test_an_audit_without_anything_to_hold_against_is_none(learning: Engine) -> None:
     earn(learning, LOOSE)
     tokens = tokens_of(prompt(ROLE_B, 100))
-    learning.reuse.trials._ends = frozenset(greedy(learning.model, tokens, 1))
+    learning.reuse.parts.trials._ends = frozenset(greedy(learning.model, tokens, 1))
     ask(learning, ROLE_A, 100, EXACT)
     assert ask(learning, ROLE_B, 100, replace(LOOSE, audit=1.0)).usage.aligned_tokens == 90
     assert learning.wait_idle(PATIENCE_S)
-    assert learning.reuse.learner.auditor.num_audits == 0
+    assert learning.reuse.parts.learner.auditor.num_audits == 0
     learning.check_integrity()
 
 
@@ -239,8 +241,8 @@ def test_exact_prompts_let_a_delta_that_fell_rise_again(learning: Engine) -> Non
     earn(learning, LOOSE)
     reader, bound = reader_of(prompt(ROLE_B, 0)), LOOSE.bound
     assert bound is not None
-    watch = learning.reuse.book.watch(learning.namespace(), reader, Level.OWN, bound)
-    pool = learning.reuse.book.watch(learning.namespace(), reader, Level.POOL, bound)  # which does not decide
+    watch = learning.reuse.parts.book.watch(learning.namespace(), reader, Level.OWN, bound)
+    pool = learning.reuse.parts.book.watch(learning.namespace(), reader, Level.POOL, bound)  # which does not decide
     watch.debt = pool.debt = 2.0
     assert watch.working_delta <= 0
     for seed in range(100, 104):
@@ -251,7 +253,7 @@ def test_exact_prompts_let_a_delta_that_fell_rise_again(learning: Engine) -> Non
             break
     assert watch.debt <= 1.5
     assert pool.debt <= 1.5
-    latest = learning.reuse.book.pool(learning.namespace())[-1]
+    latest = learning.reuse.parts.book.pool(learning.namespace())[-1]
     assert set(latest.measured) == set(TURNED)  # no more than it takes until text moves again
 
 
@@ -264,14 +266,14 @@ def test_learning_comes_where_it_pays_soonest(learning: Engine, monkeypatch: pyt
     with learning.held():
         pass
     queued: list[float] = []
-    keep = learning.reuse.idle.add
+    keep = learning.reuse.parts.idle.add
 
     def watched(job: Job) -> None:
         if job.urgency is Urgency.STUDY:
             queued.append(job.pays_after)
         keep(job)
 
-    monkeypatch.setattr(learning.reuse.idle, "add", watched)
+    monkeypatch.setattr(learning.reuse.parts.idle, "add", watched)
     for seed, role in itertools.product((50,), (ROLE_A, role_c, ROLE_B)):
         ask(learning, role, seed, policy)
     assert learning.wait_idle(PATIENCE_S)
@@ -295,17 +297,17 @@ def test_documents_in_any_order_share_a_bank_and_are_turned_among_themselves(lea
     for order in orders[1:]:
         learning.generate(row(ROLE_A, *order), SAMPLING, policy=NEVER)
         assert learning.wait_idle(PATIENCE_S)
-    (standing,) = (each for each in learning.readers() if each.pairs)
+    (standing,) = (each for each in learning.reuse.readers() if each.pairs)
     assert standing.reader.digest in readers
     assert len(standing.pairs) == 3
-    assert not list(learning.reuse.anchors.banks(learning.namespace()))  # among neighbors keys are only turned
+    assert not list(learning.reuse.parts.anchors.banks(learning.namespace()))  # among neighbors keys are only turned
     served = learning.generate(row(ROLE_A, 4, 2, 1, 3), SAMPLING, policy=LOOSE).usage
     assert served.reasons["displaced"] == 24
     assert served.aligned_tokens == 3 * 24
     learning.generate(row(ROLE_B, 0, 1, 2), SAMPLING, policy=NEVER)
     learning.generate(row(ROLE_B, 2, 1, 0), SAMPLING, policy=NEVER)
     assert learning.wait_idle(PATIENCE_S)
-    edges = {bank.edge for bank in learning.reuse.anchors.banks(learning.namespace())}
+    edges = {bank.edge for bank in learning.reuse.parts.anchors.banks(learning.namespace())}
     assert {(edge.slot, edge.source_slot) for edge in edges} == {("document", "document")}
     assert len([edge for edge in edges if not edge.is_general]) == 1
 
@@ -313,8 +315,8 @@ def test_documents_in_any_order_share_a_bank_and_are_turned_among_themselves(lea
 def test_rewriting_is_what_it_says(learning: Engine) -> None:
     """Other tests stand on it: every pair is changed, once, and pool and readers have the same ones."""
     earn(learning, LOOSE, rounds=3)
-    before = learning.reuse.book.pool(learning.namespace())
+    before = learning.reuse.parts.book.pool(learning.namespace())
     rewrite(learning, lambda pair: replace(pair, distances={"token": 0.5}))
-    after = learning.reuse.book.pool(learning.namespace())
+    after = learning.reuse.parts.book.pool(learning.namespace())
     assert [pair.measured for pair in after] == [pair.measured for pair in before]
     assert {tuple(pair.distances.items()) for pair in after} == {(("token", 0.5),)}

@@ -9,8 +9,8 @@ import pytest
 
 from kvcomm.align.calibration import Measured, Pair, pairs_needed
 from kvcomm.align.ladder import DEFAULT_RUNGS, TURNED, Rung
-from kvcomm.align.levels import Audit, Level
 from kvcomm.align.readers import Reader, reader_of
+from kvcomm.align.standings import Audit, Level
 from kvcomm.engine.engine import Engine
 from kvcomm.memory.segments import Segment
 from kvcomm.reuse.cost import CostModel
@@ -38,7 +38,7 @@ def pair(divergence: float = 0.1, rungs: tuple[Rung, ...] = DEFAULT_RUNGS) -> Pa
 
 def know(engine: Engine, *, own: int = 0, pool: int = 0, prior: int = 0, divergence: float = 0.1) -> None:
     """So many pairs of the reader, of all (its own included), and of the model."""
-    book, namespace = engine.reuse.book, engine.namespace()
+    book, namespace = engine.reuse.parts.book, engine.namespace()
     with engine.lock:
         for _ in range(own):
             book.add(namespace, READER, pair(divergence))
@@ -98,7 +98,7 @@ def test_a_level_that_was_found_not_to_hold_is_passed_over(learning: Engine) -> 
     know(learning, pool=19, prior=30)
     bound = POLICY.bound
     assert bound is not None
-    book, namespace = learning.reuse.book, learning.namespace()
+    book, namespace = learning.reuse.parts.book, learning.namespace()
     assert served(learning, POLICY)[:2] == (Level.POOL, 19)
     while not book.is_barred(namespace, READER, Level.POOL, bound):
         book.audited(namespace, READER, Audit(0.0, 9.0, 0.1, bound, Level.POOL))
@@ -114,7 +114,7 @@ def test_a_level_that_was_found_not_to_hold_is_passed_over(learning: Engine) -> 
 def test_the_boldest_rung_that_holds_of_the_first_ladder_that_can_be_used(learning: Engine) -> None:
     divergences = {TURNED[0]: 0.01, TURNED[1]: 0.1, TURNED[2]: 0.7}
     for _ in range(19):
-        learning.reuse.book.add(
+        learning.reuse.parts.book.add(
             learning.namespace(), READER, Pair({rung: Measured(each, None) for rung, each in divergences.items()})
         )
     for epsilon, share in ((1.0, 0.0), (0.5, 0.15), (0.05, 0.3)):
@@ -124,7 +124,7 @@ def test_the_boldest_rung_that_holds_of_the_first_ladder_that_can_be_used(learni
         assert usage.approximation.share == share
         assert usage.reasons.get("rung", 0) == int(share * 90)
         assert usage.approximation.predicted == {0.0: 0.7, 0.15: 0.1, 0.3: 0.01}[share]
-        learning.clear_cache()
+        learning.cache.clear()
     # Anchors come first where there are any, and nowhere else.
     know(learning, own=19)
     both = replace(POLICY, rungs=DEFAULT_RUNGS, max_divergence=1.0)
@@ -132,7 +132,7 @@ def test_the_boldest_rung_that_holds_of_the_first_ladder_that_can_be_used(learni
     usage = ask(learning, ROLE_B, 99, both).usage
     assert usage.approximation is not None
     assert usage.approximation.rung == "rotate"
-    learning.learn(prompt(ROLE_B, 99)).result(PATIENCE_S)
+    learning.reuse.learn(prompt(ROLE_B, 99)).result(PATIENCE_S)
     ask(learning, ROLE_A, 98, EXACT)
     usage = ask(learning, ROLE_B, 98, both).usage
     assert usage.approximation is not None
@@ -153,7 +153,7 @@ def displaced(engine: Engine) -> dict[str, int]:
 
 def immovable(engine: Engine) -> dict[str, int]:
     know(engine, prior=30)
-    engine.reuse.planner.immovable = "its keys are of another kind"
+    engine.reuse.parts.planner.immovable = "its keys are of another kind"
     return served(engine, POLICY)[2]
 
 
@@ -164,7 +164,7 @@ def no_anchors(engine: Engine) -> dict[str, int]:
 
 def cost(engine: Engine) -> dict[str, int]:
     know(engine, prior=30)
-    engine.reuse.cost.model = CostModel(pass_s=0.0, row_s=1.0, pair_s=0.0, move_s=2.0)
+    engine.reuse.parts.cost.model = CostModel(pass_s=0.0, row_s=1.0, pair_s=0.0, move_s=2.0)
     return served(engine, POLICY)[2]
 
 
@@ -194,7 +194,7 @@ def failed(engine: Engine) -> dict[str, int]:
     def fails(*_: object) -> None:
         raise RuntimeError("no such operation")
 
-    engine.reuse.estimators["rotate"]._ops = type("Ops", (), {"rotate": fails})()  # type: ignore[attr-defined]
+    engine.reuse.parts.estimators["rotate"]._ops = type("Ops", (), {"rotate": fails})()  # type: ignore[attr-defined]
     return served(engine, POLICY)[2]
 
 
@@ -260,8 +260,8 @@ def test_a_safer_rung_makes_room_for_what_a_source_is_off_by(learning: Engine) -
     with learning.lock:
         for _ in range(30):
             nats = dict(zip(TURNED, (0.05, 0.1, 0.3), strict=True))
-            learning.reuse.book.prior.add(Pair({rung: Measured(nats[rung], 10.0) for rung in TURNED}))
-        learning.reuse.book.admit_prior(learning.namespace())
+            learning.reuse.parts.book.prior.add(Pair({rung: Measured(nats[rung], 10.0) for rung in TURNED}))
+        learning.reuse.parts.book.admit_prior(learning.namespace())
     ask(learning, ROLE_A, 1, EXACT)
     question, answer = prompt(ROLE_B, 1)[1], prompt((), 2)[1]
     first = learning.generate([Segment(ROLE_B), question, answer, Segment(TAIL)], SAMPLING, policy=POLICY).usage
@@ -286,8 +286,8 @@ def test_requests_count_for_their_reader_and_questions_about_them_do_not(learnin
     know(learning, prior=30)
     ask(learning, ROLE_A, 1, EXACT)
     assert learning.explain(prompt(ROLE_B, 1), policy=POLICY).rung == 0.0
-    assert learning.reuse.book.find(learning.namespace(), READER.digest) is None
+    assert learning.reuse.parts.book.find(learning.namespace(), READER.digest) is None
     ask(learning, ROLE_B, 1, POLICY)
-    standing = learning.reuse.book.find(learning.namespace(), READER.digest)
+    standing = learning.reuse.parts.book.find(learning.namespace(), READER.digest)
     assert standing is not None
     assert (standing.num_requests, standing.num_approximated) == (1, 1)

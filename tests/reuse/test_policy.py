@@ -7,7 +7,7 @@ import pytest
 
 from kvcomm.align.bound import Bound
 from kvcomm.align.ladder import CORRECTED, DEFAULT_RUNGS, TURNED, Rung
-from kvcomm.align.levels import Level
+from kvcomm.align.standings import Level
 from kvcomm.errors import InvalidRequest
 from kvcomm.reuse.policy import ReusePolicy
 

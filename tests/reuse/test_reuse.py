@@ -12,8 +12,8 @@ import torch
 
 from kvcomm.align.calibration import Measured, Pair
 from kvcomm.align.ladder import Rung
-from kvcomm.align.levels import Audit, Level
 from kvcomm.align.readers import reader_of
+from kvcomm.align.standings import Audit, Level
 from kvcomm.config import EngineConfig
 from kvcomm.engine.context import Context
 from kvcomm.engine.engine import Engine
@@ -123,7 +123,7 @@ def test_a_request_that_does_not_read_the_cache_moves_nothing_and_is_a_source(le
         assert (usage.exact_tokens, usage.aligned_tokens) == (0, 0)
         assert usage.reasons == {"cache_off": usage.prompt_tokens}
     assert list(again.token_ids) == greedy(learning.model, tokens_of(prompt(ROLE_B, 99)), len(again.token_ids))
-    learning.clear_cache()
+    learning.cache.clear()
     learning.generate(prompt(ROLE_A, 99), SAMPLING, policy=LOOSE, reads_cache=False)
     assert ask(learning, ROLE_B, 99, LOOSE).usage.aligned_tokens == 90
 
@@ -131,7 +131,7 @@ def test_a_request_that_does_not_read_the_cache_moves_nothing_and_is_a_source(le
 def test_what_a_rung_computes_behind_no_cached_prefix_is_not_called_exact(learning: Engine) -> None:
     policy = replace(LOOSE, rungs=(Rung("token", 0.3),))
     earn(learning, policy)
-    learning.clear_cache()
+    learning.cache.clear()
     ask(learning, ROLE_A, 99, policy)
     served = ask(learning, ROLE_B, 99, policy).usage
     assert served.exact_tokens == 0
@@ -205,14 +205,14 @@ def test_a_rung_computes_what_a_replay_of_it_chooses(
     policy = replace(LOOSE, rungs=(rung,))
     config = replace(SMALL_BANKS, prefill_chunk=chunk, max_batch_tokens=chunk)
     with Engine(shared_model.model, shared_model.tokenizer, config=config) as engine:
-        engine.reuse.cost.model = ROWS_ONLY
+        engine.reuse.parts.cost.model = ROWS_ONLY
         earn(engine, policy)
         ask(engine, ROLE_A, 99, policy)
         chosen = spied_choices(monkeypatch)
         served = ask(engine, ROLE_B, 99, policy)
         assert served.usage.reasons == {"glue": len(TAIL), "rung": 27}
         assert served.usage.aligned_tokens == 63
-        (outcome,) = engine.measure(prompt(ROLE_B, 99), served.token_ids, [rung]).result(PATIENCE_S)
+        (outcome,) = engine.reuse.measure(prompt(ROLE_B, 99), served.token_ids, [rung]).result(PATIENCE_S)
         assert served.usage.approximation is not None
         assert served.usage.approximation.residual == pytest.approx(outcome.residual, rel=1e-3)
         assert served.usage.approximation.distance == pytest.approx(outcome.distance, rel=1e-3)
@@ -248,7 +248,7 @@ def test_tokens_far_from_their_estimates_escalate(
         assert served.usage.reasons == {"escalated": 90 + len(TAIL)}
         assert served.usage.approximation is None
         assert list(served.token_ids) == greedy(learning.model, tokens, 8)
-        assert learning.num_cached(tokens) >= 112  # exact again, so it is kept
+        assert learning.cache.num_cached(tokens) >= 112  # exact again, so it is kept
 
 
 def test_a_safer_rung_is_judged_as_its_replay_was(learning: Engine) -> None:
@@ -259,7 +259,7 @@ def test_a_safer_rung_is_judged_as_its_replay_was(learning: Engine) -> None:
     ask(learning, ROLE_A, 99, policy)
     served = ask(learning, ROLE_B, 99, policy)
     assert served.usage.reasons["escalated"] == 54
-    (outcome,) = learning.measure(prompt(ROLE_B, 99), served.token_ids, LADDER[:1]).result(PATIENCE_S)
+    (outcome,) = learning.reuse.measure(prompt(ROLE_B, 99), served.token_ids, LADDER[:1]).result(PATIENCE_S)
     assert served.usage.approximation is not None
     assert served.usage.approximation.residual == pytest.approx(outcome.residual, rel=1e-3)
 
@@ -286,7 +286,7 @@ def test_what_is_decoded_on_moved_kv_stays_approximate(learning: Engine) -> None
         with context.fork() as child:
             child.extend(some_tokens(20, seed=4))
             assert {context.fidelity, child.fidelity} == {Fidelity.APPROXIMATE}
-            assert learning.num_cached(list(child.tokens)) <= len(ROLE_B) + 1
+            assert learning.cache.num_cached(list(child.tokens)) <= len(ROLE_B) + 1
 
 
 def test_what_a_context_keeps_is_never_called_exact(learning: Engine) -> None:
@@ -359,7 +359,7 @@ def test_a_repaired_context_is_exact_and_serves_exact_requests(learning: Engine)
         assert context.fidelity is Fidelity.EXACT
         assert child.fidelity is Fidelity.APPROXIMATE
         assert list(context.tokens) == tokens
-        assert learning.num_cached(tokens) >= len(tokens) // 16 * 16 - 16
+        assert learning.cache.num_cached(tokens) >= len(tokens) // 16 * 16 - 16
         more = context.generate(SAMPLING)
         assert list(more.token_ids) == greedy(learning.model, tokens, 8)
         assert more.usage.aligned_tokens == 0
@@ -412,7 +412,7 @@ def test_audits_trip_the_breaker_and_the_reader_goes_exact(learning: Engine, bas
 
     rewrite(learning, flawless)
     if level is Level.POOL:  # of others only
-        standing = learning.reuse.book.find(learning.namespace(), reader_of(prompt(ROLE_B, 0)).digest)
+        standing = learning.reuse.parts.book.find(learning.namespace(), reader_of(prompt(ROLE_B, 0)).digest)
         assert standing is not None
         standing.pairs.clear()
     reasons: set[str] = set()
@@ -428,9 +428,9 @@ def test_audits_trip_the_breaker_and_the_reader_goes_exact(learning: Engine, bas
         assert learning.wait_idle(PATIENCE_S)
         if reasons & {"breaker", "uncalibrated", "bound"}:
             break
-    auditor = learning.reuse.learner.auditor
+    auditor = learning.reuse.parts.learner.auditor
     assert auditor.num_violations == auditor.num_audits == len(predicted) > 0
-    audits = sorted(audit for standing in learning.readers() for audit in standing.audits)
+    audits = sorted(audit for standing in learning.reuse.readers() for audit in standing.audits)
     assert [audit.predicted for audit in audits] == predicted
     assert {(audit.bound, audit.is_violation, audit.level) for audit in audits} == {((1e-9, 0.5), True, level)}
 
@@ -441,9 +441,9 @@ def test_audits_alone_decide_when_a_breaker_trips(learning: Engine) -> None:
     namespace, reader = learning.namespace(), reader_of(prompt(ROLE_B, 0))
     bound = LOOSE.bound
     assert bound is not None
-    while not learning.reuse.book.is_barred(namespace, reader, Level.POOL, bound):
-        learning.reuse.book.audited(namespace, reader, Audit(0.0, 60.0, 1.0, bound, Level.POOL))
-    standing = learning.reuse.book.find(namespace, reader.digest)
+    while not learning.reuse.parts.book.is_barred(namespace, reader, Level.POOL, bound):
+        learning.reuse.parts.book.audited(namespace, reader, Audit(0.0, 60.0, 1.0, bound, Level.POOL))
+    standing = learning.reuse.parts.book.find(namespace, reader.digest)
     assert standing is not None
     standing.pairs.clear()
     ask(learning, ROLE_A, 99, LOOSE)
@@ -470,7 +470,7 @@ def test_measuring_gives_the_same_as_recomputing_everything(learning: Engine) ->
     ask(learning, ROLE_A, 50, EXACT)
     answer = ask(learning, ROLE_B, 50, EXACT)
     rungs = [Rung("rotate"), Rung("token"), Rung("token", 0.5), Rung("token", 1.0), Rung("rotate", 1.0)]
-    outcomes = learning.measure(prompt(ROLE_B, 50), answer.token_ids, rungs).result(PATIENCE_S)
+    outcomes = learning.reuse.measure(prompt(ROLE_B, 50), answer.token_ids, rungs).result(PATIENCE_S)
     assert [outcome.num_recomputed for outcome in outcomes] == [0, 0, 45, 90, 90]
     for outcome in outcomes[3:]:
         assert outcome.divergence == pytest.approx(0, abs=1e-6)
@@ -479,19 +479,19 @@ def test_measuring_gives_the_same_as_recomputing_everything(learning: Engine) ->
 
 
 def test_measuring_what_cannot_be_moved_gives_nothing(learning: Engine) -> None:
-    assert learning.measure(prompt(ROLE_A, 3), [5, 6], [Rung("rotate")]).result(PATIENCE_S) == []
+    assert learning.reuse.measure(prompt(ROLE_A, 3), [5, 6], [Rung("rotate")]).result(PATIENCE_S) == []
     with pytest.raises(InvalidRequest, match="empty answer"):
-        learning.measure(prompt(ROLE_A, 3), [], [Rung("rotate")])
+        learning.reuse.measure(prompt(ROLE_A, 3), [], [Rung("rotate")])
     ask(learning, ROLE_A, 3, EXACT)
     with pytest.raises(InvalidRequest, match="estimator 'token' knows nothing about some segment"):
-        learning.measure(prompt(ROLE_B, 3), [5, 6], [Rung("rotate"), Rung("token")]).result(PATIENCE_S)
+        learning.reuse.measure(prompt(ROLE_B, 3), [5, 6], [Rung("rotate"), Rung("token")]).result(PATIENCE_S)
 
 
 def test_whoever_waits_for_idle_work_hears_of_the_end(shared_model: TinyModel) -> None:
     engine = Engine(shared_model.model, shared_model.tokenizer)
     with engine.lock:
-        future = engine.measure(prompt(ROLE_A, 3), [5, 6], [Rung("rotate")])
-        engine.reuse.idle.close()
+        future = engine.reuse.measure(prompt(ROLE_A, 3), [5, 6], [Rung("rotate")])
+        engine.reuse.parts.idle.close()
     with pytest.raises(EngineClosed):
         future.result(PATIENCE_S)
     engine.close()
@@ -501,16 +501,16 @@ def test_calibrating_adds_a_pair_and_leaves_anchors_alone(learning: Engine) -> N
     earn(learning, TOKEN, rounds=2)
     ask(learning, ROLE_A, 60, EXACT)
     answer = ask(learning, ROLE_B, 60, EXACT)
-    (standing,) = (each for each in learning.readers() if each.pairs)
-    banks = {bank.edge: bank.snapshot() for bank in learning.reuse.anchors.banks(learning.namespace())}
+    (standing,) = (each for each in learning.reuse.readers() if each.pairs)
+    banks = {bank.edge: bank.snapshot() for bank in learning.reuse.parts.anchors.banks(learning.namespace())}
     before = len(standing.pairs)
-    pair = learning.calibrate(prompt(ROLE_B, 60), answer.token_ids, LOOSE).result(PATIENCE_S)
+    pair = learning.reuse.calibrate(prompt(ROLE_B, 60), answer.token_ids, LOOSE).result(PATIENCE_S)
     assert pair is not None
     assert set(pair.measured) == set(LOOSE.rungs)
     assert [*standing.pairs][before:] == [pair]
-    assert learning.reuse.book.pool(learning.namespace())[-1] == pair
-    assert {bank.edge: bank.snapshot() for bank in learning.reuse.anchors.banks(learning.namespace())} == banks
-    assert learning.learn(prompt(ROLE_B, 60)).result(PATIENCE_S) > 0
+    assert learning.reuse.parts.book.pool(learning.namespace())[-1] == pair
+    assert {bank.edge: bank.snapshot() for bank in learning.reuse.parts.anchors.banks(learning.namespace())} == banks
+    assert learning.reuse.learn(prompt(ROLE_B, 60)).result(PATIENCE_S) > 0
     assert len(standing.pairs) == before + 1
 
 
@@ -519,10 +519,10 @@ def test_what_was_learned_survives_in_a_folder(learning: Engine, tmp_path: Path)
     earn(learning, TOKEN)
     ask(learning, ROLE_A, 99, TOKEN)
     here = ask(learning, ROLE_B, 99, TOKEN)
-    learning.save_anchors(tmp_path)
+    learning.reuse.save(tmp_path)
     with Engine(learning.model, learning.tokenizer, config=SMALL_BANKS) as other:
-        other.reuse.cost.model = ROWS_ONLY
-        profile = other.load_anchors(tmp_path)
+        other.reuse.parts.cost.model = ROWS_ONLY
+        profile = other.reuse.load(tmp_path)
         assert profile.knowledge.num_pairs > 0
         ask(other, ROLE_A, 99, TOKEN)
         there = ask(other, ROLE_B, 99, TOKEN)
@@ -533,28 +533,30 @@ def test_what_was_learned_survives_in_a_folder(learning: Engine, tmp_path: Path)
 
 def test_another_models_anchors_and_larger_banks_are_refused(learning: Engine, tmp_path: Path) -> None:
     earn(learning, TOKEN, rounds=4)
-    learning.save_anchors(tmp_path)
+    learning.reuse.save(tmp_path)
     tiny = tiny_model(seed=1)
     with Engine(tiny.model, tiny.tokenizer) as stranger, pytest.raises(AnchorFileForeign):
-        stranger.load_anchors(tmp_path)
+        stranger.reuse.load(tmp_path)
     small = EngineConfig(anchor_bytes=100_000)
     with Engine(learning.model, learning.tokenizer, config=small) as other:
         with pytest.raises(AnchorFileForeign, match="raise anchor_bytes"):
-            other.load_anchors(tmp_path)
-        assert not list(other.reuse.anchors.banks(other.namespace()))
-        assert not other.readers()
+            other.reuse.load(tmp_path)
+        assert not list(other.reuse.parts.anchors.banks(other.namespace()))
+        assert not other.reuse.readers()
 
 
 def test_weights_of_other_heads_are_refused(learning: Engine, tmp_path: Path) -> None:
     """A file may be whole, sealed and still say something about another number of heads; no request may suffer."""
     earn(learning, TOKEN, rounds=2)
-    learning.reuse.book.heads(learning.namespace()).weights = (1.0,) * (learning.reuse.num_looking_heads + 1)
-    learning.save_anchors(tmp_path)
+    learning.reuse.parts.book.heads(learning.namespace()).weights = (1.0,) * (
+        learning.reuse.parts.num_looking_heads + 1
+    )
+    learning.reuse.save(tmp_path)
     with Engine(learning.model, learning.tokenizer, config=SMALL_BANKS) as other:
         with pytest.raises(AnchorFileForeign, match=r"weights for \d+ heads"):
-            other.load_anchors(tmp_path)
-        assert not other.readers()
-        assert not list(other.reuse.anchors.banks(other.namespace()))
+            other.reuse.load(tmp_path)
+        assert not other.reuse.readers()
+        assert not list(other.reuse.parts.anchors.banks(other.namespace()))
 
 
 def test_tenants_learn_for_themselves(learning: Engine) -> None:
@@ -562,8 +564,8 @@ def test_tenants_learn_for_themselves(learning: Engine) -> None:
     for role in (ROLE_A, ROLE_B):
         other = learning.generate(prompt(role, 99), SAMPLING, policy=LOOSE, tenant="other")
     assert other.usage.reasons["uncalibrated"] == 90
-    assert not [standing for standing in learning.readers("other") if standing.pairs]
-    assert not learning.reuse.book.pool(learning.namespace("other"))
+    assert not [standing for standing in learning.reuse.readers("other") if standing.pairs]
+    assert not learning.reuse.parts.book.pool(learning.namespace("other"))
 
 
 @pytest.mark.parametrize("change", [lambda pair: pair, lambda pair: measured_as(pair, distance=10.0)])
@@ -571,7 +573,7 @@ def test_same_seed_same_bank_same_answer(shared_model: TinyModel, change: Callab
     answers: list[Any] = []
     for _ in range(2):
         with Engine(shared_model.model, shared_model.tokenizer, config=SMALL_BANKS) as engine:
-            engine.reuse.cost.model = ROWS_ONLY
+            engine.reuse.parts.cost.model = ROWS_ONLY
             earn(engine, TOKEN)
             rewrite(engine, change)
             ask(engine, ROLE_A, 99, TOKEN)

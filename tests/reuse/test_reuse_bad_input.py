@@ -42,7 +42,7 @@ def test_an_empty_segment_is_nothing_to_move(learning: Engine) -> None:
         served = learning.generate(read, SAMPLING, policy=LOOSE)
         assert list(served.token_ids) == greedy(learning.model, tokens_of(read), 8)
     assert learning.wait_idle(PATIENCE_S)
-    assert not learning.readers()
+    assert not learning.reuse.readers()
 
 
 def test_a_segment_longer_than_the_window_is_refused(learning: Engine) -> None:
@@ -57,8 +57,8 @@ def test_a_segment_longer_than_the_window_is_refused(learning: Engine) -> None:
         lambda engine, rung: engine.submit(prompt(ROLE_B, 1), SAMPLING, policy=replace(LOOSE, rungs=(rung,))),
         lambda engine, rung: engine.submit(prompt(ROLE_B, 1), SAMPLING, rung=rung),
         lambda engine, rung: engine.explain(prompt(ROLE_B, 1), policy=replace(LOOSE, rungs=(rung,))),
-        lambda engine, rung: engine.measure(prompt(ROLE_B, 1), [5], [rung]),
-        lambda engine, rung: engine.calibrate(prompt(ROLE_B, 1), [5], replace(LOOSE, rungs=(rung,))),
+        lambda engine, rung: engine.reuse.measure(prompt(ROLE_B, 1), [5], [rung]),
+        lambda engine, rung: engine.reuse.calibrate(prompt(ROLE_B, 1), [5], replace(LOOSE, rungs=(rung,))),
     ],
 )
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_rungs_that_this_engine_does_not_have_are_refused_before_anything_is_com
     with pytest.raises(InvalidRequest, match=message):
         ask_with(learning, rung)
     with pytest.raises(InvalidRequest, match="unknown estimator 'magic'"):
-        learning.learn(prompt(ROLE_B, 1), estimators=["magic"])
+        learning.reuse.learn(prompt(ROLE_B, 1), estimators=["magic"])
 
 
 def test_learning_that_dies_costs_no_request(learning: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,11 +86,11 @@ def test_learning_that_dies_costs_no_request(learning: Engine, monkeypatch: pyte
         served = ask(learning, ROLE_B, seed, TOKEN)
         assert list(served.token_ids) == greedy(learning.model, tokens_of(prompt(ROLE_B, seed)), 8)
         assert learning.wait_idle(PATIENCE_S)
-    assert learning.reuse.idle.num_failed == 3
+    assert learning.reuse.parts.idle.num_failed == 3
     with pytest.raises(MemoryError, match="no room for anchors"):
-        learning.learn(prompt(ROLE_B, 2)).result(PATIENCE_S)
+        learning.reuse.learn(prompt(ROLE_B, 2)).result(PATIENCE_S)
     monkeypatch.undo()
-    assert learning.learn(prompt(ROLE_B, 2)).result(PATIENCE_S) > 0  # the next one is not harmed
+    assert learning.reuse.learn(prompt(ROLE_B, 2)).result(PATIENCE_S) > 0  # the next one is not harmed
 
 
 MOVING = {
@@ -174,9 +174,9 @@ def test_logits_of_moved_kv_that_are_no_numbers_end_that_request_alone(
 
 
 def test_anchors_that_are_not_finite_are_never_kept(learning: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = learning.reuse.estimators["token"]
+    real = learning.reuse.parts.estimators["token"]
     assert isinstance(real, TokenEstimator)
-    dim, groups = learning.reuse.anchors.shape.dim, learning.reuse.anchors.shape.num_groups
+    dim, groups = learning.reuse.parts.anchors.shape.dim, learning.reuse.parts.anchors.shape.num_groups
 
     def broken(layers: object, move: Any) -> Tensor:
         return torch.full((groups, move.num_tokens, dim), torch.nan)
@@ -185,15 +185,15 @@ def test_anchors_that_are_not_finite_are_never_kept(learning: Engine, monkeypatc
     ask(learning, ROLE_A, 1, LOOSE)
     ask(learning, ROLE_B, 1, LOOSE)
     with pytest.raises(InvalidRequest, match="anchors must be finite"):
-        learning.learn(prompt(ROLE_B, 1)).result(PATIENCE_S)
-    assert not sum(bank.snapshot().num_tokens for bank in learning.reuse.anchors.banks(learning.namespace()))
+        learning.reuse.learn(prompt(ROLE_B, 1)).result(PATIENCE_S)
+    assert not sum(bank.snapshot().num_tokens for bank in learning.reuse.parts.anchors.banks(learning.namespace()))
 
 
 def test_answers_end_when_the_engine_closes_while_learning(learning: Engine) -> None:
     for seed in range(4):
         ask(learning, ROLE_A, seed, LOOSE)
         ask(learning, ROLE_B, seed, LOOSE)
-    pending = learning.calibrate(prompt(ROLE_B, 1), some_tokens(5, seed=3), LOOSE)
+    pending = learning.reuse.calibrate(prompt(ROLE_B, 1), some_tokens(5, seed=3), LOOSE)
     learning.close()
     assert pending.done()
 
@@ -201,8 +201,8 @@ def test_answers_end_when_the_engine_closes_while_learning(learning: Engine) -> 
 def test_closing_from_a_callback_of_idle_work_ends_everything(learning: Engine) -> None:
     """Bug: the job in whose pass that happened could not be dropped, and those behind it never heard of the end."""
     with learning.lock:
-        first = learning.measure(prompt(ROLE_B, 1), [5, 6], [Rung("rotate")])
-        second = learning.measure(prompt(ROLE_B, 2), [5, 6], [Rung("rotate")])
+        first = learning.reuse.measure(prompt(ROLE_B, 1), [5, 6], [Rung("rotate")])
+        second = learning.reuse.measure(prompt(ROLE_B, 2), [5, 6], [Rung("rotate")])
         first.add_done_callback(lambda _: learning.close())
     assert first.result(PATIENCE_S) == []
     with pytest.raises(EngineClosed):
@@ -217,7 +217,7 @@ def test_a_machine_that_cannot_be_measured_computes_everything(learning: Engine)
         raise RuntimeError("no compiler")
 
     earn(learning, LOOSE)
-    learning.reuse.cost.model, learning.reuse.cost._measure = None, fails
+    learning.reuse.parts.cost.model, learning.reuse.parts.cost._measure = None, fails
     for seed in range(100, 102):
         ask(learning, ROLE_A, seed, LOOSE)
         served = ask(learning, ROLE_B, seed, LOOSE)
@@ -236,7 +236,7 @@ def test_a_prior_that_is_none(shared_model: TinyModel, prior: object) -> None:
 def test_a_rung_that_is_none(engine: Engine, rung: object) -> None:
     prompt = [Segment((1, 2, 3), "text"), Segment((4, 5))]
     with pytest.raises(InvalidRequest, match="a rung must be a Rung"):
-        engine.measure(prompt, [1], [rung])  # type: ignore[list-item]  # that is tested
+        engine.reuse.measure(prompt, [1], [rung])  # type: ignore[list-item]  # that is tested
     if rung is not None:
         with pytest.raises(InvalidRequest, match="a rung must be a Rung"):
             engine.generate(prompt, rung=rung)  # type: ignore[arg-type]

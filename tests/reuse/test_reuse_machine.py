@@ -42,7 +42,7 @@ class ReuseMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.engine = Engine(TINY.model, TINY.tokenizer, config=CONFIG)
-        self.engine.reuse.cost.model = ROWS_ONLY
+        self.engine.reuse.parts.cost.model = ROWS_ONLY
         self.contexts: list[Context] = []
         self.num_aligned = self.num_healed = 0
 
@@ -142,7 +142,7 @@ class ReuseMachine(RuleBasedStateMachine):
 
     @rule()
     def clear(self) -> None:
-        self.engine.clear_cache()
+        self.engine.cache.clear()
 
     @invariant()
     def every_reference_has_an_owner(self) -> None:
@@ -176,7 +176,7 @@ class ReuseMachine(RuleBasedStateMachine):
         for context in self.contexts:
             context.release()
         assert self.engine.wait_idle(PATIENCE_S)
-        self.engine.clear_cache()
+        self.engine.cache.clear()
         self.engine.check_integrity()
         self.engine.close()
 

@@ -26,42 +26,42 @@ def over(tiny: TinyModel, store: FaultyStore) -> Iterator[Engine]:
 
 
 def num_pairs(engine: Engine) -> int:
-    return sum(len(standing.pairs) for standing in engine.readers())
+    return sum(len(standing.pairs) for standing in engine.reuse.readers())
 
 
 def test_what_was_learned_is_taken_over(shared_model: TinyModel) -> None:
     """By itself: written at the end, read with the first request that may move text."""
     store = FaultyStore()
     with over(shared_model, store) as first:
-        assert not first.share_anchors()
+        assert not first.reuse.share()
         earn(first, LOOSE, rounds=3)
-        known, banks = num_pairs(first), len(list(first.reuse.anchors.banks(first.namespace())))
+        known, banks = num_pairs(first), len(list(first.reuse.parts.anchors.banks(first.namespace())))
         assert known
         assert banks
     with over(shared_model, store) as second:
         assert not num_pairs(second)
         ask(second, ROLE_A, 50, LOOSE)
-        assert second.flush_tier(PATIENCE_S)
+        assert second.tiering.flush(PATIENCE_S)
         assert num_pairs(second) >= known
-        assert len(list(second.reuse.anchors.banks(second.namespace()))) == banks
+        assert len(list(second.reuse.parts.anchors.banks(second.namespace()))) == banks
     with over(shared_model, store) as third:
-        profile = third.take_anchors()
+        profile = third.reuse.take()
         assert profile is not None
         assert profile.num_pairs == num_pairs(third)
         assert profile.num_missing == 0
-        assert third.take_anchors(tenant="ann") is None
+        assert third.reuse.take(tenant="ann") is None
 
 
 def test_what_is_altered_is_not_taken_over(shared_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     store = FaultyStore()
     with over(shared_model, store) as first:
         earn(first, LOOSE, rounds=2)
-        assert first.share_anchors()
+        assert first.reuse.share()
     with over(shared_model, store) as second:
-        assert second.tier is not None
-        monkeypatch.setattr(second.tier, "get_blob", lambda *_, **__: b"no archive")
+        assert second.tiering.tier is not None
+        monkeypatch.setattr(second.tiering.tier, "get_blob", lambda *_, **__: b"no archive")
         with pytest.raises(AnchorFileError):
-            second.take_anchors()
+            second.reuse.take()
         ask(second, ROLE_A, 50, LOOSE)
-        assert second.flush_tier(PATIENCE_S)
+        assert second.tiering.flush(PATIENCE_S)
         assert not num_pairs(second)

@@ -45,9 +45,9 @@ def teach(engine: Engine) -> None:
     """Let there be anchors between the two roles."""
     for seed in range(3):
         publish(engine, seed)
-        engine.learn(prompt(ROLE_B, seed)).result(PATIENCE_S)
+        engine.reuse.learn(prompt(ROLE_B, seed)).result(PATIENCE_S)
     assert engine.wait_idle(PATIENCE_S)
-    engine.clear_cache()
+    engine.cache.clear()
 
 
 def test_whoever_moves_a_text_finds_its_sketches(learning: Engine, watched: Watched) -> None:
@@ -56,12 +56,12 @@ def test_whoever_moves_a_text_finds_its_sketches(learning: Engine, watched: Watc
     publish(learning, 7)
     assert learning.wait_idle(PATIENCE_S)
     (ahead,) = watched.made
-    learning.reuse.planner.finder.published = None  # what is published from here on is not sketched beside requests
+    learning.reuse.parts.planner.finder.published = None
     served = learning.generate(prompt(ROLE_B, 7), SAMPLING, policy=EXACT, rung=Rung("token"))
     assert served.usage.aligned_tokens == 90
     assert len(watched.made) == 1
 
-    learning.clear_cache()
+    learning.cache.clear()
     publish(learning, 7)
     again = learning.generate(prompt(ROLE_B, 7), SAMPLING, policy=EXACT, rung=Rung("token"))
     assert again.token_ids == served.token_ids
@@ -80,13 +80,12 @@ def test_text_that_has_gone_is_passed_over(learning: Engine, watched: Watched) -
     publish(learning, 7)
     assert learning.wait_idle(PATIENCE_S)
     num_made = len(watched.made)
-    ahead = learning.reuse.planner.finder.published
+    ahead = learning.reuse.parts.planner.finder.published
     assert ahead is not None
     with learning.lock:
         (segment,) = (each for each in prompt(ROLE_A, 7) if each.name is not None)
         (gone,) = learning.memory.renditions.renditions_of(learning.namespace(), segment)
-        learning.clear_cache()
+        learning.cache.clear()
         ahead(learning.namespace(), segment, gone)
-    learning.wake()
     assert learning.wait_idle(PATIENCE_S)
     assert len(watched.made) == num_made == 1

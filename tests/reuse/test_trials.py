@@ -31,22 +31,20 @@ def promise(
     """Let steps be done on a prompt beside requests."""
     segments = engine.read_prompt(prompt(role, seed), is_start=True)
     weights = engine.live.now(closely=True)
-    future = engine.reuse.trials.promise(engine.namespace(), weights, segments, make, policy)  # type: ignore[arg-type]
-    engine.wake()
-    return future
+    return engine.reuse.parts.trials.promise(engine.namespace(), weights, segments, make, policy)  # type: ignore[arg-type]
 
 
 def exact_case_of(engine: Engine, guess: tuple[int, ...], *, with_moves: bool) -> tuple[Case, Exact] | None:
     """The exact case of a prompt, from a guess at its answer."""
 
     def steps(trial: Trial) -> Generator[None, None, tuple[Case, Exact] | None]:
-        yield from engine.reuse.trials.complete(trial)
+        yield from engine.reuse.parts.trials.complete(trial)
         trial.guess = guess
         if not with_moves:
             with engine.lock:
-                engine.reuse.planner.finder.release(trial.moves)
+                engine.reuse.parts.planner.finder.release(trial.moves)
                 trial.moves = []
-        return (yield from engine.reuse.trials.exact_case(trial))
+        return (yield from engine.reuse.parts.trials.exact_case(trial))
 
     return promise(engine, steps).result(PATIENCE_S)  # type: ignore[return-value]
 
@@ -72,7 +70,7 @@ def test_whatever_is_guessed_the_case_is_the_greedy_answer(learning: Engine, kin
     """One pass tells how far a guess is right, and what is left is decoded: as if nobody had guessed."""
     tokens = tokens_of(prompt(ROLE_B, 1))
     answer = greedy(learning.model, tokens, NUM_CONTINUATION)
-    ends = learning.reuse.trials._ends
+    ends = learning.reuse.parts.trials._ends
     assert not ends & set(answer), "choose another seed: this prompt's answer ends early"
     ask(learning, ROLE_A, 1, EXACT)
     found = exact_case_of(learning, guesses(answer)[kind], with_moves=with_moves)
@@ -98,7 +96,7 @@ def test_answers_that_end(shared_model: TinyModel, num_tokens: int, num_guessed:
         answer = greedy(engine.model, tokens, 12)
         first = [index for index, token in enumerate(answer) if token not in answer[:index]]
         place = next(index for index in first if index >= num_tokens)
-        engine.reuse.trials._ends = frozenset({answer[place]})
+        engine.reuse.parts.trials._ends = frozenset({answer[place]})
         found = exact_case_of(engine, tuple(answer[:num_guessed]), with_moves=False)
         assert (None if found is None else list(found[0].continuation)) == (answer[:place] or None)
         engine.check_integrity()
@@ -111,13 +109,13 @@ def test_a_trial_shares_what_the_tree_has_and_gives_everything_back(learning: En
 
     def steps(trial: Trial) -> Generator[None, None, None]:
         with learning.lock:
-            learning.reuse.trials.share(trial, trial.sequence, trial.num_prompt)
+            learning.reuse.parts.trials.share(trial, trial.sequence, trial.num_prompt)
         seen.append((trial.sequence.num_computed, len(trial.moves)))
         learning.check_integrity()
         yield
-        yield from learning.reuse.trials.prefill(trial.sequence)
+        yield from learning.reuse.parts.trials.prefill(trial.sequence)
         with learning.lock:
-            trial.moves = learning.reuse.trials.find(trial, 0)
+            trial.moves = learning.reuse.parts.trials.find(trial, 0)
         seen.append((trial.sequence.num_computed, len(trial.moves)))
         learning.check_integrity()
         yield
@@ -126,8 +124,8 @@ def test_a_trial_shares_what_the_tree_has_and_gives_everything_back(learning: En
     num_prompt = len(tokens_of(prompt(ROLE_B, 1)))
     assert seen == [(num_prompt // 16 * 16, 0), (num_prompt, 1)] or seen == [(num_prompt, 0), (num_prompt, 1)]
     learning.check_integrity()
-    learning.clear_cache()
-    assert learning.memory_stats().num_free == learning.pool.num_pages
+    learning.cache.clear()
+    assert learning.cache.stats().num_free == learning.pool.num_pages
 
 
 def test_errors_reach_whoever_waits_and_nobody_else(learning: Engine) -> None:
@@ -138,11 +136,11 @@ def test_errors_reach_whoever_waits_and_nobody_else(learning: Engine) -> None:
         yield
         raise Injected
 
-    first, second = promise(learning, fails), learning.measure(prompt(ROLE_B, 1), [5], [Rung("rotate")])
+    first, second = promise(learning, fails), learning.reuse.measure(prompt(ROLE_B, 1), [5], [Rung("rotate")])
     with pytest.raises(Injected):
         first.result(PATIENCE_S)
     assert second.result(PATIENCE_S) == []
-    assert learning.reuse.idle.num_failed == 1
+    assert learning.reuse.parts.idle.num_failed == 1
 
 
 def test_a_waiting_job_whose_weights_are_gone_says_so() -> None:
@@ -150,27 +148,27 @@ def test_a_waiting_job_whose_weights_are_gone_says_so() -> None:
     tiny = tiny_model()
     with Engine(tiny.model, tiny.tokenizer) as engine:
         with engine.lock, engine.held():
-            future = engine.measure(prompt(ROLE_B, 1), [5], [Rung("rotate")])
+            future = engine.reuse.measure(prompt(ROLE_B, 1), [5], [Rung("rotate")])
             with torch.no_grad():
                 tiny.model.lm_head.weight.mul_(2.0)
         with pytest.raises(WeightsChanged):
             future.result(PATIENCE_S)
-        assert engine.measure(prompt(ROLE_B, 1), [5], [Rung("rotate")]).result(PATIENCE_S) == []
+        assert engine.reuse.measure(prompt(ROLE_B, 1), [5], [Rung("rotate")]).result(PATIENCE_S) == []
 
 
 def test_a_pool_that_is_full_ends_the_job_with_that_error(shared_model: TinyModel) -> None:
     config = replace(Engine(shared_model.model, shared_model.tokenizer).config, pool_tokens=160)
     with Engine(shared_model.model, shared_model.tokenizer, config=config) as engine:
         with engine.context(some_tokens(100)), pytest.raises(PoolExhausted):
-            engine.measure(prompt(ROLE_B, 1), [5], [Rung("rotate")]).result(PATIENCE_S)
-        assert engine.measure(prompt(ROLE_B, 1), [5], [Rung("rotate")]).result(PATIENCE_S) == []
+            engine.reuse.measure(prompt(ROLE_B, 1), [5], [Rung("rotate")]).result(PATIENCE_S)
+        assert engine.reuse.measure(prompt(ROLE_B, 1), [5], [Rung("rotate")]).result(PATIENCE_S) == []
         engine.check_integrity()
 
 
 def test_whoever_gives_up_waiting_harms_nobody(learning: Engine) -> None:
     with learning.held():
-        future = learning.measure(prompt(ROLE_B, 1), [5], [Rung("rotate")])
-        other = learning.measure(prompt(ROLE_B, 2), [5], [Rung("rotate")])
+        future = learning.reuse.measure(prompt(ROLE_B, 1), [5], [Rung("rotate")])
+        other = learning.reuse.measure(prompt(ROLE_B, 2), [5], [Rung("rotate")])
         assert future.cancel()
     assert other.result(PATIENCE_S) == []
     learning.check_integrity()
@@ -179,14 +177,14 @@ def test_whoever_gives_up_waiting_harms_nobody(learning: Engine) -> None:
 def test_the_end_is_told_to_all_who_wait(shared_model: TinyModel) -> None:
     engine = Engine(shared_model.model, shared_model.tokenizer)
     with engine.held():
-        futures = [engine.measure(prompt(ROLE_B, seed), [5], [Rung("rotate")]) for seed in range(3)]
+        futures = [engine.reuse.measure(prompt(ROLE_B, seed), [5], [Rung("rotate")]) for seed in range(3)]
         with engine.lock:
-            engine.reuse.idle.close()
+            engine.reuse.parts.idle.close()
     for future in futures:
         with pytest.raises(EngineClosed):
             future.result(PATIENCE_S)
     with pytest.raises(EngineClosed):
-        engine.measure(prompt(ROLE_B, 9), [5], [Rung("rotate")]).result(PATIENCE_S)
+        engine.reuse.measure(prompt(ROLE_B, 9), [5], [Rung("rotate")]).result(PATIENCE_S)
     engine.close()
 
 
@@ -197,7 +195,7 @@ def test_what_a_dropped_study_holds_comes_back_in_the_middle_of_it(learning: Eng
     reached: list[int] = []
 
     def steps(trial: Trial) -> Steps:
-        trials = learning.reuse.trials
+        trials = learning.reuse.parts.trials
         yield from trials.complete(trial)
         assert len(trial.moves) == 1
         scratch = KVSequence(learning.pool, tokens_of(prompt(ROLE_B, 1)))
@@ -215,8 +213,8 @@ def test_what_a_dropped_study_holds_comes_back_in_the_middle_of_it(learning: Eng
             trial = Trial(
                 learning.namespace(), weights, segments, KVSequence(learning.pool, tokens), len(tokens), LOOSE
             )
-            learning.reuse.trials.queue(trial, steps(trial), Urgency.STUDY)
-        idle = learning.reuse.idle
+            learning.reuse.parts.trials.queue(trial, steps(trial), Urgency.STUDY)
+        idle = learning.reuse.parts.idle
         while not reached:
             idle.step()
         learning.check_integrity()
@@ -228,5 +226,5 @@ def test_what_a_dropped_study_holds_comes_back_in_the_middle_of_it(learning: Eng
 
 
 def test_replays_know_what_they_borrow(learning: Engine) -> None:
-    assert isinstance(learning.reuse.trials.replayer, Replayer)
-    assert not list(learning.reuse.replayer.pages_held())
+    assert isinstance(learning.reuse.parts.trials.replayer, Replayer)
+    assert not list(learning.reuse.parts.replayer.pages_held())

@@ -21,8 +21,8 @@ from kvcomm.agents.comparison import AgentReuse, Results, Way
 from kvcomm.agents.results import AgentResult, GroupResult
 from kvcomm.align.calibration import Measured, Pair, Sources
 from kvcomm.align.ladder import TURNED
-from kvcomm.align.levels import Level
 from kvcomm.align.prior import Prior, write_prior
+from kvcomm.align.standings import Level
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.results import Usage
 from kvcomm.reuse.plan import ApproximationReport, BoundInForce

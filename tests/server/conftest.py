@@ -61,8 +61,8 @@ def require_nothing_left(engine: Engine) -> None:
     assert engine.wait_idle(PATIENCE_S)
     assert engine.scheduler.requests() == []
     engine.check_integrity()
-    engine.clear_cache()
-    stats = engine.memory_stats()
+    engine.cache.clear()
+    stats = engine.cache.stats()
     assert stats.num_free == stats.num_pages, stats
 
 

@@ -14,6 +14,7 @@ from kvcomm.engine.engine import Engine
 from kvcomm.errors import InvalidRequest
 from kvcomm.server.app import make_app
 from kvcomm.server.settings import ServerSettings, load_settings
+from kvcomm.tiers.space import DEFAULT_TENANT
 from tests.lora import save_lora
 from tests.server.conftest import MODEL, SMALL, chat, completion, require_nothing_left
 from tests.stored import cached_by
@@ -26,7 +27,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     tiny = tiny_model()
     with Engine(tiny.model, tiny.tokenizer, config=SMALL) as made:
         for seed, name in enumerate(("poet", "judge"), start=1):
-            made.load_adapter(name, save_lora(tmp_path_factory.mktemp(name), seed=seed))
+            made.adapters.load(name, save_lora(tmp_path_factory.mktemp(name), seed=seed))
         yield made
         require_nothing_left(made)
 
@@ -104,7 +105,7 @@ def test_a_snapshot_is_of_one_model(client: TestClient, engine: Engine) -> None:
 
 
 def test_what_is_cached_counts_over_all_adapters(client: TestClient, engine: Engine) -> None:
-    engine.clear_cache()
+    engine.cache.clear()
     for name in (MODEL, "poet"):
         text_of(client, model=name)
         explained = client.post("/v1/cache/explain", json=completion(model=name)).json()["prompts"][0]
@@ -112,7 +113,7 @@ def test_what_is_cached_counts_over_all_adapters(client: TestClient, engine: Eng
     cold = client.post("/v1/cache/explain", json=completion(model="judge")).json()["prompts"][0]
     assert cold["cached_prefix_tokens"] == 0
     both = client.get("/v1/stats").json()["cache"]["tokens"]
-    assert both == sum(cached_by(engine, each).num_tokens for each in engine.namespaces())
+    assert both == sum(cached_by(engine, each).num_tokens for each in engine.tenancy.namespaces(DEFAULT_TENANT))
     assert client.get("/v1/cache/tree").json()["tokens"] == both > cached_by(engine, engine.namespace()).num_tokens > 0
 
 

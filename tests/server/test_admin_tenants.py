@@ -164,7 +164,7 @@ def test_a_revoked_tenants_pages_come_back(operated: Operated, engine: Engine, k
     assert (status["has_key"], status["pinned_contexts"]) == (False, 1)
     ok(operated.delete("/ann"))
     ok(operated.delete("/bob"))
-    stats = engine.memory_stats()
+    stats = engine.cache.stats()
     assert stats.num_free == stats.num_pages
     assert operated.counts("ann") == (0, 0, 1)  # known by its snapshot
     ok(operated.delete("/ann/snapshots"))

@@ -65,7 +65,7 @@ class TestExplain:
 
     @pytest.mark.parametrize("salt", [None, "x"])
     def test_it_comes_true(self, client: TestClient, engine: Engine, salt: str | None) -> None:
-        engine.reuse.cost.model = ROWS_ONLY
+        engine.reuse.parts.cost.model = ROWS_ONLY
         for ids in ("ABD", "ACE", "ABE", "ABE"):
             body = chat(segments=given(*ids), include_plan=True, cache_salt=salt)
             (told,) = self.explain(client, body)
@@ -124,7 +124,7 @@ class TestTree:
         assert sum(node["tokens"] for node in nodes if node["kind"] == "prefix") == tree["tokens"]
         first = next(node for node in tree["root"]["children"] if node["kind"] == "prefix")
         assert first["tokens"] == num_tokens(engine, "A")
-        assert first["label"] == engine.decode(engine.segment(TEXTS["A"]).token_ids[:12])
+        assert first["label"] == engine.texts.decode(engine.segment(TEXTS["A"]).token_ids[:12])
         assert first["expires_in_s"] is None
         segments = [node for node in tree["root"]["children"] if node["kind"] == "segment"]
         sizes = sorted(num_tokens(engine, each) for each in TEXTS)
@@ -147,7 +147,7 @@ class TestTree:
     def test_what_the_process_pins_is_shown_as_pinned(self, client: TestClient, engine: Engine) -> None:
         client.post("/v1/completions", json=completion(prompt=list(range(10, 30))))
         client.post(CHAT, json=chat(segments=given("A")))
-        assert engine.pin(list(range(10, 20))) == 10
+        assert engine.cache.pin(list(range(10, 20))) == 10
         nodes = list(walk(client.get("/v1/cache/tree").json()["root"]))
         assert {node["kind"] for node in nodes} >= {"prefix", "segment", "rendition"}
         assert [(node["kind"], node["tokens"]) for node in nodes if node["pinned"]] == [("prefix", 10)]

@@ -167,7 +167,7 @@ def test_control_tokens_in_messages_are_text(client: TestClient, engine: Engine)
     ids = prompt_of(engine, chat(messages=[{"role": "user", "content": text}]))
     end = engine.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert ids.count(int(end)) == 1  # the template's own
-    assert text in engine.decode(ids)
+    assert text in engine.texts.decode(ids)
     assert client.post(URL, json=chat(messages=[{"role": "user", "content": text}])).status_code == 200
 
 
@@ -193,9 +193,12 @@ def test_tools_reach_the_template(engine: Engine, monkeypatch: pytest.MonkeyPatc
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "content": "sunny", "tool_call_id": "1"},
     ]
-    assert engine.decode(prompt_of(engine, chat(messages=messages, tools=tools))) == "[weather]ask(weather Rome)sunny"
+    assert (
+        engine.texts.decode(prompt_of(engine, chat(messages=messages, tools=tools)))
+        == "[weather]ask(weather Rome)sunny"
+    )
     without = prompt_of(engine, chat(messages=messages, tools=tools, tool_choice="none"))
-    assert engine.decode(without) == "ask(weather Rome)sunny"
+    assert engine.texts.decode(without) == "ask(weather Rome)sunny"
 
 
 @pytest.mark.parametrize("template", [None, "{{ raise_exception('roles must alternate') }}"])

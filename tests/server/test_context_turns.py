@@ -79,7 +79,7 @@ def test_a_fork_in_the_middle_of_an_answer_goes_on_behind_it(live: Live, engine:
     assert fork["tokens"] > context["tokens"]
     answer = ok(ask(live, "POST", CHAT, chat(messages=MORE, context_id=fork["id"], store=True)))
     node = live.state.contexts.of(live.state.tenants.get()).find(fork["id"])
-    text = engine.decode(node.context.tokens)
+    text = engine.texts.decode(node.context.tokens)
     assert text.endswith(f"<|im_end|>\n<|im_start|>assistant\n{said(answer)}")
     assert text.count("<|im_start|>assistant\n") == 2
 

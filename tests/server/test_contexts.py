@@ -41,7 +41,7 @@ def said(answer: dict[str, Any]) -> str:
 def test_messages_on_a_context_are_answered_as_if_all_had_been_sent(client: TestClient) -> None:
     context = made(client, messages=HELLO, name="base")
     expected = ok(client.post(CHAT, json=chat(messages=[*HELLO, *MORE], max_tokens=12)))
-    client.app.state.kvcomm.engine.clear_cache()  # type: ignore[attr-defined]  # the app is ours
+    client.app.state.kvcomm.engine.cache.clear()  # type: ignore[attr-defined]  # the app is ours
     answer = ok(client.post(CHAT, json=chat(messages=MORE, context_id=context["id"], max_tokens=12)))
     assert said(answer) == said(expected)
     usage = answer["usage"]
@@ -56,7 +56,7 @@ def test_what_is_stored_goes_on_as_one_conversation(client: TestClient, engine: 
     first = ok(client.post(CHAT, json=chat(messages=[], **where)))
     second = ok(client.post(CHAT, json=chat(messages=MORE, **where)))
     node = client.app.state.kvcomm.contexts.of(client.app.state.kvcomm.tenants.get()).nodes[0]  # type: ignore[attr-defined]
-    text = engine.decode(node.context.tokens)
+    text = engine.texts.decode(node.context.tokens)
     answers = [{"role": "assistant", "content": said(each)} for each in (first, second)]
     expected = engine.tokenizer.apply_chat_template([*HELLO, answers[0], *MORE, answers[1]], tokenize=False)
     assert text == str(expected).removesuffix("<|im_end|>\n")

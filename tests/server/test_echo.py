@@ -58,8 +58,8 @@ def test_a_harness_scores_continuations(
         ]
         best = expected[:-1].argmax(-1).tolist()
         assert greedy[:-1] == [best[at - 1] == ids[at] for at in range(1, len(ids))]
-        assert choice["text"].startswith(engine.decode(ids))
-        assert told["text_offset"][-1] == len(engine.decode(ids))
+        assert choice["text"].startswith(engine.texts.decode(ids))
+        assert told["text_offset"][-1] == len(engine.texts.decode(ids))
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
@@ -67,7 +67,7 @@ def test_only_the_prompt_is_read(client: TestClient, engine: Engine, is_streamed
     body = completion(prompt=[PROMPTS[0]], echo=True, logprobs=2, max_tokens=0, stream=is_streamed)
     response = client.post(URL, json=body)
     (choice,) = events_of(response.text)[0]["choices"] if is_streamed else choices_of(response)
-    assert choice["text"] == engine.decode(PROMPTS[0])
+    assert choice["text"] == engine.texts.decode(PROMPTS[0])
     assert choice["finish_reason"] == "length"
     assert len(choice["logprobs"]["tokens"]) == len(PROMPTS[0])
     if not is_streamed:
@@ -133,7 +133,7 @@ def test_prompt_log_probabilities_by_token_id(client: TestClient, engine: Engine
         assert 2 <= len(places) <= 3
         here = places[str(ids[at])]
         assert here["logprob"] == pytest.approx(float(expected[at - 1, ids[at]]), abs=1e-4)
-        assert here["decoded_token"] == engine.token_text(ids[at])
+        assert here["decoded_token"] == engine.texts.token_text(ids[at])
         assert [each["rank"] for each in places.values() if each["rank"] is not None].count(1) == 1
     assert choice["logprobs"] is None
     answer = client.post("/v1/chat/completions", json=chat(prompt_logprobs=0)).json()

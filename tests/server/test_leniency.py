@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from kvcomm.engine.chat import RESERVED
+from kvcomm.engine.chat_template import RESERVED
 from kvcomm.engine.engine import Engine
 from tests.scripted import draw
 from tests.server.conftest import HELLO, chat, completion
@@ -56,7 +56,7 @@ def seen(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 
 def shown(engine: Engine, **fields: Any) -> str:
-    return engine.decode(prompt_of(engine, chat(**fields)))
+    return engine.texts.decode(prompt_of(engine, chat(**fields)))
 
 
 @pytest.mark.parametrize(

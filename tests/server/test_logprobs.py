@@ -79,10 +79,10 @@ def test_answers_and_their_lists_are_one(
     parts = [bytes(token["bytes"]) for token in answer["logprobs"]["content"]]
     num = len(told["tokens"])
     assert len(parts) == num
-    whole = b"".join(engine.token_bytes(token_id) for token_id in ids)
+    whole = b"".join(engine.texts.token_bytes(token_id) for token_id in ids)
     assert whole.startswith(b"".join(parts))
     # Every token that begins before the end of the text is there, and no other that has a text.
-    places = places_by_bytes([engine.token_bytes(token_id) for token_id in ids], engine.tokenizer.decode(ids))
+    places = places_by_bytes([engine.texts.token_bytes(token_id) for token_id in ids], engine.tokenizer.decode(ids))
     inside = [place for place in places if place < len(shown)]
     assert told["text_offset"][: len(inside)] == inside
     assert b"".join(parts[len(inside) :]).strip() == b""  # a space that the start of the text has lost
@@ -116,7 +116,7 @@ def test_a_token_that_a_stop_string_cut_is_told(
     client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It had put text into the answer, and there was no entry for it."""
-    texts = {token: engine.token_text(token) for token in range(3, len(engine.tokenizer))}
+    texts = {token: engine.texts.token_text(token) for token in range(3, len(engine.tokenizer))}
     cut = next(token for token, text in texts.items() if len(text) > 1 and text.isascii() and "<" not in text)
     draw(monkeypatch, [cut])
     body = completion(max_tokens=3, logprobs=1, stop=texts[cut][-1])

@@ -53,7 +53,7 @@ def stock(engine: Engine, messages: list[dict[str, Any]]) -> str:
 
 
 def text_of(engine: Engine, prompt: tuple[Segment, ...]) -> str:
-    return engine.decode(token for segment in prompt for token in segment.token_ids)
+    return engine.texts.decode(token for segment in prompt for token in segment.token_ids)
 
 
 def test_parts_are_segments_in_their_place_and_the_same_in_any_order(engine: Engine) -> None:

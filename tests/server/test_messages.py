@@ -89,7 +89,7 @@ def test_breakpoints_say_what_is_created(client: TestClient, engine: Engine) -> 
     assert (first["input_tokens"], first["cache_read_input_tokens"]) == (0, 0)
     assert first["cache_creation_input_tokens"] == first["cache_creation"]["ephemeral_1h_input_tokens"] > 1
     assert again["cache_read_input_tokens"] == first["cache_creation_input_tokens"] - 1
-    engine.clear_cache()
+    engine.cache.clear()
     plain = ok(client.post(URL, json=message(system="Be brief.")))["usage"]
     assert (plain["input_tokens"], plain["cache_creation_input_tokens"]) == (first["cache_creation_input_tokens"], 0)
 

@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from kvcomm import __version__
-from kvcomm.align.levels import Level
+from kvcomm.align.standings import Level
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.results import ApproximationReport, Choice, Completion, Usage
 from kvcomm.reuse.plan import BoundInForce
@@ -66,11 +66,11 @@ def test_requests_by_operation(client: TestClient) -> None:
 def test_the_pool(client: TestClient, engine: Engine) -> None:
     before = samples(client)["kvcomm:kv_cache_usage_ratio", ()]
     client.post("/v1/completions", json=completion(prompt="x" * 100))
-    stats = engine.memory_stats()
+    stats = engine.cache.stats()
     found = samples(client)
     assert found["kvcomm:kv_cache_usage_ratio", ()] == pytest.approx(1 - stats.num_free / stats.num_pages)
     assert found["kvcomm:kv_cache_usage_ratio", ()] > before
-    engine.set_quota(cached_tokens=8)
+    engine.cache.set_quota(cached_tokens=8)
     assert samples(client)["kvcomm:evicted_tokens_total", (("reason", "quota"),)] > 0
 
 
@@ -86,8 +86,8 @@ def test_how_long_pages_live(client: TestClient, engine: Engine) -> None:
     assert (pages("reuse_gap"), pages("lifetime")) == (0, 0)
     usage = client.post("/v1/completions", json=body).json()["usage"]
     assert pages("reuse_gap") == -(-usage["cached_prefix_tokens"] // engine.config.page_size)
-    num_cached = engine.memory_stats().num_cached
-    engine.clear_cache()
+    num_cached = engine.cache.stats().num_cached
+    engine.cache.clear()
     assert pages("lifetime") == pages("idle_before_drop") == num_cached
 
 
@@ -137,11 +137,11 @@ def test_the_names_that_routers_scrape(make_client: MakeClient, engine: Engine) 
 
     client = make_client(vllm_metrics=True)
     client.post(CHAT, json=chat())
-    assert engine.memory_stats().num_cached > 0
+    assert engine.cache.stats().num_cached > 0
     assert samples(client)["vllm:kv_cache_usage_perc", mine] == 0
     with engine.context("x" * 100) as context:
         assert context.num_tokens > 0
-        stats = engine.memory_stats()
+        stats = engine.cache.stats()
         assert samples(client)["vllm:kv_cache_usage_perc", mine] == stats.num_in_contexts / stats.num_pages > 0
 
 

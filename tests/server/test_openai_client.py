@@ -85,7 +85,7 @@ def test_a_stream_that_is_left_early(client: openai.OpenAI, live: Live, engine: 
     stream.close()
     wait_for(lambda: live.state.admission.num_in_flight == 0)
     engine.check_integrity()
-    assert engine.memory_stats().num_in_requests == 0
+    assert engine.cache.stats().num_in_requests == 0
 
 
 def test_plain_completions(client: openai.OpenAI, engine: Engine) -> None:

@@ -100,7 +100,7 @@ def test_a_client_that_goes_away_frees_its_pages(live: Live, engine: Engine, str
         wait_for(lambda: live.state.admission.num_in_flight == 0)
     assert cancelled
     engine.check_integrity()
-    assert engine.memory_stats().num_in_requests == 0
+    assert engine.cache.stats().num_in_requests == 0
 
 
 def test_clients_that_go_away_at_any_moment(live: Live, engine: Engine) -> None:
@@ -112,7 +112,7 @@ def test_clients_that_go_away_at_any_moment(live: Live, engine: Engine) -> None:
         connection.close()
     wait_for(lambda: live.state.admission.num_in_flight == 0)
     engine.check_integrity()
-    assert engine.memory_stats().num_in_requests == 0
+    assert engine.cache.stats().num_in_requests == 0
     assert httpx2.post(live.url + CHAT, json=chat(), timeout=PATIENCE_S).status_code == 200
     assert {line["level"] for line in live.log} == {"info"}
     assert {line.get("stopped") for line in live.log} == {None, "client_gone"}
@@ -161,7 +161,7 @@ def test_a_client_that_goes_away_while_its_request_is_submitted(
     assert late.num_in_flight == 1
     wait_for(lambda: live.state.admission.num_in_flight == 0)
     assert engine.scheduler.requests() == []
-    assert engine.memory_stats().num_in_requests == 0
+    assert engine.cache.stats().num_in_requests == 0
 
 
 def test_a_client_that_goes_away_while_a_snapshot_is_read(
@@ -178,7 +178,7 @@ def test_a_client_that_goes_away_while_a_snapshot_is_read(
         late.leave(live.post(encoded({}), "/v1/snapshots/kept/restore"))
         assert late.num_in_flight == 1
         wait_for(lambda: live.state.admission.num_in_flight == 0)
-        wait_for(lambda: engine.memory_stats().num_in_contexts == 0)
+        wait_for(lambda: engine.cache.stats().num_in_contexts == 0)
 
 
 def test_a_full_server_refuses_at_once(live: Live, stalled: threading.Event) -> None:
@@ -512,4 +512,4 @@ def test_requests_of_a_tenant_are_bounded(engine: Engine, stalled: threading.Eve
 
 def test_grammars_are_prepared_before_somebody_brings_one(live: Live, engine: Engine) -> None:
     """The first request with a schema once waited for a look at the whole vocabulary."""
-    wait_for(lambda: "_tokens" in vars(engine._grammars))
+    wait_for(lambda: "_tokens" in vars(engine.grammars))

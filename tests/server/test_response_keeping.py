@@ -68,7 +68,7 @@ def test_what_follows_is_answered_as_if_all_had_been_sent(
     first = first_answer(instructions="Be brief.")
     said = [{"role": "user", "content": QUESTION}, *first["output"], {"role": "user", "content": "why 🤔?"}]
     expected = asked(client, instructions="Be brief.", input=said, store=False)
-    engine.clear_cache()
+    engine.cache.clear()
     answer = client.post(
         URL, json=response(instructions="Be brief.", input="why 🤔?", previous_response_id=first["id"], **second)
     )

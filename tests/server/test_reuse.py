@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from kvcomm.align.levels import Level
+from kvcomm.align.standings import Level
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.results import ApproximationReport, Usage
 from kvcomm.reuse.healing import NotHealed
@@ -54,7 +54,7 @@ def ask(client: TestClient, role: int, number: int, **fields: Any) -> dict[str, 
 @pytest.fixture
 def client(make_client: MakeClient, engine: Engine) -> TestClient:
     """Of a server that has learned how the second role reads what the first one has read."""
-    engine.reuse.cost.model = ROWS_ONLY
+    engine.reuse.parts.cost.model = ROWS_ONLY
     client = make_client()
     for number in range(NUM_ROUNDS):
         for role in range(len(ROLES)):
@@ -80,20 +80,20 @@ def test_a_dynamic_segment_is_moved_behind_another_role(client: TestClient) -> N
 
 def test_the_least_that_a_caller_accepts(make_client: MakeClient, engine: Engine) -> None:
     """Pairs of other kinds of prompts count for a new one, unless its caller wants its own."""
-    engine.reuse.cost.model = ROWS_ONLY
+    engine.reuse.parts.cost.model = ROWS_ONLY
     client = make_client()
     learn_from_others(client, engine)
     ask(client, 0, 99, reuse=LOOSE)
     own = ask(client, 1, 99, reuse=LOOSE | {"basis": "own"})
     assert (own["aligned_tokens"], own["bound"]["level"], own["bound"]["num_pairs"]) == (0, None, 0)
-    engine.clear_cache()
+    engine.cache.clear()
     ask(client, 0, 98, reuse=LOOSE)
     pool = ask(client, 1, 98, reuse=LOOSE | {"basis": "pool"})
     assert (pool["aligned_tokens"] > 50, pool["bound"]["level"]) == (True, "pool")
 
 
 def test_the_server_says_what_is_accepted_where_a_request_does_not(make_client: MakeClient, engine: Engine) -> None:
-    engine.reuse.cost.model = ROWS_ONLY
+    engine.reuse.parts.cost.model = ROWS_ONLY
     client = make_client(max_divergence=50.0, confidence=0.5, basis="own")
     learn_from_others(client, engine)
     ask(client, 0, 99)

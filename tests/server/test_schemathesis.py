@@ -106,7 +106,9 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     tiny = tiny_model()
     tiny.model.config.max_position_embeddings = 16_384  # no schema can say how many tokens a text has
     with Engine(tiny.model, tiny.tokenizer, config=EngineConfig(page_size=4, pool_tokens=65_536)) as engine:
-        engine.reuse.cost.model = ROWS_ONLY  # measuring imports in a thread, while hypothesis looks at what is there
+        engine.reuse.parts.cost.model = (
+            ROWS_ONLY  # measuring imports in a thread, while hypothesis looks at what is there
+        )
         app = make_app(
             engine,
             ServerSettings(model=MODEL, max_answer_tokens=4, snapshots=file.parent / "snapshots"),

@@ -123,7 +123,7 @@ def test_anchors_on_a_full_disk(
         raise AnchorFileError("/somewhere/x cannot be written: No space left on device") from OSError(28, "No space")
 
     with monkeypatch.context() as patch, told(caplog, "No space left on device"):
-        patch.setattr(engine, "save_anchors", fail)
+        patch.setattr(engine.reuse, "save", fail)
         answer = client.get("/v1/anchors")
     assert error_of(answer) == (503, "anchors_failed")
     assert "/somewhere" not in answer.text

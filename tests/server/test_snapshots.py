@@ -39,7 +39,7 @@ def test_a_conversation_comes_back_and_goes_on(saving: TestClient, engine: Engin
     expected = ok(saving.post(CHAT, json=chat(messages=MORE, context_id=context["id"])))
     saved = ok(save(saving, context["id"]))
     ok(saving.delete(f"{URL}/{context['id']}"))
-    engine.clear_cache()
+    engine.cache.clear()
     restored = ok(saving.post("/v1/snapshots/one/restore", json={"ttl": "20h"}))
     assert (restored["tokens"], restored["name"]) == (saved["tokens"], "base")
     assert 20 * 3600 - PATIENCE_S < restored["expires_in_s"] <= 20 * 3600

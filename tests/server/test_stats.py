@@ -17,9 +17,10 @@ from starlette.testclient import TestClient
 from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import Measured, Pair
 from kvcomm.align.ladder import TURNED
-from kvcomm.align.levels import Audit, Level
 from kvcomm.align.readers import Reader
-from kvcomm.engine.engine import Engine, MemoryStats
+from kvcomm.align.standings import Audit, Level
+from kvcomm.engine.cache import MemoryStats
+from kvcomm.engine.engine import Engine
 from kvcomm.reuse.plan import Plan, Reason, Span, SpanKind
 from kvcomm.server.keys import KeyRing, add_key
 from kvcomm.server.schemas.stats import Stats
@@ -98,7 +99,7 @@ def test_what_is_cached_and_what_was_dropped(client: TestClient, engine: Engine)
     client.post("/v1/completions", json=completion(max_tokens=1))
     cache = stats_of(client)["cache"]
     assert cache["tokens"] == cached_by(engine, engine.namespace()).num_tokens > 0
-    assert cache["bytes"] == engine.memory_stats().num_cached * engine.pool.page_bytes
+    assert cache["bytes"] == engine.cache.stats().num_cached * engine.pool.page_bytes
     with engine.lock:
         engine.tree.evict(10_000)
     found = stats_of(client)
@@ -117,14 +118,14 @@ def learn(engine: Engine, reader: Reader, num_pairs: int, tenant: str = "default
     """Add pairs along the turned rungs."""
     for _ in range(num_pairs):
         pair = Pair({rung: Measured(0.001) for rung in TURNED})
-        engine.reuse.book.add(engine.namespace(tenant), reader, pair)
+        engine.reuse.parts.book.add(engine.namespace(tenant), reader, pair)
 
 
 def audit(engine: Engine, reader: Reader, level: Level, *found: tuple[float, float], tenant: str = "default") -> None:
     """Count audits: (divergence, predicted)."""
     for divergence, predicted in found:
         each = Audit(time.monotonic(), divergence, predicted, BOUND, level)
-        engine.reuse.book.audited(engine.namespace(tenant), reader, each)
+        engine.reuse.parts.book.audited(engine.namespace(tenant), reader, each)
 
 
 def test_audits_and_bounds(client: TestClient, engine: Engine) -> None:
@@ -190,13 +191,13 @@ def test_tenants_see_their_own(make_client: MakeClient, keys: Keys, key_file: Pa
 @pytest.mark.parametrize("path", ["/v1/stats", "/v1/anchors/status", "/admin/status"])
 def test_who_looks_holds_nobody_up(path: str, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """While somebody else has the engine's lock, whatever needs no engine is answered at once."""
-    has_begun, memory_stats = threading.Event(), engine.memory_stats
+    has_begun, memory_stats = threading.Event(), engine.cache.stats
 
     def noted() -> MemoryStats:
         has_begun.set()
         return memory_stats()
 
-    monkeypatch.setattr(engine, "memory_stats", noted)
+    monkeypatch.setattr(engine.cache, "stats", noted)
     with serving(engine, ServerSettings(model=MODEL, port=0)) as live, ThreadPoolExecutor(1) as pool:
         with engine.lock:
             looking = pool.submit(httpx2.get, f"{live.url}{path}", timeout=PATIENCE_S)
@@ -236,7 +237,7 @@ def test_looking_at_what_is_missing_makes_nobody_known(client: TestClient, engin
     for _ in range(2):
         found = client.get("/v1/anchors/status").json()
         assert (found["readers"], found["newcomer"]["reason"]) == ([], "uncalibrated")
-    assert engine.readers() == []
+    assert engine.reuse.readers() == []
 
 
 def test_the_bound_that_is_counted_for(make_client: MakeClient) -> None:

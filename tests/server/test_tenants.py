@@ -212,7 +212,7 @@ def test_a_salt_that_is_dropped_leaves_nothing(make_client: MakeClient, engine: 
         assert client.delete(f"/v1/contexts/{made.json()['id']}").status_code == 200
     memory = engine.memory
     assert len(memory.renditions._spaces) == 2
-    assert not engine.reuse.book._tenants.keys() - memory.renditions._spaces.keys()
+    assert not engine.reuse.parts.book._tenants.keys() - memory.renditions._spaces.keys()
 
 
 def test_limits_follow_the_key_file(key_file: Path, make_client: MakeClient) -> None:

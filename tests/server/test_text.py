@@ -71,7 +71,7 @@ def test_a_conversation_is_what_the_chat_template_gives(client: TestClient, engi
     answer = ok(client.post(CHAT, json=chat(messages=MORE, context_id=context["id"], store=True)))
     start = START.get(kind, "")
     ids = held(client).tokens
-    text = engine.decode(ids)
+    text = engine.texts.decode(ids)
     before = start + rendered(engine, [*HELLO, *MORE], add_generation_prompt=True)
     assert text.startswith(before)
     assert engine.tokenizer.decode(ids[answer["usage"]["prompt_tokens"] :], skip_special_tokens=True) == said(answer)
@@ -88,7 +88,10 @@ def test_segments_and_text_are_one_text(client: TestClient, engine: Engine, kind
     start = engine.encoder.start_ids
     pieces = [engine.encoder.piece(text) for text in ("hel", "lo w", "orld")]
     assert answer["usage"]["prompt_tokens"] == len(start) + sum(map(len, pieces))
-    assert engine.decode([*start, *(token for ids in pieces for token in ids)]) == START.get(kind, "") + "hello world"
+    assert (
+        engine.texts.decode([*start, *(token for ids in pieces for token in ids)])
+        == START.get(kind, "") + "hello world"
+    )
 
 
 @pytest.mark.parametrize("kind", ["added-tokens"], indirect=True)
@@ -98,7 +101,7 @@ def test_a_control_token_that_nobody_flagged_is_text_in_messages(client: TestCli
     tool, spaces = (engine.tokenizer.convert_tokens_to_ids(text) for text in ("<|tool_call|>", "   "))
     assert tool not in ids
     assert spaces in ids
-    assert engine.decode(ids) == rendered(engine, CALL)
+    assert engine.texts.decode(ids) == rendered(engine, CALL)
     whole = ok(client.post(CHAT, json=chat(messages=CALL)))
     assert whole["usage"]["prompt_tokens"] > context["tokens"]
 
@@ -114,12 +117,12 @@ def test_a_stored_answer_is_the_one_that_was_shown(
     answer = client.post(CHAT, json=body)
     assert answer.status_code == 200
     assert is_streamed or said(answer.json()) == "1)"
-    assert engine.decode(held(client).tokens).endswith("assistant\n1)")
+    assert engine.texts.decode(held(client).tokens).endswith("assistant\n1)")
     draw(monkeypatch, engine.tokenizer.convert_tokens_to_ids(["3", "2"]))
     ok(client.post(CHAT, json=chat(messages=MORE, context_id=context["id"], store=True, max_tokens=2)))
     answers = [{"role": "assistant", "content": text} for text in ("1)", "32")]
     expected = rendered(engine, [*HELLO, *MORE, answers[0], *MORE, answers[1]]).removesuffix("<|im_end|>\n")
-    assert engine.decode(held(client).tokens).removeprefix("<s>") == expected
+    assert engine.texts.decode(held(client).tokens).removeprefix("<s>") == expected
 
 
 @pytest.mark.parametrize("kind", ["llama"], indirect=True)

@@ -41,12 +41,12 @@ def server(tiny: TinyModel, folder: Path, keys: Path | None = None, **settings: 
     """A server of its own, as another process would have it; what it has computed is in the tier at the end."""
     tier = Tier.open(str(folder), secret=None if keys is None else SECRET, run_tokens=8)
     with Engine(tiny.model, tiny.tokenizer, config=SMALL, tier=tier) as engine:
-        engine.reuse.cost.model = DEAR
+        engine.reuse.parts.cost.model = DEAR
         ring = None if keys is None else KeyRing(keys)
         app = make_app(engine, ServerSettings(model=MODEL, **settings), keys=ring)
         yield TestClient(app, base_url="http://localhost")
         app.state.kvcomm.contexts.close()
-        assert engine.flush_tier(PATIENCE_S)
+        assert engine.tiering.flush(PATIENCE_S)
         require_nothing_left(engine)
     tier.close()
 

@@ -61,11 +61,11 @@ def test_pieces_of_the_vocabulary(client: TestClient, engine: Engine) -> None:
 def test_a_conversation_is_rendered_as_it_would_be(client: TestClient, engine: Engine) -> None:
     spoken = tokens_of(client, messages=HELLO)["tokens"]
     silent = tokens_of(client, messages=HELLO, add_generation_prompt=False)["tokens"]
-    assert engine.decode(spoken).startswith(engine.decode(silent))
+    assert engine.texts.decode(spoken).startswith(engine.texts.decode(silent))
     assert len(silent) < len(spoken)
     messages = [*HELLO, {"role": "assistant", "content": "The"}]
     opened = tokens_of(client, messages=messages, continue_final_message=True)["tokens"]
-    assert engine.decode(opened) == engine.decode(spoken) + "The"
+    assert engine.texts.decode(opened) == engine.texts.decode(spoken) + "The"
 
 
 def test_there_and_back(client: TestClient, engine: Engine) -> None:

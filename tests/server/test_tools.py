@@ -84,7 +84,7 @@ def prompt_of(engine: Engine, client: TestClient, **fields: Any) -> str:
     """What the model is given."""
     state = client.app.state.kvcomm  # type: ignore[attr-defined]  # starlette's client knows its app
     prompt = state.prompts.chat(ChatRequest(**chat(**fields)), "ann")
-    return engine.decode(prompt.token_ids)
+    return engine.texts.decode(prompt.token_ids)
 
 
 def test_a_call_is_a_call(client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

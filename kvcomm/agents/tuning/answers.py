@@ -122,7 +122,7 @@ def exact_runs(engine: Engine, team: Team, rows: Sequence[Row], file: Path, note
         batch = missing[first : first + BATCH]
         note(f"exact runs: {first + 1} to {first + len(batch)} of {len(missing)}")
         results = run_all(group, [row.inputs for row in batch], team)
-        engine.clear_cache()
+        engine.cache.clear()
         for row, result in zip(batch, results, strict=True):
             run = {name: Reading(result[name].prompt, result[name].token_ids) for name in result}
             append_line(file, {"row": row.digest, "agents": _json(run)})

@@ -25,8 +25,8 @@ from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import Calibration
 from kvcomm.align.intervals import violation_limit, wilson
 from kvcomm.align.ladder import TURNED, Ladder
-from kvcomm.align.levels import Level
 from kvcomm.align.readers import Reader
+from kvcomm.align.standings import Level
 from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
 from kvcomm.errors import InvalidRequest
@@ -88,11 +88,11 @@ def apply_profile(
         require_fit(profile, file, namespace, None if team is None else team_digest(greedy(team)))
         banks = fitting_banks(profile, file)
         if banks is not None:
-            engine.load_anchors(banks)
+            engine.reuse.load(banks)
         else:
             known = read_pairs(profile, file)
             with engine.lock:
-                engine.reuse.book.put(namespace, known)
+                engine.reuse.parts.book.put(namespace, known)
     except BaseException:
         engine.close()
         raise
@@ -180,7 +180,7 @@ def calibrations(
     found = {}
     with engine.lock:
         for agent, reader in readers.items():
-            grounds = engine.reuse.book.grounds(engine.namespace(), reader, (ladder,), policy.bound, levels)
+            grounds = engine.reuse.parts.book.grounds(engine.namespace(), reader, (ladder,), policy.bound, levels)
             if grounds is not None:
                 found[agent] = grounds.calibration
     return found

@@ -82,7 +82,7 @@ def turns(engine: Engine, run: TeamRun) -> Iterator[tuple[str, Reading]]:
         if index and reading.answer:
             yield agent, reading
         publish(engine, [(reading.prompt, reading.answer)])
-    engine.clear_cache()
+    engine.cache.clear()
 
 
 def learn(engine: Engine, data: Replays, note: Note) -> None:
@@ -90,18 +90,18 @@ def learn(engine: Engine, data: Replays, note: Note) -> None:
     for index, run in enumerate(data.runs):
         note(f"banks: row {index + 1} of {len(data.runs)}")
         for _, reading in turns(engine, run):
-            engine.learn(reading.prompt).result()
+            engine.reuse.learn(reading.prompt).result()
 
 
 def banks_of(engine: Engine) -> list[BankSnapshot]:
     """What an engine has learned, to be given to another one."""
-    return [bank.snapshot() for bank in engine.reuse.anchors.banks(engine.namespace())]
+    return [bank.snapshot() for bank in engine.reuse.parts.anchors.banks(engine.namespace())]
 
 
 def give_banks(engine: Engine, banks: Sequence[BankSnapshot]) -> None:
     """Let an engine whose sketches are made alike begin with these banks."""
     for bank in banks:
-        engine.reuse.anchors.bank(engine.namespace(), bank.edge).replace(bank)
+        engine.reuse.parts.anchors.bank(engine.namespace(), bank.edge).replace(bank)
 
 
 def calibrate(engine: Engine, data: Replays, policy: ReusePolicy, note: Note) -> dict[str, Reader]:
@@ -110,7 +110,7 @@ def calibrate(engine: Engine, data: Replays, policy: ReusePolicy, note: Note) ->
     for index, run in enumerate(data.runs):
         note(f"calibration: row {index + 1} of {len(data.runs)}")
         for agent, reading in turns(engine, run):
-            if engine.calibrate(reading.prompt, reading.answer, policy).result() is not None:
+            if engine.reuse.calibrate(reading.prompt, reading.answer, policy).result() is not None:
                 readers[agent] = reader_of(engine.read_prompt(reading.prompt, is_start=True))
     return readers
 
@@ -156,7 +156,7 @@ def replayed(engine: Engine, run: TeamRun, rungs: Sequence[Rung]) -> dict[str, P
 
 def _outcomes(engine: Engine, reading: Reading, rungs: Sequence[Rung]) -> dict[Rung, Outcome]:
     try:
-        return dict(zip(rungs, engine.measure(reading.prompt, reading.answer, rungs).result(), strict=False))
+        return dict(zip(rungs, engine.reuse.measure(reading.prompt, reading.answer, rungs).result(), strict=False))
     except InvalidRequest:  # one of the estimators knows too little about an edge
         ladders = ladders_of(rungs)
         if len(ladders) == 1:

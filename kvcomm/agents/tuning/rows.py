@@ -34,7 +34,7 @@ class Sizes(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Of all parts."""
+        """Rows of all parts together."""
         return sum(self)
 
 

@@ -55,9 +55,9 @@ from kvcomm.agents.tuning.state import append_line, claim, damaged, read_kept
 from kvcomm.align.bank import BankSnapshot
 from kvcomm.align.bound import Bound
 from kvcomm.align.ladder import Rung
-from kvcomm.align.levels import Level
 from kvcomm.align.profile_file import READERS_FILE
 from kvcomm.align.readers import Reader
+from kvcomm.align.standings import Level
 from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
 from kvcomm.errors import InvalidRequest
@@ -96,7 +96,7 @@ class Task:
 
     @property
     def folder(self) -> Path:
-        """Of banks and state."""
+        """Where banks and state are kept."""
         return state_folder(Path(self.out))
 
     @property
@@ -152,7 +152,7 @@ def tune(task: Task, plan: Plan) -> TuningProfile:
     config = EngineConfig()
     with task.make_engine(config) as engine:
         namespace = engine.namespace()
-        num_groups = engine.reuse.anchors.shape.num_groups
+        num_groups = engine.reuse.parts.anchors.shape.num_groups
         wanted = [row for part in split for row in part]
         runs = exact_runs(engine, team, wanted, task.folder / "answers.jsonl", task.note)
     data = _by_part(split, runs)
@@ -168,7 +168,7 @@ def tune(task: Task, plan: Plan) -> TuningProfile:
     with task.make_engine(chosen.config) as engine:
         readers = _calibrate(task, engine, chosen, data[2], policy)
         found = _verify(task, engine, data[3], readers, policy)
-        pairs = write_pairs(out, namespace, engine.reuse.book.knowledge(namespace))
+        pairs = write_pairs(out, namespace, engine.reuse.parts.book.knowledge(namespace))
         agents = {agent: _agent(engine, reader) for agent, reader in readers.items()}
     profile = TuningProfile(
         format=2,
@@ -253,10 +253,10 @@ def _banks(task: Task, config: EngineConfig, data: Replays) -> list[BankSnapshot
     folder = task.folder / f"learned-{config.sketch_groups}-{config.sketch_layers}-{len(data.rows)}"
     with task.make_engine(config) as engine:
         if (folder / READERS_FILE).exists():  # written last
-            engine.load_anchors(folder)
+            engine.reuse.load(folder)
         else:
             learn(engine, data, task.note)
-            engine.save_anchors(folder)
+            engine.reuse.save(folder)
         return banks_of(engine)
 
 
@@ -280,7 +280,7 @@ def _calibrate(task: Task, engine: Engine, chosen: Chosen, data: Replays, policy
     folder = task.folder / BANKS
     if folder.exists():
         shutil.rmtree(folder)
-    engine.save_anchors(folder)
+    engine.reuse.save(folder)
     return readers
 
 
@@ -303,7 +303,7 @@ def _verify(
 
 
 def _agent(engine: Engine, reader: Reader) -> AgentTable:
-    found = engine.reuse.book.find(engine.namespace(), reader.digest)
+    found = engine.reuse.parts.book.find(engine.namespace(), reader.digest)
     return AgentTable(reader=reader.digest, num_pairs=0 if found is None else len(found.pairs))
 
 

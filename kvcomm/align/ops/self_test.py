@@ -48,7 +48,10 @@ SHAPES = (
 
 
 class Kind(NamedTuple):
-    """Of a move: what is done, and whether slots are consecutive. To the kernel all slots are alike: two kinds do."""
+    """The kind of a move: what is done, and whether slots are consecutive.
+
+    To the kernel all slots are alike: two kinds do.
+    """
 
     corrected: bool
     scattered: bool

@@ -3,6 +3,7 @@
     serve run kvcomm.integrations.ray:app model=smollm2-135m replicas=2 tier=file:///srv/kv
 
 `app` takes the arguments that `settings.AppSettings` documents, and every setting of `kvcomm serve` by its own name.
+The other names are the policy of routing, which needs no Ray.
 """
 
 from __future__ import annotations
@@ -10,10 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from kvcomm.starting import lazily
+
 if TYPE_CHECKING:
     from ray.serve import Application
 
-__all__ = ["app"]
+    from kvcomm.integrations.ray.routing import Policy, Run, Wanted, candidates, rank, rendezvous
+
+__all__ = ["Policy", "Run", "Wanted", "app", "candidates", "rank", "rendezvous"]
+
+__getattr__ = lazily(__name__, dict.fromkeys(set(__all__) - {"app"}, "kvcomm.integrations.ray.routing"))
 
 
 def app(arguments: Mapping[str, Any]) -> Application:

@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kvcomm.engine.engine import DEFAULT_TENANT, Engine
+from kvcomm.engine.engine import Engine
 from kvcomm.integrations.ray.ingress import ReplicaDied, make_ingress
 from kvcomm.integrations.ray.keeping import ContextKeeper
 from kvcomm.integrations.ray.learning import LearningExchange
@@ -37,6 +37,7 @@ from kvcomm.server.settings import ServerSettings
 from kvcomm.server.state import ServerState
 from kvcomm.tiers.keys import read_secret
 from kvcomm.tiers.opening import open_store
+from kvcomm.tiers.space import DEFAULT_TENANT
 
 logger = logging.getLogger("kvcomm.ray")
 
@@ -71,7 +72,7 @@ class EngineReplica:
             server.model, dtype=server.dtype, device=server.device, config=server.engine, tier=self._tier
         )
         for adapter, folder in server.adapters.items():
-            self._engine.load_adapter(adapter, folder)
+            self._engine.adapters.load(adapter, folder)
         app = make_app(self._engine, server, new_id=PinnedIds(name))
         self._serving = Serving(app, name)
         objects = _objects(server)

@@ -63,7 +63,7 @@ class LearningExchange:
         folder = self._folder(tenant)
         name = f"{folder}{self._replica}-{self._version:010d}"
         with tempfile.TemporaryDirectory() as made:
-            self._engine.save_anchors(Path(made, "anchors"), tenant=tenant)
+            self._engine.reuse.save(Path(made, "anchors"), tenant=tenant)
             export_archive(Path(made, "anchors"), Path(made, "archive"))
             self._objects.put(tenant, name, Path(made, "archive").read_bytes())
         self._told[tenant] = num_pairs
@@ -90,12 +90,12 @@ class LearningExchange:
             import_archive(archive, whole)
             readers = cut_to_better(whole, self._known(tenant), better)
             if readers:
-                self._engine.load_anchors(better, tenant=tenant)
+                self._engine.reuse.load(better, tenant=tenant)
                 self._told[tenant] = sum(each.num_pairs for each in self._known(tenant))
         return len(readers)
 
     def _known(self, tenant: str) -> list[Known]:
-        return [Known(each.reader, len(each.pairs)) for each in self._engine.readers(tenant)]
+        return [Known(each.reader, len(each.pairs)) for each in self._engine.reuse.readers(tenant)]
 
     def _folder(self, tenant: str) -> str:
         return self._objects.folder(tenant, LEARNED, self._engine.home(tenant))

@@ -11,8 +11,8 @@ import hashlib
 import hmac
 import logging
 
-from kvcomm.engine.engine import DEFAULT_TENANT
 from kvcomm.errors import KVCommError
+from kvcomm.tiers.space import DEFAULT_TENANT
 from kvcomm.tiers.store import ObjectStore
 
 logger = logging.getLogger("kvcomm.ray")

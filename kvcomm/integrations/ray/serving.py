@@ -45,7 +45,7 @@ class Serving:
 
     @property
     def state(self) -> ServerState:
-        """Of the server."""
+        """The server's state."""
         state = self._app.state.kvcomm
         assert isinstance(state, ServerState)
         return state

@@ -64,7 +64,7 @@ class AppSettings(BaseModel):
 
     @property
     def num_threads(self) -> int:
-        """Of torch in a replica."""
+        """Threads of torch in a replica."""
         return self.threads or max(1, int(self.cpus))
 
     def autoscaling(self) -> dict[str, Any] | None:

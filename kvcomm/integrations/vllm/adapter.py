@@ -1,13 +1,12 @@
-"""Every private name of vLLM that kvcomm uses, in one file.
+"""Every use that kvcomm makes of private parts of vLLM, in one file.
 
 The rest of the folder speaks to `VllmModel` (the model in a worker: passes, pages) and to the few functions on requests
-below. `missing_names` says what a vLLM of another version lacks; `VllmModel` measures at start that what is left does
-what it did (`check`). Whatever is amiss is an UnsupportedModel with one line, and vLLM serves without kvcomm.
+below. `needed.missing_names` says what a vLLM of another version lacks; `VllmModel` measures at start that what is left
+does what it did (`check`). Whatever is amiss is an UnsupportedModel with one line, and vLLM serves without kvcomm.
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -19,76 +18,18 @@ from torch import Tensor
 
 from kvcomm.errors import UnsupportedModel
 from kvcomm.integrations.vllm.decoder import Attend
-from kvcomm.integrations.vllm.layout import LayerLayout, measure
+from kvcomm.integrations.vllm.layout import LayerLayout, Probe, measure
+from kvcomm.integrations.vllm.needed import version
 from kvcomm.integrations.vllm.sharding import Shard
 from kvcomm.integrations.vllm.turns import Turns
 from kvcomm.memory.pool import LayerShape
 
 logger = logging.getLogger("kvcomm.vllm")
 
-FIRST_VERSION, FIRST_UNTRIED_VERSION = (0, 32), (0, 33)
-"""Versions of vLLM that this was written for: from the first, up to but without the second."""
-
-EXACT_TOLERANCE = 1e-4
-"""Largest difference of KV in float32 up to which kvcomm's kernels count as exact beside vLLM's."""
-
 NUM_PROBED = 40
 """Tokens of the prompt by which both are compared."""
 
 SALT = "kvcomm-"
-
-NAMES = {
-    "vllm.config": ("VllmConfig",),
-    "vllm.distributed": ("get_tensor_model_parallel_rank",),
-    "vllm.distributed.kv_transfer": ("get_kv_transfer_group", "has_kv_transfer_group"),
-    "vllm.distributed.kv_transfer.kv_connector.factory": ("KVConnectorFactory",),
-    "vllm.distributed.kv_transfer.kv_connector.v1.base": (
-        "KVConnectorBase_V1",
-        "KVConnectorMetadata",
-        "KVConnectorRole",
-        "KVConnectorWorkerMetadata",
-        "SupportsHMA",
-    ),
-    "vllm.forward_context": ("set_forward_context",),
-    "vllm.model_executor.layers.attention": ("Attention",),
-    "vllm.model_executor.models.utils": ("extract_layer_index",),
-    "vllm.platforms": ("current_platform",),
-    "vllm.v1.attention.backend": ("CommonAttentionMetadata",),
-    "vllm.v1.kv_cache_interface": ("FullAttentionSpec",),
-    "vllm.v1.request": ("Request",),
-    "vllm.v1.worker.gpu_worker": ("Worker",),
-}
-"""What is imported, by module."""
-
-MEMBERS = {
-    ("vllm.v1.request", "Request"): ("update_block_hashes",),
-    ("vllm.v1.worker.gpu_worker", "Worker"): ("initialize_from_config", "execute_model", "sample_tokens"),
-    ("vllm.distributed.kv_transfer.kv_connector.v1.base", "KVConnectorBase_V1"): (
-        "build_connector_meta",
-        "build_connector_worker_meta",
-        "get_block_ids_with_load_errors",
-        "get_finished",
-        "get_num_new_matched_tokens",
-        "on_new_request",
-        "start_load_kv",
-        "update_connector_output",
-        "update_state_after_alloc",
-        "wait_for_save",
-    ),
-}
-"""What of it is called or overridden."""
-
-
-def version() -> str:
-    """The version of vLLM.
-
-    Raises:
-        UnsupportedModel: there is none.
-    """
-    try:
-        return str(importlib.import_module("vllm").__version__)
-    except ImportError as error:
-        raise UnsupportedModel(f"vLLM cannot be imported here ({error})") from error
 
 
 def producer(num_ranks: int = 1) -> str:
@@ -114,62 +55,6 @@ def shard_of(config: Any) -> Shard:
 def num_kv_heads(config: Any) -> int:
     """KV heads of each layer of the whole model."""
     return int(config.model_config.get_total_num_kv_heads())
-
-
-def is_tried_version(found: str) -> bool:
-    """Whether a version is one that this was written for."""
-    parts = tuple(int(part) for part in found.split("+")[0].split(".")[:2] if part.isdigit())
-    return FIRST_VERSION <= parts < FIRST_UNTRIED_VERSION
-
-
-def missing_names() -> list[str]:
-    """What this vLLM lacks of all that kvcomm uses of it; empty: nothing."""
-    missing: list[str] = []
-    for module, names in NAMES.items():
-        try:
-            found = importlib.import_module(module)
-        except ImportError:
-            missing.append(module)
-            continue
-        missing += [f"{module}.{name}" for name in names if not hasattr(found, name)]
-    for (module, name), members in MEMBERS.items():
-        if module not in missing and f"{module}.{name}" not in missing:
-            owner = getattr(importlib.import_module(module), name)
-            missing += [f"{module}.{name}.{member}" for member in members if not hasattr(owner, member)]
-    return missing
-
-
-class Found(NamedTuple):
-    """What `kvcomm doctor --vllm` shows.
-
-    Attributes:
-        reason: why nothing is served, or what to know; empty: all is as it was tried.
-    """
-
-    version: str | None
-    serves: bool
-    reason: str
-
-
-def look() -> Found:
-    """Whether kvcomm serves in the vLLM that is installed here; starts nothing."""
-    try:
-        found = version()
-        require_known()
-    except UnsupportedModel as error:
-        return Found(None, False, str(error))
-    untried = "" if is_tried_version(found) else f"not tried with this version; written for {_versions()}"
-    return Found(found, True, untried)
-
-
-def require_known() -> None:
-    """Raises UnsupportedModel where this vLLM lacks something, with the names and the versions that have it."""
-    missing = missing_names()
-    if missing:
-        raise UnsupportedModel(
-            f"vLLM {version()} lacks {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}; kvcomm was "
-            f"written for {_versions()}"
-        )
 
 
 def isolate(request: Any) -> None:
@@ -233,21 +118,6 @@ def why_not_moved(config: Any) -> str | None:
     return None
 
 
-class Probe(NamedTuple):
-    """What was measured at start.
-
-    Attributes:
-        difference: largest, of KV computed with kvcomm's attention and with vLLM's; None: it could not be measured.
-    """
-
-    difference: float | None
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether kvcomm's own KV may stand for vLLM's."""
-        return self.difference is not None and self.difference <= EXACT_TOLERANCE
-
-
 class VllmModel:
     """The model of a worker, and the pages of its KV. A `Host` of kvcomm's engine."""
 
@@ -274,12 +144,12 @@ class VllmModel:
 
     @property
     def device(self) -> torch.device:
-        """Of the model and its KV."""
+        """Device of the model and its KV."""
         return self._device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of KV and logits."""
+        """Dtype of KV and logits."""
         return self._dtype
 
     @property
@@ -463,7 +333,7 @@ class Inside(NamedTuple):
 
 
 def inside(llm: Any) -> Inside:
-    """Of a `vllm.LLM` whose engine runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0)."""
+    """What runs in a `vllm.LLM` whose engine runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0)."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     client = llm.llm_engine.engine_core
@@ -531,11 +401,6 @@ def take_turns(runner: Any, turns: Turns, while_empty: Callable[[], None]) -> No
             return sample(*arguments, **keywords)
 
     runner.execute_model, runner.sample_tokens = execute_model, sample_tokens
-
-
-def _versions() -> str:
-    first, last = (".".join(map(str, version)) for version in (FIRST_VERSION, FIRST_UNTRIED_VERSION))
-    return f"vLLM >= {first}, < {last}"
 
 
 def _layers(config: Any) -> list[Any]:

@@ -17,9 +17,9 @@ from pydantic import BaseModel, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from kvcomm.engine.encoding import TextEncoder
-from kvcomm.engine.prompts import Prompt, PromptReader
+from kvcomm.engine.prompts import PromptReader
 from kvcomm.integrations.vllm.params import DEFAULT_TENANT, KEY, MAX_NAME, MAX_SPANS, RequestParams, Reuse, Span
-from kvcomm.memory.segments import Segment
+from kvcomm.memory.segments import Prompt, Segment
 from kvcomm.server.errors import ApiError, invalid
 from kvcomm.server.prompts import PromptMaker
 from kvcomm.server.schemas.chat import ChatRequest

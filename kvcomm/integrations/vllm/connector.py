@@ -19,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvcomm.errors import InvalidRequest, UnsupportedModel
-from kvcomm.integrations.vllm import adapter
+from kvcomm.integrations.vllm import adapter, needed
 from kvcomm.integrations.vllm.ledger import Ledger
 from kvcomm.integrations.vllm.messages import Jobs, Prepared
 from kvcomm.integrations.vllm.params import KEY, RequestParams, read_params
@@ -78,12 +78,12 @@ class KVCommConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, un
 
     @property
     def ledger(self) -> Ledger:
-        """Of the scheduler's side."""
+        """The scheduler's side."""
         return self._ledger
 
     @property
     def preparations(self) -> Preparations | None:
-        """Of a worker's side; None: it has no model."""
+        """A worker's side; None: it has no model."""
         return self._worker.preparations
 
     @property
@@ -227,10 +227,10 @@ class KVCommConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, un
 
 def _why_off(config: Any, kv_cache_config: Any) -> str | None:
     try:
-        adapter.require_known()
+        needed.require_known()
     except UnsupportedModel as error:
         return str(error)
     try:
         return adapter.why_unsupported(config, kv_cache_config)
     except Exception as error:  # settings of another version
-        return f"vLLM {adapter.version()} has other settings than are known ({error!r})"
+        return f"vLLM {needed.version()} has other settings than are known ({error!r})"

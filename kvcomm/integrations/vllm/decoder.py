@@ -33,7 +33,7 @@ class Host(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of keys, values and logits."""
+        """Dtype of keys, values and logits."""
         ...
 
     def hidden(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
@@ -53,8 +53,10 @@ class HostedDecoder(nn.Module):
     """
 
     def __init__(self, host: Host, like: PreTrainedModel) -> None:
-        """Args:
-        like: the same model of transformers, whose weights are not used; its rotary modules say how keys turn.
+        """Make one.
+
+        Args:
+            like: the same model of transformers, whose weights are not used; its rotary modules say how keys turn.
         """
         super().__init__()
         # Not a child: how its modules are named and packed is the host's matter.
@@ -73,7 +75,7 @@ class HostedDecoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of keys, values and logits."""
+        """Dtype of keys, values and logits."""
         return self._host[0].dtype
 
     def get_output_embeddings(self) -> nn.Module:

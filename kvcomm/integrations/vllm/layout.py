@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from kvcomm.errors import UnsupportedModel
 
 BASE = 100
 """Numbers are told by digits that every dtype of KV holds exactly."""
+
+EXACT_TOLERANCE = 1e-4
+"""Largest difference of KV in float32 up to which kvcomm's kernels count as exact beside vLLM's."""
 
 Write = Callable[[Tensor, Tensor, Tensor], None]
 """Key and value [num_tokens, num_kv_heads, dim], and the slots [num_tokens] that they are written to."""
@@ -44,6 +48,21 @@ class LayerLayout:
         found = (each[blocks[first:last]].flatten(0, 1)[wanted] for each in (self.keys, self.values))
         keys, values = (each.contiguous() for each in found)
         return keys, values
+
+
+class Probe(NamedTuple):
+    """What was measured at start.
+
+    Attributes:
+        difference: largest, of KV computed with kvcomm's attention and with vLLM's; None: it could not be measured.
+    """
+
+    difference: float | None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether kvcomm's own KV may stand for vLLM's."""
+        return self.difference is not None and self.difference <= EXACT_TOLERANCE
 
 
 def measure(memory: Tensor, num_blocks: int, block_size: int, num_kv_heads: int, dim: int, write: Write) -> LayerLayout:

@@ -67,7 +67,7 @@ Job = Prepare | Load | Save | Drop | Forget
 
 @dataclass
 class Jobs:
-    """Of one step; `num_tokens`: that vLLM computes in it."""
+    """Jobs of one step; `num_tokens`: that vLLM computes in it."""
 
     jobs: list[Job] = field(default_factory=list)
     num_tokens: int = 0

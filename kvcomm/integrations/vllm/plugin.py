@@ -20,10 +20,10 @@ CONNECTOR, MODULE = "KVCommConnector", "kvcomm.integrations.vllm.connector"
 
 def register() -> None:
     """Called by vLLM in each of its processes, perhaps more than once."""
-    from kvcomm.integrations.vllm import adapter
+    from kvcomm.integrations.vllm import adapter, needed
 
     try:
-        adapter.require_known()
+        needed.require_known()
         adapter.name_connector(CONNECTOR, MODULE)
         _show_models(adapter)
     except UnsupportedModel as error:

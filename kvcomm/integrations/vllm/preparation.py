@@ -18,8 +18,9 @@ from typing import Protocol
 from torch import Tensor
 
 from kvcomm.engine.context import PREFILL_ONLY, Context
-from kvcomm.engine.engine import Engine, end_token_ids
+from kvcomm.engine.engine import Engine
 from kvcomm.engine.handle import RequestHandle
+from kvcomm.engine.language import end_token_ids
 from kvcomm.engine.results import Usage as EngineUsage
 from kvcomm.errors import KVCommError
 from kvcomm.integrations.vllm.inner import kv_of_context
@@ -89,9 +90,11 @@ class Preparations:
     """The prompts of one worker. Called from the worker's thread only."""
 
     def __init__(self, pages: Pages, turns: Turns, engine: Engine | None, shelf: Shelf | None) -> None:
-        """Args:
-        engine: on this worker's model; None: nothing is moved.
-        shelf: None: nothing is shared.
+        """Make one.
+
+        Args:
+            engine: on this worker's model; None: nothing is moved.
+            shelf: None: nothing is shared.
         """
         self._pages = pages
         self._turns = turns
@@ -201,7 +204,7 @@ class Preparations:
     def forget(self) -> None:
         """Drop what the engine has cached; prompts that are being prepared keep what they have."""
         if self._engine is not None:
-            self._engine.clear_cache()
+            self._engine.cache.clear()
 
     def close(self) -> None:
         """Give up all that is held."""

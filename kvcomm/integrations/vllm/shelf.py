@@ -45,12 +45,14 @@ class TierShelf:
         read_s: float = 5.0,
         writes: bool = True,
     ) -> None:
-        """Args:
-        space: of the default tenant, with vLLM as the producer.
-        also_from: producers whose KV counts as exact beside vLLM's.
-        token_s: seconds that computing a token takes; None: not known.
-        read_s: seconds that a read may take at most.
-        writes: False: another worker has copies of the same heads, and saves them.
+        """Make one.
+
+        Args:
+            space: of the default tenant, with vLLM as the producer.
+            also_from: producers whose KV counts as exact beside vLLM's.
+            token_s: seconds that computing a token takes; None: not known.
+            read_s: seconds that a read may take at most.
+            writes: False: another worker has copies of the same heads, and saves them.
         """
         self.tier = tier
         self._space = space

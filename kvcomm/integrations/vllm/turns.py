@@ -26,8 +26,10 @@ class Turns:
     def __init__(
         self, share: float = 0.1, idle_after_s: float = IDLE_AFTER_S, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Args:
-        share: of the time, for passes that are not urgent while the host is busy; in [0, 1).
+        """Make one.
+
+        Args:
+            share: of the time, for passes that are not urgent while the host is busy; in [0, 1).
         """
         self._share = share
         self._idle_after_s = idle_after_s

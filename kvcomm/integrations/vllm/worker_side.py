@@ -10,7 +10,7 @@ from typing import Any
 
 from kvcomm.engine.engine import Engine
 from kvcomm.errors import KVCommError, UnsupportedModel
-from kvcomm.integrations.vllm import adapter
+from kvcomm.integrations.vllm import adapter, layout
 from kvcomm.integrations.vllm.inner import kv_of, make_engine, namespace_of
 from kvcomm.integrations.vllm.messages import Drop, Forget, Job, Jobs, Load, Prepare, Prepared, Save
 from kvcomm.integrations.vllm.preparation import Preparations
@@ -36,7 +36,7 @@ class WorkerSide:
 
     def __init__(self, settings: ConnectorSettings) -> None:
         self._settings = settings
-        self.probe = adapter.Probe(None)
+        self.probe = layout.Probe(None)
         self._preparations: Preparations | None = None
         self._block_size = 1
         self._unknown: dict[str, Prepared] = {}
@@ -115,7 +115,7 @@ class WorkerSide:
             self._preparations = None
 
     def _open_shelf(
-        self, config: Any, model: adapter.VllmModel, loaded: LoadedModel, probe: adapter.Probe
+        self, config: Any, model: adapter.VllmModel, loaded: LoadedModel, probe: layout.Probe
     ) -> TierShelf | None:
         settings = self._settings
         if settings.tier is None:
@@ -148,16 +148,16 @@ class WorkerSide:
 
     def _make_engine(
         self, config: Any, model: adapter.VllmModel, loaded: LoadedModel
-    ) -> tuple[Engine | None, adapter.Probe]:
+    ) -> tuple[Engine | None, layout.Probe]:
         if not self._settings.move:
-            return None, adapter.Probe(None)
+            return None, layout.Probe(None)
         try:
             if (why := adapter.why_not_moved(config)) is not None:
                 raise UnsupportedModel(why)
             engine = make_engine(model, loaded, self._settings)
         except Exception as error:
             logger.warning("nothing is moved, exact prefixes only: %s", _told(error))
-            return None, adapter.Probe(None)
+            return None, layout.Probe(None)
         probe = model.probe(lambda token_ids: kv_of(engine, token_ids))
         logger.info("kvcomm's KV differs from vLLM's by %s at most", probe.difference)
         return engine, probe

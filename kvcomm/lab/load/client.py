@@ -78,10 +78,12 @@ class Client:
     """Sends chat requests to one server; safe to use from several threads."""
 
     def __init__(self, url: str, *, model: str | None = None, key: str | None = None, timeout_s: float = 600.0) -> None:
-        """Args:
-        url: of the server, without the path of an endpoint.
-        model: to ask for; None: the first one that the server offers.
-        timeout_s: of silence on a connection.
+        """Make one.
+
+        Args:
+            url: of the server, without the path of an endpoint.
+            model: to ask for; None: the first one that the server offers.
+            timeout_s: of silence on a connection.
 
         Raises:
             InvalidRequest: the URL is not that of a server.

@@ -65,7 +65,7 @@ class _Cluster:
         return is_one_behind and is_short(self.end - self.start, self.end, dtype)
 
     def pages_read(self, page_size: int) -> npt.NDArray[np.int32]:
-        """Of the last row, the one that is written included."""
+        """Pages that the last row reads, the one that is written included."""
         return self.pages[: -(-self.end // page_size)]
 
     def row_positions(self) -> npt.NDArray[np.int64]:
@@ -86,8 +86,10 @@ class PassPlanner:
     def __init__(
         self, runs: Sequence[RunTable], page_size: int, device: torch.device, *, joined_dtype: torch.dtype | None = None
     ) -> None:
-        """Args:
-        joined_dtype: of keys and values whose pieces will go through `join_short_runs`; None: none will.
+        """Make one.
+
+        Args:
+            joined_dtype: of keys and values whose pieces will go through `join_short_runs`; None: none will.
         """
         self._joined_dtype = joined_dtype
         self._runs = list(runs)

@@ -11,7 +11,7 @@ Snapshots = SnapshotFolder | TierSnapshots
 
 def snapshots_of(state: ServerState, tenant: str) -> Snapshots | None:
     """The snapshots of the tenant with that name; None: nowhere."""
-    root, tier, most = state.settings.snapshots, state.engine.tier, state.settings.max_snapshots
+    root, tier, most = state.settings.snapshots, state.engine.tiering.tier, state.settings.max_snapshots
     if root is not None:
         return SnapshotFolder(root, tenant, max_snapshots=most)
     if tier is not None and tier.serves(tenant):

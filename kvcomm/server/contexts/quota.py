@@ -31,7 +31,7 @@ class ConversationQuota:
 
     @property
     def num_bytes(self) -> int:
-        """Of all that are held."""
+        """Bytes of all that are held."""
         with self._lock:
             return self._sum()
 

@@ -222,7 +222,7 @@ class ContextRegistry:
 
     def num_bytes(self) -> dict[Node, int]:
         """Bytes of each context's branch: of pages that none before it holds. The sum is what all of them hold."""
-        pool = self._engine.pool
+        pool = self._engine.cache
         is_seen = np.zeros(pool.num_pages, dtype=bool)
         sizes = {}
         for node in self._nodes.values():  # no lock: nobody writes a context that is here, turns write forks of it
@@ -233,8 +233,8 @@ class ContextRegistry:
 
     def count(self) -> None:
         """Tell the tenant what its contexts hold."""
-        num_pages = sum(self.num_bytes().values()) // self._engine.pool.page_bytes
-        self.tenant.context_tokens = num_pages * self._engine.pool.page_size
+        num_pages = sum(self.num_bytes().values()) // self._engine.cache.page_bytes
+        self.tenant.context_tokens = num_pages * self._engine.cache.page_size
 
     def trim(self, max_tokens: int, max_bytes: int) -> None:
         """Let go of what is kept while there is room: what was used longest ago first, the latest one never.
@@ -243,7 +243,7 @@ class ContextRegistry:
             max_tokens: token slots that all of it may hold.
             max_bytes: what the tenant may keep beside its KV for that.
         """
-        slot_bytes = self._engine.pool.page_bytes // self._engine.pool.page_size
+        slot_bytes = self._engine.cache.page_bytes // self._engine.cache.page_size
         while len(spare := [node for node in self._nodes.values() if node.is_spare]) > 1:
             sizes = self.num_bytes()
             num_tokens = sum(sizes[node] for node in spare) // slot_bytes

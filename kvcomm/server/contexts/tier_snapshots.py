@@ -32,7 +32,7 @@ class TierSnapshots:
 
     def __init__(self, engine: Engine, tier: Tier, tenant: str, *, max_snapshots: int) -> None:
         self._tier = tier
-        self._space = engine.tier_space(tenant)
+        self._space = engine.tiering.home_space(tenant)
         self._max_snapshots = max_snapshots
 
     def save(self, context: Context, name: str, *, replace: bool) -> Snapshot:

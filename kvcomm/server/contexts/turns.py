@@ -100,10 +100,12 @@ class Turn:
         quota: ConversationQuota | None = None,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
-        """Args:
-        before, salt: without a node: the conversation that `work` holds, and what its namespace was opened with.
-        quota: what conversations that are kept count towards; None: nothing.
-        on_end: called when the node is not busy with this turn any more, if it was.
+        """Make one.
+
+        Args:
+            before, salt: without a node: the conversation that `work` holds, and what its namespace was opened with.
+            quota: what conversations that are kept count towards; None: nothing.
+            on_end: called when the node is not busy with this turn any more, if it was.
         """
         self.work = work
         self.num_kept = work.num_tokens
@@ -129,12 +131,12 @@ class Turn:
 
     @property
     def salt(self) -> str | None:
-        """Of the context's namespace."""
+        """Salt of the context's namespace."""
         return self._salt if self._node is None else self._node.salt
 
     @property
     def extended_id(self) -> str | None:
-        """Of the context that keeps what comes of it, if it began with one."""
+        """Id of the context that keeps what comes of it, if it began with one."""
         return None if self._node is None or self._node.turn is not self else self._node.id
 
     @property

@@ -57,8 +57,10 @@ class Announcer:
     """Turns the tree's events into announcements, and remembers what it has announced."""
 
     def __init__(self, block_size: int, seed: str = DEFAULT_SEED) -> None:
-        """Args:
-        block_size: in tokens; independent of the pool's pages.
+        """Make one.
+
+        Args:
+            block_size: in tokens; independent of the pool's pages.
         """
         self.block_size = block_size
         self._root = root_hash(seed)

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from kvcomm.engine.engine import DEFAULT_TENANT, Engine
+from kvcomm.engine.engine import Engine
 from kvcomm.errors import UnknownAdapter, UnsupportedModel, WeightsChanged
 from kvcomm.memory.events import CacheEvent, EventKind
 from kvcomm.server.kv_events.announcer import AllCleared, Announcer, KVEvent
@@ -25,6 +25,7 @@ from kvcomm.server.kv_events.blocks import Owner
 from kvcomm.server.kv_events.publisher import Publisher
 from kvcomm.server.kv_events.settings import KVEventSettings
 from kvcomm.server.kv_events.wire import Encoder
+from kvcomm.tiers.space import DEFAULT_TENANT
 
 TICK_S = 0.05
 """Between looks at the tree."""
@@ -43,9 +44,11 @@ class KVEventFeed:
         encoder: Encoder,
         owners: Callable[[], Mapping[str, Owner]],
     ) -> None:
-        """Args:
-        publisher: the caller's to close, afterwards.
-        owners: whose blocks to announce now, by namespace.
+        """Make one.
+
+        Args:
+            publisher: the caller's to close, afterwards.
+            owners: whose blocks to announce now, by namespace.
         """
         self._engine = engine
         self._publisher = publisher
@@ -70,10 +73,9 @@ class KVEventFeed:
 
     def step(self) -> None:
         """Publish what has happened since the last time; nothing where nothing has."""
-        if not self._engine.tree.has_events:
+        if not self._engine.cache.has_events:
             return
-        with self._engine.lock:
-            events = self._engine.tree.take_events()
+        events = self._engine.cache.take_events()
         is_lost = any(event.kind is EventKind.LOST for event in events)
         unseen = {event.namespace for event in events} - self._seen
         before = self._owners
@@ -110,9 +112,7 @@ class KVEventFeed:
         self._publish(self._announcer.begin_again(self._all_stored(), self._owners))
 
     def _all_stored(self) -> list[CacheEvent]:
-        with self._engine.lock:
-            self._engine.tree.take_events()
-            return self._engine.tree.all_stored()
+        return self._engine.cache.begin_events()
 
     def _publish(self, events: Sequence[KVEvent]) -> None:
         if events:
@@ -166,7 +166,7 @@ def owners_of(engine: Engine, salts: Mapping[str, str], adapters: Mapping[str, P
     """
     owners: dict[str, Owner] = {}
     for tenant, salt in salts.items():
-        for adapter in (None, *engine.adapters):
+        for adapter in (None, *engine.adapters.names):
             path = "" if adapter is None else str(adapters.get(adapter, ""))
             with suppress(UnknownAdapter, WeightsChanged, UnsupportedModel):  # nothing can be computed with these now
                 owners.setdefault(engine.namespace(tenant, adapter=adapter), Owner(salt, adapter or "", path))

@@ -48,11 +48,13 @@ class Publisher:
         kept_batches: int = 10_000,
         kept_bytes: int = 2**26,
     ) -> None:
-        """Args:
-        url: such as tcp://*:5557, or tcp://HOST:5557 of a reader that listens.
-        form: as current vLLM sends what is asked for again, or as it did with the form `array`: without the topic.
-        replay: where others ask again, such as tcp://*:5558; None: nowhere.
-        kept_batches, kept_bytes: what can be asked for again, at most.
+        """Make one.
+
+        Args:
+            url: such as tcp://*:5557, or tcp://HOST:5557 of a reader that listens.
+            form: as current vLLM sends what is asked for again, or as it did with the form `array`: without the topic.
+            replay: where others ask again, such as tcp://*:5558; None: nowhere.
+            kept_batches, kept_bytes: what can be asked for again, at most.
 
         Raises:
             MissingExtra: pyzmq, msgspec or cbor2 is not installed.

@@ -37,8 +37,10 @@ class Encoder:
     """Makes batches."""
 
     def __init__(self, form: Form, *, block_size: int, medium: str) -> None:
-        """Args:
-        medium: where the KV lies: GPU or CPU.
+        """Make one.
+
+        Args:
+            medium: where the KV lies: GPU or CPU.
         """
         import msgspec
 
@@ -78,6 +80,6 @@ class Encoder:
 
 
 def _extra_keys(event: BlocksStored) -> list[list[str] | None]:
-    """Of each block: the values of its extra keys, without their kinds."""
+    """Values of each block's extra keys, without their kinds."""
     indices = range(event.first_index, event.first_index + len(event.block_hashes))
     return [[key[1] for key in event.owner.keys(index)] or None for index in indices]

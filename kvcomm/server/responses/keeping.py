@@ -36,7 +36,7 @@ ITEMS: TypeAdapter[list[SentItem]] = TypeAdapter(list[Item])
 
 
 def context_id_of(response_id: str) -> str:
-    """Of the context that a response ends."""
+    """Id of the context that a response ends."""
     return f"ctx_{response_id.removeprefix('resp_')}"
 
 
@@ -180,7 +180,7 @@ class _Room(NamedTuple):
 
 
 def _spare_room(state: ServerState, tenant: Tenant) -> _Room:
-    pool = state.engine.pool
+    pool = state.engine.cache
     num_tokens = pool.num_pages * pool.page_size // max(1, state.num_tenants())
     if tenant.limits.held_tokens is not None:
         num_tokens = min(num_tokens, tenant.limits.held_tokens)

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, ConfigDict, Field, JsonValue, WithJsonSchem
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
-from kvcomm.engine.chat import RESERVED
+from kvcomm.engine.chat_template import RESERVED
 from kvcomm.server.schemas.common import (
     IGNORED,
     WHOLE,
@@ -229,7 +229,7 @@ class TokenLogprob(TopLogprob):
 
 
 class ChoiceLogprobs(ResponseModel):
-    """Of a choice or a piece of it."""
+    """Log-probabilities of a choice or a piece of it."""
 
     content: list[TokenLogprob] | None
     refusal: None = None

@@ -73,7 +73,7 @@ class TextPart(RequestModel):
 
     @property
     def segment_name(self) -> str | None:
-        """Of the dynamic segment that the part is, or None."""
+        """Name of the dynamic segment that the part is, or None."""
         is_dynamic = self.name is not None if self.dynamic is None else self.dynamic
         return (self.name or PASSAGE) if is_dynamic else None
 

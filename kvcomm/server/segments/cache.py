@@ -56,7 +56,7 @@ def _warmed(
     adapter: str | None,
 ) -> Warmed:
     space = namespace(tenant, body.cache_salt)
-    num_cached = state.engine.num_cached(prompt.segments, adapter=adapter, tenant=space)
+    num_cached = state.engine.cache.num_cached(prompt.segments, adapter=adapter, tenant=space)
     segments = cached_segments(prompt.placed, num_cached)
     return Warmed(
         cached_segments=sum(each.cached_tokens == each.tokens for each in segments),

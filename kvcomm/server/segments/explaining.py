@@ -21,7 +21,7 @@ def explain(body: ChatRequest | CompletionRequest, state: ServerState, tenant: s
     explained = []
     for prompt in _prompts(body, state, tenant):
         told = state.engine.explain(prompt.segments, adapter=adapter, tenant=space, policy=policy)
-        cached = state.engine.num_cached(prompt.segments, adapter=adapter, tenant=space)
+        cached = state.engine.cache.num_cached(prompt.segments, adapter=adapter, tenant=space)
         explained.append(_explained(prompt, told, cached))
     return CacheExplanation(prompts=explained)
 

@@ -115,5 +115,5 @@ class PreparedPrompt:
 
 
 def num_cached_of(placed: Sequence[PlacedSegment], num_cached: int) -> list[int]:
-    """Of the first `num_cached` tokens of a prompt, how many belong to each segment."""
+    """How many of the first `num_cached` tokens of a prompt belong to each segment."""
     return [max(0, min(each.end, num_cached) - each.start) for each in placed]

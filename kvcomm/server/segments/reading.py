@@ -13,8 +13,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvcomm.engine.encoding import TextEncoder
-from kvcomm.engine.prompts import Prompt
-from kvcomm.memory.segments import Segment
+from kvcomm.memory.segments import Prompt, Segment
 from kvcomm.server.errors import SOURCE_FAILED, ApiError
 from kvcomm.server.followed import Source
 from kvcomm.server.schemas.common import seconds

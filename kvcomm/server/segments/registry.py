@@ -41,7 +41,7 @@ class NamedText:
 
     @cached_property
     def num_bytes(self) -> int:
-        """Of its text."""
+        """Bytes of its text."""
         return len(self.text.encode())
 
 
@@ -115,7 +115,7 @@ class SegmentRegistry:
         return versions
 
     def num_bytes_of(self, name: str) -> int:
-        """Of the longest version of a name; 0 for an unknown one."""
+        """Bytes of the longest version of a name; 0 for an unknown one."""
         with self._lock:
             return max((each.num_bytes for each in self._names.get(name, ())), default=0)
 
@@ -130,7 +130,7 @@ class SegmentRegistry:
 
     @property
     def num_bytes(self) -> int:
-        """Of all texts."""
+        """Bytes of all texts."""
         with self._lock:
             return self._num_bytes
 
@@ -156,7 +156,7 @@ class SegmentRegistries:
         self._registries: dict[str, SegmentRegistry] = {}
 
     def num_bytes(self, tenant: str, inputs: Iterable[PromptSegment]) -> int:
-        """Of the texts that a request's segments name."""
+        """Bytes of the texts that a request's segments name."""
         named = (each for each in inputs if isinstance(each, NamedSegment))
         return sum(self.of(tenant).num_bytes_of(each.name) for each in named)
 

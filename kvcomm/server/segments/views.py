@@ -37,15 +37,15 @@ def cache_tree(engine: Engine, name: str, spaces: Iterable[str]) -> CacheTree:
     builder = _TreeBuilder(engine)
     root = _node("root", name, "root")
     num_tokens = num_pages = 0
-    with engine.lock:
+    with engine.cache.unchanged():
         for space in spaces:
             parent = root if space == name else builder.salt(root, engine.home(space))
-            for namespace in engine.namespaces(space):  # one for each adapter
-                usage = engine.tree.usage(namespace)
+            for namespace in engine.tenancy.namespaces(space):  # one for each adapter
+                usage = engine.cache.usage(namespace)
                 num_tokens, num_pages = num_tokens + usage.num_tokens, num_pages + usage.num_pages
                 parent["children"] += builder.prefixes(namespace) + builder.segments(namespace)
     tree = CacheNode.model_validate(_summed(root))
-    num_bytes = num_pages * engine.pool.page_bytes
+    num_bytes = num_pages * engine.cache.page_bytes
     return CacheTree(bytes=num_bytes, tokens=num_tokens, left_out=builder.num_left_out, root=tree)
 
 
@@ -54,7 +54,7 @@ class _TreeBuilder:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._token_bytes = engine.pool.page_bytes // engine.config.page_size
+        self._token_bytes = engine.cache.page_bytes // engine.config.page_size
         self._num_nodes = 0
         self.num_left_out = 0
 
@@ -68,7 +68,7 @@ class _TreeBuilder:
         """The radix tree below a namespace."""
         top = _node(namespace, None, "prefix")
         path = [top]  # the node of every depth down to where the walk is
-        for view in self._engine.tree.walk(namespace):
+        for view in self._engine.cache.prefixes(namespace):
             if view.depth >= len(path) + 1 or view.depth > MAX_DEPTH or not self._has_room():
                 self.num_left_out += 1
                 del path[view.depth :]
@@ -83,7 +83,7 @@ class _TreeBuilder:
         return list(self._segments(namespace))
 
     def _segments(self, namespace: str) -> Iterator[dict[str, Any]]:
-        for view in self._engine.memory.renditions.views(namespace):
+        for view in self._engine.cache.segments(namespace):
             if not view.renditions:
                 continue
             if not self._has_room():
@@ -109,7 +109,7 @@ class _TreeBuilder:
 
     def _prefix(self, parent_id: str, view: NodeView) -> dict[str, Any]:
         digest = hashlib.sha256(parent_id.encode() + view.tokens.tobytes()).hexdigest()
-        node = _node(digest[:ID_DIGITS], self._engine.decode(view.tokens[:LABEL_TOKENS].tolist()), "prefix")
+        node = _node(digest[:ID_DIGITS], self._engine.texts.decode(view.tokens[:LABEL_TOKENS].tolist()), "prefix")
         node["tokens"], node["bytes"] = view.end - view.start, (view.end - view.start) * self._token_bytes
         node["pinned"], node["last_used_s"] = view.pinned, view.idle_s
         node["expires_in_s"] = _finite(view.expires_in_s)

@@ -44,6 +44,6 @@ def test_answers_that_nobody_reads_end_where_divergence_is_measured(
             agent("unset", "{first}", None),
         ),
     )
-    engine: Any = SimpleNamespace(clear_cache=lambda: None)
+    engine: Any = SimpleNamespace(cache=SimpleNamespace(clear=lambda: None))
     exact_runs(engine, team, [Row({"question": "?"}, "abc")], tmp_path / "answers.jsonl", lambda text: None)
     assert asked == {"first": 96, "second": NUM_CONTINUATION, "brief": 8, "unset": NUM_CONTINUATION}

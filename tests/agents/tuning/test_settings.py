@@ -20,7 +20,7 @@ def engine(**settings: Any) -> Engine:
 
 def test_defaults_keep_the_namespace_of_files() -> None:
     with engine() as made:
-        assert made.reuse.file_namespace(made.namespace()) == made.namespace()
+        assert made.reuse.parts.file_namespace(made.namespace()) == made.namespace()
 
 
 @pytest.mark.parametrize(
@@ -28,10 +28,10 @@ def test_defaults_keep_the_namespace_of_files() -> None:
 )
 def test_anchors_of_other_settings_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     with engine(**settings) as made:
-        made.save_anchors(tmp_path)
-        assert made.load_anchors(tmp_path).banks == ()
+        made.reuse.save(tmp_path)
+        assert made.reuse.load(tmp_path).banks == ()
     with engine() as other, pytest.raises(AnchorFileForeign):
-        other.load_anchors(tmp_path)
+        other.reuse.load(tmp_path)
 
 
 def test_bad_settings_are_refused() -> None:

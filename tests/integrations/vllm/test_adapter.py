@@ -11,7 +11,7 @@ import pytest
 
 from kvcomm.cli.app import run
 from kvcomm.errors import UnsupportedModel
-from kvcomm.integrations.vllm import adapter, plugin
+from kvcomm.integrations.vllm import adapter, layout, needed, plugin
 from kvcomm.integrations.vllm.turns import Turns
 
 
@@ -59,7 +59,7 @@ def test_whose_tokens_say_all(changes: dict[str, Any], why: str | None) -> None:
     [("0.32.0", True), ("0.32.3+cpu", True), ("0.31.9", False), ("0.33.0", False), ("1.0", False), ("dev", False)],
 )
 def test_versions(found: str, is_tried: bool) -> None:
-    assert adapter.is_tried_version(found) is is_tried
+    assert needed.is_tried_version(found) is is_tried
 
 
 def test_steps_and_passes_take_turns() -> None:
@@ -83,28 +83,28 @@ def test_steps_and_passes_take_turns() -> None:
 
 
 def test_only_pairs_that_were_compared_are_exact() -> None:
-    assert not adapter.Probe(None).is_exact
-    assert not adapter.Probe(2e-4).is_exact
-    assert not adapter.Probe(float("nan")).is_exact
-    assert adapter.Probe(2e-5).is_exact
+    assert not layout.Probe(None).is_exact
+    assert not layout.Probe(2e-4).is_exact
+    assert not layout.Probe(float("nan")).is_exact
+    assert layout.Probe(2e-5).is_exact
 
 
 def test_another_vllm_is_refused_by_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapter, "version", lambda: "0.40.0")
-    monkeypatch.setattr(adapter, "NAMES", {"json": ("dumps", "load_pages")})
-    monkeypatch.setattr(adapter, "MEMBERS", {("json", "JSONDecoder"): ("decode", "page")})
-    assert adapter.missing_names() == ["json.load_pages", "json.JSONDecoder.page"]
+    monkeypatch.setattr(needed, "version", lambda: "0.40.0")
+    monkeypatch.setattr(needed, "NAMES", {"json": ("dumps", "load_pages")})
+    monkeypatch.setattr(needed, "MEMBERS", {("json", "JSONDecoder"): ("decode", "page")})
+    assert needed.missing_names() == ["json.load_pages", "json.JSONDecoder.page"]
     with pytest.raises(UnsupportedModel, match=r"vLLM 0\.40\.0 lacks json\.load_pages, .*written for vLLM >= 0\.32"):
-        adapter.require_known()
-    assert not adapter.look().serves
+        needed.require_known()
+    assert not needed.look().serves
     plugin.register()  # stays out, and lets vLLM start
 
 
 def test_a_known_vllm_of_an_untried_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapter, "version", lambda: "0.33.1")
-    monkeypatch.setattr(adapter, "NAMES", {})
-    monkeypatch.setattr(adapter, "MEMBERS", {})
-    found = adapter.look()
+    monkeypatch.setattr(needed, "version", lambda: "0.33.1")
+    monkeypatch.setattr(needed, "NAMES", {})
+    monkeypatch.setattr(needed, "MEMBERS", {})
+    found = needed.look()
     assert found.serves
     assert "not tried with this version" in found.reason
 

@@ -131,7 +131,7 @@ def test_answers_and_names_are_those_of_an_engine_of_its_own(engine: Engine) -> 
 def test_kv_is_the_models(tiny: TinyModel, engine: Engine) -> None:
     with torch.inference_mode():
         assert_close(kv_of(engine, list(PROMPT)), truth(tiny, PROMPT))
-    assert engine.num_cached([Segment(PROMPT)], tenant="probe") == 0
+    assert engine.cache.num_cached([Segment(PROMPT)], tenant="probe") == 0
 
 
 def test_a_prepared_prompt_lands_in_pages(tiny: TinyModel, engine: Engine, host: ModelHost, pages: TensorPages) -> None:
@@ -165,7 +165,7 @@ def test_moved_text_equals_what_the_engine_moves(tiny: TinyModel, engine: Engine
             assert_close(pages.read(BLOCKS, 0, 79), ([k[:79] for k in expected[0]], [v[:79] for v in expected[1]]))
             preparations.drop(Drop("r"))
             engine.wait_idle(60)
-    assert any(status.num_approximated for status in engine.reuse_status())
+    assert any(status.num_approximated for status in engine.reuse.status())
     preparations.close()
 
 

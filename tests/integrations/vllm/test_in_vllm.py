@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvcomm import ReusePolicy
-from kvcomm.integrations.vllm import adapter, plugin
+from kvcomm.integrations.vllm import adapter, layout, needed, plugin
 from kvcomm.memory.segments import Segment
 from tests.integrations.vllm.in_process import set_environment
 from tests.tiny import tiny_tokenizer
@@ -129,12 +129,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_this_vllm_is_known() -> None:
-    assert adapter.missing_names() == []
-    assert adapter.look().serves
+    assert needed.missing_names() == []
+    assert needed.look().serves
 
 
 def test_both_kernels_agree(server: Server) -> None:
-    assert server.inside.worker.difference <= adapter.EXACT_TOLERANCE
+    assert server.inside.worker.difference <= layout.EXACT_TOLERANCE
 
 
 def test_moved_text_is_what_kvcomms_engine_moves(server: Server) -> None:

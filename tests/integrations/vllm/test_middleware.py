@@ -195,7 +195,7 @@ def test_a_chat_gets_the_prompt_that_our_own_server_makes(engine: Engine) -> Non
     params = RequestParams.model_validate(transfer["kvcomm"])
     assert params.reuse is not None
     assert (params.reuse.max_divergence, params.reuse.confidence, params.reuse.basis) == (0.05, 0.9, "prior")
-    texts = [engine.decode(ours.token_ids[span.start : span.end]) for span in params.segments]
+    texts = [engine.texts.decode(ours.token_ids[span.start : span.end]) for span in params.segments]
     assert texts == ["Be brief.\n", FOX, "which?"]
     slots = [span.slot or "" for span in params.segments]
     assert (slots[0].partition("@")[0], slots[1:]) == ("rules", ["doc", "text"])
@@ -237,7 +237,7 @@ def test_a_completion_gets_token_ids(engine: Engine, prompt: Any) -> None:
     ours = PromptMaker(engine, SegmentRegistries(0)).completion(inner, request, "default")
     assert (made["prompt"], made["max_tokens"]) == (ours.token_ids, 0)
     spans = RequestParams.model_validate(made["kv_transfer_params"]["kvcomm"]).segments
-    assert engine.decode(made["prompt"][spans[0].start : spans[0].end]) == FOX
+    assert engine.texts.decode(made["prompt"][spans[0].start : spans[0].end]) == FOX
 
 
 def test_without_segments_only_our_words_are_taken_out() -> None:

@@ -79,7 +79,7 @@ def test_what_is_cached_is_announced_and_taken_back(engine: Engine) -> None:
     num_batches = len(recorder.batches)
     feed.step()
     assert len(recorder.batches) == num_batches
-    engine.clear_cache()
+    engine.cache.clear()
     feed.step()
     assert recorder.mirror == set()
 
@@ -204,7 +204,7 @@ def test_named_tenants() -> None:
 def test_adapters_have_names_of_their_own(tmp_path: Path) -> None:
     folder, tiny = save_lora(tmp_path, seed=1), tiny_model()
     with Engine(tiny.model, tiny.tokenizer) as engine:
-        engine.load_adapter("tone", folder)
+        engine.adapters.load("tone", folder)
         owners = owners_of(engine, {"default": ""}, {"tone": folder})
         assert owners == {
             engine.namespace(): Owner(),

@@ -13,8 +13,8 @@ from selenium.webdriver.common.keys import Keys as Key
 from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import Measured, Pair
 from kvcomm.align.ladder import TURNED
-from kvcomm.align.levels import Audit, Level
 from kvcomm.align.readers import Reader
+from kvcomm.align.standings import Audit, Level
 from kvcomm.engine.engine import Engine
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.settings import ServerSettings
@@ -61,7 +61,7 @@ def test_audits_against_their_bounds(page: Browser, engine: Engine) -> None:
     assert "has been audited yet" in page.text("#audits")
     bounds, reader = (Bound(0.02, 0.05), Bound(0.05, 0.1)), Reader("5a" * 32, ("document", XSS))
     with engine.lock:
-        book, namespace = engine.reuse.book, engine.namespace()
+        book, namespace = engine.reuse.parts.book, engine.namespace()
         for divergence, bound in ((0.0, bounds[0]), (0.03, bounds[0]), (0.03, bounds[1]), (float("nan"), bounds[1])):
             book.audited(namespace, reader, Audit(time.monotonic(), divergence, float("inf"), bound, Level.OWN))
         for _ in range(9):

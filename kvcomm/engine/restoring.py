@@ -1,0 +1,48 @@
+"""Contexts of KV that comes from elsewhere: from snapshots, and from caches of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import DynamicCache
+
+from kvcomm.engine.context import Context
+from kvcomm.engine.context_tools import ContextTools
+from kvcomm.memory.fidelity import Fidelity
+from kvcomm.memory.segments import Prompt, token_ids_of
+from kvcomm.memory.sequences import Sequence
+
+
+def restored(tools: ContextTools, file: Path, adapter: str | None, tenant: str) -> Context:
+    """See `Engine.restore`."""
+    weights = tools.adapters.weights(adapter)
+    state, keys, values = tools.exchange.load(file, tools.tenancy.namespace(weights, tenant))
+
+    def finish(sequence: Sequence) -> Context:
+        return Context(
+            tools,
+            sequence,
+            tenant=tenant,
+            weights=weights,
+            adapter=adapter,
+            name=state.name,
+            segments=state.segments,
+            last_logits=state.last_logits,
+            note=state.note,
+        )
+
+    return tools.exchange.place(tools.tenancy.home(tenant), state.token_ids, keys, values, state.fidelity, finish)
+
+
+def taken_over(
+    tools: ContextTools, cache: DynamicCache, prompt: Prompt, adapter: str | None, tenant: str, name: str | None
+) -> Context:
+    """See `Engine.context_from_hf_cache`."""
+    segments = tools.language.reader.read(prompt, is_start=True)
+    weights, token_ids = tools.adapters.weights(adapter), token_ids_of(segments)
+    keys, values = tools.exchange.from_hf_cache(cache, token_ids)
+
+    def finish(sequence: Sequence) -> Context:
+        return Context(tools, sequence, tenant=tenant, weights=weights, adapter=adapter, name=name, segments=segments)
+
+    return tools.exchange.place(tools.tenancy.home(tenant), token_ids, keys, values, Fidelity.APPROXIMATE, finish)
