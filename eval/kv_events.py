@@ -16,7 +16,7 @@ import random
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -278,19 +278,23 @@ class Mirror:
                 self.names -= set(rest[0])
 
 
-def whole_blocks(cache: BareCache, owners: dict[str, Owner], block_size: int) -> set[int]:
+Walk = Callable[[str], Iterable[Any]]
+"""The nodes of a namespace in a tree, parents before children; see `RadixTree.walk`."""
+
+
+def whole_blocks(walk: Walk, owners: dict[str, Owner], block_size: int) -> set[int]:
     """The names of the whole blocks in a tree, read off the tree itself and derived a second time."""
     return {
         name
         for namespace, owner in owners.items()
-        for path in _paths(cache, namespace)
+        for path in _paths(walk, namespace)
         for name in second_names(Case(path, owner, block_size))
     }
 
 
-def _paths(cache: BareCache, namespace: str) -> Iterator[list[int]]:
+def _paths(walk: Walk, namespace: str) -> Iterator[list[int]]:
     path: list[int] = []
-    for node in cache.tree.walk(namespace):
+    for node in walk(namespace):
         path = path[: node.start] + node.tokens.tolist()
         if not node.num_children:
             yield path
@@ -372,7 +376,7 @@ def mirrored(num_operations: int, seed: int) -> Mirrored:
         else:
             said = announcer.announce(events, owners)
         mirror.read(numbers.choice(encoders).batch(said, 0.0))
-        num_equal += mirror.names == whole_blocks(cache, owners, block_size)
+        num_equal += mirror.names == whole_blocks(cache.tree.walk, owners, block_size)
         num_blocks += len(mirror.names)
     cache.check_integrity()
     return Mirrored(num_operations, num_equal, num_blocks, num_begun_again)

@@ -64,7 +64,13 @@ class Context:
         carried: Carried | None = None,
         policy: ReusePolicy | None = None,
         note: str | None = None,
+        keeps: object = None,
     ) -> None:
+        """Make one; see the class.
+
+        Args:
+            keeps: the engine, which must not be collected while somebody has a context of it.
+        """
         self._tools = tools
         self._sequence = sequence
         self._segments = segments
@@ -78,6 +84,7 @@ class Context:
         self.name = name
         self.policy = policy
         self.note = note
+        self._keeps = keeps
         with tools.lock:
             tools.holdings.add(self, sequence, tools.tenancy.home(tenant))
             tools.living[id(sequence)] = self
@@ -163,6 +170,7 @@ class Context:
                 segments=segments,
                 last_logits=logits,
                 policy=self.policy,
+                keeps=self._keeps,
             )
 
     def generate(self, sampling: SamplingParams | None = None, **settings: Unpack[SamplingSettings]) -> Completion:
@@ -200,6 +208,7 @@ class Context:
         with self._tools.lock:
             self._require_idle()
             self._request = self._lend(segments, params)
+            self._request.keeps = self._keeps
             return self._request
 
     def stream(self, sampling: SamplingParams | None = None, **settings: Unpack[SamplingSettings]) -> Iterator[Chunk]:
@@ -239,6 +248,7 @@ class Context:
         opened = self._tools.open_prompts.open(
             self._sequence, self._weights_now(), self.tenant, deadline_s, self._begin
         )
+        opened.keeps = self._keeps
         try:
             return opened.follow(source, name=name)
         except BaseException:

@@ -76,12 +76,10 @@ class Engine:
         Args:
             model: a decoder on its device, in its dtype; it is put into eval mode. Adapters that PEFT has put into its
                 layers may be named by requests, also where the model is wrapped in a `PeftModel`.
-            weights_id: identity of the weights without adapters where it is known already; else they are hashed (about
-                0.2 s per GB).
-            prior: pairs measured on this model beforehand, so that approximate reuse may begin at once; by default
-                those that come with kvcomm, if there are any for it.
-            tier: where exact prefixes are shared with other engines, or its URL, see `Tier.open`; the engine closes
-                what it has opened. What is wrong with it later costs time, never an answer.
+            weights_id: identity of the weights without adapters, if known; else they are hashed (0.2 s per GB or so).
+            prior: pairs measured on this model beforehand; by default those that come with kvcomm, if any do.
+            tier: where exact prefixes are shared with other engines, or its URL, see `Tier.open`; an engine closes what
+                it opened. What is wrong with it later costs time, never an answer.
 
         Raises:
             UnsupportedModel: its KV cannot be cached soundly.
@@ -193,8 +191,7 @@ class Engine:
         Args:
             adapter: that computes the context and all that is done with it; None: the model as its user has left it.
                 While its weights are others than those that computed it, it cannot be gone on with (WeightsChanged).
-            policy: how far reuse may depart from exact results, here and in what is done with the context; None: the
-                engine's.
+            policy: how far reuse may depart from exact results, here and later; None: the engine's.
 
         Raises:
             InvalidRequest: empty, too long, unknown tokens.
@@ -217,8 +214,9 @@ class Engine:
     ) -> Context:
         """A context without a token, to be extended; see `context`."""
         weights = self.adapters.weights(adapter)
+        start = Sequence(self.pool)
         return Context(
-            self._tools, Sequence(self.pool), tenant=tenant, weights=weights, adapter=adapter, name=name, policy=policy
+            self._tools, start, tenant=tenant, weights=weights, adapter=adapter, name=name, policy=policy, keeps=self
         )
 
     def submit(
@@ -240,8 +238,7 @@ class Engine:
             sampling: how to draw; or its fields by name. `json_schema` beside either of them is short for
                 `grammar=Grammar.json_schema(...)`.
             adapter: that computes it, see `load_adapter`; None: the model as its user has left it at this moment.
-            policy: how far reuse may depart from the exact answer; None: the engine's. Only segments with a name are
-                ever moved.
+            policy: how far reuse may depart from the exact answer; None: the engine's. Only named segments are moved.
             rung: for comparisons: reuse at exactly this rung, with no bound, instead of as the policy allows.
             lesson: serve exactly, and learn all of this from it in idle time; see `warm`.
             reads_cache: False: compute the whole prompt, whatever is cached; what was computed is cached all the same.
@@ -262,6 +259,7 @@ class Engine:
         request.rung, request.lesson = rung, lesson
         request.reads_cache = request.reads_cache and reads_cache
         self._workings.loop.submit(request)
+        request.handle.keeps = self
         return request.handle
 
     def open_prompt(
@@ -288,7 +286,9 @@ class Engine:
             WeightsChanged: nothing can be computed with what the model has become.
             EngineClosed: the engine has been closed.
         """
-        return self._tools.open_prompts.open_first(prompt, adapter, tenant, checked_policy(policy), deadline_s)
+        opened = self._tools.open_prompts.open_first(prompt, adapter, tenant, checked_policy(policy), deadline_s)
+        opened.keeps = self
+        return opened
 
     def generate(
         self, prompt: Prompt, sampling: SamplingParams | None = None, **settings: Unpack[RequestSettings]
@@ -363,7 +363,7 @@ class Engine:
             PoolExhausted: no pages for it.
             EngineClosed: the engine has been closed, before or meanwhile.
         """
-        return restored(self._tools, Path(file), adapter, tenant)
+        return restored(self._tools, Path(file), adapter, tenant, keeps=self)
 
     def context_from_hf_cache(
         self,
@@ -383,7 +383,7 @@ class Engine:
             InvalidRequest: the cache does not fit the model or the tokens.
             PoolExhausted, EngineClosed: as in `restore`.
         """
-        return taken_over(self._tools, cache, prompt, adapter, tenant, name)
+        return taken_over(self._tools, cache, prompt, adapter, tenant, name, keeps=self)
 
     def check_integrity(self) -> None:
         """Prove that every page reference is held by exactly who should hold it. Raises AssertionError with numbers."""

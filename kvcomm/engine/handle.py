@@ -30,6 +30,7 @@ class RequestHandle:
         self.request_id = request_id
         self.tenant = tenant
         self.engine_id = engine_id
+        self.keeps: object = None  # the engine, which must not be collected while somebody waits for its answer
         self._cancel = cancel
         self._drawn: list[int] = []
         self._changed = threading.Condition()

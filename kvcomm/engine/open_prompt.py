@@ -200,6 +200,7 @@ class OpenPrompt:
     def __init__(self, opened_by: OpenPrompts, reading: Reading) -> None:
         self._opened_by = opened_by
         self._reading = reading
+        self.keeps: object = None  # the engine, which must not be collected while somebody has an open prompt of it
         weakref.finalize(self, _forget, reading)
 
     def __repr__(self) -> str:
@@ -278,7 +279,9 @@ class OpenPrompt:
             InvalidRequest: it is closed already, holds no token, or sampling settings are wrong.
             PromptTooLong, SourceFailed, RequestCancelled: it has been given up, and why.
         """
-        return self._opened_by.close(self._reading, sampling, settings, prompt)
+        handle = self._opened_by.close(self._reading, sampling, settings, prompt)
+        handle.keeps = self.keeps
+        return handle
 
     def cancel(self) -> None:
         """Give it up: pages are returned, at the latest when a pass over them ends, and what follows it fails.

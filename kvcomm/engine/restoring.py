@@ -13,8 +13,8 @@ from kvcomm.memory.segments import Prompt, token_ids_of
 from kvcomm.memory.sequences import Sequence
 
 
-def restored(tools: ContextTools, file: Path, adapter: str | None, tenant: str) -> Context:
-    """See `Engine.restore`."""
+def restored(tools: ContextTools, file: Path, adapter: str | None, tenant: str, *, keeps: object) -> Context:
+    """See `Engine.restore` and, for `keeps`, `Context`."""
     weights = tools.adapters.weights(adapter)
     state, keys, values = tools.exchange.load(file, tools.tenancy.namespace(weights, tenant))
 
@@ -29,20 +29,37 @@ def restored(tools: ContextTools, file: Path, adapter: str | None, tenant: str) 
             segments=state.segments,
             last_logits=state.last_logits,
             note=state.note,
+            keeps=keeps,
         )
 
     return tools.exchange.place(tools.tenancy.home(tenant), state.token_ids, keys, values, state.fidelity, finish)
 
 
 def taken_over(
-    tools: ContextTools, cache: DynamicCache, prompt: Prompt, adapter: str | None, tenant: str, name: str | None
+    tools: ContextTools,
+    cache: DynamicCache,
+    prompt: Prompt,
+    adapter: str | None,
+    tenant: str,
+    name: str | None,
+    *,
+    keeps: object,
 ) -> Context:
-    """See `Engine.context_from_hf_cache`."""
+    """See `Engine.context_from_hf_cache` and, for `keeps`, `Context`."""
     segments = tools.language.reader.read(prompt, is_start=True)
     weights, token_ids = tools.adapters.weights(adapter), token_ids_of(segments)
     keys, values = tools.exchange.from_hf_cache(cache, token_ids)
 
     def finish(sequence: Sequence) -> Context:
-        return Context(tools, sequence, tenant=tenant, weights=weights, adapter=adapter, name=name, segments=segments)
+        return Context(
+            tools,
+            sequence,
+            tenant=tenant,
+            weights=weights,
+            adapter=adapter,
+            name=name,
+            segments=segments,
+            keeps=keeps,
+        )
 
     return tools.exchange.place(tools.tenancy.home(tenant), token_ids, keys, values, Fidelity.APPROXIMATE, finish)

@@ -149,7 +149,7 @@ class MirrorMachine(TreeMachine):
             said = self.announcer.announce(events, self.owners)
         self.is_new = False
         self.mirror.read(self.encoder.batch(said, 0.0))
-        assert self.mirror.names == whole_blocks(self.tree, self.owners, self.block_size)
+        assert self.mirror.names == whole_blocks(self.tree.walk, self.owners, self.block_size)
         assert self.announcer.num_blocks == len(self.mirror.names)
 
     @invariant()

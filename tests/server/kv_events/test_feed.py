@@ -62,7 +62,7 @@ def feed_of(engine: Engine, recorder: Recorder, *, has_keys: bool = False, **set
 
 def blocks_of(engine: Engine, owners: dict[str, Owner], block_size: int) -> set[int]:
     with engine.lock:
-        return whole_blocks(engine.tree, owners, block_size)
+        return whole_blocks(engine.tree.walk, owners, block_size)
 
 
 def test_what_is_cached_is_announced_and_taken_back(engine: Engine) -> None:
