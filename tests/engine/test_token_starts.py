@@ -51,8 +51,9 @@ def require_fits(text: str, starts: list[int], beginnings: list[str | None]) -> 
     """Starts grow from 0 on and stay in the text; a beginning that the text has as it is ends at the next start.
 
     Args:
-        beginnings: of the text, of its first tokens, one token after the other; None: its last token is a byte of a run
-            that goes on, whose text the next bytes may change even where a stripped space leaves nothing to see of it.
+        beginnings: of the text, of its first tokens, one token after the other; None: later tokens rewrite it, or its
+            last token is a byte of a run that goes on, whose text the next bytes may change even where a stripped space
+            leaves nothing to see of it.
     """
     assert starts == sorted(starts)
     assert not starts or starts[0] == 0
@@ -64,13 +65,15 @@ def require_fits(text: str, starts: list[int], beginnings: list[str | None]) -> 
 
 def beginnings_of(texts: TokenTexts, ids: list[int]) -> list[str | None]:
     """What the tokenizer makes of the first tokens, as far as more tokens leave it as it is."""
+    decoded = [texts.decode(ids[:at]) for at in range(len(ids) + 1)]
     beginnings = list[str | None]()
-    for at in range(len(ids)):
-        before = texts.decode(ids[:at])
+    for at, before in enumerate(decoded[:-1]):
         spoken = [[token for token in half if not texts.is_silent(token)] for half in (ids[:at], ids[at:])]
         beside = [*spoken[0][-1:], *spoken[1][:1]]
         goes_on = len(beside) == 2 and all(texts.byte_of(token) is not None for token in beside)
-        beginnings.append(None if goes_on and not before else before)
+        # "d@@@" may become "d@" and then "d@@" by other letters than those of its first token.
+        is_rewritten = not all(later.startswith(before.rstrip(REPLACEMENT)) for later in decoded[at:])
+        beginnings.append(None if is_rewritten or (goes_on and not before) else before)
     return beginnings
 
 
@@ -155,6 +158,7 @@ def test_what_a_stop_string_leaves_of_a_token_has_a_place(kind: str, data: st.Da
         ("llama", ["<0x20>", "<0x80>"], "", "\ufffd\ufffd", [0, 1]),
         ("wordpiece", ["hello", "world", "##n"], "", "hello worldn", [0, 5, 11]),
         ("joined", ["d@@", " ", "@"], "", "d@", [0, 1, 1]),
+        ("joined", ["d@@", "@", " ", "@"], "", "d@@", [0, 2, 2, 2]),
     ],
 )
 def test_known_places(kind: str, pieces: list[str], stop: str, text: str, starts: list[int]) -> None:
