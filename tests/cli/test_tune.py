@@ -106,7 +106,7 @@ def test_a_profile_is_made_checked_and_refused(
     known.write_text("\n".join(used))
     assert "all 18 rows were used" in call(capsys, "--check", str(file), "--data", str(known), code=2)
 
-    asked = ["run", str(team), "--profile", str(file), "--json"]
+    asked = ["run", str(team), "--profile", str(file), "--no-read-along", "--json"]  # what is read along is not moved
     assert {*moving(capsys, asked, fresh)} == {"second"}
     assert run(["run", "gsm8k", "--input", "question=why so?", "--profile", str(file)]) == 1
     assert "another team" in capsys.readouterr().err
@@ -151,7 +151,7 @@ def test_a_profile_works_where_its_banks_are_not(
     for name in ("tiny.toml", "tiny.pairs.json"):
         shutil.copy(tmp_path / "p" / name, shipped / name)
     file, team = shipped / "tiny.toml", tmp_path / "team.toml"
-    asked = ["run", str(team), "--profile", str(file), "--json"]
+    asked = ["run", str(team), "--profile", str(file), "--no-read-along", "--json"]  # what is read along is not moved
     fresh = questions(tmp_path / "fresh.jsonl", 5, "b")
     assert moving(capsys, asked, fresh) == ["second"] * 5
     checked = call(capsys, "--check", str(file), "--data", str(fresh), "--workload", str(team))

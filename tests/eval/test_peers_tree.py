@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -16,6 +17,12 @@ from tests.limits import wait_for
 SPIN = "import time\nwhile time.process_time() < {}: pass\n"
 WAIT = "import threading; threading.Event().wait()"
 STUBBORN = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WAIT
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_engines_of_others() -> None:
+    """A fork asks for as much address space as its process has: pools that earlier tests left to the collector, too."""
+    gc.collect()
 
 
 def tree(tmp_path: Path, program: str) -> ProcessTree:
