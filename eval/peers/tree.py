@@ -6,10 +6,11 @@ comes from /proc and from the processor clocks of processes.
 
 from __future__ import annotations
 
-import ctypes
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +22,17 @@ from kvcomm.errors import ServerError
 
 PROC = Path("/proc")
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
-SET_DEATH_SIGNAL = 1
+BORN = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("whoever started this has gone")
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+"""Becomes a command, after asking to be killed when its parent ends.
+
+Asking between fork and exec (`preexec_fn`) would need room for a second copy of all memory of the parent.
+"""
 END_S = 10.0
 """To end by itself, before it is killed."""
 QUIET_SHARE = 0.05
@@ -48,17 +59,18 @@ class ProcessTree:
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        """Start it; raises OSError where the command cannot be run."""
+        """Start it; raises FileNotFoundError where there is no such command."""
+        if shutil.which(command[0], path=environment.get("PATH")) is None:
+            raise FileNotFoundError(f"{command[0]} is no command that can be run")
         self._log = log
         with log.open("wb") as out:
             self._process = subprocess.Popen(
-                command,
+                [sys.executable, "-I", "-S", "-c", BORN, str(os.getpid()), *command],
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
         self.pid = self._process.pid
 
@@ -148,10 +160,6 @@ class ProcessTree:
         while more := {pid for pid, each in found.items() if each.parent in belongs} - belongs:
             belongs |= more
         return [found[pid] for pid in sorted(belongs) if with_zombies or not found[pid].is_zombie]
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def _all_stats() -> list[_Stat]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import subprocess
 import sys
@@ -17,12 +16,6 @@ from tests.limits import wait_for
 SPIN = "import time\nwhile time.process_time() < {}: pass\n"
 WAIT = "import threading; threading.Event().wait()"
 STUBBORN = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WAIT
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_engines_of_others() -> None:
-    """A fork asks for as much address space as its process has: pools that earlier tests left to the collector, too."""
-    gc.collect()
 
 
 def tree(tmp_path: Path, program: str) -> ProcessTree:
@@ -100,6 +93,24 @@ def test_it_says_why_it_has_ended(tmp_path: Path) -> None:
         wait_for(lambda: not running.is_running)
         with pytest.raises(ServerError, match="ended with code 7: no room"):
             running.require_running()
+
+
+def test_a_command_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no-such-command is no command"):
+        ProcessTree(["no-such-command"], os.environ, tmp_path / "log")
+
+
+def test_whoever_starts_it_may_hold_more_addresses_than_there_is_memory(tmp_path: Path) -> None:
+    """As a process does that has made several pools: a copy of it would be refused."""
+    program = (
+        "import mmap, os, sys\nfrom pathlib import Path\nfrom eval.peers.tree import ProcessTree\n"
+        "size = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') * 6 // 10\n"
+        "held = [mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(4)]\n"
+        f"with ProcessTree([sys.executable, '-c', {WAIT!r}], os.environ, Path({str(tmp_path / 'log')!r})) as tree:\n"
+        "    print(tree.is_running)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_a_killed_parent_takes_it_along(tmp_path: Path) -> None:
