@@ -70,16 +70,20 @@ def _turn(rows: Numbers, partners: Numbers, cos: Numbers, sin: Numbers, out: Num
 turn = compiled.jit(_turn)  # no steps taken together: each is rounded
 
 
-def _gate(rows: Numbers, out: Numbers) -> None:
-    """out = silu(first half) * second half of [num_rows, 2 * size]."""
+def _gate(gates: Numbers, ups: Numbers, out: Numbers) -> None:
+    """out = silu(gates) * ups of [num_rows, size] each: the first and the last `size` columns of what is given.
+
+    Both may be one array of [num_rows, 2 * size].
+    """
     size = out.shape[1]
-    for i in numba.prange(len(rows)):
+    behind = ups.shape[1] - size
+    for i in numba.prange(len(out)):
         for k in range(size):
-            gate = widen(rows[i, k])
+            gate = widen(gates[i, k])
             weight = exp(-abs(gate))
             sigmoid = (weight if gate < 0 else ONE) / (ONE + weight)
             opened = widen(rounded(gate * sigmoid, out[0, 0]))
-            out[i, k] = rounded(opened * widen(rows[i, size + k]), out[0, 0])
+            out[i, k] = rounded(opened * widen(ups[i, behind + k]), out[0, 0])
 
 
 norm = compiled.jit(_norm, parallel=True, fastmath={"contract", "reassoc"})

@@ -1,4 +1,4 @@
-"""Linear layers that read the same rows, as one product each time: by the means that was measured to be quickest."""
+"""Linear layers that read the same rows, by the means that was measured to be quickest: all together, if that is it."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ from kvcomm.model.linear import TileProduct, product
 
 
 class Joined:
-    """Linear layers that read the same rows, computed together: their outputs lie one beside the other."""
+    """Linear layers that read the same rows."""
 
     def __init__(self, layers: Sequence[nn.Linear], choice: Choice) -> None:
         self._layers, self._choice = layers, choice
         self._by_tiles = TileProduct(choice.memory)
         self.widths = [layer.out_features for layer in layers]
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """[num_rows, in] -> [num_rows, sum of outs] by what was chosen; dtype of the weights."""
+    def __call__(self, rows: Tensor) -> list[Tensor]:
+        """[num_rows, in] -> [num_rows, out] of each, or one [num_rows, sum of outs] for all: by what was chosen.
+
+        Dtype of the weights. Outputs that were made apart are not put together: whoever reads them next takes either.
+        """
         weights = [layer.weight for layer in self._layers]
         num_rows = rows.shape[0]
         names = {self._choice.name(weight, num_rows) for weight in weights}
         if names == {"tiles"}:
-            return self._by_tiles(rows, weights, self._bias())
-        parts = [
+            return [self._by_tiles(rows, weights, self._bias())]
+        return [
             product(self._choice.name(weight, num_rows), rows, weight.detach(), layer.bias)
             for weight, layer in zip(weights, self._layers, strict=True)
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def exactly(self, rows: Tensor) -> list[Tensor]:
         """The stock products."""

@@ -89,7 +89,8 @@ def lean_linear(layer: nn.Linear, choice: Choice) -> Callable[[Tensor], Tensor]:
         if not _is_plain(rows, layer.weight.dtype):
             return functional.linear(rows, layer.weight, layer.bias)
         flat = rows.reshape(-1, rows.shape[-1])
-        return compute(flat).view(*rows.shape[:-1], -1)
+        (out,) = compute(flat)
+        return out.view(*rows.shape[:-1], -1)
 
     return forward
 
@@ -142,7 +143,7 @@ def lean_norm(layer: nn.Module, *, exact: bool) -> Forward | None:
 def lean_mlp(layer: nn.Module, choice: Choice, *, exact: bool) -> Forward | None:
     """`layer.forward` of down(silu(gate) * up), or None if it is another form."""
     gate, up, down = (getattr(layer, name) for name in ("gate_proj", "up_proj", "down_proj"))
-    dtype = gate.weight.dtype
+    dtype, width = gate.weight.dtype, gate.out_features
     open_both, close = Joined([gate, up], choice), Joined([down], choice)
 
     def forward(*operands: Tensor, **keywords: Tensor) -> Tensor:
@@ -157,11 +158,11 @@ def lean_mlp(layer: nn.Module, choice: Choice, *, exact: bool) -> Forward | None
         else:
             from kvcomm.model.glue import gate as multiply
 
-            both = open_both(flat)
-            opened = both.new_empty(len(both), both.shape[1] // 2)
+            parts = open_both(flat)
+            opened = flat.new_empty(len(flat), width)
             with one_caller:
-                multiply(numbers(both), numbers(opened))
-            out = close(opened)
+                multiply(numbers(parts[0]), numbers(parts[-1]), numbers(opened))
+            (out,) = close(opened)
         return out.view(*rows.shape[:-1], -1)
 
     rows = _trial_rows(gate.in_features, dtype)
@@ -219,7 +220,7 @@ def _attention_forward(layer: nn.Module, seen: _Seen, project: Joined, choice: C
         query, key, value = _heads(hidden[0], project, cos[0], sin[0], dim, exact=exact)
         out = step(layer_id, query, key, value, scale=scale, sliding_window=window, softcap=softcap)
         flat = out.reshape(out.shape[1], -1)
-        out = close.exactly(flat)[0] if exact else close(flat)
+        (out,) = close.exactly(flat) if exact else close(flat)
         return out[None], None
 
     return forward
@@ -233,13 +234,14 @@ def _heads(
 
     cos_numbers, sin_numbers = numbers(cos.contiguous()), numbers(sin.contiguous())
     made, width = [], project.widths[1]
-    parts = project.exactly(rows) if exact else [project(rows)]
-    for part in parts[:2] if exact else parts:
-        out = part.new_empty(len(part), part.shape[1] if exact else part.shape[1] - width)
+    parts = project.exactly(rows) if exact else project(rows)
+    are_apart = len(parts) > 1
+    for part in parts[:2] if are_apart else parts:
+        out = part.new_empty(len(part), part.shape[1] if are_apart else part.shape[1] - width)
         with one_caller:
             rotate(numbers(part), cos_numbers, sin_numbers, numbers(out))
         made.append(out)
-    query, key = made if exact else (made[0][:, :-width], made[0][:, -width:])
+    query, key = made if are_apart else (made[0][:, :-width], made[0][:, -width:])
     value = parts[-1][:, -width:]
     query, key, value = (part.unflatten(1, (-1, dim)).transpose(0, 1)[None] for part in (query, key, value))
     return query, key, value

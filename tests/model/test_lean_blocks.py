@@ -12,10 +12,12 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 from kvcomm.model.attention import hook
 from kvcomm.model.attention.contract import RunTable
 from kvcomm.model.attention.torch_backend import TorchBackend
-from kvcomm.model.choice import Choice
+from kvcomm.model.choice import FIXED, Choice
 from kvcomm.model.families import random_model
 from kvcomm.model.lean import LeanLayers
-from kvcomm.model.lean_blocks import find_blocks, lean_attention, lean_mlp
+from kvcomm.model.lean_blocks import TOLERANCE, find_blocks, lean_attention, lean_mlp
+from kvcomm.model.linear import CANDIDATES
+from kvcomm.model.tiles import are_there
 from tests.model.architectures import FAMILIES
 
 KNOWN = {
@@ -54,13 +56,25 @@ def test_a_pass_is_the_stock_forward(family: str, up_to_rounding: bool, num_rows
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+PRODUCTS = [(dtype, name) for dtype, names in CANDIDATES.items() for name in names]
+"""By some, the outputs of layers that read the same rows lie in one tensor, by others in one each."""
+
+
+def choice(dtype: torch.dtype, name: str) -> Choice:
+    if name == "tiles" and not are_there():
+        pytest.skip("this processor has no tiles for bfloat16")
+    return Choice((name,) * len(FIXED[dtype]))
+
+
+@pytest.mark.parametrize(("dtype", "name"), PRODUCTS)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
-def test_attention_of_a_pass_asks_the_step_for_what_the_stock_layer_asks(family: str, dtype: torch.dtype) -> None:
+def test_attention_of_a_pass_asks_the_step_for_what_the_stock_layer_asks(
+    family: str, dtype: torch.dtype, name: str
+) -> None:
     model = random_model(FAMILIES[family].config()).to(dtype)
     hook.register()
     layer = next(module for module in model.modules() if type(module).__name__.endswith("Attention"))
-    forward = lean_attention(model, layer, Choice(), exact=False)
+    forward = lean_attention(model, layer, choice(dtype, name), exact=False)
     assert forward is not None
     geometry = FAMILIES[family]
     storage = [torch.zeros(64, geometry.num_kv_heads, geometry.head_dim, dtype=dtype) for _ in range(2)]
@@ -78,6 +92,20 @@ def test_attention_of_a_pass_asks_the_step_for_what_the_stock_layer_asks(family:
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(stored[0], stored[1], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(outs[0], outs[1], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "name"), PRODUCTS)
+def test_an_mlp_is_the_stock_layer_by_every_product(dtype: torch.dtype, name: str) -> None:
+    torch.manual_seed(4)
+    config = FAMILIES["llama"].config()
+    config.hidden_size, config.intermediate_size = 64, 96  # whole tiles
+    layer = LlamaMLP(config).to(dtype)
+    forward = lean_mlp(layer, choice(dtype, name), exact=False)
+    assert forward is not None
+    rows = torch.randn(1, 21, layer.hidden_size).to(dtype)
+    with torch.inference_mode():
+        got, expected = forward(rows), layer(rows)
+    torch.testing.assert_close(got, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 def test_an_mlp_of_another_formula_is_left_alone() -> None:

@@ -109,7 +109,7 @@ def test_joined_layers_are_the_layers_side_by_side(dtype: torch.dtype) -> None:
         for layer in layers:
             layer.to(dtype)
         expected = torch.cat([layer(rows) for layer in layers], 1)
-        out = Joined(layers, Choice())(rows)
+        out = torch.cat(Joined(layers, Choice())(rows), 1)
     torch.testing.assert_close(out, expected, rtol=2 * ULP[dtype], atol=2 * ULP[dtype])
 
 
