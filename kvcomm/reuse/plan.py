@@ -85,6 +85,42 @@ class Reason(StrEnum):
     TIER_FAILED = "tier_failed"
     """The shared tier had it, and lost it or failed to give it."""
 
+    @property
+    def words(self) -> str:
+        """Why, in a few words behind "computed because"."""
+        return WORDS[self]
+
+
+WORDS = {
+    Reason.NEW: "not seen before",
+    Reason.EVICTED: "dropped from the cache to make room",
+    Reason.EXPIRED: "too long in the cache",
+    Reason.QUOTA: "no room in the tenant's share of the cache",
+    Reason.LAST_TOKEN: "last token, needed to go on",
+    Reason.CACHE_OFF: "reuse is off",
+    Reason.GLUE: "template text between moved texts",
+    Reason.RUNG: "moved text that is computed for the bound's sake",
+    Reason.NO_SOURCE: "not known from another prompt",
+    Reason.DISPLACED: "stands first here, known only from behind other text",
+    Reason.IMMOVABLE: "this model's keys cannot be moved",
+    Reason.NO_ANCHORS: "too few measured offsets to correct it",
+    Reason.UNCALIBRATED: "too few measured prompts to promise the bound",
+    Reason.BOUND: "measured prompts broke the bound",
+    Reason.BREAKER: "audits found too many answers above the bound",
+    Reason.OUT_OF_DISTRIBUTION: "unlike the text that was measured",
+    Reason.SOURCE_RISK: "its source is too far off itself",
+    Reason.COST: "moving it would take longer",
+    Reason.ESCALATED: "further off than expected, as a check found",
+    Reason.NO_ROOM: "no room in the pool",
+    Reason.FAILED: "moving it failed, see the log",
+    Reason.READ_ALONG: "before the prompt was complete",
+    Reason.TOO_LATE: "written too late to be read along",
+    Reason.NO_SPARE: "no time was left to read it along",
+    Reason.TIER_SLOW: "computing was quicker than the shared tier",
+    Reason.TIER_CORRUPT: "damaged in the shared tier",
+    Reason.TIER_FAILED: "the shared tier failed",
+}
+
 
 class Span(NamedTuple):
     """`[start, end)` of a prompt. `reason` is None for reused spans."""

@@ -33,3 +33,10 @@ def test_what_comes_while_a_prompt_is_computed_is_reused() -> None:
     ]
     assert plan.reasons == {"new": 8}
     assert plan.stretches == ((4, 8), (16, 20))
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_a_reason_is_said_in_words_of_its_own(reason: Reason) -> None:
+    assert "_" not in reason.words
+    assert reason.words[0].islower()
+    assert [each for each in Reason if each.words == reason.words] == [reason]
