@@ -8,6 +8,7 @@ from typing import Any
 
 from eval.figures import Figure
 from eval.report.tables import Table, all_tables
+from eval.report.verdict import verdict
 from eval.tasks.analysis import ModeResult, as_values
 from eval.tasks.modes import KVCOMM
 from eval.tasks.task import Task
@@ -33,6 +34,11 @@ class Contents:
     times: Sequence[Timed]
 
     @property
+    def verdict(self) -> str:
+        """What it comes to, in one sentence."""
+        return verdict(self.results)
+
+    @property
     def tables(self) -> list[Table]:
         """For people."""
         return all_tables(self.results, self.task, self.facts)
@@ -41,6 +47,7 @@ class Contents:
         """All of it as JSON values."""
         return {
             "name": self.task.name,
+            "verdict": self.verdict,
             "figures": [{**figure.to_json(), "goal": figure.goal} for figure in self.figures],
             "modes": [as_values(result) for result in self.results],
             "settings": dict(self.settings),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from eval.tasks.analysis import ModeResult
 from eval.tasks.task import Task
 from kvcomm.lab.bounds import Interval
+from kvcomm.lab.moving import Reason
 
 NONE = "-"
 
@@ -58,9 +59,12 @@ def _answers(results: Sequence[ModeResult], task: Task) -> Table:
         for each in results
     ]
     note = (
-        "Intervals are Wilson's at 95 %. Flips: verdicts that differ from dense, either way. Changed: something else "
+        "Right: by two ways of reading the last answer; the first one counts. In brackets: 95 % intervals (Wilson's). "
+        "Flips: questions judged right here and wrong in dense, or the other way round. Lost: right in dense only; "
+        "won: right here only. McNemar p: how often chance alone would make lost and won so unequal. Changed: "
+        "something else was read out of the answer than in dense, right or wrong."
     )
-    return Table("Answers", [*head, "changed"], rows, f"{note}was read out of the answer than in the dense run.")
+    return Table("Answers", [*head, "changed"], rows, note)
 
 
 def _damage(results: Sequence[ModeResult]) -> Table:
@@ -79,21 +83,22 @@ def _damage(results: Sequence[ModeResult]) -> Table:
                 f"{sorted(damage.first_change)[len(damage.first_change) // 2]}" if damage.first_change else NONE,
             ]
         )
-    head = ["mode", "divergence, nats", "90 % below", "top-1 agreement", "replayed", "same tokens", "first other token"]
-    return Table(
-        "Divergence",
-        head,
-        rows,
-        "Of requests that read others. Divergence and agreement: over the first 32 tokens of the dense answer, forced. "
-        "Same tokens: answers that are the dense one as far as both go; first other token: the median over the others.",
+    head = ["mode", "divergence, nats", "90 % below", "same choice", "replayed", "same tokens", "first other token"]
+    note = (
+        "Of requests that read other agents' answers. Replayed: requests of which the dense answer's first 32 tokens "
+        "were put behind the reused prompt one by one; divergence is the mean over these tokens, 90 % below: what "
+        "nine of ten requests stay below, same choice: share of the tokens that are the most probable ones "
+        "there as well. Same tokens: share of answers that are the dense one as far as both go; first other token: "
+        "where the rest leave it, the median."
     )
+    return Table("Divergence", head, rows, note)
 
 
 def _bound(results: Sequence[ModeResult]) -> Table:
     rows = [
         [
             each.mode,
-            f"{each.damage.bound[0]:g} nats, {each.damage.bound[1]:.3g}",
+            f"{each.damage.bound[0]:g} nats in {100 * (1 - each.damage.bound[1]):.3g} % of cases",
             f"{each.damage.num_audited}",
             NONE if each.damage.violations is None else share(each.damage.violations),
             NONE if each.damage.violation_limit is None else f"{each.damage.violation_limit:.1%}",
@@ -101,10 +106,13 @@ def _bound(results: Sequence[ModeResult]) -> Table:
         for each in results
         if each.damage.bound is not None
     ]
-    head = ["mode", "epsilon, delta", "audited", "above epsilon", "delta + 2 standard errors"]
-    return Table(
-        "The bound", head, rows, "Audited: requests that moved text under the bound and were computed exactly."
+    head = ["mode", "bound", "audited", "broke it", "chance allows"]
+    note = (
+        "Bound: divergence that is not to be exceeded, and in which share of cases. Audited: requests that moved text "
+        "under it and were computed exactly as well. Chance allows: a bound that just holds is broken more often than "
+        "that in one of forty samples of this size (two standard errors)."
     )
+    return Table("The bound", head, rows, note)
 
 
 def _reuse(results: Sequence[ModeResult]) -> Table:
@@ -122,8 +130,13 @@ def _reuse(results: Sequence[ModeResult]) -> Table:
             ]
         )
     head = ["mode", "tokens exact", "moved", "computed", "requests that moved", "exact prefix only", "nothing reused"]
-    note = "Rungs: how moved KV was corrected, the share of it that was computed, and the number of requests."
-    return Table("Reuse", [*head, "of those that read others", "rungs"], rows, note)
+    note = (
+        "Shares of all prompt tokens, then of all requests. Readers that moved: of the requests that read other "
+        "agents' answers, those into which text was moved. Rungs: how moved text was corrected (token: by measured "
+        "offsets of similar tokens; rotate: in its positions only), which share of it was computed after all and how "
+        "that was chosen, and the number of requests."
+    )
+    return Table("Reuse", [*head, "readers that moved", "rungs"], rows, note)
 
 
 def _reasons(results: Sequence[ModeResult]) -> Table:
@@ -132,7 +145,9 @@ def _reasons(results: Sequence[ModeResult]) -> Table:
     for each in results:
         total = max(1, sum(each.reuse.tokens.values()))
         rows.append([each.mode, *(f"{each.reuse.reasons.get(name, 0) / total:.1%}" for name in names)])
-    return Table("Why tokens were computed", ["mode", *names], rows, "Shares of all prompt tokens, by reason.")
+    meanings = "; ".join(f"{name}: {Reason(name).words}" for name in names)
+    note = f"Shares of all prompt tokens, by reason. {meanings}."
+    return Table("Why tokens were computed", ["mode", *names], rows, note if names else "")
 
 
 def _times(results: Sequence[ModeResult], title: str, by_agent: str, of_team: str) -> Table:
@@ -147,11 +162,10 @@ def _times(results: Sequence[ModeResult], title: str, by_agent: str, of_team: st
         ratio = f"{reference / total:.2f}x" if total else NONE
         rows.append([each.mode, *(f"{seconds[name]:.3f} s" for name in agents), f"{total:.3f} s", ratio])
     note = (
-        f"Medians over {timed[0].times.num_questions} questions, one request at a time; sum: of all agents, one after "
+        f"Seconds from asking, medians over {timed[0].times.num_questions} questions, one request at a time. Sum: of "
+        "all agents, one after the other. Against dense: how many times as fast. All modes give as many tokens."
     )
-    return Table(
-        title, ["mode", *agents, "sum", "against dense"], rows, f"{note}the other. All modes give as many tokens."
-    )
+    return Table(title, ["mode", *agents, "sum", "against dense"], rows, note)
 
 
 def _memory(results: Sequence[ModeResult], facts: Mapping[str, Any]) -> Table:
@@ -161,14 +175,17 @@ def _memory(results: Sequence[ModeResult], facts: Mapping[str, Any]) -> Table:
         if each.times.num_questions
     ]
     room = _megabytes(facts["pool_bytes"])
-    note = f"KV: the most that was in use while a timed request ran. The pool has room for {room}."
+    note = (
+        "KV: keys and values of tokens, the most that was in use while a timed request ran. Learned: what the mode "
+        f"keeps to correct moved text. There is room for {room} of KV."
+    )
     return Table("Memory", ["mode", "KV in use", "learned"], rows, note)
 
 
 def _passes(results: Sequence[ModeResult]) -> Table:
     ks = list(dict.fromkeys(k for each in results for k in each.outcome.pass_at))
     rows = [[each.mode, *(f"{each.outcome.pass_at[k]:.1%}" for k in ks)] for each in results if each.outcome.pass_at]
-    note = "Unbiased estimates of the chance that one of k drawn answers is right."
+    note = "pass@k: the chance that one of k drawn answers is right, estimated without bias."
     return Table("Drawn answers", ["mode", *(f"pass@{k}" for k in ks)], rows, note)
 
 

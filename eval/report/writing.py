@@ -27,6 +27,8 @@ def markdown(contents: Contents) -> str:
     lines = [
         f"# {contents.task.name}: what reuse does to a team's answers",
         "",
+        contents.verdict,
+        "",
         f"{contents.results[0].num_questions} questions, {settings['agents']} agents, topology {settings['topology']}, "
         f"model {settings['model']}, bound ({settings['max_divergence']}, {1 - settings['confidence']:.3g}).",
         "",

@@ -63,6 +63,7 @@ class Reuse:
         reasons: computed tokens by reason.
         rungs: requests that moved text, by rung.
         approximated: share of the requests that read others which moved text.
+        by_agent: agent -> prompt tokens that were exact, aligned, computed; in the order in which agents answer.
     """
 
     tokens: Mapping[str, int]
@@ -70,6 +71,7 @@ class Reuse:
     reasons: Mapping[str, int]
     rungs: Mapping[str, int]
     approximated: Interval
+    by_agent: Mapping[str, Mapping[str, int]]
 
     @property
     def computed_share(self) -> float:
@@ -253,12 +255,21 @@ def _reuse(pairs: Sequence[_Pair]) -> Reuse:
     for usage in usages:
         reasons.update(usage["reasons"])
     return Reuse(
-        {kind: sum(usage[kind] for usage in usages) for kind in ("exact", "aligned", "computed")},
+        _tokens(usages),
         {"moved": len(moved), "exact prefix": prefixed, "computed": len(usages) - len(moved) - prefixed},
         dict(reasons.most_common()),
         dict(sorted(Counter(usage["moved"]["rung"] for usage in moved).items())),
         wilson(len(moved), num_readers),
+        {
+            agent: _tokens([pair.own.answers[agent].usage for pair in pairs if agent in pair.own.answers])
+            for agent in dict.fromkeys(name for pair in pairs for name in pair.own.answers)
+        },
     )
+
+
+def _tokens(usages: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Of all these prompts, by where their KV came from."""
+    return {kind: sum(usage[kind] for usage in usages) for kind in ("exact", "aligned", "computed")}
 
 
 def _damage(pairs: Sequence[_Pair], divergences: Sequence[Divergence], bound: tuple[float, float] | None) -> Damage:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from html import escape
 from math import comb
 from pathlib import Path
 
 import pytest
 
+from eval.report import words
 from eval.report.__main__ import main
-from eval.report.contents import bound_figures
+from eval.report.contents import Contents, bound_figures
+from eval.report.page import page
 from eval.report.plots import all_plots, change_plot, pareto
-from eval.tasks.analysis import analyse
+from eval.report.verdict import agent_views, verdict
+from eval.report.writing import markdown
+from eval.tasks.analysis import ModeResult, analyse
+from eval.tasks.gsm8k import Gsm8k
+from eval.tasks.modes import MODES
 from eval.tasks.replays import Divergence, DivergenceFile
 from eval.tasks.samples import Answer, Sample, SampleFile
 from eval.tasks.statistics import mcnemar
 from eval.tasks.task import Score
 from eval.tasks.timing import Timed, TimesFile
+from eval.tasks.topology import TOPOLOGIES
 from kvcomm.align.intervals import violation_limit
 from kvcomm.errors import InvalidRequest
 
@@ -221,3 +230,133 @@ def test_what_is_no_report_is_named(text: str, tmp_path: Path, capsys: pytest.Ca
     assert f"{tmp_path / 'report.json'} is no report" in capsys.readouterr().err
     assert main([str(one), str(tmp_path / "nowhere")]) == 1
     assert "is no report" in capsys.readouterr().err
+
+
+# -- what a person reads first ----------------------------------------------------------------------------------------
+
+
+def timed(mode: str, seconds: float) -> list[Timed]:
+    """Three questions, two agents; the second one takes three times as long as the first one."""
+    return [
+        Timed(index, mode, agent, 100, 10, seconds * place, 9.0, 1000)
+        for index in range(3)
+        for place, agent in ((1, "first"), (3, "last"))
+    ]
+
+
+def own_result(bound: tuple[float, float] | None = (0.02, 0.05), times: bool = True) -> ModeResult:
+    given = timed("kvcomm", 0.25) if times else []
+    return analyse("kvcomm", OWN, DENSE, divergences=REPLAYED, bound=bound, times=given)
+
+
+def dense_result(mode: str = "dense", seconds: float = 1.0) -> ModeResult:
+    return analyse(mode, DENSE, DENSE, times=timed(mode, seconds))
+
+
+def test_the_verdict_is_one_sentence_in_the_runs_own_numbers() -> None:
+    found = verdict([dense_result(), own_result()])
+    assert found == (
+        "Reuse (mode kvcomm) spared 59% of the prompt tokens, and a question's first tokens, all agents added up, came "
+        "4.0 times as fast as with no reuse (1.00 s instead of 4.00 s); of 4 questions 1 turned from right to wrong "
+        "and 1 from wrong to right, and answers diverged by 0.1278 nats on average; the bound did not hold: 1 of 3 "
+        "audited answers on moved text were above 0.02 nats, 33%, with 5% allowed and up to 30% explained by chance."
+    )
+
+
+@pytest.mark.parametrize(
+    ("bound", "words"),
+    [
+        ((0.6, 0.05), "the bound held: 0 of 3 audited answers on moved text were above 0.6 nats, 0%, with 5% allowed."),
+        ((0.02, 0.2), "the bound held as far as chance can tell: 1 of 3 audited answers on moved text were above 0.02"),
+        ((0.02, 0.05), "the bound did not hold: 1 of 3 audited answers"),
+        (None, "no bound was in force."),
+    ],
+)
+def test_whether_the_bound_held(bound: tuple[float, float] | None, words: str) -> None:
+    assert words in verdict([dense_result(), own_result(bound)])
+
+
+def test_a_bound_that_nothing_was_audited_under_is_not_said_to_hold() -> None:
+    own = analyse("kvcomm", OWN, DENSE, bound=(0.02, 0.05))
+    found = verdict([analyse("dense", DENSE, DENSE), own])
+    assert "whether the bound of 0.02 nats held was not tested" in found
+    assert "no times were taken" in found
+    assert "no divergence was measured" in found
+
+
+def test_whom_the_verdict_is_about() -> None:
+    dense, exact = analyse("dense", DENSE, DENSE), analyse("exact", DENSE, DENSE)
+    assert verdict([dense]).startswith("Only the mode dense ran")
+    assert "(mode exact)" in verdict([dense, exact, analyse("paper", OWN, DENSE)])
+    assert "(mode kvcomm)" in verdict([dense, exact, own_result()])
+    assert "nothing was moved, so no bound was needed" in verdict([dense, exact])
+    assert "was not tested" in verdict([dense, analyse("heal", OWN, DENSE)])
+    assert "(mode epic)" in verdict([dense, analyse("paper", OWN, DENSE), analyse("epic", OWN, DENSE)])
+
+
+def test_first_tokens_are_held_against_transformers_where_it_ran() -> None:
+    found = verdict([dense_result(), dense_result("stock", 2.0), own_result()])
+    assert "came 8.0 times as fast as with transformers alone (1.00 s instead of 8.00 s)" in found
+
+
+def test_every_agent_has_a_bar_and_its_waits() -> None:
+    first, last = agent_views([dense_result(), own_result()])
+    assert (first.name, last.name) == ("first", "last")
+    assert [(each.name, each.tokens) for each in first.sources] == [("exact", 4), ("moved", 0), ("computed", 6)]
+    assert [each.tokens for each in last.sources] == [4, 3.75, 2.25]
+    assert [each.percent for each in last.sources] == pytest.approx([40, 37.5, 22.5])
+    assert [(each.mode, each.told) for each in last.waits] == [
+        ("kvcomm", "0.750 s, 4.0 times as fast"),
+        ("dense", "3.000 s"),
+    ]
+    assert [each.percent for each in [*first.waits, *last.waits]] == pytest.approx([25 / 3, 100 / 3, 25, 100])
+    assert agent_views([dense_result()]) == []
+    assert agent_views([analyse("dense", DENSE, DENSE), own_result(times=False)])[0].waits == []
+
+
+def test_every_mode_and_topology_is_explained() -> None:
+    assert set(words.MODES) == set(MODES)
+    assert set(words.TOPOLOGIES) == set(TOPOLOGIES)
+
+
+def contents(*results: ModeResult, times: Sequence[Timed] = ()) -> Contents:
+    settings = {"agents": 2, "topology": "full", "model": "<tiny>", "max_divergence": 0.02, "confidence": 0.95}
+    return Contents(Gsm8k(), [], results, settings, {"pool_bytes": 2**20}, times)
+
+
+def test_the_page_begins_with_the_verdict_and_explains_words_before_it_counts_them() -> None:
+    times = [*timed("dense", 1.0), *timed("kvcomm", 0.25)]
+    found = contents(dense_result(), own_result(), times=times)
+    html = page(found)
+    body = html[html.index("<body>") :]
+    order = [
+        "<h1>",
+        f'<p class="verdict">{escape(found.verdict)}</p>',
+        "<dfn>dense</dfn>",
+        "<dfn>Divergence</dfn>",
+        "<dfn>nats</dfn>",
+        "<dfn>bound</dfn>",
+        "<dfn>audited</dfn>",
+        "Agent by agent, in the mode kvcomm",
+        "<dfn>moved</dfn>",
+        "<h3>last</h3>",
+        '<span class="moved" style="width:37.50%"></span>',
+        "4 exact, 4 moved, 2 computed tokens",
+        "kvcomm: 0.750 s, 4.0 times as fast",
+        "dense: 3.000 s",
+        "<h2>Modes</h2>",
+        "<svg",
+        "<table>",
+    ]
+    places = [body.index(each) for each in order]
+    assert places == sorted(places)
+    assert "&lt;tiny&gt;" in body
+    assert "<tiny>" not in body
+    assert markdown(found).splitlines()[2] == found.verdict
+    assert found.to_json()["verdict"] == found.verdict
+
+
+def test_a_page_of_a_run_with_nothing_to_compare() -> None:
+    html = page(contents(analyse("dense", DENSE, DENSE)))
+    assert "there is nothing to compare" in html
+    assert "Agent by agent" not in html
