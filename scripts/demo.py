@@ -6,7 +6,7 @@ they write it, as far as these leave time. Answers of these two must be those wi
 they differ. *moved KV*: what one agent has read or written is moved into the prompts of others, under a bound that
 rests on pairs which were measured beforehand and ship with the model, so nothing is warmed up. Every prompt into which
 text was moved is audited, that is computed exactly afterwards and held against. *moved + heal*: the same, and moved KV
-is replaced by exact KV while the answer's first tokens are decoded. A picture and a sentence tell what came out.
+is replaced by exact KV while the answer's first tokens are decoded. A table, pictures and a summary tell what came out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from demo_report import (
     picture,
     raw_rows,
     seconds_table,
-    sentence,
+    summary,
 )
 from rich.console import Console, Group
 from rich.live import Live
@@ -197,7 +197,7 @@ def _finished_line(title: str, result: GroupResult) -> Text:
 
 
 def show(report: Report, console: Console) -> None:
-    """Print the table, the picture and the sentence."""
+    """Print the table, the pictures and the summary."""
     symbols = BLOCKS if console.encoding.lower().startswith("utf") else LETTERS
     console.print()
     console.print(seconds_table(report, console.width))
@@ -205,11 +205,12 @@ def show(report: Report, console: Console) -> None:
     for line in notes(report):
         console.print(Text(line, style="dim"))
     console.print()
+    console.print(Text("Where the tokens of the prompts came from, mean of the questions:"))
     for way in (Way.ALONG, Way.MOVED):
         for drawn in picture(report, console.width, symbols, way):
             console.print(drawn, no_wrap=True)
         console.print()
-    console.print(Text(sentence(report), style="bold"))
+    console.print(Text(summary(report), style="bold"))
 
 
 def describe(engine: Engine, options: argparse.Namespace, team: Team, num_questions: int) -> dict[str, Any]:
@@ -239,7 +240,7 @@ def write_json(file: Path, report: Report, settings: Mapping[str, Any]) -> None:
         "config": dict(settings),
         "rows": raw_rows(report),
         "moved": [agent_values(agent) for agent in report.agents],
-        "sentence": sentence(report),
+        "summary": summary(report),
     }
     try:
         file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the demo found: a picture, a table, a sentence and figures, all from the same runs."""
+"""What the demo found: a picture, a table, a summary and figures, all from the same runs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,29 @@ from kvcomm.agents import AgentResult
 from kvcomm.agents.comparison import AgentReuse, Results, Way
 from kvcomm.cli.output import table
 from kvcomm.figures import Figure
+from kvcomm.lab.moving import Reason
 
 NAME_WIDTH, COUNT_WIDTH, MIN_BAR_WIDTH = 11, 11, 12
 TABLE_WIDTH = 79
-LABELS = {Way.DENSE: "dense", Way.EXACT: "exact", Way.ALONG: "along", Way.MOVED: "moved", Way.HEALED: "healed"}
-"""Of the table's columns."""
+LABELS = {
+    Way.DENSE: "no\ncache",
+    Way.EXACT: "exact\nprefix",
+    Way.ALONG: "read\nalong",
+    Way.MOVED: "moved\nKV",
+    Way.HEALED: "moved,\nhealed",
+}
+"""Of the table's columns, in two lines."""
+MEANINGS = {
+    "no cache": "every prompt token is computed",
+    "exact prefix": "what prompts begin with alike is computed once",
+    "read along": "beside that, agents that wait read what others write while they write it",
+    "moved KV": "text that another prompt holds is moved from there",
+    "moved, healed": "the same, replaced by exact KV while the answer begins",
+    "text moved": "at how many questions; whoever reads first has nothing to move",
+    "nats": "how far an answer on moved KV is from the exact one (0: not at all), the largest of all questions: as "
+    "expected at most, and as measured when it was computed exactly afterwards (audited)",
+}
+"""What stands above the table's columns."""
 LEVELS = {"prior": "that ship with the model", "pool": "of this engine's requests", "own": "of each agent's own"}
 NOT_ABOUT_MOVING = frozenset({"new", "glue", "rung", "last_token"})
 """Reasons to compute what could not have been moved anyway, or is computed for the bound's sake."""
@@ -205,7 +223,8 @@ def seconds_table(report: Report, width: int) -> Table:
     Args:
         width: characters there are; where they are too few for all, only the first tokens are told.
     """
-    columns = ("first token, s", *(LABELS[way] for way in Way), "moved in", "expected", "audited")
+    nats = ("nats\nexpected", "nats\nmeasured")
+    columns = ("seconds to\nfirst token", *(LABELS[way] for way in Way), "text\nmoved", *nats)
     rows = [_seconds_row(agent, report) for agent in report.agents]
     rows.append(("team", *(f"{report.first_tokens_s(way):.2f}" for way in Way), "", "", ""))
     num_columns = len(columns) if width >= TABLE_WIDTH else 1 + len(Way)
@@ -228,12 +247,11 @@ def notes(report: Report) -> list[str]:
         else f"ONLY {equal} OF {answers} ANSWERS ARE THE SAME IN THE FIRST THREE WAYS."
     )
     return [
-        "Means over the questions; team: the sum. dense: no cache; along: read along. expected, audited: the largest "
-        "divergence from the exact answer in nats, as calibration foretold it (that of the sources included) and as "
-        "exact computation found it.",
+        "Seconds are means over the questions; team: the sum of its agents.",
+        *(f"{name}: {meaning}." for name, meaning in MEANINGS.items()),
         same,
         *_healed(report),
-        *(f"{agent.agent} computed all of its text in {why}." for agent in report.readers for why in _unmoved(agent)),
+        *(f"{agent.agent} moved no text at {why}." for agent in report.readers for why in _unmoved(agent)),
     ]
 
 
@@ -247,9 +265,9 @@ def _healed(report: Report) -> list[str]:
 
 
 def _unmoved(agent: AgentReuse) -> list[str]:
-    """Of how many prompts nothing was moved, by the reason for most of their tokens."""
+    """At how many questions nothing was moved, by the reason for most of their tokens."""
     whys = Counter(_why(usage) for usage in agent.usages if usage.approximation is None)
-    return [f"{count} of {len(agent.usages)} prompts (reason: {why})" for why, count in whys.items()]
+    return [f"{count} of {len(agent.usages)} questions: {Reason(why).words}" for why, count in whys.items()]
 
 
 def _why(usage: Usage) -> str:
@@ -257,15 +275,15 @@ def _why(usage: Usage) -> str:
     return max(told or dict(usage.reasons) or {"new": 0}, key=lambda reason: (told or usage.reasons).get(reason, 0))
 
 
-# -- the sentence -----------------------------------------------------------------------------------------------------
+# -- the summary ------------------------------------------------------------------------------------------------------
 
 
-def sentence(report: Report) -> str:
-    """What a newcomer takes home."""
+def summary(report: Report) -> str:
+    """What a newcomer takes home, in a few sentences."""
     along = (
-        f"Read along, the first tokens of this team come {report.gain(Way.ALONG, over=Way.DENSE):.1f} times as fast as "
-        f"without a cache, with the same answers: {report.read_share:.0%} of what agents computed of their prompts was "
-        "done while others answered."
+        f"Read along, they come {report.gain(Way.ALONG, over=Way.DENSE):.1f} times as fast as without a cache, with "
+        f"the same answers: {report.read_share:.0%} of what agents computed of their prompts was done while others "
+        "answered."
     )
     if not report.num_moved:
         exact = report.gain(Way.EXACT, over=Way.DENSE)
@@ -276,11 +294,11 @@ def sentence(report: Report) -> str:
     policy = report.policy
     return (
         f"On moved KV the first tokens of this team come {report.gain(Way.MOVED, over=Way.DENSE):.1f} times as fast as "
-        f"without a cache and {report.gain(Way.MOVED, over=Way.EXACT):.1f} times as fast as with exact prefixes: "
-        f"{report.num_movers} of {len(report.readers)} readers moved text out of other prompts, so that "
-        f"{1 - report.tokens.shares.computed:.0%} of all prompt tokens were not computed, under a bound of "
-        f"{policy.max_divergence:g} nats in {policy.confidence:.0%} of cases{_grounds(report)}; {_audits(report)}. "
-        f"{along}"
+        f"without a cache and {report.gain(Way.MOVED, over=Way.EXACT):.1f} times as fast as with exact prefixes alone: "
+        f"{report.num_movers} of {len(report.readers)} agents that read others moved text into their prompts, and "
+        f"{1 - report.tokens.shares.computed:.0%} of all prompt tokens were not computed. An answer was allowed to be "
+        f"off by {policy.max_divergence:g} nats, and by more in {1 - policy.confidence:.0%} of cases"
+        f"{_grounds(report)}; {_audits(report)}. {along}"
     )
 
 
@@ -289,23 +307,23 @@ def _grounds(report: Report) -> str:
     bounds = [usage.bound for agent in report.agents for usage in agent.usages if usage.bound is not None]
     used = [(bound.level, bound.num_pairs) for bound in bounds if bound.level is not None]
     told = " and ".join(LEVELS[level] for level in sorted({level for level, _ in used}))
-    return f" that rests on at least {min(count for _, count in used)} measured prompts {told}" if used else ""
+    return f" (by at least {min(count for _, count in used)} measured prompts {told})" if used else ""
 
 
 def _audits(report: Report) -> str:
     """What exact computation has shown."""
     if not report.audited:
-        return "no answer could be audited"
+        return "no answer could be computed exactly as well, to see whether that held"
     mean, broken = statistics.fmean(report.audited), report.num_violations or "none"
-    of_all = f"{len(report.audited)} of {report.num_moved}"
-    return f"audits of {of_all} moved prompts found {mean:.4f} nats on average, {broken} above the bound"
+    of_all = f"{len(report.audited)} of {report.num_moved} moved prompts"
+    return f"{of_all} were computed exactly as well: {mean:.4f} nats on average, {broken} above the bound"
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
 def figures(report: Report) -> list[dict[str, Any]]:
-    """What picture, table and sentence say, as id, value, unit and spread (quartiles over questions)."""
+    """What picture, table and summary say, as id, value, unit and spread (quartiles over questions)."""
     seconds = {way: [first_tokens_s(results, way) for results in report.runs] for way in Way}
     dense, exact, along, moved, healed = (seconds[way] for way in Way)
     shares = report.tokens.shares

@@ -17,6 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from eval.picture import main as main_of_picture
 from kvcomm.agents.comparison import AgentReuse, Results, Way
 from kvcomm.agents.results import AgentResult, GroupResult
 from kvcomm.align.calibration import Measured, Pair, Sources
@@ -85,7 +86,7 @@ def test_text_moves_from_the_first_question_on(
     assert demo.main([*options, "--prior", str(prior), "--json", str(out)]) == 0
 
     value = json.loads(out.read_text())
-    assert value.keys() == {"figures", "config", "rows", "moved", "sentence"}
+    assert value.keys() == {"figures", "config", "rows", "moved", "summary"}
     rows: list[dict[str, Any]] = value["rows"]
     assert [(row["question"], row["way"], row["agent"]) for row in rows] == [
         (question, way, agent) for question in (1, 2) for way in Way for agent in AGENTS
@@ -118,13 +119,17 @@ def test_text_moves_from_the_first_question_on(
     assert figures["violations"] == sum(nats > 0.05 for nats in audited)
     assert value["config"]["bound"] == {"max_divergence": 0.05, "confidence": 0.9}
 
+    drawn = tmp_path / "first_tokens.svg"
+    assert main_of_picture(["--from", str(out), "--out", str(drawn)]) == 0
+    assert [agent for agent in AGENTS if f">{agent}<" in drawn.read_text()] == list(AGENTS)
+
     printed = capsys.readouterr().out
     assert f"Questions: 2 from {data}" in " ".join(printed.split())
     assert "all 10 prompts and answers are the same, token by token." in printed
-    assert " ".join(value["sentence"].split()) in " ".join(printed.split())
-    assert "4 of 4 readers moved text" in value["sentence"]
-    assert "rests on at least 20 measured prompts that ship with the model" in value["sentence"]
-    assert f"audits of 8 of 8 moved prompts found {sum(audited) / 8:.4f} nats" in value["sentence"]
+    assert " ".join(value["summary"].split()) in " ".join(printed.split())
+    assert "4 of 4 agents that read others moved text" in value["summary"]
+    assert "by at least 20 measured prompts that ship with the model" in value["summary"]
+    assert f"8 of 8 moved prompts were computed exactly as well: {sum(audited) / 8:.4f} nats" in value["summary"]
 
 
 def test_without_a_prior_nothing_moves_and_that_is_said(
@@ -134,7 +139,8 @@ def test_without_a_prior_nothing_moves_and_that_is_said(
     assert demo.main(options) == 0
     printed = capsys.readouterr().out
     assert "Nothing was moved here; with exact prefixes alone" in printed
-    assert "referee computed all of its text in 1 of 1 prompts (reason: uncalibrated)." in printed
+    said = "referee moved no text at 1 of 1 questions: too few measured prompts to promise the bound."
+    assert said in " ".join(printed.split())
 
 
 def test_packaged_questions_without_data(
@@ -218,7 +224,7 @@ def report_of(report: ModuleType, *runs: Results, audited: list[float]) -> Any:
     return report.Report(runs, agents, ReusePolicy(max_divergence=0.05, confidence=0.9))
 
 
-def test_figures_and_sentence(report: ModuleType) -> None:
+def test_figures_and_summary(report: ModuleType) -> None:
     found = report_of(report, one_run(4, 2, 1, 70), one_run(8, 3, 1, 50), audited=[0.01, 0.07])
     figures = {figure["id"]: figure for figure in report.figures(found)}
     assert figures["ttft_cold_s"]["value"] == 12  # (8 + 16) / 2
@@ -230,13 +236,13 @@ def test_figures_and_sentence(report: ModuleType) -> None:
     assert figures["read_share"]["value"] == pytest.approx(40 / 240)
     assert figures["not_computed_share"]["value"] == pytest.approx((60 + 90 + 60 + 70) / 400)
     assert (figures["violations"]["value"], figures["prompts_audited"]["value"]) == (1, 2)
-    assert report.sentence(found) == (
+    assert report.summary(found) == (
         "On moved KV the first tokens of this team come 6.0 times as fast as without a cache and 2.5 times as fast as "
-        "with exact prefixes: 1 of 1 readers moved text out of other prompts, so that 70% of all prompt tokens were "
-        "not computed, under a bound of 0.05 nats in 90% of cases that rests on at least 30 measured prompts that "
-        "ship with the model; audits of 2 of 2 moved prompts found 0.0400 nats on average, 1 above the bound. "
-        "Read along, the first tokens of this team come 4.8 times as fast as without a cache, with the same answers: "
-        "17% of what agents computed of their prompts was done while others answered."
+        "with exact prefixes alone: 1 of 1 agents that read others moved text into their prompts, and 70% of all "
+        "prompt tokens were not computed. An answer was allowed to be off by 0.05 nats, and by more in 10% of cases "
+        "(by at least 30 measured prompts that ship with the model); 2 of 2 moved prompts were computed exactly as "
+        "well: 0.0400 nats on average, 1 above the bound. Read along, they come 4.8 times as fast as without a cache, "
+        "with the same answers: 17% of what agents computed of their prompts was done while others answered."
     )
 
 
@@ -248,8 +254,8 @@ def test_an_audit_that_is_no_number_breaks_the_bound(report: ModuleType) -> None
 def test_what_was_not_moved_is_named_with_its_reason(report: ModuleType) -> None:
     stuck = one_run(4, 2, 1, 0, reasons={"glue": 40, "bound": 30, "new": 10})
     found = report_of(report, one_run(4, 2, 1, 70), stuck, audited=[0.01])
-    assert report.notes(found)[2:] == ["b computed all of its text in 1 of 2 prompts (reason: bound)."]
-    assert "audits of 1 of 1 moved prompts" in report.sentence(found)
+    assert report.notes(found)[-1] == "b moved no text at 1 of 2 questions: measured prompts broke the bound."
+    assert "1 of 1 moved prompts were computed exactly" in report.summary(found)
 
 
 @pytest.mark.parametrize("width", [30, 57, 58, 80, 140])
@@ -288,10 +294,16 @@ def test_the_table_fits(report: ModuleType, width: int) -> None:
     found = report_of(report, one_run(4, 2, 1, 70), one_run(8, 3, 1, 0), audited=[0.01])
     console = Console(width=width, record=True, no_color=True, file=sys.stderr)
     console.print(report.seconds_table(found, width))
-    head, a, b, team = (line.split() for line in console.export_text().splitlines())
-    told = ["first", "token,", "s", "dense", "exact", "along", "moved", "healed"]
-    more = ["moved", "in", "expected", "audited"] if width >= 79 else []
-    assert head == told + more
+    above, head, a, b, team = (line.split() for line in console.export_text().splitlines())
+    more = width >= 79
+    assert above == ["seconds", "to", "no", "exact", "read", "moved", "moved,"] + ["text", "nats", "nats"] * more
+    assert (
+        head
+        == ["first", "token", "cache", "prefix", "along", "KV", "healed"] + ["moved", "expected", "measured"] * more
+    )
+    explained = " ".join(report.notes(found))
+    pairs = zip(("no", "exact", "read", "moved", "moved,"), ("cache", "prefix", "along", "KV", "healed"), strict=True)
+    assert all(f"{one} {other}: " in explained for one, other in pairs)
     assert a == ["a", "6.00", "2.50", "1.25", "1.00", "1.00"] + (["first"] if more else [])
     assert b == ["b", "6.00", "2.50", "1.25", "1.00", "1.00"] + (["1", "of", "2", "0.0100", "0.0100"] if more else [])
     assert team == ["team", "12.00", "5.00", "2.50", "2.00", "2.00"]
