@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from kvcomm.cli.options import DEFAULT_MODEL, ModelFlag, WeightsFlag, load_engine
@@ -20,24 +19,11 @@ if TYPE_CHECKING:
     from kvcomm.agents.comparison import AgentReuse
     from kvcomm.reuse.policy import ReusePolicy
 
-COLUMNS = (
-    "agent",
-    "prompt",
-    "exact",
-    "aligned",
-    "computed",
-    "approximated",
-    "rung",
-    "TTFT dense",
-    "exact prefix",
-    "read along",
-    "moved",
-    "+ heal",
-    "exact after",
-    "predicted",
-    "audited",
-    "computed because",
-)
+SOURCES = ("agent", "prompt tokens", "exact", "moved", "computed", "runs that moved text", "computed because")
+SECONDS = ("agent", "no cache", "exact prefix", "read along", "moved", "moved, healed")
+NATS = ("agent", "expected at most", "measured", "moved text computed", "healed after")
+MOST_REASONS = 2
+"""Reasons that are told of an agent."""
 
 
 def reuse_command(
@@ -45,17 +31,32 @@ def reuse_command(
     data: Annotated[
         Path | None, typer.Option("--data", metavar="FILE", help="One input a line, as text or .jsonl with 'question'.")
     ] = None,
-    runs: Annotated[int, typer.Option("--runs", min=1, metavar="N", help="Inputs to compare on.")] = 3,
+    runs: Annotated[
+        int, typer.Option("--runs", min=1, metavar="N", help="How many inputs the ways are compared on.")
+    ] = 3,
     warm: Annotated[
-        int, typer.Option("--warm", min=0, metavar="N", help="Inputs to learn from before, behind those.")
+        int,
+        typer.Option("--warm", min=0, metavar="N", help="How many inputs, those after them, are learned from before."),
     ] = 12,
     load: Annotated[
         Path | None, typer.Option("--load", metavar="DIR", help="Anchors learned before, instead of warming up.")
     ] = None,
-    save: Annotated[Path | None, typer.Option("--save", metavar="DIR", help="Keep what was learned.")] = None,
-    max_divergence: Annotated[float, typer.Option("--max-divergence", min=0, metavar="NATS", help="The bound.")] = 0.05,
+    save: Annotated[
+        Path | None, typer.Option("--save", metavar="DIR", help="Keep what was learned in this folder.")
+    ] = None,
+    max_divergence: Annotated[
+        float,
+        typer.Option(
+            "--max-divergence", min=0, metavar="NATS", help="The bound: how far answers on moved text may be off."
+        ),
+    ] = 0.05,
     confidence: Annotated[
-        float, typer.Option("--confidence", metavar="P", help="How surely it holds; few inputs allow little.")
+        float,
+        typer.Option(
+            "--confidence",
+            metavar="P",
+            help="The share of cases in which it has to hold; few inputs suffice for little.",
+        ),
     ] = 0.9,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, metavar="N", help="Tokens of an answer at most.")
@@ -64,7 +65,12 @@ def reuse_command(
     weights: WeightsFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """First tokens of a team: no cache, exact prefixes, read along, moved, moved + heal; moved answers are audited."""
+    """What reuse gives a team of agents: seconds to first tokens in five ways, and how far moved text is off.
+
+    no cache: every prompt token is computed. exact prefix: what prompts begin with alike is computed once. read along:
+    beside that, agents that wait read what others write while they write it. moved: text that another prompt holds is
+    moved from there, under a bound. moved, healed: the same, replaced by exact KV while the answer begins.
+    """
     if load is not None and not load.is_dir():
         raise InvalidRequest(f"--load {load} is no folder of anchors; --save writes one")
     from kvcomm.agents.comparison import compare
@@ -106,14 +112,32 @@ def reuse_command(
             "bound": {"max_divergence": max_divergence, "delta": 1 - confidence},
         },
     }
-    emit(value, reuse_table(agents, policy), conclusion(agents), as_json=as_json)
+    emit(value, *reuse_views(agents, policy), as_json=as_json)
 
 
-def reuse_table(agents: Sequence[AgentReuse], policy: ReusePolicy) -> Table:
-    """Agent by agent: where tokens came from, first tokens in every way, divergence, reasons."""
+def reuse_views(agents: Sequence[AgentReuse], policy: ReusePolicy) -> list[RenderableType]:
+    """Agent by agent: where tokens came from, first tokens in every way, divergence; and what it adds up to."""
     runs = len(agents[0].usages)
-    title = f"Mean over {runs} runs, at most {policy.max_divergence:g} nats with confidence {policy.confidence:g}"
-    return table(COLUMNS, [_row(agent, runs) for agent in agents], title=title, numeric=set(COLUMNS[1:-1]))
+    tokens = table(
+        SOURCES,
+        [_tokens_row(agent, runs) for agent in agents],
+        title=f"Where prompt tokens came from where text may move (mean of {runs} runs)",
+        numeric=set(SOURCES[1:-1]),
+    )
+    seconds = table(
+        SECONDS,
+        [(agent.agent, *(f"{statistics.fmean(each):.2f} s" for each in agent.ways_s)) for agent in agents],
+        title="Time to the first token (mean)",
+        numeric=set(SECONDS[1:]),
+    )
+    nats = table(
+        NATS,
+        [_nats_row(agent) for agent in agents],
+        title=f"How far moved text was off in nats (the largest), allowed: {policy.max_divergence:g} in "
+        f"{policy.confidence:.0%} of cases",
+        numeric=set(NATS[1:]),
+    )
+    return [tokens, seconds, nats, conclusion(agents)]
 
 
 def agent_values(agent: AgentReuse) -> dict[str, Any]:
@@ -138,25 +162,31 @@ def agent_values(agent: AgentReuse) -> dict[str, Any]:
     }
 
 
-def _row(agent: AgentReuse, runs: int) -> tuple[object, ...]:
+def _tokens_row(agent: AgentReuse, runs: int) -> tuple[object, ...]:
+    from kvcomm.reuse.plan import Reason
+
     value = agent_values(agent)
     counts = [f"{value[name]:.0f}" for name in ("prompt_tokens", "exact_tokens", "aligned_tokens", "computed_tokens")]
-    times = [f"{statistics.fmean(each):.2f} s" for each in agent.ways_s]
-    rung = f"{statistics.fmean(agent.rungs):.0%}" if agent.rungs else ""
-    healed = f"{max(agent.healed)} tokens" if agent.healed else ""
+    because = "; ".join(Reason(reason).words for reason, _ in agent.reasons.most_common(MOST_REASONS))
+    return (agent.agent, *counts, f"{len(agent.rungs)} of {runs}", because)
+
+
+def _nats_row(agent: AgentReuse) -> tuple[object, ...]:
     nats = [f"{max(each):.4f}" if each else "" for each in (agent.predicted, agent.audited)]
-    because = ", ".join(reason for reason, _ in agent.reasons.most_common(3))
-    return (agent.agent, *counts, f"{len(agent.rungs)} of {runs}", rung, *times, healed, *nats, because)
+    share = f"{statistics.fmean(agent.rungs):.0%}" if agent.rungs else ""
+    return (agent.agent, *nats, share, f"{max(agent.healed)} tokens" if agent.healed else "")
 
 
 def conclusion(agents: Sequence[AgentReuse]) -> Text:
-    """What the table adds up to."""
+    """What the tables add up to, and what their words mean."""
     dense, exact, along, moved, healed = (
         sum(map(statistics.fmean, way)) for way in zip(*(agent.ways_s for agent in agents), strict=True)
     )
     return Text(
         f"The team's first tokens: {dense:.2f} s without a cache, {exact:.2f} s with exact prefixes, {along:.2f} s "
-        f"read along and as exact ({dense / along:.1f}x and {exact / along:.1f}x), {moved:.2f} s with moved KV "
-        f"({dense / moved:.1f}x and {exact / moved:.1f}x), {healed:.2f} s where that is healed. "
-        "predicted, audited: the largest, in nats."
+        f"read along and as exact ({dense / along:.1f}x and {exact / along:.1f}x), {moved:.2f} s with moved text "
+        f"({dense / moved:.1f}x and {exact / moved:.1f}x), {healed:.2f} s where that is healed.\n"
+        "exact: cached from a prompt that begins alike. moved: taken from another prompt and corrected. measured: by "
+        "computing the prompt exactly afterwards. moved text computed: its share that was computed after all. healed "
+        "after: tokens of the answer until all was exact."
     )

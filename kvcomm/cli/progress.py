@@ -115,7 +115,8 @@ class Panels(_View):
         elif isinstance(event, AgentFinished):
             text = self._texts.pop((event.agent, event.round), "")
             usage = event.result.usage
-            note = f"{usage.prompt_tokens} prompt tokens, {usage.exact_tokens} exact, TTFT {usage.ttft_s:.2f} s"
+            tokens = f"{usage.prompt_tokens} prompt tokens, {usage.exact_tokens} from the cache"
+            note = f"{tokens}, first token after {usage.ttft_s:.2f} s"
             self._console.print(self._panel(event.agent, event.round, text.strip(), note=note))
 
     def _render(self) -> Group:

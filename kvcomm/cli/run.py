@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kvcomm.cli.options import (
     DEFAULT_MODEL,
@@ -42,6 +43,14 @@ if TYPE_CHECKING:
 
 ALONE = "answer"
 """The name of the agent that answers a single prompt."""
+
+COUNTS = ("prompt tokens", "exact", "moved", "computed", "read along", "generated")
+"""Columns of tokens."""
+LEGEND = (
+    "exact: kept from a prompt that begins alike. moved: taken from the same text in another prompt, and corrected. "
+    "computed: by the model. read along: of these, computed before the prompt was complete. tokens/s: of the answer."
+)
+"""What the table's columns mean."""
 
 EPILOG = 'Examples: kvcomm run gsm8k --input question="What is 17 * 4?"; kvcomm run --prompt "Say hello."'
 
@@ -117,7 +126,7 @@ def run(
         answers_at_end = [] if is_streamed else [printable(answer.text).strip() for answer in result.final]
         sys.stdout.write("".join(f"{text}\n" for text in [*answers_at_end, ""]))
     value = {"team": None if prompt is not None else wanted.name, "model": model, **_values(result)}
-    emit(value, _table(answers, num_rounds), as_json=as_json)
+    emit(value, _table(answers, num_rounds), Text(LEGEND, style="dim"), as_json=as_json)
 
 
 def _team(
@@ -266,7 +275,7 @@ def _answer_values(answer: AgentResult) -> dict[str, Any]:
 
 
 def _table(answers: Sequence[AgentResult], num_rounds: int) -> Table:
-    columns = ["agent", "prompt tokens", "exact", "moved", "computed", "read along", "generated", "TTFT", "tokens/s"]
+    columns = ["agent", *COUNTS, "first token", "tokens/s"]
     numeric = set(columns[1:])
     rows = [[answer.name, *_cells(answer)] for answer in answers]
     if num_rounds > 1:

@@ -64,7 +64,7 @@ def usage_values(usage: Usage) -> dict[str, object]:
 def usage_line(usage: Usage) -> str:
     """A usage on one line."""
     return (
-        f"{usage.prompt_tokens} prompt tokens: {usage.exact_tokens} exact, {usage.computed_tokens} computed; "
+        f"{usage.prompt_tokens} prompt tokens: {usage.exact_tokens} from the cache, {usage.computed_tokens} computed; "
         f"{usage.generated_tokens} generated; first token after {usage.ttft_s:.3f} s, "
         f"then {usage.decode_tokens_per_s:.1f} tokens/s"
     )

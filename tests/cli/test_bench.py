@@ -139,7 +139,15 @@ def test_reuse_shows_every_agent_and_what_was_learned_can_be_kept(
     assert app.run([*reuse_options, f"--load={tmp_path / 'anchors'}"]) == 0
     out = capsys.readouterr().out
     assert "The team's first tokens:" in out
+    heads = [line.split("  ")[0] for line in out.splitlines() if line.startswith("agent")]
+    assert len(heads) == 3
+    assert [line.split()[0] for line in out.splitlines() if line.startswith(("first ", "second "))] == [
+        "first",
+        "second",
+    ] * 3
     assert "computed because" in out
+    assert "template text between moved texts" in out
+    assert "allowed: 50 in 50% of cases" in out
 
 
 def test_reuse_names_what_is_missing(reuse_options: list[str], capsys: pytest.CaptureFixture[str]) -> None:

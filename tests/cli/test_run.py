@@ -138,7 +138,7 @@ def test_for_people(capsys: pytest.CaptureFixture[str], team: str) -> None:
 
     assert run(["run", *arguments]) == 0
     out = capsys.readouterr().out
-    answers, _, table = out.rpartition("\n\n")
+    answers, table, legend = out.rsplit("\n\n", 2)
     for name in ("solver", "critic"):
         lines = [line for line in printable(found[name]["text"]).split("\n") if line]
         assert f"{name} | {lines[0]}" in answers
@@ -153,9 +153,11 @@ def test_for_people(capsys: pytest.CaptureFixture[str], team: str) -> None:
         "read",
         "along",
         "generated",
-        "TTFT",
+        "first",
+        "token",
         "tokens/s",
     ]
+    assert all(f"{word}: " in legend for word in ("exact", "moved", "computed", "read along"))
     counts = [[int(cell) for cell in row.split()[1:7]] for row in rows]
     assert [row.split()[0] for row in rows] == ["solver", "critic", "all"]
     assert counts[2] == [sum(pair) for pair in zip(*counts[:2], strict=True)]
@@ -166,10 +168,10 @@ def test_for_people(capsys: pytest.CaptureFixture[str], team: str) -> None:
     assert run(["run", *arguments, "--no-stream", "--rounds", "2"]) == 0
     out = capsys.readouterr().out
     assert "critic |" not in out
-    assert [row.split()[:2] for row in out.splitlines()[-5:]] == [
-        *[[name, number] for number in "12" for name in ("solver", "critic")],
-        ["all", out.splitlines()[-1].split()[1]],
-    ]
+    *_, table, _ = out.rsplit("\n\n", 2)
+    rows = [row.split()[:2] for row in table.splitlines()[-5:]]
+    assert rows[:4] == [[name, number] for number in "12" for name in ("solver", "critic")]
+    assert rows[4][0] == "all"
 
 
 def test_stream_with_json_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
