@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from kvcomm.cli.anchor_folder import AnchorFolder, BankEntry, ReaderEntry
 
 app = typer.Typer(
-    help="What was learned about moving text: anchor banks, and pairs of every reader, as `Engine.save_anchors` writes "
-    "them. A reader is a kind of prompt, told by its template.",
+    help="Look into what was learned about moving text, as `Engine.save_anchors` keeps it: banks of measured offsets "
+    "(anchors), and for every reader, a kind of prompt, the pairs that were measured to keep its bound.",
     no_args_is_help=True,
     epilog="All files are safetensors; nothing in them is ever executed. Their format: anchors/FORMAT.md.",
 )
@@ -51,7 +51,7 @@ TRANSFER_TIMEOUT_S = 300.0
 
 @app.command("ls", epilog="Example: kvcomm anchors ls anchors/")
 def list_command(folder: Folder, as_json: JsonFlag = False) -> int:
-    """Show every bank and every reader, and what is missing for the next level.
+    """Show every bank and every reader, and how many pairs each still lacks.
 
     Pairs are exact prompts that were measured: `7 of 9` at a confidence says that from 9 on text may be moved with it,
     if none of them breaks the bound. Foreign and damaged files are refused by name, and the exit code is 1.
@@ -74,7 +74,7 @@ def list_command(folder: Folder, as_json: JsonFlag = False) -> int:
 
 @app.command("show", epilog="Example: kvcomm anchors show anchors/ 3fa9")
 def show_command(folder: Folder, digest: Prefix, as_json: JsonFlag = False) -> None:
-    """Show one bank, or one reader: what each rung cost its prompts, and which one would be chosen."""
+    """Show one bank, or one reader: how far each way to correct moved text was off, and which one would be chosen."""
     from kvcomm.cli.anchor_folder import AnchorFolder, ReaderEntry
 
     found = AnchorFolder(folder)
@@ -91,22 +91,25 @@ def show_command(folder: Folder, digest: Prefix, as_json: JsonFlag = False) -> N
 @app.command("prune", epilog="Example: kvcomm anchors prune anchors/ --edge 3fa9 --dry-run")
 def prune_command(
     folder: Folder,
-    edge: Annotated[list[str] | None, typer.Option("--edge", metavar="EDGE", help="These banks. Repeatable.")] = None,
+    edge: Annotated[
+        list[str] | None, typer.Option("--edge", metavar="EDGE", help="Remove these banks; may be repeated.")
+    ] = None,
     reader: Annotated[
-        list[str] | None, typer.Option("--reader", metavar="READER", help="These readers. Repeatable.")
+        list[str] | None, typer.Option("--reader", metavar="READER", help="Remove these readers; may be repeated.")
     ] = None,
     older_than: Annotated[
-        float | None, typer.Option("--older-than", min=0, metavar="DAYS", help="Banks saved longer ago.")
+        float | None, typer.Option("--older-than", min=0, metavar="DAYS", help="Remove banks saved longer ago.")
     ] = None,
     keep_bytes: Annotated[
-        int | None, typer.Option("--keep-bytes", min=0, metavar="N", help="The oldest, until so many bytes are left.")
+        int | None,
+        typer.Option("--keep-bytes", min=0, metavar="N", help="Remove the oldest banks until so many bytes are left."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Remove banks or readers. Without one of its banks, what pairs say about rungs that need anchors goes, too.
+    """Remove banks or readers. What pairs say about corrections that need a removed bank goes, too.
 
-    What pairs say about turned keys needs no bank and stays.
+    What pairs say about text that is only turned to its new positions needs no bank and stays.
     """
     if not edge and not reader and older_than is None and keep_bytes is None:
         raise InvalidRequest("say what to prune: --edge, --reader, --older-than or --keep-bytes")
@@ -149,7 +152,7 @@ def export_command(
 @app.command("import", epilog="Example: kvcomm anchors import team.tar anchors/")
 def import_command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="An archive that `export` wrote.")],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for what is in it.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make for its anchors.")],
     as_json: JsonFlag = False,
 ) -> None:
     """Unpack anchors into a new folder; everything is checked before anything is in place."""
@@ -165,7 +168,7 @@ def import_command(
 
 @app.command("fetch", epilog="Example: kvcomm anchors fetch --server http://localhost:8000 anchors/")
 def fetch_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for them.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make for what was learned.")],
     server: ServerFlag = DEFAULT_SERVER,
     key: KeyFlag = None,
     as_json: JsonFlag = False,
@@ -187,7 +190,9 @@ def send_command(
     folder: Folder,
     server: ServerFlag = DEFAULT_SERVER,
     key: KeyFlag = None,
-    tenant: Annotated[str, typer.Option("--tenant", metavar="NAME", help="Whose they are to be.")] = "default",
+    tenant: Annotated[
+        str, typer.Option("--tenant", metavar="NAME", help="The tenant that is to have them.")
+    ] = "default",
     as_json: JsonFlag = False,
 ) -> None:
     """Put a folder of anchors in place on a running server; needs an operator's key where the server has keys.

@@ -25,8 +25,9 @@ EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
     name="kvcomm",
-    help="Agents that share one model's KV cache.",
-    epilog="`kvcomm COMMAND --help` explains a command; --json makes any of them print JSON.",
+    help="Serve teams of LLM agents that share one model's KV cache: what one of them has read is not computed again.",
+    epilog="To begin: `kvcomm doctor`, then `kvcomm run --help`. `kvcomm COMMAND --help` explains a command; --json "
+    "makes any of them print JSON.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -55,68 +55,103 @@ class Replay(NamedTuple):
 
 
 def serve_command(
-    dataset_name: Annotated[Dataset, typer.Option("--dataset-name", help="The workload.")] = Dataset.SHARED_PREFIX,
+    dataset_name: Annotated[
+        Dataset, typer.Option("--dataset-name", help="What is asked: made-up requests, or a trace (mooncake, agentic).")
+    ] = Dataset.SHARED_PREFIX,
     dataset_path: Annotated[
         Path | None, typer.Option("--dataset-path", metavar="FILE", help="The trace, as .jsonl or .jsonl.gz.")
     ] = None,
-    num_prompts: Annotated[int, typer.Option("--num-prompts", min=1, metavar="N", help="Requests.")] = 200,
+    num_prompts: Annotated[int, typer.Option("--num-prompts", min=1, metavar="N", help="How many requests.")] = 200,
     max_concurrency: Annotated[
         int,
-        typer.Option("--max-concurrency", min=1, metavar="N", help="Requests open at once: clients; of teams, teams."),
+        typer.Option(
+            "--max-concurrency", min=1, metavar="N", help="How many clients ask at once; with teams, how many teams."
+        ),
     ] = 16,
     request_rate: Annotated[
         float | None,
-        typer.Option("--request-rate", min=0.001, metavar="R", help="Sessions begun a second; all at once without."),
+        typer.Option(
+            "--request-rate", min=0.001, metavar="R", help="Sessions that begin in a second; by default all at once."
+        ),
     ] = None,
     prefix_len: Annotated[
-        int, typer.Option("--prefix-len", min=1, metavar="N", help="Words of a shared beginning, about as many tokens.")
+        int, typer.Option("--prefix-len", min=1, metavar="N", help="Words of a shared beginning; about as many tokens.")
     ] = 1024,
     num_prefixes: Annotated[
-        int, typer.Option("--num-prefixes", min=1, metavar="N", help="Different shared beginnings.")
+        int, typer.Option("--num-prefixes", min=1, metavar="N", help="How many different shared beginnings.")
     ] = 1,
-    input_len: Annotated[int, typer.Option("--input-len", min=1, metavar="N", help="Words behind them.")] = 32,
+    input_len: Annotated[
+        int, typer.Option("--input-len", min=1, metavar="N", help="Words of a request behind the shared beginning.")
+    ] = 32,
     output_len: Annotated[int, typer.Option("--output-len", min=1, metavar="N", help="Tokens of an answer.")] = 64,
-    turns: Annotated[int, typer.Option("--turns", min=1, metavar="N", help="Of a conversation or session.")] = 4,
-    branches: Annotated[int, typer.Option("--branches", min=1, metavar="N", help="Of a fan-out.")] = 8,
+    turns: Annotated[int, typer.Option("--turns", min=1, metavar="N", help="Turns of a conversation or session.")] = 4,
+    branches: Annotated[
+        int,
+        typer.Option("--branches", min=1, metavar="N", help="Requests that go on from one beginning, of a fan-out."),
+    ] = 8,
     block_len: Annotated[
-        int, typer.Option("--block-len", min=1, metavar="N", help="Words of a trace's block; its own are too long.")
+        int, typer.Option("--block-len", min=1, metavar="N", help="Words that stand for one block of a trace.")
     ] = 16,
     max_input_len: Annotated[
         int,
         typer.Option(
-            "--max-input-len", min=1, metavar="N", help="Words of a trace's longest prompt; others in proportion."
+            "--max-input-len",
+            min=1,
+            metavar="N",
+            help="Words of a trace's longest prompt; others are shortened in proportion.",
         ),
     ] = 1024,
     slowdown_factor: Annotated[
         float | None,
-        typer.Option("--slowdown-factor", min=0.0, metavar="X", help="Keep a trace's times, so many times slower."),
+        typer.Option(
+            "--slowdown-factor",
+            min=0.0,
+            metavar="X",
+            help="Ask at a trace's own times, made so many times slower; by default as soon as may be.",
+        ),
     ] = None,
     url: Annotated[
-        str | None, typer.Option("--url", metavar="URL", help="A running server; without, one is started.")
+        str | None, typer.Option("--url", metavar="URL", help="A running server; by default one is started.")
     ] = None,
     key: Annotated[
-        str | None, typer.Option("--key", envvar="OPENAI_API_KEY", metavar="KEY", help="For a running server.")
+        str | None,
+        typer.Option("--key", envvar="OPENAI_API_KEY", metavar="KEY", help="The API key for a running server."),
     ] = None,
     overhead_pairs: Annotated[
-        int, typer.Option("--overhead-pairs", min=0, metavar="N", help="Pairs with the engine alone; own server only.")
+        int,
+        typer.Option(
+            "--overhead-pairs",
+            min=0,
+            metavar="N",
+            help="Requests that are also given to the engine without the server; not with --url.",
+        ),
     ] = 40,
     along_pairs: Annotated[
-        int, typer.Option("--along-pairs", min=1, metavar="N", help="Of teams: runs with reading along and without.")
+        int,
+        typer.Option(
+            "--along-pairs", min=1, metavar="N", help="With teams: how often they run with reading along and without."
+        ),
     ] = 5,
     stock_requests: Annotated[
-        int, typer.Option("--stock-requests", min=0, metavar="N", help="Answered by transformers alone, too.")
+        int,
+        typer.Option(
+            "--stock-requests",
+            min=0,
+            metavar="N",
+            help="Requests that transformers alone answers as well; not with --url.",
+        ),
     ] = 8,
-    seed: Annotated[int, typer.Option("--seed", metavar="SEED", help="Of texts and arrivals.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="SEED", help="Seed of texts and arrivals.")] = 0,
     model: ModelFlag = DEFAULT_MODEL,
     weights: WeightsFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Load on a server over HTTP: throughput and latencies, the server's share of them, and transformers beside it.
+    """Put load on a server over HTTP: its throughput and latencies, and those of transformers for comparison.
 
-    overhead_ms: time to the first token through the server, less that of the engine alone; pairs, one client.
-    throughput_speedup: output tokens a second, of transformers' one-by-one loop.
-    along_load_cost: of teams, output tokens a second when agents name the answers that they read while these are
-    written, over those when they wait for them.
+    overhead_ms: how much later the first token comes through the server than from the engine alone, with one client.
+    throughput_speedup: output tokens a second, over those of transformers that answers one request after the other.
+    along_load_cost: with teams, output tokens a second when agents read answers along while these are written, over
+    output tokens a second when they wait for them.
     """
     from kvcomm.lab.load.summary import summarise
     from kvcomm.lab.load.workloads import Shape

@@ -26,7 +26,7 @@ from kvcomm.cli.remote import KeyFlag, OptionalServerFlag
 from kvcomm.cli.text import printable
 
 app = typer.Typer(
-    help="Keep the KV of prompts under names: create, fork, extend, generate, show.",
+    help="Keep the KV cache of prompts under names: create, fork, extend, generate, show.",
     no_args_is_help=True,
     epilog="Contexts are snapshot files in one folder: --dir, $KVCOMM_HOME, or `contexts` in the user's cache folder.",
 )
@@ -96,7 +96,7 @@ def extend_command(
     key: KeyFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Compute further text behind a context.
+    """Add text to the end of a context and compute its KV.
 
     Replaces the context, unless --save-as names another one; forks of it stay as they are.
     """
@@ -119,7 +119,7 @@ def generate_command(
     key: KeyFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Answer behind a context.
+    """Generate an answer to what a context holds.
 
     The stored context stays as it is; --save-as keeps another one that ends with the answer.
     """

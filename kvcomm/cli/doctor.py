@@ -38,7 +38,7 @@ ALTERNATIVES = frozenset({"faiss"})
 
 ModelName = Annotated[
     str | None,
-    typer.Argument(metavar="[MODEL]", help="A packaged name, folder, GGUF file or hub id to look at as well."),
+    typer.Argument(metavar="MODEL", help="A packaged name, folder, GGUF file or hub id to look at as well."),
 ]
 
 

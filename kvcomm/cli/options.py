@@ -50,7 +50,7 @@ ModelFlag = Annotated[
         "--model",
         envvar=MODEL_VARIABLE,
         metavar="MODEL",
-        help="A packaged name, folder, GGUF file or hub id.",
+        help="The model: a packaged name, folder, GGUF file or hub id.",
         callback=known_model,
     ),
 ]
@@ -79,10 +79,16 @@ FileFlag = Annotated[
 ]
 ForceFlag = Annotated[bool, typer.Option("--force", help="Replace what has that name already.")]
 MaxNewTokensFlag = Annotated[
-    int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="Tokens of an answer at most.")
+    int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="How many tokens an answer may have.")
 ]
 TemperatureFlag = Annotated[
-    float | None, typer.Option("--temperature", min=0.0, metavar="T", help="0 takes the most probable token.")
+    float | None,
+    typer.Option(
+        "--temperature",
+        min=0.0,
+        metavar="T",
+        help="How random answers are; 0 always takes the most probable token.",
+    ),
 ]
 SeedFlag = Annotated[int | None, typer.Option("--seed", min=0, metavar="SEED", help="Seed of the random draws.")]
 
@@ -98,7 +104,8 @@ DtypeFlag = Annotated[
     typer.Option(
         "--dtype",
         metavar="DTYPE",
-        help="auto, float32, bfloat16 or float16; by default the checkpoint's. auto: bfloat16 where it is quick.",
+        help="The numbers to compute in: auto, float32, bfloat16 or float16; by default the checkpoint's. auto: "
+        "bfloat16 where it is quick.",
         callback=known_dtype,
     ),
 ]

@@ -31,7 +31,9 @@ ServerFlag = Annotated[
 ]
 OptionalServerFlag = Annotated[
     str | None,
-    typer.Option("--server", metavar="URL", help="A server started by `kvcomm serve`, not files.", show_default=False),
+    typer.Option(
+        "--server", metavar="URL", help="Use a server started by `kvcomm serve` instead of files.", show_default=False
+    ),
 ]
 KeyFlag = Annotated[
     str | None,

@@ -35,22 +35,39 @@ KeysFlag = Annotated[
 
 @app.command("add", epilog=EPILOG)
 def add(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the key; unique in its file.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The name of the key; no other in the file may have it.")],
     keys: KeysFlag,
     tenant: Annotated[
-        str | None, typer.Option("--tenant", metavar="NAME", help="Whose cache it uses; by default one of its own.")
+        str | None,
+        typer.Option("--tenant", metavar="NAME", help="The tenant whose cache it uses; by default one of its own."),
     ] = None,
-    role: Annotated[str, typer.Option("--role", help="tenant, admin or metrics.")] = "tenant",
-    requests_per_minute: Annotated[float | None, typer.Option("--requests-per-minute", metavar="N")] = None,
-    max_requests: Annotated[int | None, typer.Option("--max-requests", metavar="N", help="In flight at once.")] = None,
+    role: Annotated[
+        str,
+        typer.Option(
+            "--role", help="What it may do: tenant (ask), admin (manage the server as well) or metrics (read them)."
+        ),
+    ] = "tenant",
+    requests_per_minute: Annotated[
+        float | None,
+        typer.Option("--requests-per-minute", metavar="N", help="How many requests may begin in a minute."),
+    ] = None,
+    max_requests: Annotated[
+        int | None, typer.Option("--max-requests", metavar="N", help="How many of its requests may be in flight.")
+    ] = None,
     held_tokens: Annotated[
-        int | None, typer.Option("--held-tokens", metavar="N", help="That requests in flight may grow to.")
+        int | None,
+        typer.Option("--held-tokens", metavar="N", help="How many tokens its requests in flight may grow to."),
     ] = None,
     when_full: Annotated[
-        str | None, typer.Option("--when-full", help="queue or refuse requests over --held-tokens.")
+        str | None, typer.Option("--when-full", help="What happens to requests over --held-tokens: queue or refuse.")
     ] = None,
     cached_tokens: Annotated[
-        int | None, typer.Option("--cached-tokens", metavar="N", help="Of cached prefixes; over it, its own go.")
+        int | None,
+        typer.Option(
+            "--cached-tokens",
+            metavar="N",
+            help="How many tokens of its prefixes are kept; over it, its own are dropped.",
+        ),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -88,7 +105,7 @@ def _limits(given: dict[str, Any]) -> Limits | None:
 
 @app.command("rm", epilog=EPILOG)
 def remove(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the key.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The name of the key.")],
     keys: KeysFlag,
     purge: Annotated[
         bool,

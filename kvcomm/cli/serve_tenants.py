@@ -65,7 +65,9 @@ def show_all(server: ServerFlag = DEFAULT_SERVER, key: AdminKeyFlag = None, as_j
 
 @app.command("show", epilog=EPILOG)
 def show(
-    name: Annotated[str, typer.Argument(metavar="TENANT")],
+    name: Annotated[
+        str, typer.Argument(metavar="TENANT", help="The name of a tenant; `kvcomm serve tenants ls` shows them.")
+    ],
     server: ServerFlag = DEFAULT_SERVER,
     key: AdminKeyFlag = None,
     as_json: JsonFlag = False,
@@ -97,10 +99,18 @@ def show(
 
 @app.command("rm", epilog=EPILOG)
 def remove(
-    name: Annotated[str, typer.Argument(metavar="TENANT")],
-    context: Annotated[list[str] | None, typer.Option("--context", metavar="ID", help="Only this one.")] = None,
-    segment: Annotated[list[str] | None, typer.Option("--segment", metavar="NAME", help="Only this one.")] = None,
-    snapshot: Annotated[list[str] | None, typer.Option("--snapshot", metavar="NAME", help="Only this one.")] = None,
+    name: Annotated[
+        str, typer.Argument(metavar="TENANT", help="The name of a tenant; `kvcomm serve tenants ls` shows them.")
+    ],
+    context: Annotated[
+        list[str] | None, typer.Option("--context", metavar="ID", help="Remove only this context; may be repeated.")
+    ] = None,
+    segment: Annotated[
+        list[str] | None, typer.Option("--segment", metavar="NAME", help="Remove only this segment; may be repeated.")
+    ] = None,
+    snapshot: Annotated[
+        list[str] | None, typer.Option("--snapshot", metavar="NAME", help="Remove only this snapshot; may be repeated.")
+    ] = None,
     snapshots: SnapshotsFlag = False,
     server: ServerFlag = DEFAULT_SERVER,
     key: AdminKeyFlag = None,

@@ -28,7 +28,7 @@ def list_command(
     paths: Annotated[list[Path], typer.Argument(metavar="DIR_OR_FILE", help="Files, or folders of them.")],
     as_json: JsonFlag = False,
 ) -> int:
-    """Show what snapshot files say of themselves.
+    """List snapshot files, with what their headers say.
 
     Foreign and damaged files are refused in their row, and the exit code is 1.
     """

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="A shared tier of KV in a folder, a bucket (s3://, gs://, az://) or Redis (redis://): look, check, prune.",
     no_args_is_help=True,
-    epilog="Credentials come from the environment. No tenant's secret is needed: who may read the whole store is its "
-    "owner. What is not kvcomm's is never touched.",
+    epilog="Credentials come from the environment. No tenant's secret is needed: whoever may read the whole store "
+    "is taken for its owner. What kvcomm has not written is never touched.",
 )
 
 Url = Annotated[str, typer.Argument(metavar="URL", help="A folder, or a URL such as s3://bucket/prefix.")]
@@ -82,13 +82,18 @@ def prune_command(
     url: Url,
     keep_bytes: Annotated[
         int | None,
-        typer.Option("--keep-bytes", min=0, metavar="N", help="Where there is more, what was used longest ago."),
+        typer.Option(
+            "--keep-bytes", min=0, metavar="N", help="Remove what was used longest ago until so many bytes are left."
+        ),
     ] = None,
     older_than: Annotated[
-        float | None, typer.Option("--older-than", min=0, metavar="DAYS", help="What was not used for so long.")
+        float | None, typer.Option("--older-than", min=0, metavar="DAYS", help="Remove what was not used for so long.")
     ] = None,
-    bad: Annotated[bool, typer.Option("--bad", help="What cannot be used; every object is read.")] = False,
-    leftovers: Annotated[bool, typer.Option("--leftovers", help="What killed writers left; always removed.")] = False,
+    bad: Annotated[bool, typer.Option("--bad", help="Remove what cannot be used; every object is read.")] = False,
+    leftovers: Annotated[
+        bool,
+        typer.Option("--leftovers", help="Remove what killed writers left, which always goes, and nothing else."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
     as_json: JsonFlag = False,
 ) -> None:

@@ -22,7 +22,7 @@ def top(
     server: ServerFlag = DEFAULT_SERVER,
     key: KeyFlag = None,
     interval: Annotated[
-        float, typer.Option("--interval", min=0.2, metavar="SECONDS", help="Between two looks at the server.")
+        float, typer.Option("--interval", min=0.2, metavar="SECONDS", help="Time between two looks at the server.")
     ] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Look once and end, as when the output is no terminal.")] = False,
     as_json: JsonFlag = False,

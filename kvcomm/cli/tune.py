@@ -30,30 +30,55 @@ UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
 def tune(
-    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="Rows of inputs, .jsonl or .jsonl.gz.")],
+    data: Annotated[
+        Path, typer.Option("--data", metavar="FILE", help="The team's inputs, one a line, as .jsonl or .jsonl.gz.")
+    ],
     workload: Annotated[
-        str | None, typer.Option("--workload", metavar="TEAM", help="A packaged team, such as gsm8k, or a TOML file.")
+        str | None,
+        typer.Option(
+            "--workload", metavar="TEAM", help="The team to tune for: a packaged one, such as gsm8k, or a TOML file."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="PROFILE", help="The profile to write, .toml.")] = None,
     check: Annotated[
         Path | None, typer.Option("--check", metavar="PROFILE", help="Say whether a profile still holds on --data.")
     ] = None,
     max_divergence: Annotated[
-        float, typer.Option("--max-divergence", metavar="NATS", help="The bound, mean KL over 32 tokens.")
+        float,
+        typer.Option(
+            "--max-divergence",
+            metavar="NATS",
+            help="The bound: how far answers on moved text may be off (mean KL divergence over 32 tokens).",
+        ),
     ] = 0.02,
     confidence: Annotated[
-        float, typer.Option("--confidence", metavar="P", help="Probability with which the bound has to hold.")
+        float, typer.Option("--confidence", metavar="P", help="The share of cases in which the bound has to hold.")
     ] = 0.95,
     basis: Annotated[
-        str, typer.Option("--basis", metavar="LEVEL", help="On whose pairs it may rest: own, pool or prior.")
+        str,
+        typer.Option(
+            "--basis",
+            metavar="LEVEL",
+            help="What the bound may rest on: own (prompts of the same kind), pool (any of these inputs) or prior "
+            "(pairs that ship with the model).",
+        ),
     ] = "pool",
-    budget: Annotated[str, typer.Option("--budget", metavar="TIME", help="Wall-clock, as 90s, 20m or 1h.")] = "20m",
-    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Use so many rows at most.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure a sample, print plan and cost, stop.")] = False,
+    budget: Annotated[
+        str, typer.Option("--budget", metavar="TIME", help="How long it may take, such as 90s, 20m or 1h.")
+    ] = "20m",
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, metavar="N", help="How many inputs are used at most.")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Measure a sample, print what would be done and how long it would take, and end."
+        ),
+    ] = False,
     model: ModelFlag = DEFAULT_MODEL,
     as_json: JsonFlag = False,
 ) -> None:
-    """Choose settings and rungs of approximate reuse for a team by measured divergence, calibrate and verify them.
+    """Find out by measurement how text may be moved between the prompts of a team, and write it into a profile.
 
     The profile and the pairs beside it are all that it takes to move text; banks of anchors are used if they are there.
 
