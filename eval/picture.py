@@ -42,9 +42,9 @@ IN_REPORT = {STOCK: "stock", WITHOUT: "dense", EXACT: "exact", MOVED: "kvcomm"}
 
 WIDTH, MARGIN, LINE, BAR, GAP = 760, 24, 20, 14, 12
 """Pixels: of the picture, around it, of a line of text, of a bar's height, between agents."""
-LETTER = 7.8
-"""Pixels of a letter of the font that is asked for, at most."""
-VALUE_WIDTH = 190
+LETTER = 9.4
+"""Pixels of a letter of a name, in the widest of the usual fonts."""
+VALUE_WIDTH = 210
 """Pixels that are left free for what stands behind a bar."""
 MAX_NAME = 20
 """Characters of an agent's name that are shown."""
@@ -82,6 +82,13 @@ class FirstTokens(NamedTuple):
     def longest_s(self) -> float:
         """Seconds of the longest bar."""
         return max(max(seconds) for seconds in self.ways.values())
+
+    @property
+    def sums(self) -> dict[str, str]:
+        """Way -> all agents added up, as it is told."""
+        sums = {way: sum(seconds) for way, seconds in self.ways.items()}
+        reference_s = next(iter(sums.values()))
+        return {way: self.told(way, seconds, reference_s) for way, seconds in sums.items()}
 
     def told(self, way: str, seconds: float, reference_s: float) -> str:
         """Seconds, and how many times as fast as the first way that is, as they stand behind a bar."""
@@ -227,9 +234,12 @@ def draw(found: FirstTokens) -> str:
         lines.append(_text(MARGIN, middle, _name(agent)))
         lines += _bars(found, index, left, top)
         top += len(found.ways) * (BAR + 3) + GAP
-    for text, style in ((_sum(found), ""), *((each, "quiet") for each in found.about)):
+    lines.append(_text(MARGIN, top + len(found.ways) * (BAR + 3) / 2 + 4, "together"))
+    lines += _together(found, left, top)
+    top += len(found.ways) * (BAR + 3)
+    for text in found.about:
         top += LINE
-        lines.append(_text(MARGIN, top, text, style))
+        lines.append(_text(MARGIN, top, text, "quiet"))
     height = top + MARGIN
     return "\n".join(
         [
@@ -257,12 +267,14 @@ def _bars(found: FirstTokens, index: int, left: float, top: float) -> list[str]:
     return lines
 
 
-def _sum(found: FirstTokens) -> str:
-    """Of all agents."""
-    sums = {way: sum(seconds) for way, seconds in found.ways.items()}
-    reference_s = next(iter(sums.values()))
-    parts = [f"{way} {found.told(way, seconds, reference_s)}" for way, seconds in sums.items()]
-    return f"All {len(found.agents)} added up: {'; '.join(parts)}."
+def _together(found: FirstTokens, left: float, top: float) -> list[str]:
+    """All agents added up: in numbers, as their bars would be out of scale."""
+    lines = []
+    for row, (style, told) in enumerate(zip(CLASSES, found.sums.values(), strict=True)):
+        y = top + row * (BAR + 3)
+        lines.append(_rect(left, y + 1, 12, 12, style))
+        lines.append(_text(left + 18, y + BAR - 2, told))
+    return lines
 
 
 def _in_words(found: FirstTokens) -> str:
@@ -272,7 +284,8 @@ def _in_words(found: FirstTokens) -> str:
         reference_s = next(iter(found.ways.values()))[index]
         parts = [f"{way} {found.told(way, seconds[index], reference_s)}" for way, seconds in found.ways.items()]
         agents.append(f"{agent}: {'; '.join(parts)}.")
-    return " ".join([*agents, _sum(found), *found.about])
+    together = "; ".join(f"{way} {told}" for way, told in found.sums.items())
+    return " ".join([*agents, f"Together: {together}.", *found.about])
 
 
 def _name(agent: str) -> str:
