@@ -121,7 +121,7 @@ def reuse_views(agents: Sequence[AgentReuse], policy: ReusePolicy) -> list[Rende
     tokens = table(
         SOURCES,
         [_tokens_row(agent, runs) for agent in agents],
-        title=f"Where prompt tokens came from where text may move (mean of {runs} runs)",
+        title=f"Where prompt tokens came from where text moves (mean of {runs} runs)",
         numeric=set(SOURCES[1:-1]),
     )
     seconds = table(
@@ -133,8 +133,7 @@ def reuse_views(agents: Sequence[AgentReuse], policy: ReusePolicy) -> list[Rende
     nats = table(
         NATS,
         [_nats_row(agent) for agent in agents],
-        title=f"How far moved text was off in nats (the largest), allowed: {policy.max_divergence:g} in "
-        f"{policy.confidence:.0%} of cases",
+        title=f"Largest error in nats (allowed: {policy.max_divergence:g} in {policy.confidence:.0%} of cases)",
         numeric=set(NATS[1:]),
     )
     return [tokens, seconds, nats, conclusion(agents)]
@@ -186,7 +185,8 @@ def conclusion(agents: Sequence[AgentReuse]) -> Text:
         f"The team's first tokens: {dense:.2f} s without a cache, {exact:.2f} s with exact prefixes, {along:.2f} s "
         f"read along and as exact ({dense / along:.1f}x and {exact / along:.1f}x), {moved:.2f} s with moved text "
         f"({dense / moved:.1f}x and {exact / moved:.1f}x), {healed:.2f} s where that is healed.\n"
-        "exact: cached from a prompt that begins alike. moved: taken from another prompt and corrected. measured: by "
-        "computing the prompt exactly afterwards. moved text computed: its share that was computed after all. healed "
-        "after: tokens of the answer until all was exact."
+        "exact: cached from a prompt that begins alike. moved: taken from another prompt and corrected. error in "
+        "nats: how far the probabilities of the answer's tokens are from the exact ones (0: not at all); measured "
+        "by computing the prompt exactly afterwards. moved text computed: its share that was computed after all. "
+        "healed after: tokens of the answer until all was exact."
     )
