@@ -205,7 +205,7 @@ def show(report: Report, console: Console) -> None:
     for line in notes(report):
         console.print(Text(line, style="dim"))
     console.print()
-    console.print(Text("Where the tokens of the prompts came from, mean of the questions:"))
+    console.print(Text("Where the tokens of the prompts came from, mean of the questions (along: read along):"))
     for way in (Way.ALONG, Way.MOVED):
         for drawn in picture(report, console.width, symbols, way):
             console.print(drawn, no_wrap=True)

@@ -261,7 +261,7 @@ def _healed(report: Report) -> list[str]:
     if not after:
         return []
     most = max(after)
-    return [f"healed: all KV of {len(after)} moved prompts was exact after at most {most} tokens of their answers."]
+    return [f"Healed: all KV of {len(after)} moved prompts was exact after at most {most} tokens of their answers."]
 
 
 def _unmoved(agent: AgentReuse) -> list[str]:
@@ -307,7 +307,7 @@ def _grounds(report: Report) -> str:
     bounds = [usage.bound for agent in report.agents for usage in agent.usages if usage.bound is not None]
     used = [(bound.level, bound.num_pairs) for bound in bounds if bound.level is not None]
     told = " and ".join(LEVELS[level] for level in sorted({level for level, _ in used}))
-    return f" (by at least {min(count for _, count in used)} measured prompts {told})" if used else ""
+    return f" (judged by at least {min(count for _, count in used)} measured prompts {told})" if used else ""
 
 
 def _audits(report: Report) -> str:

@@ -84,7 +84,7 @@ def test_panels() -> None:
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
     assert "[b]word word" in shown  # the whole answer, square brackets and all
-    assert "10 prompt tokens, 4 exact" in shown
+    assert "10 prompt tokens, 4 from the cache" in shown
     assert "\x1b[?25h" in shown  # the cursor is back
 
 

@@ -240,9 +240,9 @@ def test_figures_and_summary(report: ModuleType) -> None:
         "On moved KV the first tokens of this team come 6.0 times as fast as without a cache and 2.5 times as fast as "
         "with exact prefixes alone: 1 of 1 agents that read others moved text into their prompts, and 70% of all "
         "prompt tokens were not computed. An answer was allowed to be off by 0.05 nats, and by more in 10% of cases "
-        "(by at least 30 measured prompts that ship with the model); 2 of 2 moved prompts were computed exactly as "
-        "well: 0.0400 nats on average, 1 above the bound. Read along, they come 4.8 times as fast as without a cache, "
-        "with the same answers: 17% of what agents computed of their prompts was done while others answered."
+        "(judged by at least 30 measured prompts that ship with the model); 2 of 2 moved prompts were computed exactly "
+        "as well: 0.0400 nats on average, 1 above the bound. Read along, they come 4.8 times as fast as without a "
+        "cache, with the same answers: 17% of what agents computed of their prompts was done while others answered."
     )
 
 
