@@ -201,7 +201,8 @@ class OpenPrompt:
         self._opened_by = opened_by
         self._reading = reading
         self.keeps: object = None  # the engine, which must not be collected while somebody has an open prompt of it
-        weakref.finalize(self, _forget, reading)
+        # Weakly: what it follows may have failed, and frames of that error may know this very object.
+        weakref.finalize(self, _forget, weakref.ref(reading))
 
     def __repr__(self) -> str:
         state = "closed" if self.is_closed else "given up" if self._reading.is_over else "open"
@@ -304,7 +305,8 @@ def _all(token_ids: TokenIds) -> TokenIds:
     return token_ids
 
 
-def _forget(reading: Reading) -> None:
-    """Its user has forgotten it: without an answer to come nobody can want it."""
-    if reading.handle is None:
+def _forget(known: weakref.ref[Reading]) -> None:
+    """Its user has forgotten it: without an answer to come nobody can want it. If the engine has it still, that is."""
+    reading = known()
+    if reading is not None and reading.handle is None:
         reading.is_cancelled = True

@@ -397,6 +397,26 @@ def test_an_open_prompt_that_has_failed_holds_nothing_of_its_caller(engine: Engi
     wait_for(lambda: not engine.scheduler.has_work)
 
 
+def test_an_open_prompt_that_the_error_of_its_source_knows_is_collected(engine: Engine) -> None:
+    """Bug: frames of that error knew a prompt that was never closed, whose finalizer knew the error: both stayed."""
+
+    def forgets() -> None:
+        context = engine.context(ROLE)
+        solver = engine.submit(QUESTION, max_new_tokens=100)
+        opened = context.follow(solver)
+        solver.cancel()
+        with pytest.raises(RequestCancelled):
+            solver.result()
+        wait_for(lambda: not engine.scheduler.has_work)
+        assert opened.num_tokens
+
+    forgets()
+    gc.collect()
+    engine.cache.clear()
+    stats = engine.cache.stats()
+    assert (stats.num_in_contexts, stats.num_free) == (0, stats.num_pages)
+
+
 def test_an_engine_is_not_idle_while_it_reads_for_a_user_who_has_forgotten(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
