@@ -20,7 +20,11 @@ from kvcomm.memory.tree import RadixTree
 
 
 class Memory:
-    """One pool, its tree of exact prefixes, and the renditions of its segments."""
+    """One pool, its tree of exact prefixes, and the renditions of its segments.
+
+    Attributes:
+        num_resets: how often anything cached was dropped on purpose: whoever remembers something of it may forget that.
+    """
 
     def __init__(
         self,
@@ -40,6 +44,7 @@ class Memory:
             require_held: checks who calls, in the tree and the store of renditions.
         """
         self.pool = pool
+        self.num_resets = 0
         self.tree = RadixTree(pool, ttl_s=ttl_s, eviction=eviction, require_held=require_held)
         self.renditions = RenditionStore(pool, max_bytes=rendition_bytes, ttl_s=ttl_s, require_held=require_held)
 
@@ -96,6 +101,7 @@ class Memory:
 
     def reset(self, namespace: str | None = None) -> None:
         """Drop everything cached, of one namespace or of all."""
+        self.num_resets += 1
         self.tree.reset(namespace)
         self.renditions.reset(namespace)
 

@@ -86,6 +86,7 @@ class Prompt:
     Attributes:
         otherwise, unmoved: why template text, and why text of segments that are not moved, is computed.
         is_displaced: the first slot is not moved for a reason of its own.
+        back_until: nor are slots that begin before this position, see `beginnings`.
     """
 
     segments: tuple[Segment, ...]
@@ -94,6 +95,7 @@ class Prompt:
     otherwise: Reason
     unmoved: Reason
     is_displaced: bool = False
+    back_until: int = 0
 
     def parts(self, moved: Sequence[tuple[int, int]]) -> list[Part]:
         """What there is to say about it, behind its exact prefix."""
@@ -104,6 +106,7 @@ class Prompt:
             otherwise=self.otherwise,
             unmoved=self.unmoved,
             is_displaced=self.is_displaced,
+            back_until=self.back_until,
         )
 
 

@@ -242,6 +242,7 @@ def parts_of(
     otherwise: Reason,
     unmoved: Reason,
     is_displaced: bool,
+    back_until: int = 0,
 ) -> list[Part]:
     """Everything behind the exact prefix: what is moved, glue, and slots that are computed for the reason `unmoved`.
 
@@ -249,6 +250,7 @@ def parts_of(
         moved: `[start, end)` of what is moved, ascending.
         otherwise: why template text before the first move is computed.
         is_displaced: the first slot is computed for a reason of its own.
+        back_until: so are slots that begin before this position: text was moved there before.
     """
     parts: list[Part] = []
     for each in occurrences(segments):
@@ -261,6 +263,7 @@ def parts_of(
             reason = Reason.GLUE if is_behind else otherwise
         else:
             reason = Reason.DISPLACED if is_displaced and not each.before else unmoved
+            reason = Reason.COMES_BACK if each.start < back_until else reason
         for start, end in moved:
             if start >= at and end <= each.end:
                 parts += [Part(at, start, reason), Part(start, end, None)]

@@ -48,6 +48,8 @@ class Reason(StrEnum):
     """This text has not been seen in another context, or is not kept any more."""
     DISPLACED = "displaced"
     """It stands first here, and is known only from where it stood behind others: moved, it would be read worst."""
+    COMES_BACK = "comes_back"
+    """It was moved to this very place before: computed now, it is an exact prefix from now on."""
     IMMOVABLE = "immovable"
     """This model's keys cannot be moved to other positions."""
     NO_ANCHORS = "no_anchors"
@@ -102,6 +104,7 @@ WORDS = {
     Reason.RUNG: "moved text that is computed for the bound's sake",
     Reason.NO_SOURCE: "not known from another prompt",
     Reason.DISPLACED: "stands first here, known only from behind other text",
+    Reason.COMES_BACK: "moved to this place before, computed so that it is exact from now on",
     Reason.IMMOVABLE: "this model's keys cannot be moved",
     Reason.NO_ANCHORS: "too few measured offsets to correct it",
     Reason.UNCALIBRATED: "too few measured prompts to promise the bound",

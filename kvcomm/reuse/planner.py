@@ -25,6 +25,7 @@ from kvcomm.memory.pool import PageIds
 from kvcomm.memory.segments import Segment
 from kvcomm.reuse.asked import Asked
 from kvcomm.reuse.attempt import Attempt, Prompt, Tools, passes_of
+from kvcomm.reuse.beginnings import MovedBeginnings
 from kvcomm.reuse.cost import ReuseCost
 from kvcomm.reuse.decision import Acceptance, decide
 from kvcomm.reuse.finder import MoveFinder
@@ -73,6 +74,7 @@ class Planner:
         self.immovable = immovable
         self._tools = tools
         self._cost = cost
+        self._beginnings = MovedBeginnings(tools.memory)
 
     def plan(self, asked: Asked, otherwise: Reason) -> tuple[Plan, Attempt | None]:
         """The plan of a request whose exact prefix has been found, and the attempt that is to carry it out, if any.
@@ -83,14 +85,14 @@ class Planner:
         if self.immovable:
             return self._computed(asked, otherwise, Reason.IMMOVABLE), None
         reader = reader_of(asked.segments)
-        moves, unmoved, decision = self._choose(asked, reader)
+        found, decision = self._choose(asked, reader)
         if decision.wanted is None:
-            self.finder.release(moves)
+            self.finder.release(found.moves)
             assert decision.reason is not None
-            return self._computed(asked, otherwise, decision.reason), None
-        prompt = self._prompt(asked, otherwise, unmoved)
+            return self._computed(asked, otherwise, decision.reason, found.back_until), None
+        prompt = self._prompt(asked, otherwise, found.unmoved, found.back_until)
         weights = self.book.heads(asked.namespace).weights
-        attempt = Attempt(self._tools, prompt, reader, moves, decision.corrections, decision.wanted, weights)
+        attempt = Attempt(self._tools, prompt, reader, found.moves, decision.corrections, decision.wanted, weights)
         return attempt.plan, attempt
 
     def explain(self, asked: Asked) -> Explanation:
@@ -134,8 +136,12 @@ class Planner:
     def publish(self, asked: Asked, segments: Sequence[Segment]) -> None:
         """Let others move what this request has computed."""
         # What stands on approximate KV that nobody foresaw (a restored context's) may be off by anything.
-        risk = math.inf if asked.attempt is None else asked.attempt.risk
+        attempt = asked.attempt
+        risk = math.inf if attempt is None else attempt.risk
         self.finder.publish(asked.namespace, segments, asked.sequence, start=asked.num_kept_tokens, risk=risk)
+        if attempt is not None and attempt.is_accepted and asked.rung is None:
+            ends = [move.end for move in attempt.moves]
+            self._beginnings.remember(asked.namespace, asked.sequence.token_ids, ends)
 
     def replace(self, asked: Asked, segments: Sequence[Segment]) -> None:
         """Let others move what is exact of this request now, in place of what was not."""
@@ -182,7 +188,7 @@ class Planner:
                 if name not in known:
                     raise InvalidRequest(f"unknown {what} {name!r} of a rung; this engine has {', '.join(known)}")
 
-    def _prompt(self, asked: Asked, otherwise: Reason, unmoved: Reason) -> Prompt:
+    def _prompt(self, asked: Asked, otherwise: Reason, unmoved: Reason, back_until: int) -> Prompt:
         return Prompt(
             asked.segments,
             asked.num_prompt_tokens,
@@ -190,11 +196,12 @@ class Planner:
             otherwise,
             unmoved,
             self.may_reuse(asked) and self.finder.is_displaced(asked.namespace, asked.segments),
+            back_until,
         )
 
-    def _computed(self, asked: Asked, otherwise: Reason, unmoved: Reason) -> Plan:
+    def _computed(self, asked: Asked, otherwise: Reason, unmoved: Reason, back_until: int = 0) -> Plan:
         """The plan of a request into whose prompt nothing is moved."""
-        prompt = self._prompt(asked, otherwise, unmoved)
+        prompt = self._prompt(asked, otherwise, unmoved, back_until)
         return plan_of(prompt.num_exact, prompt.parts([]))
 
     def _find(self, asked: Asked, max_risk: float) -> tuple[list[Move], Reason]:
@@ -217,21 +224,38 @@ class Planner:
             asked.namespace, asked.segments, sequence.num_computed, sequence, max_risk=max_risk, is_use=is_use
         )
 
-    def _choose(self, asked: Asked, reader: Reader) -> tuple[list[Move], Reason, Decision]:
-        """Moves whose pages are held, why other slots are not moved, and what is to become of the moves."""
+    def _choose(self, asked: Asked, reader: Reader) -> tuple[_Found, Decision]:
+        """Moves whose pages are held, and what is to become of them."""
         max_risk = math.inf if asked.rung is not None else MAX_SOURCE_RISK * asked.policy.max_divergence
         moves, unmoved = self._find(asked, max_risk)
+        back_until = self._back_until(asked, moves)
+        moves = self._behind(moves, back_until)
         if not moves:
-            return moves, unmoved, Decision(reason=unmoved)
+            return _Found(moves, unmoved, back_until), Decision(reason=Reason.COMES_BACK if back_until else unmoved)
         if asked.rung is None and not asked.is_trial:
             self.book.standing(asked.namespace, reader).num_requests += 1
         decision = self._decide_or_release(asked, reader, moves)
         if decision.reason is Reason.SOURCE_RISK:
             self.finder.release(moves)
             moves, unmoved = self._find(asked, decision.max_risk)
+            moves = self._behind(moves, back_until)
             # Other sources may have read other text, and are then judged by other pairs.
             decision = self._decide_or_release(asked, reader, moves) if moves else Decision(reason=unmoved)
-        return moves, unmoved, decision
+        return _Found(moves, unmoved, back_until), decision
+
+    def _back_until(self, asked: Asked, moves: Sequence[Move]) -> int:
+        """How far text is computed because it was moved to the same place before."""
+        sequence = asked.sequence
+        if asked.rung is not None or sequence.num_exact < sequence.num_computed:  # it cannot become an exact prefix
+            return 0
+        ends = [move.end for move in moves]
+        forget = not asked.is_trial
+        return self._beginnings.back_until(asked.namespace, sequence.token_ids, ends, forget=forget)
+
+    def _behind(self, moves: Sequence[Move], position: int) -> list[Move]:
+        """Those that end behind a position; the others are released."""
+        self.finder.release([move for move in moves if move.end <= position])
+        return [move for move in moves if move.end > position]
 
     def _decide_or_release(self, asked: Asked, reader: Reader, moves: Sequence[Move]) -> Decision:
         try:
@@ -270,6 +294,14 @@ class Planner:
             self.book.grounds(asked.namespace, reader, policy.ladders, bound, policy.levels, read=read)
             for read in SourcesRead
         )
+
+
+class _Found(NamedTuple):
+    """Moves whose pages are held, why other slots are not moved, and where text ends that comes back."""
+
+    moves: list[Move]
+    unmoved: Reason
+    back_until: int
 
 
 def _bears(accepted: Acceptance, moves: Sequence[Move], epsilon: float) -> bool:

@@ -40,6 +40,7 @@ REFUSALS = frozenset(
         Reason.OUT_OF_DISTRIBUTION,
         Reason.SOURCE_RISK,
         Reason.DISPLACED,
+        Reason.COMES_BACK,
         Reason.COST,
         Reason.ESCALATED,
         Reason.NO_ROOM,

@@ -28,6 +28,7 @@ const REASONS = {
   breaker: "audits found more violations than the bound allows",
   out_of_distribution: "too far from what the bound was calibrated on",
   source_risk: "the source is approximate itself, and both risks are too much",
+  comes_back: "was moved to this place before: computed, it is an exact prefix from now on",
   displaced: "stands first here, and its only source stood behind others",
   cost: "moving would take longer than computing",
   escalated: "recomputed tokens were too far from their estimates",
