@@ -206,8 +206,8 @@ class Batches:
         is_scored = request.sampling.prompt_logprobs is not None
         if is_scored:
             budget = min(budget, MAX_SCORED)
-        self._take_news(request)
-        if request.attempt is None:
+        if request.ask is not None and request.attempt is None:
+            self._take_news(request)
             budget = min(budget, self._tiering.num_next(request, request.pending[0][0], request.num_prompt_tokens))
         runs: list[Run] = []
         for start, end in request.pending:

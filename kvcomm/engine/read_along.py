@@ -177,13 +177,11 @@ class ReadAlong:
         num_own = min(reading.num_own, reading.num_alike(request.sequence.token_ids))
         return max(0, min(request.sequence.num_computed, num_own) - max(num_before, reading.num_shared))
 
-    def told(self, request: Request, plan: Plan) -> Plan:
+    def told(self, reading: Reading, plan: Plan) -> Plan:
         """A plan in which followed text that was not read has the reason for that."""
-        reading = request.reading
-        if reading is not None:
-            reason = Reason.NO_SPARE if reading.was_denied else Reason.TOO_LATE
-            for start, end in reading.followed:
-                plan = plan.explained(start, end, Reason.NEW, reason)
+        reason = Reason.NO_SPARE if reading.was_denied else Reason.TOO_LATE
+        for start, end in reading.followed:
+            plan = plan.explained(start, end, Reason.NEW, reason)
         return plan
 
     def work(self, digest: str, num_answer_rows: int, num_answers: int) -> list[Work]:

@@ -208,6 +208,12 @@ class Request:
         return self.last_logits is not None
 
     @property
+    def may_move(self) -> bool:
+        """Whether its caller and its prompt leave anything to decide about moved text."""
+        is_wanted = self.rung is not None or not self.policy.is_exact
+        return is_wanted and self.reads_cache and any(segment.name is not None for segment in self.segments)
+
+    @property
     def approximate_from(self) -> int | None:
         """First position whose KV was not a cold run's when the answer began; None: all of it was."""
         return self.sequence.approximate_from if self.healing is None else self.healing.approximate_from

@@ -206,7 +206,7 @@ class Scheduler:
 
     def _prepare_reuse(self) -> None:
         waiting = list(self._in_flight.waiting)
-        if any(request.ask is not None or self._planner.may_reuse(request) for request in waiting):
+        if any(request.ask is not None or request.may_move for request in waiting):
             with suppress(PoolExhausted):  # no room for a trial now: nothing is moved until there is
                 self._planner.prepare()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from kvcomm.align.bound import Bound
@@ -98,7 +99,7 @@ class ReusePolicy:
         """The policy that never allows approximation."""
         return cls()
 
-    @property
+    @cached_property
     def is_exact(self) -> bool:
         """Whether only exact reuse satisfies this policy."""
         return self.max_divergence == 0
