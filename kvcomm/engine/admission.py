@@ -18,7 +18,7 @@ from kvcomm.engine.in_flight import InFlight
 from kvcomm.engine.read_along import ReadAlong
 from kvcomm.engine.request import Request
 from kvcomm.engine.tiering import Tiering
-from kvcomm.errors import PoolExhausted, PoolTooSmall
+from kvcomm.errors import PoolExhausted, PoolTooSmall, WeightsChanged
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.sequences import Sequence, num_common
@@ -84,7 +84,7 @@ class Admission:
                 if self._must_wait(request):
                     continue
                 try:
-                    self._adapters.renew(request)
+                    self._renew_weights(request)
                     self._take_pages(request)
                 except PoolExhausted as error:
                     if running:
@@ -124,6 +124,21 @@ class Admission:
             or self._is_prefix_in_flight(request)
             or (request.may_move and self._planner.waits_for_source(request, self._in_flight.running))
         )
+
+    def _renew_weights(self, request: Request) -> None:
+        """Let a request that has waited mean the weights that there are, if those that it meant are gone.
+
+        Raises:
+            WeightsChanged: it goes on with KV of the former ones.
+            UnknownAdapter, UnsupportedModel: see `Adapters.weights`.
+        """
+        try:
+            self._adapters.live.require(request.weights)
+        except WeightsChanged:
+            if request.num_kept_tokens:
+                raise
+            request.weights = self._adapters.weights(request.adapter)
+            request.namespace = self._adapters.namespace(request.weights.digest, request.tenant)
 
     def _is_prefix_in_flight(self, request: Request) -> bool:
         """Whether a running prefill will soon leave at least a page in the tree that this request could share."""

@@ -190,7 +190,7 @@ class Workings:
         maker = RequestMaker(
             config,
             memory.pool,
-            adapters,
+            ground.live,
             policy,
             scheduler,
             reuse,

@@ -137,7 +137,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step would find anything to do."""
-        return self.has_requests or self.read_along.has_work
+        return self.has_requests or (bool(self.read_along.readings) and self.read_along.has_work)
 
     @property
     def awaits_first_token(self) -> bool:
@@ -179,11 +179,12 @@ class Scheduler:
 
     def step(self) -> None:
         """Compute one batch and commit it."""
-        self._offers.passed()
+        self._offers.looked_at.clear()
         self._prepare_reuse()
         with self.lock:
             self._drop_cancelled()
-            self.read_along.tend()
+            if self.read_along.readings:
+                self.read_along.tend()
             self._expire()
             self._admission.admit()
             if not self.num_running:
@@ -193,7 +194,7 @@ class Scheduler:
             batch = self._batches.build()
         if not batch:
             return
-        self._offers.passed()
+        self._offers.looked_at.clear()
         begun_s = time.monotonic()
         computed, failures = compute(self._runner, batch)
         seconds = time.monotonic() - begun_s
