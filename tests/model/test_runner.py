@@ -309,6 +309,7 @@ class WaitingBackend(TorchBackend):
     """Says when it has been called for the first layer, then waits there a while for something else to happen."""
 
     def __init__(self, *, announce: threading.Event, wait_for: threading.Event) -> None:
+        super().__init__()
         self._wait_for, self._announce = wait_for, announce
 
     def prepare(
