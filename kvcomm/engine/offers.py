@@ -25,8 +25,8 @@ class Offers:
     """Gives computed KV to tree, tier, planner and learner of one engine. Called under its lock.
 
     Attributes:
-        looked_at: closely: digests of weights. Whoever lets the model run, or has left it alone for a moment in which
-            it may have been changed, clears it.
+        looked_at: digests of weights that were looked at closely since the model last ran, or may have been changed.
+            Whoever lets it run clears this.
     """
 
     def __init__(

@@ -235,7 +235,7 @@ class Scheduler:
 
     def _expire(self) -> None:
         now = time.monotonic()
-        if now >= self._next_expire_s:
+        if self._memory.tree.has_lifetimes and now >= self._next_expire_s:
             self._memory.expire()
             self._next_expire_s = now + EXPIRE_INTERVAL_S
 

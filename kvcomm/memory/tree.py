@@ -71,6 +71,7 @@ class RadixTree:
 
     Attributes:
         ages: how long pages lived and lay unused, of all namespaces together.
+        has_lifetimes: whether any path may expire: else nobody need look for those that have.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class RadixTree:
         self._pool = pool
         self._clock = clock
         self._ttl_s = math.inf if ttl_s is None else ttl_s
-        self._has_lifetimes = ttl_s is not None  # of any path: else nothing has to be looked through for expired ones
+        self.has_lifetimes = ttl_s is not None
         self._namespaces = Namespaces()
         self._log = EventLog(max_events)
         self.ages = PageAges()
@@ -103,7 +104,7 @@ class RadixTree:
         """
         assert self._is_held(), NOT_HELD
         ids = as_tokens(tokens)
-        if self._has_lifetimes:
+        if self.has_lifetimes:
             self.expire()
         space = self._namespaces.enter(namespace)
         node, matched = descend(space.root, ids)
@@ -121,7 +122,7 @@ class RadixTree:
     def look(self, namespace: str, tokens: npt.ArrayLike) -> Match:
         """What `match` would find. Counts as no use, as `peek`."""
         assert self._is_held(), NOT_HELD
-        if self._has_lifetimes:
+        if self.has_lifetimes:
             self.expire()
         ids = as_tokens(tokens)
         node, matched = descend(self._namespaces.look(namespace).root, ids)
@@ -143,9 +144,9 @@ class RadixTree:
         num_pages = -(-ids.size // self._pool.page_size)
         if pages.size != num_pages:
             raise ValueError(f"{ids.size} tokens need {num_pages} pages of {self._pool.page_size}, not {pages.size}")
-        if self._has_lifetimes:
+        if self.has_lifetimes:
             self.expire()
-        self._has_lifetimes |= ttl_s is not None
+        self.has_lifetimes |= ttl_s is not None
         ttl = self._ttl_s if ttl_s is None else ttl_s
         node, matched = descend(self._namespaces.enter(namespace).root, ids)
         rhythm = node.rhythm_below(matched, ids, self._clock()) if matched < ids.size else node.rhythm

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvcomm.memory import renditions, tree
-from kvcomm.model import joined, linear, runner
+from kvcomm.model import linear, runner
 from kvcomm.model.attention.contract import AttentionStep, RunTable
 from kvcomm.model.attention.torch_backend import TorchBackend
 from kvcomm.model.families import random_model
@@ -261,7 +261,7 @@ def test_only_a_prompt_computed_whole_must_be_stock_to_the_last_bit(
         seen.append(len(rows))
         return linear.PRODUCTS[name](rows, weight, bias)
 
-    monkeypatch.setattr(joined, "product", watched)
+    monkeypatch.setattr(linear, "product", watched)
     model = tiny_model("llama")
     paged = Paged(model)
     token_ids, pages = some_tokens(100), tables(*[100] * num_runs)
