@@ -202,7 +202,7 @@ class Joined:
         Dtype of the weights. Outputs that were made apart are not put together: whoever reads them next takes either.
         """
         weights = [layer.weight for layer in self._layers]
-        names = self._names[min(bisect_left(ROWS, len(rows)), len(ROWS) - 1)]
+        names = self._names[min(bisect_left(ROWS, rows.shape[0]), len(ROWS) - 1)]
         if any(weight.dtype != self._dtype for weight in weights):  # of a model that was given another one since
             names = ("torch",) * len(weights)
         if all(name == "tiles" and weight.is_contiguous() for name, weight in zip(names, weights, strict=True)):

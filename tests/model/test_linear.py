@@ -112,6 +112,15 @@ def test_joined_layers_are_the_layers_side_by_side(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out, expected, rtol=2 * ULP[dtype], atol=2 * ULP[dtype])
 
 
+@pytest.mark.parametrize("num_rows", [1, 9, 300])
+def test_layers_that_were_given_another_dtype_since_they_were_joined_are_the_stock_ones(num_rows: int) -> None:
+    layers = [nn.Linear(64, num_out) for num_out in (40, 64)]
+    compute, rows = Choice().joined(layers), random(num_rows, 64, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        expected = [layer.bfloat16()(rows) for layer in layers]
+        assert all(map(torch.equal, compute(rows), expected))
+
+
 def test_rounding_is_to_the_nearest_even() -> None:
     """Of sums that lie halfway between two numbers of bfloat16, and of what is no number."""
     rows = torch.tensor([[1.0, 2**-8], [1.0, 3 * 2**-8], [float("inf"), 0.0], [float("nan"), 0.0]]).bfloat16()
