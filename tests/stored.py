@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvcomm.engine.engine import Engine
-from kvcomm.memory.namespaces import NamespaceUsage
+from kvcomm.memory.node import NamespaceUsage
 from kvcomm.memory.renditions import Rendition, RenditionStore
 from kvcomm.memory.segments import Segment
 

@@ -207,8 +207,8 @@ def _rounded(loaded: LoadedModel, weights: str) -> dict[str, Any]:
 
 def _products(model: PreTrainedModel) -> list[str]:
     """Which product serves how many rows, and whether that was measured here."""
-    from kvcomm.model.choice import ROWS
     from kvcomm.model.lean import choice_of
+    from kvcomm.model.linear import ROWS
 
     choice = choice_of(model)
     if choice is None or choice.table is None:

@@ -1,4 +1,4 @@
-"""Which weights a request means, under which namespace their KV is cached, and whose turn it is.
+"""Which weights a request means, and under which namespace their KV is cached.
 
 A request names an adapter, or takes the model as its user has left it. What that means is fixed when the request is
 made, and holds to its end: passes are for one identity of weights each, and a request whose weights are gone fails by
@@ -8,7 +8,7 @@ name. Adapters are switched for the time of a pass, by the engine's thread alone
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvcomm.engine.request import Request
 from kvcomm.errors import InvalidRequest, MissingExtra, ModelLoadError, UnknownAdapter, UnsupportedModel, WeightsChanged
 from kvcomm.model.attention import hook
 from kvcomm.model.live import LiveWeights, Weights
@@ -82,9 +81,9 @@ class Adapters:
             )
         return weights
 
-    def namespace(self, weights: Weights, tenant: str) -> str:
-        """Where a tenant's KV of these weights is cached; raises InvalidRequest for a tenant that is no text."""
-        return tenant_namespace(self._identify(weights.digest), text("the tenant", tenant))
+    def namespace(self, digest: str, tenant: str) -> str:
+        """Where a tenant's KV of the weights with this digest is cached."""
+        return tenant_namespace(self._identify(digest), tenant)
 
     def identity(self, weights: Weights) -> str:
         """What KV of these weights goes by where processes share it: the namespace but for the tenant."""
@@ -104,23 +103,8 @@ class Adapters:
             known = self.live.known()
         except (UnsupportedModel, WeightsChanged):  # nothing can be computed; what is cached stays where it is
             known = ()
-        found = (*(tenant_namespace(self._identify(digest), tenant) for digest in known), self.home(tenant))
+        found = (*(self.namespace(digest, tenant) for digest in known), self.home(tenant))
         return tuple(dict.fromkeys(found))
-
-    def renew(self, request: Request) -> None:
-        """Let a request that waits mean the weights that there are, if those that it meant are gone.
-
-        Raises:
-            WeightsChanged: it goes on with KV of the former ones.
-            UnknownAdapter, UnsupportedModel: see `weights`.
-        """
-        try:
-            self.live.require(request.weights)
-        except WeightsChanged:
-            if request.num_kept_tokens:
-                raise
-            request.weights = self.weights(request.adapter)
-            request.namespace = self.namespace(request.weights, request.tenant)
 
     def load(self, name: str, folder: str | Path) -> None:
         """Attach an adapter that PEFT has saved; requests may name it from then on. What is active stays so.
@@ -190,25 +174,6 @@ class Adapters:
     def _detach_part(self, name: str) -> None:
         if name in self.live.adapters:
             self._detach(name)
-
-
-class Turns:
-    """Whose turn it is, where requests with different weights run: a pass is for one, and each comes in turn."""
-
-    def __init__(self) -> None:
-        self._last: dict[str, int] = {}
-        self._num_passes = 0
-
-    def order(self, running: Iterable[Request]) -> list[str]:
-        """Digests of the weights of running requests; those that have waited longest come first."""
-        digests = dict.fromkeys(request.weights.digest for request in running)
-        self._last = {digest: self._last.get(digest, -1) for digest in digests}
-        return sorted(digests, key=self._last.__getitem__)
-
-    def taken(self, digest: str) -> None:
-        """A pass is for these weights."""
-        self._num_passes += 1
-        self._last[digest] = self._num_passes
 
 
 def require_peft() -> None:

@@ -18,7 +18,7 @@ from kvcomm.engine.in_flight import InFlight
 from kvcomm.engine.read_along import ReadAlong
 from kvcomm.engine.request import Request
 from kvcomm.engine.tiering import Tiering
-from kvcomm.errors import PoolExhausted, PoolTooSmall
+from kvcomm.errors import PoolExhausted, PoolTooSmall, WeightsChanged
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.sequences import Sequence, num_common
@@ -68,10 +68,11 @@ class Admission:
                 f"{self._pool.page_size}; the whole pool has {self._pool.num_pages}: "
                 "lower max_new_tokens or n, shorten the prompt or raise pool_tokens"
             )
-        if self._uses_tree(request):
-            self._tiering.ask(request, may_reuse=self._planner.may_reuse(request))
+        if self._tiering.is_on and self._uses_tree(request):
+            self._tiering.ask(request)
         self._in_flight.waiting.append(request)
-        self._tiering.wake()
+        if self._tiering.is_on:
+            self._tiering.wake()
 
     def admit(self) -> None:
         """Admit in order of arrival; a request whose prefix is being computed right now waits for it."""
@@ -83,7 +84,7 @@ class Admission:
                 if self._must_wait(request):
                     continue
                 try:
-                    self._adapters.renew(request)
+                    self._renew_weights(request)
                     self._take_pages(request)
                 except PoolExhausted as error:
                     if running:
@@ -107,7 +108,7 @@ class Admission:
     def take_news(self, request: Request) -> None:
         """Share what a tier has given of a prompt since it was begun, instead of computing that."""
         sequence, page_size = request.sequence, self._pool.page_size
-        if request.attempt is not None or not self._tiering.has_news(request):
+        if not self._tiering.has_news(request):
             return
         before = sequence.num_computed
         match = self._tree.match(request.namespace, sequence.token_ids[:-1])
@@ -119,10 +120,25 @@ class Admission:
 
     def _must_wait(self, request: Request) -> bool:
         return (
-            self._tiering.must_wait(request)
+            (request.ask is not None and self._tiering.must_wait(request))
             or self._is_prefix_in_flight(request)
-            or self._planner.waits_for_source(request, self._in_flight.running)
+            or (request.may_move and self._planner.waits_for_source(request, self._in_flight.running))
         )
+
+    def _renew_weights(self, request: Request) -> None:
+        """Let a request that has waited mean the weights that there are, if those that it meant are gone.
+
+        Raises:
+            WeightsChanged: it goes on with KV of the former ones.
+            UnknownAdapter, UnsupportedModel: see `Adapters.weights`.
+        """
+        try:
+            self._adapters.live.require(request.weights)
+        except WeightsChanged:
+            if request.num_kept_tokens:
+                raise
+            request.weights = self._adapters.weights(request.adapter)
+            request.namespace = self._adapters.namespace(request.weights.digest, request.tenant)
 
     def _is_prefix_in_flight(self, request: Request) -> bool:
         """Whether a running prefill will soon leave at least a page in the tree that this request could share."""
@@ -157,13 +173,14 @@ class Admission:
         """
         sequence = request.sequence
         self._plan(request)
-        num_own = request.num_own_pages(self._pool.page_size)
+        num_own, heals = request.num_own_pages(self._pool.page_size), request.policy.heal
         try:
             while True:
                 try:
                     num_missing = sequence.num_missing_pages(request.max_tokens)
                     num_missing += num_own * (len(request.branches) - 1)
-                    self._in_flight.make_room(num_missing + self._healing.num_pages(request))
+                    num_missing += self._healing.num_pages(request) if heals else 0
+                    self._in_flight.make_room(num_missing)
                     break
                 except PoolExhausted:
                     if self._in_flight.running or not self._do_without(request):
@@ -177,7 +194,8 @@ class Admission:
             raise
         self._in_flight.drop_reading(request)  # first: a page that both hold would be copied
         sequence.make_writable(sequence.num_computed, request.max_tokens)
-        self._healing.reserve(request)
+        if heals:
+            self._healing.reserve(request)
         for branch in request.branches[1:]:
             # Until the prompt is computed and can be forked, a further choice holds just the pages it will need.
             branch.sequence = Sequence(self._pool)
@@ -186,7 +204,7 @@ class Admission:
     def _do_without(self, request: Request) -> bool:
         """Give up something that was found for a request and takes room; False if there is nothing like that."""
         sequence, page_size = request.sequence, self._pool.page_size
-        if self._healing.do_without(request):
+        if request.policy.heal and self._healing.do_without(request):
             return True
         if request.attempt is not None:
             self._in_flight.drop_attempt(request)
@@ -207,18 +225,22 @@ class Admission:
             # The last token is always computed: its logits are not in the cache.
             sequence.rewind(min(sequence.num_computed, sequence.num_tokens - 1))
         num_before = sequence.num_computed
-        if request.ready_logits is None and request.reads_cache:
+        reading = request.reading
+        if reading is not None and request.ready_logits is None and request.reads_cache:
             self._read_along.share(request)
         reason = Reason.NEW if self._may_read_cache(request) else Reason.CACHE_OFF
         if self._uses_tree(request):
             reason = self._share_from_tree(request)
-        if request.reading is not None:
+        if reading is not None:
             request.num_read = self._read_along.num_read(request, num_before)
-        if self._planner.may_reuse(request) and request.ready_logits is None:
-            plan, request.attempt = self._planner.plan(request, reason)
-            request.plan = self._read_along.told(request, plan)
+        if request.may_move and request.ready_logits is None:
+            request.plan, request.attempt = self._planner.plan(request, reason)
+        elif request.ask is not None:
+            request.plan = self._tiering.plan(request, reason)
         else:
-            request.plan = self._read_along.told(request, self._tiering.plan(request, reason))
+            request.plan = exact_plan(sequence.num_computed, sequence.num_tokens, reason)
+        if reading is not None:
+            request.plan = self._read_along.told(reading, request.plan)
         request.pending = list(request.plan.stretches)
 
     def _share_from_tree(self, request: Request) -> Reason:

@@ -190,7 +190,7 @@ class Workings:
         maker = RequestMaker(
             config,
             memory.pool,
-            adapters,
+            ground.live,
             policy,
             scheduler,
             reuse,
@@ -270,7 +270,7 @@ def _make_memory(model: PreTrainedModel, geometry: ModelGeometry, config: Engine
         ttl_s=config.cache_ttl_s,
         rendition_bytes=half,
         eviction=config.eviction,
-        require_held=holding(lock),
+        is_held=holding(lock),
     )
 
 

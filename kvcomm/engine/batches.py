@@ -8,13 +8,12 @@ pass is for one identity of weights: requests with several adapters take turns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from kvcomm.config import EngineConfig
-from kvcomm.engine.adapters import Turns
 from kvcomm.engine.grammar_turns import left_out
 from kvcomm.engine.guess_gain import GuessGain
 from kvcomm.engine.guesses import CERTAIN, Found, repeated
@@ -75,7 +74,8 @@ class Batches:
         self._healing = healing
         self._take_over = take_over
         self._take_news = take_news
-        self._turns = Turns()
+        self._turns: dict[str, int] = {}  # digests of weights, and the last pass that was for them
+        self._num_passes = 0
         self._has_left_out = False  # of the step that is built, answers that could be decoded
 
     def build(self) -> list[Work]:
@@ -83,10 +83,11 @@ class Batches:
         stuck: list[Request] = []
         self._has_left_out = False
         running = self._in_flight.running
-        for digest in self._turns.order(running):
+        for digest in self._in_turn(running):
             batch = self._batch_of([each for each in running if each.weights.digest == digest], stuck)
             if batch:
-                self._turns.taken(digest)
+                self._num_passes += 1
+                self._turns[digest] = self._num_passes
                 return [*batch, *self._beside(digest, batch)]
         if not self._in_flight.is_any:
             for digest in self._read_along.digests():
@@ -107,6 +108,12 @@ class Batches:
         self._spare.passed(*rows, seconds, is_wanted=is_wanted)
         if rows.answers and not rows.prompts and not rows.beside:
             self._gain.passed(rows.answers, seconds)
+
+    def _in_turn(self, running: Iterable[Request]) -> list[str]:
+        """Digests of the weights of running requests; those that have waited longest come first."""
+        digests = dict.fromkeys(request.weights.digest for request in running)
+        self._turns = {digest: self._turns.get(digest, -1) for digest in digests}
+        return sorted(digests, key=self._turns.__getitem__)
 
     def _beside(self, digest: str, batch: Sequence[Work]) -> list[Work]:
         """What is computed beside a batch, for nobody who waits: not where a first token is waited for.
@@ -129,7 +136,8 @@ class Batches:
 
     def _batch_of(self, running: Sequence[Request], stuck: list[Request]) -> list[Work]:
         """Work for one pass: of requests that have the same weights."""
-        self._take_over(running)
+        if any(request.healing is not None for request in running):
+            self._take_over(running)
         batch = self._decode_work(running, stuck)
         budget = self._config.max_batch_tokens - sum(work.num_tokens for work in batch)
         if any(request.is_prefilled and not request.awaits_twin for request in self._in_flight.running):
@@ -206,8 +214,8 @@ class Batches:
         is_scored = request.sampling.prompt_logprobs is not None
         if is_scored:
             budget = min(budget, MAX_SCORED)
-        self._take_news(request)
-        if request.attempt is None:
+        if request.ask is not None and request.attempt is None:
+            self._take_news(request)
             budget = min(budget, self._tiering.num_next(request, request.pending[0][0], request.num_prompt_tokens))
         runs: list[Run] = []
         for start, end in request.pending:

@@ -8,15 +8,11 @@ from collections.abc import Sequence
 
 
 class ByteRun:
-    """Tokens of an answer that stand for a byte each, one behind the other."""
+    """Tokens of an answer that stand for a byte each, one behind the other: one run of them."""
 
     def __init__(self, keep: int) -> None:
         """`keep`: letters of the end of its text that are looked at for stop strings."""
         self._keep = keep
-        self.begin()
-
-    def begin(self) -> None:
-        """Another run."""
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._end = ""
         self._is_valid = True

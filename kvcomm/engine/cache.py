@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager
 from threading import RLock
 from typing import NamedTuple
 
+from kvcomm.engine.encoding import PromptReader
 from kvcomm.engine.holdings import Holdings, num_distinct
-from kvcomm.engine.prompts import PromptReader
 from kvcomm.engine.tenancy import Tenancy
 from kvcomm.memory.events import CacheEvent
 from kvcomm.memory.memory import Memory

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kvcomm import values
 from kvcomm.engine.chat_template import ROLES, ChatTemplate, Message, Messages, Placed, Static
-from kvcomm.engine.encoding import TextEncoder
+from kvcomm.engine.encoding import PromptReader, TextEncoder
 from kvcomm.engine.marks import Marks
-from kvcomm.engine.prompts import PromptReader
 from kvcomm.engine.token_texts import TokenTexts
 from kvcomm.errors import InvalidRequest, TemplateError
 from kvcomm.memory.segments import Segment

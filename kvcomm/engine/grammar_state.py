@@ -123,9 +123,16 @@ class GrammarState:
         self._matcher.consume_token(token_id)
         self._require_sound()
 
-    def forced(self) -> list[int]:
-        """The tokens that must come next, as far as there is only one way to write them; none are taken."""
-        return self._matcher.compute_ff_tokens()
+    def take_forced(self) -> list[int]:
+        """Take the tokens that must come next, as far as there is only one way to write them; returns them.
+
+        Raises:
+            InvalidRequest: going on costs more than a step may take.
+        """
+        forced = self._matcher.compute_ff_tokens()
+        for token_id in forced:
+            self.take(token_id)
+        return forced
 
     def num_allowed(self, token_ids: Sequence[int]) -> int:
         """How many of these tokens may come next, one after the other."""

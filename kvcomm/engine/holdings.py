@@ -26,7 +26,11 @@ class _Held(NamedTuple):
 
 
 class Holdings:
-    """Living contexts, and the pages that they and the requests in flight refer to."""
+    """Living contexts, and the pages that they and the requests in flight refer to.
+
+    Attributes:
+        quota_pages: what the namespaces that have a limit may refer to at once. Nothing else is limited.
+    """
 
     def __init__(
         self,
@@ -45,7 +49,7 @@ class Holdings:
         self._open_prompts = open_prompts
         self._held: dict[int, _Held] = {}  # by id of the sequence
         self._forgotten: deque[Sequence] = deque()
-        self._quota_pages: dict[str, int] = {}
+        self.quota_pages: dict[str, int] = {}
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -75,9 +79,9 @@ class Holdings:
 
     def set_quota(self, namespace: str, num_pages: int | None) -> None:
         """Limit what a namespace's contexts and requests may refer to at once; None lifts the limit."""
-        self._quota_pages.pop(namespace, None)
+        self.quota_pages.pop(namespace, None)
         if num_pages is not None:
-            self._quota_pages[namespace] = num_pages
+            self.quota_pages[namespace] = num_pages
 
     def require_quota(self, namespace: str, num_wanted: int, *, num_held: int) -> None:
         """Raises QuotaExceeded when a request for `num_wanted` pages does not fit its namespace's quota.
@@ -85,7 +89,7 @@ class Holdings:
         Args:
             num_held: of these, pages that are held already, and so count anyway.
         """
-        quota = self._quota_pages.get(namespace)
+        quota = self.quota_pages.get(namespace)
         if quota is None:
             return
         held = num_distinct(pages for owner, pages in self._all_pages() if owner == namespace)

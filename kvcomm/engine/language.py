@@ -8,9 +8,8 @@ from typing import Self
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvcomm.engine.chat import ChatPrompts
-from kvcomm.engine.encoding import TextEncoder
+from kvcomm.engine.encoding import PromptReader, TextEncoder
 from kvcomm.engine.grammar_compiler import GrammarCompiler
-from kvcomm.engine.prompts import PromptReader
 from kvcomm.engine.texts import Texts
 from kvcomm.model.geometry import ModelGeometry
 

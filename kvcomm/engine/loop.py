@@ -75,7 +75,7 @@ class EngineLoop:
 
     @property
     def _has_work(self) -> bool:
-        return self._scheduler.has_work or self._idle.has_work
+        return self._scheduler.has_work or bool(self._idle.jobs)
 
     def require_open(self) -> None:
         """Raises EngineClosed once `close` has been called."""
@@ -102,7 +102,8 @@ class EngineLoop:
                 if not self._has_work:
                     self._wake.notify_all()  # whoever waits for idleness
                 # An open prompt that nobody adds to is given up when its time is over.
-                due_s = self._scheduler.read_along.next_due_s
+                open_prompts = self._scheduler.read_along
+                due_s = open_prompts.next_due_s if open_prompts.readings else None
                 self._wake.wait_for(lambda: self._is_closing or self._has_work, due_s)
                 is_closing = self._is_closing
             if is_closing:
@@ -117,7 +118,7 @@ class EngineLoop:
                     if not self._is_awaiting_request(READ_AFTER_S):
                         with self._stepping:
                             self._scheduler.step()
-                elif self._idle.has_work and not self._is_awaiting_request(self._idle_after_s):
+                elif self._idle.jobs and not self._is_awaiting_request(self._idle_after_s):
                     with self._stepping:
                         self._idle.step()
             except BaseException as error:
@@ -131,8 +132,8 @@ class EngineLoop:
         """One step for requests, and if there is time left, one of idle work beside them."""
         begun_s = time.perf_counter()
         self._scheduler.step()
-        self._budget.served(time.perf_counter() - begun_s)
-        if self._idle.has_work and self._budget.allows_more(self._scheduler.awaits_first_token):
+        self._budget.served_s += time.perf_counter() - begun_s
+        if self._idle.jobs and self._budget.allows_more(self._scheduler.awaits_first_token):
             self._budget.learned(self._idle.step())
         self._busy_until = time.monotonic()
 

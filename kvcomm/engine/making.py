@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import itertools
 import secrets
+from collections import deque
 from collections.abc import Callable
 
 from kvcomm.config import EngineConfig
-from kvcomm.engine.adapters import Adapters
 from kvcomm.engine.detokenize import Detokenizer
 from kvcomm.engine.grammar_state import GrammarState
 from kvcomm.engine.handle import RequestHandle
@@ -23,9 +23,9 @@ from kvcomm.engine.sampling import SamplingParams
 from kvcomm.engine.scheduler import Scheduler
 from kvcomm.engine.tenancy import Tenancy
 from kvcomm.memory.pool import PagePool
-from kvcomm.memory.segments import Prompt, Segment, token_ids_of
+from kvcomm.memory.segments import Prompt, Segment
 from kvcomm.memory.sequences import Sequence
-from kvcomm.model.live import Weights
+from kvcomm.model.live import LiveWeights, Weights
 from kvcomm.reuse.policy import ReusePolicy, checked_policy
 from kvcomm.reuse.reuse import Reuse
 
@@ -37,7 +37,7 @@ class RequestMaker:
         self,
         config: EngineConfig,
         pool: PagePool,
-        adapters: Adapters,
+        live: LiveWeights,
         policy: ReusePolicy,
         scheduler: Scheduler,
         reuse: Reuse,
@@ -55,7 +55,7 @@ class RequestMaker:
         """
         self._page_size = config.page_size
         self._pool = pool
-        self._adapters = adapters
+        self._live = live
         self._policy = policy
         self._scheduler = scheduler
         self._reuse = reuse
@@ -100,16 +100,16 @@ class RequestMaker:
         """A request for an answer to a prompt behind which nothing stands yet; see `make`.
 
         Raises:
-            UnknownAdapter, WeightsChanged, UnsupportedModel: see `Adapters.weights`.
+            UnknownAdapter, WeightsChanged, UnsupportedModel: see `LiveWeights.now`.
         """
         segments = self._language.reader.read(prompt, is_start=True)
         return self.make(
-            Sequence(self._pool, token_ids_of(segments)),
+            Sequence(self._pool, [token for segment in segments for token in segment.token_ids]),
             segments,
             sampling,
             tenant=tenant,
             policy=policy,
-            weights=self._adapters.weights(adapter),
+            weights=self._live.now(adapter, closely=True),
             adapter=adapter,
             reading=reading,
         )
@@ -145,7 +145,10 @@ class RequestMaker:
         self._language.reader.require_fits(sequence.num_tokens, sampling.max_new_tokens)
         self._language.reader.require_known(token_id for token_id, _ in sampling.biases)
         is_scored = sampling.prompt_logprobs is not None
-        wanted = ReusePolicy.exact() if is_scored else checked_policy(policy) or self._policy
+        if is_scored:
+            wanted = ReusePolicy.exact()
+        else:
+            wanted = self._policy if policy is None else checked_policy(policy)
         namespace = self._tenancy.namespace(weights, tenant)
         if not wanted.is_exact:
             self._reuse.require_known(wanted.rungs)
@@ -170,7 +173,8 @@ class RequestMaker:
             reads_cache=not is_scored,
             reading=reading,
         )
-        self._require_quota(request)
+        if self._holdings.quota_pages:
+            self._require_quota(request)
         if reading is not None:
             handle.cancelled_by(lambda: self._scheduler.cancel(request))
         return request
@@ -191,7 +195,8 @@ class RequestMaker:
                 encode=language.encoder.plain,
                 min_tokens=sampling.min_tokens,
             )
-            branches.append(Branch(index, sequence, sampler, detokenizer, grammar))
+            forced = deque(() if grammar is None else grammar.take_forced())
+            branches.append(Branch(index, sequence, sampler, detokenizer, grammar, forced))
         return branches
 
     def _beginning(self, sampling: SamplingParams, tenant: str) -> GrammarState | None:

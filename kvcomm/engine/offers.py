@@ -22,7 +22,12 @@ logger = logging.getLogger("kvcomm.engine")
 
 
 class Offers:
-    """Gives computed KV to tree, tier, planner and learner of one engine. Called under its lock."""
+    """Gives computed KV to tree, tier, planner and learner of one engine. Called under its lock.
+
+    Attributes:
+        looked_at: digests of weights that were looked at closely since the model last ran, or may have been changed.
+            Whoever lets it run clears this.
+    """
 
     def __init__(
         self,
@@ -41,11 +46,7 @@ class Offers:
         self._planner = planner
         self._learner = learner
         self._tiering = tiering
-        self._looked_at: set[str] = set()  # closely: digests of weights, since the last pass
-
-    def passed(self) -> None:
-        """The model has run, or may have been changed since: what was looked at is to be looked at again."""
-        self._looked_at.clear()
+        self.looked_at: set[str] = set()
 
     def require_weights(self, weights: Weights) -> None:
         """Before anything computed is offered: look closely whether the weights are still there.
@@ -53,9 +54,9 @@ class Offers:
         Raises:
             WeightsChanged, UnsupportedModel: they are not.
         """
-        if weights.digest not in self._looked_at:
+        if weights.digest not in self.looked_at:
             self._live.require(weights, closely=True)
-            self._looked_at.add(weights.digest)
+            self.looked_at.add(weights.digest)
 
     def remember(self, request: Request, sequence: Sequence, *, whole: bool) -> None:
         """Put computed exact tokens into the tree; the last, partly filled page only if nobody writes on in it."""

@@ -186,7 +186,7 @@ class OpenPrompts:
         """What follows the request of a closed prompt that waits itself follows that prompt. Under the lock."""
         if isinstance(part, Segment) or isinstance(part.source, Reading):
             return part
-        readings = self._read_along.readings
+        readings = self._read_along.readings.copy()
         other = next((each for each in readings if each.handle is part.source and not each.is_begun), None)
         return part if other is None else replace(part, source=other)
 

@@ -37,6 +37,10 @@ class ReadAlong:
     """The open prompts.
 
     What always holds: a reading is in the list until it is over; one that is over holds no pages.
+
+    Attributes:
+        readings: every open prompt, the oldest first. Changed under the lock; where there are none, nothing else here
+            needs to be asked.
     """
 
     def __init__(
@@ -60,46 +64,41 @@ class ReadAlong:
         self._spare = spare
         self._require_weights = require_weights
         self._require_quota = require_quota
-        self._readings: list[Reading] = []
+        self.readings: list[Reading] = []
         self._is_touched = False
-
-    @property
-    def readings(self) -> list[Reading]:
-        """Every open prompt, the oldest first."""
-        return list(self._readings)
 
     @property
     def has_work(self) -> bool:
         """Whether a step would find anything to do, though no request is in progress. Safe to call without the lock."""
         # While a pass writes into one there is something to come, also where its user has forgotten it meanwhile.
         return self._is_touched or any(
-            self._wants(each) or each.is_in_pass or overdue(each) is not None for each in self.readings
+            self._wants(each) or each.is_in_pass or overdue(each) is not None for each in self.readings.copy()
         )
 
     @property
     def wants_more(self) -> bool:
         """Whether anything would be read, or will be as soon as an answer goes on."""
-        return any(self._may_read(each) and (each.num_unread > 0 or each.is_waiting) for each in self._readings)
+        return any(self._may_read(each) and (each.num_unread > 0 or each.is_waiting) for each in self.readings)
 
     @property
     def next_due_s(self) -> float | None:
         """Seconds until the next one has been open for too long; None: there is none. Safe to call without the lock."""
-        due = [each.due_s for each in self.readings if not each.is_begun]
+        due = [each.due_s for each in self.readings.copy() if not each.is_begun]
         return min(MAX_WAIT_S, max(0.0, min(due) - time.monotonic())) if due else None
 
     def touch(self) -> None:
         """Something has changed that readings depend on: text, a source, a wish. By any thread, under the lock."""
-        self._is_touched = bool(self._readings)
+        self._is_touched = bool(self.readings)
 
     def add(self, reading: Reading) -> None:
         """A prompt has been opened. By any thread, under the lock."""
-        self._readings.append(reading)
+        self.readings.append(reading)
         self.touch()
 
     def tend(self) -> None:
         """Take over what has become known; end what is cancelled, hopeless or overdue; begin what is complete."""
         self._is_touched = False
-        for reading in self.readings:
+        for reading in self.readings.copy():
             if reading.is_begun or reading.is_over:
                 continue
             error = self._ending(reading)
@@ -140,14 +139,14 @@ class ReadAlong:
         reading.error = reading.error or (None if error is None else kept(error))
         reading.sequence.release()
         reading.begin = nothing_to_begin  # it knows the context, which is kept by nobody but its user
-        self._readings.remove(reading)
+        self.readings.remove(reading)
         self.touch()  # others may follow it
         if error is not None and reading.handle is not None and not reading.is_begun and not reading.handle.done:
             reading.handle.settle(error)
 
     def close(self, error: BaseException) -> None:
         """End all of them."""
-        for reading in self.readings:
+        for reading in self.readings.copy():
             self.end(reading, error)
 
     def num_usable(self, request: Request) -> int:
@@ -177,13 +176,11 @@ class ReadAlong:
         num_own = min(reading.num_own, reading.num_alike(request.sequence.token_ids))
         return max(0, min(request.sequence.num_computed, num_own) - max(num_before, reading.num_shared))
 
-    def told(self, request: Request, plan: Plan) -> Plan:
+    def told(self, reading: Reading, plan: Plan) -> Plan:
         """A plan in which followed text that was not read has the reason for that."""
-        reading = request.reading
-        if reading is not None:
-            reason = Reason.NO_SPARE if reading.was_denied else Reason.TOO_LATE
-            for start, end in reading.followed:
-                plan = plan.explained(start, end, Reason.NEW, reason)
+        reason = Reason.NO_SPARE if reading.was_denied else Reason.TOO_LATE
+        for start, end in reading.followed:
+            plan = plan.explained(start, end, Reason.NEW, reason)
         return plan
 
     def work(self, digest: str, num_answer_rows: int, num_answers: int) -> list[Work]:
@@ -191,7 +188,7 @@ class ReadAlong:
         budget = self._spare.num_rows(num_answer_rows, num_answers) if num_answer_rows else self._config.prefill_chunk
         batch: list[Work] = []
         before: list[Reading] = []
-        for reading in sorted(self._readings, key=_distance):
+        for reading in sorted(self.readings, key=_distance):
             if reading.weights.digest != digest or not self._wants(reading):
                 continue
             if not self._is_in_flight(reading, before):
@@ -221,11 +218,11 @@ class ReadAlong:
 
     def digests(self) -> list[str]:
         """Digests of the weights of those that could be read on."""
-        return list(dict.fromkeys(each.weights.digest for each in self._readings if self._wants(each)))
+        return list(dict.fromkeys(each.weights.digest for each in self.readings if self._wants(each)))
 
     def give_way(self) -> bool:
         """Take the pages of the youngest one that has any of its own, for others; False: there is none."""
-        for reading in reversed(self._readings):
+        for reading in reversed(self.readings):
             if not reading.is_begun and reading.sequence.num_pages:
                 reading.sequence.release()
                 reading.num_cached = 0
@@ -235,15 +232,15 @@ class ReadAlong:
 
     def droppable_pages(self) -> list[PageIds]:
         """Page references that `give_way` would give back, sooner or later."""
-        return [each.sequence.pages for each in self._readings if not each.is_begun]
+        return [each.sequence.pages for each in self.readings if not each.is_begun]
 
     def sequences(self) -> Iterator[tuple[str, Sequence]]:
         """Whose they are and the sequences, for quotas and integrity checks."""
-        return ((each.owner, each.sequence) for each in self._readings)
+        return ((each.owner, each.sequence) for each in self.readings)
 
     def reclaim(self) -> None:
         """End those that their users have forgotten."""
-        for reading in self.readings:
+        for reading in self.readings.copy():
             if reading.is_cancelled and not reading.is_begun and not reading.is_in_pass:
                 self.end(reading, _cancelled(reading))
 

@@ -65,9 +65,6 @@ class Branch:
     num_matched: int = 0
     num_told: int = 0
 
-    def __post_init__(self) -> None:
-        self._foresee()
-
     @property
     def is_over(self) -> bool:
         """Whether its grammar leaves nothing but to end."""
@@ -81,17 +78,11 @@ class Branch:
         """
         if self.grammar is not None:
             self.grammar.take(token_id)
-            self._foresee()
+            self.forced += self.grammar.take_forced()
 
     def allowed(self, guesses: IntArray) -> IntArray:
         """The guesses at the next tokens up to the first one that cannot come."""
         return guesses if self.grammar is None else guesses[: self.grammar.num_allowed(guesses.tolist())]
-
-    def _foresee(self) -> None:
-        if self.grammar is not None:
-            for token_id in self.grammar.forced():
-                self.grammar.take(token_id)
-                self.forced.append(token_id)
 
 
 @dataclass
@@ -134,7 +125,7 @@ class Request:
         tenant: whose it is.
         owner: what the tenant's quota goes by.
         adapter: what it names; None: the model as it was when the request was made.
-        weights: what it is computed with. While it waits they may become others, see `Adapters.renew`.
+        weights: what it is computed with. While it waits they may become others, see `Admission`.
         sequence: prompt and, for the first choice, its answer. Lent by a context if `is_lent`: then it is rolled back
             instead of released when the request fails, and keeps the answer when it succeeds.
         num_prompt_tokens: tokens of `sequence` at submission.
@@ -206,6 +197,12 @@ class Request:
     def is_prefilled(self) -> bool:
         """Whether the first token of every choice can be or has been drawn."""
         return self.last_logits is not None
+
+    @property
+    def may_move(self) -> bool:
+        """Whether its caller and its prompt leave anything to decide about moved text."""
+        is_wanted = self.rung is not None or not self.policy.is_exact
+        return is_wanted and self.reads_cache and any(segment.name is not None for segment in self.segments)
 
     @property
     def approximate_from(self) -> int | None:

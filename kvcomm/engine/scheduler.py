@@ -137,7 +137,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step would find anything to do."""
-        return self.has_requests or self.read_along.has_work
+        return self.has_requests or (bool(self.read_along.readings) and self.read_along.has_work)
 
     @property
     def awaits_first_token(self) -> bool:
@@ -179,11 +179,12 @@ class Scheduler:
 
     def step(self) -> None:
         """Compute one batch and commit it."""
-        self._offers.passed()
+        self._offers.looked_at.clear()
         self._prepare_reuse()
         with self.lock:
             self._drop_cancelled()
-            self.read_along.tend()
+            if self.read_along.readings:
+                self.read_along.tend()
             self._expire()
             self._admission.admit()
             if not self.num_running:
@@ -193,7 +194,7 @@ class Scheduler:
             batch = self._batches.build()
         if not batch:
             return
-        self._offers.passed()
+        self._offers.looked_at.clear()
         begun_s = time.monotonic()
         computed, failures = compute(self._runner, batch)
         seconds = time.monotonic() - begun_s
@@ -206,7 +207,7 @@ class Scheduler:
 
     def _prepare_reuse(self) -> None:
         waiting = list(self._in_flight.waiting)
-        if any(request.ask is not None or self._planner.may_reuse(request) for request in waiting):
+        if any(request.ask is not None or request.may_move for request in waiting):
             with suppress(PoolExhausted):  # no room for a trial now: nothing is moved until there is
                 self._planner.prepare()
 
@@ -234,7 +235,7 @@ class Scheduler:
 
     def _expire(self) -> None:
         now = time.monotonic()
-        if now >= self._next_expire_s:
+        if self._memory.tree.has_lifetimes and now >= self._next_expire_s:
             self._memory.expire()
             self._next_expire_s = now + EXPIRE_INTERVAL_S
 

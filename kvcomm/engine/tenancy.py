@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from threading import RLock
 
 from kvcomm import values
@@ -11,6 +12,9 @@ from kvcomm.engine.holdings import Holdings
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.memory import Memory
 from kvcomm.model.live import Weights
+
+MAX_NAMES = 1024
+"""Namespaces that are remembered: making the name of one takes a hash, and every request has two."""
 
 
 class Tenancy:
@@ -32,6 +36,8 @@ class Tenancy:
             prior_weights: digest of the weights that the prior in `book` holds for; None: there is no prior.
         """
         self._adapters = adapters
+        self._namespace = lru_cache(MAX_NAMES)(adapters.namespace)
+        self._home = lru_cache(MAX_NAMES)(adapters.home)
         self._memory = memory
         self._holdings = holdings
         self._book = book
@@ -41,7 +47,7 @@ class Tenancy:
 
     def namespace(self, weights: Weights, tenant: str) -> str:
         """Where a tenant's KV of these weights is cached; raises InvalidRequest for a tenant that is no text."""
-        namespace = self._adapters.namespace(weights, tenant)
+        namespace = self._namespace(weights.digest, values.text("the tenant", tenant))
         if weights.digest == self._prior_weights:
             with self._lock:
                 self._book.admit_prior(namespace)
@@ -55,8 +61,12 @@ class Tenancy:
         return self._adapters.namespaces(tenant)
 
     def home(self, tenant: str) -> str:
-        """What a tenant's quotas go by, whatever the weights are: its first namespace."""
-        return self._adapters.home(tenant)
+        """What a tenant's quotas go by, whatever the weights are: its first namespace.
+
+        Raises:
+            InvalidRequest: the tenant is no text.
+        """
+        return self._home(values.text("the tenant", tenant))
 
     def set_quota(self, tenant: str, *, cached_tokens: int | None, held_tokens: int | None) -> None:
         """See `Cache.set_quota`."""

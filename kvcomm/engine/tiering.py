@@ -42,6 +42,7 @@ class Tiering:
 
     Attributes:
         tier: None: there is none.
+        is_on: whether there is one; where it is off, no request has anything to ask.
         space_of: whose KV it is that weights compute for a tenant.
     """
 
@@ -63,18 +64,19 @@ class Tiering:
         """
         self._first_weights = first_weights
         self.tier = tier
+        self.is_on = tier is not None
         self._lock = lock
         self.space_of = space_of
         self._spaces: dict[str, TierSpace] = {}  # by namespace
         self._reads = None if tier is None else ReadAhead(tier, memory, cost, lock)
         self._writes = None if tier is None else WriteBehind(tier, memory.pool, lock)
 
-    def ask(self, request: Request, *, may_reuse: bool) -> None:
+    def ask(self, request: Request) -> None:
         """Ask what the tier has of a request's prompt, and, where text may be moved, of its segments."""
         if self._reads is not None:
             space, tokens = self._space(request), request.sequence.token_ids[:-1]
             self._spaces[request.namespace] = space
-            segments = request.segments if may_reuse else ()
+            segments = request.segments if request.may_move else ()
             request.ask = self._reads.ask(request.namespace, space, tokens, segments)
 
     def computed(self, batch: Iterable[Work], seconds: float) -> None:

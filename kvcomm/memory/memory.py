@@ -12,7 +12,7 @@ from itertools import chain
 
 from kvcomm.errors import PoolExhausted
 from kvcomm.memory.eviction import DEFAULT_ORDER
-from kvcomm.memory.lock_rule import RequireHeld, unshared
+from kvcomm.memory.lock_rule import IsHeld, unshared
 from kvcomm.memory.pool import PageIds, PagePool
 from kvcomm.memory.renditions import RenditionStore
 from kvcomm.memory.sequences import Sequence
@@ -33,7 +33,7 @@ class Memory:
         ttl_s: float | None,
         rendition_bytes: int,
         eviction: str = DEFAULT_ORDER,
-        require_held: RequireHeld = unshared,
+        is_held: IsHeld = unshared,
     ) -> None:
         """Make one.
 
@@ -41,12 +41,12 @@ class Memory:
             ttl_s: how long unused prefixes and segments live; None: until their pages are needed.
             rendition_bytes: of KV that renditions may refer to.
             eviction: the policy by which prefixes go when pages are needed, see `RadixTree`.
-            require_held: checks who calls, in the tree and the store of renditions.
+            is_held: says whether who calls may, in the tree and the store of renditions.
         """
         self.pool = pool
         self.num_resets = 0
-        self.tree = RadixTree(pool, ttl_s=ttl_s, eviction=eviction, require_held=require_held)
-        self.renditions = RenditionStore(pool, max_bytes=rendition_bytes, ttl_s=ttl_s, require_held=require_held)
+        self.tree = RadixTree(pool, ttl_s=ttl_s, eviction=eviction, is_held=is_held)
+        self.renditions = RenditionStore(pool, max_bytes=rendition_bytes, ttl_s=ttl_s, is_held=is_held)
 
     def make_writable(self, sequence: Sequence, start: int, end: int) -> None:
         """`Sequence.make_writable`, evicting what is only cached when pages run out.

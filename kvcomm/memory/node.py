@@ -1,9 +1,13 @@
-"""Nodes of the radix tree and what can be computed from one node alone.
+"""Nodes of the radix tree and what can be computed from one node alone; the namespaces that they hang below.
 
 A node owns the tokens [start, end) of a path and one reference to each page that overlaps them, so a boundary
 in mid-page is covered by both neighbors: by the same page after a split, by two different ones after
 copy-on-write. `parent` and `children` always mirror each other; a node without parent that is no root has
 left the tree. Knows neither queues nor reference counts.
+
+Whoever has something cached or a quota is known as a namespace. Of those that have neither any more, the latest few are
+remembered, so that it can be told why their prompts miss; of the others only the sum of their counters is left. So many
+tenants that each came once leave no more behind than a few.
 """
 
 from __future__ import annotations
@@ -23,6 +27,9 @@ from kvcomm.memory.rhythm import Rhythm
 TokenIds = npt.NDArray[np.int32]
 
 NO_IDS: npt.NDArray[np.int32] = np.empty(0, dtype=np.int32)
+MAX_FORMER = 32
+"""Namespaces that hold nothing any more and are remembered."""
+
 _MAX_TOMBSTONES = 64
 _MAX_DROPS = 64
 _HEAD_TOKENS = 16
@@ -96,6 +103,77 @@ class Namespace:
         self.hit_tokens += other.hit_tokens
         for reason, num_tokens in other.dropped_tokens.items():
             self.dropped_tokens[reason] += num_tokens
+
+
+class NamespaceUsage(NamedTuple):
+    """What a namespace holds, and what became of its tokens so far."""
+
+    num_tokens: int
+    num_pages: int  # distinct pages
+    quota_pages: int | None
+    query_tokens: int  # asked for by `RadixTree.match`
+    hit_tokens: int  # of those found
+    evicted_tokens: int
+    expired_tokens: int
+    quota_tokens: int  # dropped for the namespace's own quota
+
+
+class Namespaces:
+    """Namespaces by name; iterating gives all that are known, with those that are only remembered."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Namespace] = {}
+        self._forgotten = Namespace("")  # the counters of all that are not known any more
+
+    def __iter__(self) -> Iterator[Namespace]:
+        return iter(self._known.values())
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def look(self, name: str) -> Namespace:
+        """That namespace for reading: an empty one, which stays unknown, if it is not known."""
+        return self._known.get(name) or Namespace(name)
+
+    def enter(self, name: str) -> Namespace:
+        """That namespace for writing; known from now on."""
+        if name not in self._known:
+            self._forget_former()
+            self._known[name] = Namespace(name)
+        return self._known[name]
+
+    def names(self) -> tuple[str, ...]:
+        """Those that hold something or have a quota."""
+        return tuple(name for name, space in self._known.items() if not space.is_empty)
+
+    def usage(self, name: str) -> NamespaceUsage:
+        """Sizes and counters of one; all zero if it is not known."""
+        return _usage(self.look(name))
+
+    def total_usage(self) -> NamespaceUsage:
+        """Sizes and counters over all, also over those that are forgotten; no quota."""
+        total = Namespace("")
+        for space in (self._forgotten, *self):
+            total.count(space)
+        return _usage(total)
+
+    def _forget_former(self) -> None:
+        """Remember only the latest of those that hold nothing any more."""
+        former = sorted((space for space in self if space.is_empty), key=lambda space: space.root.used)
+        for space in former[: max(0, len(former) - MAX_FORMER)]:
+            self._forgotten.count(space)
+            del self._known[space.name]
+
+
+def _usage(space: Namespace) -> NamespaceUsage:
+    return NamespaceUsage(
+        space.num_tokens,
+        space.num_pages,
+        space.quota_pages,
+        space.query_tokens,
+        space.hit_tokens,
+        *(space.dropped_tokens[r] for r in (MissReason.EVICTED, MissReason.EXPIRED, MissReason.QUOTA)),
+    )
 
 
 class Node:
@@ -230,6 +308,14 @@ class Node:
                 filled = first
             node = node.parent
         return pages
+
+
+def as_tokens(tokens: npt.ArrayLike) -> TokenIds:
+    """Token ids as the tree has them: one row of int32. Raises ValueError where they are none."""
+    ids = np.asarray(tokens)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ValueError(f"token ids must be one row of integers, not {ids.dtype} of shape {ids.shape}")
+    return np.ascontiguousarray(ids, dtype=np.int32)
 
 
 def common_prefix(left: TokenIds, right: TokenIds) -> int:

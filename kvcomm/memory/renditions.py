@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvcomm.memory.fidelity import Fidelity
-from kvcomm.memory.lock_rule import RequireHeld, unshared
+from kvcomm.memory.lock_rule import NOT_HELD, IsHeld, unshared
 from kvcomm.memory.sequences import Identity
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class RenditionStore:
     """Stored renditions of every namespace.
 
     `max_bytes` bounds the KV bytes that all of them refer to (a page that two renditions share counts twice); `ttl_s`
-    is how long a segment lives of which no rendition is used; None is forever. `require_held` checks who calls.
+    is how long a segment lives of which no rendition is used; None is forever. `is_held` says whether who calls may.
     """
 
     def __init__(
@@ -106,9 +106,9 @@ class RenditionStore:
         max_bytes: int,
         clock: Callable[[], float] = time.monotonic,
         ttl_s: float | None = None,
-        require_held: RequireHeld = unshared,
+        is_held: IsHeld = unshared,
     ) -> None:
-        self._require_held = require_held
+        self._is_held = is_held
         self._pool = pool
         self._max_bytes = max_bytes
         self._clock = clock
@@ -143,7 +143,7 @@ class RenditionStore:
         Raises:
             ValueError: no tokens, or `pages` are not those of its tokens from slot `offset` on.
         """
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         covered = len(segment.token_ids) if num_tokens is None else num_tokens
         self._require_pages(segment, covered, pages, offset)
         self.expire()
@@ -177,7 +177,7 @@ class RenditionStore:
 
     def renditions_of(self, namespace: str, segment: Segment) -> tuple[Rendition, ...]:
         """Every rendition of one segment, exact or not; counts as no use."""
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         self.expire()
         record = self._space(namespace).records.get(segment.digest(namespace))
         if record is None or record.token_ids != segment.token_ids:
@@ -186,7 +186,7 @@ class RenditionStore:
 
     def touch(self, namespace: str, rendition: Rendition) -> None:
         """Count a rendition found by `renditions_of` as used now."""
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         place = _place(namespace, rendition)
         record = self._spaces[namespace].records[place.digest]
         record.used_s = self._clock()
@@ -196,12 +196,12 @@ class RenditionStore:
 
     def drop(self, namespace: str, rendition: Rendition) -> None:
         """Forget a rendition found by `renditions_of`."""
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         self._drop(_place(namespace, rendition))
 
     def reset(self, namespace: str | None = None) -> None:
         """Forget every rendition of `namespace` (None: of all); budgets stay."""
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         for name in list(self._spaces) if namespace is None else [namespace]:
             for digest in list(self._space(name).records):
                 self._forget(name, digest)
@@ -213,7 +213,7 @@ class RenditionStore:
 
     def set_budget(self, namespace: str, max_bytes: int | None) -> None:
         """Limit the KV bytes that renditions of `namespace` refer to; its least recently used go first."""
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         self._spaces.setdefault(namespace, _Space()).max_bytes = max_bytes
         self._make_room(namespace, 0)
         self._forget_if_empty(namespace)
@@ -223,7 +223,7 @@ class RenditionStore:
 
         Those whose pages others hold too stay: dropping them would free nothing.
         """
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         freed = 0
         for place in list(self._order):
             if freed >= num_pages:
@@ -237,7 +237,7 @@ class RenditionStore:
 
         For whoever shares pages with this store, like the radix tree: each passes over what the other holds too.
         """
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         oldest = next(iter(self._order), None)
         if oldest is not None:
             self._drop(oldest)
@@ -245,7 +245,7 @@ class RenditionStore:
 
     def expire(self) -> int:
         """Forget segments that outlived their TTL; returns how many pages became free in the pool."""
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         now, freed = self._clock(), 0
         if now < self._next_due_s:
             return 0
@@ -260,14 +260,14 @@ class RenditionStore:
 
     def views(self, namespace: str) -> Iterator[SegmentView]:
         """Every known segment of `namespace` as others may see it; counts as no use."""
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         now = self._clock()
         for digest, record in self._space(namespace).records.items():
             yield SegmentView(digest, tuple(record.renditions.values()), record.used_s, self._due_s(record), now)
 
     def pages_held(self) -> Iterator[PageIds]:
         """Every page reference of the store; eviction could drop each of them."""
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         for place in self._order:
             yield self._at(place).pages
 
@@ -277,7 +277,7 @@ class RenditionStore:
         Raises:
             AssertionError: with the entries or numbers that differ.
         """
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         found: set[_Place] = set()
         for name, space in self._spaces.items():
             assert space.records or space.max_bytes is not None, f"{name!r} is kept for nothing"

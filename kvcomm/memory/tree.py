@@ -20,9 +20,20 @@ import numpy.typing as npt
 from kvcomm.memory.ages import PageAges
 from kvcomm.memory.events import MAX_EVENTS, CacheEvent, EventKind, EventLog
 from kvcomm.memory.eviction import DEFAULT_ORDER, Reaper
-from kvcomm.memory.lock_rule import RequireHeld, unshared
-from kvcomm.memory.namespaces import Namespaces, NamespaceUsage
-from kvcomm.memory.node import NO_IDS, Drop, MissReason, Node, TokenIds, Use, descend, preorder
+from kvcomm.memory.lock_rule import NOT_HELD, IsHeld, unshared
+from kvcomm.memory.node import (
+    NO_IDS,
+    Drop,
+    MissReason,
+    Namespaces,
+    NamespaceUsage,
+    Node,
+    TokenIds,
+    Use,
+    as_tokens,
+    descend,
+    preorder,
+)
 from kvcomm.memory.pool import PageIds, PagePool
 from kvcomm.memory.rhythm import Rhythm
 
@@ -56,10 +67,11 @@ class RadixTree:
 
     `ttl_s` is how long an unused path lives unless `insert` says otherwise; None is forever. `clock` gives
     seconds. `max_events` wait for `take_events`; then the oldest are lost. `eviction` names the policy by which leaves
-    go, one of `kvcomm.memory.eviction.ORDERS`; ValueError for another name. `require_held` checks who calls.
+    go, one of `kvcomm.memory.eviction.ORDERS`; ValueError for another name. `is_held` says whether who calls may.
 
     Attributes:
         ages: how long pages lived and lay unused, of all namespaces together.
+        has_lifetimes: whether any path may expire: else nobody need look for those that have.
     """
 
     def __init__(
@@ -70,12 +82,13 @@ class RadixTree:
         ttl_s: float | None = None,
         max_events: int = MAX_EVENTS,
         eviction: str = DEFAULT_ORDER,
-        require_held: RequireHeld = unshared,
+        is_held: IsHeld = unshared,
     ) -> None:
-        self._require_held = require_held
+        self._is_held = is_held
         self._pool = pool
         self._clock = clock
         self._ttl_s = math.inf if ttl_s is None else ttl_s
+        self.has_lifetimes = ttl_s is not None
         self._namespaces = Namespaces()
         self._log = EventLog(max_events)
         self.ages = PageAges()
@@ -89,12 +102,14 @@ class RadixTree:
         Refreshes the path for eviction and TTL and drops what has expired; splits nothing. A node matched in part
         is refreshed as a whole until it is split; then its unmatched rest goes back to its own last use.
         """
-        self._require_held()
-        ids = _as_tokens(tokens)
-        self.expire()
+        assert self._is_held(), NOT_HELD
+        ids = as_tokens(tokens)
+        if self.has_lifetimes:
+            self.expire()
         space = self._namespaces.enter(namespace)
         node, matched = descend(space.root, ids)
-        self._visit(node, matched)
+        if matched:
+            self._visit(node, matched)
         self._touch(node, matched)
         space.query_tokens += ids.size
         space.hit_tokens += matched
@@ -106,9 +121,10 @@ class RadixTree:
 
     def look(self, namespace: str, tokens: npt.ArrayLike) -> Match:
         """What `match` would find. Counts as no use, as `peek`."""
-        self._require_held()
-        self.expire()
-        ids = _as_tokens(tokens)
+        assert self._is_held(), NOT_HELD
+        if self.has_lifetimes:
+            self.expire()
+        ids = as_tokens(tokens)
         node, matched = descend(self._namespaces.look(namespace).root, ids)
         return self._found(node, matched, ids)
 
@@ -123,12 +139,14 @@ class RadixTree:
         Raises:
             ValueError: `pages` has another length.
         """
-        self._require_held()
-        ids = _as_tokens(tokens)
+        assert self._is_held(), NOT_HELD
+        ids = as_tokens(tokens)
         num_pages = -(-ids.size // self._pool.page_size)
         if pages.size != num_pages:
             raise ValueError(f"{ids.size} tokens need {num_pages} pages of {self._pool.page_size}, not {pages.size}")
-        self.expire()
+        if self.has_lifetimes:
+            self.expire()
+        self.has_lifetimes |= ttl_s is not None
         ttl = self._ttl_s if ttl_s is None else ttl_s
         node, matched = descend(self._namespaces.enter(namespace).root, ids)
         rhythm = node.rhythm_below(matched, ids, self._clock()) if matched < ids.size else node.rhythm
@@ -145,8 +163,8 @@ class RadixTree:
 
     def pin(self, namespace: str, tokens: npt.ArrayLike) -> int:
         """Keep what is cached of `tokens` from eviction, quota and TTL; returns how many tokens that is."""
-        self._require_held()
-        node, matched = descend(self._namespaces.enter(namespace).root, _as_tokens(tokens))
+        assert self._is_held(), NOT_HELD
+        node, matched = descend(self._namespaces.enter(namespace).root, as_tokens(tokens))
         if not matched:
             return 0
         if matched < node.end:
@@ -157,8 +175,8 @@ class RadixTree:
 
     def unpin(self, namespace: str, tokens: npt.ArrayLike) -> int:
         """Undo one `pin` on the longest pinned prefix of `tokens`; returns its length, 0 if there is none."""
-        self._require_held()
-        node, matched = descend(self._namespaces.enter(namespace).root, _as_tokens(tokens))
+        assert self._is_held(), NOT_HELD
+        node, matched = descend(self._namespaces.enter(namespace).root, as_tokens(tokens))
         while node.parent is not None and (node.end > matched or not node.num_pins):
             node = node.parent
         if node.is_root:
@@ -179,7 +197,7 @@ class RadixTree:
         Raises:
             ValueError: a negative limit.
         """
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         if num_pages is not None and num_pages < 0:
             raise ValueError(f"a quota cannot be {num_pages} pages; use None for no limit")
         space = self._namespaces.enter(namespace)
@@ -192,17 +210,17 @@ class RadixTree:
 
     def usage(self, namespace: str) -> NamespaceUsage:
         """Sizes and counters of `namespace`; all zero if it was never used, or is forgotten."""
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         return self._namespaces.usage(namespace)
 
     def namespaces(self) -> tuple[str, ...]:
         """Namespaces that hold something or have a quota."""
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         return self._namespaces.names()
 
     def total_usage(self) -> NamespaceUsage:
         """Sizes and counters over all namespaces, also over those that are forgotten; no quota."""
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         return self._namespaces.total_usage()
 
     def evict(self, num_pages: int) -> int:
@@ -210,17 +228,17 @@ class RadixTree:
 
         Leaves that are pinned stay, and those whose pages others hold too: dropping them frees nothing.
         """
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         return self._reaper.evict(num_pages)
 
     def evict_all(self, num_pages: int) -> int:
         """As `evict`, but leaves whose pages others hold too go as well, since they keep their ancestors from going."""
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         return self._reaper.evict(num_pages, spare_shared=False)
 
     def evictable_pages(self) -> Iterator[PageIds]:
         """Every page reference that eviction could drop: of nodes with nothing pinned below them."""
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         for space in self._namespaces:
             if not self._num_pins:  # nearly always; whoever has seen enough need not look at the rest
                 yield from (node.pages for node in preorder(space.root))
@@ -235,25 +253,25 @@ class RadixTree:
 
     def expire(self) -> int:
         """Drop what outlived its TTL; returns how many pages became free in the pool."""
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         return self._reaper.expire(self._clock())
 
     def reset(self, namespace: str | None = None) -> None:
         """Drop everything in `namespace` (None: in all), pinned or not; quotas and counters stay."""
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         for space in self._namespaces if namespace is None else [self._namespaces.look(namespace)]:
             self._num_pins -= sum(node.num_pins for node in preorder(space.root))
             self._reaper.clear(space)
 
     def recent_drops(self, namespace: str) -> list[tuple[float, Drop]]:
         """What left `namespace` lately, the latest few, newest first; with the seconds since then."""
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         now_s = self._clock()
         return [(now_s - drop.at_s, drop) for drop in reversed(self._namespaces.look(namespace).drops)]
 
     def take_events(self) -> list[CacheEvent]:
         """Events since the last call, oldest first; the first call starts recording and returns none."""
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         return self._log.take()
 
     @property
@@ -263,7 +281,7 @@ class RadixTree:
 
     def all_stored(self) -> list[CacheEvent]:
         """Everything there is, as if it came just now, prefixes first: where a reader begins, or begins again."""
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         return [
             CacheEvent(EventKind.STORED, space.name, node.start, node.path_tokens())
             for space in self._namespaces
@@ -272,14 +290,14 @@ class RadixTree:
 
     def pages_held(self) -> Iterable[PageIds]:
         """Every page reference of the tree, for `PagePool.check_integrity`."""
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         for space in self._namespaces:
             for node in preorder(space.root):
                 yield node.pages
 
     def walk(self, namespace: str) -> Iterator[NodeView]:
         """All nodes of `namespace`, parents before children; do not change the tree meanwhile."""
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         space = self._namespaces.look(namespace)
         now, depths = self._clock(), {space.root: 0}
         for node in preorder(space.root):
@@ -305,7 +323,7 @@ class RadixTree:
         Raises:
             AssertionError: naming node and numbers.
         """
-        self._require_held()
+        assert self._is_held(), NOT_HELD
         num_pins = 0
         for space in self._namespaces:
             nodes = list(preorder(space.root))
@@ -336,7 +354,9 @@ class RadixTree:
             self._reaper.check_waiting(node)
 
     def _found(self, node: Node, matched: int, ids: TokenIds) -> Match:
-        reason = None if matched == ids.size else _reason(node, matched, int(ids[matched]))
+        reason = None
+        if matched < ids.size:
+            reason = node.miss_reason(int(ids[matched])) if matched == node.end else MissReason.NEW
         return Match(matched, node.path_pages(matched, self._pool.page_size), reason)
 
     def _visit(self, node: Node, matched: int) -> None:
@@ -426,15 +446,3 @@ class RadixTree:
         self._reaper.track(leaf)
         self._reaper.record(EventKind.STORED, leaf, start)
         return leaf
-
-
-def _as_tokens(tokens: npt.ArrayLike) -> TokenIds:
-    ids = np.asarray(tokens)
-    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        raise ValueError(f"token ids must be one row of integers, not {ids.dtype} of shape {ids.shape}")
-    return np.ascontiguousarray(ids, dtype=np.int32)
-
-
-def _reason(node: Node, matched: int, token: int) -> MissReason:
-    """Why nothing follows `matched` tokens in the direction of `token`."""
-    return node.miss_reason(token) if matched == node.end else MissReason.NEW

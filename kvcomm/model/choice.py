@@ -28,7 +28,7 @@ from kvcomm.files.reading import CONFIG_BYTES, BadContent, parse_json, read_byte
 from kvcomm.files.writing import replacing
 from kvcomm.model import compiled
 from kvcomm.model.cache_folder import cache_root
-from kvcomm.model.linear import CANDIDATES, LOOPS, TileMemory, can_compute, product
+from kvcomm.model.linear import CANDIDATES, LOOPS, ROWS, Joined, TileMemory, can_compute, product
 
 logger = logging.getLogger("kvcomm.model")
 
@@ -36,9 +36,6 @@ SCHEME = 2
 """Of the file; counts up when products or the way they are measured change."""
 
 VARIABLE = "KVCOMM_PRODUCTS"
-
-ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 1024)
-"""Numbers of rows that are measured; others are served like the next larger one, or like the largest."""
 
 MIN_PROBED_BYTES = 64 << 20
 """Weights of a model from which measuring pays."""
@@ -87,6 +84,11 @@ class Choice:
         at = min(bisect_left(ROWS, num_rows), len(ROWS) - 1)
         table = self.table or FIXED.get(weight.dtype)
         return table[at] if table is not None and can_compute(table[at], weight) else "torch"
+
+    def joined(self, layers: Sequence[nn.Linear]) -> Joined:
+        """These layers, which read the same rows and have one dtype, by what is chosen for their weights."""
+        names = [[self.name(layer.weight, num_rows) for num_rows in ROWS] for layer in layers]
+        return Joined(layers, names, self.memory)
 
 
 def choose(layers: Sequence[nn.Linear], root: Path | None = None) -> Choice:

@@ -9,11 +9,12 @@ serves how many rows of which weight is measured, see `choice`.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from kvcomm.model import compiled
@@ -29,6 +30,9 @@ CANDIDATES = {
 
 LOOPS = ("outputs", "blocks")
 """Those that are made for few rows."""
+
+ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 1024)
+"""Numbers of rows that a product is chosen for; others are served like the next larger one, or like the largest."""
 
 NUM_TILE_IN, NUM_TILE_OUT = 32, 32
 """Tiles serve weights with a multiple of so many inputs and at least so many outputs."""
@@ -86,7 +90,7 @@ def _by_loop(loop: Loop, rows: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 def tile_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """By tiles of bfloat16."""
-    return TileProduct()(rows, [weight], None if bias is None else bias.float().numpy())
+    return TileProduct()(rows, [weight.contiguous()], None if bias is None else bias.float().numpy())
 
 
 PRODUCTS: dict[str, Product] = {
@@ -175,3 +179,50 @@ def _blocks(weights: Sequence[Tensor]) -> np.ndarray:
             blocks.append((weight.data_ptr() + 2 * first * num_in, column + first))
         column += num_out
     return np.array(blocks, np.int64)
+
+
+class Joined:
+    """Linear layers that read the same rows: computed together, if that is what was chosen."""
+
+    def __init__(self, layers: Sequence[nn.Linear], names: Sequence[Sequence[str]], memory: TileMemory) -> None:
+        """Make one.
+
+        Args:
+            names: of each layer's products, for each number of `ROWS`.
+        """
+        self._layers = layers
+        self._dtype = layers[0].weight.dtype
+        self._names = list(zip(*names, strict=True))  # by number of rows, for all layers
+        self._by_tiles = TileProduct(memory)
+        self.widths = [layer.out_features for layer in layers]
+
+    def __call__(self, rows: Tensor) -> list[Tensor]:
+        """[num_rows, in] -> [num_rows, out] of each, or one [num_rows, sum of outs] for all: by what was chosen.
+
+        Dtype of the weights. Outputs that were made apart are not put together: whoever reads them next takes either.
+        """
+        weights = [layer.weight for layer in self._layers]
+        names = self._names[min(bisect_left(ROWS, rows.shape[0]), len(ROWS) - 1)]
+        if any(weight.dtype != self._dtype for weight in weights):  # of a model that was given another one since
+            names = ("torch",) * len(weights)
+        if all(name == "tiles" and weight.is_contiguous() for name, weight in zip(names, weights, strict=True)):
+            return [self._by_tiles(rows, weights, self._bias())]
+        return [
+            product(name, rows, weight.detach(), layer.bias)
+            for name, weight, layer in zip(names, weights, self._layers, strict=True)
+        ]
+
+    def exactly(self, rows: Tensor) -> list[Tensor]:
+        """The stock products."""
+        return [functional.linear(rows, layer.weight, layer.bias) for layer in self._layers]
+
+    def _bias(self) -> np.ndarray | None:
+        biases: list[Tensor | None] = [getattr(layer, "bias", None) for layer in self._layers]
+        if all(bias is None for bias in biases):
+            return None
+        parts = [
+            layer.weight.new_zeros(layer.out_features) if bias is None else bias
+            for layer, bias in zip(self._layers, biases, strict=True)
+        ]
+        whole: np.ndarray = torch.cat(parts).float().numpy()
+        return whole

@@ -58,8 +58,8 @@ class Asked(Protocol):
         ...
 
     @property
-    def reads_cache(self) -> bool:
-        """Whether anything known before may be used."""
+    def may_move(self) -> bool:
+        """Whether its caller and its prompt leave anything to decide about moved text."""
         ...
 
     @property

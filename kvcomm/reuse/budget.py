@@ -14,6 +14,7 @@ class Budget:
     """A share of the time that an engine works. Used by its thread only.
 
     Attributes:
+        served_s: worked on requests.
         spent_s: of learning beside requests.
     """
 
@@ -26,8 +27,8 @@ class Budget:
         """
         self.share = share
         self.loan_s = loan_s
+        self.served_s = 0.0
         self.spent_s = 0.0
-        self._served_s = 0.0
 
     def allows_more(self, somebody_waits: bool) -> bool:
         """Whether there is time left.
@@ -35,12 +36,8 @@ class Budget:
         Args:
             somebody_waits: for a first token. Then only what could not be spent for long is spent now.
         """
-        left_s = self.share * (self._served_s + self.spent_s + self.loan_s) - self.spent_s
+        left_s = self.share * (self.served_s + self.spent_s + self.loan_s) - self.spent_s
         return self.share > 0 and left_s > (self.loan_s * self.share + OVERDUE_S if somebody_waits else 0)
-
-    def served(self, seconds: float) -> None:
-        """Requests were worked on."""
-        self._served_s += seconds
 
     def learned(self, seconds: float) -> None:
         """Time was taken from them."""

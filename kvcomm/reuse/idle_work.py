@@ -66,6 +66,7 @@ class IdleWork:
     """Jobs of one engine. Added from any thread under the engine's lock; worked on by one.
 
     Attributes:
+        jobs: those that are not done yet. Whether there are any may be asked without the lock.
         worked_s: seconds that jobs have taken.
         when_added: wakes whoever works on jobs; must not take the engine's lock.
     """
@@ -73,7 +74,7 @@ class IdleWork:
     def __init__(self, lock: RLock) -> None:
         self.when_added: Callable[[], None] = lambda: None
         self._lock = lock
-        self._jobs: list[Job] = []
+        self.jobs: list[Job] = []
         self._begun: Job | None = None
         self._running: Job | None = None
         self._is_closed = False
@@ -82,20 +83,10 @@ class IdleWork:
         self.num_dropped = 0
         self.worked_s = 0.0
 
-    @property
-    def has_work(self) -> bool:
-        """Whether a step would find anything to do."""
-        return bool(self._jobs)
-
-    @property
-    def num_waiting(self) -> int:
-        """Jobs not yet done."""
-        return len(self._jobs)
-
     def add(self, job: Job) -> None:
         """Queue a job; of too many studies the one that pays latest is dropped."""
         with self._lock:
-            self._jobs.append(job)
+            self.jobs.append(job)
             if self._is_closed:
                 self._remove(job)
             elif len(list(self._droppable())) > MAX_STUDIES:
@@ -106,10 +97,10 @@ class IdleWork:
         """Work on the first job until it yields or ends; returns the seconds it took."""
         begun_s = time.perf_counter()
         with self._lock:
-            if not self._jobs:
+            if not self.jobs:
                 return 0.0
             # What has begun is finished before its like: its passes so far are in vain otherwise.
-            job = min(self._jobs, key=lambda each: (_urgency(each), each is not self._begun, each.pays_after))
+            job = min(self.jobs, key=lambda each: (_urgency(each), each is not self._begun, each.pays_after))
             self._begun = self._running = job
         ended = True
         try:
@@ -129,7 +120,7 @@ class IdleWork:
         with self._lock:
             self.worked_s += took_s  # before the job is gone: whoever waits for that sees what it took
             self._running = None
-            if (ended or self._is_closed) and job in self._jobs:
+            if (ended or self._is_closed) and job in self.jobs:
                 self._remove(job)
         return took_s
 
@@ -147,13 +138,13 @@ class IdleWork:
         """Drop every job; one in the middle of a pass behind that."""
         with self._lock:
             self._is_closed = True
-            for job in list(self._jobs):
+            for job in list(self.jobs):
                 if job is not self._running:
                     self._remove(job)
 
     def pages_held(self) -> Iterator[PageIds]:
         """Page references of all jobs."""
-        for job in self._jobs:
+        for job in self.jobs:
             yield from job.pages()
 
     def _drop(self) -> bool:
@@ -166,10 +157,10 @@ class IdleWork:
 
     def _droppable(self) -> Iterator[Job]:
         """Studies, oldest first, but for one in the middle of a pass."""
-        return (job for job in self._jobs if job.urgency is Urgency.STUDY and job is not self._running)
+        return (job for job in self.jobs if job.urgency is Urgency.STUDY and job is not self._running)
 
     def _remove(self, job: Job) -> None:
-        self._jobs.remove(job)
+        self.jobs.remove(job)
         job.steps.close()
         job.release()
 

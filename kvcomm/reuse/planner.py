@@ -105,18 +105,13 @@ class Planner:
         prefill_s = None if cost is None else cost.plan_s(passes, num_moved(attempt.moves))
         return Explanation(plan, attempt.rung.share, attempt.risk, prefill_s, cold_s)
 
-    def may_reuse(self, asked: Asked) -> bool:
-        """Whether a request's caller and prompt leave anything to decide."""
-        wants = asked.rung is not None or not asked.policy.is_exact
-        return asked.reads_cache and wants and any(segment.name is not None for segment in asked.segments)
-
     def prepare(self) -> None:
         """Measure the machine, once; on the engine's thread, not under the lock."""
         self._cost.prepare()
 
     def waits_for_source(self, asked: Asked, running: Iterable[Asked]) -> bool:
         """Whether a prefill in flight is about to make a segment known that this request would be allowed to move."""
-        if self.immovable or not self.may_reuse(asked):
+        if self.immovable or not asked.may_move:
             return False
         soon = {
             segment.token_ids
@@ -195,7 +190,7 @@ class Planner:
             asked.sequence.num_computed,
             otherwise,
             unmoved,
-            self.may_reuse(asked) and self.finder.is_displaced(asked.namespace, asked.segments),
+            asked.may_move and self.finder.is_displaced(asked.namespace, asked.segments),
             back_until,
         )
 
@@ -210,7 +205,7 @@ class Planner:
         No source of more risk. Where one is left out, others are chosen anew: which of them fit depends on their
         neighbors.
         """
-        if not self.may_reuse(asked):
+        if not asked.may_move:
             return [], Reason.NO_SOURCE
         moves = self._sources(asked, math.inf)
         if all(move.risk <= max_risk for move in moves):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
+from typing import TypeVar
 
 from kvcomm.align.bound import Bound
 from kvcomm.align.ladder import DEFAULT_RUNGS, Ladder, Rung, ladders_of
@@ -98,7 +100,7 @@ class ReusePolicy:
         """The policy that never allows approximation."""
         return cls()
 
-    @property
+    @cached_property
     def is_exact(self) -> bool:
         """Whether only exact reuse satisfies this policy."""
         return self.max_divergence == 0
@@ -124,7 +126,10 @@ class ReusePolicy:
         return LEVELS[: LEVELS.index(Level(self.basis)) + 1]
 
 
-def checked_policy(policy: ReusePolicy | None) -> ReusePolicy | None:
+AnyPolicy = TypeVar("AnyPolicy", bound=ReusePolicy | None)
+
+
+def checked_policy(policy: AnyPolicy) -> AnyPolicy:
     """The same policy; raises InvalidRequest where it is none."""
     if not isinstance(policy, ReusePolicy | None):
         raise InvalidRequest(f"policy must be a ReusePolicy, not {told(policy)}; exact reuse is ReusePolicy.exact()")

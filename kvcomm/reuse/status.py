@@ -190,7 +190,7 @@ def status_of(parts: ReuseParts, namespace: str, reader: Reader, policy: ReusePo
         num_approximated=found.num_approximated,
         num_audits=found.num_audited,
         num_violations=sum(audit.is_violation for audit in found.audits if audit.bound == bound),
-        num_waiting=parts.idle.num_waiting,
+        num_waiting=len(parts.idle.jobs),
         learning_s=parts.idle.worked_s,
     )
 

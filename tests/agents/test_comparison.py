@@ -38,7 +38,7 @@ def test_ways_take_turns_and_nobody_is_timed_beside_audits(engine: Engine) -> No
     def watched_run(group: KVCommAgentGroup, given: Mapping[str, str], index: int, way: Way) -> GroupResult:
         calls.append((index, way))
         assert given == inputs(4, "y")[index]
-        assert not engine.reuse.parts.idle.has_work
+        assert not engine.reuse.parts.idle.jobs
         assert (group.engine is engine) == (way in (Way.MOVED, Way.HEALED))
         return run(group, given, index, way)
 

@@ -15,9 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from kvcomm import ReusePolicy, Segment, Static
 from kvcomm.config import EngineConfig
 from kvcomm.engine.chat import ChatPrompts
-from kvcomm.engine.encoding import TextEncoder
+from kvcomm.engine.encoding import PromptReader, TextEncoder
 from kvcomm.engine.engine import Engine
-from kvcomm.engine.prompts import PromptReader
 from kvcomm.engine.token_texts import TokenTexts
 from kvcomm.errors import EmptyPrompt, InvalidRequest, TemplateError, UnknownToken
 from kvcomm.model.loading import LoadedModel

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from kvcomm.engine.encoding import TextEncoder
-from kvcomm.engine.prompts import PromptReader
+from kvcomm.engine.encoding import PromptReader, TextEncoder
 from kvcomm.errors import InvalidRequest
 from tests.tiny import tiny_tokenizer
 from tests.tokenizer_kinds import KINDS, llama, tokenizer_of, with_tools

@@ -36,7 +36,6 @@ from kvcomm.errors import PoolExhausted, PoolTooSmall
 from kvcomm.memory.sequences import Sequence as KVSequence
 from kvcomm.model.runner import ModelRunner, Run, Watch
 from kvcomm.reuse.learner import Learner
-from kvcomm.reuse.planner import Planner
 from kvcomm.reuse.policy import ReusePolicy
 from tests.engine.conftest import greedy, some_tokens, stock_logits
 from tests.limits import PATIENCE_S
@@ -88,7 +87,7 @@ PLACES: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "a fork": (answers, "_fork", lambda request, *_: is_victims(request)),
     "guessing": (Batches, "_found", lambda self, request, *_: is_victims(request)),
     "writing to pages": (InFlight, "can_write", lambda self, request, *_: is_victims(request)),
-    "waiting for a source": (Planner, "waits_for_source", lambda self, request, *_: is_victims(request)),
+    "waiting for a prefix": (Admission, "_is_prefix_in_flight", lambda self, request: is_victims(request)),
 }
 
 

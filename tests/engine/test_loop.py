@@ -19,7 +19,7 @@ from tests.limits import PATIENCE_S, wait_for
 
 class NoOpenPrompts:
     has_work = False
-    next_due_s = None
+    readings = ()
 
 
 class Work:
@@ -34,6 +34,10 @@ class Work:
     @property
     def has_work(self) -> bool:
         return self.num_waiting > 0
+
+    @property
+    def jobs(self) -> range:
+        return range(self.num_waiting)
 
     @property
     def has_requests(self) -> bool:

@@ -11,8 +11,8 @@ from torch import nn
 
 from kvcomm.errors import InvalidRequest
 from kvcomm.model import choice
-from kvcomm.model.choice import FIXED, ROWS, Choice, choose
-from kvcomm.model.linear import CANDIDATES
+from kvcomm.model.choice import FIXED, Choice, choose
+from kvcomm.model.linear import CANDIDATES, ROWS
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from kvcomm.model import joined
+from kvcomm.model import linear as products
 from kvcomm.model.choice import Choice
 from kvcomm.model.lean import MAX_ROWS, LeanLayers
 from kvcomm.model.linear import PRODUCTS
@@ -46,7 +46,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         seen.append((name, len(rows)))
         return PRODUCTS[name](rows, weight, bias)
 
-    monkeypatch.setattr(joined, "product", counting)
+    monkeypatch.setattr(products, "product", counting)
     return seen
 
 

@@ -14,8 +14,7 @@ from kvcomm.model.attention.contract import RunTable
 from kvcomm.model.attention.torch_backend import TorchBackend
 from kvcomm.model.choice import FIXED, Choice
 from kvcomm.model.families import random_model
-from kvcomm.model.lean import LeanLayers
-from kvcomm.model.lean_blocks import TOLERANCE, find_blocks, lean_attention, lean_mlp
+from kvcomm.model.lean import TOLERANCE, LeanLayers, find_blocks, lean_attention, lean_mlp
 from kvcomm.model.linear import CANDIDATES
 from kvcomm.model.tiles import are_there
 from tests.model.architectures import FAMILIES

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvcomm.memory import renditions, tree
-from kvcomm.model import joined, linear, runner
+from kvcomm.model import linear, runner
 from kvcomm.model.attention.contract import AttentionStep, RunTable
 from kvcomm.model.attention.torch_backend import TorchBackend
 from kvcomm.model.families import random_model
@@ -261,7 +261,7 @@ def test_only_a_prompt_computed_whole_must_be_stock_to_the_last_bit(
         seen.append(len(rows))
         return linear.PRODUCTS[name](rows, weight, bias)
 
-    monkeypatch.setattr(joined, "product", watched)
+    monkeypatch.setattr(linear, "product", watched)
     model = tiny_model("llama")
     paged = Paged(model)
     token_ids, pages = some_tokens(100), tables(*[100] * num_runs)
@@ -309,6 +309,7 @@ class WaitingBackend(TorchBackend):
     """Says when it has been called for the first layer, then waits there a while for something else to happen."""
 
     def __init__(self, *, announce: threading.Event, wait_for: threading.Event) -> None:
+        super().__init__()
         self._wait_for, self._announce = wait_for, announce
 
     def prepare(

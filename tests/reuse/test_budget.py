@@ -16,7 +16,7 @@ def test_the_share_is_kept_over_any_time(worked: list[tuple[float, float, bool]]
     """But for what is lent beforehand, and the one step that goes over."""
     budget, served_s, longest_s = Budget(share, loan_s), 0.0, 0.0
     for serving_s, learning_s, somebody_waits in worked:
-        budget.served(serving_s)
+        budget.served_s += serving_s
         served_s += serving_s
         if budget.allows_more(somebody_waits):
             budget.learned(learning_s)
@@ -28,7 +28,7 @@ def test_the_share_is_kept_over_any_time(worked: list[tuple[float, float, bool]]
 def test_a_share_of_nothing_allows_nothing(worked: list[tuple[float, float, bool]]) -> None:
     budget = Budget(0.0)
     for serving_s, _, somebody_waits in worked:
-        budget.served(serving_s)
+        budget.served_s += serving_s
         assert not budget.allows_more(somebody_waits)
 
 
@@ -37,7 +37,7 @@ def test_what_is_allowed_is_there_when_it_is_wanted(serving: list[float], somebo
     """Whoever always has something to learn gets its share, too: all that was not lent, if first tokens always wait."""
     budget = Budget(0.1)
     for serving_s in serving:
-        budget.served(serving_s)
+        budget.served_s += serving_s
         while budget.allows_more(somebody_waits):
             budget.learned(0.05)
     due_s = 0.1 * (sum(serving) + budget.spent_s)
@@ -49,9 +49,9 @@ def test_first_tokens_wait_only_for_what_has_piled_up() -> None:
     budget = Budget(0.1)
     assert budget.allows_more(somebody_waits=False)
     assert not budget.allows_more(somebody_waits=True)
-    budget.served(OVERDUE_S / 0.1)
+    budget.served_s += OVERDUE_S / 0.1
     assert not budget.allows_more(somebody_waits=True)
-    budget.served(0.1)
+    budget.served_s += 0.1
     assert budget.allows_more(somebody_waits=True)
     budget.learned(0.5)
     assert not budget.allows_more(somebody_waits=True)

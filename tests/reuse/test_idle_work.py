@@ -47,7 +47,7 @@ class Bench:
         self.idle.add(Job(work(), lambda: self.released.append(name), lambda: pages, urgency, pays_after, can_wait))
 
     def run(self) -> None:
-        while self.idle.has_work:
+        while self.idle.jobs:
             self.idle.step()
 
 
@@ -143,7 +143,7 @@ def test_studies_give_way_and_others_do_not(bench: Bench) -> None:
     assert bench.idle.give_way()
     assert not bench.idle.give_way()
     assert bench.released == ["late", "soon"]
-    assert bench.idle.num_waiting == 2
+    assert len(bench.idle.jobs) == 2
 
 
 def test_a_study_in_the_middle_of_a_pass_does_not_give_way(bench: Bench) -> None:
@@ -162,7 +162,7 @@ def test_what_a_job_holds_is_accounted_for_until_it_ends(bench: Bench) -> None:
     assert len(list(bench.idle.pages_held())) == 1
     bench.idle.close()
     assert bench.released == ["a"]
-    assert not bench.idle.has_work
+    assert not bench.idle.jobs
 
 
 def test_closing_in_the_middle_of_a_pass_drops_that_job_behind_it(bench: Bench) -> None:
@@ -172,10 +172,10 @@ def test_closing_in_the_middle_of_a_pass_drops_that_job_behind_it(bench: Bench) 
     bench.idle.step()
     assert bench.done == ["a0"]
     assert bench.released == ["b", "a"]
-    assert not bench.idle.has_work
+    assert not bench.idle.jobs
     bench.add("c")
     assert bench.released == ["b", "a", "c"]
-    assert not bench.idle.has_work
+    assert not bench.idle.jobs
 
 
 def test_steps_are_told_of_the_end_before_what_they_hold_is_given_back(bench: Bench) -> None:

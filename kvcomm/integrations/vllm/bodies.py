@@ -16,8 +16,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from kvcomm.engine.encoding import TextEncoder
-from kvcomm.engine.prompts import PromptReader
+from kvcomm.engine.encoding import PromptReader, TextEncoder
 from kvcomm.integrations.vllm.params import DEFAULT_TENANT, KEY, MAX_NAME, MAX_SPANS, RequestParams, Reuse, Span
 from kvcomm.memory.segments import Prompt, Segment
 from kvcomm.server.errors import ApiError, invalid

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvcomm.model import compiled
-from kvcomm.model.attention.slots import Index
+from kvcomm.model.attention.pieces import Index
 
 Floats = npt.NDArray[np.float32]
 Merge = Callable[[Tensor, Tensor, Index, Tensor, Tensor], None]

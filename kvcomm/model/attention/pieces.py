@@ -2,7 +2,8 @@
 
 Each piece computes the attention of its rows over its own slots only and returns it with the log-sum-exp of the
 scores, so that the partial results of a row can be merged (`merging`). No piece knows positions or windows: what a
-row may see was decided when the pieces were planned.
+row may see was decided when the pieces were planned. Slots and rows are read in place where they are consecutive, and
+gathered where not.
 
 Source: shared prefixes as in Hydragen, arXiv 2402.05099v2, Sec. 3.1.
 """
@@ -12,12 +13,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvcomm.model.attention.slots import Index
+Index = slice | Tensor
+"""Rows or slots: a slice where they are consecutive (a view), else an int64 tensor (a gather)."""
+
+SlotArray = npt.NDArray[np.int64]
+
+MIN_VIEW_TOKENS = 256
+"""Consecutive slots among scattered ones are read in place from this number on; fewer are gathered together."""
 
 _flash_on_cpu: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -27,6 +37,36 @@ MAX_GATHERED_TOKENS = 1024
 
 MAX_SCORES = 2**24
 """That are held at once where attention is computed by products: 64 MB."""
+
+
+def index_of(values: npt.NDArray[np.integer], device: torch.device) -> Index:
+    """Rows or slots, at least one, as a slice if they are consecutive."""
+    first = int(values[0])
+    if (np.diff(values) == 1).all():
+        return slice(first, first + len(values))
+    return tensor_of(values, device)
+
+
+def tensor_of(values: npt.NDArray[np.generic], device: torch.device) -> Tensor:
+    """The array as a tensor on the device; on CPU they share their memory."""
+    return torch.from_numpy(values).to(device)
+
+
+def consecutive_parts(slots: SlotArray) -> list[tuple[int, int]]:
+    """The parts of consecutive slots, in order, each as positions [start, end) in `slots`."""
+    breaks = np.flatnonzero(np.diff(slots) != 1) + 1
+    return list(pairwise([0, *breaks.tolist(), len(slots)]))
+
+
+def views_and_gather(slots: SlotArray, device: torch.device) -> list[Index]:
+    """Cover slots by views of their long consecutive parts and one gather of all the others."""
+    parts = [slots[start:end] for start, end in consecutive_parts(slots)]
+    if len(parts) == 1:
+        return [index_of(slots, device)]
+    scattered = [part for part in parts if len(part) < MIN_VIEW_TOKENS]
+    views = [part for part in parts if len(part) >= MIN_VIEW_TOKENS]
+    gathered = [np.concatenate(scattered)] if scattered else []
+    return [index_of(part, device) for part in (*views, *gathered)]
 
 
 class Scoring(NamedTuple):

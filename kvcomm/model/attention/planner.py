@@ -19,10 +19,21 @@ import numpy.typing as npt
 import torch
 
 from kvcomm.model.attention.contract import RunTable
-from kvcomm.model.attention.pieces import CausalPiece, FullPiece, MaskedPiece, Piece, Scratch, TailPiece
+from kvcomm.model.attention.pieces import (
+    CausalPiece,
+    FullPiece,
+    Index,
+    MaskedPiece,
+    Piece,
+    Scratch,
+    SlotArray,
+    TailPiece,
+    index_of,
+    tensor_of,
+    views_and_gather,
+)
 from kvcomm.model.attention.short_runs import is_short
 from kvcomm.model.attention.single_rows import SingleRow, plan_single_rows
-from kvcomm.model.attention.slots import Index, SlotArray, index_of, tensor_of, views_and_gather
 
 MIN_SHARED_TOKENS = 64
 """Shared stretches shorter than this are attended per sequence: a merge would cost more than it saves."""
@@ -95,7 +106,6 @@ class PassPlanner:
         self._runs = list(runs)
         self._page_size = page_size
         self._device = device
-        self._scratch = Scratch()
         self._longest = max(run.end for run in self._runs)
         ends = np.cumsum([run.end - run.start for run in self._runs])
         starts = np.concatenate([[0], ends[:-1]])
@@ -115,6 +125,9 @@ class PassPlanner:
         """All pieces, in an order in which every `merge` piece comes after the one it is merged into."""
         if window is not None:
             return [piece for index in range(len(self._runs)) for piece in self._windowed(index, window)]
+        if len(self._runs) == 1 and self._runs[0].start == 0:  # a prompt that is computed alone
+            run = self._runs[0]
+            return [CausalPiece(self._index(self._slots(run.pages, 0, run.end)), self._rows[0], merge=False)]
         pieces: list[Piece] = []
         remainders: dict[int, int] = {}
         alone = self._short_runs_alone()
@@ -134,6 +147,10 @@ class PassPlanner:
             return []
         pages = np.concatenate([self._clusters[index].pages_read(self._page_size) for index in short])
         return short if len(np.unique(pages)) > MIN_DISTINCT_SHARE * len(pages) else []
+
+    @cached_property
+    def _scratch(self) -> Scratch:
+        return Scratch()
 
     @cached_property
     def _clusters(self) -> list[_Cluster]:
@@ -206,7 +223,8 @@ class PassPlanner:
                 pieces.append(CausalPiece(diagonal, cluster.rows, merge=cluster.start > 0))
             else:
                 self._plan_with_gaps(cluster, start, pieces)
-        pieces.extend(plan_single_rows(single_rows, self._device))
+        if single_rows:
+            pieces.extend(plan_single_rows(single_rows, self._device))
 
     def _plan_with_gaps(self, cluster: _Cluster, start: int, pieces: list[Piece]) -> None:
         """What all rows see in one piece, the stretch they lie in with a mask; a short piece before it joins it."""

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from kvcomm.model import compiled
-from kvcomm.model.attention.pieces import Piece, Scoring, TailPiece
-from kvcomm.model.attention.slots import Index, SlotArray, index_of
+from kvcomm.model.attention.pieces import Index, Piece, Scoring, SlotArray, TailPiece, index_of
 from kvcomm.model.compiled import numbers
 
 MAX_ROWS = {torch.float32: 8, torch.bfloat16: 1}
@@ -109,6 +108,12 @@ class ShortRunsPiece:
 def can_join(storage: Tensor) -> bool:
     """Whether the loop can read keys or values stored like this."""
     return storage.device.type == "cpu" and storage.dtype in MAX_ROWS and storage.is_contiguous()
+
+
+def joined_dtype(storages: Sequence[Tensor]) -> torch.dtype | None:
+    """The dtype of keys and values of all layers, where their short runs can be joined; None: they cannot."""
+    is_one = len({storage.dtype for storage in storages}) == 1
+    return storages[0].dtype if is_one and all(map(can_join, storages)) else None
 
 
 def is_short(num_rows: int, num_slots: int, dtype: torch.dtype) -> bool:

@@ -13,8 +13,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kvcomm.model.attention.pieces import FullPiece, PaddedPiece, Piece, StridedPiece
-from kvcomm.model.attention.slots import SlotArray, consecutive_parts, index_of, tensor_of, views_and_gather
+from kvcomm.model.attention.pieces import (
+    FullPiece,
+    PaddedPiece,
+    Piece,
+    SlotArray,
+    StridedPiece,
+    consecutive_parts,
+    index_of,
+    tensor_of,
+    views_and_gather,
+)
 
 MAX_PADDED_TOKENS = 128
 """Rests of at most this many slots share a padded batch; a longer one is attended for its row alone."""

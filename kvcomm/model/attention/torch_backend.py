@@ -19,10 +19,9 @@ from kvcomm.model import compiled
 from kvcomm.model.attention import merging, short_runs
 from kvcomm.model.attention.contract import AttentionStep, RunTable
 from kvcomm.model.attention.merging import Merge, merge_by_loop, merge_into, weight_beside
-from kvcomm.model.attention.pieces import Piece, Scoring
+from kvcomm.model.attention.pieces import Index, Piece, Scoring, TailPiece
 from kvcomm.model.attention.planner import PassPlanner
-from kvcomm.model.attention.short_runs import can_join, join_short_runs
-from kvcomm.model.attention.slots import Index
+from kvcomm.model.attention.short_runs import join_short_runs, joined_dtype
 
 
 class TorchBackend:
@@ -30,31 +29,48 @@ class TorchBackend:
 
     name = "torch"
 
+    def __init__(self) -> None:
+        self._keys: Sequence[Tensor] = ()
+        self._values: Sequence[Tensor] = ()
+        self._joined_dtype: torch.dtype | None = None
+        self._merge: Merge = merge_into
+
     def prepare(
         self, runs: Sequence[RunTable], keys: Sequence[Tensor], values: Sequence[Tensor], page_size: int
     ) -> AttentionStep:
-        return TorchStep(runs, keys, values, page_size)
+        if keys is not self._keys or values is not self._values:
+            self._look_at(keys, values)
+        return TorchStep(runs, keys, values, page_size, joined_dtype=self._joined_dtype, merge=self._merge)
+
+    def _look_at(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Find out what may serve these storages, which all passes of a pool have in common."""
+        self._keys, self._values, self._merge = keys, values, merge_into
+        self._joined_dtype = joined_dtype((*keys, *values))
+        if self._joined_dtype is not None:
+            short_runs.compile_loop(self._joined_dtype)
+        if self._joined_dtype == torch.float32:
+            merging.compile_loop()
+            self._merge = merge_by_loop
 
 
 class TorchStep:
     """One pass. Pieces are planned once per distinct window and reused by every layer with that window."""
 
     def __init__(
-        self, runs: Sequence[RunTable], keys: Sequence[Tensor], values: Sequence[Tensor], page_size: int
+        self,
+        runs: Sequence[RunTable],
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        page_size: int,
+        *,
+        joined_dtype: torch.dtype | None,
+        merge: Merge,
     ) -> None:
         self._keys, self._values = keys, values
-        self._joins = all(map(can_join, (*keys, *values))) and len({each.dtype for each in (*keys, *values)}) == 1
-        self._planner = PassPlanner(
-            runs, page_size, keys[0].device, joined_dtype=keys[0].dtype if self._joins else None
-        )
+        self._joined_dtype, self._merge = joined_dtype, merge
+        self._planner = PassPlanner(runs, page_size, keys[0].device, joined_dtype=joined_dtype)
         self._write_slots = self._planner.write_slots()
         self._pieces: dict[int | None, list[Piece]] = {}
-        self._merge: Merge = merge_into
-        if self._joins:
-            short_runs.compile_loop(keys[0].dtype)
-        if self._joins and keys[0].dtype == torch.float32:
-            merging.compile_loop()
-            self._merge = merge_by_loop
 
     def __call__(
         self,
@@ -84,10 +100,12 @@ class TorchStep:
 
     def _plan(self, window: int | None) -> list[Piece]:
         pieces = self._planner.pieces(window)
-        if not self._joins:
+        if self._joined_dtype is None:
             return pieces
         compiled.share_threads()  # of the thread that makes the pass
-        return join_short_runs(pieces, self._keys[0].dtype)
+        if any(isinstance(piece, TailPiece) for piece in pieces):
+            pieces = join_short_runs(pieces, self._joined_dtype)
+        return pieces
 
 
 def _write(storage: Tensor, slots: Index, new: Tensor) -> None:

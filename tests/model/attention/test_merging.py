@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvcomm.model.attention.merging import Merge, compile_loop, merge_by_loop, merge_into
 from kvcomm.model.attention.merging_loop import merge
-from kvcomm.model.attention.slots import Index
+from kvcomm.model.attention.pieces import Index
 
 MERGES: list[Merge] = [merge_into, merge_by_loop]
 NUM_TOKENS = 12

@@ -13,12 +13,13 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from kvcomm.model.attention import pieces as pieces_module
 from kvcomm.model.attention import planner, short_runs, single_rows
-from kvcomm.model.attention import slots as slots_module
 from kvcomm.model.attention.contract import RunTable
 from kvcomm.model.attention.pieces import (
     CausalPiece,
     FullPiece,
+    Index,
     MaskedPiece,
     PaddedPiece,
     Piece,
@@ -26,7 +27,6 @@ from kvcomm.model.attention.pieces import (
     TailPiece,
 )
 from kvcomm.model.attention.planner import MIN_SHARED_TOKENS, PassPlanner
-from kvcomm.model.attention.slots import Index
 
 CPU = torch.device("cpu")
 MAX_TOKENS = 160
@@ -153,7 +153,7 @@ def counted(case: Pass, pieces: Sequence[Piece]) -> Counts:
 )
 def test_every_row_sees_its_slots_once(case: Pass, view: int, padded: int, tail: int, cluster: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slots_module, "MIN_VIEW_TOKENS", view)
+        patch.setattr(pieces_module, "MIN_VIEW_TOKENS", view)
         patch.setattr(single_rows, "MAX_PADDED_TOKENS", padded)
         patch.setattr(planner, "MAX_TAIL_ROWS", tail)
         patch.setattr(planner, "MAX_CLUSTER_TOKENS", cluster)

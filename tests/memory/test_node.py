@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from kvcomm.memory.namespaces import MAX_FORMER, Namespaces
-from kvcomm.memory.node import MissReason, Use
+from kvcomm.memory.node import MAX_FORMER, MissReason, Namespaces, Use
 
 
 def test_looking_makes_nothing_known_and_entering_does() -> None:
