@@ -77,6 +77,7 @@ class Admission:
     def admit(self) -> None:
         """Admit in order of arrival; a request whose prefix is being computed right now waits for it."""
         running = self._in_flight.running
+        self._in_flight.awaits_jobs = False
         for request in list(self._in_flight.waiting):
             if len(running) >= self._config.max_running:
                 return
@@ -87,7 +88,7 @@ class Admission:
                     self._renew_weights(request)
                     self._take_pages(request)
                 except PoolExhausted as error:
-                    if running:
+                    if running or self._in_flight.waits_for_jobs():
                         return
                     raise self._in_flight.nothing_to_wait_for(request, error) from error
                 self._in_flight.waiting.remove(request)

@@ -42,6 +42,7 @@ class InFlight:
     Attributes:
         waiting: not yet admitted, in order of arrival.
         running: admitted and not yet settled, in order of admission.
+        awaits_jobs: nothing runs, and the first one that waits has room once jobs beside requests are done.
     """
 
     def __init__(
@@ -53,16 +54,19 @@ class InFlight:
         read_along: ReadAlong,
         healing: HealingWork,
         givers: Sequence[GivesWay],
+        jobs_hold_pages: Callable[[], bool],
         reclaim: Callable[[], None],
     ) -> None:
         """Make one.
 
         Args:
             givers: whose pages requests may have where the cache has given all that it can, in this order.
+            jobs_hold_pages: whether jobs beside requests do, also those that do not give way.
             reclaim: gives back the pages of contexts that their users forgot.
         """
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.awaits_jobs = False
         self._memory = memory
         self._pool = memory.pool
         self._planner = planner
@@ -70,6 +74,7 @@ class InFlight:
         self._read_along = read_along
         self._healing = healing
         self._givers = givers
+        self._jobs_hold_pages = jobs_hold_pages
         self._reclaim = reclaim
 
     def requests(self) -> list[Request]:
@@ -177,6 +182,11 @@ class InFlight:
             except PoolExhausted:
                 if not any(each.give_way() for each in self._givers):
                     raise
+
+    def waits_for_jobs(self) -> bool:
+        """Whether a request that finds no room waits for jobs, such as an audit, to give back their pages."""
+        self.awaits_jobs = self._jobs_hold_pages()
+        return self.awaits_jobs
 
     def nothing_to_wait_for(self, request: Request, error: PoolExhausted) -> PoolExhausted:
         """What to tell a request that finds no room where nothing runs that could return some."""

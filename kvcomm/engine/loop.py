@@ -133,7 +133,9 @@ class EngineLoop:
         begun_s = time.perf_counter()
         self._scheduler.step()
         self._budget.served_s += time.perf_counter() - begun_s
-        if self._idle.jobs and self._budget.allows_more(self._scheduler.awaits_first_token):
+        if self._idle.jobs and (
+            self._scheduler.awaits_jobs or self._budget.allows_more(self._scheduler.awaits_first_token)
+        ):
             self._budget.learned(self._idle.step())
         self._busy_until = time.monotonic()
 

@@ -85,6 +85,7 @@ class Scheduler:
             read_along=self.read_along,
             healing=self._healing,
             givers=(tiering, idle, self.read_along),
+            jobs_hold_pages=lambda: any(len(pages) for pages in idle.pages_held()),
             reclaim=reclaim,
         )
         self._answers = Answers(self._in_flight, self._offers, healing=self._healing, gain=gain, tiering=tiering)
@@ -143,6 +144,11 @@ class Scheduler:
     def awaits_first_token(self) -> bool:
         """Whether a prompt is waiting or being computed."""
         return self._in_flight.awaits_first_token
+
+    @property
+    def awaits_jobs(self) -> bool:
+        """Whether nothing can be done for requests before jobs beside them are done."""
+        return self._in_flight.awaits_jobs
 
     def requests(self) -> list[Request]:
         """Every request that may hold pages."""

@@ -29,6 +29,7 @@ class Work:
         self.name, self.done, self.num_waiting = name, done, 0
 
     awaits_first_token = False
+    awaits_jobs = False
     took_s = 0.0
 
     @property
