@@ -92,6 +92,8 @@ class BareCache:
         if missing > self._pool.num_free:
             began_s = time.perf_counter()
             self.tree.evict(missing - self._pool.num_free)
+            if missing > self._pool.num_free:  # what is matched here keeps its ancestors from going
+                self.tree.evict_all(missing - self._pool.num_free)
             seconds = time.perf_counter() - began_s
         allocated = self._pool.allocate(min(missing, self._pool.num_free))
         return np.concatenate([shared, allocated]), seconds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvcomm.lab.cache import ORDERS, BareCache, EventKind
@@ -28,6 +28,7 @@ def test_with_room_everything_is_found_again(prompts: list[list[int]]) -> None:
 
 @pytest.mark.parametrize("order", sorted(ORDERS))
 @given(PROMPTS)
+@example([[0], [0] * 4, [0] * 17])  # the page of the first is in the way, above the one that the last shares
 def test_without_room_it_stays_whole(order: str, prompts: list[list[int]]) -> None:
     cache = BareCache(num_pages=5, page_size=4, eviction=order)
     for prompt in prompts:
