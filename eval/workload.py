@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from eval.data_files import rows_of, text_of
+from eval.ending import ended_in_order
 from eval.figures import Report
 from kvcomm import Engine, KVCommError
 from kvcomm.errors import InvalidRequest
@@ -52,7 +53,7 @@ def run(options: Namespace, measure: Measure) -> int:
     """Load, measure, print and save. Returns the exit code; kvcomm's own errors become one line on stderr."""
     try:
         engine = Engine.load(options.model, dtype=options.dtype, device=options.device, progress=True)
-        with engine:
+        with ended_in_order(), engine:
             take = random_tokens(engine, seed=options.seed)
             if options.data is not None:
                 take = text_tokens(engine, options.data)

@@ -27,6 +27,7 @@ from typing import Any
 from eval.clients import answers, likelihoods
 from eval.clients.reciter import make_engine
 from eval.clients.running import CLIENTS, Hello, Interpreter, place_of
+from eval.ending import ended_in_order
 from eval.figures import Figure, Report
 from eval.served import served
 from eval.workload import note
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        report = evaluate(options)
+        with ended_in_order():
+            report = evaluate(options)
         report.emit(as_json=options.json)
         report.save(options.out)
     except (KVCommError, OSError) as error:

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from eval.ending import ended_in_order
 from eval.engine_faults.episode import Episode, Runner
 from eval.engine_faults.faults import POINTS
 from eval.engine_faults.findings import Finding, Findings, Harm
@@ -56,8 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         episodes = _episodes(options)
         runner = Runner(options.seed, with_adapters="adapters" not in options.without)
         run = Run(runner, options.out.with_suffix(""), options.shrink)
-        for index, episode in episodes.items():
-            run.perform(index, episode)
+        with ended_in_order():
+            for index, episode in episodes.items():
+                run.perform(index, episode)
         is_whole = options.replay is None and options.episode is None and "faults" not in options.without
         needed = max(1, run.num_operations // OPERATIONS_PER_FIRING) if is_whole else 0
         settings = {**vars(options), "out": None, "replay": options.replay and options.replay.name}

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from eval.ending import ended_in_order, temporary_files_in
 from eval.figures import Figure, Report
 from eval.gpu.parts import PARTS, run_part
 from eval.gpu.records import Found
@@ -88,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device is None:
         sys.stderr.write("error: no CUDA device here; --device cpu --quick shows that all parts run\n")
         return 1
-    found = _run_parts(given, options)
+    with ended_in_order():
+        found = _run_parts(given, options)
     report = _report(found, options)
     report.emit(as_json=options.json)
     report.save(options.out)
@@ -152,7 +154,7 @@ def _run_one(name: str, arguments: Sequence[str], options: Namespace, seconds: f
     own = ["--part", name, "--seconds", str(seconds * (1 - GRACE)), "--records", str(file), "--device", options.device]
     process = subprocess.Popen(
         [sys.executable, "-m", "eval.gpu", *arguments, *own],
-        env=_environment(name, options.device),
+        env={**_environment(name, options.device), **temporary_files_in(file.parent)},
         stdout=2,  # what a part says is progress
         start_new_session=True,
     )

@@ -12,7 +12,6 @@ installed is left out, and the report says so. docs/peers.md says how to install
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from eval.ending import ended_in_order
 from eval.figures import PIPE_WIDTH, Report
 from eval.peers import parts
 from eval.peers.bench import QUICK, Bench, Sizes
@@ -46,16 +46,14 @@ SETTLE_S = 300.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit code."""
     options = _parse(arguments)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers are ended
     try:
-        report = measure(options)
+        with ended_in_order():
+            report = measure(options)
         report.save(options.out)
         emit(report, options)
     except (KVCommError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
+from eval.ending import temporary_files_in
 from eval.peers.tree import ProcessTree
 from eval.workload import note
 from kvcomm.errors import InvalidRequest, ServerError
@@ -93,15 +95,18 @@ def started(plan: Plan, log: Path, first_prompt: list[int]) -> Iterator[Peer]:
     command = [part.replace("{port}", str(port)) for part in plan.command]
     note(f"starting {plan.name}")
     start = time.perf_counter()
-    try:
-        tree = ProcessTree(command, {**os.environ, **plan.environment}, log)
-    except OSError as error:
-        raise ServerError(f"{plan.name} cannot be run: {command[0]}: {error.strerror}") from error
-    with tree:
-        _wait_until_healthy(plan, tree, port)
-        client = Client(f"http://{HOST}:{port}")
-        asked(client.complete(first_prompt, ONE_TOKEN), plan.name)
-        yield Peer(plan, tree, client, time.perf_counter() - start, tree.cpu_s())
+    with tempfile.TemporaryDirectory(prefix="kvcomm-peer-") as folder:
+        # vLLM's sockets stay where one of its processes is killed.
+        environment = {**os.environ, **temporary_files_in(folder), **plan.environment}
+        try:
+            tree = ProcessTree(command, environment, log)
+        except OSError as error:
+            raise ServerError(f"{plan.name} cannot be run: {command[0]}: {error.strerror}") from error
+        with tree:
+            _wait_until_healthy(plan, tree, port)
+            client = Client(f"http://{HOST}:{port}")
+            asked(client.complete(first_prompt, ONE_TOKEN), plan.name)
+            yield Peer(plan, tree, client, time.perf_counter() - start, tree.cpu_s())
 
 
 def asked(sample: Sample, name: str) -> Sample:

@@ -25,6 +25,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from eval.ending import ended_in_order
 from eval.figures import Figure, Report
 from eval.resilience.bodies import bodies
 from eval.resilience.crowd import crowd
@@ -84,12 +85,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         questions = make_questions(options.model, options.questions, options.prefix_len, options.seed)
         found: dict[str, AnyFound] = {}
         measured: list[Figure] = []
-        for name in options.scenarios:
-            note(name)
-            if name in MEASURES:
-                measured += MEASURES[name](options.model, questions)
-            else:
-                found[name] = known[name](options.model, questions)
+        with ended_in_order():
+            for name in options.scenarios:
+                note(name)
+                if name in MEASURES:
+                    measured += MEASURES[name](options.model, questions)
+                else:
+                    found[name] = known[name](options.model, questions)
         report = Report(
             "resilience", figures(found) + measured, {**vars(options), "out": None, "disconnects": num_disconnects}
         )

@@ -13,6 +13,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from eval.ending import ended_in_order
 from eval.figures import Figure, Report
 from eval.report.contents import Contents, bound_figures
 from eval.report.facts import facts_of
@@ -59,7 +60,8 @@ def main(evaluation: Evaluation, arguments: Sequence[str] | None = None) -> int:
     evaluation.add_options(parser)
     options = parser.parse_args(arguments)
     try:
-        report = _evaluate(evaluation, options)
+        with ended_in_order():
+            report = _evaluate(evaluation, options)
     except (KVCommError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from kvcomm.agents.thoughts import Expand, Score, Thought
@@ -88,9 +87,7 @@ class SearchResult:
     def __enter__(self) -> SearchResult:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
 
@@ -130,9 +127,7 @@ class OpenContexts:
     def __enter__(self) -> OpenContexts:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         while self._open:
             self._open.popitem()[1].release()
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
 from contextlib import aclosing, closing
-from types import TracebackType
 from typing import TYPE_CHECKING, cast, overload
 
 from kvcomm.agents.agent import Agent, check_one_answer
@@ -213,9 +212,7 @@ class KVCommAgentGroup:
     def __enter__(self) -> KVCommAgentGroup:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _plan_example(self, number: int, inputs: object, rounds: int) -> RunPlan:

@@ -80,8 +80,10 @@ class FaissIndex:
     """A flat FAISS index; on the GPU when the rows are there and this FAISS can."""
 
     def __init__(self, rows: Tensor) -> None:
-        """Raises:
-        InvalidRequest: FAISS is not installed.
+        """Index rows.
+
+        Raises:
+            InvalidRequest: FAISS is not installed.
         """
         try:
             import faiss

@@ -19,8 +19,9 @@ from kvcomm import __version__
 from kvcomm.cli.bench_reuse import reuse_command
 from kvcomm.cli.bench_serve import EPILOG as SERVE_EPILOG
 from kvcomm.cli.bench_serve import serve_command
-from kvcomm.cli.options import DEFAULT_MODEL, DtypeFlag, ModelFlag, WeightsFlag, load_engine
+from kvcomm.cli.options import EngineOptions
 from kvcomm.cli.output import JsonFlag, emit, figure_table
+from kvcomm.cli.spread import spread
 from kvcomm.errors import InvalidRequest
 from kvcomm.figures import Figure
 
@@ -46,26 +47,26 @@ ContextFlag = Annotated[
 
 
 @app.command("prefix", epilog="Example: kvcomm bench prefix --prefix-tokens 2048")
+@spread
 def prefix_command(
+    *,
     prefix_tokens: Annotated[
         int, typer.Option("--prefix-tokens", min=1, metavar="N", help="Cached tokens at the beginning of a prompt.")
     ] = 1024,
     tail_tokens: Annotated[int, typer.Option("--tail-tokens", min=1, metavar="N", help="New tokens behind them.")] = 32,
     repeats: RepeatsFlag = 3,
-    model: ModelFlag = DEFAULT_MODEL,
-    dtype: DtypeFlag = None,
-    weights: WeightsFlag = None,
+    loading: EngineOptions,
     as_json: JsonFlag = False,
 ) -> None:
     """Time to the first token of a new prompt, and of one whose beginning is in the cache."""
     from kvcomm.lab.timings import Samples, measure_prefix_hit
 
-    with _engine(model, dtype, weights) as (engine, take):
+    with _engine(loading) as (engine, take):
         hits = [
             measure_prefix_hit(engine, take, num_prefix_tokens=prefix_tokens, num_tail_tokens=tail_tokens)
             for _ in range(repeats)
         ]
-        config = _config(engine, model, repeats, weights=weights, prefix_tokens=prefix_tokens, tail_tokens=tail_tokens)
+        config = _config(engine, loading, repeats, prefix_tokens=prefix_tokens, tail_tokens=tail_tokens)
     cold_s = Samples(tuple(hit.cold_s for hit in hits))
     cached_s = Samples(tuple(hit.cached_s for hit in hits))
     figures = [
@@ -77,7 +78,9 @@ def prefix_command(
 
 
 @app.command("decode", epilog="Example: kvcomm bench decode --streams 1,16")
+@spread
 def decode_command(
+    *,
     streams: Annotated[
         str,
         typer.Option(
@@ -89,9 +92,7 @@ def decode_command(
     context_tokens: ContextFlag = 1024,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, metavar="N", help="Tokens of each answer.")] = 32,
     repeats: RepeatsFlag = 3,
-    model: ModelFlag = DEFAULT_MODEL,
-    dtype: DtypeFlag = None,
-    weights: WeightsFlag = None,
+    loading: EngineOptions,
     as_json: JsonFlag = False,
 ) -> None:
     """Tokens per second while several answers are generated side by side, each behind a context of its own."""
@@ -100,15 +101,14 @@ def decode_command(
 
     steps_s: dict[int, list[float]] = {count: [] for count in counts}
     sizes = {"num_contexts": max(counts), "num_tokens": context_tokens, "num_room_tokens": new_tokens}
-    with _engine(model, dtype, weights) as (engine, take), prefilled(engine, take, **sizes) as contexts:
+    with _engine(loading) as (engine, take), prefilled(engine, take, **sizes) as contexts:
         for _ in range(repeats):
             for count in counts:
                 steps_s[count].append(time_decode_step(engine, contexts[:count], num_new_tokens=new_tokens))
         config = _config(
             engine,
-            model,
+            loading,
             repeats,
-            weights=weights,
             streams=counts,
             context_tokens=context_tokens,
             new_tokens=new_tokens,
@@ -120,20 +120,20 @@ def decode_command(
 
 
 @app.command("fork", epilog="Example: kvcomm bench fork --context-tokens 8192")
+@spread
 def fork_command(
+    *,
     context_tokens: ContextFlag = 2048,
     forks: Annotated[int, typer.Option("--forks", min=1, metavar="N", help="How many forks are timed.")] = 200,
-    model: ModelFlag = DEFAULT_MODEL,
-    dtype: DtypeFlag = None,
-    weights: WeightsFlag = None,
+    loading: EngineOptions,
     as_json: JsonFlag = False,
 ) -> None:
     """Time that it takes to fork a context, and the bytes of KV that forks copy."""
     from kvcomm.lab.timings import measure_forks
 
-    with _engine(model, dtype, weights) as (engine, take), engine.context(take(context_tokens)) as context:
+    with _engine(loading) as (engine, take), engine.context(take(context_tokens)) as context:
         cost = measure_forks(engine, context, num_forks=forks)
-        config = _config(engine, model, forks, context_tokens=context_tokens)
+        config = _config(engine, loading, forks, context_tokens=context_tokens)
     figures = [
         _figure("fork_ms", cost.fork_s.scaled(1e3), "ms"),
         Figure("fork_bytes", cost.bytes_copied, "bytes"),
@@ -142,20 +142,20 @@ def fork_command(
 
 
 @app.command("restore", epilog="Example: kvcomm bench restore --context-tokens 4096")
+@spread
 def restore_command(
+    *,
     context_tokens: ContextFlag = 1024,
     repeats: RepeatsFlag = 3,
-    model: ModelFlag = DEFAULT_MODEL,
-    dtype: DtypeFlag = None,
-    weights: WeightsFlag = None,
+    loading: EngineOptions,
     as_json: JsonFlag = False,
 ) -> None:
     """Time to restore a context from a snapshot, against computing it again."""
     from kvcomm.lab.timings import Samples, measure_restore
 
-    with _engine(model, dtype, weights) as (engine, take), tempfile.TemporaryDirectory() as folder:
+    with _engine(loading) as (engine, take), tempfile.TemporaryDirectory() as folder:
         costs = [measure_restore(engine, take(context_tokens), Path(folder)) for _ in range(repeats)]
-        config = _config(engine, model, repeats, weights=weights, context_tokens=context_tokens)
+        config = _config(engine, loading, repeats, context_tokens=context_tokens)
     recompute_s = Samples(tuple(cost.recompute_s for cost in costs))
     restore_s = Samples(tuple(cost.restore_s for cost in costs))
     figures = [
@@ -168,11 +168,11 @@ def restore_command(
 
 
 @contextmanager
-def _engine(model: str, dtype: str | None, weights: str | None) -> Iterator[tuple[Engine, TakeTokens]]:
+def _engine(loading: EngineOptions) -> Iterator[tuple[Engine, TakeTokens]]:
     """A warm engine and its prompts; a terminal shows that something is going on."""
     from kvcomm.lab.timings import random_tokens, warm_up
 
-    with load_engine(model, dtype, weights) as engine, Console(stderr=True).status("measuring"):
+    with loading.load() as engine, Console(stderr=True).status("measuring"):
         take = random_tokens(engine)
         warm_up(engine, take)
         yield engine, take
@@ -185,17 +185,18 @@ def _counts(streams: str) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
-def _config(engine: Engine, model: str, repeats: int, **sizes: object) -> dict[str, Any]:
+def _config(engine: Engine, loading: EngineOptions, repeats: int, **sizes: object) -> dict[str, Any]:
     import torch
 
     return {
-        "model": model,
+        "model": loading.model,
         "dtype": str(engine.geometry.dtype).removeprefix("torch."),
         "device": str(engine.model.device),
         "attention": engine.backend.name,
         "torch_threads": torch.get_num_threads(),
         "versions": {"kvcomm": __version__, "torch": torch.__version__},
         "repeats": repeats,
+        "weights": loading.weights,
         **sizes,
     }
 

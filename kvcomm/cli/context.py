@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kvcomm.cli.context_place import ContextPlace, Given, Told
-from kvcomm.cli.options import (
-    DEFAULT_MODEL,
-    FileFlag,
-    FolderFlag,
-    ForceFlag,
-    MaxNewTokensFlag,
-    ModelFlag,
-    SeedFlag,
-    TemperatureFlag,
-    TextFlag,
-    sampling_settings,
-)
+from kvcomm.cli.options import DEFAULT_MODEL, ForceFlag, ModelFlag, PlaceOptions, SamplingOptions
 from kvcomm.cli.output import JsonFlag, emit
-from kvcomm.cli.remote import KeyFlag, OptionalServerFlag
+from kvcomm.cli.spread import spread
 from kvcomm.cli.text import printable
 
 app = typer.Typer(
@@ -33,10 +21,6 @@ app = typer.Typer(
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A context; `kvcomm context ls` shows them.")]
 NewName = Annotated[str, typer.Argument(metavar="NEW", help="The name of the new context.")]
-SegmentFlag = Annotated[
-    list[str] | None,
-    typer.Option("--segment", metavar="SEGMENT", help="A stored segment; may be repeated, in the order of the prompt."),
-]
 ParentFlag = Annotated[
     str | None, typer.Option("--extend-from", metavar="CONTEXT", help="Begin with the KV of this context.")
 ]
@@ -47,138 +31,123 @@ StopFlag = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", he
 
 
 @app.command("create", epilog='Example: kvcomm context create base --segment tools --text "You are a careful agent."')
+@spread
 def create_command(
+    *,
     name: NewName,
-    text: TextFlag = None,
-    file: FileFlag = None,
-    segment: SegmentFlag = None,
+    given: Given,
     extend_from: ParentFlag = None,
     model: ModelFlag = DEFAULT_MODEL,
-    folder: FolderFlag = None,
+    kept: PlaceOptions,
     force: ForceFlag = False,
-    server: OptionalServerFlag = None,
-    key: KeyFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Compute a prompt once and keep its KV.
 
     Stored segments come first, then --file, then --text.
     """
-    place = _place(server, key, folder, model=model, force=force)
-    _emit(place.create(name, Given(text, file, tuple(segment or ())), extend_from), as_json=as_json)
+    place = _place(kept, model=model, force=force)
+    _emit(place.create(name, given, extend_from), as_json=as_json)
 
 
 @app.command("fork", epilog="Example: kvcomm context fork base left")
+@spread
 def fork_command(
     name: Name,
     new: NewName,
-    folder: FolderFlag = None,
+    kept: PlaceOptions,
     force: ForceFlag = False,
-    server: OptionalServerFlag = None,
-    key: KeyFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Give a context a second name from which it can go another way; no bytes are copied."""
-    _emit(_place(server, key, folder, force=force).fork(name, new), as_json=as_json)
+    _emit(_place(kept, force=force).fork(name, new), as_json=as_json)
 
 
 @app.command("extend", epilog='Example: kvcomm context extend left --text "Try algebra."')
+@spread
 def extend_command(
+    *,
     name: Name,
-    text: TextFlag = None,
-    file: FileFlag = None,
-    segment: SegmentFlag = None,
+    given: Given,
     save_as: SaveAsFlag = None,
     model: ModelFlag = DEFAULT_MODEL,
-    folder: FolderFlag = None,
+    kept: PlaceOptions,
     force: ForceFlag = False,
-    server: OptionalServerFlag = None,
-    key: KeyFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Add text to the end of a context and compute its KV.
 
     Replaces the context, unless --save-as names another one; forks of it stay as they are.
     """
-    place = _place(server, key, folder, model=model, force=force)
-    _emit(place.extend(name, Given(text, file, tuple(segment or ())), save_as), as_json=as_json)
+    place = _place(kept, model=model, force=force)
+    _emit(place.extend(name, given, save_as), as_json=as_json)
 
 
 @app.command("generate", epilog="Example: kvcomm context generate left --max-new-tokens 64 --save-as left-1")
+@spread
 def generate_command(
+    *,
     name: Name,
-    max_new_tokens: MaxNewTokensFlag = None,
-    temperature: TemperatureFlag = None,
-    seed: SeedFlag = None,
+    sampling: SamplingOptions,
     stop: StopFlag = None,
     save_as: SaveAsFlag = None,
     model: ModelFlag = DEFAULT_MODEL,
-    folder: FolderFlag = None,
+    kept: PlaceOptions,
     force: ForceFlag = False,
-    server: OptionalServerFlag = None,
-    key: KeyFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Generate an answer to what a context holds.
 
     The stored context stays as it is; --save-as keeps another one that ends with the answer.
     """
-    place = _place(server, key, folder, model=model, force=force)
-    sampling = sampling_settings(max_new_tokens, temperature, seed)
-    told = place.generate(name, sampling, tuple(stop or ()), save_as, _shown_nowhere if as_json else _shown)
+    place = _place(kept, model=model, force=force)
+    told = place.generate(name, sampling.settings, tuple(stop or ()), save_as, _shown_nowhere if as_json else _shown)
     _emit(told, as_json=as_json)
 
 
 @app.command("ls")
-def list_command(
-    folder: FolderFlag = None,
-    server: OptionalServerFlag = None,
-    key: KeyFlag = None,
-    as_json: JsonFlag = False,
-) -> None:
+@spread
+def list_command(kept: PlaceOptions, as_json: JsonFlag = False) -> None:
     """Show every context."""
-    _emit(_place(server, key, folder).all(), as_json=as_json)
+    _emit(_place(kept).all(), as_json=as_json)
 
 
 @app.command("show", epilog="Example: kvcomm context show base")
+@spread
 def show_command(
+    *,
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="Only this context, what it continues and what continues it.")
     ] = None,
-    folder: FolderFlag = None,
-    server: OptionalServerFlag = None,
-    key: KeyFlag = None,
+    kept: PlaceOptions,
     as_json: JsonFlag = False,
 ) -> None:
     """Show the contexts as a tree: what they have in common stands there once."""
-    _emit(_place(server, key, folder).relatives(name), as_json=as_json)
+    _emit(_place(kept).relatives(name), as_json=as_json)
 
 
 @app.command("rm", epilog="Example: kvcomm context rm left right")
+@spread
 def remove_command(
     names: Annotated[list[str], typer.Argument(metavar="NAME", help="The contexts to remove.")],
-    folder: FolderFlag = None,
-    server: OptionalServerFlag = None,
-    key: KeyFlag = None,
+    kept: PlaceOptions,
     as_json: JsonFlag = False,
 ) -> None:
     """Remove contexts, whatever state their files are in; forks keep what they share."""
     from kvcomm.cli.entries import emit_removed
 
-    emit_removed("name", _place(server, key, folder).remove(names), as_json=as_json)
+    emit_removed("name", _place(kept).remove(names), as_json=as_json)
 
 
-def _place(
-    server: str | None, key: str | None, folder: Path | None, *, model: str = DEFAULT_MODEL, force: bool = False
-) -> ContextPlace:
+def _place(kept: PlaceOptions, *, model: str = DEFAULT_MODEL, force: bool = False) -> ContextPlace:
     """Where contexts are: on a server, or in a folder."""
-    if server is not None:
+    if kept.server is not None:
         from kvcomm.cli.remote_context import RemoteContexts
 
-        return RemoteContexts(server, key)
+        return RemoteContexts(kept.server, kept.key)
     from kvcomm.cli.local_context import LocalContexts
 
-    return LocalContexts(folder, model, force=force)
+    return LocalContexts(kept.folder, model, force=force)
 
 
 def _emit(told: Told, *, as_json: bool) -> None:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple, Protocol
 
+import typer
 from rich.console import RenderableType
 
+from kvcomm.cli.options import FileFlag, TextFlag
+
+SegmentFlag = Annotated[
+    list[str] | None,
+    typer.Option("--segment", metavar="SEGMENT", help="A stored segment; may be repeated, in the order of the prompt."),
+]
 Show = Callable[[str], None]
 """Is given the pieces of an answer as they come."""
 
 
-class Given(NamedTuple):
-    """What a command puts into a context: stored segments, then a file's text, then the text itself."""
+@dataclass(frozen=True)
+class Given:
+    """Options of what is put into a context: stored segments, then a file's text, then the text itself."""
 
-    text: str | None
-    file: Path | None
-    segments: tuple[str, ...]
+    text: TextFlag = None
+    file: FileFlag = None
+    segments: SegmentFlag = None
 
 
 class Told(NamedTuple):

@@ -130,7 +130,7 @@ class LocalContexts:
         return [(name, self._store.remove_context(name)) for name in names]
 
     def _sources(self, given: Given) -> Sources:
-        return Sources(self._store, list(given.segments), given.file, given.text)
+        return Sources(self._store, given.segments or [], given.file, given.text)
 
     def _nothing(self) -> Text:
         return Text(f"no contexts in {self._store.folder}")

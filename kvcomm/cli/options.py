@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvcomm.cli.remote import KeyFlag, OptionalServerFlag
 from kvcomm.errors import InvalidRequest
 from kvcomm.files.reading import TEXT_BYTES, BadContent, decoded, read_bytes
 from kvcomm.model.names import dtype_choice, require_adapter_name, source_of, weights_kind
@@ -16,6 +18,7 @@ from kvcomm.model.registry import SMOLLM2_135M
 from kvcomm.starting import collector_paused
 
 if TYPE_CHECKING:
+    from kvcomm.config import EngineConfig
     from kvcomm.engine.engine import Engine
 
 DEFAULT_MODEL = SMOLLM2_135M.name
@@ -91,14 +94,10 @@ TemperatureFlag = Annotated[
     ),
 ]
 SeedFlag = Annotated[int | None, typer.Option("--seed", min=0, metavar="SEED", help="Seed of the random draws.")]
-
-
 AdapterFlag = Annotated[
     list[str] | None,
     typer.Option("--adapter", metavar="NAME=FOLDER", help="An adapter, as PEFT saves it; may be repeated."),
 ]
-
-
 DtypeFlag = Annotated[
     str | None,
     typer.Option(
@@ -111,12 +110,48 @@ DtypeFlag = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class PlaceOptions:
+    """Where named things are: in a folder of this machine, or on a server."""
+
+    folder: FolderFlag = None
+    server: OptionalServerFlag = None
+    key: KeyFlag = None
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """The model of a command, and how it is loaded."""
+
+    model: ModelFlag = DEFAULT_MODEL
+    dtype: DtypeFlag = None
+    weights: WeightsFlag = None
+
+    def load(self, config: EngineConfig | None = None) -> Engine:
+        """The engine, with progress on stderr."""
+        with collector_paused():
+            from kvcomm.engine.engine import Engine
+
+            return Engine.load(self.model, dtype=self.dtype, weights=self.weights, config=config, progress=True)
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How an answer is drawn; what is not given is as elsewhere."""
+
+    max_new_tokens: MaxNewTokensFlag = None
+    temperature: TemperatureFlag = None
+    seed: SeedFlag = None
+
+    @property
+    def settings(self) -> dict[str, int | float | None]:
+        """The sampling fields that were given on the command line."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
 def load_engine(model: str, dtype: str | None = None, weights: str | None = None) -> Engine:
     """The engine for a command, with progress on stderr."""
-    with collector_paused():
-        from kvcomm.engine.engine import Engine
-
-        return Engine.load(model, dtype=dtype, weights=weights, progress=True)
+    return EngineOptions(model, dtype, weights).load()
 
 
 def with_adapters(engine: Engine, adapters: Mapping[str, Path]) -> Engine:
@@ -159,18 +194,6 @@ def require_adapters(folders: Mapping[str, Path], weights: str | None) -> None:
     for name, folder in folders.items():
         if not folder.is_dir():
             raise InvalidRequest(f"--adapter {name!r}: {folder} is no folder; give the one that PEFT has saved it in")
-
-
-def sampling_settings(
-    max_new_tokens: int | None, temperature: float | None, seed: int | None
-) -> dict[str, int | float | None]:
-    """The sampling fields that were given on the command line."""
-    given: dict[str, int | float | None] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "seed": seed,
-    }
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def read_text(file: Path) -> str:

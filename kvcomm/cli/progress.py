@@ -5,7 +5,6 @@ A view takes the events of a run in order and owns nothing else. Text is made pr
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Protocol, Self, TextIO
 
 from rich.console import Console, Group
@@ -27,18 +26,14 @@ class ProgressView(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
 
 
 class _View:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Nothing to put in order."""
 
 
@@ -100,9 +95,7 @@ class Panels(_View):
         self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Take the unfinished panels away and give the terminal back."""
         self._live.stop()
 

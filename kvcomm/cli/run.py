@@ -15,21 +15,15 @@ from rich.table import Table
 from rich.text import Text
 
 from kvcomm.cli.options import (
-    DEFAULT_MODEL,
     AdapterFlag,
-    DtypeFlag,
-    MaxNewTokensFlag,
-    ModelFlag,
-    SeedFlag,
-    TemperatureFlag,
-    WeightsFlag,
+    EngineOptions,
+    SamplingOptions,
     adapter_folders,
-    load_engine,
     require_adapters,
-    sampling_settings,
     with_adapters,
 )
 from kvcomm.cli.output import JsonFlag, emit, table
+from kvcomm.cli.spread import spread
 from kvcomm.cli.text import printable, usage_values
 from kvcomm.errors import EmptyPrompt, InvalidRequest
 
@@ -55,7 +49,9 @@ LEGEND = (
 EPILOG = 'Examples: kvcomm run gsm8k --input question="What is 17 * 4?"; kvcomm run --prompt "Say hello."'
 
 
+@spread
 def run(
+    *,
     team: Annotated[
         str | None, typer.Argument(metavar="TEAM", help="A packaged team, such as gsm8k, or a TOML file.")
     ] = None,
@@ -76,16 +72,12 @@ def run(
             help="Let agents that wait read what others are still writing; by default as the team says.",
         ),
     ] = None,
-    max_new_tokens: MaxNewTokensFlag = None,
-    temperature: TemperatureFlag = None,
-    seed: SeedFlag = None,
+    sampling: SamplingOptions,
     profile: Annotated[
         Path | None,
         typer.Option("--profile", metavar="PROFILE", help="Reuse as `kvcomm tune` found best for this team."),
     ] = None,
-    model: ModelFlag = DEFAULT_MODEL,
-    dtype: DtypeFlag = None,
-    weights: WeightsFlag = None,
+    loading: EngineOptions,
     adapters: AdapterFlag = None,
     stream: Annotated[
         bool | None,
@@ -98,14 +90,13 @@ def run(
     Agents of a team name their adapters; one prompt is answered by the adapter that is given with it.
     Ends with a table of where each agent's prompt tokens came from and how long its first token took.
     """
-    settings = sampling_settings(max_new_tokens, temperature, seed)
     folders = adapter_folders(adapters)
     if profile is not None and not profile.is_file():
         raise InvalidRequest(f"--profile {profile} is no file; `kvcomm tune` writes one")
     wanted = _team(team, prompt, inputs, raw=raw, rounds=rounds, read_along=read_along, adapters=tuple(folders))
-    require_adapters(folders, weights)
+    require_adapters(folders, loading.weights)
     tuned = wanted
-    wanted = _with_sampling(wanted, settings)
+    wanted = _with_sampling(wanted, sampling.settings)
     if read_along is not None:
         wanted = replace(wanted, read_along=read_along)
     values = {**wanted.inputs, **_inputs(inputs)}
@@ -114,9 +105,7 @@ def run(
     _require_inputs(wanted, values)
     num_rounds = rounds or wanted.rounds
     is_streamed = not as_json if stream is None else stream
-    engine, policy = (
-        (load_engine(model, dtype, weights), None) if profile is None else _tuned(profile, tuned, model, dtype, weights)
-    )
+    engine, policy = (loading.load(), None) if profile is None else _tuned(profile, tuned, loading)
     with with_adapters(engine, folders):
         events = _events(engine, wanted, values, num_rounds, raw=raw, policy=policy)
         with _view(wanted, num_rounds, is_streamed=is_streamed, as_json=as_json) as view:
@@ -125,7 +114,7 @@ def run(
     if not as_json:
         answers_at_end = [] if is_streamed else [printable(answer.text).strip() for answer in result.final]
         sys.stdout.write("".join(f"{text}\n" for text in [*answers_at_end, ""]))
-    value = {"team": None if prompt is not None else wanted.name, "model": model, **_values(result)}
+    value = {"team": None if prompt is not None else wanted.name, "model": loading.model, **_values(result)}
     emit(value, _table(answers, num_rounds), Text(LEGEND, style="dim"), as_json=as_json)
 
 
@@ -157,12 +146,11 @@ def _team(
     return Team(ALONE, (Agent(ALONE, prompt="{prompt}", adapter=next(iter(adapters), None)),))
 
 
-def _tuned(profile: Path, team: Team, model: str, dtype: str | None, weights: str | None) -> tuple[Engine, ReusePolicy]:
+def _tuned(profile: Path, team: Team, loading: EngineOptions) -> tuple[Engine, ReusePolicy]:
     from kvcomm.agents.tuning import apply_profile
-    from kvcomm.engine.engine import Engine
 
     def make(config: EngineConfig) -> Engine:
-        return Engine.load(model, dtype=dtype, weights=weights, config=config, progress=True)
+        return loading.load(config=config)
 
     applied = apply_profile(make, profile, team=team)
     return applied.engine, applied.policy

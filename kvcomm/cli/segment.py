@@ -14,15 +14,15 @@ from kvcomm.cli import remote_segments
 from kvcomm.cli.options import (
     DEFAULT_MODEL,
     FileFlag,
-    FolderFlag,
     ForceFlag,
     ModelFlag,
+    PlaceOptions,
     TextFlag,
     load_engine,
     read_text,
 )
 from kvcomm.cli.output import JsonFlag, emit, table
-from kvcomm.cli.remote import KeyFlag, OptionalServerFlag
+from kvcomm.cli.spread import spread
 from kvcomm.cli.text import age_of, counted, printable
 from kvcomm.errors import EmptyPrompt, InvalidRequest
 
@@ -41,15 +41,15 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A segment; `kvcomm se
 
 
 @app.command("add", epilog="Example: kvcomm segment add tools --file tools.json")
+@spread
 def add_command(
+    *,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The name of the new segment.")],
     text: TextFlag = None,
     file: FileFlag = None,
     model: ModelFlag = DEFAULT_MODEL,
-    folder: FolderFlag = None,
+    kept: PlaceOptions,
     force: ForceFlag = False,
-    server: OptionalServerFlag = None,
-    key: KeyFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Tokenize a text (--text or --file) with the model's tokenizer and keep it.
@@ -60,10 +60,10 @@ def add_command(
 
     if (text is None) == (file is None):
         raise InvalidRequest("give either --text or --file")
-    if server is not None:
-        remote_segments.add(server, key, name, _content(text, file), as_json=as_json)
+    if kept.server is not None:
+        remote_segments.add(kept.server, kept.key, name, _content(text, file), as_json=as_json)
         return
-    store = Store(folder)
+    store = Store(kept.folder)
     store.require_new_segment(name, force=force)
     content = _content(text, file)
     with load_engine(model) as engine:
@@ -84,36 +84,34 @@ def add_command(
 
 
 @app.command("ls")
-def list_command(
-    folder: FolderFlag = None, server: OptionalServerFlag = None, key: KeyFlag = None, as_json: JsonFlag = False
-) -> None:
+@spread
+def list_command(kept: PlaceOptions, as_json: JsonFlag = False) -> None:
     """Show every segment."""
     from kvcomm.cli.store import Store
 
-    if server is not None:
-        remote_segments.show_all(server, key, as_json=as_json)
+    if kept.server is not None:
+        remote_segments.show_all(kept.server, kept.key, as_json=as_json)
         return
-    store = Store(folder)
+    store = Store(kept.folder)
     entries = store.segments()
     value = {"folder": str(store.folder), "segments": [_values(entry) for entry in entries]}
     emit(value, _view(entries) if entries else Text(f"no segments in {store.folder}"), as_json=as_json)
 
 
 @app.command("show", epilog="Example: kvcomm segment show tools")
+@spread
 def show_command(
     name: Name,
-    folder: FolderFlag = None,
-    server: OptionalServerFlag = None,
-    key: KeyFlag = None,
+    kept: PlaceOptions,
     as_json: JsonFlag = False,
 ) -> None:
     """Show a segment and its text."""
     from kvcomm.cli.store import Store
 
-    if server is not None:
-        remote_segments.show(server, key, name, as_json=as_json)
+    if kept.server is not None:
+        remote_segments.show(kept.server, kept.key, name, as_json=as_json)
         return
-    stored = Store(folder).segment(name)
+    stored = Store(kept.folder).segment(name)
     value = {"name": name, **_facts(stored), "text": stored.text, "token_ids": list(stored.token_ids)}
     rows = [(key.replace("_", " "), printable(str(fact))) for key, fact in _facts(stored).items()]
     emit(value, table(None, rows, title=name), as_json=as_json)
@@ -122,21 +120,20 @@ def show_command(
 
 
 @app.command("rm", epilog="Example: kvcomm segment rm tools")
+@spread
 def remove_command(
     names: Annotated[list[str], typer.Argument(metavar="NAME", help="The segments to remove.")],
-    folder: FolderFlag = None,
-    server: OptionalServerFlag = None,
-    key: KeyFlag = None,
+    kept: PlaceOptions,
     as_json: JsonFlag = False,
 ) -> None:
     """Remove segments, whatever state their files are in; contexts made with them stay."""
     from kvcomm.cli.entries import emit_removed
     from kvcomm.cli.store import Store
 
-    if server is not None:
-        remote_segments.remove(server, key, names, as_json=as_json)
+    if kept.server is not None:
+        remote_segments.remove(kept.server, kept.key, names, as_json=as_json)
         return
-    store = Store(folder)
+    store = Store(kept.folder)
     for name in names:
         store.require_segment(name)  # all names are known before the first is removed
     emit_removed("name", [(name, store.remove_segment(name)) for name in names], as_json=as_json)

@@ -15,7 +15,6 @@ import weakref
 from dataclasses import replace
 from functools import partial
 from threading import RLock
-from types import TracebackType
 from typing import Self, Unpack
 
 from kvcomm import values
@@ -294,9 +293,7 @@ class OpenPrompt:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if not self.is_closed:
             self.cancel()
 

@@ -44,10 +44,12 @@ class BareCache:
         ttl_s: float | None = None,
         max_events: int = MAX_EVENTS,
     ) -> None:
-        """Args:
-        eviction: one of `ORDERS`.
-        ttl_s: seconds that a prefix lives without being used; None: as long as there is room.
-        max_events: that wait for a reader before the rest is lost.
+        """Make an empty cache.
+
+        Args:
+            eviction: one of `ORDERS`.
+            ttl_s: seconds that a prefix lives without being used; None: as long as there is room.
+            max_events: that wait for a reader before the rest is lost.
         """
         self.now_s = 0.0
         self.num_pages = num_pages

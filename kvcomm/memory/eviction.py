@@ -31,6 +31,7 @@ ORDERS: Mapping[str, Callable[[Callable[[], float]], LeafOrder]] = dict(
 """The order in which leaves go, by the name of the policy; each is made with the tree's clock."""
 
 DEFAULT_ORDER = EVICTION_POLICIES[0]
+"""The name in `ORDERS` that is taken where none is given."""
 
 
 class Reaper:

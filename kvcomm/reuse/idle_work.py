@@ -78,9 +78,6 @@ class IdleWork:
         self._begun: Job | None = None
         self._running: Job | None = None
         self._is_closed = False
-        self.num_done = 0
-        self.num_failed = 0
-        self.num_dropped = 0
         self.worked_s = 0.0
 
     def add(self, job: Job) -> None:
@@ -107,15 +104,13 @@ class IdleWork:
             next(job.steps)
             ended = False
         except StopIteration:
-            self.num_done += 1
+            pass
         except (PoolExhausted, WeightsChanged) as error:
             logger.info("idle work was given up: %s", error)
-            self.num_failed += 1
         except Exception:
             # A request must never suffer from it; whoever waits for it has been told.
             level = logging.DEBUG if job.urgency is Urgency.AWAITED else logging.ERROR
             logger.log(level, "idle work failed", exc_info=True)
-            self.num_failed += 1
         took_s = time.perf_counter() - begun_s
         with self._lock:
             self.worked_s += took_s  # before the job is gone: whoever waits for that sees what it took
@@ -152,7 +147,6 @@ class IdleWork:
         if job is None:
             return False
         self._remove(job)
-        self.num_dropped += 1
         return True
 
     def _droppable(self) -> Iterator[Job]:

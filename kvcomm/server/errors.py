@@ -71,18 +71,11 @@ TYPES = {
 }
 MESSAGES_PATH = "/v1/messages"
 MESSAGES_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    405: "invalid_request_error",
-    408: "timeout_error",
+    **TYPES,
     409: "invalid_request_error",
     413: "request_too_large",
-    422: "invalid_request_error",
-    429: "rate_limit_error",
+    500: "api_error",
     503: "overloaded_error",
-    504: "timeout_error",
 }
 """Where Anthropic's API is: its errors have another shape, and other names."""
 
@@ -169,6 +162,10 @@ def messages_error(error: ApiError, *, request_id: str) -> dict[str, Any]:
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Statuses of an operation for its OpenAPI document, all with an error body."""
     return {status: {"model": ErrorResponse, "description": MEANINGS[status]} for status in statuses}
+
+
+COMPUTING = documented(400, 401, 403, 404, 408, 409, 413, 429, 500, 503, 504)
+"""Errors of operations that compute something for a prompt."""
 
 
 def translate(error: BaseException, *, retry_after_s: float = 1, context_tokens: int = 0) -> ApiError:

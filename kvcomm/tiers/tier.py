@@ -138,16 +138,6 @@ class Tier:
         )
         return 0 if found is None else found * self.run_tokens
 
-    def get_prefix(
-        self, space: TierSpace, token_ids: Sequence[int], start: int, end: int, *, deadline_s: float | None = None
-    ) -> KV | TierMiss:
-        """KV of the tokens [start, end) of a prefix, whose every run must be there.
-
-        See `read_prefix`; several runs are copied into one.
-        """
-        read = self.read_prefix(space, token_ids, start, end, deadline_s=deadline_s)
-        return read.joined() if read.miss is None else read.miss
-
     def read_prefix(
         self, space: TierSpace, token_ids: Sequence[int], start: int, end: int, *, deadline_s: float | None = None
     ) -> PrefixRead:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
 
 from kvcomm.toolcalls.json_call import JsonCall, JsonValue
+from kvcomm.toolcalls.stepping import JsonCallParser
 from kvcomm.toolcalls.writer import AnswerWriter
 
 MARK = "[TOOL_CALLS]"
@@ -16,39 +16,13 @@ _HEAD = re.compile(r"([\w.-]+)\s*(?:\[CALL_ID\]\s*[\w-]*\s*)?(?:\[ARGS\]\s*)?")
 _HEAD_SO_FAR = re.compile(r"[\w.-]*\s*(?:\[[A-Z_]*\]?\s*[\w-]*\s*)*")
 
 
-class MistralParser:
-    """Reads both forms. What stands behind the mark and is no call stays text, the mark included.
-
-    Of an answer that ends in the beginning of a further call, before its name, this beginning is left out.
-    """
+class MistralParser(JsonCallParser):
+    """Reads both forms. What stands behind the mark and is no call stays text, the mark included."""
 
     def __init__(self, writer: AnswerWriter) -> None:
-        self._writer = writer
-        self._buffer = ""
-        self._state: Literal["text", "body", "object", "arguments"] = "text"
-        self._before = ""  # what was read since the mark and would be text if no call came
+        super().__init__(writer, "text")
         self._is_list = False
-        self._call = JsonCall(writer)
         self._value = JsonValue()
-
-    def feed(self, text: str) -> None:
-        """See `CallParser`."""
-        self._buffer += text
-        while self._buffer and self._step():
-            pass
-
-    def finish(self) -> None:
-        """See `CallParser`."""
-        is_further = self._writer.num_calls > 0
-        if self._state == "object":
-            self._call.finish()
-            if not self._call.is_call and not is_further:
-                self._writer.text(self._before + self._call.raw)
-        elif self._state == "arguments":
-            self._writer.end_call()
-        elif self._state == "text" or not is_further:
-            self._writer.text(self._before + self._buffer)
-        self._buffer = self._before = ""
 
     def _step(self) -> bool:
         steps = {"text": self._text, "body": self._body, "object": self._object, "arguments": self._arguments}
@@ -94,14 +68,8 @@ class MistralParser:
         is_short = len(self._buffer) < MAX_HEAD
         return is_short and "{" not in self._buffer and _HEAD_SO_FAR.fullmatch(self._buffer) is not None
 
-    def _object(self) -> bool:
-        self._buffer = self._buffer[self._call.feed(self._buffer) :]
-        if not self._call.is_over:
-            return False
-        if not self._call.is_call:
-            self._writer.text(self._before + self._call.raw)
-        self._state, self._before = "body" if self._is_list else "text", ""
-        return True
+    def _behind_object(self) -> str:
+        return "body" if self._is_list else "text"
 
     def _arguments(self) -> bool:
         end = self._value.end_in(self._buffer)

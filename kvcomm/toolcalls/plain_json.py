@@ -6,45 +6,20 @@ is it a call, unless the token that Llama puts before calls has said so.
 
 from __future__ import annotations
 
-from typing import Literal
-
 from kvcomm.toolcalls.json_call import JsonCall
+from kvcomm.toolcalls.stepping import JsonCallParser
 from kvcomm.toolcalls.writer import AnswerWriter, may_become
 
 MARK = "<|python_tag|>"
 BETWEEN = "; \t\r\n"
 
 
-class PlainJsonParser:
-    """Looks at the beginning of an answer, and behind the mark.
-
-    Of an answer that ends in the beginning of a further call, before its name, this beginning is left out.
-    """
+class PlainJsonParser(JsonCallParser):
+    """Looks at the beginning of an answer, and behind the mark."""
 
     def __init__(self, writer: AnswerWriter, names: frozenset[str]) -> None:
-        self._writer = writer
+        super().__init__(writer, "start")
         self._names = names
-        self._buffer = ""
-        self._state: Literal["start", "object", "text"] = "start"
-        self._before = ""
-        self._call = JsonCall(writer)
-
-    def feed(self, text: str) -> None:
-        """See `CallParser`."""
-        self._buffer += text
-        while self._buffer and self._step():
-            pass
-
-    def finish(self) -> None:
-        """See `CallParser`."""
-        is_further = self._writer.num_calls > 0
-        if self._state == "object":
-            self._call.finish()
-            if not self._call.is_call and not is_further:
-                self._writer.text(self._before + self._call.raw)
-        elif not is_further or self._state == "text":
-            self._writer.text(self._before + self._buffer)
-        self._buffer = self._before = ""
 
     def _step(self) -> bool:
         if self._state == "start":
@@ -67,14 +42,8 @@ class PlainJsonParser:
             self._state, self._before = "text", ""
         return True
 
-    def _object(self) -> bool:
-        self._buffer = self._buffer[self._call.feed(self._buffer) :]
-        if not self._call.is_over:
-            return False
-        if not self._call.is_call:
-            self._writer.text(self._before + self._call.raw)
-        self._state, self._before = "start" if self._call.is_call else "text", ""
-        return True
+    def _behind_object(self) -> str:
+        return "start" if self._call.is_call else "text"
 
     def _text(self) -> bool:
         has_mark, self._buffer = self._writer.text_before(self._buffer, MARK)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from kvcomm.toolcalls.stepping import SteppingParser
 from kvcomm.toolcalls.writer import AnswerWriter, encodable, may_become
 
 START, END = "<|python_start|>", "<|python_end|>"
@@ -21,24 +22,16 @@ _BAD_ESCAPE = re.compile(r"\\(?:([\\'\"abfnrtvxuUN\n0])|)", re.DOTALL)
 _JSON_NAMES = {"true": True, "false": False, "null": None}
 
 
-class PythonicParser:
+class PythonicParser(SteppingParser):
     """Looks at the beginning of an answer; a list that calls no tool of the request is text."""
 
     def __init__(self, writer: AnswerWriter, names: Mapping[str, Sequence[str]]) -> None:
         """`names`: of the tools, and of their parameters in order."""
-        self._writer = writer
+        super().__init__(writer)
         self._names = names
-        self._buffer = ""
         self._state: Literal["start", "call", "arguments", "between", "end", "text"] = "start"
-        self._before = ""
         self._is_marked = False
         self._call = _Arguments(())
-
-    def feed(self, text: str) -> None:
-        """See `CallParser`."""
-        self._buffer += text
-        while self._buffer and self._step():
-            pass
 
     def finish(self) -> None:
         """See `CallParser`."""

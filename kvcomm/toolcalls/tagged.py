@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from kvcomm.toolcalls.json_call import JsonCall
+from kvcomm.toolcalls.stepping import JsonCallParser
 from kvcomm.toolcalls.writer import AnswerWriter
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -12,40 +11,15 @@ STRAY = "}] \t\r\n"
 """What models write too much of behind an object."""
 
 
-class TaggedParser:
-    """What stands between the tags and is no call stays text, tags included.
-
-    Of an answer that ends in the beginning of a further call, before its name, this beginning is left out.
-    """
+class TaggedParser(JsonCallParser):
+    """What stands between the tags and is no call stays text, tags included."""
 
     def __init__(self, writer: AnswerWriter) -> None:
-        self._writer = writer
-        self._buffer = ""
-        self._state: Literal["text", "body", "object", "after"] = "text"
-        self._before = ""  # the tag and white space behind it
-        self._call = JsonCall(writer)
-
-    def feed(self, text: str) -> None:
-        """See `CallParser`."""
-        self._buffer += text
-        while self._step():
-            pass
-
-    def finish(self) -> None:
-        """See `CallParser`."""
-        is_further = self._writer.num_calls > 0
-        if self._state == "object":
-            self._call.finish()
-            if not self._call.is_call and not is_further:
-                self._writer.text(self._before + self._call.raw)
-        elif self._state == "text" or (self._state == "body" and not is_further):
-            self._writer.text(self._before + self._buffer)
-        self._buffer = self._before = ""
+        super().__init__(writer, "text")
 
     def _step(self) -> bool:
-        """Read what can be read by now; False: more text is needed."""
         steps = {"text": self._text, "body": self._body, "object": self._object, "after": self._after}
-        return bool(self._buffer) and steps[self._state]()
+        return steps[self._state]()
 
     def _text(self) -> bool:
         has_tag, self._buffer = self._writer.text_before(self._buffer, OPEN)
@@ -64,17 +38,8 @@ class TaggedParser:
             self._state, self._before = "text", ""
         return bool(body)
 
-    def _object(self) -> bool:
-        self._buffer = self._buffer[self._call.feed(self._buffer) :]
-        if not self._call.is_over:
-            return False
-        if self._call.is_call:
-            self._state = "after"
-        else:
-            self._writer.text(self._before + self._call.raw)
-            self._state = "text"
-        self._before = ""
-        return True
+    def _behind_object(self) -> str:
+        return "after" if self._call.is_call else "text"
 
     def _after(self) -> bool:
         behind = self._buffer.lstrip(STRAY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -10,11 +11,12 @@ import griffe
 import pytest
 
 import kvcomm
-from kvcomm import agents
+from kvcomm import agents, lab
 from tests.docs.snippets import ROOT
 
-REFERENCE = ROOT / "docs" / "api.md"
-NAMES = re.findall(r"^::: (\S+)$", REFERENCE.read_text(), re.MULTILINE)
+REFERENCES = (ROOT / "docs" / "api.md", ROOT / "docs" / "lab.md")
+NAMES = [name for page in REFERENCES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)]
+LAB = [lab.__name__, *(each.name for each in pkgutil.walk_packages(lab.__path__, f"{lab.__name__}."))]
 SECTIONS = ("Args:", "Attributes:", "Raises:", "Returns:", "Yields:")
 
 
@@ -69,3 +71,21 @@ def test_whatever_is_in_the_reference_says_what_it_does(name: str) -> None:
         if part.docstring is None or part.docstring.value.strip().startswith(SECTIONS)
     ]
     assert not silent, f"no docstring, or none that begins with a sentence: {', '.join(silent)}"
+
+
+def test_every_module_for_comparison_is_in_the_reference() -> None:
+    assert set(LAB[1:]) - set(NAMES) == set()
+
+
+@pytest.mark.parametrize("name", LAB[1:])
+def test_whatever_a_module_for_comparison_hands_on_is_described(name: str) -> None:
+    """By its own docstring, or by name in that of the module."""
+    module = described(name)
+    assert module.docstring is not None
+    told = module.docstring.value
+    silent = [
+        export
+        for export in module.exports or ()
+        if f"`{export}`" not in told and described(f"{name}.{export}").docstring is None
+    ]
+    assert not silent, f"{name} hands on what nobody describes: {', '.join(map(str, silent))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from kvcomm.config import EngineConfig
 from kvcomm.engine.context import Context
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.exchange import layer_shapes
+from kvcomm.engine.results import Completion
 from kvcomm.errors import (
     ContextBusy,
     ContextReleased,
@@ -55,6 +57,20 @@ def test_generating_on_continues_behind_the_answer(engine: Engine, shared_model:
     )
     assert [*first.token_ids, *second.token_ids] == greedy(shared_model.model, head, 11)
     assert second.usage.reasons == {"last_token": 1}
+
+
+def test_branches_are_asked_at_once_from_an_event_loop(engine: Engine, shared_model: TinyModel) -> None:
+    head, tails = some_tokens(33), [some_tokens(7, seed=seed) for seed in (1, 2)]
+    parent = engine.context(head)
+    branches = [parent.fork().extend(tail) for tail in tails]
+
+    async def ask() -> list[Completion]:
+        return await asyncio.gather(*(each.agenerate(max_new_tokens=8, ignore_eos=True) for each in branches))
+
+    answers = asyncio.run(ask())
+    for branch, tail, answer in zip(branches, tails, answers, strict=True):
+        assert list(answer.token_ids) == greedy(shared_model.model, head + tail, 8)
+        assert branch.tokens == (*head, *tail, *answer.token_ids)
 
 
 def test_fork_copies_nothing_and_branches_do_not_see_each_other(engine: Engine, shared_model: TinyModel) -> None:

@@ -34,7 +34,15 @@ def test_settings_of_an_engine_are_what_it_takes() -> None:
 
 
 def test_calls_that_take_settings_say_so() -> None:
-    for call in (Engine.submit, Context.generate, Context.submit, Context.stream, Context.astream, OpenPrompt.close):
+    for call in (
+        Engine.submit,
+        Context.generate,
+        Context.submit,
+        Context.stream,
+        Context.astream,
+        Context.agenerate,
+        OpenPrompt.close,
+    ):
         assert inspect.signature(call).parameters["settings"].annotation == "Unpack[SamplingSettings]", call
     for call in (Engine.generate, Engine.chat):
         assert inspect.signature(call).parameters["settings"].annotation == "Unpack[RequestSettings]", call

@@ -123,6 +123,15 @@ def test_an_engine_answers_and_its_costs_are_known(stack: ExitStack, tmp_path: P
     assert (sample.text, sample.output_tokens) == ("3 3 ", 2)
 
 
+def test_an_engine_has_a_folder_for_temporary_files_while_it_runs(tmp_path: Path) -> None:
+    with started(fake("one"), tmp_path / "log", [1]) as peer:
+        environment = Path(f"/proc/{peer.tree.pid}/environ").read_bytes().decode().split("\0")
+        folder = Path(next(each for each in environment if each.startswith("TMPDIR=")).partition("=")[2])
+        assert folder.is_dir()
+        (folder / "socket").touch()
+    assert not folder.exists()
+
+
 def test_an_engine_that_ends_says_why(tmp_path: Path) -> None:
     with pytest.raises(ServerError, match=r"dead: the server ended with code 3: this is a fake, dead"):
         started(fake("dead", "dead"), tmp_path / "log", [1]).__enter__()

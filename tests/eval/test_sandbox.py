@@ -607,7 +607,7 @@ def test_nothing_is_left_running(ends: str, way: Isolation) -> None:
     assert are_gone(before)
 
 
-def test_whoever_starts_it_may_be_killed(apart: Isolation) -> None:
+def test_whoever_starts_it_may_be_killed(apart: Isolation, tmp_path: Path) -> None:
     """Programs do not outlive the evaluation that runs them."""
     code = (
         "import sys\nfrom eval.sandbox import *\n"
@@ -615,6 +615,7 @@ def test_whoever_starts_it_may_be_killed(apart: Isolation) -> None:
         "print('ready', flush=True)\nrun_program('import time; time.sleep(600)', Limits(seconds=600), way)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment["TMPDIR"] = str(tmp_path)  # its folder outlives it
     owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment)
     try:
         assert owner.stdout is not None

@@ -69,7 +69,6 @@ def test_awaited_jobs_come_first_then_audits_then_studies_that_pay_soonest(bench
     bench.run()
     assert bench.done == ["awaited0", "audit0", "soon0", "late0", "never0"]
     assert bench.released == ["awaited", "audit", "soon", "late", "never"]
-    assert bench.idle.num_done == 5
 
 
 def test_an_audit_that_can_wait_does_so_for_studies_that_pay_and_is_done_all_the_same(bench: Bench) -> None:
@@ -113,8 +112,7 @@ def test_a_failing_job_harms_nobody(bench: Bench, error: Exception, caplog: pyte
         bench.run()
     assert bench.done == ["a0", "b0"]
     assert bench.released == ["a", "b"]
-    assert (bench.idle.num_done, bench.idle.num_failed) == (1, 1)
-    assert caplog.records
+    assert len(caplog.records) == 1
 
 
 def test_of_too_many_studies_the_one_that_pays_latest_is_dropped_and_no_other_job(bench: Bench) -> None:
@@ -126,7 +124,6 @@ def test_of_too_many_studies_the_one_that_pays_latest_is_dropped_and_no_other_jo
     bench.add("late ", pays_after=100)
     bench.add("soon ", pays_after=0)
     assert bench.released == ["late ", "study4 "]
-    assert bench.idle.num_dropped == 2
     bench.run()
     assert bench.done[:2] == ["awaited0", "audit0"]
     assert len(bench.done) == MAX_STUDIES + 2

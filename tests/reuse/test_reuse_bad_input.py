@@ -76,7 +76,9 @@ def test_rungs_that_this_engine_does_not_have_are_refused_before_anything_is_com
         learning.reuse.learn(prompt(ROLE_B, 1), estimators=["magic"])
 
 
-def test_learning_that_dies_costs_no_request(learning: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_learning_that_dies_costs_no_request(
+    learning: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def dies(*_: object) -> int:
         raise MemoryError("no room for anchors")
 
@@ -86,7 +88,7 @@ def test_learning_that_dies_costs_no_request(learning: Engine, monkeypatch: pyte
         served = ask(learning, ROLE_B, seed, TOKEN)
         assert list(served.token_ids) == greedy(learning.model, tokens_of(prompt(ROLE_B, seed)), 8)
         assert learning.wait_idle(PATIENCE_S)
-    assert learning.reuse.parts.idle.num_failed == 3
+    assert [record.message for record in caplog.records] == ["idle work failed"] * 3
     with pytest.raises(MemoryError, match="no room for anchors"):
         learning.reuse.learn(prompt(ROLE_B, 2)).result(PATIENCE_S)
     monkeypatch.undo()

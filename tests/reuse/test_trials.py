@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -128,7 +129,7 @@ def test_a_trial_shares_what_the_tree_has_and_gives_everything_back(learning: En
     assert learning.cache.stats().num_free == learning.pool.num_pages
 
 
-def test_errors_reach_whoever_waits_and_nobody_else(learning: Engine) -> None:
+def test_errors_reach_whoever_waits_and_nobody_else(learning: Engine, caplog: pytest.LogCaptureFixture) -> None:
     class Injected(Exception):
         pass
 
@@ -136,11 +137,12 @@ def test_errors_reach_whoever_waits_and_nobody_else(learning: Engine) -> None:
         yield
         raise Injected
 
+    caplog.set_level(logging.DEBUG, "kvcomm.study")
     first, second = promise(learning, fails), learning.reuse.measure(prompt(ROLE_B, 1), [5], [Rung("rotate")])
     with pytest.raises(Injected):
         first.result(PATIENCE_S)
     assert second.result(PATIENCE_S) == []
-    assert learning.reuse.parts.idle.num_failed == 1
+    assert [record.message for record in caplog.records if record.name == "kvcomm.study"] == ["idle work failed"]
 
 
 def test_a_waiting_job_whose_weights_are_gone_says_so() -> None:

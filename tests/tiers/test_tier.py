@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -57,6 +57,12 @@ def only(store: DictStore) -> str:
     return key
 
 
+def get_prefix(tier: Tier, space: TierSpace, ids: Sequence[int], start: int, end: int, **options: Any) -> KV | TierMiss:
+    """KV of whole runs, whose every one must be there."""
+    read = tier.read_prefix(space, ids, start, end, **options)
+    return read.joined() if read.miss is None else read.miss
+
+
 def got(answer: KV | TierMiss) -> KV:
     assert not isinstance(answer, TierMiss), answer
     return answer
@@ -71,8 +77,8 @@ def test_a_prefix_there_and_back(store: DictStore, tier: Tier) -> None:
     assert tier.put_prefix(make_space(), IDS, kv) == 0
     other = fresh(store)
     assert other.prefix_length(make_space(), IDS) == 12
-    assert is_same(got(other.get_prefix(make_space(), IDS, 0, 12)), kv.part(0, 12))
-    assert is_same(got(other.get_prefix(make_space(), IDS, 4, 8)), kv.part(4, 8))
+    assert is_same(got(get_prefix(other, make_space(), IDS, 0, 12)), kv.part(0, 12))
+    assert is_same(got(get_prefix(other, make_space(), IDS, 4, 8)), kv.part(4, 8))
     assert other.put_prefix(make_space(), IDS, kv) == 0
 
 
@@ -80,7 +86,7 @@ def test_a_prefix_there_and_back(store: DictStore, tier: Tier) -> None:
 def test_dtypes(tier: Tier, dtype: torch.dtype) -> None:
     space, kv = make_space(dtype=dtype), make_kv(IDS[:4], dtype=dtype)
     assert tier.put_prefix(space, IDS[:4], kv) == 1
-    assert is_same(got(tier.get_prefix(space, IDS, 0, 4)), kv)
+    assert is_same(got(get_prefix(tier, space, IDS, 0, 4)), kv)
 
 
 def test_prefixes_share_their_beginning(store: DictStore, tier: Tier) -> None:
@@ -98,7 +104,7 @@ def test_kv_from_a_start(tier: Tier) -> None:
     assert tier.put_prefix(make_space(), IDS, kv.part(6, len(IDS)), 6) == 1  # the run that begins at 8
     assert tier.prefix_length(make_space(), IDS) == 0
     assert tier.put_prefix(make_space(), IDS, kv) == 2
-    assert is_same(got(tier.get_prefix(make_space(), IDS, 0, 12)), kv.part(0, 12))
+    assert is_same(got(get_prefix(tier, make_space(), IDS, 0, 12)), kv.part(0, 12))
 
 
 @pytest.mark.parametrize("num_runs", range(9))
@@ -117,13 +123,13 @@ def test_a_lost_run_ends_what_is_read(store: DictStore, tier: Tier) -> None:
     read = fresh(store).read_prefix(make_space(), IDS, 0, 12)
     assert (read.num_tokens, read.miss) == (4, TierMiss.ABSENT)
     assert is_same(read.joined(), kv.part(0, 4))
-    assert fresh(store).get_prefix(make_space(), IDS, 0, 12) is TierMiss.ABSENT
+    assert get_prefix(fresh(store), make_space(), IDS, 0, 12) is TierMiss.ABSENT
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 0), (4, 4), (8, 4), (0, 6), (2, 8), (-4, 4), (0, 16)])
 def test_runs_that_are_none(tier: Tier, start: int, end: int) -> None:
     with pytest.raises(InvalidRequest, match="whole runs of 4"):
-        tier.get_prefix(make_space(), IDS, start, end)
+        get_prefix(tier, make_space(), IDS, start, end)
 
 
 def test_kv_that_does_not_fit(tier: Tier) -> None:
@@ -141,7 +147,7 @@ def test_kv_that_does_not_fit(tier: Tier) -> None:
 def test_tokens_that_the_model_does_not_know_are_nowhere(tier: Tier, token: int) -> None:
     ids = (token, *IDS[1:])
     assert tier.prefix_length(make_space(), ids) == 0
-    assert tier.get_prefix(make_space(), ids, 0, 4) is TierMiss.ABSENT
+    assert get_prefix(tier, make_space(), ids, 0, 4) is TierMiss.ABSENT
     assert later(tier, ids, make_kv, lambda: None) is Dropped.NOTHING  # type: ignore[arg-type]
 
 
@@ -155,7 +161,7 @@ def test_numbers_that_are_not_finite_are_neither_written_nor_read(
     with monkeypatch.context() as patched:
         patched.setattr(KV, "is_finite", lambda self: True)
         assert tier.put_prefix(make_space(), IDS[:4], kv) == 1
-    assert fresh(store).get_prefix(make_space(), IDS, 0, 4) is TierMiss.CORRUPT
+    assert get_prefix(fresh(store), make_space(), IDS, 0, 4) is TierMiss.CORRUPT
 
 
 def test_sums_that_overflow_are_no_infinity() -> None:
@@ -185,7 +191,7 @@ def test_spaces_share_nothing(store: DictStore, changes: dict[str, Any]) -> None
     tier.put_blob(make_space(), "bank", "b", b"x")
     other = make_space(**changes)
     assert tier.prefix_length(other, IDS) == 0
-    assert tier.get_prefix(other, IDS, 0, 4) is TierMiss.ABSENT
+    assert get_prefix(tier, other, IDS, 0, 4) is TierMiss.ABSENT
     assert tier.get_blob(other, "bank", "b") is TierMiss.ABSENT
     assert tier.list_blobs(other, "bank") == []
 
@@ -203,7 +209,7 @@ def test_without_a_secret_only_the_default_tenant_is_served(store: DictStore, ti
     assert tier.serves("default")
     assert not tier.serves("other")
     assert tier.put_prefix(other, IDS, make_kv(IDS)) == 0
-    assert tier.get_prefix(other, IDS, 0, 4) is TierMiss.REFUSED
+    assert get_prefix(tier, other, IDS, 0, 4) is TierMiss.REFUSED
     assert tier.get_rendition(other, NAME) is TierMiss.REFUSED
     assert tier.get_blob(other, "bank", "b") is TierMiss.REFUSED
     assert not tier.put_rendition(other, NAME, SEGMENT.token_ids, make_kv(SEGMENT.token_ids), Fidelity.EXACT)
@@ -223,7 +229,7 @@ def test_a_record_sealed_by_another_is_foreign(store: DictStore) -> None:
     header = record_module.header_of(space, "prefix", token_ids=IDS[:4], parent=link.parent)
     forged = record_module.pack_kv(header, make_kv(IDS[:4], seed=1), lambda digest: forger.seal(key, digest))
     store.objects[key] = b"".join(forged)
-    assert tier.get_prefix(space, IDS, 0, 4) is TierMiss.FOREIGN
+    assert get_prefix(tier, space, IDS, 0, 4) is TierMiss.FOREIGN
     assert store.objects == {}
 
 
@@ -252,7 +258,7 @@ def test_whatever_is_done_to_objects_it_is_a_miss_or_right(data: st.DataObject) 
     expected: dict[tuple[int, ...], KV] = {}
     for ids, kv in prefixes.items():
         tier.put_prefix(space, ids, kv)
-        expected[ids] = got(tier.get_prefix(space, ids, 0, 8))
+        expected[ids] = got(get_prefix(tier, space, ids, 0, 8))
     tier.put_rendition(space, NAME, SEGMENT.token_ids, make_kv(SEGMENT.token_ids), Fidelity.EXACT)
     tier.put_blob(space, "bank", "b", b"content")
     for _ in range(data.draw(st.integers(1, 3))):
@@ -268,7 +274,7 @@ def test_whatever_is_done_to_objects_it_is_a_miss_or_right(data: st.DataObject) 
         assert is_same(rendition.kv, make_kv(SEGMENT.token_ids))
     assert other.get_blob(space, "bank", "b") in (b"content", *TierMiss)
     for ids, kv in prefixes.items():  # what was damaged goes when it is met, and can be written again
-        answers = [(other.put_prefix(space, ids, kv), other.get_prefix(space, ids, 0, 8))[1] for _ in range(4)]
+        answers = [(other.put_prefix(space, ids, kv), get_prefix(other, space, ids, 0, 8))[1] for _ in range(4)]
         assert got(answers[-1]).num_tokens == 8
 
 
@@ -305,7 +311,7 @@ def test_every_byte_counts(store: DictStore, tier: Tier) -> None:
     whole = store.objects[key]
     for place in range(0, len(whole), 7):
         store.objects[key] = whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :]
-        answer = tier.get_prefix(make_space(), IDS, 0, 4)
+        answer = get_prefix(tier, make_space(), IDS, 0, 4)
         assert answer in (TierMiss.CORRUPT, TierMiss.FOREIGN, TierMiss.TOO_NEW) or is_same(got(answer), kv)
 
 
@@ -317,14 +323,14 @@ def test_an_object_under_another_name_is_foreign_and_goes(store: DictStore, tier
     assert (read.num_tokens, read.miss) == (4, TierMiss.FOREIGN)
     assert set(store.objects) == {first}
     assert tier.put_prefix(make_space(), IDS[:8], make_kv(IDS[:8])) == 1
-    assert is_same(got(tier.get_prefix(make_space(), IDS, 0, 8)), make_kv(IDS[:8]))
+    assert is_same(got(get_prefix(tier, make_space(), IDS, 0, 8)), make_kv(IDS[:8]))
 
 
 def test_what_a_newer_version_wrote_stays(store: DictStore, tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(record_module, "FORMAT", record_module.FORMAT._replace(version=2))
         tier.put_prefix(make_space(), IDS[:4], make_kv(IDS[:4]))
-    assert tier.get_prefix(make_space(), IDS, 0, 4) is TierMiss.TOO_NEW
+    assert get_prefix(tier, make_space(), IDS, 0, 4) is TierMiss.TOO_NEW
     assert len(store.objects) == 1
 
 
@@ -430,15 +436,15 @@ def test_a_store_that_fails_is_a_miss(store: DictStore, tier: Tier, operation: s
     other.sweep()
     assert "the wire is cut" in other.stats().trouble
     other.close()
-    assert other.get_prefix(space, IDS, 0, 4) is TierMiss.REFUSED
+    assert get_prefix(other, space, IDS, 0, 4) is TierMiss.REFUSED
 
 
 def test_a_failing_tier_is_not_worth_asking(store: DictStore, tier: Tier) -> None:
     tier.put_prefix(make_space(), IDS, make_kv(IDS))
-    tier.get_prefix(make_space(), IDS, 0, 12)
+    get_prefix(tier, make_space(), IDS, 0, 12)
     assert tier.is_worth(1000, 10.0)
     store.fail("get")
-    tier.get_prefix(make_space(), IDS, 0, 12)
+    get_prefix(tier, make_space(), IDS, 0, 12)
     assert not tier.is_worth(1000, 10.0)
     assert tier.stats().is_failing
 
@@ -468,9 +474,9 @@ def test_while_many_reads_are_late_nobody_waits(store: DictStore, tier: Tier) ->
     tier.put_prefix(make_space(), IDS, make_kv(IDS))
     may_go_on = stop_at(store, "get", next(iter(store.objects)))
     for _ in range(8):
-        assert tier.get_prefix(make_space(), IDS, 0, 4, deadline_s=0.0) is TierMiss.SLOW
+        assert get_prefix(tier, make_space(), IDS, 0, 4, deadline_s=0.0) is TierMiss.SLOW
     num_gets = len(store.calls)
-    assert tier.get_prefix(make_space(), IDS, 0, 4, deadline_s=PATIENCE_S) is TierMiss.SLOW
+    assert get_prefix(tier, make_space(), IDS, 0, 4, deadline_s=PATIENCE_S) is TierMiss.SLOW
     assert len(store.calls) == num_gets
     may_go_on.set()
 
@@ -490,7 +496,7 @@ def test_objects_lost_while_they_are_read(store: DictStore, tier: Tier) -> None:
     tier.put_prefix(make_space(), IDS, make_kv(IDS))
     store.before = lambda operation, key: store.objects.pop(key, None) if operation == "get" else None
     assert tier.prefix_length(make_space(), IDS) == 12
-    assert tier.get_prefix(make_space(), IDS, 0, 12) is TierMiss.ABSENT
+    assert get_prefix(tier, make_space(), IDS, 0, 12) is TierMiss.ABSENT
     store.fail()
     assert tier.put_prefix(make_space(), IDS, make_kv(IDS)) == 1  # it noticed which one is gone
 
@@ -516,7 +522,7 @@ def test_writing_behind(store: DictStore, tier: Tier) -> None:
     assert later(tier, IDS[:3], load, ended.release) is Dropped.NOTHING
     assert [ended.acquire(timeout=PATIENCE_S) for _ in range(3)] == [True] * 3
     assert starts == [4]
-    assert is_same(got(fresh(store).get_prefix(make_space(), IDS, 0, 12)), kv.part(0, 12))
+    assert is_same(got(get_prefix(fresh(store), make_space(), IDS, 0, 12)), kv.part(0, 12))
 
 
 def test_closing_writes_what_waits(store: DictStore) -> None:
@@ -569,8 +575,8 @@ def test_tenants_with_a_secret(store: DictStore) -> None:
     tier = fresh(store, secret=SECRET)
     for seed, tenant in enumerate(["a", "b"]):
         tier.put_prefix(space_of(tenant), IDS[:4], make_kv(IDS[:4], seed=seed))
-    assert is_same(got(tier.get_prefix(space_of("a"), IDS, 0, 4)), make_kv(IDS[:4]))
-    assert is_same(got(tier.get_prefix(space_of("b"), IDS, 0, 4)), make_kv(IDS[:4], seed=1))
+    assert is_same(got(get_prefix(tier, space_of("a"), IDS, 0, 4)), make_kv(IDS[:4]))
+    assert is_same(got(get_prefix(tier, space_of("b"), IDS, 0, 4)), make_kv(IDS[:4], seed=1))
     first, second = store.objects
     store.objects[first], store.objects[second] = store.objects[second], store.objects[first]
-    assert tier.get_prefix(space_of("a"), IDS, 0, 4) is TierMiss.FOREIGN  # equal tokens, another tenant's seal
+    assert get_prefix(tier, space_of("a"), IDS, 0, 4) is TierMiss.FOREIGN  # equal tokens, another tenant's seal

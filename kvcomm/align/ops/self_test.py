@@ -22,6 +22,7 @@ from kvcomm.model.rope import RopeGeometry
 from kvcomm.model.self_test import KernelsDiffer, SelfTest, described, require_close
 
 TRITON_MOVES = SelfTest("moving KV by 'triton'", __name__, "reference")
+"""What has to pass on a device before Triton's kernels move KV there."""
 
 NUM_SLOTS, NUM_HEADS, NUM_TOKENS, NUM_ANCHORS, NUM_NEIGHBORS = 256, 2, 70, 9, 8
 

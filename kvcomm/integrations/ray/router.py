@@ -19,7 +19,7 @@ class KVRouter(RequestRouter):  # type: ignore[misc]  # Ray ships no types
     """Sends a request to its context's replica, or to the one that has least left to compute for it."""
 
     def initialize_state(self, **policy: float) -> None:
-        """Args: fields of `routing.Policy`."""
+        """Take the settings of a deployment: fields of `routing.Policy`."""
         self._chooser = Chooser(Policy(**policy))
 
     async def choose_replicas(

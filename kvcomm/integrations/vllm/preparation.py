@@ -128,11 +128,6 @@ class Preparations:
         """Requests for which something is held."""
         return len(self._works)
 
-    def held_context(self, request_id: str) -> Context | None:
-        """The context that was computed for a request, if it is held."""
-        work = self._works.get(request_id)
-        return None if work is None else work.context
-
     def begin(self, prepare: Prepare) -> None:
         """Start to prepare a prompt."""
         work = self._works[prepare.request_id] = _Work(prepare)

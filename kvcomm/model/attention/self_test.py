@@ -22,6 +22,7 @@ from kvcomm.model.attention.torch_backend import TorchBackend
 from kvcomm.model.self_test import KernelsDiffer, SelfTest, described, require_close, require_same_bits
 
 TRITON_ATTENTION = SelfTest("attention back end 'triton'", __name__, "torch")
+"""What has to pass on a device before Triton's attention is used there."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

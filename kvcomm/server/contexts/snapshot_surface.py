@@ -13,10 +13,10 @@ from kvcomm.server.bodies import BodyRoute
 from kvcomm.server.contexts.conversation import Continued
 from kvcomm.server.contexts.keeping import Snapshots, snapshots_of
 from kvcomm.server.contexts.registry import ContextRegistry
-from kvcomm.server.contexts.surface import COMPUTING, LOOKING, Id, RegistryDep
+from kvcomm.server.contexts.surface import LOOKING, Id, RegistryDep
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.contexts.views import view
-from kvcomm.server.errors import ApiError, documented
+from kvcomm.server.errors import COMPUTING, ApiError, documented
 from kvcomm.server.generation import Call, CallDep
 from kvcomm.server.schemas.contexts import (
     Context,

@@ -16,7 +16,7 @@ from kvcomm.server.contexts.conversation import Continued, continue_conversation
 from kvcomm.server.contexts.registry import ContextRegistry
 from kvcomm.server.contexts.turns import Node, Turn
 from kvcomm.server.contexts.views import branch_of, extended, view, views
-from kvcomm.server.errors import documented
+from kvcomm.server.errors import COMPUTING, documented
 from kvcomm.server.generation import Call, CallDep, Job
 from kvcomm.server.prompts import PromptMaker
 from kvcomm.server.sampling import default_policy
@@ -45,7 +45,6 @@ def _registry(state: StateDep, tenant: TenantDep) -> ContextRegistry:
 
 
 RegistryDep = Annotated[ContextRegistry, Depends(_registry)]
-COMPUTING = documented(400, 401, 403, 404, 408, 409, 413, 429, 500, 503, 504)
 LOOKING = documented(400, 401, 403, 404, 429, 500)
 
 

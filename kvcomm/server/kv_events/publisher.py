@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import deque
 from importlib.util import find_spec
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from kvcomm.errors import InvalidRequest, MissingExtra
@@ -121,9 +120,7 @@ class Publisher:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _answer(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None:

@@ -14,7 +14,7 @@ from kvcomm.server.contexts.answering import put_messages
 from kvcomm.server.contexts.conversation import NOT_CONTINUED
 from kvcomm.server.contexts.registry import ContextRegistry
 from kvcomm.server.contexts.turns import Turn
-from kvcomm.server.errors import ApiError, documented
+from kvcomm.server.errors import COMPUTING, ApiError, documented
 from kvcomm.server.generation import Call, CallDep
 from kvcomm.server.removal import release
 from kvcomm.server.responses.answer import ResponseAnswer
@@ -37,7 +37,6 @@ from kvcomm.server.translation import told_as
 router = APIRouter(prefix="/v1/responses", tags=["OpenAI"], dependencies=[Depends(security)], route_class=BodyRoute)
 
 Id = Annotated[str, Path(pattern=RESPONSE_ID)]
-COMPUTING = documented(400, 401, 403, 404, 408, 409, 413, 429, 500, 503, 504)
 LOOKING = documented(400, 401, 403, 404, 409, 429, 500)
 
 

@@ -158,8 +158,7 @@ def test_moved_text_equals_what_the_engine_moves(tiny: TinyModel, engine: Engine
             token_ids = (*begin, *document, *PROMPT[60:])
             preparations.begin(Prepare("r", token_ids, MOVES, True))
             prepared(preparations, "r")
-            work = preparations.held_context("r")
-            assert work is not None
+            (work,) = engine.contexts
             expected = kv_of_context(work)
             assert preparations.load(Load("r", BLOCKS, 0, 79))
             assert_close(pages.read(BLOCKS, 0, 79), ([k[:79] for k in expected[0]], [v[:79] for v in expected[1]]))
