@@ -14,14 +14,20 @@ from fastapi import APIRouter, Depends, Path, Query
 from kvcomm.server.access import security
 from kvcomm.server.contexts.registry import ContextRegistry
 from kvcomm.server.contexts.snapshot_surface import folder_of
-from kvcomm.server.contexts.turns import Node
+from kvcomm.server.contexts.turns import TenantContext
 from kvcomm.server.contexts.views import views
 from kvcomm.server.errors import ApiError, documented
 from kvcomm.server.keys import NAME_PATTERN
 from kvcomm.server.removal import known_tenants, release, remove_snapshots, remove_tenant, require_known, status_of
 from kvcomm.server.schemas.admin import DeletedSegments, DeletedSnapshots, RemovedTenant, TenantList, TenantStatus
 from kvcomm.server.schemas.common import CONTEXT_ID
-from kvcomm.server.schemas.contexts import ContextList, DeletedContexts, DeletedSnapshot, SnapshotList, SnapshotName
+from kvcomm.server.schemas.contexts import (
+    ContextObjectList,
+    DeletedContexts,
+    DeletedSnapshot,
+    SnapshotList,
+    SnapshotName,
+)
 from kvcomm.server.schemas.segments import SEGMENT_NAME, SegmentDeleted, SegmentList
 from kvcomm.server.segments.registry import SegmentRegistry
 from kvcomm.server.segments.surface import record
@@ -63,13 +69,13 @@ async def delete_tenant(
 
 
 @router.get("/{tenant}/contexts", operation_id="listTenantContexts", responses=LOOKING)
-async def list_contexts(tenant: Known, state: StateDep) -> ContextList:
+async def list_contexts(tenant: Known, state: StateDep) -> ContextObjectList:
     """Every context of a tenant, as it sees them itself. Does not count as use."""
     registry = state.contexts.find(tenant)
     if registry is None:
-        return ContextList(data=[])
+        return ContextObjectList(data=[])
     registry.sweep()
-    return ContextList(data=views(registry))
+    return ContextObjectList(data=views(registry))
 
 
 @router.delete("/{tenant}/contexts", operation_id="deleteTenantContexts", responses=LOOKING)
@@ -139,7 +145,7 @@ async def delete_snapshot(tenant: Known, name: Annotated[SnapshotName, Path()], 
     return DeletedSnapshot(name=name)
 
 
-async def _delete(registry: ContextRegistry, gone: list[Node]) -> DeletedContexts:
+async def _delete(registry: ContextRegistry, gone: list[TenantContext]) -> DeletedContexts:
     registry.remove(gone)
     await release(gone)
     await registry.tenant.freed()

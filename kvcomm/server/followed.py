@@ -70,7 +70,7 @@ class Source:
         self._token_ids, self.handle = self.token_ids, None
 
 
-class Sources:
+class FollowedAnswers:
     """The answers of one tenant, by their ids. Always holds: what has ended badly is not here."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -32,7 +32,7 @@ from kvcomm.server.schemas.messages import AssistantMessage, TextPart, ToolCall,
 from kvcomm.server.schemas.segments import MAX_SEGMENTS
 from kvcomm.server.sections import Sections
 from kvcomm.server.segments.prepared import PlacedSegment, PreparedPrompt
-from kvcomm.server.segments.reading import SegmentReader, Tail, TextSource
+from kvcomm.server.segments.reading import PromptTail, SegmentReader, TextSource
 from kvcomm.server.segments.registry import SegmentRegistries
 from kvcomm.server.text_limit import TextLimit
 from kvcomm.server.token_cache import Space, TokenCache
@@ -99,7 +99,7 @@ class PromptMaker:
         head = self._head(marks, pieces[0]) if pieces and isinstance(pieces[0], str) else ""
         if head:
             pieces[0] = pieces[0][len(head) :]  # type: ignore[index]  # a text, as was seen
-        tail = Tail(head, None, *self._segments(marks, pieces, space))
+        tail = PromptTail(head, None, *self._segments(marks, pieces, space))
         return self.segments.prepare(request.segments, request.boundary, tail, tenant, sources).living(ttl_of(request))
 
     def _require_short(self, content: str | Sequence[Any] | None) -> None:
@@ -117,14 +117,14 @@ class PromptMaker:
             return PreparedPrompt(self._engine.read_prompt(prompt, is_start=True)).living(ttl_of(request))
         if isinstance(prompt, str):
             head = self._head(self.marks(), prompt)
-            tail = Tail(head, TEXT, (Segment(self._tokens(prompt[len(head) :]), TEXT),))
+            tail = PromptTail(head, TEXT, (Segment(self._tokens(prompt[len(head) :]), TEXT),))
         else:
-            tail = Tail(segments=(Segment(tuple(prompt), TEXT),))
+            tail = PromptTail(segments=(Segment(tuple(prompt), TEXT),))
         return self.segments.prepare(request.segments, request.boundary, tail, tenant, sources).living(ttl_of(request))
 
     def warm(self, request: WarmRequest, tenant: str) -> PreparedPrompt:
         """Segments with nothing behind them; raises and takes as `chat`."""
-        return self.segments.prepare(request.segments, request.boundary, Tail(), tenant)
+        return self.segments.prepare(request.segments, request.boundary, PromptTail(), tenant)
 
     def text(self, text: str | list[int], *, is_start: bool) -> tuple[Segment, ...]:
         """Text or token ids as they are, for a context; `is_start`: nothing stands before it.

@@ -23,7 +23,7 @@ from kvcomm.memory.segments import Prompt, Segment
 from kvcomm.server.errors import ApiError, invalid
 from kvcomm.server.prompts import PromptMaker
 from kvcomm.server.schemas.chat import ChatRequest
-from kvcomm.server.schemas.common import Reuse as AskedReuse
+from kvcomm.server.schemas.common import ReuseOptions
 from kvcomm.server.schemas.completions import CompletionRequest
 from kvcomm.server.schemas.segments import FollowedSegment, SegmentedRequest
 from kvcomm.server.segments.prepared import PreparedPrompt
@@ -174,7 +174,7 @@ def spans_of(segments: Sequence[Segment]) -> tuple[Span, ...]:
 
 
 def _with_prompt(
-    others: dict[str, Any], prompt: PreparedPrompt, reuse: AskedReuse | None, *, is_chat: bool
+    others: dict[str, Any], prompt: PreparedPrompt, reuse: ReuseOptions | None, *, is_chat: bool
 ) -> dict[str, Any]:
     wanted = None if reuse is None else Reuse(**reuse.model_dump(exclude={"heal", "heal_within"}))
     params = RequestParams(segments=spans_of(prompt.segments), reuse=wanted)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kvcomm.integrations.vllm.messages import Drop, Forget, Job, Load, Prepare, Prepared, Save, Usage
+from kvcomm.integrations.vllm.messages import Drop, Forget, Job, Load, Prepare, Prepared, Save, UsageValues
 from kvcomm.integrations.vllm.params import RequestParams
 
 
@@ -112,7 +112,7 @@ class Ledger:
             if len(entry.answers) >= self._num_workers:
                 entry.num_ready = min(answer.num_tokens for answer in entry.answers)
 
-    def usage(self, request_id: str) -> Usage | None:
+    def usage(self, request_id: str) -> UsageValues | None:
         """What a client is told; None: nothing."""
         entry = self._entries.get(request_id)
         if entry is None or not entry.tells or not entry.answers:

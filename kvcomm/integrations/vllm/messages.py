@@ -7,7 +7,7 @@ from typing import Any
 
 from kvcomm.integrations.vllm.params import RequestParams
 
-Usage = dict[str, Any]
+UsageValues = dict[str, Any]
 """What a client is told about its prompt, as JSON values."""
 
 
@@ -78,4 +78,4 @@ class Prepared:
     """How many leading tokens are ready for a request; 0: vLLM computes them."""
 
     num_tokens: int
-    usage: Usage = field(default_factory=dict)
+    usage: UsageValues = field(default_factory=dict)

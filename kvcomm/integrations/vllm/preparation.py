@@ -21,10 +21,10 @@ from kvcomm.engine.context import PREFILL_ONLY, Context
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.language import end_token_ids
-from kvcomm.engine.results import Usage as EngineUsage
+from kvcomm.engine.results import Usage
 from kvcomm.errors import KVCommError
 from kvcomm.integrations.vllm.inner import kv_of_context
-from kvcomm.integrations.vllm.messages import Drop, Load, Prepare, Prepared, Save, Usage
+from kvcomm.integrations.vllm.messages import Drop, Load, Prepare, Prepared, Save, UsageValues
 from kvcomm.integrations.vllm.params import RequestParams
 from kvcomm.integrations.vllm.turns import Turns
 from kvcomm.memory.segments import Segment
@@ -280,9 +280,9 @@ def _release_after(handle: RequestHandle, context: Context) -> None:
     context.release()
 
 
-def _told(usage: EngineUsage) -> Usage:
+def _told(usage: Usage) -> UsageValues:
     """What a client is told about a prompt that kvcomm's engine prepared."""
-    told: Usage = {
+    told: UsageValues = {
         "prompt_tokens": usage.prompt_tokens,
         "exact_tokens": usage.exact_tokens,
         "aligned_tokens": usage.aligned_tokens,

@@ -12,9 +12,9 @@ from kvcomm.server.answers import ChatAnswers, ChoiceEvents
 from kvcomm.server.contexts.conversation import NOT_CONTINUED
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError
-from kvcomm.server.generation import Call
+from kvcomm.server.generation import GenerationCall
 from kvcomm.server.logprobs import told_logprobs
-from kvcomm.server.responses.keeping import QUOTA_EXCEEDED, Place, Stored, find, response_id
+from kvcomm.server.responses.keeping import QUOTA_EXCEEDED, ResponsePlace, Stored, find, response_id
 from kvcomm.server.responses.output import Output, Told
 from kvcomm.server.responses.translation import chat_request, items_of
 from kvcomm.server.schemas.chat import ChatRequest
@@ -27,7 +27,7 @@ from kvcomm.server.schemas.responses import (
     ResponseRequest,
     ResponseUsage,
 )
-from kvcomm.server.schemas.usage import Usage
+from kvcomm.server.schemas.usage import UsageObject
 
 NOT_KEPT = frozenset({"conversation_too_large", QUOTA_EXCEEDED})
 """Codes of errors about messages that a context would keep."""
@@ -36,14 +36,14 @@ NOT_KEPT = frozenset({"conversation_too_large", QUOTA_EXCEEDED})
 class ResponseAnswer:
     """A request in the engine, and the response that comes of it."""
 
-    def __init__(self, body: ResponseRequest, call: Call) -> None:
+    def __init__(self, body: ResponseRequest, call: GenerationCall) -> None:
         self._body = body
         self._call = call
         self._id = response_id(call.state.contexts.new_id, body.previous_response_id)
         self._output = Output()
         self._num_told = 0
         self._past: Stored | None = None
-        self._place: Place | None = None
+        self._place: ResponsePlace | None = None
         self._turn: Turn | None = None
         self._answers: ChatAnswers | None = None
 
@@ -56,7 +56,7 @@ class ResponseAnswer:
         body, call = self._body, self._call
         if body.previous_response_id is not None:
             self._past = find(call.state.contexts.of(call.tenant), body.previous_response_id, is_previous=True)
-        self._place = place = Place.find(call, body.store)
+        self._place = place = ResponsePlace.find(call, body.store)
         try:
             self._answers = await self._submit()
         except ApiError as error:
@@ -204,10 +204,10 @@ class ResponseAnswer:
         )
 
 
-def _usage(usage: Usage) -> ResponseUsage:
+def _usage(usage: UsageObject) -> ResponseUsage:
     details = InputTokensDetails(cached_tokens=usage.cached_prefix_tokens, cache_write_tokens=usage.computed_tokens)
     return ResponseUsage(
-        **{name: getattr(usage, name) for name in Usage.model_fields},
+        **{name: getattr(usage, name) for name in UsageObject.model_fields},
         input_tokens_details=details,
         output_tokens_details=OutputTokensDetails(reasoning_tokens=0),
     )

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from kvcomm.server.schemas.chat import TokenLogprob
+from kvcomm.server.schemas.chat import ChatTokenLogprob
 from kvcomm.server.schemas.response_items import (
     OutputCall,
     OutputItem,
@@ -49,9 +49,9 @@ class Output:
         self.items: list[OutputItem] = []
         self.finish_reason: str | None = None
         self._open: _Texts | _Call | None = None
-        self._untold: list[TokenLogprob] = []
+        self._untold: list[ChatTokenLogprob] = []
 
-    def feed(self, events: Sequence[Event], logprobs: Sequence[TokenLogprob] = ()) -> Iterator[Told]:
+    def feed(self, events: Sequence[Event], logprobs: Sequence[ChatTokenLogprob] = ()) -> Iterator[Told]:
         """Take what has come, and say it as the events of a stream.
 
         Args:
@@ -86,7 +86,7 @@ class Output:
             self._open.add_logprobs(self._untold)  # of tokens that end it without a text of their own
         yield from self._close("incomplete" if reason == "length" else "completed")
 
-    def _more(self, kind: _Kind, text: str, logprobs: list[TokenLogprob]) -> Iterator[Told]:
+    def _more(self, kind: _Kind, text: str, logprobs: list[ChatTokenLogprob]) -> Iterator[Told]:
         if not isinstance(self._open, _Texts) or self._open.kind is not kind:
             yield from self._begin(_Texts(kind))
         assert isinstance(self._open, _Texts)
@@ -113,7 +113,7 @@ class _Texts:
         self.kind = kind
         self._id = f"{kind.prefix}_{uuid.uuid4().hex}"
         self._texts: list[str] = []
-        self._logprobs: list[TokenLogprob] = []
+        self._logprobs: list[ChatTokenLogprob] = []
 
     def item(self, status: Status) -> OutputItem:
         """As it is so far; empty while it is in progress."""
@@ -126,10 +126,10 @@ class _Texts:
         yield _item_event("added", self.index, self.item("in_progress"))
         yield self._event("response.content_part.added", part=self._part().model_dump())
 
-    def add_logprobs(self, logprobs: Sequence[TokenLogprob]) -> None:
+    def add_logprobs(self, logprobs: Sequence[ChatTokenLogprob]) -> None:
         self._logprobs += logprobs
 
-    def more(self, text: str, logprobs: Sequence[TokenLogprob]) -> Told:
+    def more(self, text: str, logprobs: Sequence[ChatTokenLogprob]) -> Told:
         self._texts.append(text)
         self._logprobs += logprobs
         told = {"logprobs": [each.model_dump() for each in logprobs]} if self.kind is MESSAGE else {}

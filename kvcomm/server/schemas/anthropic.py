@@ -19,7 +19,7 @@ from kvcomm.server.schemas.common import (
     CacheControl,
     Label,
     RequestModel,
-    Reuse,
+    ReuseOptions,
     Salt,
     StopText,
     one_or_many,
@@ -164,7 +164,7 @@ class ClientTool(RequestModel):
     defer_loading: only(None, False, why=NO) = None  # type: ignore[valid-type]
 
 
-class ToolChoice(RequestModel):
+class GeneralToolChoice(RequestModel):
     """Whether a tool is to be used: as the model likes, any, none, or one by name."""
 
     type: Literal["auto", "any", "none"]
@@ -243,7 +243,7 @@ class MessagesPrompt(Body):
         ]
         | None
     ) = None
-    tool_choice: Annotated[ToolChoice | NamedToolChoice, Field(discriminator="type")] | None = None
+    tool_choice: Annotated[GeneralToolChoice | NamedToolChoice, Field(discriminator="type")] | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     cache_control: Annotated[
@@ -275,4 +275,4 @@ class MessagesRequest(MessagesPrompt):
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
     ignore_eos: Annotated[bool, Field(description="Go on after the model's end tokens.")] | None = None
     cache_salt: Salt | None = None
-    reuse: Reuse | None = None
+    reuse: ReuseOptions | None = None

@@ -33,7 +33,7 @@ from kvcomm.server.schemas.messages import (
 )
 from kvcomm.server.schemas.segments import SegmentedRequest
 from kvcomm.server.schemas.structured import StructuredFields
-from kvcomm.server.schemas.usage import RunningUsage, Usage
+from kvcomm.server.schemas.usage import RunningUsage, UsageObject
 from kvcomm.toolcalls.choice import ToolChoice as Choice
 
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -214,7 +214,7 @@ class ChatRequest(StructuredFields, TemplateFields, SegmentedRequest):
         return self.max_completion_tokens or self.max_tokens
 
 
-class TopLogprob(ResponseModel):
+class ChatTopLogprob(ResponseModel):
     """A token that could have been drawn."""
 
     token: str
@@ -222,16 +222,16 @@ class TopLogprob(ResponseModel):
     bytes: list[int] | None
 
 
-class TokenLogprob(TopLogprob):
+class ChatTokenLogprob(ChatTopLogprob):
     """A token that was drawn, under the model before any shaping."""
 
-    top_logprobs: list[TopLogprob]
+    top_logprobs: list[ChatTopLogprob]
 
 
 class ChoiceLogprobs(ResponseModel):
     """Log-probabilities of a choice or a piece of it."""
 
-    content: list[TokenLogprob] | None
+    content: list[ChatTokenLogprob] | None
     refusal: None = None
 
 
@@ -279,7 +279,7 @@ class ChatCompletion(ResponseModel):
     model: str
     system_fingerprint: str
     choices: list[ChatChoice]
-    usage: Usage
+    usage: UsageObject
     prompt_logprobs: PromptLogprobs | None = None
 
 
@@ -327,4 +327,4 @@ class ChatCompletionChunk(ResponseModel):
     model: str
     system_fingerprint: str
     choices: list[ChunkChoice]
-    usage: Usage | RunningUsage | None = None
+    usage: UsageObject | RunningUsage | None = None

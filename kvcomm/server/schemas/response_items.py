@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
-from kvcomm.server.schemas.chat import TokenLogprob
+from kvcomm.server.schemas.chat import ChatTokenLogprob
 from kvcomm.server.schemas.common import (
     IGNORED,
     Label,
@@ -189,7 +189,7 @@ class OutputText(ResponseModel):
     type: Literal["output_text"] = "output_text"
     text: str
     annotations: list[Any] = Field(default_factory=list)
-    logprobs: list[TokenLogprob] = Field(default_factory=list)
+    logprobs: list[ChatTokenLogprob] = Field(default_factory=list)
 
 
 class OutputReasoningText(ResponseModel):

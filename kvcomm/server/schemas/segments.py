@@ -55,7 +55,7 @@ class TextSegment(KnownSegment):
     ] = "static"
 
 
-class NamedSegment(KnownSegment):
+class RegisteredSegment(KnownSegment):
     """A segment of the registry."""
 
     name: Annotated[str, Field(pattern=SEGMENT_NAME)]
@@ -99,7 +99,7 @@ def _known_form(value: object) -> str:
 
 
 Text = Annotated[TextSegment, Tag("text")]
-Named = Annotated[NamedSegment, Tag("named")]
+Named = Annotated[RegisteredSegment, Tag("named")]
 SegmentInput = Annotated[Text | Named, Discriminator(_known_form)]
 PromptSegment = Annotated[
     Text | Named | Annotated[AnswerSegment, Tag("answer")] | Annotated[ContextAnswerSegment, Tag("context")],
@@ -137,7 +137,7 @@ class SegmentPut(Body):
     ttl: Annotated[Ttl | None, Field(description="Of its KV, where a request does not say.")] = None
 
 
-class SegmentRecord(ResponseModel):
+class SegmentObject(ResponseModel):
     """A version of a named segment."""
 
     object: Literal["segment"] = "segment"
@@ -150,7 +150,7 @@ class SegmentRecord(ResponseModel):
     created: Annotated[int, Field(description="Seconds since 1970.")]
 
 
-class SegmentDetails(SegmentRecord):
+class SegmentDetails(SegmentObject):
     """A version with its text."""
 
     content: str
@@ -160,7 +160,7 @@ class SegmentList(ResponseModel):
     """Named segments, or versions of one."""
 
     object: Literal["list"] = "list"
-    data: list[SegmentRecord]
+    data: list[SegmentObject]
 
 
 class SegmentDeleted(ResponseModel):
