@@ -23,7 +23,7 @@ from kvcomm.engine.context import Context
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.request import ANSWER
 from kvcomm.errors import KVCommError
-from kvcomm.integrations.ray.messages import Asked
+from kvcomm.integrations.ray.messages import ForwardedRequest
 from kvcomm.integrations.ray.pinning import pin_of
 from kvcomm.integrations.ray.records import ContextRecord, ContextRecords
 from kvcomm.memory.segments import Segment
@@ -80,7 +80,7 @@ class ContextKeeper:
         self._changing: dict[str, str] = {}  # nonce of the request that changes a context now, by context
         self._writes: set[asyncio.Task[dict[str, int]]] = set()
 
-    async def keep(self, asked: Asked) -> dict[str, int]:
+    async def keep(self, asked: ForwardedRequest) -> dict[str, int]:
         """Write what a request has changed; returns the versions of that, by id.
 
         Where the store takes longer than `KEEP_S` the writing goes on, and nothing is returned.
@@ -106,7 +106,7 @@ class ContextKeeper:
         for tenant in list(self._state.tenants.names):
             await self._keep(tenant, removes=False)
 
-    async def recall(self, asked: Asked) -> str | None:
+    async def recall(self, asked: ForwardedRequest) -> str | None:
         """Bring back the context that a request is about, if it was kept and is not here; returns its family then.
 
         Raises:
@@ -125,7 +125,7 @@ class ContextKeeper:
             is_back = await self._recall(self._state.tenants.get(tenant), context_id, asked)
         return pin.family if is_back else None
 
-    async def _recall(self, tenant: Tenant, context_id: str, asked: Asked) -> bool:
+    async def _recall(self, tenant: Tenant, context_id: str, asked: ForwardedRequest) -> bool:
         registry = self._state.contexts.of(tenant)
         registry.sweep()
         kept = self._kept.get(tenant.name, {}).get(context_id)

@@ -18,7 +18,15 @@ from transformers import PreTrainedTokenizerBase
 
 from kvcomm.engine.encoding import TextEncoder
 from kvcomm.engine.prompts import PromptReader
-from kvcomm.integrations.vllm.params import DEFAULT_TENANT, KEY, MAX_NAME, MAX_SPANS, RequestParams, Reuse, Span
+from kvcomm.integrations.vllm.params import (
+    DEFAULT_TENANT,
+    KEY,
+    MAX_NAME,
+    MAX_SPANS,
+    PromptSpan,
+    RequestParams,
+    ReuseParams,
+)
 from kvcomm.memory.segments import Prompt, Segment
 from kvcomm.server.errors import ApiError, invalid
 from kvcomm.server.prompts import PromptMaker
@@ -160,13 +168,13 @@ def is_ours(path: str, body: object) -> bool:
     return any(name in body for name in OURS) or (path == CHAT and _has_parts(body))
 
 
-def spans_of(segments: Sequence[Segment]) -> tuple[Span, ...]:
+def spans_of(segments: Sequence[Segment]) -> tuple[PromptSpan, ...]:
     """Where the named segments of a prompt stand: what may be moved. The longest ones where they are too many."""
     spans, at = [], 0
     for segment in segments:
         start, at = at, at + len(segment.token_ids)
         if segment.name is not None and at > start:
-            spans.append(Span(start=start, end=at, slot=segment.name[:MAX_NAME], kind="dynamic"))
+            spans.append(PromptSpan(start=start, end=at, slot=segment.name[:MAX_NAME], kind="dynamic"))
     if len(spans) > MAX_SPANS:
         longest = sorted(spans, key=lambda span: span.start - span.end)[:MAX_SPANS]
         spans = sorted(longest, key=lambda span: span.start)
@@ -176,7 +184,7 @@ def spans_of(segments: Sequence[Segment]) -> tuple[Span, ...]:
 def _with_prompt(
     others: dict[str, Any], prompt: PreparedPrompt, reuse: ReuseOptions | None, *, is_chat: bool
 ) -> dict[str, Any]:
-    wanted = None if reuse is None else Reuse(**reuse.model_dump(exclude={"heal", "heal_within"}))
+    wanted = None if reuse is None else ReuseParams(**reuse.model_dump(exclude={"heal", "heal_within"}))
     params = RequestParams(segments=spans_of(prompt.segments), reuse=wanted)
     transfer = {**(others.get("kv_transfer_params") or {}), **params.as_transfer_params()}
     if is_chat:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kvcomm.integrations.vllm.messages import Drop, Forget, Job, Load, Prepare, Prepared, Save, UsageValues
+from kvcomm.integrations.vllm.messages import Forget, Job, Load, Prepare, Prepared, Release, Save, UsageValues
 from kvcomm.integrations.vllm.params import RequestParams
 
 
@@ -136,7 +136,7 @@ class Ledger:
         answer = tuple(token_ids[len(entry.token_ids) :])
         if entry.is_asked:
             is_source = is_whole and entry.params.answer is not None
-            self._jobs.append(Drop(request_id, answer if is_source else (), entry.params.answer))
+            self._jobs.append(Release(request_id, answer if is_source else (), entry.params.answer))
         num_kept = min(num_computed, len(token_ids))
         if not entry.saves or num_kept <= (entry.num_ready or 0) or not blocks:
             return False

@@ -47,7 +47,7 @@ class Save:
 
 
 @dataclass(frozen=True)
-class Drop:
+class Release:
     """A request is over; `answer`: tokens that other prompts may move, behind the prompt that was prepared."""
 
     request_id: str
@@ -62,7 +62,7 @@ class Forget:
     request_id: str = ""
 
 
-Job = Prepare | Load | Save | Drop | Forget
+Job = Prepare | Load | Save | Release | Forget
 
 
 @dataclass
