@@ -50,7 +50,7 @@ class Applied(NamedTuple):
     has_banks: bool
 
 
-class Check(NamedTuple):
+class LadderCheck(NamedTuple):
     """What `num_rows` new rows say of the ladder that requests are served by.
 
     Attributes:
@@ -108,7 +108,7 @@ def check_profile(
     note: Note,
     *,
     budget_s: float = math.inf,
-) -> Check:
+) -> LadderCheck:
     """Run the team on rows that the profile has not seen, replay them, and judge what would be accepted.
 
     Args:
@@ -142,7 +142,7 @@ def check_profile(
             num_read += len(batch)
         num_requests = num_read * (len(team.agents) - 1)
         judged = judge(measured, known, ladder, profile.policy().bound, num_requests=num_requests)
-    return Check(ladder[0].estimator, judged, num_read, len(rows) - len(fresh), len(fresh) - num_read)
+    return LadderCheck(ladder[0].estimator, judged, num_read, len(rows) - len(fresh), len(fresh) - num_read)
 
 
 def _served_by(applied: Applied) -> Ladder:
