@@ -174,7 +174,7 @@ class _LentFlag:
         return self.value
 
 
-class Place(NamedTuple):
+class TensorPlace(NamedTuple):
     """Where a tensor belongs.
 
     Attributes:
@@ -199,15 +199,15 @@ class Tree(NamedTuple):
 
     modules: list[nn.Module]
     layers: list[AdapterLayer]
-    tensors: list[tuple[Place, Tensor]]
-    computed: list[tuple[Place, Tensor]]
+    tensors: list[tuple[TensorPlace, Tensor]]
+    computed: list[tuple[TensorPlace, Tensor]]
 
 
 def sort_tree(model: nn.Module) -> Tree:
     """Walk a model, and tell its own modules and tensors from those of adapters."""
     tree, taken, seen = Tree([], [], [], []), set[str](), set[int]()
 
-    def visit(module: nn.Module, place: Place, names: Names, former: Place) -> None:
+    def visit(module: nn.Module, place: TensorPlace, names: Names, former: TensorPlace) -> None:
         """`names`: adapters of the layer that it is inside of, while it is open which of them it belongs to; `former`:
         the place of the module instead of which that layer stands."""
         if id(module) in seen:
@@ -223,7 +223,7 @@ def sort_tree(model: nn.Module) -> Tree:
             layer = AdapterLayer(path, module)
             tree.layers.append(layer)
             former = former if place.layer is not None else place
-            inside, names = Place("", path), layer.names
+            inside, names = TensorPlace("", path), layer.names
         computed = module._non_persistent_buffers_set
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and id(tensor) not in seen:
@@ -244,11 +244,11 @@ def sort_tree(model: nn.Module) -> Tree:
                     former,
                 )
 
-    visit(model, Place(""), (), Place(""))
+    visit(model, TensorPlace(""), (), TensorPlace(""))
     return tree
 
 
-def _below(place: Place, key: str, names: Names) -> Place:
+def _below(place: TensorPlace, key: str, names: Names) -> TensorPlace:
     if key in names:
         return place._replace(adapter=key)
     return place._replace(name=f"{place.name}{key}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
-from kvcomm.model.adapters import AdapterLayer, Choice, Place, Tree, sort_tree
+from kvcomm.model.adapters import AdapterLayer, Choice, TensorPlace, Tree, sort_tree
 from kvcomm.model.rope import LENGTH_DEPENDENT_ROPES
 from kvcomm.model.weights import plain_parts, tensor_digest, vocab_size_of
 
@@ -253,7 +253,7 @@ def _sets_itself(module: nn.Module) -> bool:
     return any(each in LENGTH_DEPENDENT_ROPES for each in kinds if isinstance(each, str))
 
 
-def _digest_of(computed: Sequence[tuple[Place, Tensor]], watched: set[int]) -> str:
+def _digest_of(computed: Sequence[tuple[TensorPlace, Tensor]], watched: set[int]) -> str:
     rows = [
         [place.name, str(tensor.dtype), list(tensor.shape), tensor_digest(tensor)]
         for place, tensor in computed

@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Served:
+class Approximation:
     """How a request was approximated, for audits.
 
     Attributes:
@@ -60,7 +60,7 @@ class Trial:
     policy: ReusePolicy
     guess: tuple[int, ...] = ()
     moves: list[Move] = field(default_factory=list)
-    served: Served | None = None
+    served: Approximation | None = None
     others: list[KVSequence] = field(default_factory=list)
 
     @property
