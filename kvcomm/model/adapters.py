@@ -24,7 +24,7 @@ FORMER_MODULES = frozenset({"base_layer", "original_module"})
 Names = tuple[str, ...]
 
 
-class Choice(NamedTuple):
+class AdapterChoice(NamedTuple):
     """Which adapters a layer was told to use, and whether it was told to use none at all."""
 
     active: Names = ()
@@ -41,13 +41,13 @@ class Setting:
     """
 
     adapter: str | None = None
-    choices: Mapping[str, Choice] | None = None
+    choices: Mapping[str, AdapterChoice] | None = None
 
-    def of(self, path: str) -> Choice:
+    def of(self, path: str) -> AdapterChoice:
         """What the layer at a path is to use."""
         if self.adapter is not None:
-            return Choice((self.adapter,))
-        return (self.choices or {}).get(path, Choice())
+            return AdapterChoice((self.adapter,))
+        return (self.choices or {}).get(path, AdapterChoice())
 
 
 class AdapterLayer:
@@ -73,14 +73,14 @@ class AdapterLayer:
         return tuple(sorted(found))
 
     @property
-    def choice(self) -> Choice:
+    def choice(self) -> AdapterChoice:
         """What its user chose, also while it is lent another choice."""
         active, is_disabled = self.module._active_adapter, self.module._disable_adapters
         if type(active) is _LentNames:
             active = active.former
         if type(is_disabled) is _LentFlag:
             is_disabled = is_disabled.former
-        return Choice((active,) if isinstance(active, str) else tuple(active), bool(is_disabled))
+        return AdapterChoice((active,) if isinstance(active, str) else tuple(active), bool(is_disabled))
 
     @property
     def merged(self) -> Names:
@@ -99,7 +99,7 @@ class AdapterLayer:
             [*scaling.values()] if isinstance(scaling, dict) else [],
         )
 
-    def computing(self, choice: Choice) -> Names:
+    def computing(self, choice: AdapterChoice) -> Names:
         """Adapters that take part in a pass under a choice."""
         if choice.is_disabled or not choice.active or self.merged:
             return ()
@@ -117,7 +117,7 @@ class AdapterLayer:
             found[attribute] = setting if is_plain else type(setting).__name__
         return found
 
-    def choose(self, choice: Choice) -> None:
+    def choose(self, choice: AdapterChoice) -> None:
         """Set what its user has chosen, as far as there are such adapters. Whether it is trained stays as it is."""
         names = self.names
         self.module._active_adapter = [name for name in choice.active if name in names]
