@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from kvcomm.errors import ServerError
-from kvcomm.lab.load.client import Client, Message, Sample
+from kvcomm.lab.load.client import ChatMessage, Client, Sample
 from kvcomm.lab.load.comparison import StockLoop
 from kvcomm.lab.load.workloads import WorkloadSizes, shared_prefix
 
@@ -31,7 +31,7 @@ PATIENCE_S = 600.0
 class Question(NamedTuple):
     """A chat, the answer that transformers alone gives, and the tokens of both."""
 
-    chat: tuple[Message, ...]
+    chat: tuple[ChatMessage, ...]
     answer: str
     num_tokens: int
 

@@ -206,12 +206,12 @@ def _serves_moved_text(engine: Engine) -> bool:
     return served.usage.aligned_tokens == len(text.token_ids)
 
 
-Check = Callable[[Engine], bool]
+FamilyCheck = Callable[[Engine], bool]
 
-CHECKS: dict[str, Check] = {
+CHECKS: dict[str, FamilyCheck] = {
     "a cold answer": _answers_cold,
     "an answer from the cache": _answers_from_the_cache,
     "answers in forks": _answers_in_forks,
 }
 
-MOVES: dict[str, Check] = {"keys at another place": _turns_keys, "a moved text": _serves_moved_text}
+MOVES: dict[str, FamilyCheck] = {"keys at another place": _turns_keys, "a moved text": _serves_moved_text}

@@ -18,7 +18,7 @@ from kvcomm.errors import InvalidRequest
 from kvcomm.server.contexts.answering import begin_turn, put_messages
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError
-from kvcomm.server.followed import Source
+from kvcomm.server.followed import FollowedAnswer
 from kvcomm.server.generation import GenerationCall, GenerationJob
 from kvcomm.server.prompts import shown_tools
 from kvcomm.server.sampling import num_breakpoints, policy_of, sampling_of
@@ -151,7 +151,9 @@ class ChatAnswers:
         return usage.model_copy(update=more)
 
 
-def _prepare(body: ChatRequest, call: GenerationCall, turn: Turn | None, followed: Sequence[Source]) -> _Prepared:
+def _prepare(
+    body: ChatRequest, call: GenerationCall, turn: Turn | None, followed: Sequence[FollowedAnswer]
+) -> _Prepared:
     """The prompt, and what is to be known of it; for a worker thread."""
     state, tools = call.state, shown_tools(body)
     if turn is None:

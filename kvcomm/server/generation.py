@@ -28,7 +28,7 @@ from kvcomm.memory.segments import Segment
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError, translate
-from kvcomm.server.followed import Source
+from kvcomm.server.followed import FollowedAnswer
 from kvcomm.server.logs import Answered, RequestNotes, log_unexpected, notes_of
 from kvcomm.server.schemas.segments import AnswerSegment, FollowedSegment, SegmentedRequest
 from kvcomm.server.schemas.usage import RunningUsage
@@ -96,7 +96,7 @@ class GenerationCall:
     _running: list[_Running] = field(default_factory=list)
     _completions: list[Completion] | None = None
     _leaving: list[asyncio.Task[None]] = field(default_factory=list)
-    _source: Source | None = None
+    _source: FollowedAnswer | None = None
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
 
     @property
@@ -113,7 +113,7 @@ class GenerationCall:
         """Do something when this call has ended, in whatever way."""
         self._stack.callback(work)
 
-    def followed(self, body: SegmentedRequest) -> list[Source]:
+    def followed(self, body: SegmentedRequest) -> list[FollowedAnswer]:
         """The answers that a request's segments follow, in order.
 
         Raises:
@@ -292,7 +292,7 @@ class GenerationCall:
         """Let others follow the answer of its first job."""
         if self._source is None:
             job = running.job
-            self._source = Source(
+            self._source = FollowedAnswer(
                 running.space, job.sampling.max_new_tokens, self.state.prompts.plain_ids, running.handle
             )
             self.known_as(self.notes.request_id)

@@ -22,7 +22,7 @@ from kvcomm.engine.marks import Marks
 from kvcomm.errors import TemplateError
 from kvcomm.memory.segments import Segment
 from kvcomm.server.errors import ApiError
-from kvcomm.server.followed import Source
+from kvcomm.server.followed import FollowedAnswer
 from kvcomm.server.json_text import JsonCaps, JsonRefused, read_json
 from kvcomm.server.sampling import ttl_of
 from kvcomm.server.schemas.cache import WarmRequest
@@ -63,7 +63,7 @@ class PromptMaker:
         self.segments = SegmentReader(engine, registries, self._limit)
         self._special_ids = frozenset(engine.tokenizer.all_special_ids)
 
-    def chat(self, request: ChatRequest, tenant: str, sources: Sequence[Source] = ()) -> PreparedPrompt:
+    def chat(self, request: ChatRequest, tenant: str, sources: Sequence[FollowedAnswer] = ()) -> PreparedPrompt:
         """The prompt of a conversation, up to where the assistant speaks.
 
         Args:
@@ -108,7 +108,7 @@ class PromptMaker:
             self._limit.require(part if isinstance(part, str) else part.text)
 
     def completion(
-        self, prompt: str | list[int], request: CompletionRequest, tenant: str, sources: Sequence[Source] = ()
+        self, prompt: str | list[int], request: CompletionRequest, tenant: str, sources: Sequence[FollowedAnswer] = ()
     ) -> PreparedPrompt:
         """One of the prompts of a plain completion; raises and takes as `chat`."""
         if isinstance(prompt, str):

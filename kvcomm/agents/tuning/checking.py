@@ -19,7 +19,7 @@ from kvcomm.agents.tuning.profile import (
     read_profile,
     require_fit,
 )
-from kvcomm.agents.tuning.replays import EngineMaker, Measured, Replays, measure
+from kvcomm.agents.tuning.replays import EngineMaker, MeasuredPrompts, Replays, measure
 from kvcomm.agents.tuning.rows import Row
 from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import Calibration
@@ -132,7 +132,7 @@ def check_profile(
         known = calibrations(engine, readers, ladder, applied.policy)
         # A change of the profile makes other outcomes: their label says whose they are.
         label = f"check {profile.validity.made}"
-        measured: Measured = {}
+        measured: MeasuredPrompts = {}
         num_read = 0
         for batch in _batches_within(fresh, budget_s, note):
             runs = exact_runs(engine, greedy(team), batch, folder / "answers.jsonl", note)
@@ -187,7 +187,12 @@ def calibrations(
 
 
 def judge(
-    measured: Measured, known: Mapping[str, Calibration], ladder: Ladder, bound: Bound | None, *, num_requests: int
+    measured: MeasuredPrompts,
+    known: Mapping[str, Calibration],
+    ladder: Ladder,
+    bound: Bound | None,
+    *,
+    num_requests: int,
 ) -> VerificationTable:
     """What would have been accepted along a ladder, and how often that was wrong.
 

@@ -65,7 +65,7 @@ class ReplayedPrompt(NamedTuple):
         return Rungs(self.num_moved, [self.outcomes[rung] for rung in ladder])
 
 
-Measured = dict[str, list[ReplayedPrompt]]
+MeasuredPrompts = dict[str, list[ReplayedPrompt]]
 """Agent -> its prompts."""
 
 
@@ -115,7 +115,9 @@ def calibrate(engine: Engine, data: Replays, policy: ReusePolicy, note: Note) ->
     return readers
 
 
-def measure(engine: Engine, data: Replays, rungs: Sequence[Rung], file: Path, label: str, note: Note) -> Measured:
+def measure(
+    engine: Engine, data: Replays, rungs: Sequence[Rung], file: Path, label: str, note: Note
+) -> MeasuredPrompts:
     """Replay every reader's prompt at every rung, but for the rows that the file has under this label.
 
     Args:
@@ -129,7 +131,7 @@ def measure(engine: Engine, data: Replays, rungs: Sequence[Rung], file: Path, la
         if isinstance(error, InvalidRequest):
             raise
         raise damaged(file, f"a line does not have the outcomes of {len(rungs)} rungs") from error
-    found: Measured = {}
+    found: MeasuredPrompts = {}
     for index, (row, run) in enumerate(zip(data.rows, data.runs, strict=True)):
         if row.digest not in known:
             note(f"{label}: row {index + 1} of {len(data.rows)}")

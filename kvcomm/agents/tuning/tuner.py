@@ -42,7 +42,7 @@ from kvcomm.agents.tuning.profile import (
 )
 from kvcomm.agents.tuning.replays import (
     EngineMaker,
-    Measured,
+    MeasuredPrompts,
     Replays,
     banks_of,
     calibrate,
@@ -111,7 +111,7 @@ class Chosen:
 
     config: EngineConfig
     banks: list[BankSnapshot]
-    measured: Measured
+    measured: MeasuredPrompts
     points: list[search.Point] = field(default_factory=list)
 
 
@@ -269,7 +269,7 @@ def _trial(
     data: list[Replays],
     rungs: Sequence[Rung],
     label: str,
-) -> Measured:
+) -> MeasuredPrompts:
     with task.make_engine(config) as engine:
         give_banks(engine, banks)
         return measure(engine, data[1], rungs, task.folder / "outcomes.jsonl", label, task.note)

@@ -18,7 +18,7 @@ MAX_REMEMBERED = 32_768
 MEAN_TOKENS = 512
 """Of a request that a replica has not told about yet."""
 
-Stats = Mapping[str, Mapping[str, Any]]
+ReplicaStats = Mapping[str, Mapping[str, Any]]
 """What replicas told last, by replica."""
 
 
@@ -30,7 +30,7 @@ class ReplicaChooser:
         self._sent = Recent(MAX_REMEMBERED)  # key -> replica
         self._families = Recent(MAX_REMEMBERED)  # family -> replica
 
-    def order(self, asked: ForwardedRequest, stats: Stats, num_waiting: Mapping[str, int]) -> list[str]:
+    def order(self, asked: ForwardedRequest, stats: ReplicaStats, num_waiting: Mapping[str, int]) -> list[str]:
         """Replicas to try, the best first; for a pinned request the only one.
 
         Args:
@@ -61,11 +61,11 @@ class ReplicaChooser:
                 if where == replica:
                     recent.drop(name)
 
-    def _heir(self, family: str, stats: Stats) -> str | None:
+    def _heir(self, family: str, stats: ReplicaStats) -> str | None:
         told = next((replica for replica, each in stats.items() if family in each.get(RESTORED, ())), None)
         return self._families.get(family) if told is None else told
 
-    def _holders(self, keys: set[str], stats: Stats) -> dict[str, set[str]]:
+    def _holders(self, keys: set[str], stats: ReplicaStats) -> dict[str, set[str]]:
         holders: dict[str, set[str]] = {}
         for replica, each in stats.items():
             for key in keys.intersection(each.get(HELD, ())):

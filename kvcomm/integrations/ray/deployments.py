@@ -25,7 +25,7 @@ from kvcomm.engine.engine import Engine
 from kvcomm.integrations.ray.ingress import ReplicaDied, make_ingress
 from kvcomm.integrations.ray.keeping import ContextKeeper
 from kvcomm.integrations.ray.learning import LearningExchange
-from kvcomm.integrations.ray.messages import ForwardedRequest, Part, Whole
+from kvcomm.integrations.ray.messages import AnswerPart, ForwardedRequest, Whole
 from kvcomm.integrations.ray.naming import NameKeeper
 from kvcomm.integrations.ray.pinning import PinnedIds
 from kvcomm.integrations.ray.records import ContextRecords
@@ -86,7 +86,7 @@ class EngineReplica:
         gc.collect()
         gc.freeze()
 
-    async def parts(self, asked: ForwardedRequest) -> AsyncGenerator[Part, None]:
+    async def parts(self, asked: ForwardedRequest) -> AsyncGenerator[AnswerPart, None]:
         """The answer to a request; a streaming call."""
         async with aclosing(self._serving.parts(asked)) as parts:
             async for part in parts:
@@ -184,7 +184,7 @@ class _RayReplicas:
         self._streaming = engines.options(stream=True)
         self._engines = engines
 
-    async def one(self, asked: ForwardedRequest) -> AsyncGenerator[Part, None]:
+    async def one(self, asked: ForwardedRequest) -> AsyncGenerator[AnswerPart, None]:
         """See `Replicas`."""
         response = self._streaming.parts.remote(asked)
         try:

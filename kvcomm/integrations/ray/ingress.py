@@ -24,7 +24,7 @@ from kvcomm.integrations.ray.destinations import Destination, Reach, destination
 from kvcomm.integrations.ray.gathering import listed, metrics_of
 from kvcomm.integrations.ray.holding import Recent
 from kvcomm.integrations.ray.keys import wanted_of
-from kvcomm.integrations.ray.messages import ForwardedRequest, Head, Part, Tail, Whole, asked_of
+from kvcomm.integrations.ray.messages import AnswerPart, ForwardedRequest, Head, Tail, Whole, asked_of
 from kvcomm.server.access import identify
 from kvcomm.server.callers import Callers, cors_of, use_origin_form
 from kvcomm.server.draining import DrainedBodies
@@ -54,7 +54,7 @@ class ReplicaDied(Exception):
 class Replicas(Protocol):
     """What can be asked."""
 
-    def one(self, asked: ForwardedRequest) -> AsyncGenerator[Part, None]:
+    def one(self, asked: ForwardedRequest) -> AsyncGenerator[AnswerPart, None]:
         """The answer of the replica that the router chooses; raises ReplicaDied."""
 
     async def every(self, asked: ForwardedRequest) -> list[Whole]:
@@ -183,7 +183,7 @@ class _Begun:
         self._head: Head | None = None
         self.is_begun = False
 
-    async def put(self, part: Part) -> None:
+    async def put(self, part: AnswerPart) -> None:
         """Send a part."""
         if isinstance(part, Head):
             self._head = part

@@ -72,7 +72,7 @@ class Tail(NamedTuple):
     versions: dict[str, int]
 
 
-Part = Head | bytes | Tail
+AnswerPart = Head | bytes | Tail
 """An answer is one head, then bytes, then a tail."""
 
 

@@ -16,7 +16,7 @@ from starlette.types import Message
 
 from kvcomm.integrations.ray.holding import Holding
 from kvcomm.integrations.ray.keeping import ContextKeeper
-from kvcomm.integrations.ray.messages import ForwardedRequest, Head, Part, Tail, Whole, answer
+from kvcomm.integrations.ray.messages import AnswerPart, ForwardedRequest, Head, Tail, Whole, answer
 from kvcomm.integrations.ray.naming import NameKeeper
 from kvcomm.server.errors import ApiError
 from kvcomm.server.running import tick
@@ -50,7 +50,7 @@ class Serving:
         assert isinstance(state, ServerState)
         return state
 
-    async def parts(self, asked: ForwardedRequest) -> AsyncGenerator[Part, None]:
+    async def parts(self, asked: ForwardedRequest) -> AsyncGenerator[AnswerPart, None]:
         """The answer to a request. Leaving early is the client's disconnect."""
         is_served = False
         heads: list[Head] = []  # held back until something follows, so that a death before leaves another a try

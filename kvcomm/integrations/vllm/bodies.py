@@ -68,7 +68,7 @@ CHAT_READ = (
 COMPLETION_READ = ("prompt",)
 """Fields that the prompt is made of, besides our own."""
 
-Model = TypeVar("Model", bound=BaseModel)
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class TokenizerSource:
@@ -224,7 +224,7 @@ def _read(body: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {"model": "", **read}  # which model is vLLM's matter
 
 
-def _checked(kind: type[Model], fields: Mapping[str, Any]) -> Model:
+def _checked(kind: type[ModelT], fields: Mapping[str, Any]) -> ModelT:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kvcomm.integrations.vllm.messages import Forget, Job, Load, Prepare, Prepared, Release, Save, UsageValues
+from kvcomm.integrations.vllm.messages import Forget, Load, Prepare, Prepared, Release, Save, UsageValues, WorkerJob
 from kvcomm.integrations.vllm.params import RequestParams
 
 
@@ -43,7 +43,7 @@ class Ledger:
     def __init__(self, num_workers: int = 1) -> None:
         self._num_workers = num_workers
         self._entries: dict[str, _Entry] = {}
-        self._jobs: list[Job] = []
+        self._jobs: list[WorkerJob] = []
 
     @property
     def num_requests(self) -> int:
@@ -97,7 +97,7 @@ class Ledger:
         entry.num_loaded = num_local + num_external
         self._jobs.append(Load(request_id, tuple(blocks), num_local, num_local + num_external))
 
-    def take_jobs(self) -> list[Job]:
+    def take_jobs(self) -> list[WorkerJob]:
         """What the workers are to do in this step, in order."""
         jobs, self._jobs = self._jobs, []
         return jobs

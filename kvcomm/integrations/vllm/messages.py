@@ -62,14 +62,14 @@ class Forget:
     request_id: str = ""
 
 
-Job = Prepare | Load | Save | Release | Forget
+WorkerJob = Prepare | Load | Save | Release | Forget
 
 
 @dataclass
 class Jobs:
     """Jobs of one step; `num_tokens`: that vLLM computes in it."""
 
-    jobs: list[Job] = field(default_factory=list)
+    jobs: list[WorkerJob] = field(default_factory=list)
     num_tokens: int = 0
 
 

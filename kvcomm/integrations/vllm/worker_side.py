@@ -13,7 +13,7 @@ from kvcomm.errors import KVCommError, UnsupportedModel
 from kvcomm.integrations.vllm import adapter, layout
 from kvcomm.integrations.vllm.fair_lock import FairLock
 from kvcomm.integrations.vllm.inner import kv_of, make_engine, namespace_of
-from kvcomm.integrations.vllm.messages import Forget, Job, Jobs, Load, Prepare, Prepared, Release, Save
+from kvcomm.integrations.vllm.messages import Forget, Jobs, Load, Prepare, Prepared, Release, Save, WorkerJob
 from kvcomm.integrations.vllm.preparation import Preparations
 from kvcomm.integrations.vllm.settings import ConnectorSettings
 from kvcomm.integrations.vllm.sharding import space_of
@@ -172,7 +172,7 @@ class WorkerSide:
             first, last = load.start // self._block_size, -(-load.end // self._block_size)
             self._failed.update(load.blocks[first:last])
 
-    def _decline(self, job: Job) -> None:
+    def _decline(self, job: WorkerJob) -> None:
         if isinstance(job, Prepare):
             self._unknown[job.request_id] = Prepared(0)
             if not self._is_told:

@@ -16,7 +16,7 @@ import torch
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import ServerError
-from kvcomm.lab.load.client import Client, Message
+from kvcomm.lab.load.client import ChatMessage, Client
 from kvcomm.memory.segments import Segment
 from kvcomm.model.loading import load_model
 
@@ -25,7 +25,7 @@ ONE_TOKEN = SamplingParams(max_new_tokens=1, temperature=0.0)
 NUM_WARM = 2
 """Chats that fill the caches: the first one computes the shared beginning, the second one finds it."""
 
-Chat = Sequence[Message]
+Chat = Sequence[ChatMessage]
 
 
 class FirstTokenTimes(NamedTuple):

@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from kvcomm.lab.load.client import Client, Message, Sample
+from kvcomm.lab.load.client import ChatMessage, Client, Sample
 from kvcomm.lab.load.workloads import Session, SessionTurn
 
 
 class Sent(NamedTuple):
     """A request as it was sent, and what came of it."""
 
-    messages: tuple[Message, ...]
+    messages: tuple[ChatMessage, ...]
     max_tokens: int
     sample: Sample
 
@@ -59,7 +59,7 @@ class _Run:
                 asked = {"role": "user", "content": stage[0].text}
                 said = (*said, asked, {"role": "assistant", "content": answers[0].text})
 
-    async def _request(self, said: tuple[Message, ...], turn: SessionTurn) -> Sample:
+    async def _request(self, said: tuple[ChatMessage, ...], turn: SessionTurn) -> Sample:
         await asyncio.sleep(self._start_s + turn.at_s - time.perf_counter())
         messages = (*said, {"role": "user", "content": turn.text})
         loop = asyncio.get_running_loop()

@@ -48,7 +48,7 @@ class SimulatedTeam:
         return sum(map(len, self.stages))
 
 
-class TeamRun(NamedTuple):
+class TeamLoadResult(NamedTuple):
     """All teams once, one way."""
 
     samples: tuple[Sample, ...]
@@ -98,7 +98,7 @@ def measure_along(
     warm = replace(shape, num_requests=2 + shape.branches, seed=_seed(shape, -1))
     for is_along in (True, False):
         run_teams(client, list(teams(warm)), concurrency=1, is_along=is_along)
-    runs: dict[bool, list[TeamRun]] = {True: [], False: []}
+    runs: dict[bool, list[TeamLoadResult]] = {True: [], False: []}
     for pair in range(num_pairs):
         for turn, is_along in enumerate((True, False) if pair % 2 else (False, True)):
             tell(f"pair {pair + 1} of {num_pairs}, {'reading along' if is_along else 'waiting'}")
@@ -107,7 +107,7 @@ def measure_along(
     return _figures(runs[True], runs[False])
 
 
-def run_teams(client: Client, members: Sequence[SimulatedTeam], *, concurrency: int, is_along: bool) -> TeamRun:
+def run_teams(client: Client, members: Sequence[SimulatedTeam], *, concurrency: int, is_along: bool) -> TeamLoadResult:
     """Send the requests of all teams, of `concurrency` of them at once; raises as `measure_along`."""
     widest = max(sum(map(len, team.stages)) for team in members)
     with ThreadPoolExecutor(concurrency * widest) as threads:
@@ -132,11 +132,11 @@ class _Run:
         self._samples: list[Sample] = []
         self._team_s: list[float] = []
 
-    async def all(self, members: Sequence[SimulatedTeam]) -> TeamRun:
+    async def all(self, members: Sequence[SimulatedTeam]) -> TeamLoadResult:
         places = asyncio.Semaphore(self._concurrency)
         start_s = time.perf_counter()
         await asyncio.gather(*(self._team(team, places) for team in members))
-        return TeamRun(tuple(self._samples), tuple(self._team_s), time.perf_counter() - start_s)
+        return TeamLoadResult(tuple(self._samples), tuple(self._team_s), time.perf_counter() - start_s)
 
     async def _team(self, team: SimulatedTeam, places: asyncio.Semaphore) -> None:
         async with places:
@@ -186,7 +186,7 @@ def _seed(shape: WorkloadSizes, run: int) -> int:
     return random.Random(f"{shape.seed}/{run}").randrange(TEAM_NAMES)
 
 
-def _figures(along: Sequence[TeamRun], waiting: Sequence[TeamRun]) -> list[Figure]:
+def _figures(along: Sequence[TeamLoadResult], waiting: Sequence[TeamLoadResult]) -> list[Figure]:
     ratios = [ours.output_throughput / theirs.output_throughput for ours, theirs in zip(along, waiting, strict=True)]
     team_ratios = [
         np.median(theirs.team_s) / np.median(ours.team_s) for ours, theirs in zip(along, waiting, strict=True)

@@ -33,7 +33,7 @@ MAX_ID = 2**31 - 1
 YEARS_S = 1e10
 
 BlockId = Annotated[int, Field(ge=0, le=MAX_ID)]
-Count = Annotated[int, Field(ge=0, le=MAX_ID)]
+BoundedCount = Annotated[int, Field(ge=0, le=MAX_ID)]
 Seconds = Annotated[float, Field(ge=0, le=YEARS_S, allow_inf_nan=False)]
 Milliseconds = Annotated[float, Field(ge=0, le=1000 * YEARS_S, allow_inf_nan=False)]
 
@@ -120,7 +120,7 @@ def _requests(lines: list[bytes]) -> tuple[list[TraceRequest], int, str]:
     return sorted(requests, key=lambda request: request.at_s), sizes.pop(), "agentic"
 
 
-def _checked(lines: list[bytes], kind: type[Model]) -> list[Model]:
+def _checked(lines: list[bytes], kind: type[ModelT]) -> list[ModelT]:
     found = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -177,14 +177,14 @@ class _Strict(BaseModel):
 class _Line(_Strict):
     timestamp: Milliseconds
     hash_ids: tuple[BlockId, ...]
-    output_length: Count | None = None
+    output_length: BoundedCount | None = None
 
 
 class _Entry(_Strict):
     t: Seconds
     requests: tuple[_Entry, ...] | None = None
-    hash_runs: tuple[tuple[BlockId, Count], ...] | None = None
-    out: Count | None = None
+    hash_runs: tuple[tuple[BlockId, BoundedCount], ...] | None = None
+    out: BoundedCount | None = None
 
     @model_validator(mode="after")
     def _is_one_of_both(self) -> Self:
@@ -200,4 +200,4 @@ class _Session(_Strict):
     requests: tuple[_Entry, ...]
 
 
-Model = TypeVar("Model", bound=_Strict)
+ModelT = TypeVar("ModelT", bound=_Strict)

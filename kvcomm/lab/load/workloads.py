@@ -14,7 +14,7 @@ from itertools import groupby, islice
 from typing import NamedTuple
 
 from kvcomm.errors import InvalidRequest
-from kvcomm.lab.load.client import Message
+from kvcomm.lab.load.client import ChatMessage
 from kvcomm.lab.load.trace_file import Trace, TraceRequest
 
 TEXT = (
@@ -55,12 +55,12 @@ class Session:
     is_conversation: bool = False
 
     @property
-    def opening(self) -> tuple[Message, ...]:
+    def opening(self) -> tuple[ChatMessage, ...]:
         """What all requests begin with."""
         return () if self.system is None else ({"role": "system", "content": self.system},)
 
     @property
-    def first_chat(self) -> tuple[Message, ...]:
+    def first_chat(self) -> tuple[ChatMessage, ...]:
         """The first request."""
         return (*self.opening, {"role": "user", "content": self.stages[0][0].text})
 

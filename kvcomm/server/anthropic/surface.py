@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from kvcomm.server.access import key_header, security
 from kvcomm.server.answers import ChatAnswers, ChoiceEvents
-from kvcomm.server.anthropic.output import STOP_REASONS, Blocks, Told
+from kvcomm.server.anthropic.output import STOP_REASONS, Blocks, EventFields
 from kvcomm.server.anthropic.translation import NAMES, breakpoints_of, chat_request, longest_ttl
 from kvcomm.server.bodies import BodyRoute
 from kvcomm.server.errors import MEANINGS, messages_error
@@ -119,7 +119,7 @@ class _Message:
 
     async def events(
         self, first: ChoiceEvents | None, rest: AsyncGenerator[ChoiceEvents, None]
-    ) -> AsyncGenerator[Told, None]:
+    ) -> AsyncGenerator[EventFields, None]:
         """The events of its stream."""
         yield {"type": "message_start", "message": self._begun().model_dump()}
         async with aclosing(rest):

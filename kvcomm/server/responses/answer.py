@@ -15,7 +15,7 @@ from kvcomm.server.errors import ApiError
 from kvcomm.server.generation import GenerationCall
 from kvcomm.server.logprobs import told_logprobs
 from kvcomm.server.responses.keeping import QUOTA_EXCEEDED, ResponsePlace, Stored, find, response_id
-from kvcomm.server.responses.output import Output, Told
+from kvcomm.server.responses.output import EventFields, Output
 from kvcomm.server.responses.translation import chat_request, items_of
 from kvcomm.server.schemas.chat import ChatRequest
 from kvcomm.server.schemas.responses import (
@@ -83,7 +83,7 @@ class ResponseAnswer:
 
     async def events(
         self, first: ChoiceEvents | None, rest: AsyncGenerator[ChoiceEvents, None]
-    ) -> AsyncGenerator[Told, None]:
+    ) -> AsyncGenerator[EventFields, None]:
         """The events of its stream."""
         begun = self._object("in_progress").model_dump()
         for kind in ("response.created", "response.in_progress"):
@@ -98,7 +98,7 @@ class ResponseAnswer:
         ended = await self._end()
         yield self._numbered({"type": f"response.{ended.status}", "response": ended.model_dump()})
 
-    def failure(self, error: ApiError) -> Told:
+    def failure(self, error: ApiError) -> EventFields:
         """The last event of a stream that ends with an error."""
         self._place = None
         code = "rate_limit_exceeded" if error.status_code == 429 else "server_error"
@@ -161,11 +161,11 @@ class ResponseAnswer:
             await self._place.keep(self._turn, ended, self._body, self._past)
         return ended
 
-    def _fed(self, piece: ChoiceEvents) -> list[Told]:
+    def _fed(self, piece: ChoiceEvents) -> list[EventFields]:
         logprobs = told_logprobs(self._call.state.engine, piece.logprobs or ())
         return [self._numbered(told) for told in self._output.feed(piece.events, logprobs)]
 
-    def _numbered(self, told: Told) -> Told:
+    def _numbered(self, told: EventFields) -> EventFields:
         told = {**told, "sequence_number": self._num_told}
         self._num_told += 1
         return told

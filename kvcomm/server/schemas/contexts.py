@@ -11,11 +11,11 @@ from pydantic_core import PydanticCustomError
 from kvcomm.server.keys import NAME_PATTERN
 from kvcomm.server.schemas.common import Body, NonEmpty, ResponseModel, Ttl, seconds
 from kvcomm.server.schemas.completions import Ids
-from kvcomm.server.schemas.messages import MAX_MESSAGES, MAX_TOOLS, Message, Tool
+from kvcomm.server.schemas.messages import MAX_MESSAGES, MAX_TOOLS, RequestMessage, Tool
 from kvcomm.server.schemas.usage import UsageObject
 
 DisplayName = Annotated[str, Field(min_length=1, max_length=128, description="For people; need not be unique.")]
-Lifetime = Annotated[
+ContextLifetime = Annotated[
     Ttl | None, Field(description="How long the context lives after its last use, such as 30m; 1h unless said.")
 ]
 Salt = Annotated[str, Field(min_length=1, max_length=128, description="As in requests: shares no cache with others.")]
@@ -46,7 +46,7 @@ class PromptInput(Body):
     token_ids: Ids | None = None
     messages: (
         Annotated[
-            list[Message],
+            list[RequestMessage],
             Field(
                 min_length=1,
                 max_length=MAX_MESSAGES,
@@ -77,7 +77,7 @@ class Terms(Body):
     """How a new context is called and how long it stays."""
 
     name: DisplayName | None = None
-    ttl: Lifetime = None
+    ttl: ContextLifetime = None
     pinned: Annotated[bool, Field(description="Keep it until it is deleted, whatever its ttl.")] = False
 
     @property
@@ -110,7 +110,7 @@ class ContextChange(Body):
     """What is to change; what is left out stays."""
 
     name: Annotated[DisplayName | None, Field(description="null takes the name away.")] = None
-    ttl: Lifetime = None
+    ttl: ContextLifetime = None
     pinned: bool | None = None
 
 

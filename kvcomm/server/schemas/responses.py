@@ -28,7 +28,7 @@ from kvcomm.server.schemas.common import (
     only,
 )
 from kvcomm.server.schemas.messages import MAX_MESSAGES, MAX_TOOLS, ToolName
-from kvcomm.server.schemas.response_items import Item, OutputItem, Status
+from kvcomm.server.schemas.response_items import Item, OutputItem, ResponseStatus
 from kvcomm.server.schemas.structured import JsonObjectFormat, TextFormat
 from kvcomm.server.schemas.usage import UsageObject
 
@@ -89,7 +89,7 @@ def _form_of_choice(value: object) -> str:
     return "allowed" if kind == "allowed_tools" else "named"
 
 
-ToolChoice = Annotated[
+ResponseToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("word")]
     | Annotated[NamedFunction, Tag("named")]
     | Annotated[AllowedFunctions, Tag("allowed")],
@@ -107,13 +107,13 @@ class SchemaFormat(RequestModel):
     strict: bool | None = None
 
 
-Format = Annotated[TextFormat | JsonObjectFormat | SchemaFormat, Field(discriminator="type")]
+TextOutputFormat = Annotated[TextFormat | JsonObjectFormat | SchemaFormat, Field(discriminator="type")]
 
 
 class TextOptions(RequestModel):
     """What the text should be like."""
 
-    format: Format | None = None
+    format: TextOutputFormat | None = None
     verbosity: Annotated[Literal["low", "medium", "high"] | None, Field(description=IGNORED)] = None
 
 
@@ -156,7 +156,7 @@ class ResponsePrompt(Body):
         Annotated[str, Field(pattern=RESPONSE_ID, description="A stored response that the input follows.")] | None
     ) = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    tool_choice: ToolChoice | None = None
+    tool_choice: ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningOptions | None = None
     text: TextOptions | None = None
@@ -282,7 +282,7 @@ class ResponseObject(ResponseModel):
     object: Literal["response"] = "response"
     created_at: int
     completed_at: int | None = None
-    status: Literal[Status, "failed"]
+    status: Literal[ResponseStatus, "failed"]
     error: ResponseError | None = None
     incomplete_details: IncompleteDetails | None = None
     model: str

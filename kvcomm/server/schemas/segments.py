@@ -22,9 +22,9 @@ SEGMENT_NAME = r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$"
 MAX_SEGMENTS = 64
 """In one request."""
 
-Kind = Literal["static", "dynamic"]
+SegmentKind = Literal["static", "dynamic"]
 Boundary = Literal["separate", "strict", "merge"]
-Version = Annotated[int, Field(ge=1, le=2**31), WHOLE]
+VersionNumber = Annotated[int, Field(ge=1, le=2**31), WHOLE]
 
 
 class AnySegment(RequestModel):
@@ -51,7 +51,7 @@ class TextSegment(KnownSegment):
 
     content: NonEmpty
     kind: Annotated[
-        Kind, Field(description="dynamic: a question, an answer: its text differs from request to request.")
+        SegmentKind, Field(description="dynamic: a question, an answer: its text differs from request to request.")
     ] = "static"
 
 
@@ -59,7 +59,7 @@ class RegisteredSegment(KnownSegment):
     """A segment of the registry."""
 
     name: Annotated[str, Field(pattern=SEGMENT_NAME)]
-    version: Annotated[Version | None, Field(description="By default the latest.")] = None
+    version: Annotated[VersionNumber | None, Field(description="By default the latest.")] = None
 
 
 class AnswerSegment(AnySegment):
@@ -133,7 +133,7 @@ class SegmentPut(Body):
     """A text to be kept under a name."""
 
     content: NonEmpty
-    kind: Kind = "static"
+    kind: SegmentKind = "static"
     ttl: Annotated[Ttl | None, Field(description="Of its KV, where a request does not say.")] = None
 
 
@@ -145,7 +145,7 @@ class SegmentObject(ResponseModel):
     version: int
     hash: Annotated[str, Field(description="SHA-256 over the model's namespace of your tenant, and the token ids.")]
     tokens: int
-    kind: Kind
+    kind: SegmentKind
     ttl: str | None
     created: Annotated[int, Field(description="Seconds since 1970.")]
 

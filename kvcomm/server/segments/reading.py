@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from kvcomm.engine.encoding import TextEncoder
 from kvcomm.memory.segments import Prompt, Segment
 from kvcomm.server.errors import SOURCE_FAILED, ApiError
-from kvcomm.server.followed import Source
+from kvcomm.server.followed import FollowedAnswer
 from kvcomm.server.schemas.common import seconds
 from kvcomm.server.schemas.segments import FollowedSegment, PromptSegment, RegisteredSegment, SegmentInput
 from kvcomm.server.segments.joining import Joiner, TextPiece
@@ -79,7 +79,7 @@ class _Read(NamedTuple):
     id: str
     digest: str
     ttl_s: float | None
-    source: Source | None = None  # that is followed
+    source: FollowedAnswer | None = None  # that is followed
 
 
 class SegmentReader:
@@ -110,7 +110,12 @@ class SegmentReader:
         return segment.digest(self._engine.home(tenant))
 
     def prepare(
-        self, inputs: Sequence[PromptSegment], rule: str, tail: PromptTail, tenant: str, sources: Iterable[Source] = ()
+        self,
+        inputs: Sequence[PromptSegment],
+        rule: str,
+        tail: PromptTail,
+        tenant: str,
+        sources: Iterable[FollowedAnswer] = (),
     ) -> PreparedPrompt:
         """Segments, and behind them the rest of a prompt.
 
@@ -154,7 +159,7 @@ class SegmentReader:
         prompt = PreparedPrompt(segments, tuple(lifetimes), tuple(placed), tuple(_follows(read, segments)))
         return prompt.holding(tail.placed, prompt.num_tokens - _num_tokens(tail.segments))
 
-    def _follow(self, given: FollowedSegment, index: int, tenant: str, source: Source | None) -> _Read:
+    def _follow(self, given: FollowedSegment, index: int, tenant: str, source: FollowedAnswer | None) -> _Read:
         """An answer: its ids where it has ended, else an empty segment in its place."""
         label = f"segments[{index}] ({given.id!r})"
         if source is None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from kvcomm.server.errors import ApiError
-from kvcomm.server.schemas.segments import Kind, PromptSegment, RegisteredSegment
+from kvcomm.server.schemas.segments import PromptSegment, RegisteredSegment, SegmentKind
 
 MAX_VERSIONS = 16
 """Of one name; the oldest goes first."""
@@ -35,7 +35,7 @@ class NamedText:
     text: str
     token_ids: Sequence[int]
     digest: str
-    kind: Kind
+    kind: SegmentKind
     ttl: str | None
     created: int
 

@@ -27,7 +27,7 @@ from kvcomm.server.state import ServerState, StateDep, TenantDep
 router = APIRouter(prefix="/v1/segments", tags=["kvcomm"], dependencies=[Depends(security)], route_class=BodyRoute)
 
 Name = Annotated[str, PathParam(pattern=SEGMENT_NAME)]
-Version = Annotated[int | None, Query(ge=1, le=2**31, description="By default the latest.")]
+VersionQuery = Annotated[int | None, Query(ge=1, le=2**31, description="By default the latest.")]
 
 
 @router.put(
@@ -49,7 +49,7 @@ async def list_segments(state: StateDep, tenant: TenantDep) -> SegmentList:
 
 
 @router.get("/{name}", operation_id="getSegment", responses=documented(400, 401, 403, 404, 429, 500))
-async def get_segment(name: Name, state: StateDep, tenant: TenantDep, version: Version = None) -> SegmentDetails:
+async def get_segment(name: Name, state: StateDep, tenant: TenantDep, version: VersionQuery = None) -> SegmentDetails:
     """A version of a named segment, with its text."""
     found = state.registries.of(tenant.name).get(name, version)
     return SegmentDetails(**record(found).model_dump(), content=found.text)
