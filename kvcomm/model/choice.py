@@ -63,7 +63,7 @@ FIXED = {
 }
 """What serves where nothing was measured, by the numbers of `ROWS`."""
 
-Shape = tuple[int, int]
+WeightShape = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def measure(weights: Sequence[Tensor]) -> Choice:
 
 
 def _table(weights: Sequence[Tensor]) -> tuple[str, ...]:
-    by_shape: dict[Shape, list[Tensor]] = {}
+    by_shape: dict[WeightShape, list[Tensor]] = {}
     for weight in weights:
         by_shape.setdefault((weight.shape[0], weight.shape[1]), []).append(weight)
     names = [name for name in CANDIDATES[weights[0].dtype] if all(can_compute(name, one) for one in weights)]
