@@ -24,7 +24,7 @@ from kvcomm.engine.scheduler import Scheduler
 from kvcomm.engine.tenancy import Tenancy
 from kvcomm.memory.pool import PagePool
 from kvcomm.memory.segments import Prompt, Segment, token_ids_of
-from kvcomm.memory.sequences import Sequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.live import Weights
 from kvcomm.reuse.policy import ReusePolicy, checked_policy
 from kvcomm.reuse.reuse import Reuse
@@ -104,7 +104,7 @@ class RequestMaker:
         """
         segments = self._language.reader.read(prompt, is_start=True)
         return self.make(
-            Sequence(self._pool, token_ids_of(segments)),
+            KVSequence(self._pool, token_ids_of(segments)),
             segments,
             sampling,
             tenant=tenant,
@@ -116,7 +116,7 @@ class RequestMaker:
 
     def make(
         self,
-        sequence: Sequence,
+        sequence: KVSequence,
         segments: tuple[Segment, ...],
         sampling: SamplingParams,
         *,
@@ -175,7 +175,7 @@ class RequestMaker:
             handle.cancelled_by(lambda: self._scheduler.cancel(request))
         return request
 
-    def _branches(self, sequence: Sequence, sampling: SamplingParams, tenant: str) -> list[Branch]:
+    def _branches(self, sequence: KVSequence, sampling: SamplingParams, tenant: str) -> list[Branch]:
         """The choices of a request, each where it stands before its first token."""
         entropy = secrets.randbits(62)
         language = self._language

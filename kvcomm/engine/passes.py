@@ -19,7 +19,7 @@ from torch import Tensor
 from kvcomm.engine.reading import Reading
 from kvcomm.engine.request import Branch, Request
 from kvcomm.errors import UnsupportedModel, WeightsChanged
-from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.runner import ModelRunner, Run, ScoreWatch
 from kvcomm.reuse.attempt import Attempt
 

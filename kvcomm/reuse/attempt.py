@@ -31,7 +31,7 @@ from kvcomm.align.probes import Probes
 from kvcomm.align.readers import Reader
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.segments import Segment
-from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.attention.contract import IntArray
 from kvcomm.model.runner import Run, ScoreWatch
 from kvcomm.reuse.choosing import Chooser, View

@@ -17,7 +17,7 @@ from kvcomm.errors import EngineClosed, kept
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
 from kvcomm.memory.segments import Segment
-from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.live import Weights
 from kvcomm.reuse.finder import MoveFinder
 from kvcomm.reuse.idle_work import IdleWork, Job, Steps, Urgency

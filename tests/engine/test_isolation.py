@@ -33,7 +33,7 @@ from kvcomm.engine.request import Request
 from kvcomm.engine.sampler import Sampler
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import PoolExhausted, PoolTooSmall
-from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.runner import ModelRunner, Run, ScoreWatch
 from kvcomm.reuse.learner import Learner
 from kvcomm.reuse.planner import Planner

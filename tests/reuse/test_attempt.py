@@ -30,7 +30,7 @@ from kvcomm.align.standings import Level
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import LayerShape, PagePool
 from kvcomm.memory.segments import Segment
-from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.attention.contract import IntArray
 from kvcomm.model.runner import Run
 from kvcomm.reuse.attempt import Attempt, AttemptTools, Stage, TargetPrompt, ToCompute, passes_of
