@@ -18,7 +18,7 @@ from typing import NamedTuple
 from kvcomm.align.edges import Edge, signatures
 from kvcomm.align.moves import Move
 from kvcomm.align.repeats import Surroundings
-from kvcomm.align.slots import kind_of
+from kvcomm.align.slot_kinds import kind_of
 from kvcomm.align.spans import place_of
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
