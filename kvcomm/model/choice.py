@@ -67,7 +67,7 @@ WeightShape = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Choice:
+class ProductChoice:
     """Names of products.
 
     Attributes:
@@ -89,7 +89,7 @@ class Choice:
         return table[at] if table is not None and can_compute(table[at], weight) else "torch"
 
 
-def choose(layers: Sequence[nn.Linear], root: Path | None = None) -> Choice:
+def choose(layers: Sequence[nn.Linear], root: Path | None = None) -> ProductChoice:
     """What to compute these layers by; all on CPU and of one dtype among `CANDIDATES`.
 
     Args:
@@ -104,7 +104,7 @@ def choose(layers: Sequence[nn.Linear], root: Path | None = None) -> Choice:
     weights = list({layer.weight.data_ptr(): layer.weight.detach() for layer in layers}.values())
     num_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
     if wish or num_bytes < MIN_PROBED_BYTES:
-        return Choice()
+        return ProductChoice()
     key = _key(weights)
     path = (cache_root() / "products" if root is None else root) / f"{_digest(key)}.json"
     found = _read(path, key)
@@ -114,12 +114,12 @@ def choose(layers: Sequence[nn.Linear], root: Path | None = None) -> Choice:
     return found
 
 
-def measure(weights: Sequence[Tensor]) -> Choice:
+def measure(weights: Sequence[Tensor]) -> ProductChoice:
     """Time the products on weights of every shape; all of one dtype among `CANDIDATES`."""
     start = time.process_time()
     with torch.inference_mode(), compiled.threads():
         table = _table(weights)
-    return Choice(table, "measured", time.process_time() - start)
+    return ProductChoice(table, "measured", time.process_time() - start)
 
 
 def _table(weights: Sequence[Tensor]) -> tuple[str, ...]:
@@ -172,7 +172,7 @@ def _digest(key: dict[str, Any]) -> str:
     return sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _read(path: Path, key: dict[str, Any]) -> Choice | None:
+def _read(path: Path, key: dict[str, Any]) -> ProductChoice | None:
     """The table of a file, or None if there is none that can be used."""
     try:
         stored = parse_json(read_bytes(path, max_bytes=CONFIG_BYTES))
@@ -181,10 +181,10 @@ def _read(path: Path, key: dict[str, Any]) -> Choice | None:
     except (OSError, BadContent, TypeError, KeyError):
         return None
     allowed = CANDIDATES[getattr(torch, key["dtype"])]
-    return Choice(table, "remembered") if is_ours and all(name in allowed for name in table) else None
+    return ProductChoice(table, "remembered") if is_ours and all(name in allowed for name in table) else None
 
 
-def _write(path: Path, key: dict[str, Any], choice: Choice) -> None:
+def _write(path: Path, key: dict[str, Any], choice: ProductChoice) -> None:
     """Keep a table, whole or not at all; whoever writes last wins."""
     try:
         with replacing(path) as temporary:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kvcomm.model.choice import Choice
+from kvcomm.model.choice import ProductChoice
 from kvcomm.model.linear import TileProduct, product
 
 
 class Joined:
     """Linear layers that read the same rows."""
 
-    def __init__(self, layers: Sequence[nn.Linear], choice: Choice) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], choice: ProductChoice) -> None:
         self._layers, self._choice = layers, choice
         self._by_tiles = TileProduct(choice.memory)
         self.widths = [layer.out_features for layer in layers]

@@ -3,7 +3,7 @@
 A pass in eager mode spends much of its time not on numbers: linear layers pack their weights anew in every call, and
 between them every step makes a new tensor. Here linear layers are computed by whichever product is quickest for so many
 rows on this machine (`linear`, `choice`), those that read the same rows together, and norms, rotations and gates by one
-compiled loop each (`glue`, `lean_blocks`).
+compiled loop each (`row_loops`, `lean_blocks`).
 
 Equal up to rounding, in float32. A pass that must be the stock forward to the last bit (a whole prompt of float32
 computed alone) has stock products, and of the rest only what is the same to the last bit. In bfloat16 everything is
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcomm.model import compiled
-from kvcomm.model.choice import Choice, choose
+from kvcomm.model.choice import ProductChoice, choose
 from kvcomm.model.lean_blocks import Block, find_blocks, lean_linear
 from kvcomm.model.linear import CANDIDATES, LOOPS, PRODUCTS
 
@@ -35,7 +35,7 @@ MAX_ROWS = 63
 class LeanLayers:
     """The layers of one model that can be switched. They are found once, when this is made."""
 
-    def __init__(self, model: nn.Module, choice: Choice | None = None) -> None:
+    def __init__(self, model: nn.Module, choice: ProductChoice | None = None) -> None:
         """Make one.
 
         Args:
@@ -43,7 +43,7 @@ class LeanLayers:
         """
         linears = _linears(model)
         self._dtype = linears[0].weight.dtype if linears else None
-        self.choice = choice or (choose(linears) if linears else Choice())
+        self.choice = choice or (choose(linears) if linears else ProductChoice())
         self._exact: list[Block] = []
         self._rounding: list[Block] = []
         if not linears:
@@ -77,7 +77,7 @@ class LeanLayers:
                 vars(block.layer).pop("forward", None)
 
 
-def choice_of(model: nn.Module) -> Choice | None:
+def choice_of(model: nn.Module) -> ProductChoice | None:
     """What a model's linear layers are computed by on this machine, measured if need be; None: it has none of ours."""
     linears = _linears(model)
     return choose(linears) if linears else None
@@ -93,7 +93,7 @@ def _is_ours(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype in CANDIDATES
 
 
-def _compile_loops(linears: list[nn.Linear], choice: Choice) -> None:
+def _compile_loops(linears: list[nn.Linear], choice: ProductChoice) -> None:
     """Now, not within a pass."""
     weight = linears[0].weight.detach()
     names = {choice.name(layer.weight, num_rows) for layer in linears for num_rows in (1, 16, 64)}

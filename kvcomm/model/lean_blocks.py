@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from kvcomm.errors import KVCommError
 from kvcomm.model.attention import hook
-from kvcomm.model.choice import Choice
+from kvcomm.model.choice import ProductChoice
 from kvcomm.model.compiled import numbers, one_caller
 from kvcomm.model.joined import Joined
 
@@ -50,13 +50,13 @@ def _is_taken(module: nn.Module) -> bool:
     return bool("forward" in members or members["_forward_hooks"] or members["_forward_pre_hooks"])
 
 
-def find_blocks(model: nn.Module, choice: Choice, *, exact: bool) -> list[Block]:
+def find_blocks(model: nn.Module, choice: ProductChoice, *, exact: bool) -> list[Block]:
     """The blocks of a model on the CPU; `exact`: by stock products, and only what is the same to the last bit."""
     hook.register()  # attention is tried with a step
     return [block for module in model.modules() for block in _block(model, module, choice, exact=exact)]
 
 
-def _block(model: nn.Module, module: nn.Module, choice: Choice, *, exact: bool) -> Iterator[Block]:
+def _block(model: nn.Module, module: nn.Module, choice: ProductChoice, *, exact: bool) -> Iterator[Block]:
     if "RMSNorm" in type(module).__name__:
         forward = lean_norm(module, exact=exact)
         if forward is not None:
@@ -81,7 +81,7 @@ def _is_plain(rows: Tensor, dtype: torch.dtype) -> bool:
     return rows.dtype == dtype and torch.is_inference_mode_enabled() and not rows.requires_grad and rows.numel() > 0
 
 
-def lean_linear(layer: nn.Linear, choice: Choice) -> Callable[[Tensor], Tensor]:
+def lean_linear(layer: nn.Linear, choice: ProductChoice) -> Callable[[Tensor], Tensor]:
     """`layer.forward` by the product that is chosen."""
     compute = Joined([layer], choice)
 
@@ -115,7 +115,7 @@ def lean_norm(layer: nn.Module, *, exact: bool) -> Forward | None:
         return (rows * scale).mul_(weight)
 
     def by_loop(rows: Tensor) -> Tensor:
-        from kvcomm.model.glue import norm
+        from kvcomm.model.row_loops import norm
 
         weight = layer.weight
         assert isinstance(weight, Tensor)
@@ -140,7 +140,7 @@ def lean_norm(layer: nn.Module, *, exact: bool) -> Forward | None:
         return forward if _agree(forward(rows), expected, exact=exact) else None
 
 
-def lean_mlp(layer: nn.Module, choice: Choice, *, exact: bool) -> Forward | None:
+def lean_mlp(layer: nn.Module, choice: ProductChoice, *, exact: bool) -> Forward | None:
     """`layer.forward` of down(silu(gate) * up), or None if it is another form."""
     gate, up, down = (getattr(layer, name) for name in ("gate_proj", "up_proj", "down_proj"))
     dtype, width = gate.weight.dtype, gate.out_features
@@ -156,7 +156,7 @@ def lean_mlp(layer: nn.Module, choice: Choice, *, exact: bool) -> Forward | None
             opened, beside = open_both.exactly(flat)
             (out,) = close.exactly(functional.silu(opened, inplace=True).mul_(beside))
         else:
-            from kvcomm.model.glue import gate as multiply
+            from kvcomm.model.row_loops import gate as multiply
 
             parts = open_both(flat)
             opened = flat.new_empty(len(flat), width)
@@ -174,7 +174,7 @@ def lean_mlp(layer: nn.Module, choice: Choice, *, exact: bool) -> Forward | None
             return None
 
 
-def lean_attention(model: nn.Module, layer: nn.Module, choice: Choice, *, exact: bool) -> Forward | None:
+def lean_attention(model: nn.Module, layer: nn.Module, choice: ProductChoice, *, exact: bool) -> Forward | None:
     """`layer.forward` of a pass, or None if its heads are made in another way."""
     query, key, value = (getattr(layer, name) for name in ("q_proj", "k_proj", "v_proj"))
     dim, layer_id, config = (getattr(layer, name, None) for name in ("head_dim", "layer_idx", "config"))
@@ -202,7 +202,9 @@ def lean_attention(model: nn.Module, layer: nn.Module, choice: Choice, *, exact:
     return forward if all(_agree(one, other, exact=exact) for one, other in pairs) else None
 
 
-def _attention_forward(layer: nn.Module, seen: _Seen, project: Joined, choice: Choice, *, exact: bool) -> Forward:
+def _attention_forward(
+    layer: nn.Module, seen: _Seen, project: Joined, choice: ProductChoice, *, exact: bool
+) -> Forward:
     layer_id, scale, window, softcap = seen.layer_id, seen.scale, seen.sliding_window, seen.softcap
     dim = layer.head_dim
     assert isinstance(dim, int)
@@ -230,7 +232,7 @@ def _heads(
     rows: Tensor, project: Joined, cos: Tensor, sin: Tensor, dim: int, *, exact: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys, rotated, and values of [num_rows, in]: [1, their heads, num_rows, dim] each."""
-    from kvcomm.model.glue import rotate
+    from kvcomm.model.row_loops import rotate
 
     cos_numbers, sin_numbers = numbers(cos.contiguous()), numbers(sin.contiguous())
     made, width = [], project.widths[1]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kvcomm.model.choice import Choice
+from kvcomm.model.choice import ProductChoice
 from kvcomm.model.joined import Joined
 from kvcomm.model.linear import CANDIDATES, TileProduct, can_compute, product
 from kvcomm.model.tiles import are_there
@@ -109,7 +109,7 @@ def test_joined_layers_are_the_layers_side_by_side(dtype: torch.dtype) -> None:
         for layer in layers:
             layer.to(dtype)
         expected = torch.cat([layer(rows) for layer in layers], 1)
-        out = torch.cat(Joined(layers, Choice())(rows), 1)
+        out = torch.cat(Joined(layers, ProductChoice())(rows), 1)
     torch.testing.assert_close(out, expected, rtol=2 * ULP[dtype], atol=2 * ULP[dtype])
 
 
