@@ -116,10 +116,10 @@ class Serving:
 
 
 class Decision(NamedTuple):
-    """On what a request is served, and at which rung; None: exactly."""
+    """On what a request is served, and at which rung of the ladder; None: exactly."""
 
     grounds: Grounds | None
-    rung: int | None
+    rung_index: int | None
 
 
 class Served(NamedTuple):
@@ -151,7 +151,7 @@ class Server:
         grounds = self.book.grounds(TENANT, reader, (TURNED,), bound)
         if grounds is None:
             return Decision(None, None)
-        return Decision(grounds, grounds.rung if self._serving.watched else grounds.calibration.choose(*bound))
+        return Decision(grounds, grounds.rung_index if self._serving.watched else grounds.calibration.choose(*bound))
 
     def settle(self, reader: Reader, decision: Decision, divergences: FloatArray) -> None:
         """The request has been served.
@@ -160,12 +160,12 @@ class Server:
             divergences: [num_rungs], nats.
         """
         self._num_served += 1
-        serving, grounds, rung = self._serving, decision.grounds, decision.rung
-        if grounds is not None and rung is not None:
+        serving, grounds, index = self._serving, decision.grounds, decision.rung_index
+        if grounds is not None and index is not None:
             standing = self.book.standing(TENANT, reader)
             standing.num_approximated += 1
             if standing.is_young or self._generator.random() < serving.audit:
-                audit = Audit(0.0, float(divergences[rung]), EPSILON, serving.bound, grounds.level)
+                audit = Audit(0.0, float(divergences[index]), EPSILON, serving.bound, grounds.level)
                 self._unheard.append((self._num_served + serving.delay, reader, audit, pair_of(divergences)))
         elif self._generator.random() < serving.learn:
             if grounds is not None and grounds.tried is not None and serving.watched:
@@ -184,10 +184,10 @@ def simulate(name: str, serving: Serving, count: int, seed: int) -> Served:
         prompt = stationary(generator, step, count) if name == ADVERSARY else TRAFFIC[name](generator, step, count)
         reader = Reader(f"{prompt.reader:064x}")
         decision = server.decide(reader)
-        divergences = spiteful(decision.rung) if name == ADVERSARY else nats(generator, prompt.scale)
+        divergences = spiteful(decision.rung_index) if name == ADVERSARY else nats(generator, prompt.scale)
         server.settle(reader, decision, divergences)
-        if decision.rung is not None:
-            served.accepted[step], served.violated[step] = True, divergences[decision.rung] > EPSILON
+        if decision.rung_index is not None:
+            served.accepted[step], served.violated[step] = True, divergences[decision.rung_index] > EPSILON
     return served
 
 
@@ -197,10 +197,10 @@ def nats(generator: np.random.Generator, scale: float) -> FloatArray:
     return np.asarray(of_prompt * BOLDER * generator.lognormal(0, RUNG_SPREAD, len(BOLDER)))
 
 
-def spiteful(rung: int | None) -> FloatArray:
+def spiteful(rung_index: int | None) -> FloatArray:
     """What the rungs give where the boldest breaks the bound just when it is served."""
     boldest = len(BOLDER) - 1
-    return np.where(np.arange(len(BOLDER)) == boldest, 2.0 if rung == boldest else 0.5, 0.1) * EPSILON
+    return np.where(np.arange(len(BOLDER)) == boldest, 2.0 if rung_index == boldest else 0.5, 0.1) * EPSILON
 
 
 def pair_of(divergences: FloatArray) -> Pair:

@@ -21,12 +21,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kvcomm.lab.load.trace_file import IdArray, Request
+from kvcomm.lab.load.trace_file import IdArray, TraceRequest
 
 Int64Array = npt.NDArray[np.int64]
 
 
-def trie_paths(requests: Sequence[Request]) -> tuple[list[IdArray], int]:
+def trie_paths(requests: Sequence[TraceRequest]) -> tuple[list[IdArray], int]:
     """Each request's blocks as nodes of the trie of all prompts, numbered from 0; and how many nodes there
     are."""
     numbers: dict[tuple[int, int, int], int] = {}

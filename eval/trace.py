@@ -30,8 +30,8 @@ import numpy.typing as npt
 
 from eval.figures import Figure, Report
 from eval.optimum import most_hits, next_uses, trie_paths
-from kvcomm.lab.cache import DEFAULT_ORDER, ORDERS, BareCache, Served
-from kvcomm.lab.load.trace_file import Request, Trace, TraceError, block_tokens, read_trace
+from kvcomm.lab.cache import DEFAULT_ORDER, ORDERS, BareCache, CachedPrompt
+from kvcomm.lab.load.trace_file import Trace, TraceError, TraceRequest, block_tokens, read_trace
 
 PAGE_SIZE = 16
 SMALL_BLOCK_SIZE = 4
@@ -69,7 +69,7 @@ def replay(trace: Trace, *, page_size: int, num_pages: int, eviction: str = DEFA
     )
 
 
-def _serve(cache: BareCache, request: Request, block_size: int) -> Served:
+def _serve(cache: BareCache, request: TraceRequest, block_size: int) -> CachedPrompt:
     cache.now_s = request.at_s
     return cache.serve(str(request.session), block_tokens(request.blocks, block_size))
 

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import packages_distributions
@@ -46,6 +46,7 @@ LAYERS = [
     "plain",
 ]
 """From top to bottom; a module imports from its own layer and from lower ones."""
+CLASS_NAME = r"[A-Z]\w*[a-z]\w*"
 
 
 def test_every_exported_name_is_there() -> None:
@@ -91,6 +92,50 @@ def test_imports_go_downwards() -> None:
             if layer is not None and LAYERS.index(layer) < own:
                 wrong.append(f"{file.relative_to(ROOT)} imports {name}")
     assert wrong == []
+
+
+def test_a_class_has_its_name_for_itself() -> None:
+    """One name, one idea: no other public class, and no alias of a type, in kvcomm is called as a public class is."""
+    trees = {str(file.relative_to(ROOT)): ast.parse(file.read_text()) for file in ROOT.rglob("*.py")}
+    assert [*_shared_names(trees)] == []
+
+
+def test_a_shared_name_is_found() -> None:
+    """Of the check above. Private classes, aliases alone, and constants may be called alike."""
+    sources = {
+        "a.py": "class Node: ...\nclass _Row: ...\nclass Plan:\n    class Step: ...\nIds = list[int]\nclass PAGE: ...",
+        "b.py": "if True:\n    class Node: ...\nclass _Row: ...\nPlan: TypeAlias = int\nIds = tuple[int]\nPAGE = 1",
+        "c.py": "def make():\n    class Step: ...\n    Plan = 1",
+    }
+    assert [*_shared_names({file: ast.parse(source) for file, source in sources.items()})] == [
+        "Node: a.py, b.py",
+        "Plan: a.py, b.py",
+        "Step: a.py, c.py",
+    ]
+
+
+def _shared_names(trees: Mapping[str, ast.Module]) -> Iterator[str]:
+    """Names of public classes that stand for something else as well, and the files where they do."""
+    classes: dict[str, list[str]] = {}
+    aliases: dict[str, list[str]] = {}
+    for file, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                classes.setdefault(node.name, []).append(file)
+        for name in _aliases(tree):
+            aliases.setdefault(name, []).append(file)
+    for name, files in sorted(classes.items()):
+        if len(places := [*files, *aliases.get(name, ())]) > 1:
+            yield f"{name}: {', '.join(places)}"
+
+
+def _aliases(module: ast.Module) -> Iterator[str]:
+    """What a module assigns to names that are written as those of classes are."""
+    for node in module.body:
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        yield from (each.id for each in targets if isinstance(each, ast.Name) and re.fullmatch(CLASS_NAME, each.id))
 
 
 def test_the_laboratory_serves_nobody() -> None:

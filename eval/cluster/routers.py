@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eval.cluster.workload import Arrival
-from kvcomm.integrations.ray import Policy, Run, Wanted, candidates, rank, rendezvous
+from kvcomm.integrations.ray import Policy, PromptPrefix, Wanted, candidates, rank, rendezvous
 
 HASH_BLOCKS = 2
 RING_POINTS = 256
@@ -237,7 +237,7 @@ class Ours(Router):
     def _wanted(self, arrival: Arrival, tier_blocks: int) -> Wanted:
         block, nodes = self.cluster.block_tokens, arrival.path.tolist()
         step = 1 if len(nodes) <= MAX_RUNS else 4
-        runs = tuple(Run(str(nodes[at - 1]), at * block) for at in range(step, len(nodes) + 1, step))
+        runs = tuple(PromptPrefix(str(nodes[at - 1]), at * block) for at in range(step, len(nodes) + 1, step))
         return Wanted(arrival.num_tokens, runs, tier_tokens=tier_blocks * block)
 
     def _read_reports(self, now: float) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eval.optimum import trie_paths
-from kvcomm.lab.load.trace_file import IdArray, Request, Trace
+from kvcomm.lab.load.trace_file import IdArray, Trace, TraceRequest
 
 BLOCK_TOKENS = 512
 AGENTIC = "agentic"
@@ -112,7 +112,7 @@ def _in_order(arrivals: Sequence[Arrival]) -> tuple[Arrival, ...]:
     )
 
 
-def _whole_blocks(trace: Trace) -> tuple[list[Request], int]:
+def _whole_blocks(trace: Trace) -> tuple[list[TraceRequest], int]:
     """Requests with blocks of at least `BLOCK_TOKENS`. An id stands for all before it, so the last of each group does
     for the group."""
     group = max(1, BLOCK_TOKENS // trace.block_size)

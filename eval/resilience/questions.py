@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from kvcomm.errors import ServerError
-from kvcomm.lab.load.client import Client, Message, Sample
+from kvcomm.lab.load.client import ChatMessage, Client, Sample
 from kvcomm.lab.load.comparison import StockLoop
-from kvcomm.lab.load.workloads import Shape, shared_prefix
+from kvcomm.lab.load.workloads import WorkloadSizes, shared_prefix
 
 INPUT_LEN, OUTPUT_LEN = 12, 24
 NUM_CLIENTS = 8
@@ -31,7 +31,7 @@ PATIENCE_S = 600.0
 class Question(NamedTuple):
     """A chat, the answer that transformers alone gives, and the tokens of both."""
 
-    chat: tuple[Message, ...]
+    chat: tuple[ChatMessage, ...]
     answer: str
     num_tokens: int
 
@@ -48,7 +48,9 @@ class Found(NamedTuple):
 
 def make_questions(model: str, num_questions: int, prefix_len: int, seed: int) -> list[Question]:
     """Questions behind two shared beginnings of `prefix_len` words."""
-    shape = Shape(num_questions, prefix_len, INPUT_LEN, OUTPUT_LEN, num_prefixes=2, turns=1, branches=1, seed=seed)
+    shape = WorkloadSizes(
+        num_questions, prefix_len, INPUT_LEN, OUTPUT_LEN, num_prefixes=2, turns=1, branches=1, seed=seed
+    )
     stock = StockLoop(model)
     made = []
     for session in shared_prefix(shape):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from kvcomm.agents.templates import NAME_PATTERN, Part, Slot, parse_template, slots_of
+from kvcomm.agents.templates import NAME_PATTERN, Slot, TemplatePart, parse_template, slots_of
 from kvcomm.engine.grammar import Grammar
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import InvalidRequest, TemplateError
@@ -45,8 +45,8 @@ class Agent:
     adapter: str | None = None
     json_schema: Mapping[str, object] | bool | str | None = field(default=None, compare=False)
     grammar: Grammar | None = field(init=False, repr=False)
-    system_parts: tuple[Part, ...] = field(init=False, repr=False, compare=False)
-    prompt_parts: tuple[Part, ...] = field(init=False, repr=False, compare=False)
+    system_parts: tuple[TemplatePart, ...] = field(init=False, repr=False, compare=False)
+    prompt_parts: tuple[TemplatePart, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not NAME_PATTERN.fullmatch(self.name):

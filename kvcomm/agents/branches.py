@@ -133,7 +133,7 @@ class OpenContexts:
 
 
 @dataclass(eq=False)
-class Node:
+class ThoughtNode:
     """A thought in the tree.
 
     Attributes:
@@ -146,7 +146,7 @@ class Node:
         visits, total: for mcts: simulations through the node, and the sum of their scores.
     """
 
-    parent: Node | None
+    parent: ThoughtNode | None
     context: Context | None
     text: str
     depth: int
@@ -154,19 +154,19 @@ class Node:
     is_complete: bool
     score: float | None = None
     wanted: bool = True
-    children: list[Node] | None = None
+    children: list[ThoughtNode] | None = None
     visits: int = 0
     total: float = 0.0
 
     @property
-    def path(self) -> list[Node]:
+    def path(self) -> list[ThoughtNode]:
         """The nodes from the root's child to this one."""
         above = self.parent.path if self.parent else []
         return [*above, self] if self.depth else []
 
 
 @dataclass
-class Tree:
+class ThoughtTree:
     """The growing tree of one search: expands, scores, remembers the best node and drops what nobody needs.
 
     Law: a node's context is open if and only if the node is wanted or the best.
@@ -181,17 +181,17 @@ class Tree:
     num_thoughts: int = 0
     num_scored: int = 0
     deepest: int = 0
-    best: Node | None = None
+    best: ThoughtNode | None = None
     began_s: float = field(default_factory=time.monotonic)
 
-    def plant(self, root: Context) -> Node:
+    def plant(self, root: Context) -> ThoughtNode:
         """The root node, with a fork of the caller's context."""
         context = root.fork()
         self.held.adopt([context])
-        self.best = Node(None, context, "", depth=0, number=0, is_complete=False)
+        self.best = ThoughtNode(None, context, "", depth=0, number=0, is_complete=False)
         return self.best
 
-    def grow(self, nodes: Sequence[Node]) -> list[Node]:
+    def grow(self, nodes: Sequence[ThoughtNode]) -> list[ThoughtNode]:
         """Expand nodes in one batch; returns the new nodes, unscored, in order."""
         found = self.expand([_opened(node) for node in nodes])
         self.held.adopt([thought.context for thoughts in found for thought in thoughts])
@@ -203,7 +203,7 @@ class Tree:
         self.num_expanded += len(nodes)
         return [child for node in nodes for child in node.children or ()]
 
-    def evaluate(self, node: Node) -> float:
+    def evaluate(self, node: ThoughtNode) -> float:
         """Score a node once; it may become the best. A complete node that is not the best is dropped."""
         if node.score is None:
             node.score = self._scored(_opened(node), node.text)
@@ -212,7 +212,7 @@ class Tree:
                 self.drop(node)
         return node.score
 
-    def drop(self, node: Node) -> None:
+    def drop(self, node: ThoughtNode) -> None:
         """The node is not wanted any more: give its context back unless it is the best."""
         node.wanted = False
         if node is not self.best and node.context is not None:
@@ -239,12 +239,14 @@ class Tree:
             ),
         )
 
-    def _child(self, parent: Node, thought: Thought) -> Node:
+    def _child(self, parent: ThoughtNode, thought: Thought) -> ThoughtNode:
         self.num_thoughts += 1
         depth = parent.depth + 1
         self.deepest = max(self.deepest, depth)
         final = thought.is_final or (self.is_final is not None and self.is_final(thought.context, thought.text))
-        return Node(parent, thought.context, thought.text, depth, self.num_thoughts, final or depth >= self.max_depth)
+        return ThoughtNode(
+            parent, thought.context, thought.text, depth, self.num_thoughts, final or depth >= self.max_depth
+        )
 
     def _scored(self, context: Context, text: str) -> float:
         score = float(self.score(context, text))
@@ -253,7 +255,7 @@ class Tree:
             raise InvalidRequest(f"the scorer returned {score} for the thought {text[:60]!r}; scores must be finite")
         return score
 
-    def _offer(self, node: Node) -> None:
+    def _offer(self, node: ThoughtNode) -> None:
         """Make the node the best if it is: complete paths first, then the higher score, then the earlier."""
         assert self.best is not None
         if _rank(node) <= _rank(self.best):
@@ -263,10 +265,10 @@ class Tree:
             self.drop(former)
 
 
-def _rank(node: Node) -> tuple[bool, float]:
+def _rank(node: ThoughtNode) -> tuple[bool, float]:
     return node.is_complete, -math.inf if node.score is None else node.score
 
 
-def _opened(node: Node) -> Context:
+def _opened(node: ThoughtNode) -> Context:
     assert node.context is not None, f"the context of thought {node.number} was given back already"
     return node.context

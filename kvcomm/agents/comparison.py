@@ -41,7 +41,7 @@ class Way(StrEnum):
 Results = Mapping[Way, GroupResult]
 """One run of a team in every way."""
 
-Answer = Callable[[KVCommAgentGroup, Mapping[str, str], int, Way], GroupResult]
+GroupRunner = Callable[[KVCommAgentGroup, Mapping[str, str], int, Way], GroupResult]
 """Runs a group on the inputs of run number N, from 0 on, in a way."""
 
 
@@ -186,7 +186,7 @@ def compare(
 
 
 def in_turns(
-    engine: Engine, team: Team, inputs: Sequence[Mapping[str, str]], policy: ReusePolicy, answer: Answer
+    engine: Engine, team: Team, inputs: Sequence[Mapping[str, str]], policy: ReusePolicy, answer: GroupRunner
 ) -> Generator[Results, None, None]:
     """Run a team on inputs in every way, one after the other; which one begins changes with every input.
 

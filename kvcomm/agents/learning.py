@@ -16,7 +16,7 @@ from kvcomm.agents.graph import AgentGraph
 from kvcomm.agents.rendering import RenderedPrompt
 from kvcomm.agents.results import AgentFinished, GroupEvent, GroupFinished
 from kvcomm.agents.run_plan import RunPlan
-from kvcomm.agents.running import Failure, GroupRun, raised
+from kvcomm.agents.running import FailedRun, GroupRun, raised
 from kvcomm.align.readers import reader_of
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.engine.warming import Gained, Lessons, Tell
@@ -78,7 +78,7 @@ def empty_prompt(engine: Engine, prompt: RenderedPrompt) -> tuple[Segment, ...]:
 
 
 def _run(plans: Sequence[RunPlan], lessons: Lessons) -> None:
-    events: queue.SimpleQueue[GroupEvent | Failure] = queue.SimpleQueue()
+    events: queue.SimpleQueue[GroupEvent | FailedRun] = queue.SimpleQueue()
     runs = [GroupRun(plan, events.put) for plan in plans]
     try:
         for run in runs:

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
 from kvcomm.agents.agent import Agent
-from kvcomm.agents.templates import Part, Slot
+from kvcomm.agents.templates import Slot, TemplatePart
 from kvcomm.engine.chat_template import ChatTemplate, Static
 from kvcomm.engine.marks import Marks
 from kvcomm.errors import TemplateError
@@ -147,6 +147,6 @@ class PromptRenderer:
             raise TemplateError(f"agent {agent!r}: the chat template rejects its prompt: {error.__cause__}") from error
 
 
-def _marked(marks: Marks[Slot], parts: Sequence[Part]) -> str:
+def _marked(marks: Marks[Slot], parts: Sequence[TemplatePart]) -> str:
     """The text with stand-ins for its slots."""
     return "".join(part.text if isinstance(part, Static) else marks.open(part) for part in parts)

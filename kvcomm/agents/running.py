@@ -41,13 +41,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Failure:
+class FailedRun:
     """The last thing a failed run reports; the reader raises the error."""
 
     error: KVCommError
 
 
-Emit = Callable[[GroupEvent | Failure], None]
+Emit = Callable[[GroupEvent | FailedRun], None]
 
 
 class GroupRun:
@@ -175,7 +175,7 @@ class GroupRun:
     def _fail(self, error: KVCommError) -> None:
         """Stop the run and report why. If it was stopped already, the error only follows from that."""
         if self._stop():
-            self._emit(Failure(error))
+            self._emit(FailedRun(error))
 
     def _round(self, number: int) -> Round:
         tasks = [Task(name, number) for name in self._agents]
@@ -191,7 +191,7 @@ class GroupRun:
 
 def follow(plan: RunPlan) -> Generator[GroupEvent, None, None]:
     """Run a plan and yield what happens; the last event is GroupFinished. Raises what ends the run early."""
-    events: queue.SimpleQueue[GroupEvent | Failure] = queue.SimpleQueue()
+    events: queue.SimpleQueue[GroupEvent | FailedRun] = queue.SimpleQueue()
     run = GroupRun(plan, events.put)
     try:
         run.start()
@@ -206,10 +206,10 @@ def follow(plan: RunPlan) -> Generator[GroupEvent, None, None]:
 
 async def follow_async(plan: RunPlan) -> AsyncGenerator[GroupEvent, None]:
     """The same as an async generator."""
-    events: asyncio.Queue[GroupEvent | Failure] = asyncio.Queue()
+    events: asyncio.Queue[GroupEvent | FailedRun] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
-    def emit(event: GroupEvent | Failure) -> None:
+    def emit(event: GroupEvent | FailedRun) -> None:
         loop.call_soon_threadsafe(events.put_nowait, event)
 
     run = GroupRun(plan, emit)
@@ -224,8 +224,8 @@ async def follow_async(plan: RunPlan) -> AsyncGenerator[GroupEvent, None]:
         await asyncio.to_thread(run.close)
 
 
-def raised(event: GroupEvent | Failure) -> GroupEvent:
+def raised(event: GroupEvent | FailedRun) -> GroupEvent:
     """The event; raises the error of a failure."""
-    if isinstance(event, Failure):
+    if isinstance(event, FailedRun):
         raise event.error
     return event

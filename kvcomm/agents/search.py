@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kvcomm.agents.branches import Node, OpenContexts, SearchResult, Tree
+from kvcomm.agents.branches import OpenContexts, SearchResult, ThoughtNode, ThoughtTree
 from kvcomm.agents.thoughts import Expand, SampleThoughts, Score
 from kvcomm.errors import InvalidRequest
 
@@ -57,7 +57,7 @@ def best_first(
     """
     _check_limits(width=width, max_nodes=max_nodes, max_depth=max_depth, max_frontier=max_frontier)
     with OpenContexts() as held:
-        tree = Tree(held, expand or SampleThoughts(), score, max_depth, is_final)
+        tree = ThoughtTree(held, expand or SampleThoughts(), score, max_depth, is_final)
         frontier = [tree.plant(root)]
         while frontier and tree.num_thoughts < max_nodes and not _reached(tree, target):
             batch, frontier = frontier[:width], frontier[width:]
@@ -134,7 +134,7 @@ def mcts(
         raise InvalidRequest(f"exploration must be a finite number >= 0, got {exploration}")
     order = random.Random(seed)
     with OpenContexts() as held:
-        tree = Tree(held, expand or SampleThoughts(), score, max_depth, is_final)
+        tree = ThoughtTree(held, expand or SampleThoughts(), score, max_depth, is_final)
         top = tree.plant(root)
         for _ in range(simulations):
             leaf = _descend(tree, top, exploration, order)
@@ -144,26 +144,26 @@ def mcts(
         return tree.result()
 
 
-def _scored_open(tree: Tree, nodes: list[Node]) -> list[Node]:
+def _scored_open(tree: ThoughtTree, nodes: list[ThoughtNode]) -> list[ThoughtNode]:
     """Score new nodes; those that can be expanded."""
     for node in nodes:
         tree.evaluate(node)
     return [node for node in nodes if node.wanted]
 
 
-def _promise(node: Node) -> tuple[float, int]:
+def _promise(node: ThoughtNode) -> tuple[float, int]:
     assert node.score is not None
     return -node.score, node.number
 
 
-def _reached(tree: Tree, target: float | None) -> bool:
+def _reached(tree: ThoughtTree, target: float | None) -> bool:
     best = tree.best
     if target is None or best is None or best.score is None:
         return False
     return best.is_complete and best.score >= target
 
 
-def _descend(tree: Tree, top: Node, exploration: float, order: random.Random) -> Node:
+def _descend(tree: ThoughtTree, top: ThoughtNode, exploration: float, order: random.Random) -> ThoughtNode:
     """The node that this simulation scores."""
     node = top
     while True:
@@ -176,13 +176,13 @@ def _descend(tree: Tree, top: Node, exploration: float, order: random.Random) ->
             return node
 
 
-def _expand_in_random_order(tree: Tree, node: Node, order: random.Random) -> None:
+def _expand_in_random_order(tree: ThoughtTree, node: ThoughtNode, order: random.Random) -> None:
     children = tree.grow([node])
     order.shuffle(children)
     node.children = children
 
 
-def _uct(node: Node, exploration: float) -> float:
+def _uct(node: ThoughtNode, exploration: float) -> float:
     """Upper confidence bound; thoughts never tried come first."""
     if not node.visits:
         return math.inf
@@ -190,8 +190,8 @@ def _uct(node: Node, exploration: float) -> float:
     return node.total / node.visits + exploration * math.sqrt(math.log(node.parent.visits) / node.visits)
 
 
-def _credit(leaf: Node, value: float) -> None:
-    node: Node | None = leaf
+def _credit(leaf: ThoughtNode, value: float) -> None:
+    node: ThoughtNode | None = leaf
     while node is not None:
         node.visits += 1
         node.total += value

@@ -43,10 +43,10 @@ class Slot:
         return f"{self.name}@{_SUFFIX}" if self.previous else self.name
 
 
-Part = Static | Slot
+TemplatePart = Static | Slot
 
 
-def parse_template(text: str, *, agent: str, field: str = "prompt") -> tuple[Part, ...]:
+def parse_template(text: str, *, agent: str, field: str = "prompt") -> tuple[TemplatePart, ...]:
     """Split a template at its placeholders.
 
     Args:
@@ -58,7 +58,7 @@ def parse_template(text: str, *, agent: str, field: str = "prompt") -> tuple[Par
         TemplateError: an unbalanced brace, an empty placeholder, a bad name or a suffix other than @previous.
             The message names agent, field, placeholder and line.
     """
-    parts: list[Part] = []
+    parts: list[TemplatePart] = []
     static: list[str] = []
     end = 0
     for token in _TOKEN.finditer(text):
@@ -80,7 +80,7 @@ def escape(text: str) -> str:
     return text.replace("{", "{{").replace("}", "}}")
 
 
-def slots_of(parts: Sequence[Part]) -> tuple[Slot, ...]:
+def slots_of(parts: Sequence[TemplatePart]) -> tuple[Slot, ...]:
     """The slots in order of appearance; a slot used twice appears twice."""
     return tuple(part for part in parts if isinstance(part, Slot))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcomm.align.ops.contract import LayerStore
-from kvcomm.model.runner import Watch
+from kvcomm.model.runner import ScoreWatch
 
 
 def looking_layers(num_layers: int) -> range:
@@ -56,7 +56,7 @@ class AttentionMass:
         """
         return torch.cat([self._mass(layer_id)[:, positions] for layer_id in self._layer_ids])
 
-    def watch(self, slots: slice | Tensor, row: int, start: int, end: int) -> Watch | None:
+    def watch(self, slots: slice | Tensor, row: int, start: int, end: int) -> ScoreWatch | None:
         """For a pass whose rows from `row` on are positions `[start, end)`: what to call behind every layer.
 
         None when none of the rows that are looked at is among them.

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import NonNegativeInt, PositiveInt, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
@@ -20,16 +20,15 @@ from kvcomm.align.edges import Edge
 from kvcomm.align.offsets import OffsetRows, OffsetTable
 from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign, AnchorFileTooNew, InvalidRequest
 from kvcomm.files.reading import first_fault
+from kvcomm.files.records import StrictRecord
 from kvcomm.memory.sealed_file import SealedFormat, tensors_digest
 
 FORMAT = SealedFormat("anchor bank", "kvcomm_anchors", 2, AnchorFileError, AnchorFileCorrupt, AnchorFileTooNew)
 SUFFIX = ".anchors.safetensors"
 
 
-class BankHeader(BaseModel):
+class BankHeader(StrictRecord):
     """What a bank says of itself."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     namespace: str
     source: str

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kvcomm.align.slots import kind_of
+from kvcomm.align.slot_kinds import kind_of
 from kvcomm.memory.segments import Segment
 
 _SIGNATURE_DOMAIN = b"kvcomm signature 2\0"

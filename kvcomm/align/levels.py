@@ -54,7 +54,7 @@ class Grounds(NamedTuple):
     watch: Watch
 
     @property
-    def rung(self) -> int | None:
+    def rung_index(self) -> int | None:
         """Index of the rung that the request may be served at; None: exactly only."""
         return self.calibration.choose(self.watch.bound.max_divergence, self.watch.working_delta)
 
@@ -62,11 +62,11 @@ class Grounds(NamedTuple):
     def tried(self) -> int | None:
         """Index of the rung whose outcome `Watch.would_give` wants of a prompt that was computed exactly.
 
-        It is `rung`, or where there is none the one that the caller's own delta would choose: so the working delta
-        comes back up where what it comes back to holds. None where the pairs are not good enough for either.
+        It is `rung_index`, or where there is none the one that the caller's own delta would choose: so the working
+        delta comes back up where what it comes back to holds. None where the pairs are not good enough for either.
         """
-        rung = self.rung
-        return self.calibration.choose(*self.watch.bound) if rung is None else rung
+        index = self.rung_index
+        return self.calibration.choose(*self.watch.bound) if index is None else index
 
 
 class Count(NamedTuple):

@@ -13,13 +13,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 
 from kvcomm.align.calibration import Measured, Pair, Sources
 from kvcomm.align.ladder import Rung
 from kvcomm.align.profile_file import RungRecord, require_once
 from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign, AnchorFileTooNew, InvalidRequest
 from kvcomm.files.reading import CONFIG_BYTES, BadContent, first_fault, parse_json, read_bytes
+from kvcomm.files.records import StrictRecord
 from kvcomm.files.writing import replacing
 
 FORMAT = 1
@@ -56,11 +57,7 @@ class Prior:
         return tuple(pair for pairs in self.pairs.values() for pair in pairs[:num_each])
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class _PairRecord(_Strict):
+class _PairRecord(StrictRecord):
     """`divergences` and `residuals` in the order of the file's rungs."""
 
     divergences: tuple[Nats, ...]
@@ -68,7 +65,7 @@ class _PairRecord(_Strict):
     sources: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt, NonNegativeInt]
 
 
-class _PriorRecord(_Strict):
+class _PriorRecord(StrictRecord):
     format: Literal[1]
     model: str
     name: str

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 
 from kvcomm.align.bank import BankShape, BankSnapshot
 from kvcomm.align.bank_file import SUFFIX, load_bank, read_bank_header, require_namespace, save_bank
@@ -29,6 +29,7 @@ from kvcomm.align.standings import Level
 from kvcomm.align.watch import Watch
 from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileTooNew, AnchorFileTooOld, InvalidRequest
 from kvcomm.files.reading import MAX_SHOWN, first_fault
+from kvcomm.files.records import StrictRecord
 from kvcomm.files.writing import locked, sweep
 from kvcomm.memory.sealed_file import SealedFormat
 
@@ -42,11 +43,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class RungRecord(_Strict):
+class RungRecord(StrictRecord):
     """One rung."""
 
     estimator: str
@@ -54,7 +51,7 @@ class RungRecord(_Strict):
     chooser: str
 
 
-class MeasuredRecord(_Strict):
+class MeasuredRecord(StrictRecord):
     """What one rung gave; `rung` is its place among the file's rungs."""
 
     rung: NonNegativeInt
@@ -62,7 +59,7 @@ class MeasuredRecord(_Strict):
     residual: NonNegative | None
 
 
-class PairRecord(_Strict):
+class PairRecord(StrictRecord):
     """One pair; see `align.calibration.Pair`."""
 
     measured: tuple[MeasuredRecord, ...]
@@ -91,7 +88,7 @@ class PairRecord(_Strict):
         return Pair(measured, self.distances, Sources(*self.sources))
 
 
-class WatchRecord(_Strict):
+class WatchRecord(StrictRecord):
     """What audits say about one bound at one level; `reader` is empty for those of all requests at the level."""
 
     level: Literal["own", "pool", "prior"]
@@ -128,7 +125,7 @@ class WatchRecord(_Strict):
         return KeptWatch(Level(self.level), self.reader, watch)
 
 
-class ReaderRecord(_Strict):
+class ReaderRecord(StrictRecord):
     """One reader and its own pairs, the oldest first."""
 
     digest: Digest
@@ -137,7 +134,7 @@ class ReaderRecord(_Strict):
     pairs: tuple[PairRecord, ...]
 
 
-class ReadersHeader(_Strict):
+class ReadersHeader(StrictRecord):
     """All readers of a tenant, and the banks that their pairs were measured with, by digest."""
 
     namespace: str

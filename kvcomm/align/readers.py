@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvcomm.align.edges import signatures
-from kvcomm.align.slots import kind_of
+from kvcomm.align.slot_kinds import kind_of
 from kvcomm.memory.segments import Segment
 
 _DOMAIN = b"kvcomm reader 1\0"

@@ -28,7 +28,7 @@ from kvcomm.align.readers import Reader
 from kvcomm.align.standings import Level
 from kvcomm.errors import AnchorFileError, InvalidRequest
 
-Entry = TypeVar("Entry")
+EntryT = TypeVar("EntryT")
 
 NUM_DIGITS = 12
 """Of an edge or a reader, shown."""
@@ -196,7 +196,7 @@ class AnchorFolder:
             return []
         return [entry for entry in self.readers if entry.reader.digest.startswith(prefix)]
 
-    def _the_one(self, prefix: str, found: Sequence[Entry], what: str) -> Entry:
+    def _the_one(self, prefix: str, found: Sequence[EntryT], what: str) -> EntryT:
         if len(found) != 1:
             number = f"no {what}" if not found else f"{len(found)} of them"
             raise InvalidRequest(f"{number} in {self.folder} at {prefix!r}; `kvcomm anchors ls` shows them")

@@ -20,8 +20,8 @@ from kvcomm.figures import Figure
 
 if TYPE_CHECKING:
     from kvcomm.lab.load.client import Client
-    from kvcomm.lab.load.running import Load
-    from kvcomm.lab.load.workloads import Session, Shape
+    from kvcomm.lab.load.running import LoadResult
+    from kvcomm.lab.load.workloads import Session, WorkloadSizes
 
 EPILOG = (
     "Examples: kvcomm bench serve; kvcomm bench serve --dataset-name multi-turn --turns 6 --json; "
@@ -154,9 +154,9 @@ def serve_command(
     output tokens a second when they wait for them.
     """
     from kvcomm.lab.load.summary import summarise
-    from kvcomm.lab.load.workloads import Shape
+    from kvcomm.lab.load.workloads import WorkloadSizes
 
-    shape = Shape(num_prompts, prefix_len, input_len, output_len, num_prefixes, turns, branches, seed)
+    shape = WorkloadSizes(num_prompts, prefix_len, input_len, output_len, num_prefixes, turns, branches, seed)
     if dataset_name is Dataset.TEAMS:
         if dataset_path is not None or request_rate is not None:
             raise InvalidRequest("teams are made up and all there from the start: no --dataset-path, no --request-rate")
@@ -191,7 +191,7 @@ def serve_command(
 
 
 def _teams(
-    shape: Shape,
+    shape: WorkloadSizes,
     num_pairs: int,
     concurrency: int,
     *,
@@ -221,7 +221,7 @@ def _teams(
     emit(value, figure_table(title, figures), as_json=as_json)
 
 
-def _sessions(name: Dataset, shape: Shape, replay: Replay, rate: float | None) -> list[Session]:
+def _sessions(name: Dataset, shape: WorkloadSizes, replay: Replay, rate: float | None) -> list[Session]:
     """The workload of a name."""
     from kvcomm.lab.load import workloads
 
@@ -238,7 +238,7 @@ def _sessions(name: Dataset, shape: Shape, replay: Replay, rate: float | None) -
     return list(made if rate is None else workloads.arriving(made, rate=rate, seed=shape.seed))
 
 
-def _replayed(name: Dataset, shape: Shape, replay: Replay) -> Iterator[Session]:
+def _replayed(name: Dataset, shape: WorkloadSizes, replay: Replay) -> Iterator[Session]:
     from kvcomm.lab.load.trace_file import TraceError, read_trace
     from kvcomm.lab.load.workloads import replayed
 
@@ -268,7 +268,7 @@ def _client(url: str | None, key: str | None, model: str, weights: str | None) -
 
 
 def _overhead(
-    client: Client, model: str, weights: str | None, shape: Shape, tell: Callable[[str], None]
+    client: Client, model: str, weights: str | None, shape: WorkloadSizes, tell: Callable[[str], None]
 ) -> list[Figure]:
     """What the server adds to the engine's time, at one client."""
     from kvcomm.lab.load.comparison import NUM_WARM, measure_overhead
@@ -288,14 +288,14 @@ def _overhead(
     ]
 
 
-def _load(client: Client, sessions: Sequence[Session], concurrency: int, tell: Callable[[str], None]) -> Load:
+def _load(client: Client, sessions: Sequence[Session], concurrency: int, tell: Callable[[str], None]) -> LoadResult:
     from kvcomm.lab.load.running import run_load
 
     total = sum(session.num_requests for session in sessions)
     return run_load(client, sessions, concurrency=concurrency, tell=lambda done: tell(f"{done} of {total} requests"))
 
 
-def _against_stock(load: Load, model: str, num_requests: int) -> list[Figure]:
+def _against_stock(load: LoadResult, model: str, num_requests: int) -> list[Figure]:
     """Throughput and answers beside those of transformers alone, on some of the requests."""
     from kvcomm.lab.load.comparison import StockLoop
 
@@ -317,6 +317,6 @@ def _against_stock(load: Load, model: str, num_requests: int) -> list[Figure]:
     ]
 
 
-def _errors(load: Load) -> list[str]:
+def _errors(load: LoadResult) -> list[str]:
     """What requests failed of, each once."""
     return sorted({each.sample.error for each in load.sent if each.sample.error is not None})

@@ -25,7 +25,7 @@ TokenIds = tuple[int, ...]
 
 
 @dataclass
-class Node:
+class StepNode:
     """A step, or part of a step.
 
     Attributes:
@@ -39,26 +39,26 @@ class Node:
     token_ids: TokenIds
     continues: bool = False
     contexts: list[ContextEntry] = field(default_factory=list)
-    children: list[Node] = field(default_factory=list)
+    children: list[StepNode] = field(default_factory=list)
 
 
-def steps_of(header: SnapshotHeader) -> list[Node]:
+def steps_of(header: SnapshotHeader) -> list[StepNode]:
     """The steps of a context's path, empty ones left out."""
     steps, start = [], 0
     for record in header.path:
         end = start + record.num_tokens
         if end > start:
-            steps.append(Node(record.name, header.token_ids[start:end]))
+            steps.append(StepNode(record.name, header.token_ids[start:end]))
         start = end
     return steps
 
 
-def build_trees(entries: Iterable[ContextEntry]) -> dict[str, Node]:
+def build_trees(entries: Iterable[ContextEntry]) -> dict[str, StepNode]:
     """One root per namespace; refused entries are left out."""
-    roots: dict[str, Node] = {}
+    roots: dict[str, StepNode] = {}
     for entry in entries:
         if entry.header is not None:
-            root = roots.setdefault(entry.header.namespace, Node(None, ()))
+            root = roots.setdefault(entry.header.namespace, StepNode(None, ()))
             _insert(root, steps_of(entry.header), entry)
     return roots
 
@@ -74,7 +74,7 @@ def relatives(entries: Iterable[ContextEntry], header: SnapshotHeader) -> Iterat
             yield entry
 
 
-def tree_values(root: Node) -> list[dict[str, Any]]:
+def tree_values(root: StepNode) -> list[dict[str, Any]]:
     """The children of a node as JSON values."""
     return [
         {
@@ -88,7 +88,7 @@ def tree_values(root: Node) -> list[dict[str, Any]]:
     ]
 
 
-def render_tree(root: Node) -> Tree:
+def render_tree(root: StepNode) -> Tree:
     """A namespace's tree for people."""
     header = _first(root)
     view = Tree(Text(f"{header.architecture}, {short_dtype(header)}, {header.namespace[:12]}", style="dim"))
@@ -101,7 +101,7 @@ def short_dtype(header: SnapshotHeader) -> str:
     return printable(header.dtype.removeprefix("torch."))
 
 
-def _insert(node: Node, steps: list[Node], entry: ContextEntry) -> None:
+def _insert(node: StepNode, steps: list[StepNode], entry: ContextEntry) -> None:
     while steps:
         step, *steps = steps
         child = next((child for child in node.children if child.token_ids[0] == step.token_ids[0]), None)
@@ -113,14 +113,14 @@ def _insert(node: Node, steps: list[Node], entry: ContextEntry) -> None:
         if num_common < len(child.token_ids):
             _split(child, num_common)
         if num_common < len(step.token_ids):
-            steps = [Node(step.name, step.token_ids[num_common:], continues=True), *steps]
+            steps = [StepNode(step.name, step.token_ids[num_common:], continues=True), *steps]
         node = child
     node.contexts.append(entry)
 
 
-def _split(node: Node, num_tokens: int) -> None:
+def _split(node: StepNode, num_tokens: int) -> None:
     """Leave the first tokens in `node` and move the rest, with all that ends or hangs there, to a child."""
-    rest = Node(node.name, node.token_ids[num_tokens:], True, node.contexts, node.children)
+    rest = StepNode(node.name, node.token_ids[num_tokens:], True, node.contexts, node.children)
     node.token_ids, node.contexts, node.children = node.token_ids[:num_tokens], [], [rest]
 
 
@@ -129,7 +129,7 @@ def _num_common(first: TokenIds, second: TokenIds) -> int:
     return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
-def _first(root: Node) -> SnapshotHeader:
+def _first(root: StepNode) -> SnapshotHeader:
     nodes = [root]
     while nodes:
         node = nodes.pop()
@@ -139,7 +139,7 @@ def _first(root: Node) -> SnapshotHeader:
     raise AssertionError("a tree without a context")
 
 
-def _render(node: Node, view: Tree) -> None:
+def _render(node: StepNode, view: Tree) -> None:
     for entry in node.contexts:
         view.add(_context_line(entry))
     for child in node.children:

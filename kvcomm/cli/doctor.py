@@ -49,7 +49,7 @@ TierUrl = Annotated[
 FamiliesFlag = Annotated[
     bool, typer.Option("--families", help="Try every family of models that transformers has; a minute or two.")
 ]
-Page = Annotated[
+PageOption = Annotated[
     Path | None,
     typer.Option("--page", metavar="FILE", help="Write the table of families into this Markdown page as well."),
 ]
@@ -61,7 +61,7 @@ def doctor(
     tier: TierUrl = None,
     vllm: VllmFlag = False,
     families: FamiliesFlag = False,
-    page: Page = None,
+    page: PageOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Show what is installed, what runs here and why the rest does not; with MODEL, what it supports."""

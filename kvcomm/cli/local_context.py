@@ -14,7 +14,7 @@ from kvcomm.cli.context_place import Given, Show, Told
 from kvcomm.cli.entries import entries_table, entry_values
 from kvcomm.cli.options import load_engine
 from kvcomm.cli.output import format_bytes
-from kvcomm.cli.sources import Sources
+from kvcomm.cli.sources import ContextSources
 from kvcomm.cli.store import ContextEntry, Store, way_out
 from kvcomm.cli.text import counted, usage_line, usage_values
 
@@ -129,8 +129,8 @@ class LocalContexts:
             self._store.context(name)  # all names are known before the first is removed
         return [(name, self._store.remove_context(name)) for name in names]
 
-    def _sources(self, given: Given) -> Sources:
-        return Sources(self._store, given.segments or [], given.file, given.text)
+    def _sources(self, given: Given) -> ContextSources:
+        return ContextSources(self._store, given.segments or [], given.file, given.text)
 
     def _nothing(self) -> Text:
         return Text(f"no contexts in {self._store.folder}")

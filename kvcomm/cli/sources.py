@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvcomm.engine.engine import Engine
 
 
-class Sources:
+class ContextSources:
     """What a command line says that a context shall hold; files and stored segments are read at once."""
 
     def __init__(self, store: Store, segments: list[str] | None, file: Path | None, text: str | None) -> None:

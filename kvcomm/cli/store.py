@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import NonNegativeInt, ValidationError
 
 from kvcomm.errors import (
     CacheFolderError,
@@ -31,6 +31,7 @@ from kvcomm.errors import (
     SnapshotTooNew,
 )
 from kvcomm.files.reading import TEXT_BYTES, open_regular, read_bytes
+from kvcomm.files.records import StrictRecord
 from kvcomm.files.writing import PART, NameTaken, publish, replacing, sweep
 from kvcomm.memory.segments import Segment
 from kvcomm.memory.snapshots import SUFFIX as CONTEXT_SUFFIX
@@ -41,10 +42,8 @@ SEGMENT_SUFFIX = ".segment.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-class StoredSegment(BaseModel):
+class StoredSegment(StrictRecord):
     """The content of a segment file, format version 1. `digest` is the segment's identity in `namespace`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     format: Literal["kvcomm-segment"] = "kvcomm-segment"
     format_version: Literal[1] = 1

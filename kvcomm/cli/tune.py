@@ -17,8 +17,8 @@ from kvcomm.errors import AnchorFileError, InvalidRequest, MissingExtra
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from kvcomm.agents.tuning import Check, Task, TuningProfile
-    from kvcomm.agents.tuning.plan import Plan
+    from kvcomm.agents.tuning import LadderCheck, TuningProfile, TuningTask
+    from kvcomm.agents.tuning.plan import TuningPlan
     from kvcomm.agents.tuning.profile import PointTable, VerificationTable
     from kvcomm.agents.tuning.replays import EngineMaker
 
@@ -99,7 +99,7 @@ def tune(
     budget_s = seconds(budget)
     policy = ReusePolicy(max_divergence=max_divergence, confidence=confidence, basis=basis)
     team = load_team(workload) if workload is not None else None
-    from kvcomm.agents.tuning import Task, check_profile, plan_tuning, read_profile
+    from kvcomm.agents.tuning import TuningTask, check_profile, plan_tuning, read_profile
     from kvcomm.agents.tuning import tune as run_task
     from kvcomm.agents.tuning.rows import read_rows
 
@@ -114,7 +114,7 @@ def tune(
     assert workload is not None
     assert team is not None
     rows = read_rows(data, team)[:limit]
-    task = Task(_maker(model), model, team, workload, rows, data.name, policy, budget_s, out, _note)
+    task = TuningTask(_maker(model), model, team, workload, rows, data.name, policy, budget_s, out, _note)
     try:
         plan = plan_tuning(task)
         if dry_run:
@@ -157,18 +157,18 @@ def _note(text: str) -> None:
     sys.stderr.write(f"{text}\n")
 
 
-def _plan_values(plan: Plan, task: Task) -> dict[str, Any]:
+def _plan_values(plan: TuningPlan, task: TuningTask) -> dict[str, Any]:
     steps = [{"step": name, "rows": rows, "seconds": took} for name, rows, took in plan.steps()]
     return {"steps": steps, "total_s": plan.total_s, "budget_s": task.budget_s}
 
 
-def _plan_table(plan: Plan, task: Task) -> Table:
+def _plan_table(plan: TuningPlan, task: TuningTask) -> Table:
     rows = [[name, rows, f"{took:.0f} s"] for name, rows, took in plan.steps()]
     rows.append([f"all, of {task.budget_s:.0f} s", plan.sizes.total, f"{plan.total_s:.0f} s"])
     return table(["step", "rows", "predicted"], rows, title="plan", numeric={"rows", "predicted"})
 
 
-def _emit_profile(profile: TuningProfile, task: Task, *, as_json: bool) -> None:
+def _emit_profile(profile: TuningProfile, task: TuningTask, *, as_json: bool) -> None:
     from kvcomm.agents.tuning.plot import save_plot
 
     try:
@@ -190,7 +190,7 @@ def _cells(point: PointTable) -> list[object]:
     return [mark, point.setting, f"{point.computed:.1%}", f"{point.divergence:.4g}", f"{point.agreement:.1%}"]
 
 
-def _emit_check(found: Check, file: Path, model: str, data: Path, *, as_json: bool) -> None:
+def _emit_check(found: LadderCheck, file: Path, model: str, data: Path, *, as_json: bool) -> None:
     judged = found.found
     figures = [
         ("violations", judged.share, "share", [judged.low, judged.high]),

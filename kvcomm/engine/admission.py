@@ -21,7 +21,7 @@ from kvcomm.engine.tiering import Tiering
 from kvcomm.errors import PoolExhausted, PoolTooSmall, WeightsChanged
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
-from kvcomm.memory.sequences import Sequence, num_common
+from kvcomm.memory.sequences import KVSequence, num_common
 from kvcomm.reuse.plan import Explanation, Reason, exact_plan
 from kvcomm.reuse.planner import Planner
 
@@ -199,7 +199,7 @@ class Admission:
             self._healing.reserve(request)
         for branch in request.branches[1:]:
             # Until the prompt is computed and can be forked, a further choice holds just the pages it will need.
-            branch.sequence = Sequence(self._pool)
+            branch.sequence = KVSequence(self._pool)
             branch.sequence.make_writable(0, num_own * self._pool.page_size)
 
     def _do_without(self, request: Request) -> bool:

@@ -26,7 +26,7 @@ from kvcomm.engine.request import Branch, Request
 from kvcomm.engine.spare import Spare
 from kvcomm.engine.tiering import Tiering
 from kvcomm.errors import PoolExhausted
-from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.runner import Run
 
 MAX_SCORED = 128

@@ -64,11 +64,8 @@ class Static:
     text: str
 
 
-Part: TypeAlias = str | Static | Segment | Mapping[str, object]
-"""What stands in a message: see `Engine.chat_prompt`."""
-
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
-"""Dicts with "role", "content" (a part or a list of them), and what else a chat template looks at."""
+"""Dicts with "role", "content", and what else a chat template looks at; see `Engine.chat_prompt`."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from kvcomm.engine.sampling import SamplingParams, SamplingSettings, sampling_pa
 from kvcomm.errors import ContextBusy, ContextReleased, InvalidRequest
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.segments import Prompt, Segment, token_ids_of
-from kvcomm.memory.sequences import Sequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.live import Weights
 from kvcomm.plain import short
 from kvcomm.reuse.healing import Healing
@@ -52,7 +52,7 @@ class Context:
     def __init__(
         self,
         tools: ContextTools,
-        sequence: Sequence,
+        sequence: KVSequence,
         *,
         tenant: str,
         weights: Weights,
@@ -329,7 +329,7 @@ class Context:
         self.release()
 
     @property
-    def sequence(self) -> Sequence:
+    def sequence(self) -> KVSequence:
         """The tokens and pages; written only by the request that they are lent to."""
         return self._sequence
 

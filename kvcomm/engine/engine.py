@@ -31,7 +31,7 @@ from kvcomm.engine.settings import EngineSettings, RequestSettings
 from kvcomm.engine.warming import Gained, Progress, warm
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.segments import Prompt, Segment
-from kvcomm.memory.sequences import Sequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.loading import load_model
 from kvcomm.plain import MAX_TEXT
 from kvcomm.reuse.lesson import Lesson
@@ -213,7 +213,7 @@ class Engine:
     ) -> Context:
         """A context without a token, to be extended; see `context`."""
         weights = self.adapters.weights(adapter)
-        start = Sequence(self.pool)
+        start = KVSequence(self.pool)
         return Context(
             self._tools, start, tenant=tenant, weights=weights, adapter=adapter, name=name, policy=policy, keeps=self
         )

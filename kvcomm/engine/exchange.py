@@ -8,8 +8,7 @@ that are being filled belong to a sequence that nobody else knows.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from collections.abc import Sequence as AnySequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import RLock
@@ -26,7 +25,7 @@ from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import LayerShape
 from kvcomm.memory.segments import Segment
-from kvcomm.memory.sequences import Sequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.memory.snapshots import SegmentRecord, SnapshotHeader, read_snapshot, write_snapshot
 from kvcomm.model.geometry import ModelGeometry
 
@@ -80,7 +79,7 @@ class KVExchange:
         self._lock = lock
         self._require_open = require_open
 
-    def save(self, file: Path, namespace: str, sequence: Sequence, state: ContextState, *, is_new: bool) -> None:
+    def save(self, file: Path, namespace: str, sequence: KVSequence, state: ContextState, *, is_new: bool) -> None:
         """Write a snapshot.
 
         Args:
@@ -130,7 +129,7 @@ class KVExchange:
         state = ContextState(header.token_ids, segments, header.name, header.note, header.fidelity, logits)
         return Loaded(state, snapshot.keys, snapshot.values)
 
-    def to_hf_cache(self, sequence: Sequence, config: PreTrainedConfig, *, whole: bool) -> DynamicCache:
+    def to_hf_cache(self, sequence: KVSequence, config: PreTrainedConfig, *, whole: bool) -> DynamicCache:
         """The computed tokens of a sequence as a transformers cache, unless `whole` without its last token.
 
         Args:
@@ -141,9 +140,7 @@ class KVExchange:
         keys, values = ([layer.clone() for layer in layers] for layers in found)
         return hf_cache.to_cache(keys, values, config)
 
-    def from_hf_cache(
-        self, cache: DynamicCache, token_ids: AnySequence[int]
-    ) -> tuple[AnySequence[Tensor], AnySequence[Tensor]]:
+    def from_hf_cache(self, cache: DynamicCache, token_ids: Sequence[int]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Keys and values of a transformers cache, checked against the model and its tokens; views of the cache.
 
         Raises:
@@ -157,11 +154,11 @@ class KVExchange:
     def place(
         self,
         namespace: str,
-        token_ids: AnySequence[int],
-        keys: AnySequence[Tensor],
-        values: AnySequence[Tensor],
+        token_ids: Sequence[int],
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
         fidelity: Fidelity,
-        finish: Callable[[Sequence], T],
+        finish: Callable[[KVSequence], T],
     ) -> T:
         """Copy KV into pages of its own and make something of them that holds them.
 
@@ -174,7 +171,7 @@ class KVExchange:
             EngineClosed: the engine is closed, or was meanwhile; nothing is kept.
         """
         pool, num_computed = self._memory.pool, len(keys[0])
-        sequence = Sequence(pool, token_ids)
+        sequence = KVSequence(pool, token_ids)
         with self._lock:
             self._require_open()
             self._holdings.require_quota(namespace, -(-len(token_ids) // pool.page_size), num_held=0)
@@ -196,7 +193,7 @@ class KVExchange:
                 sequence.release()
             raise
 
-    def _read(self, sequence: Sequence, num_tokens: int) -> tuple[list[Tensor], list[Tensor]]:
+    def _read(self, sequence: KVSequence, num_tokens: int) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values of the first tokens, all computed, per layer [num_tokens, num_kv_heads, dim].
 
         Views where they can be: to be read only while a reference of the caller's own keeps the pages.

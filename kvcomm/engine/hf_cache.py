@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as AnySequence
+from collections.abc import Sequence
 
 from torch import Tensor
 from transformers import DynamicCache
@@ -13,7 +13,7 @@ from kvcomm.errors import InvalidRequest
 from kvcomm.model.geometry import ModelGeometry
 
 
-def to_cache(keys: AnySequence[Tensor], values: AnySequence[Tensor], config: PreTrainedConfig) -> DynamicCache:
+def to_cache(keys: Sequence[Tensor], values: Sequence[Tensor], config: PreTrainedConfig) -> DynamicCache:
     """A cache that stock `generate` continues.
 
     Args:

@@ -16,13 +16,13 @@ from kvcomm.engine.read_along import ReadAlong
 from kvcomm.engine.request import Request
 from kvcomm.errors import QuotaExceeded
 from kvcomm.memory.pool import PageIds, PagePool
-from kvcomm.memory.sequences import Sequence
+from kvcomm.memory.sequences import KVSequence
 
 
 class _Held(NamedTuple):
-    sequence: Sequence
+    sequence: KVSequence
     namespace: str
-    finalizer: weakref.finalize[[Sequence], object] | None = None
+    finalizer: weakref.finalize[[KVSequence], object] | None = None
 
 
 class Holdings:
@@ -48,30 +48,30 @@ class Holdings:
         self._requests = requests
         self._open_prompts = open_prompts
         self._held: dict[int, _Held] = {}  # by id of the sequence
-        self._forgotten: deque[Sequence] = deque()
+        self._forgotten: deque[KVSequence] = deque()
         self.quota_pages: dict[str, int] = {}
 
     @property
-    def sequences(self) -> list[Sequence]:
+    def sequences(self) -> list[KVSequence]:
         """Sequences of contexts."""
         self.reclaim()
         return [held.sequence for held in self._held.values()]
 
-    def hold(self, sequence: Sequence, namespace: str) -> None:
+    def hold(self, sequence: KVSequence, namespace: str) -> None:
         """A sequence is being filled; it becomes a context's, or is let go."""
         self._held[id(sequence)] = _Held(sequence, namespace)
 
-    def let_go(self, sequence: Sequence) -> None:
+    def let_go(self, sequence: KVSequence) -> None:
         """A sequence that was being filled is given up."""
         self._held.pop(id(sequence), None)
 
-    def add(self, owner: object, sequence: Sequence, namespace: str) -> None:
+    def add(self, owner: object, sequence: KVSequence, namespace: str) -> None:
         """A context has been made; where its user forgets it, its sequence is given back."""
         self.reclaim()
         finalizer = weakref.finalize(owner, self._forgotten.append, sequence)
         self._held[id(sequence)] = _Held(sequence, namespace, finalizer)
 
-    def drop(self, sequence: Sequence) -> None:
+    def drop(self, sequence: KVSequence) -> None:
         """A context has been released."""
         held = self._held.pop(id(sequence))
         if held.finalizer is not None:
@@ -113,7 +113,7 @@ class Holdings:
         in_contexts = [(held.namespace, held.sequence.pages) for held in self._held.values()]
         return in_contexts + [(namespace, sequence.pages) for namespace, sequence in self._own_sequences()]
 
-    def _own_sequences(self) -> list[tuple[str, Sequence]]:
+    def _own_sequences(self) -> list[tuple[str, KVSequence]]:
         own = {
             id(branch.sequence): (request.owner, branch.sequence)
             for request in self._requests()

@@ -15,7 +15,7 @@ from kvcomm.engine.tiering import Tiering
 from kvcomm.errors import PoolExhausted
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
-from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.reuse.planner import Planner
 
 logger = logging.getLogger("kvcomm.engine")

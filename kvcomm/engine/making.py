@@ -24,7 +24,7 @@ from kvcomm.engine.scheduler import Scheduler
 from kvcomm.engine.tenancy import Tenancy
 from kvcomm.memory.pool import PagePool
 from kvcomm.memory.segments import Prompt, Segment
-from kvcomm.memory.sequences import Sequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.live import LiveWeights, Weights
 from kvcomm.reuse.policy import ReusePolicy, checked_policy
 from kvcomm.reuse.reuse import Reuse
@@ -104,7 +104,7 @@ class RequestMaker:
         """
         segments = self._language.reader.read(prompt, is_start=True)
         return self.make(
-            Sequence(self._pool, [token for segment in segments for token in segment.token_ids]),
+            KVSequence(self._pool, [token for segment in segments for token in segment.token_ids]),
             segments,
             sampling,
             tenant=tenant,
@@ -116,7 +116,7 @@ class RequestMaker:
 
     def make(
         self,
-        sequence: Sequence,
+        sequence: KVSequence,
         segments: tuple[Segment, ...],
         sampling: SamplingParams,
         *,
@@ -179,7 +179,7 @@ class RequestMaker:
             handle.cancelled_by(lambda: self._scheduler.cancel(request))
         return request
 
-    def _branches(self, sequence: Sequence, sampling: SamplingParams, tenant: str) -> list[Branch]:
+    def _branches(self, sequence: KVSequence, sampling: SamplingParams, tenant: str) -> list[Branch]:
         """The choices of a request, each where it stands before its first token."""
         entropy = secrets.randbits(62)
         language = self._language

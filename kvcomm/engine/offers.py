@@ -13,7 +13,7 @@ from kvcomm.engine.request import ANSWER, Request
 from kvcomm.engine.tiering import Tiering
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.segments import Segment
-from kvcomm.memory.sequences import Sequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.live import LiveWeights, Weights
 from kvcomm.reuse.learner import Learner
 from kvcomm.reuse.planner import Planner
@@ -58,7 +58,7 @@ class Offers:
             self._live.require(weights, closely=True)
             self.looked_at.add(weights.digest)
 
-    def remember(self, request: Request, sequence: Sequence, *, whole: bool) -> None:
+    def remember(self, request: Request, sequence: KVSequence, *, whole: bool) -> None:
         """Put computed exact tokens into the tree; the last, partly filled page only if nobody writes on in it."""
         if not self._is_on:
             return

@@ -30,7 +30,7 @@ from kvcomm.engine.tenancy import Tenancy
 from kvcomm.errors import InvalidRequest, KVCommError, kept
 from kvcomm.memory.pool import PagePool
 from kvcomm.memory.segments import Prompt, Segment
-from kvcomm.memory.sequences import Sequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.live import Weights
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.values import told
@@ -83,14 +83,14 @@ class OpenPrompts:
             )
             self._scheduler.submit(request)  # the loop is woken by whoever asks, unless that is the loop
 
-        opened = self.open(Sequence(self._pool), self._adapters.weights(adapter), tenant, deadline_s, begin)
+        opened = self.open(KVSequence(self._pool), self._adapters.weights(adapter), tenant, deadline_s, begin)
         try:
             return opened if prompt is None else opened.append(prompt)
         except BaseException:
             opened.cancel()
             raise
 
-    def open(self, past: Sequence, weights: Weights, tenant: str, deadline_s: float, begin: Begin) -> OpenPrompt:
+    def open(self, past: KVSequence, weights: Weights, tenant: str, deadline_s: float, begin: Begin) -> OpenPrompt:
         """An open prompt behind what is there already.
 
         Args:

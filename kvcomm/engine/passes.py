@@ -19,8 +19,8 @@ from torch import Tensor
 from kvcomm.engine.reading import Reading
 from kvcomm.engine.request import Branch, Request
 from kvcomm.errors import UnsupportedModel, WeightsChanged
-from kvcomm.memory.sequences import Sequence as KVSequence
-from kvcomm.model.runner import ModelRunner, Run, Watch
+from kvcomm.memory.sequences import KVSequence
+from kvcomm.model.runner import ModelRunner, Run, ScoreWatch
 from kvcomm.reuse.attempt import Attempt
 
 logger = logging.getLogger("kvcomm.engine")
@@ -117,7 +117,7 @@ def _pass(runner: ModelRunner, batch: Sequence[Work]) -> list[Computed]:
     return computed
 
 
-def _watches(batch: Sequence[Work]) -> Iterator[Watch]:
+def _watches(batch: Sequence[Work]) -> Iterator[ScoreWatch]:
     """What looks on during one pass, for requests that choose their rung's tokens by it."""
     row = 0
     for work in batch:
@@ -134,7 +134,7 @@ def _watches(batch: Sequence[Work]) -> Iterator[Watch]:
             row += len(run.token_ids)
 
 
-def _guarded(watch: Watch, attempt: Attempt) -> Watch:
+def _guarded(watch: ScoreWatch, attempt: Attempt) -> ScoreWatch:
     """The same, but that the attempt is told of errors, and nobody else."""
     has_failed = False
 
@@ -151,7 +151,7 @@ def _guarded(watch: Watch, attempt: Attempt) -> Watch:
     return look
 
 
-def _all_of(watches: Sequence[Watch]) -> Watch | None:
+def _all_of(watches: Sequence[ScoreWatch]) -> ScoreWatch | None:
     """For the runner; None where nobody looks on."""
     if not watches:
         return None

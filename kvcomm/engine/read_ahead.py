@@ -29,7 +29,7 @@ from kvcomm.errors import PoolExhausted
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
 from kvcomm.memory.segments import Segment
-from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.attention.contract import IntArray
 from kvcomm.reuse.cost import ReuseCost
 from kvcomm.reuse.plan import Reason

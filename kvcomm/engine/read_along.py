@@ -22,7 +22,7 @@ from kvcomm.errors import PoolExhausted, RequestCancelled, kept
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
-from kvcomm.memory.sequences import Sequence, num_common
+from kvcomm.memory.sequences import KVSequence, num_common
 from kvcomm.model.live import Weights
 from kvcomm.model.runner import Run
 from kvcomm.reuse.plan import Plan, Reason
@@ -234,7 +234,7 @@ class ReadAlong:
         """Page references that `give_way` would give back, sooner or later."""
         return [each.sequence.pages for each in self.readings if not each.is_begun]
 
-    def sequences(self) -> Iterator[tuple[str, Sequence]]:
+    def sequences(self) -> Iterator[tuple[str, KVSequence]]:
         """Whose they are and the sequences, for quotas and integrity checks."""
         return ((each.owner, each.sequence) for each in self.readings)
 

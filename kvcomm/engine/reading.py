@@ -19,8 +19,7 @@ from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import InvalidRequest, KVCommError, PromptTooLong, RequestCancelled, SourceFailed, kept
 from kvcomm.memory.segments import Segment
-from kvcomm.memory.sequences import Sequence as KVSequence
-from kvcomm.memory.sequences import num_common
+from kvcomm.memory.sequences import KVSequence, num_common
 from kvcomm.model.attention.contract import IntArray
 from kvcomm.model.live import Weights
 from kvcomm.values import told

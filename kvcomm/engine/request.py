@@ -23,7 +23,7 @@ from kvcomm.engine.results import Choice, Chunk, Completion, Usage
 from kvcomm.engine.sampler import Sampler, token_logprob
 from kvcomm.engine.sampling import SamplingParams, TokenLogprob
 from kvcomm.memory.segments import Segment
-from kvcomm.memory.sequences import Sequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.attention.contract import IntArray
 from kvcomm.model.live import Weights
 from kvcomm.reuse.attempt import Attempt, ToCompute
@@ -52,7 +52,7 @@ class Branch:
     """
 
     index: int
-    sequence: Sequence
+    sequence: KVSequence
     sampler: Sampler
     detokenizer: Detokenizer
     grammar: GrammarState | None = None
@@ -155,7 +155,7 @@ class Request:
     request_id: int
     namespace: str
     sampling: SamplingParams
-    sequence: Sequence
+    sequence: KVSequence
     handle: RequestHandle
     branches: list[Branch]
     tenant: str

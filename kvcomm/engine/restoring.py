@@ -10,7 +10,7 @@ from kvcomm.engine.context import Context
 from kvcomm.engine.context_tools import ContextTools
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.segments import Prompt, token_ids_of
-from kvcomm.memory.sequences import Sequence
+from kvcomm.memory.sequences import KVSequence
 
 
 def restored(tools: ContextTools, file: Path, adapter: str | None, tenant: str, *, keeps: object) -> Context:
@@ -18,7 +18,7 @@ def restored(tools: ContextTools, file: Path, adapter: str | None, tenant: str, 
     weights = tools.adapters.weights(adapter)
     state, keys, values = tools.exchange.load(file, tools.tenancy.namespace(weights, tenant))
 
-    def finish(sequence: Sequence) -> Context:
+    def finish(sequence: KVSequence) -> Context:
         return Context(
             tools,
             sequence,
@@ -50,7 +50,7 @@ def taken_over(
     weights, token_ids = tools.adapters.weights(adapter), token_ids_of(segments)
     keys, values = tools.exchange.from_hf_cache(cache, token_ids)
 
-    def finish(sequence: Sequence) -> Context:
+    def finish(sequence: KVSequence) -> Context:
         return Context(
             tools,
             sequence,

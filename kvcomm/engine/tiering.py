@@ -21,7 +21,7 @@ from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
 from kvcomm.memory.renditions import Rendition
 from kvcomm.memory.segments import Segment
-from kvcomm.memory.sequences import Sequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.geometry import ModelGeometry
 from kvcomm.model.live import Weights
 from kvcomm.reuse.cost import ReuseCost
@@ -126,7 +126,7 @@ class Tiering:
         if self._reads is not None and request.ask is not None:
             self._reads.give_up(request.ask)
 
-    def remember(self, request: Request, sequence: Sequence, num_tokens: int, pages: PageIds) -> None:
+    def remember(self, request: Request, sequence: KVSequence, num_tokens: int, pages: PageIds) -> None:
         """Let the tier have the first tokens of a sequence, which are exact."""
         if self._writes is not None and self._writes.num_whole(num_tokens) > request.num_offered:
             request.num_offered = self._writes.num_whole(num_tokens)

@@ -19,7 +19,7 @@ from kvcomm.memory.renditions import Rendition
 from kvcomm.memory.segments import Segment
 from kvcomm.model.attention.contract import IntArray
 from kvcomm.tiers.tier import KV, RenditionName, Tier, TierSpace
-from kvcomm.tiers.write_behind import Work
+from kvcomm.tiers.write_queue import WriteTask
 
 MAX_SHARE = 0.25
 """Of the pool's pages, that several prefixes and renditions together may refer to while they wait."""
@@ -74,7 +74,9 @@ class WriteBehind:
         if held is not None:
             name = RenditionName(segment.digest(space.namespace), rendition.signature, rendition.start)
             write = partial(self._write_rendition, space, name, segment, rendition, held)
-            self._tier.queue.add(Work(f"rendition {name} {rendition.fidelity}", 0, write, partial(self._ended, held)))
+            self._tier.queue.add(
+                WriteTask(f"rendition {name} {rendition.fidelity}", 0, write, partial(self._ended, held))
+            )
 
     def give_way(self) -> bool:
         """Give up what has waited longest, so that its pages may come free; False if nothing waits."""

@@ -21,7 +21,7 @@ from kvcomm.align.spans import layer_stores
 from kvcomm.engine.engine import Engine
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.segments import Prompt
-from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.reuse.replay import Case
 from kvcomm.reuse.trials import Trial

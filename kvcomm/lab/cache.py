@@ -16,10 +16,10 @@ from kvcomm.memory.eviction import DEFAULT_ORDER, ORDERS
 from kvcomm.memory.pool import PageIds, PagePool
 from kvcomm.memory.tree import Match, RadixTree
 
-__all__ = ["DEFAULT_ORDER", "ORDERS", "BareCache", "EventKind", "Served"]
+__all__ = ["DEFAULT_ORDER", "ORDERS", "BareCache", "CachedPrompt", "EventKind"]
 
 
-class Served(NamedTuple):
+class CachedPrompt(NamedTuple):
     """One prompt: its leading tokens that were cached, and seconds spent in the tree, evicting included."""
 
     num_found: int
@@ -63,7 +63,7 @@ class BareCache:
         """Pages that the tree holds."""
         return self._pool.num_pages - self._pool.num_free
 
-    def serve(self, namespace: str, token_ids: ArrayLike, *, ttl_s: float | None = None) -> Served:
+    def serve(self, namespace: str, token_ids: ArrayLike, *, ttl_s: float | None = None) -> CachedPrompt:
         """Look a prompt up, and let the tree know it afterwards, as far as it fits into the pool.
 
         Args:
@@ -79,7 +79,7 @@ class BareCache:
         self.tree.insert(namespace, stored, pages, ttl_s=ttl_s)
         done_s = time.perf_counter()
         self._pool.release(pages)
-        return Served(match.num_tokens, matched_s - began_s + evicting_s + done_s - inserting_s)
+        return CachedPrompt(match.num_tokens, matched_s - began_s + evicting_s + done_s - inserting_s)
 
     def check_integrity(self) -> None:
         """Prove that tree and pool agree. Raises AssertionError with numbers."""

@@ -46,7 +46,7 @@ KEY_TOLERANCE = 1e-4
 Ids = tuple[int, ...]
 
 
-class Outcome(StrEnum):
+class FamilyOutcome(StrEnum):
     """What holds for a family."""
 
     WORKS = "works"
@@ -69,7 +69,7 @@ class FamilyRow:
 
     family: str
     model: str
-    outcome: Outcome
+    outcome: FamilyOutcome
     attention: str = ""
     reason: str = ""
 
@@ -83,12 +83,14 @@ def try_family(name: str) -> FamilyRow:
             with torch.device("meta"):
                 size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
             if size > MAX_PARAMETERS:
-                return FamilyRow(name, model_name, Outcome.NOT_TRIED, reason=f"a tiny one has {size:,} parameters")
+                return FamilyRow(
+                    name, model_name, FamilyOutcome.NOT_TRIED, reason=f"a tiny one has {size:,} parameters"
+                )
             model = random_model(config)
         except Exception as error:  # whatever a family's own code raises
             line = shorten(str(error), MAX_REASON, placeholder=" ...")
             reason = f"no tiny model of it runs ({type(error).__name__}: {line})"
-            return FamilyRow(name, model_name, Outcome.NOT_TRIED, reason=reason)
+            return FamilyRow(name, model_name, FamilyOutcome.NOT_TRIED, reason=reason)
         return try_model(name, model)
 
 
@@ -100,7 +102,7 @@ def try_model(name: str, model: PreTrainedModel) -> FamilyRow:
         engine = Engine(model, byte_tokenizer(), config=CONFIG, prior=None)
     except UnsupportedModel as refusal:
         reason = str(refusal).removeprefix(f"{model_name} is not supported: ")
-        return FamilyRow(name, model_name, Outcome.REFUSED, reason=reason)
+        return FamilyRow(name, model_name, FamilyOutcome.REFUSED, reason=reason)
     with engine:
         attention = seen_by(engine.geometry)
         wrong = [what for what, holds in CHECKS.items() if not holds(engine)]
@@ -108,10 +110,10 @@ def try_model(name: str, model: PreTrainedModel) -> FamilyRow:
         if immovable is None:
             wrong += [what for what, holds in MOVES.items() if not holds(engine)]
     if wrong:
-        return FamilyRow(name, model_name, Outcome.WRONG, attention, f"not as stock: {', '.join(wrong)}")
+        return FamilyRow(name, model_name, FamilyOutcome.WRONG, attention, f"not as stock: {', '.join(wrong)}")
     if immovable is not None:
-        return FamilyRow(name, model_name, Outcome.EXACT_ONLY, attention, immovable)
-    return FamilyRow(name, model_name, Outcome.WORKS, attention)
+        return FamilyRow(name, model_name, FamilyOutcome.EXACT_ONLY, attention, immovable)
+    return FamilyRow(name, model_name, FamilyOutcome.WORKS, attention)
 
 
 def seen_by(geometry: ModelGeometry) -> str:
@@ -204,12 +206,12 @@ def _serves_moved_text(engine: Engine) -> bool:
     return served.usage.aligned_tokens == len(text.token_ids)
 
 
-Check = Callable[[Engine], bool]
+FamilyCheck = Callable[[Engine], bool]
 
-CHECKS: dict[str, Check] = {
+CHECKS: dict[str, FamilyCheck] = {
     "a cold answer": _answers_cold,
     "an answer from the cache": _answers_from_the_cache,
     "answers in forks": _answers_in_forks,
 }
 
-MOVES: dict[str, Check] = {"keys at another place": _turns_keys, "a moved text": _serves_moved_text}
+MOVES: dict[str, FamilyCheck] = {"keys at another place": _turns_keys, "a moved text": _serves_moved_text}

@@ -24,7 +24,7 @@ from kvcomm.align.spans import layer_stores, place_of, read_span
 from kvcomm.engine.engine import Engine
 from kvcomm.lab.paper import PaperEstimator
 from kvcomm.memory.memory import Memory
-from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.attention.contract import IntArray
 from kvcomm.model.runner import ModelRunner, Run
 from kvcomm.reuse.choosing import View

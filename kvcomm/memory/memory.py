@@ -15,7 +15,7 @@ from kvcomm.memory.eviction import DEFAULT_ORDER
 from kvcomm.memory.lock_rule import IsHeld, unshared
 from kvcomm.memory.pool import PageIds, PagePool
 from kvcomm.memory.renditions import RenditionStore
-from kvcomm.memory.sequences import Sequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.memory.tree import RadixTree
 
 
@@ -48,8 +48,8 @@ class Memory:
         self.tree = RadixTree(pool, ttl_s=ttl_s, eviction=eviction, is_held=is_held)
         self.renditions = RenditionStore(pool, max_bytes=rendition_bytes, ttl_s=ttl_s, is_held=is_held)
 
-    def make_writable(self, sequence: Sequence, start: int, end: int) -> None:
-        """`Sequence.make_writable`, evicting what is only cached when pages run out.
+    def make_writable(self, sequence: KVSequence, start: int, end: int) -> None:
+        """`KVSequence.make_writable`, evicting what is only cached when pages run out.
 
         Raises:
             PoolExhausted: even without anything cached too few pages would be free; then nothing is dropped.

@@ -14,14 +14,14 @@ from collections.abc import Callable
 
 from kvcomm.memory.leaves import LeafQueue
 from kvcomm.memory.node import Node
-from kvcomm.memory.rhythm import Kind, Rhythm
+from kvcomm.memory.rhythm import Rhythm, RhythmKind
 
 
 class ReturnOrder:
     """Leaves by the wait for their return, longest first; among equal waits the least recently used.
 
-    The wait of every leaf changes all the time, but those of one `Kind` stay in order of their last use. So each kind
-    is a queue, and only the fronts are compared: some dozens, whatever the number of leaves. A leaf whose kind has
+    The wait of every leaf changes all the time, but those of one `RhythmKind` stay in order of their last use. So each
+    kind is a queue, and only the fronts are compared: some dozens, whatever the number of leaves. A leaf whose kind has
     changed since it was queued is noticed at the front of its old queue, where it comes at its old age at the latest.
 
     `clock` gives seconds, the tree's.
@@ -29,8 +29,8 @@ class ReturnOrder:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._queues: dict[Kind, LeafQueue] = {}
-        self._waiting: dict[Node, tuple[Kind, Rhythm]] = {}  # where every leaf waits, and by which rhythm
+        self._queues: dict[RhythmKind, LeafQueue] = {}
+        self._waiting: dict[Node, tuple[RhythmKind, Rhythm]] = {}  # where every leaf waits, and by which rhythm
 
     def push(self, node: Node) -> None:
         """Let `node` wait; if its kind has changed, where it belongs now."""
@@ -69,7 +69,7 @@ class ReturnOrder:
         assert node in self._waiting, f"[{node.start}, {node.end}) of {node.namespace.name!r} waits nowhere"
         self._queues[self._waiting[node][0]].check_waiting(node)
 
-    def _settle(self, kind: Kind) -> None:
+    def _settle(self, kind: RhythmKind) -> None:
         """Let those at the front of a queue that have become another kind go there; drop a queue that is empty."""
         queue = self._queues[kind]
         while (node := queue.first()) is not None:

@@ -39,13 +39,13 @@ class Rhythm(NamedTuple):
         return Rhythm(self.log_gap + step * (math.log(gap_s) - self.log_gap), num_returns)
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> RhythmKind:
         """Those that wait alike, rounded."""
         halves = round(self.log_gap / math.log(2) * _PER_OCTAVE)
-        return Kind(halves, min(self.num_returns, MAX_RETURNS))
+        return RhythmKind(halves, min(self.num_returns, MAX_RETURNS))
 
 
-class Kind(NamedTuple):
+class RhythmKind(NamedTuple):
     """Rhythms that are treated alike: usual gap in half octaves of a second, and returns up to `MAX_RETURNS`."""
 
     half_octaves: int

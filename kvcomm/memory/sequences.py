@@ -9,7 +9,7 @@ serializes the calls.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as AnySequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +27,7 @@ class Identity:
     __slots__ = ("__weakref__",)
 
 
-class Sequence:
+class KVSequence:
     """Token ids, positions 0..num_tokens-1, and the pages of the first `num_computed` of them.
 
     Attributes:
@@ -38,7 +38,7 @@ class Sequence:
         identity: tells this sequence from others, forks included.
     """
 
-    def __init__(self, pool: PagePool, token_ids: AnySequence[int] | IntArray = ()) -> None:
+    def __init__(self, pool: PagePool, token_ids: Sequence[int] | IntArray = ()) -> None:
         self._pool = pool
         self.identity = Identity()
         self._tokens = np.empty(max(64, len(token_ids)), dtype=np.int32)
@@ -89,7 +89,7 @@ class Sequence:
         """Pages held, reserved ones included."""
         return len(self._pages)
 
-    def append(self, token_ids: AnySequence[int] | IntArray) -> None:
+    def append(self, token_ids: Sequence[int] | IntArray) -> None:
         """Add tokens behind the last one; their KV is not computed yet."""
         needed = self.num_tokens + len(token_ids)
         if needed > len(self._tokens):
@@ -125,7 +125,7 @@ class Sequence:
         self._pool.release(replaced)
         self.num_computed = num_computed
 
-    def exchange(self, twin: Sequence) -> None:
+    def exchange(self, twin: KVSequence) -> None:
         """Take over the KV of a sequence with the same tokens, computed at least as far, which is left empty.
 
         Own pages that the twin's cover are given back; what is reserved behind them stays.
@@ -162,9 +162,9 @@ class Sequence:
             behind = int(self._pages[-1]) if len(self._pages) else None
             self._pages = np.concatenate([self._pages, self._pool.allocate(missing, after=behind)])
 
-    def fork(self) -> Sequence:
+    def fork(self) -> KVSequence:
         """A sequence with the same tokens that shares every computed page; no bytes are copied."""
-        child = Sequence(self._pool, self.token_ids)
+        child = KVSequence(self._pool, self.token_ids)
         child._pages = self._pages[: self._pool_pages(self.num_computed)].copy()
         self._pool.retain(child._pages)
         child.num_computed = self.num_computed

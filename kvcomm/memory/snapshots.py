@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import Field, NonNegativeInt, ValidationError
 from safetensors import safe_open
 
 from kvcomm.errors import SnapshotCorrupt, SnapshotError, SnapshotExists, SnapshotForeign, SnapshotTooNew
 from kvcomm.files.reading import first_fault
+from kvcomm.files.records import StrictRecord
 from kvcomm.files.writing import NameTaken
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.sealed_file import SealedFormat, tensors_digest
@@ -32,19 +33,15 @@ SUFFIX = ".safetensors"
 FORMAT = SealedFormat("snapshot", VERSION_KEY, FORMAT_VERSION, SnapshotError, SnapshotCorrupt, SnapshotTooNew)
 
 
-class SegmentRecord(BaseModel):
+class SegmentRecord(StrictRecord):
     """One step of the path: how many tokens it has and what it was called."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     num_tokens: NonNegativeInt
     name: str | None
 
 
-class SnapshotHeader(BaseModel):
+class SnapshotHeader(StrictRecord):
     """What a snapshot says of itself. `num_computed` leading tokens have KV in the file, `note` is its user's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     namespace: str
     architecture: str

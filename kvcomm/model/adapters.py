@@ -24,7 +24,7 @@ FORMER_MODULES = frozenset({"base_layer", "original_module"})
 Names = tuple[str, ...]
 
 
-class Choice(NamedTuple):
+class AdapterChoice(NamedTuple):
     """Which adapters a layer was told to use, and whether it was told to use none at all."""
 
     active: Names = ()
@@ -41,13 +41,13 @@ class Setting:
     """
 
     adapter: str | None = None
-    choices: Mapping[str, Choice] | None = None
+    choices: Mapping[str, AdapterChoice] | None = None
 
-    def of(self, path: str) -> Choice:
+    def of(self, path: str) -> AdapterChoice:
         """What the layer at a path is to use."""
         if self.adapter is not None:
-            return Choice((self.adapter,))
-        return (self.choices or {}).get(path, Choice())
+            return AdapterChoice((self.adapter,))
+        return (self.choices or {}).get(path, AdapterChoice())
 
 
 class AdapterLayer:
@@ -73,14 +73,14 @@ class AdapterLayer:
         return tuple(sorted(found))
 
     @property
-    def choice(self) -> Choice:
+    def choice(self) -> AdapterChoice:
         """What its user chose, also while it is lent another choice."""
         active, is_disabled = self.module._active_adapter, self.module._disable_adapters
         if type(active) is _LentNames:
             active = active.former
         if type(is_disabled) is _LentFlag:
             is_disabled = is_disabled.former
-        return Choice((active,) if isinstance(active, str) else tuple(active), bool(is_disabled))
+        return AdapterChoice((active,) if isinstance(active, str) else tuple(active), bool(is_disabled))
 
     @property
     def merged(self) -> Names:
@@ -99,7 +99,7 @@ class AdapterLayer:
             [*scaling.values()] if isinstance(scaling, dict) else [],
         )
 
-    def computing(self, choice: Choice) -> Names:
+    def computing(self, choice: AdapterChoice) -> Names:
         """Adapters that take part in a pass under a choice."""
         if choice.is_disabled or not choice.active or self.merged:
             return ()
@@ -117,7 +117,7 @@ class AdapterLayer:
             found[attribute] = setting if is_plain else type(setting).__name__
         return found
 
-    def choose(self, choice: Choice) -> None:
+    def choose(self, choice: AdapterChoice) -> None:
         """Set what its user has chosen, as far as there are such adapters. Whether it is trained stays as it is."""
         names = self.names
         self.module._active_adapter = [name for name in choice.active if name in names]
@@ -174,7 +174,7 @@ class _LentFlag:
         return self.value
 
 
-class Place(NamedTuple):
+class TensorPlace(NamedTuple):
     """Where a tensor belongs.
 
     Attributes:
@@ -199,15 +199,15 @@ class Tree(NamedTuple):
 
     modules: list[nn.Module]
     layers: list[AdapterLayer]
-    tensors: list[tuple[Place, Tensor]]
-    computed: list[tuple[Place, Tensor]]
+    tensors: list[tuple[TensorPlace, Tensor]]
+    computed: list[tuple[TensorPlace, Tensor]]
 
 
 def sort_tree(model: nn.Module) -> Tree:
     """Walk a model, and tell its own modules and tensors from those of adapters."""
     tree, taken, seen = Tree([], [], [], []), set[str](), set[int]()
 
-    def visit(module: nn.Module, place: Place, names: Names, former: Place) -> None:
+    def visit(module: nn.Module, place: TensorPlace, names: Names, former: TensorPlace) -> None:
         """`names`: adapters of the layer that it is inside of, while it is open which of them it belongs to; `former`:
         the place of the module instead of which that layer stands."""
         if id(module) in seen:
@@ -223,7 +223,7 @@ def sort_tree(model: nn.Module) -> Tree:
             layer = AdapterLayer(path, module)
             tree.layers.append(layer)
             former = former if place.layer is not None else place
-            inside, names = Place("", path), layer.names
+            inside, names = TensorPlace("", path), layer.names
         computed = module._non_persistent_buffers_set
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and id(tensor) not in seen:
@@ -244,11 +244,11 @@ def sort_tree(model: nn.Module) -> Tree:
                     former,
                 )
 
-    visit(model, Place(""), (), Place(""))
+    visit(model, TensorPlace(""), (), TensorPlace(""))
     return tree
 
 
-def _below(place: Place, key: str, names: Names) -> Place:
+def _below(place: TensorPlace, key: str, names: Names) -> TensorPlace:
     if key in names:
         return place._replace(adapter=key)
     return place._replace(name=f"{place.name}{key}")

@@ -60,11 +60,11 @@ FIXED = {
 }
 """What serves where nothing was measured, by the numbers of `ROWS`."""
 
-Shape = tuple[int, int]
+WeightShape = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Choice:
+class ProductChoice:
     """Names of products.
 
     Attributes:
@@ -91,7 +91,7 @@ class Choice:
         return Joined(layers, names, self.memory)
 
 
-def choose(layers: Sequence[nn.Linear], root: Path | None = None) -> Choice:
+def choose(layers: Sequence[nn.Linear], root: Path | None = None) -> ProductChoice:
     """What to compute these layers by; all on CPU and of one dtype among `CANDIDATES`.
 
     Args:
@@ -106,7 +106,7 @@ def choose(layers: Sequence[nn.Linear], root: Path | None = None) -> Choice:
     weights = list({layer.weight.data_ptr(): layer.weight.detach() for layer in layers}.values())
     num_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
     if wish or num_bytes < MIN_PROBED_BYTES:
-        return Choice()
+        return ProductChoice()
     key = _key(weights)
     path = (cache_root() / "products" if root is None else root) / f"{_digest(key)}.json"
     found = _read(path, key)
@@ -116,16 +116,16 @@ def choose(layers: Sequence[nn.Linear], root: Path | None = None) -> Choice:
     return found
 
 
-def measure(weights: Sequence[Tensor]) -> Choice:
+def measure(weights: Sequence[Tensor]) -> ProductChoice:
     """Time the products on weights of every shape; all of one dtype among `CANDIDATES`."""
     start = time.process_time()
     with torch.inference_mode(), compiled.threads():
         table = _table(weights)
-    return Choice(table, "measured", time.process_time() - start)
+    return ProductChoice(table, "measured", time.process_time() - start)
 
 
 def _table(weights: Sequence[Tensor]) -> tuple[str, ...]:
-    by_shape: dict[Shape, list[Tensor]] = {}
+    by_shape: dict[WeightShape, list[Tensor]] = {}
     for weight in weights:
         by_shape.setdefault((weight.shape[0], weight.shape[1]), []).append(weight)
     names = [name for name in CANDIDATES[weights[0].dtype] if all(can_compute(name, one) for one in weights)]
@@ -174,7 +174,7 @@ def _digest(key: dict[str, Any]) -> str:
     return sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _read(path: Path, key: dict[str, Any]) -> Choice | None:
+def _read(path: Path, key: dict[str, Any]) -> ProductChoice | None:
     """The table of a file, or None if there is none that can be used."""
     try:
         stored = parse_json(read_bytes(path, max_bytes=CONFIG_BYTES))
@@ -183,10 +183,10 @@ def _read(path: Path, key: dict[str, Any]) -> Choice | None:
     except (OSError, BadContent, TypeError, KeyError):
         return None
     allowed = CANDIDATES[getattr(torch, key["dtype"])]
-    return Choice(table, "remembered") if is_ours and all(name in allowed for name in table) else None
+    return ProductChoice(table, "remembered") if is_ours and all(name in allowed for name in table) else None
 
 
-def _write(path: Path, key: dict[str, Any], choice: Choice) -> None:
+def _write(path: Path, key: dict[str, Any], choice: ProductChoice) -> None:
     """Keep a table, whole or not at all; whoever writes last wins."""
     try:
         with replacing(path) as temporary:

@@ -3,7 +3,7 @@
 A pass in eager mode spends much of its time not on numbers: linear layers pack their weights anew in every call, and
 between them every step makes a new tensor. Here linear layers are computed by whichever product is quickest for so many
 rows on this machine (`linear`, `choice`), those that read the same rows together, and norms, rotations and gates by one
-compiled loop each (`glue`).
+compiled loop each (`row_loops`).
 
 Equal up to rounding, in float32. A pass that must be the stock forward to the last bit (a whole prompt of float32
 computed alone) has stock products, and of the rest only what is the same to the last bit. In bfloat16 everything is
@@ -31,7 +31,7 @@ from torch.nn import functional
 from kvcomm.errors import KVCommError
 from kvcomm.model import compiled
 from kvcomm.model.attention import hook
-from kvcomm.model.choice import Choice, choose
+from kvcomm.model.choice import ProductChoice, choose
 from kvcomm.model.compiled import numbers, one_caller
 from kvcomm.model.linear import CANDIDATES, LOOPS, PRODUCTS, Joined
 
@@ -52,7 +52,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 class LeanLayers:
     """The layers of one model that can be switched. They are found once, when this is made."""
 
-    def __init__(self, model: nn.Module, choice: Choice | None = None) -> None:
+    def __init__(self, model: nn.Module, choice: ProductChoice | None = None) -> None:
         """Make one.
 
         Args:
@@ -60,7 +60,7 @@ class LeanLayers:
         """
         linears = _linears(model)
         self._dtype = linears[0].weight.dtype if linears else None
-        self.choice = choice or (choose(linears) if linears else Choice())
+        self.choice = choice or (choose(linears) if linears else ProductChoice())
         self._exact: list[Block] = []
         self._rounding: list[Block] = []
         if not linears:
@@ -94,7 +94,7 @@ class LeanLayers:
                 vars(block.layer).pop("forward", None)
 
 
-def choice_of(model: nn.Module) -> Choice | None:
+def choice_of(model: nn.Module) -> ProductChoice | None:
     """What a model's linear layers are computed by on this machine, measured if need be; None: it has none of ours."""
     linears = _linears(model)
     return choose(linears) if linears else None
@@ -110,7 +110,7 @@ def _is_ours(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype in CANDIDATES
 
 
-def _compile_loops(linears: list[nn.Linear], choice: Choice) -> None:
+def _compile_loops(linears: list[nn.Linear], choice: ProductChoice) -> None:
     """Now, not within a pass."""
     weight = linears[0].weight.detach()
     names = {choice.name(layer.weight, num_rows) for layer in linears for num_rows in (1, 16, 64)}
@@ -137,13 +137,13 @@ def _is_taken(module: nn.Module) -> bool:
     return bool("forward" in members or members["_forward_hooks"] or members["_forward_pre_hooks"])
 
 
-def find_blocks(model: nn.Module, choice: Choice, *, exact: bool) -> list[Block]:
+def find_blocks(model: nn.Module, choice: ProductChoice, *, exact: bool) -> list[Block]:
     """The blocks of a model on the CPU; `exact`: by stock products, and only what is the same to the last bit."""
     hook.register()  # attention is tried with a step
     return [block for module in model.modules() for block in _block(model, module, choice, exact=exact)]
 
 
-def _block(model: nn.Module, module: nn.Module, choice: Choice, *, exact: bool) -> Iterator[Block]:
+def _block(model: nn.Module, module: nn.Module, choice: ProductChoice, *, exact: bool) -> Iterator[Block]:
     if "RMSNorm" in type(module).__name__:
         forward = lean_norm(module, exact=exact)
         if forward is not None:
@@ -168,7 +168,7 @@ def _is_plain(rows: Tensor, dtype: torch.dtype) -> bool:
     return rows.dtype == dtype and torch.is_inference_mode_enabled() and not rows.requires_grad and rows.numel() > 0
 
 
-def lean_linear(layer: nn.Linear, choice: Choice) -> Callable[[Tensor], Tensor]:
+def lean_linear(layer: nn.Linear, choice: ProductChoice) -> Callable[[Tensor], Tensor]:
     """`layer.forward` by the product that is chosen."""
     compute = choice.joined([layer])
 
@@ -202,7 +202,7 @@ def lean_norm(layer: nn.Module, *, exact: bool) -> Forward | None:
         return (rows * scale).mul_(weight)
 
     def by_loop(rows: Tensor) -> Tensor:
-        from kvcomm.model.glue import norm
+        from kvcomm.model.row_loops import norm
 
         weight = layer.weight
         assert isinstance(weight, Tensor)
@@ -227,7 +227,7 @@ def lean_norm(layer: nn.Module, *, exact: bool) -> Forward | None:
         return forward if _agree(forward(rows), expected, exact=exact) else None
 
 
-def lean_mlp(layer: nn.Module, choice: Choice, *, exact: bool) -> Forward | None:
+def lean_mlp(layer: nn.Module, choice: ProductChoice, *, exact: bool) -> Forward | None:
     """`layer.forward` of down(silu(gate) * up), or None if it is another form."""
     gate, up, down = (getattr(layer, name) for name in ("gate_proj", "up_proj", "down_proj"))
     dtype, width = gate.weight.dtype, gate.out_features
@@ -243,7 +243,7 @@ def lean_mlp(layer: nn.Module, choice: Choice, *, exact: bool) -> Forward | None
             opened, beside = open_both.exactly(flat)
             (out,) = close.exactly(functional.silu(opened, inplace=True).mul_(beside))
         else:
-            from kvcomm.model.glue import gate as multiply
+            from kvcomm.model.row_loops import gate as multiply
 
             parts = open_both(flat)
             opened = flat.new_empty(len(flat), width)
@@ -261,7 +261,7 @@ def lean_mlp(layer: nn.Module, choice: Choice, *, exact: bool) -> Forward | None
             return None
 
 
-def lean_attention(model: nn.Module, layer: nn.Module, choice: Choice, *, exact: bool) -> Forward | None:
+def lean_attention(model: nn.Module, layer: nn.Module, choice: ProductChoice, *, exact: bool) -> Forward | None:
     """`layer.forward` of a pass, or None if its heads are made in another way."""
     query, key, value = (getattr(layer, name) for name in ("q_proj", "k_proj", "v_proj"))
     dim, layer_id, config = (getattr(layer, name, None) for name in ("head_dim", "layer_idx", "config"))
@@ -289,7 +289,9 @@ def lean_attention(model: nn.Module, layer: nn.Module, choice: Choice, *, exact:
     return forward if all(_agree(one, other, exact=exact) for one, other in pairs) else None
 
 
-def _attention_forward(layer: nn.Module, seen: _Seen, project: Joined, choice: Choice, *, exact: bool) -> Forward:
+def _attention_forward(
+    layer: nn.Module, seen: _Seen, project: Joined, choice: ProductChoice, *, exact: bool
+) -> Forward:
     layer_id, scale, window, softcap = seen.layer_id, seen.scale, seen.sliding_window, seen.softcap
     dim = layer.head_dim
     assert isinstance(dim, int)
@@ -317,7 +319,7 @@ def _heads(
     rows: Tensor, project: Joined, cos: Tensor, sin: Tensor, dim: int, *, exact: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys, rotated, and values of [num_rows, in]: [1, their heads, num_rows, dim] each."""
-    from kvcomm.model.glue import rotate
+    from kvcomm.model.row_loops import rotate
 
     cos_numbers, sin_numbers = numbers(cos.contiguous()), numbers(sin.contiguous())
     made, width = [], project.widths[1]

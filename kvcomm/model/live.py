@@ -35,7 +35,7 @@ from blake3 import blake3
 from transformers import PreTrainedModel
 
 from kvcomm.errors import UnknownAdapter, WeightsChanged
-from kvcomm.model.adapters import AdapterLayer, Choice, Loan, Names, Setting, names_of, sort_tree
+from kvcomm.model.adapters import AdapterChoice, AdapterLayer, Loan, Names, Setting, names_of, sort_tree
 from kvcomm.model.watched_tree import WatchedTree, parts_of
 from kvcomm.model.weights import tensor_digest, weights_digest
 
@@ -149,7 +149,7 @@ class LiveWeights:
         finally:
             with self._lock:
                 for layer in sort_tree(self._model).layers:
-                    layer.choose(before.get(layer.path, Choice()))
+                    layer.choose(before.get(layer.path, AdapterChoice()))
                 self._look()
 
     @contextmanager

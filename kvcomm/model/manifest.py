@@ -15,26 +15,23 @@ from pathlib import Path
 from typing import Literal
 
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from kvcomm.files.reading import CONFIG_BYTES, read_bytes
+from kvcomm.files.records import StrictRecord
 
 MANIFEST_FILE = "manifest.json"
 RECORDED_VERSIONS = ("torch", "transformers", "gguf")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class FileRecord(_Strict):
+class FileRecord(StrictRecord):
     """One file of the folder."""
 
     num_bytes: int
     blake3: str
 
 
-class Manifest(_Strict):
+class Manifest(StrictRecord):
     """The content of `manifest.json`, format version 1."""
 
     format: Literal["kvcomm-model"] = "kvcomm-model"

@@ -45,7 +45,7 @@ class Run(NamedTuple):
         return self.start + len(self.token_ids)
 
 
-Watch = Callable[[int, Tensor, float], None]
+ScoreWatch = Callable[[int, Tensor, float], None]
 
 
 class ModelRunner:
@@ -95,7 +95,7 @@ class ModelRunner:
             self._weights, self._looks_closely = before
 
     @torch.inference_mode()
-    def forward(self, runs: Sequence[Run], *, watch: Watch | None = None) -> Tensor:
+    def forward(self, runs: Sequence[Run], *, watch: ScoreWatch | None = None) -> Tensor:
         """Compute runs; their KV is in its slots afterwards.
 
         Args:
@@ -121,7 +121,7 @@ class ModelRunner:
         self._configs = hook.configs_of(self._model)
         self._layers = LeanLayers(self._model)
 
-    def _pass(self, runs: Sequence[Run], watch: Watch | None) -> tuple[Tensor, Pass | None]:
+    def _pass(self, runs: Sequence[Run], watch: ScoreWatch | None) -> tuple[Tensor, Pass | None]:
         """The wanted logits, and what is to be confirmed about the pass."""
         if self._live is not None and self._live.generation != self._generation:
             self._read_modules()
@@ -158,7 +158,7 @@ class ModelRunner:
 class _Watched:
     """An attention step that somebody looks at."""
 
-    def __init__(self, step: AttentionStep, watch: Watch) -> None:
+    def __init__(self, step: AttentionStep, watch: ScoreWatch) -> None:
         self._step, self._watch = step, watch
 
     def __call__(

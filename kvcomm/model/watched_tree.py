@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
-from kvcomm.model.adapters import AdapterLayer, Choice, Place, Tree, sort_tree
+from kvcomm.model.adapters import AdapterChoice, AdapterLayer, TensorPlace, Tree, sort_tree
 from kvcomm.model.rope import LENGTH_DEPENDENT_ROPES
 from kvcomm.model.weights import plain_parts, tensor_digest, vocab_size_of
 
@@ -45,7 +45,7 @@ class Mark(NamedTuple):
     sample: bytes
 
 
-class Kind(NamedTuple):
+class KVSpec(NamedTuple):
     """What the shape of KV, and the pool that it lies in, rest on."""
 
     dtype: torch.dtype
@@ -60,9 +60,9 @@ class Kind(NamedTuple):
         )
 
 
-def _kind_of(model: PreTrainedModel) -> Kind:
+def _kind_of(model: PreTrainedModel) -> KVSpec:
     num_layers = model.config.get_text_config().num_hidden_layers
-    return Kind(model.dtype, model.device, vocab_size_of(model), num_layers)
+    return KVSpec(model.dtype, model.device, vocab_size_of(model), num_layers)
 
 
 class WatchedTree:
@@ -124,7 +124,7 @@ class WatchedTree:
         """Whether both have the same modules in the same places."""
         return self.modules == other.modules
 
-    def choices(self) -> dict[str, Choice]:
+    def choices(self) -> dict[str, AdapterChoice]:
         """What the model's user has chosen for every layer; from now on that is no change."""
         self._choices = self._raw_choices()
         return {layer.path: layer.choice for layer in self.layers}
@@ -253,7 +253,7 @@ def _sets_itself(module: nn.Module) -> bool:
     return any(each in LENGTH_DEPENDENT_ROPES for each in kinds if isinstance(each, str))
 
 
-def _digest_of(computed: Sequence[tuple[Place, Tensor]], watched: set[int]) -> str:
+def _digest_of(computed: Sequence[tuple[TensorPlace, Tensor]], watched: set[int]) -> str:
     rows = [
         [place.name, str(tensor.dtype), list(tensor.shape), tensor_digest(tensor)]
         for place, tensor in computed

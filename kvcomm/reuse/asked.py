@@ -6,7 +6,7 @@ from typing import Protocol
 
 from kvcomm.align.ladder import Rung
 from kvcomm.memory.segments import Segment
-from kvcomm.memory.sequences import Sequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.live import Weights
 from kvcomm.reuse.attempt import Attempt
 from kvcomm.reuse.lesson import Lesson
@@ -33,7 +33,7 @@ class Asked(Protocol):
         ...
 
     @property
-    def sequence(self) -> Sequence:
+    def sequence(self) -> KVSequence:
         """Prompt and, for the first choice, its answer."""
         ...
 

@@ -31,9 +31,9 @@ from kvcomm.align.probes import Probes
 from kvcomm.align.readers import Reader
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.segments import Segment
-from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.attention.contract import IntArray
-from kvcomm.model.runner import Run, Watch
+from kvcomm.model.runner import Run, ScoreWatch
 from kvcomm.reuse.choosing import Chooser, View
 from kvcomm.reuse.decision import Acceptance
 from kvcomm.reuse.finder import parts_of
@@ -71,7 +71,7 @@ class ToCompute(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Tools:
+class AttemptTools:
     """What attempts of one engine work with. `choosers` by name."""
 
     memory: Memory
@@ -80,7 +80,7 @@ class Tools:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class TargetPrompt:
     """The prompt that text is moved into.
 
     Attributes:
@@ -128,8 +128,8 @@ class Attempt:
 
     def __init__(
         self,
-        tools: Tools,
-        prompt: Prompt,
+        tools: AttemptTools,
+        prompt: TargetPrompt,
         reader: Reader,
         moves: Sequence[Move],
         corrections: Sequence[Correction],
@@ -222,7 +222,7 @@ class Attempt:
         plan = self.plan
         return ToCompute(plan, plan.stretches, self.prompt.num_exact, self.moves[0].start)
 
-    def watch(self, run: Run, row: int) -> Watch | None:
+    def watch(self, run: Run, row: int) -> ScoreWatch | None:
         """What looks on while rows from `row` on of a pass compute a run of the prompt."""
         if self._looking is None:
             return None

@@ -15,7 +15,7 @@ from kvcomm.align.bound import Bound
 from kvcomm.align.levels import ReaderBook
 from kvcomm.align.readers import Reader
 from kvcomm.align.standings import Audit
-from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.reuse.idle_work import Steps, Urgency
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.reuse.replay import Case

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvcomm.align.ladder import ATTENTION, top_tokens
 from kvcomm.align.moves import Move
-from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.attention.contract import IntArray
 
 

@@ -23,7 +23,7 @@ from kvcomm.errors import PoolExhausted
 from kvcomm.files.reading import CONFIG_BYTES, read_bytes
 from kvcomm.files.writing import replacing
 from kvcomm.memory.memory import Memory
-from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.compiled import processor
 from kvcomm.model.runner import ModelRunner, Run
 

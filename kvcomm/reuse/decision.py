@@ -69,7 +69,7 @@ class Acceptance:
 
 def accept(grounds: Grounds, bound: Bound) -> Acceptance | None:
     """On these grounds, at which rung a request is served; None: no rung keeps the bound."""
-    index = grounds.rung
+    index = grounds.rung_index
     return None if index is None else Acceptance(grounds.level, grounds.calibration, index, bound.confidence)
 
 

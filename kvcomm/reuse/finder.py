@@ -18,13 +18,13 @@ from typing import NamedTuple
 from kvcomm.align.edges import Edge, signatures
 from kvcomm.align.moves import Move
 from kvcomm.align.repeats import Surroundings
-from kvcomm.align.slots import kind_of
+from kvcomm.align.slot_kinds import kind_of
 from kvcomm.align.spans import place_of
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.renditions import Rendition
 from kvcomm.memory.segments import Segment
-from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.reuse.plan import Part, Reason
 
 MAX_RENDITIONS = 4

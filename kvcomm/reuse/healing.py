@@ -15,7 +15,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from kvcomm.memory.memory import Memory
-    from kvcomm.memory.sequences import Sequence as KVSequence
+    from kvcomm.memory.sequences import KVSequence
 
 
 class NotHealed(StrEnum):
@@ -43,7 +43,7 @@ class Healing:
     """
 
     def __init__(self, memory: Memory, namespace: str, own: KVSequence) -> None:
-        from kvcomm.memory.sequences import Sequence as KVSequence  # which imports torch
+        from kvcomm.memory.sequences import KVSequence  # which imports torch
 
         self.own = own
         self.twin = KVSequence(memory.pool)

@@ -30,7 +30,7 @@ from kvcomm.reuse.lesson import Lesson
 from kvcomm.reuse.planner import Planner
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.reuse.replay import NUM_CONTINUATION, Case, Exact, Measurement, Outcome
-from kvcomm.reuse.trials import Served, Trial, Trials
+from kvcomm.reuse.trials import Approximation, Trial, Trials
 
 ENOUGH_PAIRS = 60
 """Pairs at a ladder beyond which a reader that has a better one measures it no more."""
@@ -63,7 +63,7 @@ class Learner:
             self._book.standing(asked.namespace, attempt.reader).num_approximated += 1
             if self.auditor.is_due(asked.namespace, attempt.reader, policy):
                 # An audit needs no sources; leaving some out would bias it.
-                self._queue(asked, Served(attempt.acceptance.level, attempt.risk))
+                self._queue(asked, Approximation(attempt.acceptance.level, attempt.risk))
         elif policy.learn and asked.sequence.approximate_from is None:
             self._queue(asked, None)
 
@@ -135,7 +135,7 @@ class Learner:
 
         return self._trials.promise(namespace, weights, segments, steps, _EXACT)
 
-    def _queue(self, asked: Asked, served: Served | None) -> None:
+    def _queue(self, asked: Asked, served: Approximation | None) -> None:
         """Queue an audit of what was served, or else a study if there is anything that could have been moved."""
         trial = self._trial(asked, asked.policy, served)
         if served is not None:
@@ -163,7 +163,7 @@ class Learner:
             lesson.settle(None)
             raise
 
-    def _trial(self, asked: Asked, policy: ReusePolicy, served: Served | None) -> Trial:
+    def _trial(self, asked: Asked, policy: ReusePolicy, served: Approximation | None) -> Trial:
         """A request's prompt and answer with its KV, and what could be moved into it."""
         trial = Trial(
             asked.namespace,

@@ -31,7 +31,7 @@ from kvcomm.model.cache_folder import cache_root
 from kvcomm.model.geometry import ModelGeometry
 from kvcomm.model.runner import ModelRunner
 from kvcomm.reuse.asked import Asked
-from kvcomm.reuse.attempt import Tools
+from kvcomm.reuse.attempt import AttemptTools
 from kvcomm.reuse.choosing import AttentionChooser, Chooser
 from kvcomm.reuse.cost import ReuseCost, cached_cost, machine_label, measure_cost
 from kvcomm.reuse.idle_work import IdleWork, Job, Steps, Urgency
@@ -110,7 +110,7 @@ class ReuseParts:
         )
         idle = IdleWork(lock)
         book = ReaderBook() if prior is None else ReaderBook(prior.all_pairs, prior.head_weights)
-        planner = Planner(Tools(memory, layers, choosers), estimators, book, cost, immovable=geometry.immovable)
+        planner = Planner(AttemptTools(memory, layers, choosers), estimators, book, cost, immovable=geometry.immovable)
         planner.finder.published = SketchAhead(memory, layers, sketcher, anchors, idle, lock).published
         replayer = Replayer(memory, runner, layers, choosers, lock)
         trials = Trials(memory, planner.finder, replayer, idle, chunk=config.prefill_chunk, end_token_ids=end_token_ids)

@@ -24,7 +24,7 @@ from kvcomm.errors import InvalidRequest
 from kvcomm.memory.pool import PageIds
 from kvcomm.memory.segments import Segment
 from kvcomm.reuse.asked import Asked
-from kvcomm.reuse.attempt import Attempt, Prompt, Tools, passes_of
+from kvcomm.reuse.attempt import Attempt, AttemptTools, TargetPrompt, passes_of
 from kvcomm.reuse.beginnings import MovedBeginnings
 from kvcomm.reuse.cost import ReuseCost
 from kvcomm.reuse.decision import Acceptance, decide
@@ -56,7 +56,7 @@ class Planner:
 
     def __init__(
         self,
-        tools: Tools,
+        tools: AttemptTools,
         estimators: Mapping[str, Estimator],
         book: ReaderBook,
         cost: ReuseCost,
@@ -183,8 +183,8 @@ class Planner:
                 if name not in known:
                     raise InvalidRequest(f"unknown {what} {name!r} of a rung; this engine has {', '.join(known)}")
 
-    def _prompt(self, asked: Asked, otherwise: Reason, unmoved: Reason, back_until: int) -> Prompt:
-        return Prompt(
+    def _prompt(self, asked: Asked, otherwise: Reason, unmoved: Reason, back_until: int) -> TargetPrompt:
+        return TargetPrompt(
             asked.segments,
             asked.num_prompt_tokens,
             asked.sequence.num_computed,

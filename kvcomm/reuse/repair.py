@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future
 
 from kvcomm.memory.segments import Segment
-from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.live import Weights
 from kvcomm.reuse.finder import MoveFinder
 from kvcomm.reuse.healing import Healing

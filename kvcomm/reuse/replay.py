@@ -28,7 +28,7 @@ from kvcomm.align.probes import Probes
 from kvcomm.align.spans import place_of
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
-from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.attention.contract import IntArray
 from kvcomm.model.live import Weights
 from kvcomm.model.runner import ModelRunner, Run

@@ -20,7 +20,7 @@ from kvcomm.align.profile_file import Profile
 from kvcomm.errors import AnchorFileError
 from kvcomm.reuse.parts import ReuseParts
 from kvcomm.tiers.tier import Tier, TierMiss, TierSpace
-from kvcomm.tiers.write_behind import Work
+from kvcomm.tiers.write_queue import WriteTask
 
 logger = logging.getLogger("kvcomm.tiers")
 
@@ -92,7 +92,7 @@ class SharedLearning:
     def _queue(self, namespace: str, what: str) -> None:
         assert self._tier is not None
         act = partial(self._read if what == "read" else self._write, namespace)
-        self._tier.queue.add(Work(f"{what} anchors {namespace}", 0, act, lambda: None))
+        self._tier.queue.add(WriteTask(f"{what} anchors {namespace}", 0, act, lambda: None))
 
     def _read(self, namespace: str) -> None:
         if self._num_known(namespace):

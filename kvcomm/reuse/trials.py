@@ -17,7 +17,7 @@ from kvcomm.errors import EngineClosed, kept
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
 from kvcomm.memory.segments import Segment
-from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.live import Weights
 from kvcomm.reuse.finder import MoveFinder
 from kvcomm.reuse.idle_work import IdleWork, Job, Steps, Urgency
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Served:
+class Approximation:
     """How a request was approximated, for audits.
 
     Attributes:
@@ -60,7 +60,7 @@ class Trial:
     policy: ReusePolicy
     guess: tuple[int, ...] = ()
     moves: list[Move] = field(default_factory=list)
-    served: Served | None = None
+    served: Approximation | None = None
     others: list[KVSequence] = field(default_factory=list)
 
     @property

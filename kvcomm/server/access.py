@@ -24,7 +24,7 @@ from kvcomm.server.logs import notes_of
 from kvcomm.tiers.space import DEFAULT_TENANT
 
 if TYPE_CHECKING:
-    from kvcomm.server.admission import Admission
+    from kvcomm.server.admission import AdmissionControl
     from kvcomm.server.tenants import Tenant
 
 OPEN = frozenset({"/", "/health", "/ready", "/version", "/openapi.json", "/ui"})
@@ -74,7 +74,7 @@ class Door:
         keys: KeyRing | None,
         callers: Callers,
         tenant: Callable[[str], Tenant],
-        admission: Admission,
+        admission: AdmissionControl,
     ) -> None:
         """`tenant` gives a tenant by name."""
         self._app = app

@@ -14,14 +14,20 @@ from fastapi import APIRouter, Depends, Path, Query
 from kvcomm.server.access import security
 from kvcomm.server.contexts.registry import ContextRegistry
 from kvcomm.server.contexts.snapshot_surface import folder_of
-from kvcomm.server.contexts.turns import Node
+from kvcomm.server.contexts.turns import TenantContext
 from kvcomm.server.contexts.views import views
 from kvcomm.server.errors import ApiError, documented
 from kvcomm.server.keys import NAME_PATTERN
 from kvcomm.server.removal import known_tenants, release, remove_snapshots, remove_tenant, require_known, status_of
 from kvcomm.server.schemas.admin import DeletedSegments, DeletedSnapshots, RemovedTenant, TenantList, TenantStatus
 from kvcomm.server.schemas.common import CONTEXT_ID
-from kvcomm.server.schemas.contexts import ContextList, DeletedContexts, DeletedSnapshot, SnapshotList, SnapshotName
+from kvcomm.server.schemas.contexts import (
+    ContextObjectList,
+    DeletedContexts,
+    DeletedSnapshot,
+    SnapshotList,
+    SnapshotName,
+)
 from kvcomm.server.schemas.segments import SEGMENT_NAME, SegmentDeleted, SegmentList
 from kvcomm.server.segments.registry import SegmentRegistry
 from kvcomm.server.segments.surface import record
@@ -36,7 +42,7 @@ def _known(tenant: Annotated[str, Path(pattern=NAME_PATTERN)], state: StateDep) 
     return tenant
 
 
-Known = Annotated[str, Depends(_known)]
+KnownTenant = Annotated[str, Depends(_known)]
 Descendants = Annotated[bool, Query(description="Delete what came from it, too; else that lives on.")]
 
 
@@ -47,14 +53,14 @@ def list_tenants(state: StateDep) -> TenantList:
 
 
 @router.get("/{tenant}", operation_id="getTenant", responses=LOOKING)
-def get_tenant(tenant: Known, state: StateDep) -> TenantStatus:
+def get_tenant(tenant: KnownTenant, state: StateDep) -> TenantStatus:
     """What a tenant holds."""
     return status_of(state, tenant)
 
 
 @router.delete("/{tenant}", operation_id="removeTenant", responses=LOOKING)
 async def delete_tenant(
-    tenant: Known,
+    tenant: KnownTenant,
     state: StateDep,
     snapshots: Annotated[bool, Query(description="Delete its snapshots, too; else they stay.")] = False,
 ) -> RemovedTenant:
@@ -63,17 +69,17 @@ async def delete_tenant(
 
 
 @router.get("/{tenant}/contexts", operation_id="listTenantContexts", responses=LOOKING)
-async def list_contexts(tenant: Known, state: StateDep) -> ContextList:
+async def list_contexts(tenant: KnownTenant, state: StateDep) -> ContextObjectList:
     """Every context of a tenant, as it sees them itself. Does not count as use."""
     registry = state.contexts.find(tenant)
     if registry is None:
-        return ContextList(data=[])
+        return ContextObjectList(data=[])
     registry.sweep()
-    return ContextList(data=views(registry))
+    return ContextObjectList(data=views(registry))
 
 
 @router.delete("/{tenant}/contexts", operation_id="deleteTenantContexts", responses=LOOKING)
-async def delete_contexts(tenant: Known, state: StateDep) -> DeletedContexts:
+async def delete_contexts(tenant: KnownTenant, state: StateDep) -> DeletedContexts:
     """Give the KV of all its contexts back. Requests that extend them are cancelled."""
     registry = state.contexts.find(tenant)
     return DeletedContexts(deleted=[]) if registry is None else await _delete(registry, registry.nodes)
@@ -81,7 +87,7 @@ async def delete_contexts(tenant: Known, state: StateDep) -> DeletedContexts:
 
 @router.delete("/{tenant}/contexts/{context_id}", operation_id="deleteTenantContext", responses=LOOKING)
 async def delete_context(
-    tenant: Known,
+    tenant: KnownTenant,
     context_id: Annotated[str, Path(pattern=CONTEXT_ID)],
     state: StateDep,
     descendants: Descendants = False,
@@ -96,13 +102,13 @@ async def delete_context(
 
 
 @router.get("/{tenant}/segments", operation_id="listTenantSegments", responses=LOOKING)
-async def list_segments(tenant: Known, state: StateDep) -> SegmentList:
+async def list_segments(tenant: KnownTenant, state: StateDep) -> SegmentList:
     """The latest version of each of its named segments."""
     return SegmentList(data=[record(each) for each in _segments(state, tenant).latest])
 
 
 @router.delete("/{tenant}/segments", operation_id="deleteTenantSegments", responses=LOOKING)
-async def delete_segments(tenant: Known, state: StateDep) -> DeletedSegments:
+async def delete_segments(tenant: KnownTenant, state: StateDep) -> DeletedSegments:
     """Forget all its named segments."""
     registry = _segments(state, tenant)
     names = [each.name for each in registry.latest]
@@ -113,33 +119,35 @@ async def delete_segments(tenant: Known, state: StateDep) -> DeletedSegments:
 
 @router.delete("/{tenant}/segments/{name}", operation_id="deleteTenantSegment", responses=LOOKING)
 async def delete_segment(
-    tenant: Known, name: Annotated[str, Path(pattern=SEGMENT_NAME)], state: StateDep
+    tenant: KnownTenant, name: Annotated[str, Path(pattern=SEGMENT_NAME)], state: StateDep
 ) -> SegmentDeleted:
     """Forget one of its named segments and its versions."""
     return SegmentDeleted(name=name, versions=_segments(state, tenant).remove(name))
 
 
 @router.get("/{tenant}/snapshots", operation_id="listTenantSnapshots", responses=LOOKING)
-async def list_snapshots(tenant: Known, state: StateDep) -> SnapshotList:
+async def list_snapshots(tenant: KnownTenant, state: StateDep) -> SnapshotList:
     """Its snapshots."""
     return SnapshotList(data=await anyio.to_thread.run_sync(folder_of(state, tenant).snapshots))
 
 
 @router.delete("/{tenant}/snapshots", operation_id="deleteTenantSnapshots", responses=LOOKING)
-async def delete_snapshots(tenant: Known, state: StateDep) -> DeletedSnapshots:
+async def delete_snapshots(tenant: KnownTenant, state: StateDep) -> DeletedSnapshots:
     """Delete all its snapshots; contexts made from them stay."""
     folder_of(state, tenant)
     return DeletedSnapshots(deleted=await anyio.to_thread.run_sync(remove_snapshots, state, tenant))
 
 
 @router.delete("/{tenant}/snapshots/{name}", operation_id="deleteTenantSnapshot", responses=LOOKING)
-async def delete_snapshot(tenant: Known, name: Annotated[SnapshotName, Path()], state: StateDep) -> DeletedSnapshot:
+async def delete_snapshot(
+    tenant: KnownTenant, name: Annotated[SnapshotName, Path()], state: StateDep
+) -> DeletedSnapshot:
     """Delete one of its snapshots."""
     await anyio.to_thread.run_sync(partial(folder_of(state, tenant).remove, name))
     return DeletedSnapshot(name=name)
 
 
-async def _delete(registry: ContextRegistry, gone: list[Node]) -> DeletedContexts:
+async def _delete(registry: ContextRegistry, gone: list[TenantContext]) -> DeletedContexts:
     registry.remove(gone)
     await release(gone)
     await registry.tenant.freed()

@@ -24,7 +24,7 @@ KEPT_SHARE = 8
 """One place in so many is kept for others, where there may be others."""
 
 
-class Admission:
+class AdmissionControl:
     """Counts what is in flight.
 
     Attributes:

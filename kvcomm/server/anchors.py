@@ -37,7 +37,7 @@ from kvcomm.server.reuse_views import anchor_status
 from kvcomm.server.sampling import default_policy
 from kvcomm.server.schemas.admin import AnchorsTaken
 from kvcomm.server.schemas.anchors import AnchorStatus
-from kvcomm.server.schemas.common import LevelName, Reuse
+from kvcomm.server.schemas.common import LevelName, ReuseOptions
 from kvcomm.server.state import StateDep, TenantDep
 from kvcomm.server.workers import LONG_BYTES
 
@@ -78,7 +78,7 @@ async def get_anchor_status(
     """What is known of moving your text, and what is missing for a bound: pairs of each level, anchors of each edge."""
     policy = default_policy(state.settings)
     if policy.is_exact:  # then it promises nothing else; this is what a request gets that only says "approximate"
-        policy = Reuse().policy()
+        policy = ReuseOptions().policy()
     policy = ReusePolicy(
         max_divergence=policy.max_divergence if max_divergence is None else max_divergence,
         confidence=policy.confidence if confidence is None else confidence,

@@ -18,12 +18,12 @@ from kvcomm.errors import InvalidRequest
 from kvcomm.server.contexts.answering import begin_turn, put_messages
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError
-from kvcomm.server.followed import Source
-from kvcomm.server.generation import Call, Job
+from kvcomm.server.followed import FollowedAnswer
+from kvcomm.server.generation import GenerationCall, GenerationJob
 from kvcomm.server.prompts import shown_tools
 from kvcomm.server.sampling import num_breakpoints, policy_of, sampling_of
 from kvcomm.server.schemas.chat import ChatRequest
-from kvcomm.server.schemas.usage import Usage
+from kvcomm.server.schemas.usage import UsageObject
 from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.state import ServerState
 from kvcomm.server.structured import compile_grammar, field_of, grammar_of
@@ -67,7 +67,7 @@ class _Prepared(NamedTuple):
 class ChatAnswers:
     """A chat request in the engine."""
 
-    def __init__(self, body: ChatRequest, call: Call, prepared: _Prepared) -> None:
+    def __init__(self, body: ChatRequest, call: GenerationCall, prepared: _Prepared) -> None:
         self._body = body
         self._call = call
         self._tools = prepared.tools
@@ -77,14 +77,14 @@ class ChatAnswers:
         self._readers = [make(tools, prepared.end, shows_all=shows_all) for _ in range(body.n or 1)]
 
     @classmethod
-    async def begin(cls, body: ChatRequest, call: Call, *, turn: Turn | None = None) -> ChatAnswers:
+    async def begin(cls, body: ChatRequest, call: GenerationCall, *, turn: Turn | None = None) -> ChatAnswers:
         """Render, tokenize and submit a request.
 
         Args:
             turn: on a context, where the caller has begun one; else the body's `context_id` says which.
 
         Raises:
-            ApiError, KVCommError: it is refused; `Call.guard` makes one kind of them.
+            ApiError, KVCommError: it is refused; `GenerationCall.guard` makes one kind of them.
         """
         state = call.state
         adapter = state.adapter_of(body.model)
@@ -110,11 +110,11 @@ class ChatAnswers:
         if prepared.tools and not state.prompts.template.shows_tools:
             call.notes.fields["tools"] = "default"
         salt = body.cache_salt if turn is None else turn.salt
-        await call.submit(Job(prompt, sampling, policy_of(body, state.settings), salt, turn, adapter))
+        await call.submit(GenerationJob(prompt, sampling, policy_of(body, state.settings), salt, turn, adapter))
         return cls(body, call, prepared)
 
     async def events(self) -> AsyncGenerator[ChoiceEvents, None]:
-        """The events of all choices as they come; each ends with its `Finish`. Raises as `Call.pieces`."""
+        """The events of all choices as they come; each ends with its `Finish`. Raises as `GenerationCall.pieces`."""
         async with aclosing(self._call.pieces()) as pieces:
             async for _, chunk in pieces:
                 events = tuple(self._readers[chunk.choice].chunk(chunk))
@@ -123,7 +123,7 @@ class ChatAnswers:
                 yield ChoiceEvents(chunk.choice, events, chunk.logprobs)
 
     async def whole(self) -> list[ChoiceAnswer]:
-        """All choices, once they have ended. Raises as `Call.results`."""
+        """All choices, once they have ended. Raises as `GenerationCall.results`."""
         (completion,) = await self._call.results()
         answers = []
         for choice in completion.choices:
@@ -133,14 +133,14 @@ class ChatAnswers:
         return answers
 
     async def prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
-        """Log-probabilities of the prompt's tokens, if they were asked for; raises as `Call.results`."""
+        """Log-probabilities of the prompt's tokens, if they were asked for; raises as `GenerationCall.results`."""
         if self._body.prompt_logprobs is None:
             return None
         (completion,) = await self._call.results()
         return completion.prompt_logprobs
 
-    async def usage(self) -> Usage:
-        """Usage of the request, once it has ended; raises as `Call.results`."""
+    async def usage(self) -> UsageObject:
+        """Usage of the request, once it has ended; raises as `GenerationCall.results`."""
         (completion,) = await self._call.results()
         usage = usage_of([completion.usage], cache_breakpoints=num_breakpoints(self._body))
         more: dict[str, Any] = {}
@@ -151,7 +151,9 @@ class ChatAnswers:
         return usage.model_copy(update=more)
 
 
-def _prepare(body: ChatRequest, call: Call, turn: Turn | None, followed: Sequence[Source]) -> _Prepared:
+def _prepare(
+    body: ChatRequest, call: GenerationCall, turn: Turn | None, followed: Sequence[FollowedAnswer]
+) -> _Prepared:
     """The prompt, and what is to be known of it; for a worker thread."""
     state, tools = call.state, shown_tools(body)
     if turn is None:

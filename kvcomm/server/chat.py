@@ -10,13 +10,13 @@ from functools import partial
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
-from kvcomm.engine.sampling import TokenLogprob as EngineLogprob
+from kvcomm.engine.sampling import TokenLogprob
 from kvcomm.server.access import security
 from kvcomm.server.answers import ChatAnswers, ChoiceAnswer, ChoiceEvents
 from kvcomm.server.bodies import BodyRoute
 from kvcomm.server.completion_logprobs import prompt_lists
 from kvcomm.server.errors import documented
-from kvcomm.server.generation import Call, CallDep
+from kvcomm.server.generation import CallDep, GenerationCall
 from kvcomm.server.logprobs import told_logprobs
 from kvcomm.server.schemas.chat import (
     AnsweredCall,
@@ -34,7 +34,7 @@ from kvcomm.server.schemas.chat import (
     FunctionDelta,
 )
 from kvcomm.server.schemas.logprobs import PromptLogprob
-from kvcomm.server.schemas.usage import Usage
+from kvcomm.server.schemas.usage import UsageObject
 from kvcomm.server.state import ServerState
 from kvcomm.server.streaming import DOCUMENTED, EventStream
 from kvcomm.toolcalls.events import Answer, ArgumentsDelta, CallEnd, CallStart, Finish, ReasoningDelta, TextDelta
@@ -54,7 +54,7 @@ async def create_chat_completion(body: ChatRequest, call: CallDep) -> Response |
     return await call.guard(_answer(body, call))
 
 
-async def _answer(body: ChatRequest, call: Call) -> Response | ChatCompletion:
+async def _answer(body: ChatRequest, call: GenerationCall) -> Response | ChatCompletion:
     answers = await ChatAnswers.begin(body, call)
     wire = _Wire(body, call)
     if not body.stream:
@@ -69,7 +69,7 @@ async def _answer(body: ChatRequest, call: Call) -> Response | ChatCompletion:
 class _Wire:
     """Writes answers as OpenAI does."""
 
-    def __init__(self, body: ChatRequest, call: Call) -> None:
+    def __init__(self, body: ChatRequest, call: GenerationCall) -> None:
         self._body = body
         self._call = call
         self._state: ServerState = call.state
@@ -77,7 +77,7 @@ class _Wire:
         call.known_as(self._id)
 
     def whole(
-        self, answers: list[ChoiceAnswer], usage: Usage, prompt: tuple[EngineLogprob | None, ...] | None
+        self, answers: list[ChoiceAnswer], usage: UsageObject, prompt: tuple[TokenLogprob | None, ...] | None
     ) -> ChatCompletion:
         """The answer in one piece; `prompt`: log-probabilities of its tokens."""
         return ChatCompletion(
@@ -107,7 +107,7 @@ class _Wire:
         if self._body.wants_usage_chunk:
             yield self._chunk(None, usage)
 
-    def _choice(self, index: int, answer: Answer, logprobs: tuple[EngineLogprob, ...] | None) -> ChatChoice:
+    def _choice(self, index: int, answer: Answer, logprobs: tuple[TokenLogprob, ...] | None) -> ChatChoice:
         calls = [
             AnsweredCall(id=call.id, function=AnsweredFunction(name=call.name, arguments=call.arguments))
             for call in answer.calls
@@ -142,7 +142,7 @@ class _Wire:
             choices.append(_piece(piece.choice, Delta(content=""), logprobs=logprobs))
         return choices
 
-    def _chunk(self, choice: ChunkChoice | None, usage: Usage | None = None) -> ChatCompletionChunk:
+    def _chunk(self, choice: ChunkChoice | None, usage: UsageObject | None = None) -> ChatCompletionChunk:
         chunk = ChatCompletionChunk(
             id=self._id,
             object="chat.completion.chunk",
@@ -156,13 +156,13 @@ class _Wire:
         return chunk.model_copy(update={"usage": usage}) if self._body.wants_usage_chunk else chunk
 
     def _prompt_logprobs(
-        self, tokens: tuple[EngineLogprob | None, ...] | None
+        self, tokens: tuple[TokenLogprob | None, ...] | None
     ) -> list[dict[str, PromptLogprob] | None] | None:
         if self._body.prompt_logprobs is None or tokens is None:
             return None
         return prompt_lists(self._state.token_names, tokens, self._body.prompt_logprobs)
 
-    def _logprobs(self, tokens: tuple[EngineLogprob, ...]) -> ChoiceLogprobs:
+    def _logprobs(self, tokens: tuple[TokenLogprob, ...]) -> ChoiceLogprobs:
         return ChoiceLogprobs(content=told_logprobs(self._state.engine, tokens), refusal=None)
 
 

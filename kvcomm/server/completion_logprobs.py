@@ -13,7 +13,7 @@ from kvcomm.server.schemas.logprobs import PromptLogprob
 from kvcomm.server.token_names import TokenNames
 
 
-class Entry(NamedTuple):
+class LogprobEntry(NamedTuple):
     """A token of a prompt or an answer.
 
     Attributes:
@@ -30,13 +30,13 @@ class Echo(NamedTuple):
     """A prompt as it stands before its answers; `entries`: of its tokens, if they are wanted."""
 
     text: str
-    entries: tuple[Entry, ...] = ()
+    entries: tuple[LogprobEntry, ...] = ()
 
 
-def entries_of(piece: Choice | Chunk) -> list[Entry]:
+def entries_of(piece: Choice | Chunk) -> list[LogprobEntry]:
     """Entries of an answer or a piece of it; places are in the answer's own text."""
     return [
-        Entry(token.token_id, token, place)
+        LogprobEntry(token.token_id, token, place)
         for token, place in zip(piece.logprobs or (), piece.text_offsets or (), strict=True)
     ]
 
@@ -49,10 +49,10 @@ def echo_of(engine: Engine, prompt: str | list[int], token_ids: Sequence[int], c
         num_before = len(text) - len(prompt) if text.endswith(prompt) else 0  # start tokens that nobody wrote
         text, places = prompt, tuple(min(max(0, place - num_before), len(prompt)) for place in places)
     told = zip(token_ids, completion.prompt_logprobs, places, strict=True)
-    return Echo(text, tuple(Entry(token_id, logprob, place) for token_id, logprob, place in told))
+    return Echo(text, tuple(LogprobEntry(token_id, logprob, place) for token_id, logprob, place in told))
 
 
-def lists_of(names: TokenNames, entries: Sequence[Entry], num_top: int) -> CompletionLogprobs:
+def lists_of(names: TokenNames, entries: Sequence[LogprobEntry], num_top: int) -> CompletionLogprobs:
     """The lists of entries, with the drawn token and so many alternatives at each place; 0: none of these."""
     tokens, tops = [], list[dict[str, float] | None]()
     for entry in entries:

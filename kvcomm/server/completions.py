@@ -13,18 +13,17 @@ from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
 from kvcomm.engine.grammar import Grammar
-from kvcomm.engine.results import Choice as EngineChoice
-from kvcomm.engine.results import Completion
+from kvcomm.engine.results import Choice, Completion
 from kvcomm.server.access import security
 from kvcomm.server.bodies import BodyRoute
 from kvcomm.server.chat import reason
-from kvcomm.server.completion_logprobs import Echo, Entry, echo_of, entries_of, lists_of, prompt_lists
+from kvcomm.server.completion_logprobs import Echo, LogprobEntry, echo_of, entries_of, lists_of, prompt_lists
 from kvcomm.server.contexts.answering import begin_turn, put_text
 from kvcomm.server.errors import documented
-from kvcomm.server.generation import Call, CallDep, Job, Piece
+from kvcomm.server.generation import CallDep, GenerationCall, GenerationJob, JobChunk
 from kvcomm.server.sampling import policy_of, sampling_of
 from kvcomm.server.schemas.completions import CompletionChoice, CompletionLogprobs, CompletionRequest, TextCompletion
-from kvcomm.server.schemas.usage import Usage
+from kvcomm.server.schemas.usage import UsageObject
 from kvcomm.server.streaming import DOCUMENTED, EventStream
 from kvcomm.server.structured import compile_grammar, field_of, grammar_of
 from kvcomm.server.tenants import namespace
@@ -45,10 +44,10 @@ async def create_completion(body: CompletionRequest, call: CallDep) -> Response 
     return await call.guard(_answer(body, call))
 
 
-async def _answer(body: CompletionRequest, call: Call) -> Response | TextCompletion:
+async def _answer(body: CompletionRequest, call: GenerationCall) -> Response | TextCompletion:
     call.state.adapter_of(body.model)
     call.state.admission.require_places(call.tenant, len(body.prompts))
-    jobs: list[Job] = []
+    jobs: list[GenerationJob] = []
     for prompt in body.prompts:
         jobs.append(await _job(prompt, body, call))
         await call.submit(jobs[-1])
@@ -62,7 +61,7 @@ async def _answer(body: CompletionRequest, call: Call) -> Response | TextComplet
     return EventStream(answer.events(first, pieces), deadline_s=call.deadline_s)
 
 
-async def _job(prompt: str | list[int], body: CompletionRequest, call: Call) -> Job:
+async def _job(prompt: str | list[int], body: CompletionRequest, call: GenerationCall) -> GenerationJob:
     state = call.state
     adapter = state.adapter_of(body.model)
     turn = begin_turn(body, adapter, call)
@@ -87,10 +86,10 @@ async def _job(prompt: str | list[int], body: CompletionRequest, call: Call) -> 
     grammar = await call.make(partial(_compiled, body, call, salt))
     if grammar is not None:
         sampling = replace(sampling, grammar=grammar)
-    return Job(prepared, sampling, policy_of(body, state.settings), salt, turn, adapter)
+    return GenerationJob(prepared, sampling, policy_of(body, state.settings), salt, turn, adapter)
 
 
-def _compiled(body: CompletionRequest, call: Call, salt: str | None) -> Grammar | None:
+def _compiled(body: CompletionRequest, call: GenerationCall, salt: str | None) -> Grammar | None:
     """The grammar of the answers, known to the engine; for a worker thread."""
     grammar = grammar_of(body)
     if grammar is not None:
@@ -111,7 +110,7 @@ class _Choice:
 class _Answer:
     """Builds what is sent from what the engine gives, under one `id`."""
 
-    def __init__(self, body: CompletionRequest, call: Call, jobs: Sequence[Job]) -> None:
+    def __init__(self, body: CompletionRequest, call: GenerationCall, jobs: Sequence[GenerationJob]) -> None:
         self._body = body
         self._call = call
         self._jobs = jobs
@@ -128,7 +127,7 @@ class _Answer:
         return self._completion(await self._made(completions), usage)
 
     async def events(
-        self, first: Piece | None, rest: AsyncGenerator[Piece, None]
+        self, first: JobChunk | None, rest: AsyncGenerator[JobChunk, None]
     ) -> AsyncGenerator[TextCompletion, None]:
         """The answer as a stream: prompts that are echoed, texts as they come, ends.
 
@@ -201,7 +200,7 @@ class _Answer:
     def _prompt_text(self, prompt: str | list[int]) -> str:
         return prompt if isinstance(prompt, str) else self._engine.texts.decode(prompt)
 
-    def _pieces(self, piece: Piece) -> list[CompletionChoice]:
+    def _pieces(self, piece: JobChunk) -> list[CompletionChoice]:
         """One event for a chunk; none while its text is held back."""
         chunk, index = piece.chunk, self._index(piece.job, piece.chunk.choice)
         sent, text = self._sent[index], chunk.text
@@ -225,7 +224,7 @@ class _Answer:
                     end = reason(choice.finish_reason)
                     yield CompletionChoice(index=index, text="", logprobs=None, finish_reason=end)
 
-    def _shown(self, choice: EngineChoice) -> str:
+    def _shown(self, choice: Choice) -> str:
         space = self._lost_space(token.token_id for token in choice.logprobs or ()) if choice.text else ""
         return space + choice.text
 
@@ -234,7 +233,7 @@ class _Answer:
         skips = self._body.skip_special_tokens is not False
         return self._engine.texts.lost_space(token_ids, skip_special_tokens=skips) if self._body.echo else ""
 
-    def _placed(self, choice: EngineChoice, start: int, end: int) -> list[Entry]:
+    def _placed(self, choice: Choice, start: int, end: int) -> list[LogprobEntry]:
         """The tokens of an answer behind an echoed prompt that ends at `start`; with the token that ended it at `end`.
 
         Whoever scores a prompt with an answer of one token leaves out the last entry, whatever was drawn.
@@ -249,16 +248,16 @@ class _Answer:
             each._replace(place=each.place + (start if at <= first else behind)) for at, each in enumerate(entries)
         ]
         if choice.end_logprob is not None:
-            entries.append(Entry(choice.end_logprob.token_id, choice.end_logprob, end))
+            entries.append(LogprobEntry(choice.end_logprob.token_id, choice.end_logprob, end))
         return entries
 
-    def _logprobs(self, entries: Sequence[Entry]) -> CompletionLogprobs | None:
+    def _logprobs(self, entries: Sequence[LogprobEntry]) -> CompletionLogprobs | None:
         return None if self._body.logprobs is None else lists_of(self._names, entries, self._body.logprobs)
 
     def _index(self, job: int, choice: int) -> int:
         return job * self._num_choices + choice
 
-    def _completion(self, choices: list[CompletionChoice], usage: Usage | None = None) -> TextCompletion:
+    def _completion(self, choices: list[CompletionChoice], usage: UsageObject | None = None) -> TextCompletion:
         completion = TextCompletion(
             id=self.id,
             object="text_completion",

@@ -26,7 +26,7 @@ Keep = Callable[[tuple[int, ...]], tuple[int, ...]]
 
 
 @dataclass(eq=False)
-class Source:
+class FollowedAnswer:
     """The first answer of a request.
 
     Attributes:
@@ -70,30 +70,30 @@ class Source:
         self._token_ids, self.handle = self.token_ids, None
 
 
-class Sources:
+class FollowedAnswers:
     """The answers of one tenant, by their ids. Always holds: what has ended badly is not here."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """`clock`: seconds, monotonic."""
         self._clock = clock
-        self._by_name: dict[str, Source] = {}
-        self._ended: OrderedDict[Source, float] = OrderedDict()  # and when, oldest first
+        self._by_name: dict[str, FollowedAnswer] = {}
+        self._ended: OrderedDict[FollowedAnswer, float] = OrderedDict()  # and when, oldest first
 
     def __len__(self) -> int:
         return len({id(source) for source in self._by_name.values()})
 
-    def add(self, name: str, source: Source) -> None:
+    def add(self, name: str, source: FollowedAnswer) -> None:
         """Let an answer be found under a name; it is the newest one of that name."""
         self._by_name[name] = source
         source.names.append(name)
 
-    def find(self, name: str, space: str) -> Source | None:
+    def find(self, name: str, space: str) -> FollowedAnswer | None:
         """An answer in progress in that space, or one that has just ended there."""
         self._sweep()
         source = self._by_name.get(name)
         return None if source is None or source.space != space else source
 
-    def ended(self, source: Source) -> None:
+    def ended(self, source: FollowedAnswer) -> None:
         """A request has ended, in whatever way."""
         source.close()
         if source.token_ids is None:
@@ -111,7 +111,7 @@ class Sources:
             del self._ended[oldest]
             self._forget(oldest)
 
-    def _forget(self, source: Source) -> None:
+    def _forget(self, source: FollowedAnswer) -> None:
         for name in source.names:
             if self._by_name.get(name) is source:
                 del self._by_name[name]

@@ -1,8 +1,9 @@
 """One HTTP request's engine requests: started, followed, and always given back.
 
-A `Call` lives from before the body is validated until the response has been sent or the client is gone. Whatever ends
-it, every engine request it started has then ended too, its pages are returned and its place is free: `close` cancels
-what still runs and waits for it. Worker threads tokenize and submit: nobody's long text holds up others' streams.
+A `GenerationCall` lives from before the body is validated until the response has been sent or the client is gone.
+Whatever ends it, every engine request it started has then ended too, its pages are returned and its place is free:
+`close` cancels what still runs and waits for it. Worker threads tokenize and submit: nobody's long text holds up
+others' streams.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from kvcomm.memory.segments import Segment
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError, translate
-from kvcomm.server.followed import Source
+from kvcomm.server.followed import FollowedAnswer
 from kvcomm.server.logs import Answered, RequestNotes, log_unexpected, notes_of
 from kvcomm.server.schemas.segments import AnswerSegment, FollowedSegment, SegmentedRequest
 from kvcomm.server.schemas.usage import RunningUsage
@@ -43,7 +44,7 @@ PREFILL = "prefill"
 
 
 @dataclass(frozen=True)
-class Job:
+class GenerationJob:
     """One prompt and what to do with it; `turn`: where it begins with a context, which has an adapter of its own."""
 
     prompt: PreparedPrompt
@@ -63,7 +64,7 @@ class Job:
 class _Running(NamedTuple):
     """A job in the engine; `submitted_ns` since the epoch."""
 
-    job: Job
+    job: GenerationJob
     space: str
     handle: RequestHandle
     submitted_ns: int
@@ -74,7 +75,7 @@ class _Running(NamedTuple):
         return self.job.prompt.filled()
 
 
-class Piece(NamedTuple):
+class JobChunk(NamedTuple):
     """A chunk, and which of a call's jobs it belongs to."""
 
     job: int
@@ -82,7 +83,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(eq=False)
-class Call:
+class GenerationCall:
     """The server's side of one HTTP request that generates."""
 
     request: Request
@@ -95,7 +96,7 @@ class Call:
     _running: list[_Running] = field(default_factory=list)
     _completions: list[Completion] | None = None
     _leaving: list[asyncio.Task[None]] = field(default_factory=list)
-    _source: Source | None = None
+    _source: FollowedAnswer | None = None
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
 
     @property
@@ -112,7 +113,7 @@ class Call:
         """Do something when this call has ended, in whatever way."""
         self._stack.callback(work)
 
-    def followed(self, body: SegmentedRequest) -> list[Source]:
+    def followed(self, body: SegmentedRequest) -> list[FollowedAnswer]:
         """The answers that a request's segments follow, in order.
 
         Raises:
@@ -156,11 +157,11 @@ class Call:
         num_bytes = len(await self.request.body()) + more_bytes
         return await self.state.workers.run(self.tenant.name, num_bytes, maker)
 
-    async def submit(self, job: Job) -> None:
+    async def submit(self, job: GenerationJob) -> None:
         """Start a job once there is a place for it.
 
         Raises:
-            ApiError: no place; see `Admission.place`.
+            ApiError: no place; see `AdmissionControl.place`.
             KVCommError: the engine refuses it.
         """
         await self._stack.enter_async_context(self.state.admission.place(self.tenant, job.max_tokens))
@@ -192,7 +193,7 @@ class Call:
                 self.state.workers.engine.leave(self.tenant.name)
         self.tenant.require_there()
 
-    async def pieces(self) -> AsyncGenerator[Piece, None]:
+    async def pieces(self) -> AsyncGenerator[JobChunk, None]:
         """Chunks of all jobs as they come.
 
         Raises:
@@ -271,7 +272,7 @@ class Call:
             self.state.tenants.keep_quota(self.tenant)
             await self._stack.aclose()
 
-    def _follow(self, job: Job, space: str) -> RequestHandle:
+    def _follow(self, job: GenerationJob, space: str) -> RequestHandle:
         """Open the job's prompt, let it follow what it names, and ask for its answer; for a worker thread."""
         timeout_s = self.state.settings.follow_timeout_s
         opened = self.state.engine.open_prompt(
@@ -291,7 +292,7 @@ class Call:
         """Let others follow the answer of its first job."""
         if self._source is None:
             job = running.job
-            self._source = Source(
+            self._source = FollowedAnswer(
                 running.space, job.sampling.max_new_tokens, self.state.prompts.plain_ids, running.handle
             )
             self.known_as(self.notes.request_id)
@@ -325,29 +326,29 @@ class Call:
         return answer
 
 
-async def _begin(request: Request) -> AsyncIterator[Call]:
+async def _begin(request: Request) -> AsyncIterator[GenerationCall]:
     state = state_of(request)
     notes = notes_of(request.scope)
     deadline_s = asyncio.get_running_loop().time() + state.settings.request_timeout_s
-    call = Call(request, state, state.tenant_of(request), notes, deadline_s)
+    call = GenerationCall(request, state, state.tenant_of(request), notes, deadline_s)
     try:
         yield call
     finally:
         await call.close()
 
 
-CallDep = Annotated[Call, Depends(_begin)]
+CallDep = Annotated[GenerationCall, Depends(_begin)]
 """A call that is closed once the response has been sent."""
 
 
-async def _merged(handles: Sequence[RequestHandle]) -> AsyncGenerator[Piece, None]:
+async def _merged(handles: Sequence[RequestHandle]) -> AsyncGenerator[JobChunk, None]:
     """Chunks of several handles; leaving early cancels them all."""
-    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+    queue: asyncio.Queue[JobChunk | Exception | None] = asyncio.Queue()
 
     async def follow(job: int, handle: RequestHandle) -> None:
         try:
             async for chunk in handle:
-                queue.put_nowait(Piece(job, chunk))
+                queue.put_nowait(JobChunk(job, chunk))
         except Exception as error:  # raised where the queue is read
             queue.put_nowait(error)
         else:

@@ -26,7 +26,7 @@ from kvcomm.server.tally import SECONDS
 from kvcomm.tiers.tier import Tier, TierStats
 
 if TYPE_CHECKING:
-    from kvcomm.server.admission import Admission
+    from kvcomm.server.admission import AdmissionControl
     from kvcomm.server.workers import FairGate
 
 REFUSALS = frozenset(
@@ -53,7 +53,7 @@ REFUSALS = frozenset(
 class Metrics:
     """The metrics of one app. Safe to use from several threads."""
 
-    def __init__(self, engine: Engine, admission: Admission, turns: FairGate) -> None:
+    def __init__(self, engine: Engine, admission: AdmissionControl, turns: FairGate) -> None:
         """`turns`: those for the engine."""
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(engine, admission, turns))
@@ -191,7 +191,7 @@ def _labelled(
 class _EngineCollector(Collector):
     """What the engine and the admission know themselves."""
 
-    def __init__(self, engine: Engine, admission: Admission, turns: FairGate) -> None:
+    def __init__(self, engine: Engine, admission: AdmissionControl, turns: FairGate) -> None:
         self._engine = engine
         self._admission = admission
         self._turns = turns

@@ -22,7 +22,7 @@ from kvcomm.engine.marks import Marks
 from kvcomm.errors import TemplateError
 from kvcomm.memory.segments import Segment
 from kvcomm.server.errors import ApiError
-from kvcomm.server.followed import Source
+from kvcomm.server.followed import FollowedAnswer
 from kvcomm.server.json_text import JsonCaps, JsonRefused, read_json
 from kvcomm.server.sampling import ttl_of
 from kvcomm.server.schemas.cache import WarmRequest
@@ -32,7 +32,7 @@ from kvcomm.server.schemas.messages import AssistantMessage, TextPart, ToolCall,
 from kvcomm.server.schemas.segments import MAX_SEGMENTS
 from kvcomm.server.sections import Sections
 from kvcomm.server.segments.prepared import PlacedSegment, PreparedPrompt
-from kvcomm.server.segments.reading import SegmentReader, Tail, TextSource
+from kvcomm.server.segments.reading import PromptTail, SegmentReader, TextSource
 from kvcomm.server.segments.registry import SegmentRegistries
 from kvcomm.server.text_limit import TextLimit
 from kvcomm.server.token_cache import Space, TokenCache
@@ -63,7 +63,7 @@ class PromptMaker:
         self.segments = SegmentReader(engine, registries, self._limit)
         self._special_ids = frozenset(engine.tokenizer.all_special_ids)
 
-    def chat(self, request: ChatRequest, tenant: str, sources: Sequence[Source] = ()) -> PreparedPrompt:
+    def chat(self, request: ChatRequest, tenant: str, sources: Sequence[FollowedAnswer] = ()) -> PreparedPrompt:
         """The prompt of a conversation, up to where the assistant speaks.
 
         Args:
@@ -99,7 +99,7 @@ class PromptMaker:
         head = self._head(marks, pieces[0]) if pieces and isinstance(pieces[0], str) else ""
         if head:
             pieces[0] = pieces[0][len(head) :]  # type: ignore[index]  # a text, as was seen
-        tail = Tail(head, None, *self._segments(marks, pieces, space))
+        tail = PromptTail(head, None, *self._segments(marks, pieces, space))
         return self.segments.prepare(request.segments, request.boundary, tail, tenant, sources).living(ttl_of(request))
 
     def _require_short(self, content: str | Sequence[Any] | None) -> None:
@@ -108,7 +108,7 @@ class PromptMaker:
             self._limit.require(part if isinstance(part, str) else part.text)
 
     def completion(
-        self, prompt: str | list[int], request: CompletionRequest, tenant: str, sources: Sequence[Source] = ()
+        self, prompt: str | list[int], request: CompletionRequest, tenant: str, sources: Sequence[FollowedAnswer] = ()
     ) -> PreparedPrompt:
         """One of the prompts of a plain completion; raises and takes as `chat`."""
         if isinstance(prompt, str):
@@ -117,14 +117,14 @@ class PromptMaker:
             return PreparedPrompt(self._engine.read_prompt(prompt, is_start=True)).living(ttl_of(request))
         if isinstance(prompt, str):
             head = self._head(self.marks(), prompt)
-            tail = Tail(head, TEXT, (Segment(self._tokens(prompt[len(head) :]), TEXT),))
+            tail = PromptTail(head, TEXT, (Segment(self._tokens(prompt[len(head) :]), TEXT),))
         else:
-            tail = Tail(segments=(Segment(tuple(prompt), TEXT),))
+            tail = PromptTail(segments=(Segment(tuple(prompt), TEXT),))
         return self.segments.prepare(request.segments, request.boundary, tail, tenant, sources).living(ttl_of(request))
 
     def warm(self, request: WarmRequest, tenant: str) -> PreparedPrompt:
         """Segments with nothing behind them; raises and takes as `chat`."""
-        return self.segments.prepare(request.segments, request.boundary, Tail(), tenant)
+        return self.segments.prepare(request.segments, request.boundary, PromptTail(), tenant)
 
     def text(self, text: str | list[int], *, is_start: bool) -> tuple[Segment, ...]:
         """Text or token ids as they are, for a context; `is_start`: nothing stands before it.

@@ -15,7 +15,7 @@ from contextlib import suppress
 import anyio.to_thread
 
 from kvcomm.server.contexts.keeping import snapshots_of
-from kvcomm.server.contexts.turns import Node
+from kvcomm.server.contexts.turns import TenantContext
 from kvcomm.server.errors import ApiError
 from kvcomm.server.keys import NAME_PATTERN
 from kvcomm.server.schemas.admin import RemovedTenant, TenantStatus
@@ -86,7 +86,7 @@ async def remove_revoked(state: ServerState) -> None:
             logger.info("tenant removed: no key is left", extra={"fields": removed.model_dump()})
 
 
-async def release(nodes: list[Node]) -> None:
+async def release(nodes: list[TenantContext]) -> None:
     """Give back what a registry has forgotten; requests that write it are cancelled and waited for."""
     for node in nodes:
         await anyio.to_thread.run_sync(node.release)

@@ -18,8 +18,8 @@ from kvcomm.align.watch import Watch
 from kvcomm.engine.engine import Engine
 from kvcomm.plain import fields_of
 from kvcomm.reuse.policy import ReusePolicy
-from kvcomm.reuse.status import ReaderStatus as EngineStatus
-from kvcomm.server.schemas.anchors import AnchorStatus, EdgeStatus, LevelStatus, ReaderStatus
+from kvcomm.reuse.status import ReaderStatus
+from kvcomm.server.schemas.anchors import AnchorStatus, EdgeStatusObject, LevelStatusObject, ReaderStatusObject
 from kvcomm.server.schemas.stats import AuditRecord, ReaderStanding, WatchedBound
 
 MAX_SHOWN = 40
@@ -79,8 +79,8 @@ def _latest(engine: Engine, namespaces: Iterable[str]) -> list[tuple[str, Standi
     return found[::-1][:MAX_SHOWN]
 
 
-def _status(told: EngineStatus) -> ReaderStatus:
-    return ReaderStatus(
+def _status(told: ReaderStatus) -> ReaderStatusObject:
+    return ReaderStatusObject(
         reader=told.reader,
         slots=list(told.slots),
         level=None if told.level is None else told.level.value,
@@ -88,8 +88,8 @@ def _status(told: EngineStatus) -> ReaderStatus:
         rung_name=told.rung,
         predicted_divergence=None if told.predicted is None else _finite(told.predicted),
         reason=None if told.reason is None else told.reason.value,
-        levels=[LevelStatus.model_validate(fields_of(each)) for each in told.levels],
-        edges=[EdgeStatus.model_validate(fields_of(each)) for each in told.edges],
+        levels=[LevelStatusObject.model_validate(fields_of(each)) for each in told.levels],
+        edges=[EdgeStatusObject.model_validate(fields_of(each)) for each in told.edges],
         num_requests=told.num_requests,
         num_approximated=told.num_approximated,
         num_audits=told.num_audits,

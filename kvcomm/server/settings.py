@@ -94,7 +94,7 @@ def _number(value: object) -> object:
     return parsed if isinstance(parsed, int | float | bool | list) else value
 
 
-Engine = Annotated[
+EngineFields = Annotated[
     EngineConfig,
     PlainValidator(_engine_config),
     PlainSerializer(lambda config: {name: getattr(config, name) for name in config.__dataclass_fields__}),
@@ -249,7 +249,7 @@ class ServerSettings(BaseModel):
     traces: Annotated[str, Field(pattern=r"^https?://[^\s@]+$")] | None = None
     kv_events: KVEventSettings | None = None
     vllm_metrics: bool | None = None
-    engine: Engine = Field(default_factory=EngineConfig)
+    engine: EngineFields = Field(default_factory=EngineConfig)
 
     @model_validator(mode="after")
     def _require_names(self) -> ServerSettings:

@@ -12,7 +12,7 @@ from fastapi import Depends, Request
 
 from kvcomm.engine.engine import Engine
 from kvcomm.server.access import tenant_name
-from kvcomm.server.admission import Admission
+from kvcomm.server.admission import AdmissionControl
 from kvcomm.server.contexts.registry import Contexts
 from kvcomm.server.contexts.turns import NewId, new_id
 from kvcomm.server.errors import ApiError
@@ -48,7 +48,7 @@ class ServerState:
     created: int = field(default_factory=lambda: int(time.time()))
     is_engine_closed: bool = False
     started_s: float = field(init=False)
-    admission: Admission = field(init=False)
+    admission: AdmissionControl = field(init=False)
     tenants: Tenants = field(init=False)
     contexts: Contexts = field(init=False)
     registries: SegmentRegistries = field(init=False)
@@ -59,7 +59,7 @@ class ServerState:
 
     def __post_init__(self) -> None:
         self.started_s = self.clock()
-        self.admission = Admission(self.settings, self.num_tenants)
+        self.admission = AdmissionControl(self.settings, self.num_tenants)
         self.tenants = Tenants(self.engine, self.settings, self.keys, self.clock)
         self.contexts = Contexts(self.engine, self.settings, self.clock, self.new_id)
         self.registries = SegmentRegistries(self.settings.max_segment_bytes, self.settings.max_segments)

@@ -26,11 +26,11 @@ from kvcomm.server.schemas.stats import (
     Curves,
     Eviction,
     FinishedRequest,
-    Kept,
     LastMinute,
     ReaderStanding,
     RefusedRequest,
     Stats,
+    TenantHoldings,
     TokensBySource,
     TtftHistogram,
     WatchedBound,
@@ -148,9 +148,9 @@ def _cache(engine: Engine, namespaces: Sequence[str], quota_tokens: int | None) 
     )
 
 
-def _kept(state: ServerState, tenant: Tenant) -> Kept:
+def _kept(state: ServerState, tenant: Tenant) -> TenantHoldings:
     contexts, segments = state.contexts.find(tenant.name), state.registries.find(tenant.name)
-    return Kept(
+    return TenantHoldings(
         contexts=0 if contexts is None else len(contexts.nodes),
         max_contexts=state.settings.max_contexts,
         context_tokens=tenant.context_tokens,

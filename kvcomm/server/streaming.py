@@ -37,7 +37,7 @@ def documented_stream(description: str) -> dict[int | str, dict[str, Any]]:
 DOCUMENTED = documented_stream("The answer; with `stream`, server-sent events that each hold a chunk, then `[DONE]`.")
 
 
-Event = BaseModel | dict[str, Any]
+EventBody = BaseModel | dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Wire:
         end: written at the end of a stream without an error.
     """
 
-    event: Callable[[Event], str]
-    error: Callable[[ApiError], Event]
+    event: Callable[[EventBody], str]
+    error: Callable[[ApiError], EventBody]
     end: str = ""
 
 
@@ -60,7 +60,7 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[Event, None], *, deadline_s: float, wire: Wire | None = None) -> None:
+    def __init__(self, events: AsyncGenerator[EventBody, None], *, deadline_s: float, wire: Wire | None = None) -> None:
         """Make one.
 
         Args:
@@ -82,7 +82,7 @@ class EventStream(StreamingResponse):
                 notes.stopped = error.code
         notes.error = self._error
 
-    async def _encode(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[str, None]:
+    async def _encode(self, events: AsyncGenerator[EventBody, None]) -> AsyncGenerator[str, None]:
         wire = self._wire
         async with aclosing(events):
             try:
@@ -96,13 +96,13 @@ class EventStream(StreamingResponse):
             yield wire.end
 
 
-def event(data: Event) -> str:
+def event(data: EventBody) -> str:
     """One event without a name."""
     text = data.model_dump_json(exclude_unset=True) if isinstance(data, BaseModel) else json.dumps(data)
     return f"data: {text}\n\n"
 
 
-def named_event(data: Event) -> str:
+def named_event(data: EventBody) -> str:
     """One event, named by its `type`."""
     values = data.model_dump() if isinstance(data, BaseModel) else data
     return f"event: {values['type']}\ndata: {json.dumps(values)}\n\n"

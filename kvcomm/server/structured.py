@@ -14,7 +14,7 @@ from kvcomm.errors import InvalidRequest
 from kvcomm.server.errors import ApiError
 from kvcomm.server.schemas.structured import JsonObjectFormat, JsonSchemaFormat, StructuredFields, StructuredOutputs
 
-Given = TypeVar("Given")
+GivenT = TypeVar("GivenT")
 Made = TypeVar("Made")
 
 
@@ -66,7 +66,7 @@ def _of_outputs(wanted: StructuredOutputs) -> Grammar:
     return Grammar.json_object()
 
 
-def _made(param: str, make: Callable[[Given], Made], given: Given) -> Made:
+def _made(param: str, make: Callable[[GivenT], Made], given: GivenT) -> Made:
     """What is made of a field's value, or the answer that names the field."""
     try:
         return make(given)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.server.errors import ApiError
-from kvcomm.server.followed import Sources
+from kvcomm.server.followed import FollowedAnswers
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.settings import Limits, ServerSettings
 from kvcomm.server.tally import Tally
@@ -80,7 +80,7 @@ class Tenant:
     tally: Tally = field(default_factory=Tally)
     room: asyncio.Condition = field(default_factory=asyncio.Condition)
     running: set[RequestHandle] = field(default_factory=set)
-    sources: Sources = field(default_factory=Sources)
+    sources: FollowedAnswers = field(default_factory=FollowedAnswers)
     is_gone: bool = False
 
     def require_there(self) -> None:
@@ -136,7 +136,9 @@ class Tenants:
         """A tenant with the limits that hold now."""
         tenant, limits = self._tenants.get(name), self.limits_of(name)
         if tenant is None:
-            tenant = self._tenants[name] = Tenant(name, limits, tally=Tally(self._clock), sources=Sources(self._clock))
+            tenant = self._tenants[name] = Tenant(
+                name, limits, tally=Tally(self._clock), sources=FollowedAnswers(self._clock)
+            )
             tenant.follow(limits, self._clock)
         elif tenant.limits != limits:
             tenant.follow(limits, self._clock)

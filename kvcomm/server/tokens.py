@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends
 from kvcomm.server.access import security
 from kvcomm.server.bodies import BodyRoute
 from kvcomm.server.errors import documented
-from kvcomm.server.generation import Call, CallDep
+from kvcomm.server.generation import CallDep, GenerationCall
 from kvcomm.server.schemas.chat import ChatRequest
 from kvcomm.server.schemas.tokens import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest, TokenizerInfo
 from kvcomm.server.state import StateDep
@@ -51,12 +51,12 @@ async def tokenizer_info(state: StateDep) -> TokenizerInfo:
     )
 
 
-def _require_model(model: str | None, call: Call) -> None:
+def _require_model(model: str | None, call: GenerationCall) -> None:
     if model is not None:
         call.state.adapter_of(model)
 
 
-def _tokenized(body: TokenizeRequest, call: Call) -> Tokenized:
+def _tokenized(body: TokenizeRequest, call: GenerationCall) -> Tokenized:
     state = call.state
     if body.prompt is not None:
         ids = state.prompts.tokens(body.prompt, adds_start=body.add_special_tokens is not False)
@@ -83,7 +83,7 @@ def _chat(body: TokenizeRequest, model: str) -> ChatRequest:
     )
 
 
-def _text_of(body: DetokenizeRequest, call: Call) -> Detokenized:
+def _text_of(body: DetokenizeRequest, call: GenerationCall) -> Detokenized:
     engine = call.state.engine
     if body.tokens:
         engine.read_prompt(body.tokens, is_start=False)  # which knows what ids there are

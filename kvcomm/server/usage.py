@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from kvcomm.align.standings import LEVELS
-from kvcomm.engine.results import Usage as EngineUsage
+from kvcomm.engine.results import Usage
 from kvcomm.reuse.plan import BoundInForce, Span, SpanKind
-from kvcomm.server.schemas.usage import Bound, PlanSpan, PromptTokensDetails, Timings, Usage
+from kvcomm.server.schemas.usage import BoundObject, PlanSpan, PromptTokensDetails, Timings, UsageObject
 
 SOURCES: dict[SpanKind, Literal["exact", "aligned", "computed"]] = {
     SpanKind.EXACT: "exact",
@@ -18,7 +18,7 @@ SOURCES: dict[SpanKind, Literal["exact", "aligned", "computed"]] = {
 }
 
 
-def usage_of(usages: Sequence[EngineUsage], *, cache_breakpoints: int = 0) -> Usage:
+def usage_of(usages: Sequence[Usage], *, cache_breakpoints: int = 0) -> UsageObject:
     """The usage of a request that took one or more engine requests: sums, and the slowest one's times."""
     prompt = sum(usage.prompt_tokens for usage in usages)
     generated = sum(usage.generated_tokens for usage in usages)
@@ -28,7 +28,7 @@ def usage_of(usages: Sequence[EngineUsage], *, cache_breakpoints: int = 0) -> Us
         reasons.update(usage.reasons)
     moved = [usage.approximation for usage in usages if usage.approximation is not None]
     rung = max(moved, key=lambda report: report.share, default=None)
-    return Usage(
+    return UsageObject(
         prompt_tokens=prompt,
         completion_tokens=generated,
         total_tokens=prompt + generated,
@@ -55,13 +55,13 @@ def usage_of(usages: Sequence[EngineUsage], *, cache_breakpoints: int = 0) -> Us
     )
 
 
-def _bound(bounds: Sequence[BoundInForce]) -> Bound | None:
+def _bound(bounds: Sequence[BoundInForce]) -> BoundObject | None:
     """The one of several bounds that rests on least, by level and then by pairs."""
     if not bounds:
         return None
     moved = [bound for bound in bounds if bound.level is not None]
     least = min(moved, key=lambda each: (-LEVELS.index(each.level), each.num_pairs), default=bounds[0])
-    return Bound(
+    return BoundObject(
         max_divergence=least.max_divergence,
         confidence=least.confidence,
         level=None if least.level is None else least.level.value,

@@ -24,7 +24,7 @@ from kvcomm.tiers.pace import Pace
 from kvcomm.tiers.record import SEAL, Record, RecordHeader, unpack_header, unpack_record
 from kvcomm.tiers.space import RenditionName, TierMiss
 from kvcomm.tiers.store import ObjectStore, StoredObject
-from kvcomm.tiers.write_behind import Work, WriteBehind
+from kvcomm.tiers.write_queue import WriteQueue, WriteTask
 
 PROBE_BYTES = 64
 MAX_LISTED = 64
@@ -52,7 +52,7 @@ class CheckedObjects:
     def __init__(
         self,
         store: ObjectStore,
-        queue: WriteBehind,
+        queue: WriteQueue,
         *,
         max_bytes: int | None,
         clock: Callable[[], float] = time.monotonic,
@@ -202,7 +202,7 @@ class CheckedObjects:
             if is_due:
                 self._written_bytes, self._swept_s = 0, self._clock()
         if is_due:
-            self._queue.add(Work("janitor", 0, self.sweep, lambda: None))
+            self._queue.add(WriteTask("janitor", 0, self.sweep, lambda: None))
 
     def sweep(self) -> Swept | None:
         """Bring the tier within its byte budget and remove leftovers; None: that could not be done."""

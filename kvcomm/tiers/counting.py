@@ -12,7 +12,7 @@ from threading import Lock
 from kvcomm.plain import Plain
 from kvcomm.tiers.pace import Pace
 from kvcomm.tiers.space import TierMiss
-from kvcomm.tiers.write_behind import WriteBehind
+from kvcomm.tiers.write_queue import WriteQueue
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class Counts:
         """An object cannot be used."""
         logger.warning("the tier's %s cannot be used and is removed: %s", key, reason)
 
-    def stats(self, kind: str, url: str, reads: Pace, writes: Pace, queue: WriteBehind) -> TierStats:
+    def stats(self, kind: str, url: str, reads: Pace, writes: Pace, queue: WriteQueue) -> TierStats:
         """Everything so far."""
         with self._lock:
             return TierStats(

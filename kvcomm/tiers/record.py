@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, ValidationError
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, ValidationError
 
 from kvcomm.errors import RecordCorrupt, RecordError, RecordTooNew
 from kvcomm.files.reading import first_fault
+from kvcomm.files.records import StrictRecord
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.sealed_file import SealedFormat, tensors_digest
 from kvcomm.tiers.space import KV, TierSpace
@@ -37,19 +38,15 @@ Seal = Callable[[str], str]
 """The seal of a header, by its digest."""
 
 
-class NamedSegment(BaseModel):
+class NamedSegment(StrictRecord):
     """A segment that stood before a rendition."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     token_ids: TokenIds
     name: str | None
 
 
-class RenditionPart(BaseModel):
+class RenditionPart(StrictRecord):
     """What a rendition's header has besides; see `kvcomm.tiers.space.StoredRendition`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     digest: str
     signature: str
@@ -58,7 +55,7 @@ class RenditionPart(BaseModel):
     risk: NonNegativeFloat
 
 
-class RecordHeader(BaseModel):
+class RecordHeader(StrictRecord):
     """What a record says of itself.
 
     Attributes:
@@ -68,8 +65,6 @@ class RecordHeader(BaseModel):
         name: of a blob, as its user gave it; else empty.
         shapes: per layer (num_kv_heads, key_dim, value_dim).
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     kind: RecordKind
     producer: str

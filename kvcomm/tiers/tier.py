@@ -35,7 +35,7 @@ from kvcomm.tiers.record import (
 )
 from kvcomm.tiers.space import KV, PrefixRead, RenditionName, StoredRendition, TierMiss, TierSpace
 from kvcomm.tiers.store import ObjectStore
-from kvcomm.tiers.write_behind import Dropped, Work, WriteBehind
+from kvcomm.tiers.write_queue import Dropped, WriteQueue, WriteTask
 from kvcomm.values import text, whole_number
 
 __all__ = ["KV", "PrefixRead", "RenditionName", "StoredRendition", "Tier", "TierMiss", "TierSpace", "TierStats"]
@@ -66,7 +66,7 @@ class Tier:
         secret: bytes | None = None,
         max_bytes: int | None = None,
         run_tokens: int = RUN_TOKENS,
-        queue: WriteBehind | None = None,
+        queue: WriteQueue | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """See `open`; the store is the tier's own from here on."""
@@ -76,7 +76,7 @@ class Tier:
         if self.run_tokens < 1:
             raise InvalidRequest(f"run_tokens must be 1 or more, not {run_tokens}")
         self.kind, self.url = store.kind, store.url
-        self.queue = queue or WriteBehind()
+        self.queue = queue or WriteQueue()
         self._objects = CheckedObjects(store, self.queue, max_bytes=max_bytes, clock=clock)
         self.reads, self.writes, self._counts = self._objects.reads, self._objects.writes, self._objects.counts
         self._known, self._late, self._keys = self._objects.known, LateReads(), dict[TierSpace, SpaceKeys]()
@@ -210,7 +210,7 @@ class Tier:
             return None if links else Dropped.NOTHING
         ids = tuple(token_ids[: links[-1].start + self.run_tokens])
         write = partial(self._put_missing, keys, links, ids, load)
-        return self.queue.add(Work(keys.prefix(links[-1]), num_bytes, write, ended))
+        return self.queue.add(WriteTask(keys.prefix(links[-1]), num_bytes, write, ended))
 
     def get_rendition(
         self,

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from kvcomm.engine.grammar import Grammar
 from kvcomm.errors import InvalidRequest
-from kvcomm.toolcalls.formats import PYTHONIC, Format, Shape, Tools, names_of, properties_of
+from kvcomm.toolcalls.formats import PYTHONIC, CallSyntax, Format, Tools, names_of, properties_of
 from kvcomm.toolcalls.reader import ReasoningTags
 
 MAX_CALLS = 16
@@ -79,7 +79,7 @@ class CallGrammars:
     """
 
     format: Format
-    shape: Shape
+    shape: CallSyntax
     controls: Mapping[str, int]
     tags: ReasoningTags | None = None
 

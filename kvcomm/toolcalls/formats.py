@@ -21,7 +21,7 @@ MISTRAL_ID = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 
 
 @dataclass(frozen=True)
-class Shape:
+class CallSyntax:
     """How calls look: `begin NAME middle ARGUMENTS`, `between` before each further one, `end`.
 
     Attributes:
@@ -60,7 +60,7 @@ class Format:
     name: str
     markers: tuple[str, ...]
     trigger: str | None
-    shape: Shape
+    shape: CallSyntax
     make: Callable[[AnswerWriter, Tools], CallParser]
     new_id: NewId = new_id
     write_arguments: Callable[[Mapping[str, Any]], str] = _json
@@ -98,7 +98,7 @@ HERMES = Format(
     name="hermes",
     markers=(tagged.OPEN, tagged.CLOSE),
     trigger=tagged.OPEN,
-    shape=Shape(
+    shape=CallSyntax(
         '<tool_call>\n{"name": "',
         '", "arguments": ',
         '}\n</tool_call>\n<tool_call>\n{"name": "',
@@ -110,14 +110,14 @@ LLAMA3_JSON = Format(
     name="llama3_json",
     markers=(plain_json.MARK,),
     trigger=None,
-    shape=Shape('{"name": "', '", "parameters": ', '}; {"name": "', "}"),
+    shape=CallSyntax('{"name": "', '", "parameters": ', '}; {"name": "', "}"),
     make=lambda writer, tools: plain_json.PlainJsonParser(writer, names_of(tools)),
 )
 MISTRAL = Format(
     name="mistral",
     markers=(mistral.MARK, "[ARGS]", "[CALL_ID]"),
     trigger=mistral.MARK,
-    shape=Shape('[TOOL_CALLS] [{"name": "', '", "arguments": ', '}, {"name": "', "}]"),
+    shape=CallSyntax('[TOOL_CALLS] [{"name": "', '", "arguments": ', '}, {"name": "', "}]"),
     make=lambda writer, _: mistral.MistralParser(writer),
     new_id=_mistral_id,
 )
@@ -125,7 +125,7 @@ PYTHONIC = Format(
     name="pythonic",
     markers=(pythonic.START, pythonic.END),
     trigger=None,
-    shape=Shape("[", "(", "), ", ")]"),
+    shape=CallSyntax("[", "(", "), ", ")]"),
     make=lambda writer, tools: pythonic.PythonicParser(writer, parameters_of(tools)),
     write_arguments=pythonic.written,
 )

@@ -19,7 +19,7 @@ class ReasoningTags(NamedTuple):
     close: str
 
 
-class Plain:
+class PlainParser:
     """An answer without calls."""
 
     def __init__(self, writer: AnswerWriter) -> None:

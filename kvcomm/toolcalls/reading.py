@@ -17,7 +17,7 @@ from kvcomm.toolcalls.choice import CallGrammars
 from kvcomm.toolcalls.declared import DeclaredParser
 from kvcomm.toolcalls.events import Answer, Event
 from kvcomm.toolcalls.formats import Tools
-from kvcomm.toolcalls.reader import AnswerReader, Plain, ReasoningTags
+from kvcomm.toolcalls.reader import AnswerReader, PlainParser, ReasoningTags
 from kvcomm.toolcalls.template import ToolTemplate
 from kvcomm.toolcalls.writer import AnswerWriter, CallParser, NewId
 
@@ -125,7 +125,7 @@ class AnswerReaders:
             parser: CallParser = DeclaredParser(writer, declared, prompt=prompt, tools=tools)
             reader = AnswerReader(writer, parser)
         else:
-            parser = Plain(writer) if tools is None else self._template.format.make(writer, tools)
+            parser = PlainParser(writer) if tools is None else self._template.format.make(writer, tools)
             reader = AnswerReader(writer, parser, tags=self.tags, is_reasoning=self.is_reasoning(prompt))
         return ChoiceReader(reader, None if shows_all else self._texts, self._tokenizer)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kvcomm.engine.chat_template import PROBE, PROBED_TOOL, ChatTemplate
 from kvcomm.errors import TemplateError
-from kvcomm.toolcalls.formats import FORMATS, HERMES, MISTRAL, TRIGGERS, Format, Shape, format_of
+from kvcomm.toolcalls.formats import FORMATS, HERMES, MISTRAL, TRIGGERS, CallSyntax, Format, format_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +63,7 @@ class ToolTemplate(ChatTemplate):
         return self._own if self._own is not None and self._parser is None else self.format.declared
 
     @cached_property
-    def shape(self) -> Shape | None:
+    def shape(self) -> CallSyntax | None:
         """How calls look to the letter; None: nobody knows."""
         shown = self._shown_shape() if self._shown_format is self.format or self.response_template else None
         return self.format.shape if shown is None and self.response_template is None else shown
@@ -195,7 +195,7 @@ class ToolTemplate(ChatTemplate):
                 return answer[answer.index(trigger) :]
         return answer if whole.startswith(before) else None
 
-    def _shown_shape(self) -> Shape | None:
+    def _shown_shape(self) -> CallSyntax | None:
         one, two, plain = self._written(1), self._written(2), self._plain_end()
         if one is None or plain is None or not one.endswith(plain):
             return None
@@ -205,7 +205,7 @@ class ToolTemplate(ChatTemplate):
         begin, middle, end = parts
         parts = _cut(two.removesuffix(plain), 2) if two is not None and two.endswith(plain) else None
         between = parts[2] if parts is not None and (parts[0], parts[1], parts[4]) == (begin, middle, end) else None
-        found = Shape(begin, middle, between, end)
+        found = CallSyntax(begin, middle, between, end)
         return None if PROBE in repr(found) else found  # ids are for the server to make
 
     def _plain_end(self) -> str | None:

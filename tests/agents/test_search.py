@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcomm.agents import SampleThoughts, SearchResult, Thought, beam, best_first, mcts
-from kvcomm.agents.branches import OpenContexts, Tree
+from kvcomm.agents.branches import OpenContexts, ThoughtTree
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import InvalidRequest, RequestCancelled
 from tests.agents.fakes import ContextCounter, FakeContext
@@ -383,7 +383,7 @@ def test_tree_holds_exactly_what_is_wanted_or_best(seed: int, steps: list[int]) 
     """Random growth in any order, dropping at random: the tree's law after every step."""
     counter = ContextCounter()
     with OpenContexts() as held:
-        tree = Tree(held, expand_with(seed), scorer(seed), 4, None)  # type: ignore[arg-type]
+        tree = ThoughtTree(held, expand_with(seed), scorer(seed), 4, None)  # type: ignore[arg-type]
         nodes = [tree.plant(counter.root())]  # type: ignore[arg-type]
         for step in steps:
             wanted = [node for node in nodes if node.wanted]

@@ -9,7 +9,7 @@ import torch
 from kvcomm.align.attention_mass import AttentionMass, damaged_layers, looking_layers
 from kvcomm.align.spans import layer_stores
 from kvcomm.engine.engine import Engine
-from kvcomm.memory.sequences import Sequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.runner import ModelRunner, Run
 from tests.engine.conftest import some_tokens
 from tests.tiny import TinyModel, tiny_model
@@ -39,7 +39,7 @@ def test_mass_is_that_of_the_stock_attention(rows: tuple[int, int], layer_ids: r
         runner = ModelRunner(
             tiny.model, keys=pool.keys, values=pool.values, page_size=pool.page_size, backend=engine.backend
         )
-        sequence, other = Sequence(pool, TOKENS), Sequence(pool, OTHER)
+        sequence, other = KVSequence(pool, TOKENS), KVSequence(pool, OTHER)
         for each in (sequence, other):
             engine.memory.make_writable(each, 0, each.num_tokens)
         slots = pool.slots(sequence.pages, len(TOKENS))

@@ -78,7 +78,7 @@ def test_what_pairs_show_decides_nothing() -> None:
     grounds = made.grounds("a", ONE, LADDERS, BOUND)
     assert grounds is not None
     assert grounds.level is Level.OWN
-    assert grounds.rung is None
+    assert grounds.rung_index is None
     assert grounds.tried is None
 
 
@@ -158,15 +158,15 @@ def test_the_working_delta_chooses_the_rung() -> None:
         made.add("a", ONE, Pair({CHEAP[0]: Measured(0.01), CHEAP[1]: Measured(0.09 if index < 2 else 0.01)}))
     grounds = made.grounds("a", ONE, (CHEAP,), BOUND)
     assert grounds is not None
-    assert (grounds.rung, grounds.tried) == (1, 1)
+    assert (grounds.rung_index, grounds.tried) == (1, 1)
     made.audited("a", ONE, audit(0.09, Level.OWN))
-    assert (grounds.rung, grounds.tried) == (0, 0)
+    assert (grounds.rung_index, grounds.tried) == (0, 0)
     made.audited("a", ONE, audit(0.09, Level.OWN))
     assert grounds.watch.working_delta < 1 / 30
-    assert (grounds.rung, grounds.tried) == (None, 1)
+    assert (grounds.rung_index, grounds.tried) == (None, 1)
     for _ in range(20):
         grounds.watch.would_give(0.01)
-    assert (grounds.rung, grounds.tried) == (1, 1)
+    assert (grounds.rung_index, grounds.tried) == (1, 1)
 
 
 def test_a_reader_whose_own_level_trips_begins_anew() -> None:
@@ -294,7 +294,7 @@ def test_a_level_in_debt_is_never_overruled_by_a_less_specific_one() -> None:
     assert deciding(made) is Level.POOL
     grounds = made.grounds("a", ONE, LADDERS, BOUND)
     assert grounds is not None
-    assert (grounds.rung, grounds.tried) == (None, 1)
+    assert (grounds.rung_index, grounds.tried) == (None, 1)
 
 
 def test_a_level_is_stopped_when_nothing_is_accepted_on_it_of_anybody() -> None:
@@ -455,7 +455,7 @@ class AgainstANaiveModel(RuleBasedStateMachine):
                 debt = max(watch.debt for watch in self.naive(tenant, reader, level))
                 risk = Fraction(sum(each > 0.05 for each in seen) + 1, len(seen) + 1)
                 assert grounds.calibration.num_pairs == len(seen)
-                assert (grounds.rung == 0) == (risk <= Fraction(1, 10) * (1 - debt / 2))
+                assert (grounds.rung_index == 0) == (risk <= Fraction(1, 10) * (1 - debt / 2))
                 assert (grounds.tried == 0) == (risk <= Fraction(1, 10))
                 assert math.isclose(grounds.watch.working_delta, 0.1 * (1 - float(debt) / 2), abs_tol=1e-8)
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from kvcomm.cli.context_tree import Node, build_trees, relatives, render_tree, tree_values
+from kvcomm.cli.context_tree import StepNode, build_trees, relatives, render_tree, tree_values
 from kvcomm.cli.store import ContextEntry
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.snapshots import SegmentRecord, SnapshotHeader
@@ -36,7 +36,7 @@ def entry(name: str, steps: Steps, *, namespace: str = "n") -> ContextEntry:
     return ContextEntry(name, Path(f"{name}.safetensors"), 1234, 1, header, None)
 
 
-def paths(node: Node, before: tuple[int, ...] = ()) -> Iterator[tuple[str, tuple[int, ...]]]:
+def paths(node: StepNode, before: tuple[int, ...] = ()) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every context with the tokens on the way to it."""
     for found in node.contexts:
         yield found.name, before

@@ -12,7 +12,7 @@ import transformers
 
 from kvcomm.cli.app import run
 from kvcomm.cli.doctor_families import BEGIN, END, markdown, tried_families, write_page
-from kvcomm.lab.families import Outcome, try_family
+from kvcomm.lab.families import FamilyOutcome, try_family
 from kvcomm.model.families import families
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
@@ -81,7 +81,7 @@ def test_the_page_in_docs_names_every_family() -> None:
 
 
 def test_nothing_in_the_page_is_wrong() -> None:
-    assert not [line for line in rows_of(PAGE.read_text()).values() if f"| {Outcome.WRONG} |" in line]
+    assert not [line for line in rows_of(PAGE.read_text()).values() if f"| {FamilyOutcome.WRONG} |" in line]
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "qwen3", "opt", "deepseek_v3"])

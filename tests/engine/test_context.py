@@ -28,7 +28,7 @@ from kvcomm.errors import (
     RequestCancelled,
     SnapshotCorrupt,
 )
-from kvcomm.memory.sequences import Sequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.memory.snapshots import read_snapshot, write_snapshot
 from tests.engine.conftest import greedy, some_tokens
 from tests.stalling import stalling
@@ -268,7 +268,7 @@ class ContextMachine(RuleBasedStateMachine):
         try:
             return self._track(self.engine.context(piece, tenant=tenant), list(piece))
         except PoolExhausted:
-            context = Context(self.engine, Sequence(self.engine.pool), tenant=tenant)
+            context = Context(self.engine, KVSequence(self.engine.pool), tenant=tenant)
             context.release()
             return self._track(context, [])
 

@@ -16,7 +16,7 @@ from kvcomm.engine.guess_gain import GuessGain
 from kvcomm.engine.guesses import MAX_MATCH, Found, repeated
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.model.attention.contract import IntArray
-from kvcomm.model.runner import Run, Watch
+from kvcomm.model.runner import Run, ScoreWatch
 from tests.engine.conftest import SMALL, greedy, some_tokens
 from tests.tiny import TinyModel
 
@@ -84,7 +84,7 @@ def test_right_guesses_save_their_passes(
     runner = engine.scheduler._runner
     forward = runner.forward
 
-    def counted(runs: list[Run], *, watch: Watch | None = None) -> Tensor:
+    def counted(runs: list[Run], *, watch: ScoreWatch | None = None) -> Tensor:
         passes.append(sum(len(run.token_ids) for run in runs))
         return forward(runs, watch=watch)
 
@@ -108,7 +108,7 @@ def test_answers_have_equal_shares_of_the_guesses(
     runner = engine.scheduler._runner
     forward = runner.forward
 
-    def counted(runs: list[Run], *, watch: Watch | None = None) -> Tensor:
+    def counted(runs: list[Run], *, watch: ScoreWatch | None = None) -> Tensor:
         passes.append([len(run.token_ids) for run in runs])
         return forward(runs, watch=watch)
 

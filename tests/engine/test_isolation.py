@@ -33,8 +33,8 @@ from kvcomm.engine.request import Request
 from kvcomm.engine.sampler import Sampler
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import PoolExhausted, PoolTooSmall
-from kvcomm.memory.sequences import Sequence as KVSequence
-from kvcomm.model.runner import ModelRunner, Run, Watch
+from kvcomm.memory.sequences import KVSequence
+from kvcomm.model.runner import ModelRunner, Run, ScoreWatch
 from kvcomm.reuse.learner import Learner
 from kvcomm.reuse.policy import ReusePolicy
 from tests.engine.conftest import greedy, some_tokens, stock_logits
@@ -172,7 +172,7 @@ class Looking:
     def __init__(self, at: str) -> None:
         self.at, self.errors = at, list[Exception]()
 
-    def watch(self, run: Run, row: int) -> Watch | None:
+    def watch(self, run: Run, row: int) -> ScoreWatch | None:
         if self.at == "before":
             raise Injected("before looking on")
 

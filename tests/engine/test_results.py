@@ -120,7 +120,7 @@ def test_chunks_and_explanations_as_json(engine: Engine) -> None:
     assert chunks[-1]["finish_reason"] == "length"
     explanation = engine.explain(some_tokens(9))
     value = json.loads(json.dumps(explanation.to_dict(), allow_nan=False))
-    assert list(value) == ["plan", "rung", "predicted", "prefill_s", "cold_s"]
+    assert list(value) == ["plan", "share", "predicted", "prefill_s", "cold_s"]
     assert [span["kind"] for span in value["plan"]["spans"]] == ["exact", "compute"]
     assert pickle.loads(pickle.dumps(explanation)) == explanation
     assert repr(explanation).startswith("Explanation(8 exact + 0 aligned + 1 computed, ")

@@ -93,8 +93,8 @@ def test_runs_with_one_seed_are_alike() -> None:
 
 def test_the_adversary_breaks_the_bound_where_the_boldest_is_served() -> None:
     assert (spiteful(2) > EPSILON).tolist() == [False, False, True]
-    for rung in (None, 0, 1):
-        assert not (spiteful(rung) > EPSILON).any()
+    for index in (None, 0, 1):
+        assert not (spiteful(index) > EPSILON).any()
 
 
 def test_figures_of_stretches() -> None:

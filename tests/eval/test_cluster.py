@@ -19,7 +19,7 @@ from eval.cluster.routers import BOUND, ROUTERS, Cluster
 from eval.cluster.simulation import Outcome, Simulation
 from eval.cluster.workload import AGENTIC as AGENTIC_FORMAT
 from eval.cluster.workload import BLOCK_TOKENS, SESSION_S, Arrival, Workload, make_workload
-from kvcomm.lab.load.trace_file import Request, Trace
+from kvcomm.lab.load.trace_file import Trace, TraceRequest
 from tests.lab.load.test_trace_file import AGENTIC, write
 
 SECOND_A_TOKEN = Costs(
@@ -233,7 +233,7 @@ def test_round_robin_and_least_loaded() -> None:
 
 
 def trace(prompts: list[list[int]], *, block_size: int = BLOCK_TOKENS, kind: str = "mooncake") -> Trace:
-    requests = [Request(0, float(at), np.array(blocks, dtype=np.int32), 7) for at, blocks in enumerate(prompts)]
+    requests = [TraceRequest(0, float(at), np.array(blocks, dtype=np.int32), 7) for at, blocks in enumerate(prompts)]
     return Trace(kind, block_size, 1, tuple(requests), "")
 
 
@@ -253,7 +253,7 @@ def test_copies_share_nothing_and_small_blocks_are_taken_together() -> None:
 
 
 def test_sessions_start_apart_from_each_other() -> None:
-    requests = tuple(Request(session, 0.0, np.array([0], dtype=np.int32)) for session in range(50))
+    requests = tuple(TraceRequest(session, 0.0, np.array([0], dtype=np.int32)) for session in range(50))
     made = make_workload(Trace("agentic", BLOCK_TOKENS, 50, requests, ""))
     assert len({arrival.at for arrival in made.arrivals}) == 50
     assert len({int(arrival.path[0]) for arrival in made.arrivals}) == 50
@@ -270,13 +270,13 @@ def test_a_session_waits_for_its_answer() -> None:
 
 
 def test_only_the_beginning_of_a_session_is_taken() -> None:
-    requests = tuple(Request(0, 5.0 + at, np.array([0], dtype=np.int32)) for at in (0, SESSION_S - 1, SESSION_S))
+    requests = tuple(TraceRequest(0, 5.0 + at, np.array([0], dtype=np.int32)) for at in (0, SESSION_S - 1, SESSION_S))
     made = make_workload(Trace(AGENTIC_FORMAT, BLOCK_TOKENS, 1, requests, ""))
     assert (len(made.arrivals), made.span) == (2, SESSION_S)
 
 
 def test_requests_of_a_session_follow_each_other() -> None:
-    requests = tuple(Request(at % 2, float(at), np.array([at], dtype=np.int32)) for at in range(10))
+    requests = tuple(TraceRequest(at % 2, float(at), np.array([at], dtype=np.int32)) for at in range(10))
     made = make_workload(Trace(AGENTIC_FORMAT, BLOCK_TOKENS, 2, requests, ""), copies=2, seed=3)
     followers = [arrival for arrival in made.arrivals if arrival.after is not None]
     assert len(followers) >= 20 - 2 * 2 * 2  # each session of each copy begins once, and wraps around once at most

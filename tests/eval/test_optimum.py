@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.optimum import most_hits, next_uses, trie_paths
-from kvcomm.lab.load.trace_file import Request
+from kvcomm.lab.load.trace_file import TraceRequest
 
 prompts = st.lists(st.lists(st.integers(0, 2), max_size=3), min_size=1, max_size=6)
 
 
-def requests(prompts_: list[list[int]], sessions: list[int] | None = None) -> list[Request]:
+def requests(prompts_: list[list[int]], sessions: list[int] | None = None) -> list[TraceRequest]:
     return [
-        Request(0 if sessions is None else sessions[at], float(at), np.array(blocks, dtype=np.int32))
+        TraceRequest(0 if sessions is None else sessions[at], float(at), np.array(blocks, dtype=np.int32))
         for at, blocks in enumerate(prompts_)
     ]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from eval.optimum import most_hits, next_uses, trie_paths
 from eval.trace import main, measure, replay
 from kvcomm.lab.cache import ORDERS
-from kvcomm.lab.load.trace_file import Request, Trace
+from kvcomm.lab.load.trace_file import Trace, TraceRequest
 from tests.lab.load.test_trace_file import AGENTIC, write
 
 # 9 blocks, 4 distinct. Unbounded, requests 2, 3 and 5 find 1, 2 and 2 of them.
@@ -92,7 +92,7 @@ prompts = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), min_size
 
 
 def make_trace(prompts_: list[list[int]]) -> Trace:
-    requests = [Request(0, float(at), np.array(blocks, dtype=np.int32)) for at, blocks in enumerate(prompts_)]
+    requests = [TraceRequest(0, float(at), np.array(blocks, dtype=np.int32)) for at, blocks in enumerate(prompts_)]
     return Trace("mooncake", 8, 1, tuple(requests), "")
 
 
@@ -124,7 +124,7 @@ def test_all_pages_of_an_unbounded_replay_fit() -> None:
 def test_the_gap_that_is_closed_by_hand() -> None:
     """One who comes back between others that never do; two blocks fit."""
     turns = [[0], [0], [0], *([[0], [9 + n], [19 + n]][at] for n in range(9) for at in range(3))]
-    requests = [Request(0, 10.0 * at, np.array(blocks, dtype=np.int32)) for at, blocks in enumerate(turns)]
+    requests = [TraceRequest(0, 10.0 * at, np.array(blocks, dtype=np.int32)) for at, blocks in enumerate(turns)]
     report = measure(Trace("mooncake", 8, 1, tuple(requests), ""), [10])
     values = {figure.id: figure.value for figure in report.figures}
     assert values["lru_10"] < values["return_10"] == values["belady_10"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvcomm.lab import families as trial
-from kvcomm.lab.families import Outcome, byte_tokenizer, try_family, try_model
+from kvcomm.lab.families import FamilyOutcome, byte_tokenizer, try_family, try_model
 from kvcomm.model import families as known
 from kvcomm.model.attention import torch_backend
 from kvcomm.model.families import families, random_model, tiny_config
@@ -16,15 +16,15 @@ from kvcomm.model.families import families, random_model, tiny_config
 @pytest.mark.parametrize(
     ("name", "outcome", "attention", "reason"),
     [
-        ("llama", Outcome.WORKS, "full", ""),
-        ("gemma2", Outcome.WORKS, "windows and full, capped scores", ""),
-        ("gpt_oss", Outcome.WORKS, "windows and full, sinks", ""),
-        ("gpt2", Outcome.EXACT_ONLY, "full", "keys of layers 0, 1, 2 follow the position by no known rotation"),
-        ("falcon", Outcome.REFUSED, "", "its layers attend by code of their own, which cannot be replaced"),
-        ("mamba", Outcome.REFUSED, "", "layers of type linear_attention keep a state that is not per-token KV"),
+        ("llama", FamilyOutcome.WORKS, "full", ""),
+        ("gemma2", FamilyOutcome.WORKS, "windows and full, capped scores", ""),
+        ("gpt_oss", FamilyOutcome.WORKS, "windows and full, sinks", ""),
+        ("gpt2", FamilyOutcome.EXACT_ONLY, "full", "keys of layers 0, 1, 2 follow the position by no known rotation"),
+        ("falcon", FamilyOutcome.REFUSED, "", "its layers attend by code of their own, which cannot be replaced"),
+        ("mamba", FamilyOutcome.REFUSED, "", "layers of type linear_attention keep a state that is not per-token KV"),
     ],
 )
-def test_what_is_found(name: str, outcome: Outcome, attention: str, reason: str) -> None:
+def test_what_is_found(name: str, outcome: FamilyOutcome, attention: str, reason: str) -> None:
     row = try_family(name)
     assert (row.family, row.model, row.outcome) == (name, families()[name], outcome), row.reason
     assert (row.attention, row.reason) == (attention, reason)
@@ -34,7 +34,7 @@ def test_a_sink_with_the_wrong_sign_is_found(monkeypatch: pytest.MonkeyPatch) ->
     """By the model's own forward already when it is measured."""
     monkeypatch.setattr(torch_backend, "weight_beside", lambda lse, sinks: torch.sigmoid(lse + sinks))
     row = try_family("gpt_oss")
-    assert row.outcome is Outcome.REFUSED
+    assert row.outcome is FamilyOutcome.REFUSED
     assert "logits differ by" in row.reason
 
 
@@ -44,30 +44,30 @@ def test_keys_turned_the_wrong_way_are_found(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(trial, "rotate", wrong)
     row = try_family("llama")
-    assert (row.outcome, row.reason) == (Outcome.WRONG, "not as stock: keys at another place")
+    assert (row.outcome, row.reason) == (FamilyOutcome.WRONG, "not as stock: keys at another place")
 
 
 def test_answers_other_than_stock_ones_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "_stock", lambda engine, ids: (0,) * trial.NUM_NEW)
     row = try_family("llama")
-    assert row.outcome is Outcome.WRONG
+    assert row.outcome is FamilyOutcome.WRONG
     assert row.reason == "not as stock: a cold answer, an answer from the cache, answers in forks"
 
 
 def test_what_cannot_be_made_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(known.OTHER_SIZES, "llama", {"hidden_size": 63})
     row = try_family("llama")
-    assert row.outcome is Outcome.NOT_TRIED
+    assert row.outcome is FamilyOutcome.NOT_TRIED
     assert row.reason.startswith("no tiny model of it runs (")
     monkeypatch.setitem(known.OTHER_SIZES, "llama", {"hidden_size": 2**16})
     row = try_family("llama")
-    assert row.outcome is Outcome.NOT_TRIED
+    assert row.outcome is FamilyOutcome.NOT_TRIED
     assert row.reason.endswith(" parameters")
 
 
 def test_a_model_of_ones_own_can_be_tried() -> None:
     row = try_model("mine", random_model(tiny_config("qwen3"), seed=5))
-    assert (row.family, row.model, row.outcome) == ("mine", "Qwen3ForCausalLM", Outcome.WORKS)
+    assert (row.family, row.model, row.outcome) == ("mine", "Qwen3ForCausalLM", FamilyOutcome.WORKS)
 
 
 def test_families_are_decoders_under_their_own_names() -> None:

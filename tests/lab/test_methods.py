@@ -23,7 +23,7 @@ from kvcomm.errors import InvalidRequest
 from kvcomm.lab.methods import METHODS, DeviationChooser, HeadChooser, InfluenceChooser, add_to
 from kvcomm.memory.pool import PagePool
 from kvcomm.memory.segments import Segment
-from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.attention.contract import IntArray
 from kvcomm.reuse.choosing import View
 from kvcomm.reuse.policy import ReusePolicy

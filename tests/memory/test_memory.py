@@ -14,7 +14,7 @@ from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds, PagePool
 from kvcomm.memory.segments import Segment
-from kvcomm.memory.sequences import Sequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.memory.tree import MissReason
 from tests.stored import stored_in
 
@@ -31,7 +31,7 @@ def test_pages_that_tree_and_segments_share_can_be_had_back() -> None:
     pool.release(pages)
     assert pool.num_free == 0
 
-    sequence = Sequence(pool, range(100, 112))
+    sequence = KVSequence(pool, range(100, 112))
     memory.make_writable(sequence, 0, 12)
 
     assert sequence.num_pages == 3
@@ -46,7 +46,7 @@ def test_a_leaf_that_somebody_holds_does_not_protect_what_is_above_it() -> None:
     memory.tree.insert("n", range(4), pages[:1])
     memory.tree.insert("n", range(8), pages)
     pool.release(pages[:1])  # the second page stays somebody's
-    sequence = Sequence(pool, range(100, 112))
+    sequence = KVSequence(pool, range(100, 112))
     memory.make_writable(sequence, 0, 12)
     memory.check_integrity([sequence.pages, pages[1:]])
 
@@ -83,7 +83,7 @@ def _random_memory(seed: int) -> tuple[Memory, list[PageIds]]:
     held: list[PageIds] = []
     while pool.num_free > 1:
         path = tuple(random.randrange(2) for _ in range(random.randrange(1, 9)))
-        sequence = Sequence(pool, path)
+        sequence = KVSequence(pool, path)
         match = memory.tree.match("n", np.array(path, dtype=np.int32))
         sequence.adopt(match.pages, match.num_tokens)
         if sequence.num_missing_pages(len(path)) > pool.num_free:
@@ -119,7 +119,7 @@ def test_namespaces_that_hold_nothing_any_more_are_forgotten_except_the_latest()
     for tenant in range(200):
         name, tokens = f"tenant {tenant}", np.arange(8, dtype=np.int32)
         memory.tree.match(name, tokens)
-        sequence = Sequence(pool, tokens)
+        sequence = KVSequence(pool, tokens)
         memory.make_writable(sequence, 0, 8)
         memory.tree.insert(name, tokens, sequence.pages)
         memory.renditions.put(

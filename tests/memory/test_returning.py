@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcomm.config import EVICTION_POLICIES
-from kvcomm.memory.rhythm import FIRST_GAP_S, MAX_RETURNS, Kind, Rhythm
+from kvcomm.memory.rhythm import FIRST_GAP_S, MAX_RETURNS, Rhythm, RhythmKind
 from kvcomm.memory.tree import RadixTree
 from tests.memory.test_tree import Bench, span
 
 ages = st.floats(0, 1e6)
-kinds = st.builds(Kind, st.integers(0, 40), st.integers(0, MAX_RETURNS))
+kinds = st.builds(RhythmKind, st.integers(0, 40), st.integers(0, MAX_RETURNS))
 
 
 @given(st.lists(st.floats(0, 1e7), max_size=8))
@@ -34,11 +34,11 @@ def test_the_usual_gap_by_hand() -> None:
     assert math.exp(rhythm.after(160.0).log_gap) == pytest.approx(40.0)  # of 40, 10 and 160
     for _ in range(40):
         rhythm = rhythm.after(8.0)
-    assert rhythm.kind == Kind(6, MAX_RETURNS)
+    assert rhythm.kind == RhythmKind(6, MAX_RETURNS)
 
 
 @given(kinds, ages, ages)
-def test_waits_grow_with_age_and_fall_with_returns(kind: Kind, one: float, other: float) -> None:
+def test_waits_grow_with_age_and_fall_with_returns(kind: RhythmKind, one: float, other: float) -> None:
     assert kind.wait_s(min(one, other)) <= kind.wait_s(max(one, other))
     assert kind._replace(num_returns=kind.num_returns + 1).wait_s(one) < kind.wait_s(one)
     gap_s = 2 ** (kind.half_octaves / 2)

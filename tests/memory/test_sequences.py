@@ -18,7 +18,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from kvcomm.errors import PoolExhausted, PoolTooSmall
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.pool import LayerShape, PagePool
-from kvcomm.memory.sequences import Sequence
+from kvcomm.memory.sequences import KVSequence
 
 PAGE_SIZE = 4
 numbers = itertools.count(1)
@@ -31,12 +31,12 @@ def make_pool(num_pages: int = 8) -> PagePool:
     return pool
 
 
-def slots(sequence: Sequence, start: int, end: int) -> np.ndarray:
+def slots(sequence: KVSequence, start: int, end: int) -> np.ndarray:
     positions = np.arange(start, end)
     return sequence.pages[positions // PAGE_SIZE].astype(np.int64) * PAGE_SIZE + positions % PAGE_SIZE
 
 
-def write(pool: PagePool, sequence: Sequence, start: int, end: int) -> list[float]:
+def write(pool: PagePool, sequence: KVSequence, start: int, end: int) -> list[float]:
     """Compute [start, end) as a runner would; only legal on pages nobody shares. Returns the new values."""
     at = slots(sequence, start, end)
     pages = np.unique(at // PAGE_SIZE).astype(np.int32)
@@ -48,7 +48,7 @@ def write(pool: PagePool, sequence: Sequence, start: int, end: int) -> list[floa
     return values
 
 
-def content(pool: PagePool, sequence: Sequence) -> list[float]:
+def content(pool: PagePool, sequence: KVSequence) -> list[float]:
     """The values of the computed positions; every layer's keys and values must agree on them."""
     at = slots(sequence, 0, sequence.num_computed)
     values = pool.keys[0][at].flatten().tolist()
@@ -58,7 +58,7 @@ def content(pool: PagePool, sequence: Sequence) -> list[float]:
     return values
 
 
-def compute(pool: PagePool, sequence: Sequence, num_tokens: int) -> list[float]:
+def compute(pool: PagePool, sequence: KVSequence, num_tokens: int) -> list[float]:
     """Append tokens and compute everything that is not."""
     sequence.append(range(num_tokens))
     start, end = sequence.num_computed, sequence.num_tokens
@@ -71,24 +71,24 @@ def compute(pool: PagePool, sequence: Sequence, num_tokens: int) -> list[float]:
 class SequenceMachine(RuleBasedStateMachine):
     """Sequences over one small pool, against lists of tokens and values."""
 
-    sequences: Bundle[Sequence] = Bundle("sequences")
+    sequences: Bundle[KVSequence] = Bundle("sequences")
     NUM_PAGES: ClassVar[int] = 12
 
     @initialize(target=sequences)
-    def start(self) -> Sequence:
+    def start(self) -> KVSequence:
         self.pool = make_pool(self.NUM_PAGES)
-        self.tokens: dict[Sequence, list[int]] = {}
-        self.values: dict[Sequence, list[float]] = {}
+        self.tokens: dict[KVSequence, list[int]] = {}
+        self.values: dict[KVSequence, list[float]] = {}
         return self.create([1, 2, 3])
 
     @rule(target=sequences, token_ids=st.lists(st.integers(0, 50), max_size=90))
-    def create(self, token_ids: list[int]) -> Sequence:
-        sequence = Sequence(self.pool, token_ids)
+    def create(self, token_ids: list[int]) -> KVSequence:
+        sequence = KVSequence(self.pool, token_ids)
         self.tokens[sequence], self.values[sequence] = list(token_ids), []
         return sequence
 
     @rule(target=sequences, parent=sequences)
-    def fork(self, parent: Sequence) -> Sequence:
+    def fork(self, parent: KVSequence) -> KVSequence:
         bytes_copied, num_free = self.pool.bytes_copied, self.pool.num_free
         child = parent.fork()
         assert (self.pool.bytes_copied, self.pool.num_free) == (bytes_copied, num_free)
@@ -96,12 +96,12 @@ class SequenceMachine(RuleBasedStateMachine):
         return child
 
     @rule(sequence=sequences, token_ids=st.lists(st.integers(0, 50), max_size=10))
-    def append(self, sequence: Sequence, token_ids: list[int]) -> None:
+    def append(self, sequence: KVSequence, token_ids: list[int]) -> None:
         sequence.append(token_ids)
         self.tokens[sequence] += token_ids
 
     @rule(sequence=sequences, num_tokens=st.integers(1, 10), reserve=st.sampled_from([0, 0, 3, 9]))
-    def compute(self, sequence: Sequence, num_tokens: int, reserve: int) -> None:
+    def compute(self, sequence: KVSequence, num_tokens: int, reserve: int) -> None:
         """Compute the next tokens, perhaps with pages reserved for more; a full pool must change nothing."""
         start = sequence.num_computed
         end = min(start + num_tokens, sequence.num_tokens)
@@ -118,7 +118,7 @@ class SequenceMachine(RuleBasedStateMachine):
         sequence.num_computed = end
 
     @rule(sequence=sequences, data=st.data())
-    def recompute(self, sequence: Sequence, data: st.DataObject) -> None:
+    def recompute(self, sequence: KVSequence, data: st.DataObject) -> None:
         """Compute a part in the middle anew; the rest of its pages must survive a copy."""
         if not sequence.num_computed:
             return
@@ -131,28 +131,28 @@ class SequenceMachine(RuleBasedStateMachine):
         self.values[sequence][start:end] = write(self.pool, sequence, start, end)
 
     @rule(sequence=sequences, data=st.data())
-    def truncate(self, sequence: Sequence, data: st.DataObject) -> None:
+    def truncate(self, sequence: KVSequence, data: st.DataObject) -> None:
         num_tokens = data.draw(st.integers(0, sequence.num_tokens))
         sequence.truncate(num_tokens)
         del self.tokens[sequence][num_tokens:], self.values[sequence][num_tokens:]
 
     @rule(sequence=sequences, num_computed=st.integers(0, 20))
-    def rewind(self, sequence: Sequence, num_computed: int) -> None:
+    def rewind(self, sequence: KVSequence, num_computed: int) -> None:
         """An engine computes the last token again when it needs its logits."""
         sequence.num_computed = min(num_computed, sequence.num_computed)
         del self.values[sequence][sequence.num_computed :]
 
     @rule(sequence=sequences)
-    def trim(self, sequence: Sequence) -> None:
+    def trim(self, sequence: KVSequence) -> None:
         sequence.trim()
         assert sequence.num_pages == -(-sequence.num_computed // PAGE_SIZE)
 
     @rule(target=sequences, source=sequences, data=st.data())
-    def adopt(self, source: Sequence, data: st.DataObject) -> Sequence:
+    def adopt(self, source: KVSequence, data: st.DataObject) -> KVSequence:
         """A sequence that begins like the source takes over more of its computed prefix, as from the tree."""
         num_computed = data.draw(st.integers(0, source.num_computed))
         num_own = data.draw(st.sampled_from([0, num_computed // 2, num_computed]))
-        sequence = Sequence(self.pool, source.token_ids)
+        sequence = KVSequence(self.pool, source.token_ids)
         self.tokens[sequence], self.values[sequence] = list(self.tokens[source]), []
         if num_own and sequence.num_missing_pages(num_own + 3) <= self.pool.num_free:
             sequence.make_writable(0, num_own + 3)
@@ -163,14 +163,14 @@ class SequenceMachine(RuleBasedStateMachine):
         return sequence
 
     @rule(sequence=sequences)
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: KVSequence) -> None:
         """A released sequence can be used again from nothing."""
         sequence.release()
         assert sequence.num_pages == 0
         self.values[sequence] = []
 
     @rule(target=sequences, sequence=consumes(sequences))
-    def forget(self, sequence: Sequence) -> object:
+    def forget(self, sequence: KVSequence) -> object:
         sequence.release()
         del self.tokens[sequence], self.values[sequence]
         return multiple()
@@ -196,7 +196,7 @@ TestSequences.settings = settings(max_examples=80, stateful_step_count=40)
 
 def test_a_fork_copies_nothing_until_someone_writes() -> None:
     pool = make_pool()
-    parent = Sequence(pool)
+    parent = KVSequence(pool)
     values = compute(pool, parent, 6)
     child = parent.fork()
     assert child.pages.tolist() == parent.pages.tolist()
@@ -210,7 +210,7 @@ def test_a_fork_copies_nothing_until_someone_writes() -> None:
 
 def test_the_last_writer_of_a_page_does_not_copy_it() -> None:
     pool = make_pool()
-    parent = Sequence(pool)
+    parent = KVSequence(pool)
     compute(pool, parent, 6)
     child = parent.fork()
     parent.release()
@@ -221,7 +221,7 @@ def test_the_last_writer_of_a_page_does_not_copy_it() -> None:
 
 def test_forks_share_computed_pages_only_and_inherit_the_fidelity() -> None:
     pool = make_pool()
-    parent = Sequence(pool, range(10))
+    parent = KVSequence(pool, range(10))
     parent.make_writable(0, 20)
     write(pool, parent, 0, 5)
     parent.num_computed = 5
@@ -229,12 +229,12 @@ def test_forks_share_computed_pages_only_and_inherit_the_fidelity() -> None:
     child = parent.fork()
     assert (parent.num_pages, child.num_pages) == (5, 2)
     assert (child.num_tokens, child.num_computed, child.fidelity) == (10, 5, Fidelity.APPROXIMATE)
-    assert Sequence(pool).fidelity is Fidelity.EXACT
+    assert KVSequence(pool).fidelity is Fidelity.EXACT
 
 
 def test_a_child_does_not_see_its_parents_future() -> None:
     pool = make_pool()
-    parent = Sequence(pool, [1, 2])
+    parent = KVSequence(pool, [1, 2])
     child = parent.fork()
     parent.append([3])
     child.append([7, 8])
@@ -246,10 +246,10 @@ def test_a_child_does_not_see_its_parents_future() -> None:
 def test_new_pages_lie_behind_the_last_one() -> None:
     """Consecutive pages are read as a view."""
     pool = make_pool(32)
-    first = Sequence(pool)
+    first = KVSequence(pool)
     compute(pool, first, 30)
     first.release()
-    second = Sequence(pool)
+    second = KVSequence(pool)
     for _ in range(10):
         compute(pool, second, 3)
     assert (np.diff(second.pages) == 1).all()
@@ -258,7 +258,7 @@ def test_new_pages_lie_behind_the_last_one() -> None:
 def test_recomputation_of_a_shared_page_keeps_what_stands_behind_it() -> None:
     """Bug: only what stood before the recomputed part was copied; the tokens behind it became garbage."""
     pool = make_pool()
-    parent = Sequence(pool)
+    parent = KVSequence(pool)
     values = compute(pool, parent, 4)
     child = parent.fork()
     child.make_writable(1, 2)
@@ -271,7 +271,7 @@ def test_recomputation_of_a_shared_page_keeps_what_stands_behind_it() -> None:
 def test_a_full_pool_leaves_every_sequence_usable(num_free: int) -> None:
     """Three pages would be needed: two copies and a new one. Bug: copies made before the failure lost content."""
     pool = make_pool(2 + num_free)
-    parent = Sequence(pool)
+    parent = KVSequence(pool)
     values = compute(pool, parent, 8)
     child = parent.fork()
     child.append(range(4))
@@ -293,7 +293,7 @@ def test_a_full_pool_leaves_every_sequence_usable(num_free: int) -> None:
 
 def test_more_pages_than_the_pool_has_are_refused_by_their_own_name() -> None:
     pool = make_pool(2)
-    sequence = Sequence(pool, range(9))
+    sequence = KVSequence(pool, range(9))
     with pytest.raises(PoolTooSmall, match="3 pages of 4 tokens wanted, the whole pool has 2"):
         sequence.make_writable(0, 9)
     assert pool.num_free == 2
@@ -301,7 +301,7 @@ def test_more_pages_than_the_pool_has_are_refused_by_their_own_name() -> None:
 
 def test_release_twice_and_read_the_tokens_afterwards() -> None:
     pool = make_pool()
-    sequence = Sequence(pool)
+    sequence = KVSequence(pool)
     compute(pool, sequence, 5)
     sequence.release()
     sequence.release()
@@ -312,7 +312,7 @@ def test_release_twice_and_read_the_tokens_afterwards() -> None:
 
 def test_an_adopted_prefix_replaces_the_own_pages_it_covers() -> None:
     pool = make_pool()
-    source, sequence = Sequence(pool), Sequence(pool, range(20))
+    source, sequence = KVSequence(pool), KVSequence(pool, range(20))
     values = compute(pool, source, 10)
     sequence.make_writable(0, 20)
     write(pool, sequence, 0, 5)
@@ -327,7 +327,7 @@ def test_an_adopted_prefix_replaces_the_own_pages_it_covers() -> None:
 
 
 def test_many_tokens_are_kept_in_order() -> None:
-    sequence = Sequence(make_pool(), np.arange(200, dtype=np.int32))
+    sequence = KVSequence(make_pool(), np.arange(200, dtype=np.int32))
     for first in range(200, 1000, 100):
         sequence.append(list(range(first, first + 100)))
     assert sequence.token_ids.tolist() == list(range(1000))
@@ -335,9 +335,9 @@ def test_many_tokens_are_kept_in_order() -> None:
 
 def test_truncate_and_adopt_refuse_to_go_out_of_bounds() -> None:
     pool = make_pool()
-    sequence = Sequence(pool)
+    sequence = KVSequence(pool)
     compute(pool, sequence, 5)
-    other = Sequence(pool, range(9))
+    other = KVSequence(pool, range(9))
     with pytest.raises(AssertionError, match=r"\(6, 5\)"):
         sequence.truncate(6)
     with pytest.raises(AssertionError, match=r"\(4, 5\)"):
@@ -350,7 +350,7 @@ def test_truncate_and_adopt_refuse_to_go_out_of_bounds() -> None:
 
 def test_integrity_check_sees_a_table_that_is_too_short_or_holds_a_page_twice() -> None:
     pool = make_pool()
-    sequence = Sequence(pool)
+    sequence = KVSequence(pool)
     compute(pool, sequence, 5)
     pages = sequence.pages
     sequence._pages = pages[:1]

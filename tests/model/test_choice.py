@@ -11,7 +11,7 @@ from torch import nn
 
 from kvcomm.errors import InvalidRequest
 from kvcomm.model import choice
-from kvcomm.model.choice import FIXED, Choice, choose
+from kvcomm.model.choice import FIXED, ProductChoice, choose
 from kvcomm.model.linear import CANDIDATES, ROWS
 
 
@@ -72,17 +72,17 @@ def test_where_nothing_can_be_written_it_is_measured_each_time(layers: list[nn.L
 
 
 def test_small_models_are_not_measured(tmp_path: Path) -> None:
-    assert choose([nn.Linear(8, 8)], tmp_path) == Choice()
+    assert choose([nn.Linear(8, 8)], tmp_path) == ProductChoice()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_another_dtype_than_was_measured_is_computed_as_it_comes() -> None:
     """Bug: a model that was made float32 afterwards would have been read as if it still were bfloat16."""
-    tiles = Choice(("tiles",) * len(ROWS))
+    tiles = ProductChoice(("tiles",) * len(ROWS))
     for dtype in (torch.float32, torch.float16):
         assert tiles.name(torch.zeros(64, 64, dtype=dtype), 1) == "torch"
-    assert Choice(("blocks",) * len(ROWS)).name(torch.zeros(64, 64, dtype=torch.bfloat16), 1) == "torch"
-    assert Choice().name(torch.zeros(64, 64, dtype=torch.float16), 1) == "torch"
+    assert ProductChoice(("blocks",) * len(ROWS)).name(torch.zeros(64, 64, dtype=torch.bfloat16), 1) == "torch"
+    assert ProductChoice().name(torch.zeros(64, 64, dtype=torch.float16), 1) == "torch"
 
 
 def test_another_wish_than_fixed_is_refused(layers: list[nn.Linear], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,5 +96,5 @@ def test_fixed_products_can_be_asked_for(
 ) -> None:
     monkeypatch.setenv(choice.VARIABLE, "fixed")
     found = choose(layers, tmp_path)
-    assert found == Choice()
+    assert found == ProductChoice()
     assert [found.name(layers[0].weight, rows) for rows in ROWS] == [*FIXED[torch.float32]]

@@ -12,7 +12,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from kvcomm.model import linear as products
-from kvcomm.model.choice import Choice
+from kvcomm.model.choice import ProductChoice
 from kvcomm.model.lean import MAX_ROWS, LeanLayers
 from kvcomm.model.linear import PRODUCTS
 
@@ -63,7 +63,7 @@ def test_a_linear_layer_is_the_stock_one_up_to_rounding(num_rows: int, bias: boo
 def test_what_is_chosen_is_what_computes(calls: list[tuple[str, int]]) -> None:
     table = ("blocks", "outputs", "onednn", "torch", "blocks", "outputs", "torch", "onednn", "torch")
     layer = linear()
-    with torch.inference_mode(), LeanLayers(layer, Choice(table)).switched(8):
+    with torch.inference_mode(), LeanLayers(layer, ProductChoice(table)).switched(8):
         for num_rows in (1, 3, 8, 9, 32, 64, 65, 256, 1000):
             layer(random(num_rows, 24))
     assert calls == [*zip(table, (1, 3, 8, 9, 32, 64, 65, 256, 1000), strict=True)]

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 from kvcomm.model.attention import hook
 from kvcomm.model.attention.contract import RunTable
 from kvcomm.model.attention.torch_backend import TorchBackend
-from kvcomm.model.choice import FIXED, Choice
+from kvcomm.model.choice import FIXED, ProductChoice
 from kvcomm.model.families import random_model
 from kvcomm.model.lean import TOLERANCE, LeanLayers, find_blocks, lean_attention, lean_mlp
 from kvcomm.model.linear import CANDIDATES
@@ -33,7 +33,7 @@ KNOWN = {
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("family", KNOWN)
 def test_blocks_that_are_known(family: str, exact: bool) -> None:
-    blocks = find_blocks(random_model(FAMILIES[family].config()), Choice(), exact=exact)
+    blocks = find_blocks(random_model(FAMILIES[family].config()), ProductChoice(), exact=exact)
     assert {type(block.layer).__name__ for block in blocks} == KNOWN[family]
 
 
@@ -59,10 +59,10 @@ PRODUCTS = [(dtype, name) for dtype, names in CANDIDATES.items() for name in nam
 """By some, the outputs of layers that read the same rows lie in one tensor, by others in one each."""
 
 
-def choice(dtype: torch.dtype, name: str) -> Choice:
+def choice(dtype: torch.dtype, name: str) -> ProductChoice:
     if name == "tiles" and not are_there():
         pytest.skip("this processor has no tiles for bfloat16")
-    return Choice((name,) * len(FIXED[dtype]))
+    return ProductChoice((name,) * len(FIXED[dtype]))
 
 
 @pytest.mark.parametrize(("dtype", "name"), PRODUCTS)
@@ -113,8 +113,8 @@ def test_an_mlp_of_another_formula_is_left_alone() -> None:
             return super().forward(x) * 1.001
 
     config = FAMILIES["llama"].config()
-    assert lean_mlp(LlamaMLP(config), Choice(), exact=False) is not None
-    assert lean_mlp(Squared(config), Choice(), exact=False) is None
+    assert lean_mlp(LlamaMLP(config), ProductChoice(), exact=False) is not None
+    assert lean_mlp(Squared(config), ProductChoice(), exact=False) is None
 
 
 def test_attention_that_scales_queries_is_left_alone() -> None:
@@ -125,9 +125,9 @@ def test_attention_that_scales_queries_is_left_alone() -> None:
     model = random_model(FAMILIES["llama"].config())
     hook.register()
     config = model.config
-    assert lean_attention(model, LlamaAttention(config, 0), Choice(), exact=False) is not None
-    assert lean_attention(model, Scaled(config, 0), Choice(), exact=False) is None
-    assert lean_attention(model, CohereAttention(FAMILIES["cohere"].config(), 0), Choice(), exact=False) is None
+    assert lean_attention(model, LlamaAttention(config, 0), ProductChoice(), exact=False) is not None
+    assert lean_attention(model, Scaled(config, 0), ProductChoice(), exact=False) is None
+    assert lean_attention(model, CohereAttention(FAMILIES["cohere"].config(), 0), ProductChoice(), exact=False) is None
 
 
 def test_a_hook_within_a_block_is_called() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kvcomm.model.choice import Choice
+from kvcomm.model.choice import ProductChoice
 from kvcomm.model.linear import CANDIDATES, TileProduct, can_compute, product
 from kvcomm.model.tiles import are_there
 
@@ -108,14 +108,14 @@ def test_joined_layers_are_the_layers_side_by_side(dtype: torch.dtype) -> None:
         for layer in layers:
             layer.to(dtype)
         expected = torch.cat([layer(rows) for layer in layers], 1)
-        out = torch.cat(Choice().joined(layers)(rows), 1)
+        out = torch.cat(ProductChoice().joined(layers)(rows), 1)
     torch.testing.assert_close(out, expected, rtol=2 * ULP[dtype], atol=2 * ULP[dtype])
 
 
 @pytest.mark.parametrize("num_rows", [1, 9, 300])
 def test_layers_that_were_given_another_dtype_since_they_were_joined_are_the_stock_ones(num_rows: int) -> None:
     layers = [nn.Linear(64, num_out) for num_out in (40, 64)]
-    compute, rows = Choice().joined(layers), random(num_rows, 64, dtype=torch.bfloat16)
+    compute, rows = ProductChoice().joined(layers), random(num_rows, 64, dtype=torch.bfloat16)
     with torch.inference_mode():
         expected = [layer.bfloat16()(rows) for layer in layers]
         assert all(map(torch.equal, compute(rows), expected))

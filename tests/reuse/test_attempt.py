@@ -30,10 +30,10 @@ from kvcomm.align.standings import Level
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import LayerShape, PagePool
 from kvcomm.memory.segments import Segment
-from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.attention.contract import IntArray
 from kvcomm.model.runner import Run
-from kvcomm.reuse.attempt import Attempt, Prompt, Stage, ToCompute, Tools, passes_of
+from kvcomm.reuse.attempt import Attempt, AttemptTools, Stage, TargetPrompt, ToCompute, passes_of
 from kvcomm.reuse.choosing import View
 from kvcomm.reuse.decision import Acceptance
 from kvcomm.reuse.plan import Plan, Reason, SpanKind
@@ -119,8 +119,8 @@ class Bench:
             for (start, end), risk in zip(SPANS, (0.0, 0.25), strict=True)
         ]
         self.attempt = Attempt(
-            Tools(self.memory, self.layers, {name: self.chooser, "attention": self.chooser}),
-            Prompt(SEGMENTS, NUM_TOKENS, setting.num_exact, Reason.NEW, Reason.NO_SOURCE),
+            AttemptTools(self.memory, self.layers, {name: self.chooser, "attention": self.chooser}),
+            TargetPrompt(SEGMENTS, NUM_TOKENS, setting.num_exact, Reason.NEW, Reason.NO_SOURCE),
             reader_of(SEGMENTS),
             self.moves,
             [Writer(0.0), Writer(setting.distance)],

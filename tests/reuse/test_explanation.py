@@ -32,7 +32,7 @@ def test_exact_plans_come_true(engine: Engine) -> None:
         engine.check_integrity()
         made = engine.generate(ids, max_new_tokens=1).usage
         assert explained.plan.spans == made.spans
-        assert explained.rung is None
+        assert explained.share is None
         reasons |= set(explained.plan.reasons)
     assert reasons >= {"new", "evicted", "last_token"}
 
@@ -63,8 +63,8 @@ def test_plans_of_moved_text_come_true(learning: Engine) -> None:
     refused = learning.explain(prompt(ROLE_B, 99), policy=replace(LOOSE, max_divergence=1e-12))
     assert [standing.num_requests for standing in learning.reuse.readers()] == asked
     assert refused.plan.reasons["bound"] == 90
-    assert refused.rung is None
-    assert explained.rung == 0.0
+    assert refused.share is None
+    assert explained.share == 0.0
     assert explained.predicted is not None
     assert explained.prefill_s is not None
     assert explained.cold_s is not None
@@ -77,7 +77,7 @@ def test_a_rung_that_computes_some_is_explained_with_what_it_takes(learning: Eng
     earn(learning, policy)
     ask(learning, ROLE_A, 99, policy)
     explained = learning.explain(prompt(ROLE_B, 99), policy=policy)
-    assert (explained.rung, explained.plan.num_tokens(SpanKind.ALIGNED)) == (0.3, 90)
+    assert (explained.share, explained.plan.num_tokens(SpanKind.ALIGNED)) == (0.3, 90)
     # Glue and tail are looked at, and computed once more behind the rung's tokens.
     assert explained.prefill_s == ROWS_ONLY.compute_s([(0, 27 + 2 * 5)])
     usage = ask(learning, ROLE_B, 99, policy).usage

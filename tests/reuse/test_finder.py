@@ -19,8 +19,7 @@ from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import LayerShape, PagePool
 from kvcomm.memory.renditions import Rendition
 from kvcomm.memory.segments import Segment
-from kvcomm.memory.sequences import Identity
-from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.memory.sequences import Identity, KVSequence
 from kvcomm.reuse.finder import MAX_RENDITIONS, MoveFinder, occurrences, parts_of
 from kvcomm.reuse.plan import Part, Reason, plan_of
 from tests.stored import stored_in

@@ -11,7 +11,7 @@ from kvcomm.engine.engine import Engine
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import LayerShape, PagePool
-from kvcomm.memory.sequences import Sequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.reuse.healing import Healing
 from kvcomm.reuse.replay import Case
 from tests.limits import PATIENCE_S
@@ -28,9 +28,9 @@ def memory() -> Memory:
     return Memory(pool, ttl_s=None, rendition_bytes=10**6)
 
 
-def approximate(memory: Memory, num_tokens: int, start: int, num_reserved: int = 0) -> Sequence:
+def approximate(memory: Memory, num_tokens: int, start: int, num_reserved: int = 0) -> KVSequence:
     """A sequence whose KV is approximate from `start` on, with pages reserved for more tokens."""
-    sequence = Sequence(memory.pool, range(num_tokens))
+    sequence = KVSequence(memory.pool, range(num_tokens))
     sequence.make_writable(0, num_tokens + num_reserved)
     sequence.count(num_tokens)
     sequence.mark_approximate(start)
@@ -67,7 +67,7 @@ def test_a_twin_shares_what_is_exact_and_owns_the_rest(memory: Memory) -> None:
 
 def test_what_the_tree_has_is_not_computed_again(memory: Memory) -> None:
     own = approximate(memory, 12, start=2)
-    other = Sequence(memory.pool, range(8))
+    other = KVSequence(memory.pool, range(8))
     other.make_writable(0, 8)
     memory.tree.insert("n", other.token_ids, other.pages)
     healing = Healing(memory, "n", own)

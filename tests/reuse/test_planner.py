@@ -285,7 +285,7 @@ def test_where_own_traffic_decides_twice_the_bound_may_be_at_risk(learning: Engi
 def test_requests_count_for_their_reader_and_questions_about_them_do_not(learning: Engine) -> None:
     know(learning, prior=30)
     ask(learning, ROLE_A, 1, EXACT)
-    assert learning.explain(prompt(ROLE_B, 1), policy=POLICY).rung == 0.0
+    assert learning.explain(prompt(ROLE_B, 1), policy=POLICY).share == 0.0
     assert learning.reuse.parts.book.find(learning.namespace(), READER.digest) is None
     ask(learning, ROLE_B, 1, POLICY)
     standing = learning.reuse.parts.book.find(learning.namespace(), READER.digest)

@@ -13,7 +13,7 @@ import torch
 from kvcomm.align.ladder import Rung
 from kvcomm.engine.engine import Engine
 from kvcomm.errors import EngineClosed, PoolExhausted, WeightsChanged
-from kvcomm.memory.sequences import Sequence as KVSequence
+from kvcomm.memory.sequences import KVSequence
 from kvcomm.reuse.idle_work import Steps, Urgency
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.reuse.replay import NUM_CONTINUATION, Case, Exact, Replayer

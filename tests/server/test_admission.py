@@ -9,18 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcomm.server.admission import Admission
+from kvcomm.server.admission import AdmissionControl
 from kvcomm.server.errors import ApiError
 from kvcomm.server.settings import Limits, ServerSettings
 from kvcomm.server.tenants import Tenant
 
 
-def admission(num_tenants: int = 2, **settings: int) -> Admission:
+def admission(num_tenants: int = 2, **settings: int) -> AdmissionControl:
     """With so many tenants that may come."""
-    return Admission(ServerSettings(**settings), lambda: num_tenants)  # type: ignore[arg-type]  # numbers only
+    return AdmissionControl(ServerSettings(**settings), lambda: num_tenants)  # type: ignore[arg-type]  # numbers only
 
 
-def let_in(stack: ExitStack, doors: Admission, tenant: Tenant, most: int | None = None) -> tuple[int, ApiError | None]:
+def let_in(
+    stack: ExitStack, doors: AdmissionControl, tenant: Tenant, most: int | None = None
+) -> tuple[int, ApiError | None]:
     """Let in as many requests of a tenant as there is room for, or `most`; how many, and what the next was told."""
     for number in count():
         if number == most:
@@ -60,7 +62,7 @@ def test_one_tenant_alone_takes_all() -> None:
 @pytest.mark.parametrize(("kept", "expected"), [(0, 16), (4, 12), (15, 8), (100, 8), (None, 14)])
 def test_how_many_are_kept_is_a_setting(kept: int | None, expected: int) -> None:
     """Whatever is kept, a tenant gets half of all: it holds no more than it leaves."""
-    doors = Admission(ServerSettings(max_requests=16, kept_requests=kept), lambda: 2)
+    doors = AdmissionControl(ServerSettings(max_requests=16, kept_requests=kept), lambda: 2)
     with ExitStack() as stack:
         assert let_in(stack, doors, Tenant("ann", Limits()))[0] == expected
 

@@ -20,7 +20,7 @@ from kvcomm.server.schemas.cache import WarmRequest
 from kvcomm.server.schemas.chat import ChatRequest
 from kvcomm.server.schemas.common import MAX_IDS, MAX_LABEL, MAX_MEMBERS, MAX_STOP, MAX_STOPS
 from kvcomm.server.schemas.completions import MAX_PROMPTS, CompletionRequest
-from kvcomm.server.schemas.contexts import Prompt
+from kvcomm.server.schemas.contexts import PromptInput
 from kvcomm.server.schemas.messages import MAX_CALLS, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
 from kvcomm.server.schemas.segments import MAX_SEGMENTS
 from tests.server.conftest import HELLO, MODEL, chat, completion
@@ -64,8 +64,8 @@ CAPPED = [
     (CompletionRequest, lambda number: completion(prompt=[[1]] * number), MAX_PROMPTS, "prompt"),
     (CompletionRequest, lambda number: completion(prompt=[1] * number), MAX_IDS, "prompt"),
     (WarmRequest, lambda number: {"model": MODEL, "segments": [SEGMENT] * number}, MAX_SEGMENTS, "segments"),
-    (Prompt, lambda number: {"messages": [MESSAGE] * number}, MAX_MESSAGES, "messages"),
-    (Prompt, lambda number: {"token_ids": [1] * number}, MAX_IDS, "token_ids"),
+    (PromptInput, lambda number: {"messages": [MESSAGE] * number}, MAX_MESSAGES, "messages"),
+    (PromptInput, lambda number: {"token_ids": [1] * number}, MAX_IDS, "token_ids"),
 ]
 
 
@@ -91,7 +91,7 @@ def test_every_list_and_mapping_is_capped(model: Any, make: Any, most: int, fiel
         (CompletionRequest, completion(prompt=[-1] * 1000)),
         (CompletionRequest, completion(prompt=["a", *[5] * 100])),
         (CompletionRequest, completion(prompt=[[1], *[[-1]] * 100])),
-        (Prompt, {"token_ids": ["x"] * 1000}),
+        (PromptInput, {"token_ids": ["x"] * 1000}),
         (WarmRequest, {"model": MODEL, "segments": [{"id": "", "content": "x"}] * 60}),
         (ChatRequest, chat(**dict.fromkeys(named(MAX_MEMBERS), 1))),
     ],

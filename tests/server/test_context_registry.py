@@ -15,7 +15,7 @@ from kvcomm.memory.segments import Segment
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.server.contexts.conversation import Continued
 from kvcomm.server.contexts.registry import ContextRegistry
-from kvcomm.server.contexts.turns import Node, Turn
+from kvcomm.server.contexts.turns import TenantContext, Turn
 from kvcomm.server.errors import ApiError
 from kvcomm.server.schemas.contexts import Terms
 from kvcomm.server.settings import Limits, ServerSettings
@@ -54,7 +54,7 @@ class RegistryMachine(RuleBasedStateMachine):
         self.registry = ContextRegistry(self.engine, server, self.tenant, lambda: self.now_s)
         self.known: dict[str, Known] = {}
 
-    def chosen(self, index: int) -> tuple[Node, Known]:
+    def chosen(self, index: int) -> tuple[TenantContext, Known]:
         """One of the living contexts."""
         context_id = list(self.known)[index % len(self.known)]
         node = self.registry.find(context_id)

@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.results import Completion
-from kvcomm.server.generation import Call
+from kvcomm.server.generation import GenerationCall
 from kvcomm.server.keys import KeyRing
 from kvcomm.server.settings import ServerSettings
 from kvcomm.server.tally import MAX_REFUSED
@@ -60,9 +60,9 @@ def test_what_was_only_computed_ahead_is_no_answer(client: TestClient) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_surface_may_know_better(client: TestClient, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
     """Before the engine's results, as a stream does, or behind them: the client's reason is the one that counts."""
-    results = Call.results
+    results = GenerationCall.results
 
-    async def told(call: Call) -> list[Completion]:
+    async def told(call: GenerationCall) -> list[Completion]:
         if stream:
             call.ends_as("tool_calls")
         completions = await results(call)
@@ -70,7 +70,7 @@ def test_a_surface_may_know_better(client: TestClient, monkeypatch: pytest.Monke
             call.ends_as("tool_calls")
         return completions
 
-    monkeypatch.setattr(Call, "results", told)
+    monkeypatch.setattr(GenerationCall, "results", told)
     client.post(CHAT, json=chat(stream=stream))
     assert stats_of(client)["finish_reasons"] == counted(client) == {"tool_calls": 1}
 

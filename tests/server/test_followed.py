@@ -17,7 +17,7 @@ import pytest
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.results import Choice, Completion, Usage
-from kvcomm.server.followed import ENDED_S, MAX_ENDED, Source, Sources
+from kvcomm.server.followed import ENDED_S, MAX_ENDED, FollowedAnswer, FollowedAnswers
 from kvcomm.server.keys import KeyRing, add_key
 from kvcomm.server.settings import ServerSettings
 from tests.engine.conftest import greedy
@@ -361,9 +361,9 @@ def test_the_official_client_follows_with_extra_body(live: Live, engine: Engine,
 
 def test_ended_answers_are_known_for_a_while_only() -> None:
     now = [0.0]
-    sources = Sources(lambda: now[0])
+    sources = FollowedAnswers(lambda: now[0])
     for index in range(MAX_ENDED + 5):
-        sources.add(str(index), ended := Source("space", 4, tuple, ended_handle(index)))
+        sources.add(str(index), ended := FollowedAnswer("space", 4, tuple, ended_handle(index)))
         sources.ended(ended)
     assert len(sources) == MAX_ENDED
     assert sources.find("0", "space") is None

@@ -10,7 +10,7 @@ from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from kvcomm.server.responses.output import Output
-from kvcomm.server.schemas.chat import TokenLogprob
+from kvcomm.server.schemas.chat import ChatTokenLogprob
 from kvcomm.toolcalls.events import CallStart, Event, Finish, ReasoningDelta, TextDelta
 from tests.server.answer_events import answers, runs
 
@@ -69,9 +69,9 @@ def test_items_and_stream_say_what_the_answer_does(events: list[Event], cuts: li
     ]
 
 
-def logprob(token: str) -> TokenLogprob:
+def logprob(token: str) -> ChatTokenLogprob:
     """One of a token."""
-    return TokenLogprob(token=token, logprob=-1.0, bytes=list(token.encode()), top_logprobs=[])
+    return ChatTokenLogprob(token=token, logprob=-1.0, bytes=list(token.encode()), top_logprobs=[])
 
 
 def test_every_token_of_a_text_has_its_log_probability() -> None:

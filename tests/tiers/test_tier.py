@@ -20,7 +20,7 @@ from kvcomm.tiers import record as record_module
 from kvcomm.tiers.keys import ROOT, SpaceKeys, tenant_key
 from kvcomm.tiers.space import DEFAULT_TENANT
 from kvcomm.tiers.tier import KV, RenditionName, StoredRendition, Tier, TierMiss, TierSpace
-from kvcomm.tiers.write_behind import Dropped
+from kvcomm.tiers.write_queue import Dropped
 from tests.limits import PATIENCE_S
 from tests.tiers.kv import NAMESPACE, RUN, SECRET, is_same, make_kv, make_space
 from tests.tiers.stores import DictStore

@@ -23,7 +23,7 @@ from kvcomm.memory.segments import Segment
 from kvcomm.reuse.policy import ReusePolicy
 
 
-class Reading(NamedTuple):
+class AgentReading(NamedTuple):
     """What one agent read, and what it answered."""
 
     prompt: tuple[Segment, ...]
@@ -35,7 +35,7 @@ class Reading(NamedTuple):
         return sum(len(segment.token_ids) for segment in self.prompt if segment.name is not None)
 
 
-TeamRun = dict[str, Reading]
+TeamRun = dict[str, AgentReading]
 """Agent -> reading, in the order of the team."""
 
 LATER = (
@@ -62,7 +62,7 @@ class KeptRun(Kept):
     def run(self) -> TeamRun:
         """The run itself."""
         return {
-            name: Reading(tuple(Segment(ids, slot) for slot, ids in prompt), answer)
+            name: AgentReading(tuple(Segment(ids, slot) for slot, ids in prompt), answer)
             for name, (prompt, answer) in self.agents.items()
         }
 
@@ -124,7 +124,7 @@ def exact_runs(engine: Engine, team: Team, rows: Sequence[Row], file: Path, note
         results = run_all(group, [row.inputs for row in batch], team)
         engine.cache.clear()
         for row, result in zip(batch, results, strict=True):
-            run = {name: Reading(result[name].prompt, result[name].token_ids) for name in result}
+            run = {name: AgentReading(result[name].prompt, result[name].token_ids) for name in result}
             append_line(file, {"row": row.digest, "agents": _json(run)})
             known[row.digest] = run
     return [known[row.digest] for row in rows]

@@ -19,7 +19,7 @@ from kvcomm.agents.tuning.profile import (
     read_profile,
     require_fit,
 )
-from kvcomm.agents.tuning.replays import EngineMaker, Measured, Replays, measure
+from kvcomm.agents.tuning.replays import EngineMaker, MeasuredPrompts, Replays, measure
 from kvcomm.agents.tuning.rows import Row
 from kvcomm.align.bound import Bound
 from kvcomm.align.calibration import Calibration
@@ -50,7 +50,7 @@ class Applied(NamedTuple):
     has_banks: bool
 
 
-class Check(NamedTuple):
+class LadderCheck(NamedTuple):
     """What `num_rows` new rows say of the ladder that requests are served by.
 
     Attributes:
@@ -108,7 +108,7 @@ def check_profile(
     note: Note,
     *,
     budget_s: float = math.inf,
-) -> Check:
+) -> LadderCheck:
     """Run the team on rows that the profile has not seen, replay them, and judge what would be accepted.
 
     Args:
@@ -132,7 +132,7 @@ def check_profile(
         known = calibrations(engine, readers, ladder, applied.policy)
         # A change of the profile makes other outcomes: their label says whose they are.
         label = f"check {profile.validity.made}"
-        measured: Measured = {}
+        measured: MeasuredPrompts = {}
         num_read = 0
         for batch in _batches_within(fresh, budget_s, note):
             runs = exact_runs(engine, greedy(team), batch, folder / "answers.jsonl", note)
@@ -142,7 +142,7 @@ def check_profile(
             num_read += len(batch)
         num_requests = num_read * (len(team.agents) - 1)
         judged = judge(measured, known, ladder, profile.policy().bound, num_requests=num_requests)
-    return Check(ladder[0].estimator, judged, num_read, len(rows) - len(fresh), len(fresh) - num_read)
+    return LadderCheck(ladder[0].estimator, judged, num_read, len(rows) - len(fresh), len(fresh) - num_read)
 
 
 def _served_by(applied: Applied) -> Ladder:
@@ -187,7 +187,12 @@ def calibrations(
 
 
 def judge(
-    measured: Measured, known: Mapping[str, Calibration], ladder: Ladder, bound: Bound | None, *, num_requests: int
+    measured: MeasuredPrompts,
+    known: Mapping[str, Calibration],
+    ladder: Ladder,
+    bound: Bound | None,
+    *,
+    num_requests: int,
 ) -> VerificationTable:
     """What would have been accepted along a ladder, and how often that was wrong.
 

@@ -63,7 +63,7 @@ class KeptCosts(Kept):
     num_answered: NonNegativeInt = 0
 
 
-class Plan(NamedTuple):
+class TuningPlan(NamedTuple):
     """What will be done, and what it is predicted to take, seconds."""
 
     sizes: Sizes
@@ -104,7 +104,7 @@ def least_sizes(delta: float, num_readers: int) -> Sizes:
     return Sizes(MIN_ANCHORS, MIN_TUNING, needed, min(needed, math.ceil(2 * needed / num_readers)))
 
 
-def make_plan(costs: Costs, num_rows: int, budget_s: float, delta: float, num_readers: int) -> Plan:
+def make_plan(costs: Costs, num_rows: int, budget_s: float, delta: float, num_readers: int) -> TuningPlan:
     """The largest parts that the budget and the rows allow.
 
     Args:
@@ -137,8 +137,8 @@ def make_plan(costs: Costs, num_rows: int, budget_s: float, delta: float, num_re
     return best._replace(search_s=max(0.0, MARGIN * budget_s - best.total_s))
 
 
-def _priced(costs: Costs, sizes: Sizes) -> Plan:
-    return Plan(
+def _priced(costs: Costs, sizes: Sizes) -> TuningPlan:
+    return TuningPlan(
         sizes,
         num_answered=min(sizes.total, costs.num_answered),
         sample_s=costs.sample,

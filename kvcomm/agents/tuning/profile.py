@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from kvcomm.align.ladder import Rung
 from kvcomm.align.levels import Knowledge
@@ -29,6 +29,7 @@ from kvcomm.errors import (
     InvalidRequest,
 )
 from kvcomm.files.reading import MAX_SHOWN, BadContent, first_fault, open_regular, read_bytes, read_toml
+from kvcomm.files.records import StrictRecord
 from kvcomm.files.writing import replacing
 from kvcomm.reuse.policy import ReusePolicy
 
@@ -41,25 +42,21 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Nats = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class ModelTable(_Strict):
+class ModelTable(StrictRecord):
     """The model: its name as it was given, and the namespace that it must have."""
 
     name: str
     namespace: str
 
 
-class TeamTable(_Strict):
+class TeamTable(StrictRecord):
     """The team: its name as it was given, and the digest that it must have."""
 
     name: str
     digest: str
 
 
-class DataTable(_Strict):
+class DataTable(StrictRecord):
     """Digests of the rows of every part."""
 
     file: str
@@ -75,7 +72,7 @@ class DataTable(_Strict):
         return frozenset((*self.anchors, *self.tuning, *self.calibration, *self.verification))
 
 
-class BoundTable(_Strict):
+class BoundTable(StrictRecord):
     """What was asked for."""
 
     max_divergence: Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -83,7 +80,7 @@ class BoundTable(_Strict):
     basis: Literal["prior", "pool", "own"]
 
 
-class SettingsTable(_Strict):
+class SettingsTable(StrictRecord):
     """What was chosen for the engine."""
 
     neighbors: PositiveInt
@@ -93,14 +90,14 @@ class SettingsTable(_Strict):
     anchor_bytes: PositiveInt
 
 
-class AgentTable(_Strict):
+class AgentTable(StrictRecord):
     """One agent's reader, by digest, and its calibration pairs."""
 
     reader: str
     num_pairs: NonNegativeInt
 
 
-class VerificationTable(_Strict):
+class VerificationTable(StrictRecord):
     """What would have been accepted along one ladder, on the rows that nothing was chosen by."""
 
     requests: NonNegativeInt
@@ -114,7 +111,7 @@ class VerificationTable(_Strict):
     holds: bool
 
 
-class PointTable(_Strict):
+class PointTable(StrictRecord):
     """One way to reuse, on the tuning rows."""
 
     setting: str
@@ -124,7 +121,7 @@ class PointTable(_Strict):
     on_front: bool
 
 
-class ValidityTable(_Strict):
+class ValidityTable(StrictRecord):
     """What the profile holds for, and with what it was made."""
 
     holds_for: str
@@ -133,13 +130,13 @@ class ValidityTable(_Strict):
     versions: dict[str, str]
 
 
-class PairsTable(_Strict):
+class PairsTable(StrictRecord):
     """The file of pairs: SHA-256 (hex) of its bytes."""
 
     digest: str
 
 
-class TuningProfile(_Strict):
+class TuningProfile(StrictRecord):
     """The whole file. `ladders` and `verification`: by estimator, the ladder first that computes least."""
 
     format: Literal[2]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pydantic import NonNegativeInt
 
 from kvcomm.agents.example_runs import Note, publish
-from kvcomm.agents.tuning.answers import Reading, TeamRun
+from kvcomm.agents.tuning.answers import AgentReading, TeamRun
 from kvcomm.agents.tuning.rows import Row
 from kvcomm.agents.tuning.state import Kept, append_line, damaged, read_kept
 from kvcomm.align.bank import BankSnapshot
@@ -41,10 +41,10 @@ class KeptOutcomes(Kept):
     key: str
     agents: dict[str, tuple[NonNegativeInt, tuple[Fields | None, ...]]]
 
-    def prompts(self, rungs: Sequence[Rung]) -> dict[str, Prompt]:
+    def prompts(self, rungs: Sequence[Rung]) -> dict[str, ReplayedPrompt]:
         """The prompts themselves. Raises ValueError where there are not as many outcomes as rungs."""
         return {
-            agent: Prompt(
+            agent: ReplayedPrompt(
                 num_moved,
                 {rung: Outcome(*each) for rung, each in zip(rungs, outcomes, strict=True) if each is not None},
             )
@@ -52,7 +52,7 @@ class KeptOutcomes(Kept):
         }
 
 
-class Prompt(NamedTuple):
+class ReplayedPrompt(NamedTuple):
     """One prompt of a reader: tokens that can be moved, and what each rung gave; those that could be measured."""
 
     num_moved: int
@@ -65,7 +65,7 @@ class Prompt(NamedTuple):
         return Rungs(self.num_moved, [self.outcomes[rung] for rung in ladder])
 
 
-Measured = dict[str, list[Prompt]]
+MeasuredPrompts = dict[str, list[ReplayedPrompt]]
 """Agent -> its prompts."""
 
 
@@ -76,7 +76,7 @@ class Replays(NamedTuple):
     runs: Sequence[TeamRun]
 
 
-def turns(engine: Engine, run: TeamRun) -> Iterator[tuple[str, Reading]]:
+def turns(engine: Engine, run: TeamRun) -> Iterator[tuple[str, AgentReading]]:
     """Every agent of a run in its turn, but the first one, who has nobody to take text from; empties the cache."""
     for index, (agent, reading) in enumerate(run.items()):
         if index and reading.answer:
@@ -115,7 +115,9 @@ def calibrate(engine: Engine, data: Replays, policy: ReusePolicy, note: Note) ->
     return readers
 
 
-def measure(engine: Engine, data: Replays, rungs: Sequence[Rung], file: Path, label: str, note: Note) -> Measured:
+def measure(
+    engine: Engine, data: Replays, rungs: Sequence[Rung], file: Path, label: str, note: Note
+) -> MeasuredPrompts:
     """Replay every reader's prompt at every rung, but for the rows that the file has under this label.
 
     Args:
@@ -129,7 +131,7 @@ def measure(engine: Engine, data: Replays, rungs: Sequence[Rung], file: Path, la
         if isinstance(error, InvalidRequest):
             raise
         raise damaged(file, f"a line does not have the outcomes of {len(rungs)} rungs") from error
-    found: Measured = {}
+    found: MeasuredPrompts = {}
     for index, (row, run) in enumerate(zip(data.rows, data.runs, strict=True)):
         if row.digest not in known:
             note(f"{label}: row {index + 1} of {len(data.rows)}")
@@ -144,17 +146,17 @@ def measure(engine: Engine, data: Replays, rungs: Sequence[Rung], file: Path, la
     return found
 
 
-def replayed(engine: Engine, run: TeamRun, rungs: Sequence[Rung]) -> dict[str, Prompt]:
+def replayed(engine: Engine, run: TeamRun, rungs: Sequence[Rung]) -> dict[str, ReplayedPrompt]:
     """What every rung gives on the prompts of a run; agents into whose prompts nothing can be moved are left out."""
     found = {}
     for agent, reading in turns(engine, run):
         outcomes = _outcomes(engine, reading, rungs)
         if outcomes:
-            found[agent] = Prompt(reading.num_moved, outcomes)
+            found[agent] = ReplayedPrompt(reading.num_moved, outcomes)
     return found
 
 
-def _outcomes(engine: Engine, reading: Reading, rungs: Sequence[Rung]) -> dict[Rung, Outcome]:
+def _outcomes(engine: Engine, reading: AgentReading, rungs: Sequence[Rung]) -> dict[Rung, Outcome]:
     try:
         return dict(zip(rungs, engine.reuse.measure(reading.prompt, reading.answer, rungs).result(), strict=False))
     except InvalidRequest:  # one of the estimators knows too little about an edge

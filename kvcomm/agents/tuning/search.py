@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from kvcomm.agents.tuning.replays import Measured, Prompt
+from kvcomm.agents.tuning.replays import MeasuredPrompts, ReplayedPrompt
 from kvcomm.align.bound import Bound
 from kvcomm.align.ladder import CORRECTED, TURNED, Ladder, Rung, ladders_of
 from kvcomm.config import EngineConfig
@@ -41,7 +41,7 @@ class Point(NamedTuple):
     on_front: bool = False
 
 
-class Choice(NamedTuple):
+class EstimatorChoice(NamedTuple):
     """What an estimator can serve.
 
     Attributes:
@@ -74,7 +74,7 @@ def num_axes(num_groups: int) -> int:
     return num_groups + 2
 
 
-def choose_rungs(measured: Measured, rungs: Sequence[Rung], bound: Bound) -> tuple[Rung, ...]:
+def choose_rungs(measured: MeasuredPrompts, rungs: Sequence[Rung], bound: Bound) -> tuple[Rung, ...]:
     """The rungs to calibrate, one ladder for each estimator that could be measured: the one that computes least first.
 
     With a ladder that needs no anchors text moves as long as there are none, so none is left out for being dearer.
@@ -84,7 +84,7 @@ def choose_rungs(measured: Measured, rungs: Sequence[Rung], bound: Bound) -> tup
     return tuple(rung for choice in known for rung in choice.ladder)
 
 
-def choose_ladder(measured: Measured, ladder: Ladder, bound: Bound) -> Choice | None:
+def choose_ladder(measured: MeasuredPrompts, ladder: Ladder, bound: Bound) -> EstimatorChoice | None:
     """The cheapest rung of every agent that keeps the bound with all safer ones, and the next safer one to it.
 
     A rung keeps it if at most delta of the tuning prompts violate it: whether that is enough evidence is for the
@@ -103,10 +103,10 @@ def choose_ladder(measured: Measured, ladder: Ladder, bound: Bound) -> Choice | 
     if not served:
         return None
     costs = [1.0 if share is None else share for share in served.values()]
-    return Choice(tuple(ladder[index] for index in sorted(wanted)), served, sum(costs) / len(costs))
+    return EstimatorChoice(tuple(ladder[index] for index in sorted(wanted)), served, sum(costs) / len(costs))
 
 
-def pareto(measured: Measured, rungs: Sequence[Rung], label: str = "") -> list[Point]:
+def pareto(measured: MeasuredPrompts, rungs: Sequence[Rung], label: str = "") -> list[Point]:
     """Every rung over the prompts of all agents, with those marked that nothing beats in both."""
     prompts = [prompt for each in measured.values() for prompt in each]
     return mark_front([point for rung in rungs if (point := _point(prompts, rung, label)) is not None])
@@ -122,7 +122,7 @@ def mark_front(points: Sequence[Point]) -> list[Point]:
     return found
 
 
-def score(measured: Measured, rungs: Sequence[Rung]) -> float:
+def score(measured: MeasuredPrompts, rungs: Sequence[Rung]) -> float:
     """Mean nats over agents, prompts and these rungs; infinite where none of them could be measured."""
     outcomes = [
         prompt.outcomes[rung]
@@ -148,7 +148,7 @@ def _boldest(divergences: Sequence[Sequence[float]], bound: Bound) -> int | None
     return chosen
 
 
-def _point(prompts: Sequence[Prompt], rung: Rung, label: str) -> Point | None:
+def _point(prompts: Sequence[ReplayedPrompt], rung: Rung, label: str) -> Point | None:
     known: list[tuple[int, Outcome]] = [
         (prompt.num_moved, prompt.outcomes[rung]) for prompt in prompts if rung in prompt.outcomes
     ]

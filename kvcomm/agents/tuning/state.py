@@ -10,20 +10,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from kvcomm.errors import InvalidRequest
 from kvcomm.files.reading import CONFIG_BYTES, first_fault, read_bytes
+from kvcomm.files.records import StrictRecord
 from kvcomm.files.writing import NameTaken, locked, replacing
 
 RUN_FILE = "run.json"
 IDENTITY = TypeAdapter(dict[str, str])
 
 
-class Kept(BaseModel):
+class Kept(StrictRecord):
     """A line, or a file, that is kept."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 AnyKept = TypeVar("AnyKept", bound=Kept)

@@ -22,7 +22,7 @@ from kvcomm.agents.tuning import search
 from kvcomm.agents.tuning.answers import TeamRun, exact_runs, greedy, team_digest
 from kvcomm.agents.tuning.checking import calibrations, judge
 from kvcomm.agents.tuning.costing import measure_costs
-from kvcomm.agents.tuning.plan import SAMPLE, Costs, KeptCosts, Plan, make_plan
+from kvcomm.agents.tuning.plan import SAMPLE, Costs, KeptCosts, TuningPlan, make_plan
 from kvcomm.agents.tuning.profile import (
     BANKS,
     AgentTable,
@@ -42,7 +42,7 @@ from kvcomm.agents.tuning.profile import (
 )
 from kvcomm.agents.tuning.replays import (
     EngineMaker,
-    Measured,
+    MeasuredPrompts,
     Replays,
     banks_of,
     calibrate,
@@ -67,7 +67,7 @@ HOLDS_FOR = "this model, this team, and inputs of the kind that the rows are of;
 
 
 @dataclass(frozen=True)
-class Task:
+class TuningTask:
     """What is tuned.
 
     Attributes:
@@ -111,11 +111,11 @@ class Chosen:
 
     config: EngineConfig
     banks: list[BankSnapshot]
-    measured: Measured
+    measured: MeasuredPrompts
     points: list[search.Point] = field(default_factory=list)
 
 
-def plan_tuning(task: Task) -> Plan:
+def plan_tuning(task: TuningTask) -> TuningPlan:
     """Measure the cost of a row on a small sample and plan the budget, or take the plan of an interrupted run.
 
     Raises:
@@ -139,7 +139,7 @@ def plan_tuning(task: Task) -> Plan:
     return make_plan(costs, len(task.rows), task.budget_s, task.policy.delta, len(task.team.agents) - 1)
 
 
-def tune(task: Task, plan: Plan) -> TuningProfile:
+def tune(task: TuningTask, plan: TuningPlan) -> TuningProfile:
     """Do what the plan says and write the profile, its pairs and its banks.
 
     Raises:
@@ -189,7 +189,7 @@ def tune(task: Task, plan: Plan) -> TuningProfile:
     return profile
 
 
-def _identity(task: Task, engine: Engine) -> dict[str, str]:
+def _identity(task: TuningTask, engine: Engine) -> dict[str, str]:
     return {
         "model": engine.namespace(),
         "team": team_digest(greedy(task.team)),
@@ -207,7 +207,7 @@ def _by_part(split: Split, runs: Sequence[TeamRun]) -> list[Replays]:
 
 
 def _search(
-    task: Task, config: EngineConfig, num_groups: int, data: list[Replays], plan: Plan, deadline: float
+    task: TuningTask, config: EngineConfig, num_groups: int, data: list[Replays], plan: TuningPlan, deadline: float
 ) -> Chosen:
     """Everything at the default settings, then setting by setting as long as there is time."""
     banks = _banks(task, config, data[0])
@@ -224,7 +224,9 @@ def _search(
     return chosen
 
 
-def _improve(task: Task, chosen: Chosen, data: list[Replays], plan: Plan, num_groups: int, deadline: float) -> str:
+def _improve(
+    task: TuningTask, chosen: Chosen, data: list[Replays], plan: TuningPlan, num_groups: int, deadline: float
+) -> str:
     """Try setting by setting, keep what gains, until the time is over; returns the labels of what was kept."""
     best = search.score(chosen.measured, search.PROBED)
     price_s = plan.base_s / 3
@@ -247,7 +249,7 @@ def _improve(task: Task, chosen: Chosen, data: list[Replays], plan: Plan, num_gr
     return changed
 
 
-def _banks(task: Task, config: EngineConfig, data: Replays) -> list[BankSnapshot]:
+def _banks(task: TuningTask, config: EngineConfig, data: Replays) -> list[BankSnapshot]:
     """What the anchor rows teach under these sketches, from the folder where it is there."""
     config = EngineConfig(sketch_groups=config.sketch_groups, sketch_layers=config.sketch_layers)
     folder = task.folder / f"learned-{config.sketch_groups}-{config.sketch_layers}-{len(data.rows)}"
@@ -261,19 +263,21 @@ def _banks(task: Task, config: EngineConfig, data: Replays) -> list[BankSnapshot
 
 
 def _trial(
-    task: Task,
+    task: TuningTask,
     config: EngineConfig,
     banks: Sequence[BankSnapshot],
     data: list[Replays],
     rungs: Sequence[Rung],
     label: str,
-) -> Measured:
+) -> MeasuredPrompts:
     with task.make_engine(config) as engine:
         give_banks(engine, banks)
         return measure(engine, data[1], rungs, task.folder / "outcomes.jsonl", label, task.note)
 
 
-def _calibrate(task: Task, engine: Engine, chosen: Chosen, data: Replays, policy: ReusePolicy) -> dict[str, Reader]:
+def _calibrate(
+    task: TuningTask, engine: Engine, chosen: Chosen, data: Replays, policy: ReusePolicy
+) -> dict[str, Reader]:
     """Pairs of every reader, with the chosen banks and rungs; all of them again if that was interrupted."""
     give_banks(engine, chosen.banks)
     readers = calibrate(engine, data, policy, task.note)
@@ -285,7 +289,7 @@ def _calibrate(task: Task, engine: Engine, chosen: Chosen, data: Replays, policy
 
 
 def _verify(
-    task: Task, engine: Engine, data: Replays, readers: Mapping[str, Reader], policy: ReusePolicy
+    task: TuningTask, engine: Engine, data: Replays, readers: Mapping[str, Reader], policy: ReusePolicy
 ) -> dict[str, VerificationTable]:
     """Every ladder on rows that nothing was chosen by, as if requests were served along it alone."""
     measured = measure(engine, data, policy.rungs, task.folder / "verified.jsonl", "verification", task.note)
@@ -325,12 +329,12 @@ def _settings(config: EngineConfig) -> SettingsTable:
     )
 
 
-def _data(task: Task, split: Split) -> DataTable:
+def _data(task: TuningTask, split: Split) -> DataTable:
     parts = {name: tuple(row.digest for row in rows) for name, rows in split._asdict().items()}
     return DataTable(file=task.data_name, rule=RULE, **parts)
 
 
-def _validity(task: Task) -> ValidityTable:
+def _validity(task: TuningTask) -> ValidityTable:
     versions = {name: version(name) for name in ("kvcomm", "torch", "transformers")}
     return ValidityTable(
         holds_for=HOLDS_FOR,

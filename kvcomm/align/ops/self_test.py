@@ -32,7 +32,7 @@ def _rope(rotary_dim: int, base: float, *, interleaved: bool = False) -> RopeGeo
     return RopeGeometry("default", inv_freq, interleaved=interleaved)
 
 
-class Shape(NamedTuple):
+class KVShape(NamedTuple):
     """Key and value channels, and a rotation for each layer."""
 
     name: str
@@ -42,13 +42,13 @@ class Shape(NamedTuple):
 
 
 SHAPES = (
-    Shape("halves", 64, 64, (_rope(64, 1e4), _rope(64, 1e4), _rope(64, 1e6))),
-    Shape("interleaved", 128, 128, (_rope(128, 1e4, interleaved=True),) * 2),
-    Shape("partial", 80, 48, (_rope(32, 1e4), _rope(32, 1e4), None, _rope(20, 500, interleaved=True))),
+    KVShape("halves", 64, 64, (_rope(64, 1e4), _rope(64, 1e4), _rope(64, 1e6))),
+    KVShape("interleaved", 128, 128, (_rope(128, 1e4, interleaved=True),) * 2),
+    KVShape("partial", 80, 48, (_rope(32, 1e4), _rope(32, 1e4), None, _rope(20, 500, interleaved=True))),
 )
 
 
-class Kind(NamedTuple):
+class MoveKind(NamedTuple):
     """The kind of a move: what is done, and whether slots are consecutive.
 
     To the kernel all slots are alike: two kinds do.
@@ -58,10 +58,10 @@ class Kind(NamedTuple):
     scattered: bool
 
 
-KINDS = (Kind(corrected=False, scattered=False), Kind(corrected=True, scattered=True))
+KINDS = (MoveKind(corrected=False, scattered=False), MoveKind(corrected=True, scattered=True))
 
 
-class Move(NamedTuple):
+class MoveCase(NamedTuple):
     """What is moved from where to where; every layer but the first has offsets."""
 
     layers: tuple[LayerStore, ...]
@@ -72,7 +72,7 @@ class Move(NamedTuple):
     corrected: bool
 
     @classmethod
-    def of(cls, shape: Shape, dtype: torch.dtype, device: torch.device, kind: Kind) -> Move:
+    def of(cls, shape: KVShape, dtype: torch.dtype, device: torch.device, kind: MoveKind) -> MoveCase:
         """Seeded. Sources lie within one, and so do offsets and the sum of each token's weights."""
         generator = torch.Generator().manual_seed(len(shape.name))
 
@@ -148,15 +148,15 @@ def examine(device: torch.device, ops: Ops | None = None) -> None:
         ops = Ops(mover.rotate, mover.align)
     for shape, kind, dtype in product(SHAPES, KINDS, DTYPES):
         try:
-            _examine(Move.of(shape, dtype, device, kind), ops)
+            _examine(MoveCase.of(shape, dtype, device, kind), ops)
         except Exception as error:  # a compiler's or a driver's too
-            plain = _how_reference_does(Move.of(shape, dtype, device, kind))
+            plain = _how_reference_does(MoveCase.of(shape, dtype, device, kind))
             raise KernelsDiffer(
                 f"{_label(shape, kind, dtype)}: {described(error)}; 'reference' {plain} there"
             ) from error
 
 
-def _how_reference_does(move: Move) -> str:
+def _how_reference_does(move: MoveCase) -> str:
     try:
         _examine(move, Ops(reference.rotate, reference.align))
     except Exception as error:
@@ -164,7 +164,7 @@ def _how_reference_does(move: Move) -> str:
     return "is right"
 
 
-def _examine(move: Move, ops: Ops) -> None:
+def _examine(move: MoveCase, ops: Ops) -> None:
     expected = [move.truth(layer_id) for layer_id in range(len(move.layers))]
     before = [(layer.keys.clone(), layer.values.clone()) for layer in move.layers]
     if move.corrected:
@@ -202,6 +202,6 @@ def _on(slots: slice | Tensor, device: torch.device) -> slice | Tensor:
     return slots if isinstance(slots, slice) else slots.to(device)
 
 
-def _label(shape: Shape, kind: Kind, dtype: torch.dtype) -> str:
+def _label(shape: KVShape, kind: MoveKind, dtype: torch.dtype) -> str:
     done = "corrected" if kind.corrected else "rotated"
     return f"{shape.name}, {done}, {str(dtype).removeprefix('torch.')}"

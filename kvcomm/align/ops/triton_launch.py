@@ -22,7 +22,7 @@ from kvcomm.model.rope import RopeGeometry
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Rows(NamedTuple):
+class LayerRows(NamedTuple):
     """Keys or values of one layer, and what is added to them.
 
     Attributes:
@@ -65,11 +65,11 @@ class Mover:
         """See `contract.Align`."""
         self._move([*_rows(layers, offsets, neighbors)], source, target, neighbors)
 
-    def _move(self, rows: Sequence[Rows], source: Place, target: Place, neighbors: Neighbors | None) -> None:
+    def _move(self, rows: Sequence[LayerRows], source: Place, target: Place, neighbors: Neighbors | None) -> None:
         if not source.num_tokens:
             return
         k = 0 if neighbors is None else neighbors.indices.shape[2]
-        alike: dict[tuple[RowKind, torch.dtype, tuple[int, ...]], list[Rows]] = {}
+        alike: dict[tuple[RowKind, torch.dtype, tuple[int, ...]], list[LayerRows]] = {}
         for each in rows:
             kind = RowKind.of(each.stored.shape[2], each.rope, 0 if each.offsets is None else k)
             alike.setdefault((kind, each.stored.dtype, (each.stored.shape[1], *each.stored.stride())), []).append(each)
@@ -77,7 +77,7 @@ class Mover:
         for (kind, _, _), group in alike.items():
             self._launch(kind, group, spans)
 
-    def _launch(self, kind: RowKind, rows: Sequence[Rows], spans: _Spans) -> None:
+    def _launch(self, kind: RowKind, rows: Sequence[LayerRows], spans: _Spans) -> None:
         stored = rows[0].stored
         _check(stored)
         ropes = list(dict.fromkeys(each.rope for each in rows if each.rope is not None))
@@ -144,13 +144,13 @@ class _Spans:
         return len(self.sources)
 
 
-def _rows(layers: Sequence[LayerStore], offsets: OffsetTable | None, neighbors: Neighbors | None) -> list[Rows]:
+def _rows(layers: Sequence[LayerStore], offsets: OffsetTable | None, neighbors: Neighbors | None) -> list[LayerRows]:
     """Keys and values of all layers."""
     found = []
     for layer_id, layer in enumerate(layers):
         group = 0 if neighbors is None else neighbors.group_of_layer[layer_id]
-        found.append(Rows(layer.keys, layer.rope, None if offsets is None else offsets.keys[layer_id], group))
-        found.append(Rows(layer.values, None, None if offsets is None else offsets.values[layer_id], group))
+        found.append(LayerRows(layer.keys, layer.rope, None if offsets is None else offsets.keys[layer_id], group))
+        found.append(LayerRows(layer.values, None, None if offsets is None else offsets.values[layer_id], group))
     return found
 
 

@@ -16,9 +16,9 @@ from kvcomm.starting import lazily
 if TYPE_CHECKING:
     from ray.serve import Application
 
-    from kvcomm.integrations.ray.routing import Policy, Run, Wanted, candidates, rank, rendezvous
+    from kvcomm.integrations.ray.routing import Policy, PromptPrefix, Wanted, candidates, rank, rendezvous
 
-__all__ = ["Policy", "Run", "Wanted", "app", "candidates", "rank", "rendezvous"]
+__all__ = ["Policy", "PromptPrefix", "Wanted", "app", "candidates", "rank", "rendezvous"]
 
 __getattr__ = lazily(__name__, dict.fromkeys(set(__all__) - {"app"}, "kvcomm.integrations.ray.routing"))
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvcomm.integrations.ray.holding import HELD, LOAD, RESTORED, Recent
-from kvcomm.integrations.ray.messages import Asked
+from kvcomm.integrations.ray.messages import ForwardedRequest
 from kvcomm.integrations.ray.pinning import owner, pin_of
 from kvcomm.integrations.ray.routing import DEFAULT_POLICY, Policy, rank
 
@@ -18,11 +18,11 @@ MAX_REMEMBERED = 32_768
 MEAN_TOKENS = 512
 """Of a request that a replica has not told about yet."""
 
-Stats = Mapping[str, Mapping[str, Any]]
+ReplicaStats = Mapping[str, Mapping[str, Any]]
 """What replicas told last, by replica."""
 
 
-class Chooser:
+class ReplicaChooser:
     """Orders replicas for requests. One per router; used from one thread."""
 
     def __init__(self, policy: Policy = DEFAULT_POLICY) -> None:
@@ -30,7 +30,7 @@ class Chooser:
         self._sent = Recent(MAX_REMEMBERED)  # key -> replica
         self._families = Recent(MAX_REMEMBERED)  # family -> replica
 
-    def order(self, asked: Asked, stats: Stats, num_waiting: Mapping[str, int]) -> list[str]:
+    def order(self, asked: ForwardedRequest, stats: ReplicaStats, num_waiting: Mapping[str, int]) -> list[str]:
         """Replicas to try, the best first; for a pinned request the only one.
 
         Args:
@@ -46,7 +46,7 @@ class Chooser:
         loads = {replica: _load(stats[replica], num_waiting.get(replica, 0)) for replica in stats}
         return rank(wanted, holders, loads, policy=self._policy)
 
-    def sent(self, asked: Asked, replica: str) -> None:
+    def sent(self, asked: ForwardedRequest, replica: str) -> None:
         """Remember where a request went."""
         pin = None if asked.context_id is None else pin_of(asked.context_id)
         if pin is not None:
@@ -61,11 +61,11 @@ class Chooser:
                 if where == replica:
                     recent.drop(name)
 
-    def _heir(self, family: str, stats: Stats) -> str | None:
+    def _heir(self, family: str, stats: ReplicaStats) -> str | None:
         told = next((replica for replica, each in stats.items() if family in each.get(RESTORED, ())), None)
         return self._families.get(family) if told is None else told
 
-    def _holders(self, keys: set[str], stats: Stats) -> dict[str, set[str]]:
+    def _holders(self, keys: set[str], stats: ReplicaStats) -> dict[str, set[str]]:
         holders: dict[str, set[str]] = {}
         for replica, each in stats.items():
             for key in keys.intersection(each.get(HELD, ())):

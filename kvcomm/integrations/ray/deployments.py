@@ -25,7 +25,7 @@ from kvcomm.engine.engine import Engine
 from kvcomm.integrations.ray.ingress import ReplicaDied, make_ingress
 from kvcomm.integrations.ray.keeping import ContextKeeper
 from kvcomm.integrations.ray.learning import LearningExchange
-from kvcomm.integrations.ray.messages import Asked, Part, Whole
+from kvcomm.integrations.ray.messages import AnswerPart, ForwardedRequest, Whole
 from kvcomm.integrations.ray.naming import NameKeeper
 from kvcomm.integrations.ray.pinning import PinnedIds
 from kvcomm.integrations.ray.records import ContextRecords
@@ -86,13 +86,13 @@ class EngineReplica:
         gc.collect()
         gc.freeze()
 
-    async def parts(self, asked: Asked) -> AsyncGenerator[Part, None]:
+    async def parts(self, asked: ForwardedRequest) -> AsyncGenerator[AnswerPart, None]:
         """The answer to a request; a streaming call."""
         async with aclosing(self._serving.parts(asked)) as parts:
             async for part in parts:
                 yield part
 
-    async def whole(self, asked: Asked) -> Whole:
+    async def whole(self, asked: ForwardedRequest) -> Whole:
         """The same in one piece."""
         return await self._serving.whole(asked)
 
@@ -184,7 +184,7 @@ class _RayReplicas:
         self._streaming = engines.options(stream=True)
         self._engines = engines
 
-    async def one(self, asked: Asked) -> AsyncGenerator[Part, None]:
+    async def one(self, asked: ForwardedRequest) -> AsyncGenerator[AnswerPart, None]:
         """See `Replicas`."""
         response = self._streaming.parts.remote(asked)
         try:
@@ -196,7 +196,7 @@ class _RayReplicas:
             with suppress(TaskCancelledError, *DIED):
                 response.cancel()
 
-    async def every(self, asked: Asked) -> list[Whole]:
+    async def every(self, asked: ForwardedRequest) -> list[Whole]:
         """See `Replicas`."""
         results = await self._engines.broadcast("whole", asked).results_async(return_exceptions=True)
         return [each for each in results if isinstance(each, Whole)]

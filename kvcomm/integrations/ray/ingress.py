@@ -24,7 +24,7 @@ from kvcomm.integrations.ray.destinations import Destination, Reach, destination
 from kvcomm.integrations.ray.gathering import listed, metrics_of
 from kvcomm.integrations.ray.holding import Recent
 from kvcomm.integrations.ray.keys import wanted_of
-from kvcomm.integrations.ray.messages import Asked, Head, Part, Tail, Whole, asked_of
+from kvcomm.integrations.ray.messages import AnswerPart, ForwardedRequest, Head, Tail, Whole, asked_of
 from kvcomm.server.access import identify
 from kvcomm.server.callers import Callers, cors_of, use_origin_form
 from kvcomm.server.draining import DrainedBodies
@@ -54,10 +54,10 @@ class ReplicaDied(Exception):
 class Replicas(Protocol):
     """What can be asked."""
 
-    def one(self, asked: Asked) -> AsyncGenerator[Part, None]:
+    def one(self, asked: ForwardedRequest) -> AsyncGenerator[AnswerPart, None]:
         """The answer of the replica that the router chooses; raises ReplicaDied."""
 
-    async def every(self, asked: Asked) -> list[Whole]:
+    async def every(self, asked: ForwardedRequest) -> list[Whole]:
         """The answers of all that live."""
 
 
@@ -121,7 +121,7 @@ class Proxy:
         except ApiError as error:
             await error.response()(scope, receive, send)
 
-    def _asked(self, scope: Scope, body: bytes) -> tuple[Asked, Destination]:
+    def _asked(self, scope: Scope, body: bytes) -> tuple[ForwardedRequest, Destination]:
         tenant: str | None = scope["state"]["tenant"]
         values = _object(body)
         destination = destination_of(scope["method"], scope["path"], values)
@@ -139,7 +139,7 @@ class Proxy:
         )
         return asked, destination
 
-    async def _pass_on(self, asked: Asked, send: Send) -> None:
+    async def _pass_on(self, asked: ForwardedRequest, send: Send) -> None:
         """Send the answer of one replica; of another one if the first dies before it has said anything."""
         for _ in range(MAX_TRIES):
             begun = _Begun(send)
@@ -163,7 +163,7 @@ class Proxy:
         for context_id, version in tail.versions.items():
             self._versions.put(context_id, str(version))
 
-    async def _gathered(self, asked: Asked, destination: Destination) -> Whole:
+    async def _gathered(self, asked: ForwardedRequest, destination: Destination) -> Whole:
         answers = await self._replicas.every(asked)
         if not answers:
             raise ApiError(503, "no_replica", "no replica is ready; try again", retry_after_s=1)
@@ -183,7 +183,7 @@ class _Begun:
         self._head: Head | None = None
         self.is_begun = False
 
-    async def put(self, part: Part) -> None:
+    async def put(self, part: AnswerPart) -> None:
         """Send a part."""
         if isinstance(part, Head):
             self._head = part

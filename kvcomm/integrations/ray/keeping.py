@@ -23,7 +23,7 @@ from kvcomm.engine.context import Context
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.request import ANSWER
 from kvcomm.errors import KVCommError
-from kvcomm.integrations.ray.messages import Asked
+from kvcomm.integrations.ray.messages import ForwardedRequest
 from kvcomm.integrations.ray.pinning import pin_of
 from kvcomm.integrations.ray.records import ContextRecord, ContextRecords
 from kvcomm.memory.segments import Segment
@@ -31,7 +31,7 @@ from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.server.contexts.conversation import KeptConversation
 from kvcomm.server.contexts.kept_response import KeptResponse
 from kvcomm.server.contexts.registry import ContextRegistry
-from kvcomm.server.contexts.turns import Node
+from kvcomm.server.contexts.turns import TenantContext
 from kvcomm.server.errors import ApiError, translate
 from kvcomm.server.state import ServerState
 from kvcomm.server.tenants import Tenant
@@ -80,7 +80,7 @@ class ContextKeeper:
         self._changing: dict[str, str] = {}  # nonce of the request that changes a context now, by context
         self._writes: set[asyncio.Task[dict[str, int]]] = set()
 
-    async def keep(self, asked: Asked) -> dict[str, int]:
+    async def keep(self, asked: ForwardedRequest) -> dict[str, int]:
         """Write what a request has changed; returns the versions of that, by id.
 
         Where the store takes longer than `KEEP_S` the writing goes on, and nothing is returned.
@@ -106,7 +106,7 @@ class ContextKeeper:
         for tenant in list(self._state.tenants.names):
             await self._keep(tenant, removes=False)
 
-    async def recall(self, asked: Asked) -> str | None:
+    async def recall(self, asked: ForwardedRequest) -> str | None:
         """Bring back the context that a request is about, if it was kept and is not here; returns its family then.
 
         Raises:
@@ -125,7 +125,7 @@ class ContextKeeper:
             is_back = await self._recall(self._state.tenants.get(tenant), context_id, asked)
         return pin.family if is_back else None
 
-    async def _recall(self, tenant: Tenant, context_id: str, asked: Asked) -> bool:
+    async def _recall(self, tenant: Tenant, context_id: str, asked: ForwardedRequest) -> bool:
         registry = self._state.contexts.of(tenant)
         registry.sweep()
         kept = self._kept.get(tenant.name, {}).get(context_id)
@@ -171,7 +171,7 @@ class ContextKeeper:
     async def _make(self, registry: ContextRegistry, record: ContextRecord) -> None:
         tenant = registry.tenant
         space = self._state.tenants.open_namespace(tenant, record.salt)
-        made: list[Node] = []
+        made: list[TenantContext] = []
         with registry.place():
             try:
                 await in_thread(lambda: made.append(_made(self._state, record, space)))
@@ -246,10 +246,10 @@ class ContextKeeper:
         for node in gone:
             await anyio.to_thread.run_sync(node.release)
 
-    def _note(self, tenant: str, node: Node, version: int, *, stamp: _Stamp | None = None) -> None:
+    def _note(self, tenant: str, node: TenantContext, version: int, *, stamp: _Stamp | None = None) -> None:
         self._kept.setdefault(tenant, {})[node.id] = _Kept(stamp or _stamp(node), version, node.used_s)
 
-    def _recorded(self, node: Node, tenant: str, version: int) -> ContextRecord:
+    def _recorded(self, node: TenantContext, tenant: str, version: int) -> ContextRecord:
         context = node.context
         segments = [(each.name, each.token_ids) for each in context.segments]
         num_told = sum(len(token_ids) for _, token_ids in segments)
@@ -277,7 +277,7 @@ class ContextKeeper:
         )
 
 
-def _stamp(node: Node) -> _Stamp:
+def _stamp(node: TenantContext) -> _Stamp:
     return _Stamp(node.context.num_tokens, node.name, node.is_pinned, node.ttl_s, node.is_spare)
 
 
@@ -286,16 +286,16 @@ def _stamp_of(record: ContextRecord) -> _Stamp:
     return _Stamp(num_tokens, record.name, record.is_pinned, record.ttl_s, record.is_spare)
 
 
-def _is_stale(node: Node, kept: _Kept) -> bool:
+def _is_stale(node: TenantContext, kept: _Kept) -> bool:
     """Whether what was kept says too early a time of the last use."""
     return not node.is_pinned and node.used_s - kept.used_s > REFRESH_SHARE * node.ttl_s
 
 
-def _made(state: ServerState, record: ContextRecord, space: str) -> Node:
+def _made(state: ServerState, record: ContextRecord, space: str) -> TenantContext:
     """The context of a record, computed exactly, or taken from the cache or the tier; for a worker thread."""
     conversation = KeptConversation.from_note(record.note)
     context = _computed(state.engine, record, space)
-    return Node(
+    return TenantContext(
         context,
         name=record.name,
         salt=record.salt,

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from kvcomm.integrations.ray.routing import Run, Segment, Wanted
+from kvcomm.integrations.ray.routing import MovableText, PromptPrefix, Wanted
 
 RUN_BYTES = 2048
 BYTES_PER_TOKEN = 4
@@ -42,8 +42,8 @@ def wanted_of(body: Mapping[str, Any], *, tenant: str, may_move: bool = False) -
     """
     moves = _moves(body.get("reuse"), may_move)
     digest = _digest(b"", _json([tenant, body.get("model"), body.get("cache_salt")]))
-    runs: list[Run] = []
-    segments: list[Segment] = []
+    runs: list[PromptPrefix] = []
+    segments: list[MovableText] = []
     num_bytes = 0
     for item in _items(body):
         start = num_bytes
@@ -52,10 +52,10 @@ def wanted_of(body: Mapping[str, Any], *, tenant: str, may_move: bool = False) -
             digest = _digest(digest, piece)
             num_bytes += len(piece)
             if len(runs) < MAX_KEYS:
-                runs.append(Run(digest.hex(), _tokens(num_bytes)))
+                runs.append(PromptPrefix(digest.hex(), _tokens(num_bytes)))
         if item.is_movable and moves:
             key = _digest(_json(["segment", tenant, body.get("model")]), item.text).hex()
-            segments.append(Segment(key, _tokens(start), _tokens(num_bytes)))
+            segments.append(MovableText(key, _tokens(start), _tokens(num_bytes)))
     return Wanted(_tokens(num_bytes), tuple(runs), tuple(segments))
 
 

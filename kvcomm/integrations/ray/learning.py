@@ -16,7 +16,7 @@ from pathlib import Path
 from kvcomm.align.archive import export_archive, import_archive
 from kvcomm.engine.engine import Engine
 from kvcomm.errors import KVCommError
-from kvcomm.integrations.ray.merging import Known, cut_to_better
+from kvcomm.integrations.ray.merging import CountedReader, cut_to_better
 from kvcomm.integrations.ray.sealed import SealedObjects
 
 logger = logging.getLogger("kvcomm.ray")
@@ -94,8 +94,8 @@ class LearningExchange:
                 self._told[tenant] = sum(each.num_pairs for each in self._known(tenant))
         return len(readers)
 
-    def _known(self, tenant: str) -> list[Known]:
-        return [Known(each.reader, len(each.pairs)) for each in self._engine.reuse.readers(tenant)]
+    def _known(self, tenant: str) -> list[CountedReader]:
+        return [CountedReader(each.reader, len(each.pairs)) for each in self._engine.reuse.readers(tenant)]
 
     def _folder(self, tenant: str) -> str:
         return self._objects.folder(tenant, LEARNED, self._engine.home(tenant))

@@ -18,14 +18,14 @@ from kvcomm.align.profile_file import bank_files, header_of, looking, read_reade
 from kvcomm.align.readers import Reader
 
 
-class Known(NamedTuple):
+class CountedReader(NamedTuple):
     """A reader, and how many pairs there are of it."""
 
     reader: Reader
     num_pairs: int
 
 
-def cut_to_better(folder: Path, own: Iterable[Known], target: Path) -> list[Reader]:
+def cut_to_better(folder: Path, own: Iterable[CountedReader], target: Path) -> list[Reader]:
     """Write into a new folder what another one holds of readers that are known better there.
 
     Args:
@@ -41,7 +41,7 @@ def cut_to_better(folder: Path, own: Iterable[Known], target: Path) -> list[Read
     with looking(folder):
         header = read_readers(folder)
         knowledge = header.knowledge()
-        theirs = [Known(reader, len(pairs)) for reader, pairs in knowledge.readers]
+        theirs = [CountedReader(reader, len(pairs)) for reader, pairs in knowledge.readers]
         better = {reader.digest for group in groups(theirs, own) for reader in group}
         if not better:
             return []
@@ -60,7 +60,7 @@ def cut_to_better(folder: Path, own: Iterable[Known], target: Path) -> list[Read
     return [reader for reader, _ in readers]
 
 
-def groups(theirs: Iterable[Known], own: Iterable[Known]) -> Iterator[list[Reader]]:
+def groups(theirs: Iterable[CountedReader], own: Iterable[CountedReader]) -> Iterator[list[Reader]]:
     """Groups of readers that share banks, of which the others know more than oneself."""
     there = {each.reader.digest: each for each in theirs}
     here = {each.reader.digest: each for each in own}
@@ -70,7 +70,7 @@ def groups(theirs: Iterable[Known], own: Iterable[Known]) -> Iterator[list[Reade
             yield [there[digest].reader for digest in sorted(group & there.keys())]
 
 
-def _num_pairs(group: Set[str], known: Mapping[str, Known]) -> int:
+def _num_pairs(group: Set[str], known: Mapping[str, CountedReader]) -> int:
     return sum(known[digest].num_pairs for digest in group if digest in known)
 
 

@@ -25,7 +25,7 @@ MAX_WAITING = 16
 
 
 @dataclass(frozen=True)
-class Asked:
+class ForwardedRequest:
     """A request as the ingress received it.
 
     Attributes:
@@ -72,7 +72,7 @@ class Tail(NamedTuple):
     versions: dict[str, int]
 
 
-Part = Head | bytes | Tail
+AnswerPart = Head | bytes | Tail
 """An answer is one head, then bytes, then a tail."""
 
 
@@ -85,11 +85,11 @@ class Whole(NamedTuple):
     body: bytes
 
 
-def asked_of(scope: Scope, body: bytes, *, request_id: str, **more: Any) -> Asked:
+def asked_of(scope: Scope, body: bytes, *, request_id: str, **more: Any) -> ForwardedRequest:
     """What a scope says, as a request that can travel; `more` are further fields."""
     path: str = scope["path"]
     headers = [(bytes(name), bytes(value)) for name, value in scope["headers"] if name != REQUEST_ID.encode()]
-    return Asked(
+    return ForwardedRequest(
         method=scope["method"],
         path=path,
         raw_path=scope.get("raw_path") or path.encode(),
@@ -108,7 +108,7 @@ def _address(value: Any) -> Any:
     return None if value is None else tuple(value)
 
 
-def scope_of(asked: Asked) -> Scope:
+def scope_of(asked: ForwardedRequest) -> Scope:
     """The ASGI scope that an app is called with for a request."""
     return {
         "type": "http",
@@ -127,7 +127,7 @@ def scope_of(asked: Asked) -> Scope:
     }
 
 
-async def answer(app: ASGIApp, asked: Asked) -> AsyncGenerator[Message, None]:
+async def answer(app: ASGIApp, asked: ForwardedRequest) -> AsyncGenerator[Message, None]:
     """An app's answer to a request, as ASGI messages.
 
     Leaving the iteration early is the client's disconnect: the app is told, and waited for.

@@ -18,7 +18,7 @@ from typing import Any
 import anyio.to_thread
 
 from kvcomm.errors import KVCommError
-from kvcomm.integrations.ray.messages import Asked
+from kvcomm.integrations.ray.messages import ForwardedRequest
 from kvcomm.integrations.ray.sealed import SealedObjects
 from kvcomm.server.errors import ApiError
 from kvcomm.server.segments.registry import NamedText
@@ -41,7 +41,7 @@ class NameKeeper:
         self._objects = objects
         self._reading: dict[str, asyncio.Task[None]] = {}  # by tenant; done ones stay
 
-    async def bring(self, asked: Asked) -> None:
+    async def bring(self, asked: ForwardedRequest) -> None:
         """Read a tenant's names, the first time that it asks for something; later ones come by themselves."""
         tenant = asked.tenant
         if tenant is None or not self._objects.serves(tenant):
@@ -51,7 +51,7 @@ class NameKeeper:
         if not self._reading[tenant].done():
             await asyncio.wait((self._reading[tenant],), timeout=BRING_S)
 
-    async def keep(self, asked: Asked) -> None:
+    async def keep(self, asked: ForwardedRequest) -> None:
         """Write what a request has changed about a name."""
         found = PATH.fullmatch(asked.path)
         tenant = asked.tenant

@@ -32,7 +32,8 @@ class ContextRecord(BaseModel):
     Attributes:
         namespace: of the model that the tokens are of.
         version: counts changes from 1 on.
-        nonce: of the request that made this version, where that was one that changes the context; see `Asked`.
+        nonce: of the request that made this version, where that was one that changes the context; see
+            `ForwardedRequest`.
         used_s: when it was last used, in seconds since 1970.
         segments: name and token ids of each.
         note: its conversation; see `KeptConversation.note`.

@@ -10,8 +10,8 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from kvcomm.integrations.ray.choosing import Chooser
-from kvcomm.integrations.ray.messages import Asked
+from kvcomm.integrations.ray.choosing import ReplicaChooser
+from kvcomm.integrations.ray.messages import ForwardedRequest
 from kvcomm.integrations.ray.routing import Policy
 
 
@@ -20,7 +20,7 @@ class KVRouter(RequestRouter):  # type: ignore[misc]  # Ray ships no types
 
     def initialize_state(self, **policy: float) -> None:
         """Take the settings of a deployment: fields of `routing.Policy`."""
-        self._chooser = Chooser(Policy(**policy))
+        self._chooser = ReplicaChooser(Policy(**policy))
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -48,6 +48,6 @@ class KVRouter(RequestRouter):  # type: ignore[misc]  # Ray ships no types
         self._chooser.forget(replica_id.unique_id)
 
 
-def _asked(pending: PendingRequest | None) -> Asked | None:
+def _asked(pending: PendingRequest | None) -> ForwardedRequest | None:
     first = pending.args[0] if pending is not None and pending.args else None
-    return first if isinstance(first, Asked) else None
+    return first if isinstance(first, ForwardedRequest) else None

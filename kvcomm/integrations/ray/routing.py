@@ -30,14 +30,14 @@ DEFAULT_TIER_COST = 0.1
 NOTHING: frozenset[str] = frozenset()
 
 
-class Run(NamedTuple):
+class PromptPrefix(NamedTuple):
     """A leading run of a prompt. `key` stands for all tokens in [0, end)."""
 
     key: str
     end: int
 
 
-class Segment(NamedTuple):
+class MovableText(NamedTuple):
     """A text at [start, end) of a prompt that a worker could move there from another prompt."""
 
     key: str
@@ -57,8 +57,8 @@ class Wanted:
     """
 
     num_tokens: int
-    runs: tuple[Run, ...] = ()
-    segments: tuple[Segment, ...] = ()
+    runs: tuple[PromptPrefix, ...] = ()
+    segments: tuple[MovableText, ...] = ()
     tier_tokens: int = 0
 
     @property

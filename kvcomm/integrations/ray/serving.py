@@ -16,7 +16,7 @@ from starlette.types import Message
 
 from kvcomm.integrations.ray.holding import Holding
 from kvcomm.integrations.ray.keeping import ContextKeeper
-from kvcomm.integrations.ray.messages import Asked, Head, Part, Tail, Whole, answer
+from kvcomm.integrations.ray.messages import AnswerPart, ForwardedRequest, Head, Tail, Whole, answer
 from kvcomm.integrations.ray.naming import NameKeeper
 from kvcomm.server.errors import ApiError
 from kvcomm.server.running import tick
@@ -50,7 +50,7 @@ class Serving:
         assert isinstance(state, ServerState)
         return state
 
-    async def parts(self, asked: Asked) -> AsyncGenerator[Part, None]:
+    async def parts(self, asked: ForwardedRequest) -> AsyncGenerator[AnswerPart, None]:
         """The answer to a request. Leaving early is the client's disconnect."""
         is_served = False
         heads: list[Head] = []  # held back until something follows, so that a death before leaves another a try
@@ -73,7 +73,7 @@ class Serving:
         finally:
             self.holding.end(asked.wanted, is_served=is_served)
 
-    async def whole(self, asked: Asked) -> Whole:
+    async def whole(self, asked: ForwardedRequest) -> Whole:
         """The same in one piece."""
         head, body = Head(500, []), b""
         async with aclosing(self.parts(asked)) as parts:
@@ -108,7 +108,7 @@ class Serving:
         headers = [(bytes(name), bytes(value)) for name, value in message["headers"]]
         return Head(message["status"], [*headers, (REPLICA, self._replica.encode())])
 
-    async def _messages(self, asked: Asked) -> AsyncGenerator[Message, None]:
+    async def _messages(self, asked: ForwardedRequest) -> AsyncGenerator[Message, None]:
         try:
             if self.names is not None:
                 await self.names.bring(asked)
@@ -124,7 +124,7 @@ class Serving:
             async for message in messages:
                 yield message
 
-    async def _kept(self, asked: Asked) -> Tail:
+    async def _kept(self, asked: ForwardedRequest) -> Tail:
         if self.names is not None:
             await self.names.keep(asked)
         return Tail({} if self.keeper is None else await self.keeper.keep(asked))

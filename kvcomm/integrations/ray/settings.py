@@ -18,7 +18,7 @@ from kvcomm.server.settings import ServerSettings, load_settings
 LISTENING = ("host", "port")
 """Settings of `kvcomm serve` that are Ray Serve's own here."""
 
-Count = Annotated[int, Field(ge=1)]
+PositiveCount = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -41,16 +41,16 @@ class AppSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    replicas: Count = 1
-    max_replicas: Count | None = None
+    replicas: PositiveCount = 1
+    max_replicas: PositiveCount | None = None
     target_requests: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0
     upscale_delay_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
     downscale_delay_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 600.0
-    requests_per_replica: Count = 64
-    ingresses: Count = 1
+    requests_per_replica: PositiveCount = 64
+    ingresses: PositiveCount = 1
     cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    threads: Count | None = None
+    threads: PositiveCount | None = None
     config: Path | None = None
     health_period_s: Seconds = 2.0
     health_timeout_s: Seconds = 10.0

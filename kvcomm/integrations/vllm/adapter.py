@@ -18,10 +18,10 @@ from torch import Tensor
 
 from kvcomm.errors import UnsupportedModel
 from kvcomm.integrations.vllm.decoder import Attend
+from kvcomm.integrations.vllm.fair_lock import FairLock
 from kvcomm.integrations.vllm.layout import LayerLayout, Probe, measure
 from kvcomm.integrations.vllm.needed import version
 from kvcomm.integrations.vllm.sharding import Shard
-from kvcomm.integrations.vllm.turns import Turns
 from kvcomm.memory.pool import LayerShape
 
 logger = logging.getLogger("kvcomm.vllm")
@@ -121,7 +121,7 @@ def why_not_moved(config: Any) -> str | None:
 class VllmModel:
     """The model of a worker, and the pages of its KV. A `Host` of kvcomm's engine."""
 
-    def __init__(self, config: Any, runner: Any, kv_cache_config: Any, turns: Turns) -> None:
+    def __init__(self, config: Any, runner: Any, kv_cache_config: Any, turns: FairLock) -> None:
         """Measures where KV lies; call before any request is served: blocks are overwritten.
 
         Raises:
@@ -381,7 +381,7 @@ def quieten() -> None:
     logging.getLogger(name).addFilter(lambda record: "set_num_threads" not in record.getMessage())
 
 
-def take_turns(runner: Any, turns: Turns, while_empty: Callable[[], None]) -> None:
+def take_turns(runner: Any, turns: FairLock, while_empty: Callable[[], None]) -> None:
     """Let a model runner's steps wait for kvcomm's passes, and the other way round.
 
     Args:

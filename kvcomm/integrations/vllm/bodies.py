@@ -17,12 +17,20 @@ from pydantic import BaseModel, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from kvcomm.engine.encoding import PromptReader, TextEncoder
-from kvcomm.integrations.vllm.params import DEFAULT_TENANT, KEY, MAX_NAME, MAX_SPANS, RequestParams, Reuse, Span
+from kvcomm.integrations.vllm.params import (
+    DEFAULT_TENANT,
+    KEY,
+    MAX_NAME,
+    MAX_SPANS,
+    PromptSpan,
+    RequestParams,
+    ReuseParams,
+)
 from kvcomm.memory.segments import Prompt, Segment
 from kvcomm.server.errors import ApiError, invalid
 from kvcomm.server.prompts import PromptMaker
 from kvcomm.server.schemas.chat import ChatRequest
-from kvcomm.server.schemas.common import Reuse as AskedReuse
+from kvcomm.server.schemas.common import ReuseOptions
 from kvcomm.server.schemas.completions import CompletionRequest
 from kvcomm.server.schemas.segments import FollowedSegment, SegmentedRequest
 from kvcomm.server.segments.prepared import PreparedPrompt
@@ -59,7 +67,7 @@ CHAT_READ = (
 COMPLETION_READ = ("prompt",)
 """Fields that the prompt is made of, besides our own."""
 
-Model = TypeVar("Model", bound=BaseModel)
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class TokenizerSource:
@@ -159,13 +167,13 @@ def is_ours(path: str, body: object) -> bool:
     return any(name in body for name in OURS) or (path == CHAT and _has_parts(body))
 
 
-def spans_of(segments: Sequence[Segment]) -> tuple[Span, ...]:
+def spans_of(segments: Sequence[Segment]) -> tuple[PromptSpan, ...]:
     """Where the named segments of a prompt stand: what may be moved. The longest ones where they are too many."""
     spans, at = [], 0
     for segment in segments:
         start, at = at, at + len(segment.token_ids)
         if segment.name is not None and at > start:
-            spans.append(Span(start=start, end=at, slot=segment.name[:MAX_NAME], kind="dynamic"))
+            spans.append(PromptSpan(start=start, end=at, slot=segment.name[:MAX_NAME], kind="dynamic"))
     if len(spans) > MAX_SPANS:
         longest = sorted(spans, key=lambda span: span.start - span.end)[:MAX_SPANS]
         spans = sorted(longest, key=lambda span: span.start)
@@ -173,9 +181,9 @@ def spans_of(segments: Sequence[Segment]) -> tuple[Span, ...]:
 
 
 def _with_prompt(
-    others: dict[str, Any], prompt: PreparedPrompt, reuse: AskedReuse | None, *, is_chat: bool
+    others: dict[str, Any], prompt: PreparedPrompt, reuse: ReuseOptions | None, *, is_chat: bool
 ) -> dict[str, Any]:
-    wanted = None if reuse is None else Reuse(**reuse.model_dump(exclude={"heal", "heal_within"}))
+    wanted = None if reuse is None else ReuseParams(**reuse.model_dump(exclude={"heal", "heal_within"}))
     params = RequestParams(segments=spans_of(prompt.segments), reuse=wanted)
     transfer = {**(others.get("kv_transfer_params") or {}), **params.as_transfer_params()}
     if is_chat:
@@ -215,7 +223,7 @@ def _read(body: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {"model": "", **read}  # which model is vLLM's matter
 
 
-def _checked(kind: type[Model], fields: Mapping[str, Any]) -> Model:
+def _checked(kind: type[ModelT], fields: Mapping[str, Any]) -> ModelT:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kvcomm.integrations.vllm.messages import Drop, Forget, Job, Load, Prepare, Prepared, Save, Usage
+from kvcomm.integrations.vllm.messages import Forget, Load, Prepare, Prepared, Release, Save, UsageValues, WorkerJob
 from kvcomm.integrations.vllm.params import RequestParams
 
 
@@ -43,7 +43,7 @@ class Ledger:
     def __init__(self, num_workers: int = 1) -> None:
         self._num_workers = num_workers
         self._entries: dict[str, _Entry] = {}
-        self._jobs: list[Job] = []
+        self._jobs: list[WorkerJob] = []
 
     @property
     def num_requests(self) -> int:
@@ -97,7 +97,7 @@ class Ledger:
         entry.num_loaded = num_local + num_external
         self._jobs.append(Load(request_id, tuple(blocks), num_local, num_local + num_external))
 
-    def take_jobs(self) -> list[Job]:
+    def take_jobs(self) -> list[WorkerJob]:
         """What the workers are to do in this step, in order."""
         jobs, self._jobs = self._jobs, []
         return jobs
@@ -112,7 +112,7 @@ class Ledger:
             if len(entry.answers) >= self._num_workers:
                 entry.num_ready = min(answer.num_tokens for answer in entry.answers)
 
-    def usage(self, request_id: str) -> Usage | None:
+    def usage(self, request_id: str) -> UsageValues | None:
         """What a client is told; None: nothing."""
         entry = self._entries.get(request_id)
         if entry is None or not entry.tells or not entry.answers:
@@ -136,7 +136,7 @@ class Ledger:
         answer = tuple(token_ids[len(entry.token_ids) :])
         if entry.is_asked:
             is_source = is_whole and entry.params.answer is not None
-            self._jobs.append(Drop(request_id, answer if is_source else (), entry.params.answer))
+            self._jobs.append(Release(request_id, answer if is_source else (), entry.params.answer))
         num_kept = min(num_computed, len(token_ids))
         if not entry.saves or num_kept <= (entry.num_ready or 0) or not blocks:
             return False

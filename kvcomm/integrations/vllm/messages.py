@@ -7,7 +7,7 @@ from typing import Any
 
 from kvcomm.integrations.vllm.params import RequestParams
 
-Usage = dict[str, Any]
+UsageValues = dict[str, Any]
 """What a client is told about its prompt, as JSON values."""
 
 
@@ -47,7 +47,7 @@ class Save:
 
 
 @dataclass(frozen=True)
-class Drop:
+class Release:
     """A request is over; `answer`: tokens that other prompts may move, behind the prompt that was prepared."""
 
     request_id: str
@@ -62,14 +62,14 @@ class Forget:
     request_id: str = ""
 
 
-Job = Prepare | Load | Save | Drop | Forget
+WorkerJob = Prepare | Load | Save | Release | Forget
 
 
 @dataclass
 class Jobs:
     """Jobs of one step; `num_tokens`: that vLLM computes in it."""
 
-    jobs: list[Job] = field(default_factory=list)
+    jobs: list[WorkerJob] = field(default_factory=list)
     num_tokens: int = 0
 
 
@@ -78,4 +78,4 @@ class Prepared:
     """How many leading tokens are ready for a request; 0: vLLM computes them."""
 
     num_tokens: int
-    usage: Usage = field(default_factory=dict)
+    usage: UsageValues = field(default_factory=dict)

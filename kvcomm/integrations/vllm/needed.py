@@ -87,7 +87,7 @@ def missing_names() -> list[str]:
     return missing
 
 
-class Found(NamedTuple):
+class VllmSupport(NamedTuple):
     """What `kvcomm doctor --vllm` shows.
 
     Attributes:
@@ -99,15 +99,15 @@ class Found(NamedTuple):
     reason: str
 
 
-def look() -> Found:
+def look() -> VllmSupport:
     """Whether kvcomm serves in the vLLM that is installed here; starts nothing."""
     try:
         found = version()
         require_known()
     except UnsupportedModel as error:
-        return Found(None, False, str(error))
+        return VllmSupport(None, False, str(error))
     untried = "" if is_tried_version(found) else f"not tried with this version; written for {_versions()}"
-    return Found(found, True, untried)
+    return VllmSupport(found, True, untried)
 
 
 def require_known() -> None:

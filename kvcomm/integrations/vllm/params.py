@@ -38,7 +38,7 @@ class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Span(_Model):
+class PromptSpan(_Model):
     """`[start, end)` of the prompt's tokens.
 
     A dynamic span is a text that differs from request to request, or that comes from elsewhere: a document, a question,
@@ -52,7 +52,7 @@ class Span(_Model):
     kind: Literal["static", "dynamic"] = "static"
 
     @model_validator(mode="after")
-    def _check(self) -> Span:
+    def _check(self) -> PromptSpan:
         if self.end <= self.start:
             raise _wrong("a span needs at least one token, got [{start}, {end})", start=self.start, end=self.end)
         if self.kind == "dynamic" and self.slot is None:
@@ -60,7 +60,7 @@ class Span(_Model):
         return self
 
 
-class Reuse(_Model):
+class ReuseParams(_Model):
     """How far the answer may depart from the exact one; see `kvcomm.reuse.policy`."""
 
     mode: Literal["exact", "approximate"] = "approximate"
@@ -92,8 +92,8 @@ class RequestParams(_Model):
         answer: slot under which the answer may be moved into other prompts; None: it is nobody's source.
     """
 
-    segments: Annotated[tuple[Span, ...], Field(max_length=MAX_SPANS, strict=False)] = ()
-    reuse: Reuse | None = None
+    segments: Annotated[tuple[PromptSpan, ...], Field(max_length=MAX_SPANS, strict=False)] = ()
+    reuse: ReuseParams | None = None
     snapshot: Name | None = None
     tenant: Name = DEFAULT_TENANT
     save: bool = True

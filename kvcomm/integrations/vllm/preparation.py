@@ -21,12 +21,12 @@ from kvcomm.engine.context import PREFILL_ONLY, Context
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.handle import RequestHandle
 from kvcomm.engine.language import end_token_ids
-from kvcomm.engine.results import Usage as EngineUsage
+from kvcomm.engine.results import Usage
 from kvcomm.errors import KVCommError
+from kvcomm.integrations.vllm.fair_lock import FairLock
 from kvcomm.integrations.vllm.inner import kv_of_context
-from kvcomm.integrations.vllm.messages import Drop, Load, Prepare, Prepared, Save, Usage
+from kvcomm.integrations.vllm.messages import Load, Prepare, Prepared, Release, Save, UsageValues
 from kvcomm.integrations.vllm.params import RequestParams
-from kvcomm.integrations.vllm.turns import Turns
 from kvcomm.memory.segments import Segment
 
 logger = logging.getLogger("kvcomm.vllm")
@@ -89,7 +89,7 @@ class _Work:
 class Preparations:
     """The prompts of one worker. Called from the worker's thread only."""
 
-    def __init__(self, pages: Pages, turns: Turns, engine: Engine | None, shelf: Shelf | None) -> None:
+    def __init__(self, pages: Pages, turns: FairLock, engine: Engine | None, shelf: Shelf | None) -> None:
         """Make one.
 
         Args:
@@ -184,7 +184,7 @@ class Preparations:
         kv = self._pages.read(save.blocks, save.start, len(save.token_ids))
         self._shelf.keep(save.token_ids, kv, save.start, save.params)
 
-    def drop(self, drop: Drop) -> None:
+    def drop(self, drop: Release) -> None:
         """A request has ended; what its answer gives other prompts is computed when nobody waits."""
         work = self._works.pop(drop.request_id, None)
         if work is None:
@@ -275,9 +275,9 @@ def _release_after(handle: RequestHandle, context: Context) -> None:
     context.release()
 
 
-def _told(usage: EngineUsage) -> Usage:
+def _told(usage: Usage) -> UsageValues:
     """What a client is told about a prompt that kvcomm's engine prepared."""
-    told: Usage = {
+    told: UsageValues = {
         "prompt_tokens": usage.prompt_tokens,
         "exact_tokens": usage.exact_tokens,
         "aligned_tokens": usage.aligned_tokens,

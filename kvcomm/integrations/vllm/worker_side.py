@@ -11,13 +11,13 @@ from typing import Any
 from kvcomm.engine.engine import Engine
 from kvcomm.errors import KVCommError, UnsupportedModel
 from kvcomm.integrations.vllm import adapter, layout
+from kvcomm.integrations.vllm.fair_lock import FairLock
 from kvcomm.integrations.vllm.inner import kv_of, make_engine, namespace_of
-from kvcomm.integrations.vllm.messages import Drop, Forget, Job, Jobs, Load, Prepare, Prepared, Save
+from kvcomm.integrations.vllm.messages import Forget, Jobs, Load, Prepare, Prepared, Release, Save, WorkerJob
 from kvcomm.integrations.vllm.preparation import Preparations
 from kvcomm.integrations.vllm.settings import ConnectorSettings
 from kvcomm.integrations.vllm.sharding import space_of
 from kvcomm.integrations.vllm.shelf import ENGINE_PRODUCER, TierShelf, whole_shapes
-from kvcomm.integrations.vllm.turns import Turns
 from kvcomm.model.attention import preferred_backend
 from kvcomm.model.loading import LoadedModel, load_model
 from kvcomm.tiers.space import DEFAULT_TENANT
@@ -54,7 +54,7 @@ class WorkerSide:
         if self._preparations is not None:
             return
         adapter.quieten()
-        turns = Turns(self._settings.learning_share)
+        turns = FairLock(self._settings.learning_share)
         try:
             model = adapter.VllmModel(config, worker.model_runner, kv_cache_config, turns)
             # For a moment its weights are in memory twice: they say under which name kvcomm knows this model.
@@ -77,7 +77,7 @@ class WorkerSide:
                 self._preparations.begin(job)
             elif isinstance(job, Load):
                 self._load(self._preparations, job)
-            elif isinstance(job, Drop):
+            elif isinstance(job, Release):
                 self._preparations.drop(job)
             elif isinstance(job, Forget):
                 self._preparations.forget()
@@ -172,7 +172,7 @@ class WorkerSide:
             first, last = load.start // self._block_size, -(-load.end // self._block_size)
             self._failed.update(load.blocks[first:last])
 
-    def _decline(self, job: Job) -> None:
+    def _decline(self, job: WorkerJob) -> None:
         if isinstance(job, Prepare):
             self._unknown[job.request_id] = Prepared(0)
             if not self._is_told:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from kvcomm.errors import InvalidRequest, ServerError
 
-Message = Mapping[str, str]
+ChatMessage = Mapping[str, str]
 
 DATA, DONE = b"data: ", b"[DONE]"
 
@@ -103,7 +103,7 @@ class Client:
 
     def send(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[ChatMessage],
         max_tokens: int,
         *,
         begun: Callable[[str], None] | None = None,

@@ -16,7 +16,7 @@ import torch
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import ServerError
-from kvcomm.lab.load.client import Client, Message
+from kvcomm.lab.load.client import ChatMessage, Client
 from kvcomm.memory.segments import Segment
 from kvcomm.model.loading import load_model
 
@@ -25,10 +25,10 @@ ONE_TOKEN = SamplingParams(max_new_tokens=1, temperature=0.0)
 NUM_WARM = 2
 """Chats that fill the caches: the first one computes the shared beginning, the second one finds it."""
 
-Chat = Sequence[Message]
+Chat = Sequence[ChatMessage]
 
 
-class Pair(NamedTuple):
+class FirstTokenTimes(NamedTuple):
     """Seconds to the first token of one chat.
 
     Attributes:
@@ -44,7 +44,7 @@ class Pair(NamedTuple):
 
 def measure_overhead(
     client: Client, engine: Engine, chats: Sequence[Chat], *, tell: Callable[[str], None]
-) -> list[Pair]:
+) -> list[FirstTokenTimes]:
     """One pair for each chat behind the first `NUM_WARM`, which fill both caches and do not count.
 
     Raises:
@@ -59,7 +59,7 @@ def measure_overhead(
         else:
             server_s, inside_s = _through_server(client, chat)
             engine_s = _first_token_s(engine, prompt)
-        pairs.append(Pair(server_s, engine_s, inside_s))
+        pairs.append(FirstTokenTimes(server_s, engine_s, inside_s))
         tell(f"pair {index + 1} of {len(chats)}")
     return pairs[NUM_WARM:]
 

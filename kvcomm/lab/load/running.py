@@ -8,19 +8,19 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from kvcomm.lab.load.client import Client, Message, Sample
-from kvcomm.lab.load.workloads import Session, Turn
+from kvcomm.lab.load.client import ChatMessage, Client, Sample
+from kvcomm.lab.load.workloads import Session, SessionTurn
 
 
 class Sent(NamedTuple):
     """A request as it was sent, and what came of it."""
 
-    messages: tuple[Message, ...]
+    messages: tuple[ChatMessage, ...]
     max_tokens: int
     sample: Sample
 
 
-class Load(NamedTuple):
+class LoadResult(NamedTuple):
     """A whole run: requests in the order in which they ended."""
 
     sent: tuple[Sent, ...]
@@ -31,7 +31,7 @@ Tell = Callable[[int], None]
 """Called after each request with the number that have ended."""
 
 
-def run_load(client: Client, sessions: Sequence[Session], *, concurrency: int, tell: Tell) -> Load:
+def run_load(client: Client, sessions: Sequence[Session], *, concurrency: int, tell: Tell) -> LoadResult:
     """Send all sessions; at most `concurrency` requests are open at once. A failed request ends its session's talk,
     not the session: what follows is sent without it."""
     with ThreadPoolExecutor(concurrency) as threads:
@@ -46,10 +46,10 @@ class _Run:
         self._sent: list[Sent] = []
         self._start_s = time.perf_counter()
 
-    async def all(self, sessions: Sequence[Session]) -> Load:
+    async def all(self, sessions: Sequence[Session]) -> LoadResult:
         self._start_s = time.perf_counter()
         await asyncio.gather(*(self._session(session) for session in sessions))
-        return Load(tuple(self._sent), time.perf_counter() - self._start_s)
+        return LoadResult(tuple(self._sent), time.perf_counter() - self._start_s)
 
     async def _session(self, session: Session) -> None:
         said = session.opening
@@ -59,7 +59,7 @@ class _Run:
                 asked = {"role": "user", "content": stage[0].text}
                 said = (*said, asked, {"role": "assistant", "content": answers[0].text})
 
-    async def _request(self, said: tuple[Message, ...], turn: Turn) -> Sample:
+    async def _request(self, said: tuple[ChatMessage, ...], turn: SessionTurn) -> Sample:
         await asyncio.sleep(self._start_s + turn.at_s - time.perf_counter())
         messages = (*said, {"role": "user", "content": turn.text})
         loop = asyncio.get_running_loop()

@@ -22,13 +22,13 @@ from kvcomm.errors import InvalidRequest, ServerError
 from kvcomm.figures import Figure
 from kvcomm.lab.load.client import Client, Sample
 from kvcomm.lab.load.summary import median_ms
-from kvcomm.lab.load.workloads import Shape, random_words
+from kvcomm.lab.load.workloads import WorkloadSizes, random_words
 
 TEAM_NAMES = 10**9
 """Texts of different runs are drawn from different ones of so many seeds."""
 
 
-class Agent(NamedTuple):
+class SimulatedAgent(NamedTuple):
     """One request: what stands before the answers that it reads, what behind them, and the tokens of its answer."""
 
     role: str
@@ -37,10 +37,10 @@ class Agent(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Team:
+class SimulatedTeam:
     """Agents stage by stage; those of a stage all read the answers of the stage before."""
 
-    stages: tuple[tuple[Agent, ...], ...]
+    stages: tuple[tuple[SimulatedAgent, ...], ...]
 
     @property
     def num_requests(self) -> int:
@@ -48,7 +48,7 @@ class Team:
         return sum(map(len, self.stages))
 
 
-class TeamRun(NamedTuple):
+class TeamLoadResult(NamedTuple):
     """All teams once, one way."""
 
     samples: tuple[Sample, ...]
@@ -65,7 +65,7 @@ class TeamRun(NamedTuple):
         return sum(int(sample.usage.get(name, 0)) for sample in self.samples)
 
 
-def teams(shape: Shape) -> Iterator[Team]:
+def teams(shape: WorkloadSizes) -> Iterator[SimulatedTeam]:
     """A planner, `shape.branches` agents that read its plan, and one that reads all of theirs.
 
     Raises:
@@ -76,16 +76,16 @@ def teams(shape: Shape) -> Iterator[Team]:
         raise InvalidRequest(f"{shape.num_requests} requests are too few for one team of {size}")
     draw = random.Random(shape.seed)
 
-    def agent() -> Agent:
+    def agent() -> SimulatedAgent:
         role, question = random_words(draw, shape.prefix_len), random_words(draw, shape.input_len)
-        return Agent(role, question, shape.output_len)
+        return SimulatedAgent(role, question, shape.output_len)
 
     for _ in range(shape.num_requests // size):
-        yield Team(((agent(),), tuple(agent() for _ in range(shape.branches)), (agent(),)))
+        yield SimulatedTeam(((agent(),), tuple(agent() for _ in range(shape.branches)), (agent(),)))
 
 
 def measure_along(
-    client: Client, shape: Shape, *, num_pairs: int, concurrency: int, tell: Callable[[str], None]
+    client: Client, shape: WorkloadSizes, *, num_pairs: int, concurrency: int, tell: Callable[[str], None]
 ) -> list[Figure]:
     """Teams of that shape with reading along and without, in turn, each first every other time.
 
@@ -98,7 +98,7 @@ def measure_along(
     warm = replace(shape, num_requests=2 + shape.branches, seed=_seed(shape, -1))
     for is_along in (True, False):
         run_teams(client, list(teams(warm)), concurrency=1, is_along=is_along)
-    runs: dict[bool, list[TeamRun]] = {True: [], False: []}
+    runs: dict[bool, list[TeamLoadResult]] = {True: [], False: []}
     for pair in range(num_pairs):
         for turn, is_along in enumerate((True, False) if pair % 2 else (False, True)):
             tell(f"pair {pair + 1} of {num_pairs}, {'reading along' if is_along else 'waiting'}")
@@ -107,7 +107,7 @@ def measure_along(
     return _figures(runs[True], runs[False])
 
 
-def run_teams(client: Client, members: Sequence[Team], *, concurrency: int, is_along: bool) -> TeamRun:
+def run_teams(client: Client, members: Sequence[SimulatedTeam], *, concurrency: int, is_along: bool) -> TeamLoadResult:
     """Send the requests of all teams, of `concurrency` of them at once; raises as `measure_along`."""
     widest = max(sum(map(len, team.stages)) for team in members)
     with ThreadPoolExecutor(concurrency * widest) as threads:
@@ -132,13 +132,13 @@ class _Run:
         self._samples: list[Sample] = []
         self._team_s: list[float] = []
 
-    async def all(self, members: Sequence[Team]) -> TeamRun:
+    async def all(self, members: Sequence[SimulatedTeam]) -> TeamLoadResult:
         places = asyncio.Semaphore(self._concurrency)
         start_s = time.perf_counter()
         await asyncio.gather(*(self._team(team, places) for team in members))
-        return TeamRun(tuple(self._samples), tuple(self._team_s), time.perf_counter() - start_s)
+        return TeamLoadResult(tuple(self._samples), tuple(self._team_s), time.perf_counter() - start_s)
 
-    async def _team(self, team: Team, places: asyncio.Semaphore) -> None:
+    async def _team(self, team: SimulatedTeam, places: asyncio.Semaphore) -> None:
         async with places:
             start_s = time.perf_counter()
             asked: list[asyncio.Task[None]] = []
@@ -159,7 +159,7 @@ class _Run:
             return {"id": source.name, "response_id": await source.begun}
         return {"id": source.name, "content": (await source.ended).text or " ", "kind": "dynamic"}
 
-    async def _ask(self, agent: Agent, read: Sequence[Mapping[str, Any]], speaking: _Speaking) -> None:
+    async def _ask(self, agent: SimulatedAgent, read: Sequence[Mapping[str, Any]], speaking: _Speaking) -> None:
         loop = asyncio.get_running_loop()
 
         def begun(response_id: str) -> None:
@@ -182,11 +182,11 @@ class _Run:
         speaking.ended.set_result(sample)
 
 
-def _seed(shape: Shape, run: int) -> int:
+def _seed(shape: WorkloadSizes, run: int) -> int:
     return random.Random(f"{shape.seed}/{run}").randrange(TEAM_NAMES)
 
 
-def _figures(along: Sequence[TeamRun], waiting: Sequence[TeamRun]) -> list[Figure]:
+def _figures(along: Sequence[TeamLoadResult], waiting: Sequence[TeamLoadResult]) -> list[Figure]:
     ratios = [ours.output_throughput / theirs.output_throughput for ours, theirs in zip(along, waiting, strict=True)]
     team_ratios = [
         np.median(theirs.team_s) / np.median(ours.team_s) for ours, theirs in zip(along, waiting, strict=True)

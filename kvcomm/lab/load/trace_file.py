@@ -33,14 +33,14 @@ MAX_ID = 2**31 - 1
 YEARS_S = 1e10
 
 BlockId = Annotated[int, Field(ge=0, le=MAX_ID)]
-Count = Annotated[int, Field(ge=0, le=MAX_ID)]
+BoundedCount = Annotated[int, Field(ge=0, le=MAX_ID)]
 Seconds = Annotated[float, Field(ge=0, le=YEARS_S, allow_inf_nan=False)]
 Milliseconds = Annotated[float, Field(ge=0, le=1000 * YEARS_S, allow_inf_nan=False)]
 
 IdArray = npt.NDArray[np.int32]
 
 
-class Request(NamedTuple):
+class TraceRequest(NamedTuple):
     """One prompt: ids of its prefix blocks, comparable within its session. `num_output`: tokens of its answer."""
 
     session: int
@@ -56,7 +56,7 @@ class Trace:
     format: str
     block_size: int  # tokens
     num_sessions: int
-    requests: tuple[Request, ...]
+    requests: tuple[TraceRequest, ...]
     sha256: str  # of the file
 
     @property
@@ -103,7 +103,7 @@ def block_tokens(blocks: IdArray, block_size: int) -> IdArray:
     return ((first[:, None] + steps) & np.uint32(0x7FFF_FFFF)).astype(np.int32).ravel()
 
 
-def _requests(lines: list[bytes]) -> tuple[list[Request], int, str]:
+def _requests(lines: list[bytes]) -> tuple[list[TraceRequest], int, str]:
     first = parse_json(lines[0]) if lines else None
     if not isinstance(first, dict):
         raise BadContent(f"line 1: expected an object, not {type(first).__name__}")
@@ -120,7 +120,7 @@ def _requests(lines: list[bytes]) -> tuple[list[Request], int, str]:
     return sorted(requests, key=lambda request: request.at_s), sizes.pop(), "agentic"
 
 
-def _checked(lines: list[bytes], kind: type[Model]) -> list[Model]:
+def _checked(lines: list[bytes], kind: type[ModelT]) -> list[ModelT]:
     found = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -140,12 +140,12 @@ def _why(error: ValidationError) -> str:
     return f"neither a mooncake nor an agentic trace ({place}: {first['msg']})"
 
 
-def _of_line(line: _Line, room: _Room) -> Request:
+def _of_line(line: _Line, room: _Room) -> TraceRequest:
     room.take(len(line.hash_ids))
-    return Request(0, line.timestamp / 1000, np.array(line.hash_ids, dtype=np.int32), line.output_length)
+    return TraceRequest(0, line.timestamp / 1000, np.array(line.hash_ids, dtype=np.int32), line.output_length)
 
 
-def _of_session(session: int, start_s: float, entries: tuple[_Entry, ...], room: _Room) -> Iterator[Request]:
+def _of_session(session: int, start_s: float, entries: tuple[_Entry, ...], room: _Room) -> Iterator[TraceRequest]:
     """Requests of a session, those of its subagents at their own start."""
     for entry in entries:
         at_s = start_s + entry.t
@@ -154,7 +154,7 @@ def _of_session(session: int, start_s: float, entries: tuple[_Entry, ...], room:
         else:
             room.take(sum(count for _, count in entry.hash_runs or ()))
             runs = [np.arange(first, first + count, dtype=np.int32) for first, count in entry.hash_runs or ()]
-            yield Request(session, at_s, np.concatenate([np.empty(0, dtype=np.int32), *runs]), entry.out)
+            yield TraceRequest(session, at_s, np.concatenate([np.empty(0, dtype=np.int32), *runs]), entry.out)
 
 
 class _Room:
@@ -177,14 +177,14 @@ class _Strict(BaseModel):
 class _Line(_Strict):
     timestamp: Milliseconds
     hash_ids: tuple[BlockId, ...]
-    output_length: Count | None = None
+    output_length: BoundedCount | None = None
 
 
 class _Entry(_Strict):
     t: Seconds
     requests: tuple[_Entry, ...] | None = None
-    hash_runs: tuple[tuple[BlockId, Count], ...] | None = None
-    out: Count | None = None
+    hash_runs: tuple[tuple[BlockId, BoundedCount], ...] | None = None
+    out: BoundedCount | None = None
 
     @model_validator(mode="after")
     def _is_one_of_both(self) -> Self:
@@ -200,4 +200,4 @@ class _Session(_Strict):
     requests: tuple[_Entry, ...]
 
 
-Model = TypeVar("Model", bound=_Strict)
+ModelT = TypeVar("ModelT", bound=_Strict)

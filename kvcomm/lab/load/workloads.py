@@ -14,8 +14,8 @@ from itertools import groupby, islice
 from typing import NamedTuple
 
 from kvcomm.errors import InvalidRequest
-from kvcomm.lab.load.client import Message
-from kvcomm.lab.load.trace_file import Request, Trace
+from kvcomm.lab.load.client import ChatMessage
+from kvcomm.lab.load.trace_file import Trace, TraceRequest
 
 TEXT = (
     "the of and to in is you that it he was for on are as with his they at be this have from or one had "
@@ -32,7 +32,7 @@ TEXT = (
 WORDS = TEXT.split()
 
 
-class Turn(NamedTuple):
+class SessionTurn(NamedTuple):
     """One request: what it says behind what its session has said, and the most tokens of its answer."""
 
     text: str
@@ -50,17 +50,17 @@ class Session:
         is_conversation: each request of a stage of one, and its answer, is read by those behind it.
     """
 
-    stages: tuple[tuple[Turn, ...], ...]
+    stages: tuple[tuple[SessionTurn, ...], ...]
     system: str | None = None
     is_conversation: bool = False
 
     @property
-    def opening(self) -> tuple[Message, ...]:
+    def opening(self) -> tuple[ChatMessage, ...]:
         """What all requests begin with."""
         return () if self.system is None else ({"role": "system", "content": self.system},)
 
     @property
-    def first_chat(self) -> tuple[Message, ...]:
+    def first_chat(self) -> tuple[ChatMessage, ...]:
         """The first request."""
         return (*self.opening, {"role": "user", "content": self.stages[0][0].text})
 
@@ -71,7 +71,7 @@ class Session:
 
 
 @dataclass(frozen=True)
-class Shape:
+class WorkloadSizes:
     """Sizes of a workload: lengths in words.
 
     Attributes:
@@ -90,7 +90,7 @@ class Shape:
     seed: int
 
 
-def shared_prefix(shape: Shape) -> Iterator[Session]:
+def shared_prefix(shape: WorkloadSizes) -> Iterator[Session]:
     """Requests that begin with the same text and end differently."""
     draw = random.Random(shape.seed)
     prefixes = [random_words(draw, shape.prefix_len) for _ in range(shape.num_prefixes)]
@@ -98,7 +98,7 @@ def shared_prefix(shape: Shape) -> Iterator[Session]:
         yield Session(((_turn(draw, shape),),), prefixes[index % shape.num_prefixes])
 
 
-def multi_turn(shape: Shape) -> Iterator[Session]:
+def multi_turn(shape: WorkloadSizes) -> Iterator[Session]:
     """Conversations: every turn reads all before it."""
     draw = random.Random(shape.seed)
     prefixes = [random_words(draw, shape.prefix_len) for _ in range(shape.num_prefixes)]
@@ -107,7 +107,7 @@ def multi_turn(shape: Shape) -> Iterator[Session]:
         yield Session(stages, prefixes[index % shape.num_prefixes], is_conversation=True)
 
 
-def fan_out(shape: Shape) -> Iterator[Session]:
+def fan_out(shape: WorkloadSizes) -> Iterator[Session]:
     """Planners whose answer several others read at once; no two planners begin alike."""
     draw = random.Random(shape.seed)
     for _ in range(_sessions(shape, 1 + shape.branches)):
@@ -117,7 +117,7 @@ def fan_out(shape: Shape) -> Iterator[Session]:
 
 
 def replayed(
-    trace: Trace, shape: Shape, *, block_len: int, max_input_len: int, slowdown: float | None
+    trace: Trace, shape: WorkloadSizes, *, block_len: int, max_input_len: int, slowdown: float | None
 ) -> Iterator[Session]:
     """The beginning of a trace, at a size that the model can take.
 
@@ -133,18 +133,18 @@ def replayed(
     step = max(1, -(-longest * block_len // max_input_len))
     start_s = min(request.at_s for session in sessions for request in session)
 
-    def turn(request: Request) -> Turn:
+    def turn(request: TraceRequest) -> SessionTurn:
         blocks = request.blocks[::step].tolist()
         text = " ".join(_block(request.session, block, block_len) for block in blocks)
         wanted = shape.output_len if request.num_output is None else request.num_output
         at_s = 0.0 if slowdown is None else (request.at_s - start_s) * slowdown
-        return Turn(text or WORDS[0], max(1, min(wanted, shape.output_len)), at_s)
+        return SessionTurn(text or WORDS[0], max(1, min(wanted, shape.output_len)), at_s)
 
     for session in sessions:
         yield Session(tuple((turn(request),) for request in session))
 
 
-def _first_sessions(trace: Trace, shape: Shape) -> Iterator[list[Request]]:
+def _first_sessions(trace: Trace, shape: WorkloadSizes) -> Iterator[list[TraceRequest]]:
     """Requests that follow one another, `shape.num_requests` in all."""
     if trace.format == "mooncake":
         yield from ([request] for request in trace.requests[: shape.num_requests])
@@ -166,14 +166,14 @@ def arriving(sessions: Iterable[Session], *, rate: float, seed: int) -> Iterator
         at_s += draw.expovariate(rate)
 
 
-def _sessions(shape: Shape, requests_each: int) -> int:
+def _sessions(shape: WorkloadSizes, requests_each: int) -> int:
     if shape.num_requests < requests_each:
         raise InvalidRequest(f"{shape.num_requests} requests are too few for one session of {requests_each}")
     return shape.num_requests // requests_each
 
 
-def _turn(draw: random.Random, shape: Shape) -> Turn:
-    return Turn(random_words(draw, shape.input_len), shape.output_len)
+def _turn(draw: random.Random, shape: WorkloadSizes) -> SessionTurn:
+    return SessionTurn(random_words(draw, shape.input_len), shape.output_len)
 
 
 def _block(session: int, block: int, num_words: int) -> str:

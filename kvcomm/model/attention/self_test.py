@@ -64,7 +64,7 @@ SHAPES = (
 )
 
 
-class Pass(NamedTuple):
+class PassTensors(NamedTuple):
     """The tensors of one pass over one layer."""
 
     runs: tuple[RunTable, ...]
@@ -78,7 +78,7 @@ class Pass(NamedTuple):
     sinks: Tensor | None  # [num_heads]
 
     @classmethod
-    def of(cls, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Pass:
+    def of(cls, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> PassTensors:
         """Seeded; keys are normal, values and so results lie within one."""
         generator = torch.Generator().manual_seed(seed)
         tables, num_pages = _tables(shape, seed)
@@ -161,13 +161,13 @@ def examine(
     for seed, (shape, window, dtype) in enumerate(passes):
         label = _label(shape, window, dtype)
         try:
-            _examine(Pass.of(shape, dtype, device, seed), window, backend)
+            _examine(PassTensors.of(shape, dtype, device, seed), window, backend)
         except Exception as error:  # a compiler's or a driver's too
-            torchs = _how_torch_does(Pass.of(shape, dtype, device, seed), window)
+            torchs = _how_torch_does(PassTensors.of(shape, dtype, device, seed), window)
             raise KernelsDiffer(f"{label}: {described(error)}; torch's back end {torchs} there") from error
 
 
-def _how_torch_does(made: Pass, window: int | None) -> str:
+def _how_torch_does(made: PassTensors, window: int | None) -> str:
     try:
         _examine(made, window, TorchBackend())
     except Exception as error:
@@ -175,7 +175,7 @@ def _how_torch_does(made: Pass, window: int | None) -> str:
     return "is right"
 
 
-def _examine(made: Pass, window: int | None, backend: AttentionBackend) -> None:
+def _examine(made: PassTensors, window: int | None, backend: AttentionBackend) -> None:
     keys, values = made.written(made.keys, made.key), made.written(made.values, made.value)
     step = backend.prepare(made.runs, [made.keys], [made.values], made.page_size)
     out = step(

@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from kvcomm.server.schemas.anthropic_answers import AnswerBlock, AnswerText, AnswerThinking, AnswerToolUse, StopReason
 from kvcomm.toolcalls.events import ArgumentsDelta, CallEnd, CallStart, Event, Finish, ReasoningDelta, TextDelta
 
-Told = dict[str, Any]
+EventFields = dict[str, Any]
 """An event of a stream."""
 
 STOP_REASONS: dict[str, StopReason] = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -34,7 +34,7 @@ class Blocks:
         self._open: AnswerBlock | None = None
         self._texts: list[str] = []
 
-    def feed(self, events: Sequence[Event]) -> Iterator[Told]:
+    def feed(self, events: Sequence[Event]) -> Iterator[EventFields]:
         """Take what has come, and say it as the events of a stream."""
         for event in events:
             match event:
@@ -55,21 +55,21 @@ class Blocks:
                     self.finish_reason = reason
                     yield from self._end()
 
-    def _more(self, begun: AnswerBlock, delta: dict[str, str], text: str) -> Iterator[Told]:
+    def _more(self, begun: AnswerBlock, delta: dict[str, str], text: str) -> Iterator[EventFields]:
         if self._open is None or self._open.type != begun.type:
             yield from self._begin(begun)
         yield self._delta(delta, text)
 
-    def _begin(self, block: AnswerBlock) -> Iterator[Told]:
+    def _begin(self, block: AnswerBlock) -> Iterator[EventFields]:
         yield from self._end()
         self._open = block
         yield {"type": "content_block_start", "index": len(self.done), "content_block": block.model_dump()}
 
-    def _delta(self, delta: dict[str, str], text: str) -> Told:
+    def _delta(self, delta: dict[str, str], text: str) -> EventFields:
         self._texts.append(text)
         return {"type": "content_block_delta", "index": len(self.done), "delta": delta}
 
-    def _end(self) -> Iterator[Told]:
+    def _end(self) -> Iterator[EventFields]:
         if self._open is None:
             return
         yield {"type": "content_block_stop", "index": len(self.done)}

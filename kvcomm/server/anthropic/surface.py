@@ -13,11 +13,11 @@ from starlette.responses import Response
 
 from kvcomm.server.access import key_header, security
 from kvcomm.server.answers import ChatAnswers, ChoiceEvents
-from kvcomm.server.anthropic.output import STOP_REASONS, Blocks, Told
+from kvcomm.server.anthropic.output import STOP_REASONS, Blocks, EventFields
 from kvcomm.server.anthropic.translation import NAMES, breakpoints_of, chat_request, longest_ttl
 from kvcomm.server.bodies import BodyRoute
 from kvcomm.server.errors import MEANINGS, messages_error
-from kvcomm.server.generation import Call, CallDep
+from kvcomm.server.generation import CallDep, GenerationCall
 from kvcomm.server.schemas.anthropic import MessagesPrompt, MessagesRequest
 from kvcomm.server.schemas.anthropic_answers import (
     CacheCreation,
@@ -28,7 +28,7 @@ from kvcomm.server.schemas.anthropic_answers import (
     TokenCount,
 )
 from kvcomm.server.schemas.common import seconds
-from kvcomm.server.schemas.usage import Usage
+from kvcomm.server.schemas.usage import UsageObject
 from kvcomm.server.streaming import EventStream, Wire, documented_stream, named_event
 from kvcomm.server.translation import told_as
 
@@ -69,7 +69,7 @@ async def count_tokens(body: MessagesPrompt, call: CallDep) -> TokenCount:
         return await call.guard(_count(body, call))
 
 
-async def _answer(body: MessagesRequest, call: Call) -> Response | MessageAnswer:
+async def _answer(body: MessagesRequest, call: GenerationCall) -> Response | MessageAnswer:
     chat = await call.make(partial(chat_request, body))
     answers = await ChatAnswers.begin(chat, call)
     message = _Message(body, call, answers)
@@ -82,7 +82,7 @@ async def _answer(body: MessagesRequest, call: Call) -> Response | MessageAnswer
     return EventStream(message.events(first, pieces), deadline_s=call.deadline_s, wire=Wire(named_event, failure))
 
 
-async def _count(body: MessagesPrompt, call: Call) -> TokenCount:
+async def _count(body: MessagesPrompt, call: GenerationCall) -> TokenCount:
     call.state.adapter_of(body.model)
 
     def count() -> int:
@@ -94,7 +94,7 @@ async def _count(body: MessagesPrompt, call: Call) -> TokenCount:
 class _Message:
     """One answer, told whole or as a stream."""
 
-    def __init__(self, body: MessagesRequest, call: Call, answers: ChatAnswers) -> None:
+    def __init__(self, body: MessagesRequest, call: GenerationCall, answers: ChatAnswers) -> None:
         self._body = body
         self._call = call
         self._answers = answers
@@ -119,7 +119,7 @@ class _Message:
 
     async def events(
         self, first: ChoiceEvents | None, rest: AsyncGenerator[ChoiceEvents, None]
-    ) -> AsyncGenerator[Told, None]:
+    ) -> AsyncGenerator[EventFields, None]:
         """The events of its stream."""
         yield {"type": "message_start", "message": self._begun().model_dump()}
         async with aclosing(rest):
@@ -157,7 +157,7 @@ class _Message:
             return "stop_sequence", stopped_by
         return reason, None
 
-    def _usage(self, usage: Usage) -> MessagesUsage:
+    def _usage(self, usage: UsageObject) -> MessagesUsage:
         num_created = usage.computed_tokens if breakpoints_of(self._body) else 0
         ttl = longest_ttl(self._body)
         is_short = ttl is None or seconds(ttl) <= SHORT_TTL_S

@@ -17,12 +17,12 @@ from kvcomm.server.schemas.anthropic import (
     ClientTool,
     MessagesPrompt,
     MessagesRequest,
+    MessageTurn,
     NamedToolChoice,
     TextBlock,
     ThinkingBlock,
     ToolResultBlock,
     ToolUseBlock,
-    Turn,
     UserTurn,
 )
 from kvcomm.server.schemas.chat import ChatRequest
@@ -123,7 +123,7 @@ def _messages(request: MessagesPrompt) -> Iterator[dict[str, Any]]:
         yield from _turn(turn)
 
 
-def _turn(turn: Turn) -> Iterator[dict[str, Any]]:
+def _turn(turn: MessageTurn) -> Iterator[dict[str, Any]]:
     if isinstance(turn.content, str):
         yield {"role": turn.role, "content": turn.content}
     elif isinstance(turn, AssistantTurn):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvcomm.server.contexts.conversation import Continued, continue_conversation
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError
-from kvcomm.server.generation import Call
+from kvcomm.server.generation import GenerationCall
 from kvcomm.server.prompts import PromptMaker, shown_tools, template_variables
 from kvcomm.server.sampling import ttl_of
 from kvcomm.server.schemas.chat import ChatRequest
@@ -14,7 +14,7 @@ from kvcomm.server.schemas.completions import CompletionRequest
 from kvcomm.server.segments.prepared import PreparedPrompt
 
 
-def begin_turn(body: GenerationRequest, adapter: str | None, call: Call) -> Turn | None:
+def begin_turn(body: GenerationRequest, adapter: str | None, call: GenerationCall) -> Turn | None:
     """A turn on the request's context, which ends with the call; None: it names none.
 
     Raises:

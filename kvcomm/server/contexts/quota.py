@@ -14,7 +14,7 @@ from kvcomm.server.errors import ApiError
 from kvcomm.server.settings import ServerSettings
 
 
-class Kept(Protocol):
+class Retained(Protocol):
     """What takes room: a conversation, or a response."""
 
     @property
@@ -27,7 +27,7 @@ class ConversationQuota:
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
         self._lock = threading.Lock()
-        self._held: dict[object, Kept] = {}
+        self._held: dict[object, Retained] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -35,7 +35,7 @@ class ConversationQuota:
         with self._lock:
             return self._sum()
 
-    def hold(self, holder: object, conversation: Kept | None) -> None:
+    def hold(self, holder: object, conversation: Retained | None) -> None:
         """Let a request hold a conversation in place of what it held.
 
         Raises:
@@ -46,7 +46,7 @@ class ConversationQuota:
                 self._require_room(conversation)
             self._put(holder, conversation)
 
-    def keep(self, holder: object, conversation: Kept | None) -> None:
+    def keep(self, holder: object, conversation: Retained | None) -> None:
         """The same for what somebody holds already, as a fork's parent or a context's request does."""
         with self._lock:
             self._put(holder, conversation)
@@ -55,7 +55,7 @@ class ConversationQuota:
         """The holder is no more, if it ever held anything."""
         self.keep(holder, None)
 
-    def _put(self, holder: object, conversation: Kept | None) -> None:
+    def _put(self, holder: object, conversation: Retained | None) -> None:
         self._held.pop(holder, None)
         if conversation is not None:
             self._held[holder] = conversation
@@ -63,7 +63,7 @@ class ConversationQuota:
     def _sum(self) -> int:
         return sum(each.num_bytes for each in set(self._held.values()))
 
-    def _require_room(self, conversation: Kept) -> None:
+    def _require_room(self, conversation: Retained) -> None:
         num_bytes, largest = conversation.num_bytes, self._settings.max_conversation_bytes
         if num_bytes > largest:
             message = (

@@ -18,7 +18,7 @@ from kvcomm.engine.context import Context
 from kvcomm.engine.engine import Engine
 from kvcomm.server.contexts.conversation import KeptConversation
 from kvcomm.server.contexts.quota import ConversationQuota
-from kvcomm.server.contexts.turns import NewId, Node, Turn, new_id
+from kvcomm.server.contexts.turns import NewId, TenantContext, Turn, new_id
 from kvcomm.server.errors import ApiError
 from kvcomm.server.schemas.contexts import Terms
 from kvcomm.server.settings import ServerSettings
@@ -46,15 +46,15 @@ class ContextRegistry:
         self.tenant = tenant
         self.conversations = ConversationQuota(settings)
         self._clock = clock
-        self._nodes: dict[str, Node] = {}  # parents before children
+        self._nodes: dict[str, TenantContext] = {}  # parents before children
         self._num_coming = 0
 
     @property
-    def nodes(self) -> list[Node]:
+    def nodes(self) -> list[TenantContext]:
         """All of them, parents before children."""
         return list(self._nodes.values())
 
-    def find(self, context_id: str) -> Node:
+    def find(self, context_id: str) -> TenantContext:
         """A context, which counts as use.
 
         Raises:
@@ -93,7 +93,7 @@ class ContextRegistry:
 
     def adopt(
         self, context: Context, terms: Terms, *, salt: str | None = None, conversation: KeptConversation | None = None
-    ) -> Node:
+    ) -> TenantContext:
         """Take in a context without a parent; it is the registry's from now on.
 
         Raises:
@@ -102,12 +102,12 @@ class ContextRegistry:
         if self.tenant.is_gone:
             context.release()
         self.tenant.require_there()
-        node = Node(context, salt=salt, conversation=conversation, id=self._new_id(None))
+        node = TenantContext(context, salt=salt, conversation=conversation, id=self._new_id(None))
         self._add(node, terms, self._settings.context_ttl_s)
         self.count()
         return node
 
-    def adopt_response(self, node: Node, turn: Turn, *, behind: Node | None) -> Node:
+    def adopt_response(self, node: TenantContext, turn: Turn, *, behind: TenantContext | None) -> TenantContext:
         """Take in what a turn made with a response at its end; raises as `adopt`.
 
         Args:
@@ -126,7 +126,7 @@ class ContextRegistry:
         self.count()
         return node
 
-    def bring_back(self, node: Node, parent: str | None) -> None:
+    def bring_back(self, node: TenantContext, parent: str | None) -> None:
         """Take in a context as another server had it, under its own id; raises as `adopt`.
 
         Args:
@@ -142,10 +142,12 @@ class ContextRegistry:
         self.conversations.keep(node.response, node.response)
         self.count()
 
-    def fork(self, parent: Node, terms: Terms) -> Node:
+    def fork(self, parent: TenantContext, terms: Terms) -> TenantContext:
         """A second context with all that is known of a first at this moment."""
         context, conversation = parent.fork()
-        child = Node(context, salt=parent.salt, conversation=conversation, parent=parent, id=self._new_id(parent.id))
+        child = TenantContext(
+            context, salt=parent.salt, conversation=conversation, parent=parent, id=self._new_id(parent.id)
+        )
         child.num_inherited = min(context.num_tokens, parent.context.num_tokens)
         self._add(child, terms, parent.ttl_s)
         if parent.turn is not None:
@@ -156,12 +158,12 @@ class ContextRegistry:
         """A request on a context that is to be adopted once it has succeeded."""
         return Turn(context, salt=salt, quota=self.conversations)
 
-    def turn_behind(self, node: Node, *, keeps: bool) -> Turn:
+    def turn_behind(self, node: TenantContext, *, keeps: bool) -> Turn:
         """A request on a fork of a context, which is to be adopted once it has succeeded, if it `keeps` that."""
         quota = self.conversations if keeps else None
         return Turn(node.context.fork(), before=node.conversation, salt=node.salt, quota=quota)
 
-    def begin_turn(self, node: Node, *, keeps: bool) -> Turn:
+    def begin_turn(self, node: TenantContext, *, keeps: bool) -> Turn:
         """A request on a context.
 
         Raises:
@@ -183,7 +185,7 @@ class ContextRegistry:
             node.turn = turn
         return turn
 
-    def branch(self, node: Node) -> list[Node]:
+    def branch(self, node: TenantContext) -> list[TenantContext]:
         """A context and all that came from it, parents before children."""
         inside = {node}
         for each in self._nodes.values():
@@ -191,7 +193,7 @@ class ContextRegistry:
                 inside.add(each)
         return [each for each in self._nodes.values() if each in inside]
 
-    def remove(self, gone: Iterable[Node]) -> None:
+    def remove(self, gone: Iterable[TenantContext]) -> None:
         """Forget contexts; the caller releases them. Their children are their parents' from now on."""
         left = {node: node.parent for node in gone}
         for node in left:
@@ -214,13 +216,13 @@ class ContextRegistry:
                 node.release()
         return bool(gone)
 
-    def left_s(self, node: Node, now_s: float | None = None) -> float | None:
+    def left_s(self, node: TenantContext, now_s: float | None = None) -> float | None:
         """Seconds until a context expires; None: it does not now."""
         if node.is_pinned or node.turn is not None:
             return None
         return max(0.0, node.used_s + node.ttl_s - (self._clock() if now_s is None else now_s))
 
-    def num_bytes(self) -> dict[Node, int]:
+    def num_bytes(self) -> dict[TenantContext, int]:
         """Bytes of each context's branch: of pages that none before it holds. The sum is what all of them hold."""
         pool = self._engine.cache
         is_seen = np.zeros(pool.num_pages, dtype=bool)
@@ -261,14 +263,14 @@ class ContextRegistry:
         oldest.release()
         return True
 
-    def _ended(self, node: Node) -> None:
+    def _ended(self, node: TenantContext) -> None:
         """A context is not busy any more, which was use to the end."""
         node.used_s = self._clock()
         if node.id in self._nodes:
             self.conversations.keep(node, node.conversation)
         self.count()
 
-    def _add(self, node: Node, terms: Terms, ttl_s: float) -> Node:
+    def _add(self, node: TenantContext, terms: Terms, ttl_s: float) -> TenantContext:
         node.name, node.is_pinned = terms.name or node.context.name, terms.pinned
         node.ttl_s = ttl_s if terms.ttl_s is None else terms.ttl_s
         node.used_s = self._clock()
@@ -303,7 +305,7 @@ class Contexts:
         """That of the tenant with that name, if it has asked for contexts."""
         return self._registries.get(tenant)
 
-    def remove(self, tenant: str) -> list[Node]:
+    def remove(self, tenant: str) -> list[TenantContext]:
         """Forget a tenant's contexts; the caller releases them."""
         registry = self._registries.pop(tenant, None)
         nodes = [] if registry is None else registry.nodes

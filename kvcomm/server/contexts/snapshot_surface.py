@@ -17,14 +17,14 @@ from kvcomm.server.contexts.surface import LOOKING, Id, RegistryDep
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.contexts.views import view
 from kvcomm.server.errors import COMPUTING, ApiError, documented
-from kvcomm.server.generation import Call, CallDep
+from kvcomm.server.generation import CallDep, GenerationCall
 from kvcomm.server.schemas.contexts import (
-    Context,
+    ContextObject,
     DeletedSnapshot,
     RestoreRequest,
-    Snapshot,
     SnapshotList,
     SnapshotName,
+    SnapshotObject,
     SnapshotRequest,
 )
 from kvcomm.server.state import ServerState, StateDep, TenantDep
@@ -57,7 +57,9 @@ FolderDep = Annotated[Snapshots, Depends(_folder)]
 
 
 @router.post("/contexts/{context_id}/snapshot", operation_id="saveContext", status_code=201, responses=COMPUTING)
-async def save_context(context_id: Id, body: SnapshotRequest, registry: RegistryDep, folder: FolderDep) -> Snapshot:
+async def save_context(
+    context_id: Id, body: SnapshotRequest, registry: RegistryDep, folder: FolderDep
+) -> SnapshotObject:
     """Write a context to a file, or to the shared tier, as it was before what is extending it now."""
     node = registry.find(context_id)
     with node.context.fork(name=node.name) as copy:
@@ -72,7 +74,7 @@ async def list_snapshots(folder: FolderDep) -> SnapshotList:
 
 
 @router.post("/snapshots/{name}/restore", operation_id="restoreContext", status_code=201, responses=COMPUTING)
-async def restore_context(name: Name, body: RestoreRequest, call: CallDep, folder: FolderDep) -> Context:
+async def restore_context(name: Name, body: RestoreRequest, call: CallDep, folder: FolderDep) -> ContextObject:
     """A context from a snapshot; it has no parent."""
     return await call.guard(_restore(name, body, call, folder))
 
@@ -84,7 +86,7 @@ async def delete_snapshot(name: Name, folder: FolderDep) -> DeletedSnapshot:
     return DeletedSnapshot(name=name)
 
 
-async def _restore(name: str, body: RestoreRequest, call: Call, folder: Snapshots) -> Context:
+async def _restore(name: str, body: RestoreRequest, call: GenerationCall, folder: Snapshots) -> ContextObject:
     registry = call.state.contexts.of(call.tenant)
     with registry.place():
         turn = await _read(name, body, call, folder, registry)
@@ -92,7 +94,9 @@ async def _restore(name: str, body: RestoreRequest, call: Call, folder: Snapshot
     return view(registry, node)
 
 
-async def _read(name: str, body: RestoreRequest, call: Call, folder: Snapshots, registry: ContextRegistry) -> Turn:
+async def _read(
+    name: str, body: RestoreRequest, call: GenerationCall, folder: Snapshots, registry: ContextRegistry
+) -> Turn:
     state = call.state
     adapter = None if body.model is None else state.adapter_of(body.model)
     num_tokens = await anyio.to_thread.run_sync(folder.num_tokens, name)

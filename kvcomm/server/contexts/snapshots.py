@@ -28,7 +28,7 @@ from kvcomm.files.writing import locked, reserved, sweep, unfinished
 from kvcomm.memory.snapshots import SUFFIX, read_header
 from kvcomm.server.contexts.conversation import KeptConversation
 from kvcomm.server.errors import ApiError, failed_file
-from kvcomm.server.schemas.contexts import Snapshot
+from kvcomm.server.schemas.contexts import SnapshotObject
 
 logger = logging.getLogger("kvcomm.server")
 
@@ -63,7 +63,7 @@ class SnapshotFolder:
         self._folder = root / tenant
         self._max_snapshots = max_snapshots
 
-    def save(self, context: Context, name: str, *, replace: bool) -> Snapshot:
+    def save(self, context: Context, name: str, *, replace: bool) -> SnapshotObject:
         """Write a context, whole or not at all.
 
         Raises:
@@ -74,7 +74,7 @@ class SnapshotFolder:
             context.save(file, replace=replace)
             return _described(file)
 
-    def snapshots(self) -> list[Snapshot]:
+    def snapshots(self) -> list[SnapshotObject]:
         """All of them by name, damaged ones too.
 
         Raises:
@@ -176,15 +176,15 @@ def taken(name: str) -> ApiError:
     return ApiError(409, "snapshot_exists", message, param="name")
 
 
-def _described(file: Path) -> Snapshot:
+def _described(file: Path) -> SnapshotObject:
     name, num_bytes = _name_of(file), file.stat().st_size
     try:
         header = read_header(file)
     except SnapshotError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             raise error.__cause__ from None
-        return Snapshot(name=name, bytes=num_bytes, refusal=_message(name, file, error))
-    return Snapshot(
+        return SnapshotObject(name=name, bytes=num_bytes, refusal=_message(name, file, error))
+    return SnapshotObject(
         name=name,
         bytes=num_bytes,
         tokens=len(header.token_ids),

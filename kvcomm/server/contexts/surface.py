@@ -14,23 +14,23 @@ from kvcomm.server.access import security
 from kvcomm.server.bodies import BodyRoute
 from kvcomm.server.contexts.conversation import Continued, continue_conversation
 from kvcomm.server.contexts.registry import ContextRegistry
-from kvcomm.server.contexts.turns import Node, Turn
+from kvcomm.server.contexts.turns import TenantContext, Turn
 from kvcomm.server.contexts.views import branch_of, extended, view, views
 from kvcomm.server.errors import COMPUTING, documented
-from kvcomm.server.generation import Call, CallDep, Job
+from kvcomm.server.generation import CallDep, GenerationCall, GenerationJob
 from kvcomm.server.prompts import PromptMaker
 from kvcomm.server.sampling import default_policy
 from kvcomm.server.schemas.common import CONTEXT_ID, seconds
 from kvcomm.server.schemas.contexts import (
-    Context,
     ContextBranch,
     ContextChange,
-    ContextList,
+    ContextObject,
+    ContextObjectList,
     ContextRequest,
     DeletedContexts,
     ExtendedContext,
     ForkRequest,
-    Prompt,
+    PromptInput,
 )
 from kvcomm.server.segments.prepared import PreparedPrompt
 from kvcomm.server.state import StateDep, TenantDep
@@ -55,10 +55,10 @@ async def create_context(body: ContextRequest, call: CallDep) -> ExtendedContext
 
 
 @router.get("", operation_id="listContexts", responses=LOOKING)
-async def list_contexts(registry: RegistryDep) -> ContextList:
+async def list_contexts(registry: RegistryDep) -> ContextObjectList:
     """Every context of the caller: a forest, given by parents, with the bytes of each branch."""
     registry.sweep()
-    return ContextList(data=views(registry))
+    return ContextObjectList(data=views(registry))
 
 
 @router.get("/{context_id}", operation_id="getContext", responses=LOOKING)
@@ -68,13 +68,13 @@ async def get_context(context_id: Id, registry: RegistryDep) -> ContextBranch:
 
 
 @router.post("/{context_id}/extend", operation_id="extendContext", responses=COMPUTING)
-async def extend_context(context_id: Id, body: Prompt, call: CallDep) -> ExtendedContext:
+async def extend_context(context_id: Id, body: PromptInput, call: CallDep) -> ExtendedContext:
     """Compute more behind a context; its forks stay as they are."""
     return await call.guard(_extend(context_id, body, call))
 
 
 @router.post("/{context_id}/fork", operation_id="forkContext", status_code=201, responses=COMPUTING)
-async def fork_context(context_id: Id, body: ForkRequest, registry: RegistryDep) -> Context:
+async def fork_context(context_id: Id, body: ForkRequest, registry: RegistryDep) -> ContextObject:
     """A second context with all that is known at this moment, also while the first is busy. Copies no KV."""
     with registry.place():
         child = registry.fork(registry.find(context_id), body)
@@ -82,7 +82,7 @@ async def fork_context(context_id: Id, body: ForkRequest, registry: RegistryDep)
 
 
 @router.patch("/{context_id}", operation_id="changeContext", responses=COMPUTING)
-async def change_context(context_id: Id, body: ContextChange, registry: RegistryDep) -> Context:
+async def change_context(context_id: Id, body: ContextChange, registry: RegistryDep) -> ContextObject:
     """Change its name, its ttl or whether it is pinned."""
     node = registry.find(context_id)
     node.is_spare = False  # somebody cares for it
@@ -111,12 +111,12 @@ async def delete_context(
     return DeletedContexts(deleted=[each.id for each in gone])
 
 
-def _release(nodes: list[Node]) -> None:
+def _release(nodes: list[TenantContext]) -> None:
     for node in nodes:
         node.release()
 
 
-async def _create(body: ContextRequest, call: Call) -> ExtendedContext:
+async def _create(body: ContextRequest, call: GenerationCall) -> ExtendedContext:
     registry = call.state.contexts.of(call.tenant)
     adapter = None if body.model is None else call.state.adapter_of(body.model)
     with registry.place():
@@ -128,7 +128,7 @@ async def _create(body: ContextRequest, call: Call) -> ExtendedContext:
     return extended(registry, node, completion)
 
 
-async def _extend(context_id: str, body: Prompt, call: Call) -> ExtendedContext:
+async def _extend(context_id: str, body: PromptInput, call: GenerationCall) -> ExtendedContext:
     registry = call.state.contexts.of(call.tenant)
     node = registry.find(context_id)
     turn = call.take_turn(registry.begin_turn(node, keeps=True))
@@ -137,15 +137,15 @@ async def _extend(context_id: str, body: Prompt, call: Call) -> ExtendedContext:
     return extended(registry, node, completion)
 
 
-async def _prefill(turn: Turn, body: Prompt, call: Call, *, salt: str | None) -> Completion:
+async def _prefill(turn: Turn, body: PromptInput, call: GenerationCall, *, salt: str | None) -> Completion:
     """Compute a turn's prompt; returns the engine's completion, without an answer."""
     turn.put(await call.make(partial(_read, call.state.prompts, turn, body), more_bytes=turn.num_rendered))
-    job = Job(PreparedPrompt(turn.path), PREFILL_ONLY, default_policy(call.state.settings), salt, turn=turn)
+    job = GenerationJob(PreparedPrompt(turn.path), PREFILL_ONLY, default_policy(call.state.settings), salt, turn=turn)
     await call.submit(job)
     return (await call.results())[0]
 
 
-def _read(maker: PromptMaker, turn: Turn, body: Prompt) -> Continued:
+def _read(maker: PromptMaker, turn: Turn, body: PromptInput) -> Continued:
     if body.messages is None:
         text = body.token_ids if body.text is None else body.text
         assert text is not None, "validated: one of the three is there"

@@ -20,7 +20,7 @@ from kvcomm.engine.engine import Engine
 from kvcomm.server.contexts.conversation import KeptConversation
 from kvcomm.server.contexts.snapshots import SnapshotFolder, taken
 from kvcomm.server.errors import ApiError
-from kvcomm.server.schemas.contexts import Snapshot
+from kvcomm.server.schemas.contexts import SnapshotObject
 from kvcomm.tiers.tier import Tier, TierMiss
 
 INFO = " info"
@@ -35,7 +35,7 @@ class TierSnapshots:
         self._space = engine.tiering.home_space(tenant)
         self._max_snapshots = max_snapshots
 
-    def save(self, context: Context, name: str, *, replace: bool) -> Snapshot:
+    def save(self, context: Context, name: str, *, replace: bool) -> SnapshotObject:
         """Write a context, whole or not at all."""
         names = self._names()
         if name in names and not replace:
@@ -52,7 +52,7 @@ class TierSnapshots:
             raise self._failed(name)
         return snapshot
 
-    def snapshots(self) -> list[Snapshot]:
+    def snapshots(self) -> list[SnapshotObject]:
         """All of them by name."""
         found = [self._info(name) for name in self._names()]
         return [each for each in found if each is not None]
@@ -86,12 +86,12 @@ class TierSnapshots:
         listed = self._tier.list_blobs(self._space, "snapshot")
         return [name.removesuffix(INFO) for name in listed if name.endswith(INFO)]
 
-    def _info(self, name: str) -> Snapshot | None:
+    def _info(self, name: str) -> SnapshotObject | None:
         content = self._tier.get_blob(self._space, "snapshot", name + INFO)
         if isinstance(content, TierMiss):
             return None
         try:
-            return Snapshot.model_validate_json(content)
+            return SnapshotObject.model_validate_json(content)
         except ValidationError:
             return None
 

@@ -32,7 +32,7 @@ def new_id(parent: str | None = None) -> str:
 
 
 @dataclass(eq=False)
-class Node:
+class TenantContext:
     """A context of a tenant.
 
     Attributes:
@@ -47,7 +47,7 @@ class Node:
     name: str | None = None
     salt: str | None = None
     conversation: KeptConversation | None = None
-    parent: Node | None = None
+    parent: TenantContext | None = None
     num_inherited: int = 0
     is_pinned: bool = False
     ttl_s: float = 0.0
@@ -93,7 +93,7 @@ class Turn:
     def __init__(
         self,
         work: Context,
-        node: Node | None = None,
+        node: TenantContext | None = None,
         *,
         before: KeptConversation | None = None,
         salt: str | None = None,

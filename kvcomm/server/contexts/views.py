@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from kvcomm.engine.results import Completion
 from kvcomm.server.contexts.registry import ContextRegistry
-from kvcomm.server.contexts.turns import Node
-from kvcomm.server.schemas.contexts import Context, ContextBranch, ExtendedContext
+from kvcomm.server.contexts.turns import TenantContext
+from kvcomm.server.schemas.contexts import ContextBranch, ContextObject, ExtendedContext
 from kvcomm.server.usage import usage_of
 
 
-def views(registry: ContextRegistry) -> list[Context]:
+def views(registry: ContextRegistry) -> list[ContextObject]:
     """All contexts of a registry, parents before children."""
     return [_view(registry, node, num_bytes) for node, num_bytes in registry.num_bytes().items()]
 
 
-def view(registry: ContextRegistry, node: Node) -> Context:
+def view(registry: ContextRegistry, node: TenantContext) -> ContextObject:
     """One of them."""
     return _view(registry, node, registry.num_bytes()[node])
 
 
-def extended(registry: ContextRegistry, node: Node, completion: Completion) -> ExtendedContext:
+def extended(registry: ContextRegistry, node: TenantContext, completion: Completion) -> ExtendedContext:
     """One of them, and what computing it took."""
     return ExtendedContext(**view(registry, node).model_dump(), usage=usage_of([completion.usage]))
 
 
-def branch_of(registry: ContextRegistry, node: Node) -> ContextBranch:
+def branch_of(registry: ContextRegistry, node: TenantContext) -> ContextBranch:
     """One of them in its tree."""
     sizes = registry.num_bytes()
     branch = registry.branch(node)
@@ -40,9 +40,9 @@ def branch_of(registry: ContextRegistry, node: Node) -> ContextBranch:
     )
 
 
-def _view(registry: ContextRegistry, node: Node, num_bytes: int) -> Context:
+def _view(registry: ContextRegistry, node: TenantContext, num_bytes: int) -> ContextObject:
     context = node.context
-    return Context(
+    return ContextObject(
         id=node.id,
         name=node.name,
         parent=None if node.parent is None else node.parent.id,

@@ -12,10 +12,10 @@ from kvcomm.server.answers import ChatAnswers, ChoiceEvents
 from kvcomm.server.contexts.conversation import NOT_CONTINUED
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import ApiError
-from kvcomm.server.generation import Call
+from kvcomm.server.generation import GenerationCall
 from kvcomm.server.logprobs import told_logprobs
-from kvcomm.server.responses.keeping import QUOTA_EXCEEDED, Place, Stored, find, response_id
-from kvcomm.server.responses.output import Output, Told
+from kvcomm.server.responses.keeping import QUOTA_EXCEEDED, ResponsePlace, Stored, find, response_id
+from kvcomm.server.responses.output import EventFields, Output
 from kvcomm.server.responses.translation import chat_request, items_of
 from kvcomm.server.schemas.chat import ChatRequest
 from kvcomm.server.schemas.responses import (
@@ -27,7 +27,7 @@ from kvcomm.server.schemas.responses import (
     ResponseRequest,
     ResponseUsage,
 )
-from kvcomm.server.schemas.usage import Usage
+from kvcomm.server.schemas.usage import UsageObject
 
 NOT_KEPT = frozenset({"conversation_too_large", QUOTA_EXCEEDED})
 """Codes of errors about messages that a context would keep."""
@@ -36,14 +36,14 @@ NOT_KEPT = frozenset({"conversation_too_large", QUOTA_EXCEEDED})
 class ResponseAnswer:
     """A request in the engine, and the response that comes of it."""
 
-    def __init__(self, body: ResponseRequest, call: Call) -> None:
+    def __init__(self, body: ResponseRequest, call: GenerationCall) -> None:
         self._body = body
         self._call = call
         self._id = response_id(call.state.contexts.new_id, body.previous_response_id)
         self._output = Output()
         self._num_told = 0
         self._past: Stored | None = None
-        self._place: Place | None = None
+        self._place: ResponsePlace | None = None
         self._turn: Turn | None = None
         self._answers: ChatAnswers | None = None
 
@@ -56,7 +56,7 @@ class ResponseAnswer:
         body, call = self._body, self._call
         if body.previous_response_id is not None:
             self._past = find(call.state.contexts.of(call.tenant), body.previous_response_id, is_previous=True)
-        self._place = place = Place.find(call, body.store)
+        self._place = place = ResponsePlace.find(call, body.store)
         try:
             self._answers = await self._submit()
         except ApiError as error:
@@ -83,7 +83,7 @@ class ResponseAnswer:
 
     async def events(
         self, first: ChoiceEvents | None, rest: AsyncGenerator[ChoiceEvents, None]
-    ) -> AsyncGenerator[Told, None]:
+    ) -> AsyncGenerator[EventFields, None]:
         """The events of its stream."""
         begun = self._object("in_progress").model_dump()
         for kind in ("response.created", "response.in_progress"):
@@ -98,7 +98,7 @@ class ResponseAnswer:
         ended = await self._end()
         yield self._numbered({"type": f"response.{ended.status}", "response": ended.model_dump()})
 
-    def failure(self, error: ApiError) -> Told:
+    def failure(self, error: ApiError) -> EventFields:
         """The last event of a stream that ends with an error."""
         self._place = None
         code = "rate_limit_exceeded" if error.status_code == 429 else "server_error"
@@ -161,11 +161,11 @@ class ResponseAnswer:
             await self._place.keep(self._turn, ended, self._body, self._past)
         return ended
 
-    def _fed(self, piece: ChoiceEvents) -> list[Told]:
+    def _fed(self, piece: ChoiceEvents) -> list[EventFields]:
         logprobs = told_logprobs(self._call.state.engine, piece.logprobs or ())
         return [self._numbered(told) for told in self._output.feed(piece.events, logprobs)]
 
-    def _numbered(self, told: Told) -> Told:
+    def _numbered(self, told: EventFields) -> EventFields:
         told = {**told, "sequence_number": self._num_told}
         self._num_told += 1
         return told
@@ -204,10 +204,10 @@ class ResponseAnswer:
         )
 
 
-def _usage(usage: Usage) -> ResponseUsage:
+def _usage(usage: UsageObject) -> ResponseUsage:
     details = InputTokensDetails(cached_tokens=usage.cached_prefix_tokens, cache_write_tokens=usage.computed_tokens)
     return ResponseUsage(
-        **{name: getattr(usage, name) for name in Usage.model_fields},
+        **{name: getattr(usage, name) for name in UsageObject.model_fields},
         input_tokens_details=details,
         output_tokens_details=OutputTokensDetails(reasoning_tokens=0),
     )

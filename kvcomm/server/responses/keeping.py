@@ -16,9 +16,9 @@ from pydantic import TypeAdapter
 
 from kvcomm.server.contexts.kept_response import KeptResponse
 from kvcomm.server.contexts.registry import ContextRegistry
-from kvcomm.server.contexts.turns import NewId, Node, Turn
+from kvcomm.server.contexts.turns import NewId, TenantContext, Turn
 from kvcomm.server.errors import ApiError
-from kvcomm.server.generation import Call
+from kvcomm.server.generation import GenerationCall
 from kvcomm.server.responses.translation import SentItem, items_of
 from kvcomm.server.schemas.response_items import Item
 from kvcomm.server.schemas.responses import ResponseObject, ResponsePrompt
@@ -48,7 +48,7 @@ def response_id(new_id: NewId, previous: str | None) -> str:
 class Stored:
     """A response that was stored."""
 
-    def __init__(self, node: Node, kept: KeptResponse) -> None:
+    def __init__(self, node: TenantContext, kept: KeptResponse) -> None:
         self.node = node
         self._kept = kept
 
@@ -99,10 +99,10 @@ def find(registry: ContextRegistry, response_id: str, *, is_previous: bool = Fal
     raise ApiError(404, "response_not_found", message, param="response_id")
 
 
-class Place:
+class ResponsePlace:
     """A place for one response, from before it is computed."""
 
-    def __init__(self, call: Call, *, is_spare: bool) -> None:
+    def __init__(self, call: GenerationCall, *, is_spare: bool) -> None:
         """`is_spare`: nobody asked for it; raises ApiError as `ContextRegistry.place`."""
         self.is_spare = is_spare
         self._call = call
@@ -112,7 +112,7 @@ class Place:
         call.at_end(self._place.close)
 
     @classmethod
-    def find(cls, call: Call, store: bool | None) -> Self | None:
+    def find(cls, call: GenerationCall, store: bool | None) -> Self | None:
         """What a request gets that says `store`; None: it is not kept.
 
         Raises:
@@ -138,7 +138,7 @@ class Place:
             ApiError: 409 when the operator has removed the tenant.
         """
         kept = await self._call.state.workers.start(partial(_kept, response, request, past))
-        node = Node(
+        node = TenantContext(
             turn.hand_over(),
             name=response.id,
             id=context_id_of(response.id),

@@ -15,7 +15,7 @@ from kvcomm.server.contexts.conversation import NOT_CONTINUED
 from kvcomm.server.contexts.registry import ContextRegistry
 from kvcomm.server.contexts.turns import Turn
 from kvcomm.server.errors import COMPUTING, ApiError, documented
-from kvcomm.server.generation import Call, CallDep
+from kvcomm.server.generation import CallDep, GenerationCall
 from kvcomm.server.removal import release
 from kvcomm.server.responses.answer import ResponseAnswer
 from kvcomm.server.responses.keeping import Stored, find
@@ -106,7 +106,7 @@ async def delete_response(response_id: Id, registry: RegistryDep, tenant: Tenant
     return DeletedResponse(id=response_id)
 
 
-async def _answer(body: ResponseRequest, call: Call) -> Response | ResponseObject:
+async def _answer(body: ResponseRequest, call: GenerationCall) -> Response | ResponseObject:
     answer = ResponseAnswer(body, call)
     await answer.begin()
     if not body.stream:
@@ -117,7 +117,7 @@ async def _answer(body: ResponseRequest, call: Call) -> Response | ResponseObjec
     return EventStream(answer.events(first, pieces), deadline_s=call.deadline_s, wire=Wire(named_event, answer.failure))
 
 
-async def _count(body: ResponsePrompt, call: Call) -> InputTokens:
+async def _count(body: ResponsePrompt, call: GenerationCall) -> InputTokens:
     call.state.adapter_of(body.model)
     past, turn = None, None
     if body.previous_response_id is not None:
@@ -129,7 +129,7 @@ async def _count(body: ResponsePrompt, call: Call) -> InputTokens:
     return InputTokens(input_tokens=await call.make(work, more_bytes=0 if past is None else past.num_bytes))
 
 
-def _num_tokens(body: ResponsePrompt, past: Stored | None, turn: Turn | None, call: Call) -> int:
+def _num_tokens(body: ResponsePrompt, past: Stored | None, turn: Turn | None, call: GenerationCall) -> int:
     """Tokens of a prompt as `create_response` would make it, on a turn behind what is past; for a worker thread."""
     prompts = call.state.prompts
     if past is not None and turn is not None and past.is_shown_as(body):

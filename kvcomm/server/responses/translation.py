@@ -13,8 +13,8 @@ from typing import Any
 from kvcomm.server.schemas.chat import ChatRequest
 from kvcomm.server.schemas.response_items import SentCall, SentCallOutput, SentMessage, SentReasoning
 from kvcomm.server.schemas.responses import (
-    AllowedTools,
-    NamedTool,
+    AllowedFunctions,
+    NamedFunction,
     ResponsePrompt,
     ResponseRequest,
     SchemaFormat,
@@ -147,15 +147,15 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
 
 def _tool_choice(request: ResponsePrompt) -> Any:
     choice = request.tool_choice
-    if isinstance(choice, NamedTool):
+    if isinstance(choice, NamedFunction):
         return _named(choice)
-    if isinstance(choice, AllowedTools):
+    if isinstance(choice, AllowedFunctions):
         allowed = {"mode": choice.mode, "tools": [_named(tool) for tool in choice.tools]}
         return {"type": "allowed_tools", "allowed_tools": allowed}
     return choice
 
 
-def _named(tool: NamedTool) -> dict[str, Any]:
+def _named(tool: NamedFunction) -> dict[str, Any]:
     return {"type": "function", "function": {"name": tool.name}}
 
 

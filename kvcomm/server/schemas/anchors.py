@@ -10,7 +10,7 @@ from kvcomm.server.schemas.common import LevelName, ResponseModel
 from kvcomm.server.schemas.stats import NEEDED_PAIRS, WORKING_DELTA
 
 
-class LevelStatus(ResponseModel):
+class LevelStatusObject(ResponseModel):
     """Pairs of one level, along the rungs of one estimator."""
 
     level: LevelName
@@ -24,7 +24,7 @@ class LevelStatus(ResponseModel):
     num_violations: int
 
 
-class EdgeStatus(ResponseModel):
+class EdgeStatusObject(ResponseModel):
     """Anchors between a source and one of the slots."""
 
     edge: Annotated[str, Field(description="Digest of where text is moved from and to.")]
@@ -35,7 +35,7 @@ class EdgeStatus(ResponseModel):
     num_enough: Annotated[int, Field(description="From which on none are added.")]
 
 
-class ReaderStatus(ResponseModel):
+class ReaderStatusObject(ResponseModel):
     """One kind of prompt, told by its template."""
 
     reader: Annotated[str, Field(description="Digest of the template; empty: of none that has been seen.")]
@@ -45,8 +45,8 @@ class ReaderStatus(ResponseModel):
     rung_name: str | None
     predicted_divergence: Annotated[float | None, Field(description="Nats, at most.")]
     reason: Annotated[str | None, Field(description="Why it would be computed.")]
-    levels: Annotated[list[LevelStatus], Field(description="The most specific first.")]
-    edges: Annotated[list[EdgeStatus], Field(description="That lead to it and have anchors.")]
+    levels: Annotated[list[LevelStatusObject], Field(description="The most specific first.")]
+    edges: Annotated[list[EdgeStatusObject], Field(description="That lead to it and have anchors.")]
     num_requests: Annotated[int, Field(description="In which text could have been moved.")]
     num_approximated: Annotated[int, Field(description="In which text was moved within a bound.")]
     num_audits: int
@@ -60,7 +60,7 @@ class AnchorStatus(ResponseModel):
     max_divergence: Annotated[float, Field(description="The bound that the rest is about.")]
     confidence: float
     basis: LevelName
-    readers: list[ReaderStatus]
+    readers: list[ReaderStatusObject]
     newcomer: Annotated[
-        ReaderStatus, Field(description="A kind of prompt that has never been seen, of requests without a salt.")
+        ReaderStatusObject, Field(description="A kind of prompt that has never been seen, of requests without a salt.")
     ]

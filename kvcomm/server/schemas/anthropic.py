@@ -19,7 +19,7 @@ from kvcomm.server.schemas.common import (
     CacheControl,
     Label,
     RequestModel,
-    Reuse,
+    ReuseOptions,
     Salt,
     StopText,
     one_or_many,
@@ -88,7 +88,7 @@ class ToolUseBlock(RequestModel):
     toolset_name: only(None, why=NO) = None  # type: ignore[valid-type]
 
 
-Texts = Annotated[
+TextOrBlocks = Annotated[
     Annotated[str, Tag("one")]
     | Annotated[list[Annotated[TextBlock, _of_type("text")]], Field(max_length=MAX_PARTS, fail_fast=True), Tag("many")],
     Discriminator(one_or_many),
@@ -100,7 +100,7 @@ class ToolResultBlock(RequestModel):
 
     type: Literal["tool_result"]
     tool_use_id: Label
-    content: Texts | None = None
+    content: TextOrBlocks | None = None
     is_error: bool | None = None
     cache_control: CacheControl | None = None
     toolset_name: only(None, why=NO) = None  # type: ignore[valid-type]
@@ -141,10 +141,10 @@ class SystemTurn(RequestModel):
     """Instructions in the middle of a conversation."""
 
     role: Literal["system"]
-    content: Texts
+    content: TextOrBlocks
 
 
-Turn = Annotated[UserTurn | AssistantTurn | SystemTurn, Field(discriminator="role")]
+MessageTurn = Annotated[UserTurn | AssistantTurn | SystemTurn, Field(discriminator="role")]
 
 
 class ClientTool(RequestModel):
@@ -164,7 +164,7 @@ class ClientTool(RequestModel):
     defer_loading: only(None, False, why=NO) = None  # type: ignore[valid-type]
 
 
-class ToolChoice(RequestModel):
+class GeneralToolChoice(RequestModel):
     """Whether a tool is to be used: as the model likes, any, none, or one by name."""
 
     type: Literal["auto", "any", "none"]
@@ -227,7 +227,7 @@ class MessagesPrompt(Body):
 
     model: Annotated[Label, Field(json_schema_extra={"format": MODEL_NAME})]
     messages: Annotated[
-        list[Turn],
+        list[MessageTurn],
         Field(
             min_length=1,
             max_length=MAX_TURNS,
@@ -235,7 +235,7 @@ class MessagesPrompt(Body):
             description="Where the last one is the assistant's, the answer goes on with it.",
         ),
     ]
-    system: Annotated[Texts | None, Field(description="Instructions before everything else.")] = None
+    system: Annotated[TextOrBlocks | None, Field(description="Instructions before everything else.")] = None
     tools: (
         Annotated[
             list[Annotated[ClientTool, _of_type("custom", default="custom")]],
@@ -243,7 +243,7 @@ class MessagesPrompt(Body):
         ]
         | None
     ) = None
-    tool_choice: Annotated[ToolChoice | NamedToolChoice, Field(discriminator="type")] | None = None
+    tool_choice: Annotated[GeneralToolChoice | NamedToolChoice, Field(discriminator="type")] | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     cache_control: Annotated[
@@ -275,4 +275,4 @@ class MessagesRequest(MessagesPrompt):
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
     ignore_eos: Annotated[bool, Field(description="Go on after the model's end tokens.")] | None = None
     cache_salt: Salt | None = None
-    reuse: Reuse | None = None
+    reuse: ReuseOptions | None = None

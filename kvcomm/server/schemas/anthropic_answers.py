@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from kvcomm.server.schemas.common import ResponseModel
-from kvcomm.server.schemas.usage import Bound, Timings
+from kvcomm.server.schemas.usage import BoundObject, Timings
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
@@ -61,7 +61,7 @@ class MessagesUsage(ResponseModel):
     miss_reasons: Annotated[dict[str, int], Field(description="Why prompt tokens were computed: reason -> tokens.")] = (
         Field(default_factory=dict)
     )
-    bound: Annotated[Bound | None, Field(description="The bound in force; null for exact requests.")] = None
+    bound: Annotated[BoundObject | None, Field(description="The bound in force; null for exact requests.")] = None
     timings: Annotated[Timings | None, Field(description="Null while the answer is streamed.")] = None
 
 

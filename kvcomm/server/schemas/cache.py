@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from kvcomm.server.schemas.common import MODEL_NAME, Body, Label, ResponseModel, Reuse, Salt
+from kvcomm.server.schemas.common import MODEL_NAME, Body, Label, ResponseModel, ReuseOptions, Salt
 from kvcomm.server.schemas.segments import MAX_SEGMENTS, Boundary, SegmentInput
-from kvcomm.server.schemas.usage import PlanSpan, Usage
+from kvcomm.server.schemas.usage import PlanSpan, UsageObject
 
 
 class WarmRequest(Body):
@@ -18,7 +18,7 @@ class WarmRequest(Body):
     segments: Annotated[list[SegmentInput], Field(min_length=1, max_length=MAX_SEGMENTS, fail_fast=True)]
     boundary: Boundary = "separate"
     cache_salt: Salt | None = None
-    reuse: Reuse | None = None
+    reuse: ReuseOptions | None = None
 
 
 class CachedSegment(ResponseModel):
@@ -38,7 +38,7 @@ class Warmed(ResponseModel):
     root_hash: Annotated[str, Field(description="Of the whole chain: SHA-256 over all its token ids.")]
     tokens: int
     segments: list[CachedSegment]
-    usage: Usage
+    usage: UsageObject
 
 
 class Cost(ResponseModel):

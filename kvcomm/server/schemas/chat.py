@@ -26,15 +26,15 @@ from kvcomm.server.schemas.messages import (
     MAX_MESSAGES,
     MAX_TOOLS,
     AllowedToolsChoice,
-    Message,
     NamedTool,
+    RequestMessage,
     Tool,
-    ToolChoice,
+    ToolChoiceInput,
 )
 from kvcomm.server.schemas.segments import SegmentedRequest
 from kvcomm.server.schemas.structured import StructuredFields
-from kvcomm.server.schemas.usage import RunningUsage, Usage
-from kvcomm.toolcalls.choice import ToolChoice as Choice
+from kvcomm.server.schemas.usage import RunningUsage, UsageObject
+from kvcomm.toolcalls.choice import ToolChoice
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -125,7 +125,7 @@ class ChatRequest(StructuredFields, TemplateFields, SegmentedRequest):
     model_config = ConfigDict(json_schema_extra={"allOf": RULES})
 
     messages: Annotated[
-        list[Message],
+        list[RequestMessage],
         Field(
             max_length=MAX_MESSAGES, fail_fast=True, description="At least one; with context_id what is new, or none."
         ),
@@ -143,7 +143,7 @@ class ChatRequest(StructuredFields, TemplateFields, SegmentedRequest):
         ),
     ] = None
     tool_choice: Annotated[
-        ToolChoice | None,
+        ToolChoiceInput | None,
         Field(
             description="With 'none' the tools are not shown; 'required' and a named function bring a call for sure."
         ),
@@ -196,17 +196,17 @@ class ChatRequest(StructuredFields, TemplateFields, SegmentedRequest):
         return self
 
     @property
-    def choice_of_tools(self) -> Choice:
+    def choice_of_tools(self) -> ToolChoice:
         """What the answer may call."""
         given, names = self.tool_choice, None
         if isinstance(given, NamedTool):
-            return Choice("required", (given.function.name,), is_parallel=False)
+            return ToolChoice("required", (given.function.name,), is_parallel=False)
         mode = given.allowed_tools.mode if isinstance(given, AllowedToolsChoice) else given or "auto"
         if isinstance(given, AllowedToolsChoice):
             names = tuple(tool.function.name for tool in given.allowed_tools.tools)
         # Small models that have to call something find no end where there may be more.
         is_parallel = mode != "required" if self.parallel_tool_calls is None else self.parallel_tool_calls
-        return Choice(mode, names, is_parallel)
+        return ToolChoice(mode, names, is_parallel)
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -214,7 +214,7 @@ class ChatRequest(StructuredFields, TemplateFields, SegmentedRequest):
         return self.max_completion_tokens or self.max_tokens
 
 
-class TopLogprob(ResponseModel):
+class ChatTopLogprob(ResponseModel):
     """A token that could have been drawn."""
 
     token: str
@@ -222,16 +222,16 @@ class TopLogprob(ResponseModel):
     bytes: list[int] | None
 
 
-class TokenLogprob(TopLogprob):
+class ChatTokenLogprob(ChatTopLogprob):
     """A token that was drawn, under the model before any shaping."""
 
-    top_logprobs: list[TopLogprob]
+    top_logprobs: list[ChatTopLogprob]
 
 
 class ChoiceLogprobs(ResponseModel):
     """Log-probabilities of a choice or a piece of it."""
 
-    content: list[TokenLogprob] | None
+    content: list[ChatTokenLogprob] | None
     refusal: None = None
 
 
@@ -279,7 +279,7 @@ class ChatCompletion(ResponseModel):
     model: str
     system_fingerprint: str
     choices: list[ChatChoice]
-    usage: Usage
+    usage: UsageObject
     prompt_logprobs: PromptLogprobs | None = None
 
 
@@ -327,4 +327,4 @@ class ChatCompletionChunk(ResponseModel):
     model: str
     system_fingerprint: str
     choices: list[ChunkChoice]
-    usage: Usage | RunningUsage | None = None
+    usage: UsageObject | RunningUsage | None = None

@@ -169,7 +169,7 @@ class PromptCacheOptions(RequestModel):
     ttl: Ttl | None = None
 
 
-class Reuse(RequestModel):
+class ReuseOptions(RequestModel):
     """How far reuse may depart from the exact answer. Only segments are ever moved; a plain prompt is always exact."""
 
     mode: Literal["exact", "approximate"] = "approximate"
@@ -312,7 +312,7 @@ class GenerationRequest(Body):
     ] = None
     prompt_cache_options: PromptCacheOptions | None = None
     prompt_cache_retention: Annotated[Literal["in_memory", "24h"] | None, Field(description=IGNORED)] = None
-    reuse: Reuse | None = None
+    reuse: ReuseOptions | None = None
     context_id: (
         Annotated[str, Field(pattern=CONTEXT_ID, description="Answer behind this context; see /v1/contexts.")] | None
     ) = None

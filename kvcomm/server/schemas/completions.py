@@ -22,7 +22,7 @@ from kvcomm.server.schemas.common import (
 from kvcomm.server.schemas.logprobs import PromptLogprobs
 from kvcomm.server.schemas.segments import SegmentedRequest
 from kvcomm.server.schemas.structured import StructuredFields
-from kvcomm.server.schemas.usage import RunningUsage, Usage
+from kvcomm.server.schemas.usage import RunningUsage, UsageObject
 
 MAX_PROMPTS = 128
 
@@ -166,4 +166,4 @@ class TextCompletion(ResponseModel):
     model: str
     system_fingerprint: str
     choices: list[CompletionChoice]
-    usage: Usage | RunningUsage | None = None
+    usage: UsageObject | RunningUsage | None = None

@@ -11,11 +11,11 @@ from pydantic_core import PydanticCustomError
 from kvcomm.server.keys import NAME_PATTERN
 from kvcomm.server.schemas.common import Body, NonEmpty, ResponseModel, Ttl, seconds
 from kvcomm.server.schemas.completions import Ids
-from kvcomm.server.schemas.messages import MAX_MESSAGES, MAX_TOOLS, Message, Tool
-from kvcomm.server.schemas.usage import Usage
+from kvcomm.server.schemas.messages import MAX_MESSAGES, MAX_TOOLS, RequestMessage, Tool
+from kvcomm.server.schemas.usage import UsageObject
 
 DisplayName = Annotated[str, Field(min_length=1, max_length=128, description="For people; need not be unique.")]
-Lifetime = Annotated[
+ContextLifetime = Annotated[
     Ttl | None, Field(description="How long the context lives after its last use, such as 30m; 1h unless said.")
 ]
 Salt = Annotated[str, Field(min_length=1, max_length=128, description="As in requests: shares no cache with others.")]
@@ -35,7 +35,7 @@ ONE_SOURCE: JsonDict = {
 }
 
 
-class Prompt(Body):
+class PromptInput(Body):
     """What goes into a context: exactly one of a text, token ids or messages."""
 
     model_config = ConfigDict(json_schema_extra=ONE_SOURCE)
@@ -46,7 +46,7 @@ class Prompt(Body):
     token_ids: Ids | None = None
     messages: (
         Annotated[
-            list[Message],
+            list[RequestMessage],
             Field(
                 min_length=1,
                 max_length=MAX_MESSAGES,
@@ -62,7 +62,7 @@ class Prompt(Body):
     ] = None
 
     @model_validator(mode="after")
-    def _check(self) -> Prompt:
+    def _check(self) -> PromptInput:
         found = [name for name in SOURCES if getattr(self, name) is not None]
         if len(found) != 1:
             raise PydanticCustomError(
@@ -77,7 +77,7 @@ class Terms(Body):
     """How a new context is called and how long it stays."""
 
     name: DisplayName | None = None
-    ttl: Lifetime = None
+    ttl: ContextLifetime = None
     pinned: Annotated[bool, Field(description="Keep it until it is deleted, whatever its ttl.")] = False
 
     @property
@@ -95,7 +95,7 @@ ModelName = Annotated[
 ]
 
 
-class ContextRequest(Prompt, Terms):
+class ContextRequest(PromptInput, Terms):
     """A context to be computed."""
 
     model: ModelName = None
@@ -110,11 +110,11 @@ class ContextChange(Body):
     """What is to change; what is left out stays."""
 
     name: Annotated[DisplayName | None, Field(description="null takes the name away.")] = None
-    ttl: Lifetime = None
+    ttl: ContextLifetime = None
     pinned: bool | None = None
 
 
-class Context(ResponseModel):
+class ContextObject(ResponseModel):
     """A context now."""
 
     id: str
@@ -134,25 +134,25 @@ class Context(ResponseModel):
     created: int
 
 
-class ExtendedContext(Context):
+class ExtendedContext(ContextObject):
     """A context that was computed just now, and where its tokens came from."""
 
-    usage: Usage
+    usage: UsageObject
 
 
-class ContextBranch(Context):
+class ContextBranch(ContextObject):
     """A context, what it came from and what came from it."""
 
     ancestors: Annotated[list[str], Field(description="Ids, from the root to its parent.")]
-    descendants: Annotated[list[Context], Field(description="Parents before children.")]
+    descendants: Annotated[list[ContextObject], Field(description="Parents before children.")]
     branch_bytes: Annotated[int, Field(description="Of its own and of its descendants' KV.")]
 
 
-class ContextList(ResponseModel):
+class ContextObjectList(ResponseModel):
     """All contexts of the caller, parents before children; the sum of their bytes is what they hold together."""
 
     object: Literal["list"] = "list"
-    data: list[Context]
+    data: list[ContextObject]
 
 
 SnapshotName = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -172,7 +172,7 @@ class RestoreRequest(Terms):
     cache_salt: Annotated[Salt | None, Field(description="That of the context that was saved.")] = None
 
 
-class Snapshot(ResponseModel):
+class SnapshotObject(ResponseModel):
     """A file with the state of a context."""
 
     object: Literal["snapshot"] = "snapshot"
@@ -188,7 +188,7 @@ class SnapshotList(ResponseModel):
     """The caller's snapshots, by name."""
 
     object: Literal["list"] = "list"
-    data: list[Snapshot]
+    data: list[SnapshotObject]
 
 
 class DeletedSnapshot(ResponseModel):

@@ -31,7 +31,7 @@ MAX_PARTS, MAX_CALLS = 1024, 256
 """Of one message."""
 
 Name = Annotated[Label | None, Field(description="Given to the chat template.")]
-Replayed = Annotated[Any, Field(description="As some clients send it back; has no effect here.")]
+ReplayedField = Annotated[Any, Field(description="As some clients send it back; has no effect here.")]
 Reasoning = Annotated[
     str | None, Field(description="What it thought before; the chat template shows it or leaves it out.")
 ]
@@ -65,11 +65,11 @@ class TextPart(RequestModel):
     ] = None
     cache_control: CacheControl | None = None
     prompt_cache_breakpoint: PromptCacheBreakpoint | None = None
-    id: Replayed = None
-    index: Replayed = None
-    annotations: Replayed = None
-    citations: Replayed = None
-    logprobs: Replayed = None
+    id: ReplayedField = None
+    index: ReplayedField = None
+    annotations: ReplayedField = None
+    citations: ReplayedField = None
+    logprobs: ReplayedField = None
 
     @property
     def segment_name(self) -> str | None:
@@ -83,10 +83,10 @@ class TextPart(RequestModel):
         return tuple(each for each in (self.cache_control, self.prompt_cache_breakpoint) if each is not None)
 
 
-Part = Annotated[TextPart, BeforeValidator(_require_text)]
+ContentPart = Annotated[TextPart, BeforeValidator(_require_text)]
 Content = Annotated[
     Annotated[str, Tag("one")]
-    | Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("many")],
+    | Annotated[list[ContentPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("many")],
     Discriminator(one_or_many),
 ]
 
@@ -96,7 +96,7 @@ class MessageModel(RequestModel):
 
     model_config = ConfigDict(extra="allow")
 
-    id: Replayed = None
+    id: ReplayedField = None
 
     @property
     def others(self) -> dict[str, Any]:
@@ -171,7 +171,7 @@ class ToolMessage(MessageModel):
     name: Name = None
 
 
-Message = Annotated[
+RequestMessage = Annotated[
     SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")
 ]
 
@@ -225,7 +225,7 @@ def _kind_of_choice(value: object) -> str:
     return kind if kind in ("function", "allowed_tools") else "function" if isinstance(value, dict) else "mode"
 
 
-ToolChoice = Annotated[
+ToolChoiceInput = Annotated[
     Annotated[Literal["auto", "none", "required"], Tag("mode")]
     | Annotated[NamedTool, Tag("function")]
     | Annotated[AllowedToolsChoice, Tag("allowed_tools")],

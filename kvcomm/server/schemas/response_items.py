@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
-from kvcomm.server.schemas.chat import TokenLogprob
+from kvcomm.server.schemas.chat import ChatTokenLogprob
 from kvcomm.server.schemas.common import (
     IGNORED,
     Label,
@@ -22,11 +22,11 @@ from kvcomm.server.schemas.common import (
 )
 from kvcomm.server.schemas.messages import MAX_PARTS
 
-Status = Literal["in_progress", "completed", "incomplete"]
-Role = Literal["user", "assistant", "system", "developer"]
+ResponseStatus = Literal["in_progress", "completed", "incomplete"]
+ItemRole = Literal["user", "assistant", "system", "developer"]
 Ignored = Annotated[Any, Field(description=IGNORED)]
 ItemId = Annotated[Label | None, Field(description=IGNORED)]
-ItemStatus = Annotated[Status | None, Field(description=IGNORED)]
+ItemStatus = Annotated[ResponseStatus | None, Field(description=IGNORED)]
 Parts = Annotated[list[Any], Field(max_length=MAX_PARTS)]
 IgnoredParts = Annotated[Parts | None, Field(description=IGNORED)]
 
@@ -76,13 +76,13 @@ class SentRefusal(RequestModel):
         return self.refusal
 
 
-Part = Annotated[
+ItemPart = Annotated[
     Annotated[InputText | SentOutputText | SentRefusal, Field(discriminator="type")],
     _known("input_text", "output_text", "refusal", what="this model reads text"),
 ]
 Content = Annotated[
     Annotated[str, Tag("one")]
-    | Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("many")],
+    | Annotated[list[ItemPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("many")],
     Discriminator(one_or_many),
 ]
 Result = Annotated[
@@ -100,7 +100,7 @@ class SentMessage(RequestModel):
     """What somebody says; an answer's message is one, too."""
 
     type: Literal["message"] = "message"
-    role: Role
+    role: ItemRole
     content: Content
     id: ItemId = None
     status: ItemStatus = None
@@ -189,7 +189,7 @@ class OutputText(ResponseModel):
     type: Literal["output_text"] = "output_text"
     text: str
     annotations: list[Any] = Field(default_factory=list)
-    logprobs: list[TokenLogprob] = Field(default_factory=list)
+    logprobs: list[ChatTokenLogprob] = Field(default_factory=list)
 
 
 class OutputReasoningText(ResponseModel):
@@ -204,7 +204,7 @@ class OutputMessage(ResponseModel):
 
     id: str
     type: Literal["message"] = "message"
-    status: Status
+    status: ResponseStatus
     role: Literal["assistant"] = "assistant"
     content: list[OutputText]
 
@@ -214,7 +214,7 @@ class OutputCall(ResponseModel):
 
     id: str
     type: Literal["function_call"] = "function_call"
-    status: Status
+    status: ResponseStatus
     call_id: str
     name: str
     arguments: str
@@ -225,7 +225,7 @@ class OutputReasoning(ResponseModel):
 
     id: str
     type: Literal["reasoning"] = "reasoning"
-    status: Status
+    status: ResponseStatus
     summary: list[Any] = Field(default_factory=list)
     content: list[OutputReasoningText]
 

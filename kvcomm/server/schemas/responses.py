@@ -20,7 +20,7 @@ from kvcomm.server.schemas.common import (
     PromptCacheOptions,
     RequestModel,
     ResponseModel,
-    Reuse,
+    ReuseOptions,
     Salt,
     Stop,
     needs,
@@ -28,8 +28,9 @@ from kvcomm.server.schemas.common import (
     only,
 )
 from kvcomm.server.schemas.messages import MAX_MESSAGES, MAX_TOOLS, ToolName
-from kvcomm.server.schemas.response_items import Item, OutputItem, Status
-from kvcomm.server.schemas.usage import Usage
+from kvcomm.server.schemas.response_items import Item, OutputItem, ResponseStatus
+from kvcomm.server.schemas.structured import JsonObjectFormat, TextFormat
+from kvcomm.server.schemas.usage import UsageObject
 
 RESPONSE_ID = r"^resp_[0-9a-f]{24}$"
 MAX_ITEMS = MAX_MESSAGES - 1
@@ -66,19 +67,19 @@ class FunctionTool(RequestModel):
     allowed_callers: Annotated[list[Label] | None, Field(max_length=8, description=IGNORED)] = None
 
 
-class NamedTool(RequestModel):
+class NamedFunction(RequestModel):
     """A function by its name."""
 
     type: Literal["function"]
     name: ToolName
 
 
-class AllowedTools(RequestModel):
+class AllowedFunctions(RequestModel):
     """Only some of the tools may be called, or one of them must be."""
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+    tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
 
 
 def _form_of_choice(value: object) -> str:
@@ -88,24 +89,12 @@ def _form_of_choice(value: object) -> str:
     return "allowed" if kind == "allowed_tools" else "named"
 
 
-ToolChoice = Annotated[
+ResponseToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("word")]
-    | Annotated[NamedTool, Tag("named")]
-    | Annotated[AllowedTools, Tag("allowed")],
+    | Annotated[NamedFunction, Tag("named")]
+    | Annotated[AllowedFunctions, Tag("allowed")],
     Discriminator(_form_of_choice),
 ]
-
-
-class TextFormat(RequestModel):
-    """Free text."""
-
-    type: Literal["text"]
-
-
-class JsonFormat(RequestModel):
-    """Some JSON object."""
-
-    type: Literal["json_object"]
 
 
 class SchemaFormat(RequestModel):
@@ -118,13 +107,13 @@ class SchemaFormat(RequestModel):
     strict: bool | None = None
 
 
-Format = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")]
+TextOutputFormat = Annotated[TextFormat | JsonObjectFormat | SchemaFormat, Field(discriminator="type")]
 
 
 class TextOptions(RequestModel):
     """What the text should be like."""
 
-    format: Format | None = None
+    format: TextOutputFormat | None = None
     verbosity: Annotated[Literal["low", "medium", "high"] | None, Field(description=IGNORED)] = None
 
 
@@ -167,7 +156,7 @@ class ResponsePrompt(Body):
         Annotated[str, Field(pattern=RESPONSE_ID, description="A stored response that the input follows.")] | None
     ) = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    tool_choice: ToolChoice | None = None
+    tool_choice: ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningOptions | None = None
     text: TextOptions | None = None
@@ -237,7 +226,7 @@ class ResponseRequest(ResponsePrompt):
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
     ignore_eos: Annotated[bool, Field(description="Go on after the model's end tokens.")] | None = None
     cache_salt: Salt | None = None
-    reuse: Reuse | None = None
+    reuse: ReuseOptions | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ResponseRequest:
@@ -266,7 +255,7 @@ class OutputTokensDetails(ResponseModel):
     reasoning_tokens: Annotated[int, Field(ge=0)]
 
 
-class ResponseUsage(Usage):
+class ResponseUsage(UsageObject):
     """Counts under the Responses API's names, and all that chat completions tell."""
 
     input_tokens_details: InputTokensDetails
@@ -293,7 +282,7 @@ class ResponseObject(ResponseModel):
     object: Literal["response"] = "response"
     created_at: int
     completed_at: int | None = None
-    status: Literal[Status, "failed"]
+    status: Literal[ResponseStatus, "failed"]
     error: ResponseError | None = None
     incomplete_details: IncompleteDetails | None = None
     model: str

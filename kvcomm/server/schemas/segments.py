@@ -22,9 +22,9 @@ SEGMENT_NAME = r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$"
 MAX_SEGMENTS = 64
 """In one request."""
 
-Kind = Literal["static", "dynamic"]
+SegmentKind = Literal["static", "dynamic"]
 Boundary = Literal["separate", "strict", "merge"]
-Version = Annotated[int, Field(ge=1, le=2**31), WHOLE]
+VersionNumber = Annotated[int, Field(ge=1, le=2**31), WHOLE]
 
 
 class AnySegment(RequestModel):
@@ -51,15 +51,15 @@ class TextSegment(KnownSegment):
 
     content: NonEmpty
     kind: Annotated[
-        Kind, Field(description="dynamic: a question, an answer: its text differs from request to request.")
+        SegmentKind, Field(description="dynamic: a question, an answer: its text differs from request to request.")
     ] = "static"
 
 
-class NamedSegment(KnownSegment):
+class RegisteredSegment(KnownSegment):
     """A segment of the registry."""
 
     name: Annotated[str, Field(pattern=SEGMENT_NAME)]
-    version: Annotated[Version | None, Field(description="By default the latest.")] = None
+    version: Annotated[VersionNumber | None, Field(description="By default the latest.")] = None
 
 
 class AnswerSegment(AnySegment):
@@ -99,7 +99,7 @@ def _known_form(value: object) -> str:
 
 
 Text = Annotated[TextSegment, Tag("text")]
-Named = Annotated[NamedSegment, Tag("named")]
+Named = Annotated[RegisteredSegment, Tag("named")]
 SegmentInput = Annotated[Text | Named, Discriminator(_known_form)]
 PromptSegment = Annotated[
     Text | Named | Annotated[AnswerSegment, Tag("answer")] | Annotated[ContextAnswerSegment, Tag("context")],
@@ -133,11 +133,11 @@ class SegmentPut(Body):
     """A text to be kept under a name."""
 
     content: NonEmpty
-    kind: Kind = "static"
+    kind: SegmentKind = "static"
     ttl: Annotated[Ttl | None, Field(description="Of its KV, where a request does not say.")] = None
 
 
-class SegmentRecord(ResponseModel):
+class SegmentObject(ResponseModel):
     """A version of a named segment."""
 
     object: Literal["segment"] = "segment"
@@ -145,12 +145,12 @@ class SegmentRecord(ResponseModel):
     version: int
     hash: Annotated[str, Field(description="SHA-256 over the model's namespace of your tenant, and the token ids.")]
     tokens: int
-    kind: Kind
+    kind: SegmentKind
     ttl: str | None
     created: Annotated[int, Field(description="Seconds since 1970.")]
 
 
-class SegmentDetails(SegmentRecord):
+class SegmentDetails(SegmentObject):
     """A version with its text."""
 
     content: str
@@ -160,7 +160,7 @@ class SegmentList(ResponseModel):
     """Named segments, or versions of one."""
 
     object: Literal["list"] = "list"
-    data: list[SegmentRecord]
+    data: list[SegmentObject]
 
 
 class SegmentDeleted(ResponseModel):

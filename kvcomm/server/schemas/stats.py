@@ -57,7 +57,7 @@ class CacheUse(ResponseModel):
     eviction: Annotated[str | None, Field(description="The policy; null from servers that do not say.")] = None
 
 
-class Kept(ResponseModel):
+class TenantHoldings(ResponseModel):
     """What the tenant keeps by name or id, and how much of it may be."""
 
     contexts: int
@@ -179,7 +179,7 @@ class Stats(ResponseModel):
     refused: Annotated[list[RefusedRequest], Field(default_factory=list, description="The latest ones, newest first.")]
     recent: Annotated[list[FinishedRequest], Field(description="The latest ones, newest first.")]
     cache: CacheUse
-    kept: Annotated[Kept | None, Field(description="Null from servers that do not say.")] = None
+    kept: Annotated[TenantHoldings | None, Field(description="Null from servers that do not say.")] = None
     evictions: Annotated[list[Eviction], Field(description="The latest ones, newest first.")]
     readers: Annotated[list[ReaderStanding], Field(description="The latest ones, newest first.")]
     bounds: Annotated[list[WatchedBound], Field(description="Of all kinds of prompt together, then of each.")]

@@ -30,7 +30,7 @@ Schema = Annotated[
     dict[str, Any], Field(description="What cannot be enforced is refused by name, unless strict is false.")
 ]
 SchemaText = Annotated[str, Field(min_length=1, max_length=MAX_SCHEMA, json_schema_extra={"format": SCHEMA})]
-Choice = Annotated[str, Field(min_length=1, max_length=MAX_CHOICE_LETTERS)]
+ChoiceText = Annotated[str, Field(min_length=1, max_length=MAX_CHOICE_LETTERS)]
 
 
 class TextFormat(RequestModel):
@@ -91,7 +91,7 @@ class StructuredOutputs(RequestModel):
 
     json_: Annotated[Schema | SchemaText | None, Field(alias="json", description="A JSON schema.")] = None
     regex: Regex | None = None
-    choice: Annotated[list[Choice], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)] | None = None
+    choice: Annotated[list[ChoiceText], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)] | None = None
     grammar: Annotated[
         Annotated[str, Field(min_length=1, max_length=MAX_LARK)] | None,
         Field(

@@ -12,7 +12,7 @@ from kvcomm.server.schemas.chat import ONE_END, TemplateFields
 from kvcomm.server.schemas.common import MODEL_NAME, Body, Label, ResponseModel
 from kvcomm.server.schemas.completions import MaybeIds
 from kvcomm.server.schemas.contexts import given
-from kvcomm.server.schemas.messages import MAX_MESSAGES, MAX_TOOLS, Message, Tool
+from kvcomm.server.schemas.messages import MAX_MESSAGES, MAX_TOOLS, RequestMessage, Tool
 
 ModelName = Annotated[Label, Field(json_schema_extra={"format": MODEL_NAME})]
 ONE_SOURCE: JsonDict = {
@@ -30,7 +30,9 @@ class TokenizeRequest(TemplateFields, Body):
 
     model: ModelName | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    messages: Annotated[list[RequestMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = (
+        None
+    )
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     add_special_tokens: Annotated[
         bool | None, Field(description="Of a prompt: false leaves out what the tokenizer puts before texts.")

@@ -15,7 +15,7 @@ class PromptTokensDetails(ResponseModel):
     cached_tokens: Annotated[int, Field(ge=0, description="Reused exactly; the same as cached_prefix_tokens.")]
 
 
-class Bound(ResponseModel):
+class BoundObject(ResponseModel):
     """What was promised: P(divergence > max_divergence) <= 1 - confidence among accepted requests."""
 
     max_divergence: float
@@ -55,7 +55,7 @@ class RunningUsage(ResponseModel):
     total_tokens: Annotated[int, Field(ge=0)]
 
 
-class Usage(ResponseModel):
+class UsageObject(ResponseModel):
     """prompt_tokens = cached_prefix_tokens + aligned_tokens + computed_tokens."""
 
     prompt_tokens: Annotated[int, Field(ge=0)]
@@ -97,7 +97,7 @@ class Usage(ResponseModel):
         Literal["no_room", "quota", "several_answers", "no_answer"] | None,
         Field(description="Why moved KV was not healed although the request asked for it; null otherwise."),
     ] = None
-    bound: Annotated[Bound | None, Field(description="The bound in force; null for exact requests.")]
+    bound: Annotated[BoundObject | None, Field(description="The bound in force; null for exact requests.")]
     cache_breakpoints: Annotated[
         int, Field(ge=0, description="Breakpoints in the request. Every prefix is cached, with or without one.")
     ]

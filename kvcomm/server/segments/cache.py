@@ -12,7 +12,7 @@ from kvcomm.memory.segments import Segment
 from kvcomm.server.access import security
 from kvcomm.server.bodies import BodyRoute
 from kvcomm.server.errors import ApiError, documented
-from kvcomm.server.generation import Call, CallDep, Job
+from kvcomm.server.generation import CallDep, GenerationCall, GenerationJob
 from kvcomm.server.sampling import policy_of
 from kvcomm.server.schemas.cache import CacheExplanation, CacheTree, Warmed, WarmRequest
 from kvcomm.server.schemas.explained import ExplainRequest
@@ -36,13 +36,15 @@ async def warm_cache(body: WarmRequest, call: CallDep) -> Warmed:
     return await call.guard(_warm(body, call))
 
 
-async def _warm(body: WarmRequest, call: Call) -> Warmed:
+async def _warm(body: WarmRequest, call: GenerationCall) -> Warmed:
     state, tenant = call.state, call.tenant.name
     adapter = state.adapter_of(body.model)
     prompt = await call.make(
         partial(state.prompts.warm, body, tenant), more_bytes=state.registries.num_bytes(tenant, body.segments)
     )
-    await call.submit(Job(prompt, ONLY_PREFILL, policy_of(body, state.settings), body.cache_salt, adapter=adapter))
+    await call.submit(
+        GenerationJob(prompt, ONLY_PREFILL, policy_of(body, state.settings), body.cache_salt, adapter=adapter)
+    )
     (completion,) = await call.results()
     return await call.make(partial(_warmed, body, state, tenant, prompt, completion, adapter))
 

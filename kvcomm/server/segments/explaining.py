@@ -39,7 +39,7 @@ def _explained(prompt: PreparedPrompt, told: Explanation, num_cached: int) -> Ex
         cached_prefix_tokens=plan.num_tokens(SpanKind.EXACT),
         aligned_tokens=plan.num_tokens(SpanKind.ALIGNED),
         miss_reasons=plan.reasons,
-        rung=told.rung,
+        rung=told.share,
         predicted_divergence=told.predicted,
         cost=Cost(computed_tokens=plan.num_tokens(SpanKind.COMPUTE), prefill_s=told.prefill_s, cold_s=told.cold_s),
         segments=cached_segments(prompt.placed, num_cached),

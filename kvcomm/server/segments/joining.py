@@ -16,7 +16,7 @@ from kvcomm.memory.segments import Segment
 from kvcomm.server.errors import ApiError
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """A text of a prompt; `label` is for errors, `segment` holds its tokens when it is tokenized alone."""
 
     label: str
@@ -24,7 +24,7 @@ class Piece(NamedTuple):
     segment: Segment
 
 
-class Joined(NamedTuple):
+class JoinedSegments(NamedTuple):
     """Pieces as segments; `ends`: for each piece one past its last token, counted from the first piece's start."""
 
     segments: tuple[Segment, ...]
@@ -37,17 +37,17 @@ class Joiner:
     def __init__(self, encoder: TextEncoder) -> None:
         self._encoder = encoder
 
-    def join(self, pieces: Sequence[Piece], rule: str) -> Joined:
+    def join(self, pieces: Sequence[TextPiece], rule: str) -> JoinedSegments:
         """The pieces by the rule `separate`, `strict` or `merge`; raises what those raise."""
         rules = {"separate": self.apart, "strict": self.strict, "merge": self.merged}
         return rules[rule](pieces)
 
-    def apart(self, pieces: Sequence[Piece]) -> Joined:
+    def apart(self, pieces: Sequence[TextPiece]) -> JoinedSegments:
         """Each piece tokenized alone: the same text has the same tokens behind any other."""
         segments = tuple(piece.segment for piece in pieces)
-        return Joined(segments, tuple(accumulate(len(segment.token_ids) for segment in segments)))
+        return JoinedSegments(segments, tuple(accumulate(len(segment.token_ids) for segment in segments)))
 
-    def strict(self, pieces: Sequence[Piece]) -> Joined:
+    def strict(self, pieces: Sequence[TextPiece]) -> JoinedSegments:
         """The same, where it equals the tokens of the whole text.
 
         Raises:
@@ -63,7 +63,7 @@ class Joiner:
                 raise _split_boundary(pieces, index)
         return joined
 
-    def merged(self, pieces: Sequence[Piece]) -> Joined:
+    def merged(self, pieces: Sequence[TextPiece]) -> JoinedSegments:
         """The whole text tokenized as one; a token that two pieces share is a segment of its own, without a name.
 
         Raises:
@@ -82,13 +82,13 @@ class Joiner:
             name = None if owner is None else pieces[owner].segment.name
             segments.append(Segment(tuple(span.token_id for span in spans[at:end]), name))
             at = end
-        return Joined(tuple(segments), tuple(sum(span.end <= end for span in spans) for end in boundaries))
+        return JoinedSegments(tuple(segments), tuple(sum(span.end <= end for span in spans) for end in boundaries))
 
-    def _spans(self, pieces: Sequence[Piece]) -> list[TokenSpan]:
+    def _spans(self, pieces: Sequence[TextPiece]) -> list[TokenSpan]:
         return self._encoder.spans("".join(piece.text for piece in pieces))
 
 
-def _text_ends(pieces: Sequence[Piece]) -> list[int]:
+def _text_ends(pieces: Sequence[TextPiece]) -> list[int]:
     return list(accumulate(len(piece.text) for piece in pieces))
 
 
@@ -98,7 +98,7 @@ def _owner(span: TokenSpan, boundaries: Sequence[int]) -> int | None:
     return index if span.end <= boundaries[index] else None
 
 
-def _split_boundary(pieces: Sequence[Piece], index: int) -> ApiError:
+def _split_boundary(pieces: Sequence[TextPiece], index: int) -> ApiError:
     before, after = pieces[index], pieces[index + 1]
     message = (
         f"the boundary between {before.label} and {after.label} would split a token: ...{before.text[-12:]!r} meets "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
 from kvcomm.memory.segments import Segment
-from kvcomm.server.followed import Source
+from kvcomm.server.followed import FollowedAnswer
 
 
 class Lifetime(NamedTuple):
@@ -27,7 +27,7 @@ class Follow(NamedTuple):
 
     at: int
     name: str
-    source: Source
+    source: FollowedAnswer
 
 
 class PlacedSegment(NamedTuple):

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from kvcomm.engine.encoding import TextEncoder
 from kvcomm.memory.segments import Prompt, Segment
 from kvcomm.server.errors import SOURCE_FAILED, ApiError
-from kvcomm.server.followed import Source
+from kvcomm.server.followed import FollowedAnswer
 from kvcomm.server.schemas.common import seconds
-from kvcomm.server.schemas.segments import FollowedSegment, NamedSegment, PromptSegment, SegmentInput
-from kvcomm.server.segments.joining import Joiner, Piece
+from kvcomm.server.schemas.segments import FollowedSegment, PromptSegment, RegisteredSegment, SegmentInput
+from kvcomm.server.segments.joining import Joiner, TextPiece
 from kvcomm.server.segments.prepared import Follow, Lifetime, PlacedSegment, PreparedPrompt
 from kvcomm.server.segments.registry import SegmentRegistries
 from kvcomm.server.text_limit import TextLimit
@@ -58,7 +58,7 @@ class TextSource(Protocol):
         ...
 
 
-class Tail(NamedTuple):
+class PromptTail(NamedTuple):
     """What stands behind the segments: text that may be joined with them, then tokens that begin with a boundary.
 
     Attributes:
@@ -75,11 +75,11 @@ class Tail(NamedTuple):
 class _Read(NamedTuple):
     """A segment of a request, tokenized alone."""
 
-    piece: Piece
+    piece: TextPiece
     id: str
     digest: str
     ttl_s: float | None
-    source: Source | None = None  # that is followed
+    source: FollowedAnswer | None = None  # that is followed
 
 
 class SegmentReader:
@@ -110,7 +110,12 @@ class SegmentReader:
         return segment.digest(self._engine.home(tenant))
 
     def prepare(
-        self, inputs: Sequence[PromptSegment], rule: str, tail: Tail, tenant: str, sources: Iterable[Source] = ()
+        self,
+        inputs: Sequence[PromptSegment],
+        rule: str,
+        tail: PromptTail,
+        tenant: str,
+        sources: Iterable[FollowedAnswer] = (),
     ) -> PreparedPrompt:
         """Segments, and behind them the rest of a prompt.
 
@@ -134,7 +139,7 @@ class SegmentReader:
         pieces = [each.piece for each in read]
         if tail.text:
             alone = Segment(self._encoder.plain(tail.text, label="the prompt"), tail.name)
-            pieces.append(Piece("what follows the segments", tail.text, alone))
+            pieces.append(TextPiece("what follows the segments", tail.text, alone))
         joined = self._joiner.join(pieces, rule)
         first = Segment(self._encoder.start_ids)
         rest = _without(tail.segments, first.token_ids)
@@ -154,7 +159,7 @@ class SegmentReader:
         prompt = PreparedPrompt(segments, tuple(lifetimes), tuple(placed), tuple(_follows(read, segments)))
         return prompt.holding(tail.placed, prompt.num_tokens - _num_tokens(tail.segments))
 
-    def _follow(self, given: FollowedSegment, index: int, tenant: str, source: Source | None) -> _Read:
+    def _follow(self, given: FollowedSegment, index: int, tenant: str, source: FollowedAnswer | None) -> _Read:
         """An answer: its ids where it has ended, else an empty segment in its place."""
         label = f"segments[{index}] ({given.id!r})"
         if source is None:
@@ -167,12 +172,16 @@ class SegmentReader:
         segment = Segment(ids or (), given.id)
         ttl_s = None if given.ttl is None else seconds(given.ttl)
         return _Read(
-            Piece(label, "", segment), given.id, self.digest(segment, tenant), ttl_s, source if ids is None else None
+            TextPiece(label, "", segment),
+            given.id,
+            self.digest(segment, tenant),
+            ttl_s,
+            source if ids is None else None,
         )
 
     def _read(self, given: SegmentInput, index: int, tenant: str) -> _Read:
         label = f"segments[{index}] ({given.id!r})"
-        if isinstance(given, NamedSegment):
+        if isinstance(given, RegisteredSegment):
             kept = self._registries.of(tenant).get(given.name, given.version)
             text, segment, kind, digest, ttl = (
                 kept.text,
@@ -190,7 +199,7 @@ class SegmentReader:
             raise ApiError(409, "segment_hash_mismatch", message, param=f"segments[{index}].hash")
         name = given.id if kind == "dynamic" else f"{given.id}@{digest[:16]}"
         lasting = given.ttl or ttl
-        piece = Piece(label, text, Segment(segment.token_ids, name))
+        piece = TextPiece(label, text, Segment(segment.token_ids, name))
         return _Read(piece, given.id, digest, None if lasting is None else seconds(lasting))
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from kvcomm.server.errors import ApiError
-from kvcomm.server.schemas.segments import Kind, NamedSegment, PromptSegment
+from kvcomm.server.schemas.segments import PromptSegment, RegisteredSegment, SegmentKind
 
 MAX_VERSIONS = 16
 """Of one name; the oldest goes first."""
@@ -35,7 +35,7 @@ class NamedText:
     text: str
     token_ids: Sequence[int]
     digest: str
-    kind: Kind
+    kind: SegmentKind
     ttl: str | None
     created: int
 
@@ -157,7 +157,7 @@ class SegmentRegistries:
 
     def num_bytes(self, tenant: str, inputs: Iterable[PromptSegment]) -> int:
         """Bytes of the texts that a request's segments name."""
-        named = (each for each in inputs if isinstance(each, NamedSegment))
+        named = (each for each in inputs if isinstance(each, RegisteredSegment))
         return sum(self.of(tenant).num_bytes_of(each.name) for each in named)
 
     def of(self, tenant: str) -> SegmentRegistry:

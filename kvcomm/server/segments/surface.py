@@ -18,8 +18,8 @@ from kvcomm.server.schemas.segments import (
     SegmentDeleted,
     SegmentDetails,
     SegmentList,
+    SegmentObject,
     SegmentPut,
-    SegmentRecord,
 )
 from kvcomm.server.segments.registry import NamedText
 from kvcomm.server.state import ServerState, StateDep, TenantDep
@@ -27,7 +27,7 @@ from kvcomm.server.state import ServerState, StateDep, TenantDep
 router = APIRouter(prefix="/v1/segments", tags=["kvcomm"], dependencies=[Depends(security)], route_class=BodyRoute)
 
 Name = Annotated[str, PathParam(pattern=SEGMENT_NAME)]
-Version = Annotated[int | None, Query(ge=1, le=2**31, description="By default the latest.")]
+VersionQuery = Annotated[int | None, Query(ge=1, le=2**31, description="By default the latest.")]
 
 
 @router.put(
@@ -35,7 +35,7 @@ Version = Annotated[int | None, Query(ge=1, le=2**31, description="By default th
     operation_id="putSegment",
     responses=documented(400, 401, 403, 408, 413, 429, 500, 503),
 )
-async def put_segment(name: Name, body: SegmentPut, state: StateDep, tenant: TenantDep) -> SegmentRecord:
+async def put_segment(name: Name, body: SegmentPut, state: StateDep, tenant: TenantDep) -> SegmentObject:
     """Let a name stand for a text from now on: its next version, or the latest again if nothing differs."""
     text = await state.workers.run(tenant.name, len(body.content), partial(_text, name, body, state, tenant.name))
     tenant.require_there()
@@ -49,7 +49,7 @@ async def list_segments(state: StateDep, tenant: TenantDep) -> SegmentList:
 
 
 @router.get("/{name}", operation_id="getSegment", responses=documented(400, 401, 403, 404, 429, 500))
-async def get_segment(name: Name, state: StateDep, tenant: TenantDep, version: Version = None) -> SegmentDetails:
+async def get_segment(name: Name, state: StateDep, tenant: TenantDep, version: VersionQuery = None) -> SegmentDetails:
     """A version of a named segment, with its text."""
     found = state.registries.of(tenant.name).get(name, version)
     return SegmentDetails(**record(found).model_dump(), content=found.text)
@@ -77,9 +77,9 @@ def _text(name: str, body: SegmentPut, state: ServerState, tenant: str) -> Named
     return NamedText(name, 1, body.content, segment.token_ids, digest, body.kind, body.ttl, created)
 
 
-def record(text: NamedText) -> SegmentRecord:
+def record(text: NamedText) -> SegmentObject:
     """A version as clients see it."""
-    return SegmentRecord(
+    return SegmentObject(
         name=text.name,
         version=text.version,
         hash=text.digest,

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from kvcomm.agents.tuning import search
-from kvcomm.agents.tuning.replays import Prompt
+from kvcomm.agents.tuning.replays import ReplayedPrompt
 from kvcomm.align.bound import Bound
 from kvcomm.align.ladder import Rung, ladders_of
 from kvcomm.config import EngineConfig
@@ -17,17 +17,17 @@ from kvcomm.reuse.replay import Outcome
 STRICT = Bound(0.02, 0.05)
 
 
-def prompt(token: dict[float, float], rotate: float = 1.0) -> Prompt:
+def prompt(token: dict[float, float], rotate: float = 1.0) -> ReplayedPrompt:
     """Token divergences by share, the last one for all shares above; everything else as far off as `rotate`."""
     outcomes = {}
     for rung in search.BASE:
         known = [value for share, value in sorted(token.items()) if share <= rung.share]
         nats = known[-1] if rung in search.TOKEN else rotate
         outcomes[rung] = Outcome(nats, 1 - nats, 0.1, 0.1 if rung.share else None, int(100 * rung.share))
-    return Prompt(100, outcomes)
+    return ReplayedPrompt(100, outcomes)
 
 
-def shares(choice: search.Choice | None) -> list[float]:
+def shares(choice: search.EstimatorChoice | None) -> list[float]:
     assert choice is not None
     return [rung.share for rung in choice.ladder]
 
@@ -64,7 +64,9 @@ def test_both_ladders_are_chosen_the_one_first_that_computes_less() -> None:
 
 def test_without_anchors_only_the_ladder_that_needs_none_is_chosen() -> None:
     """Of edges with too few anchors nothing is known; prompts on others still count."""
-    free = Prompt(100, {rung: each for rung, each in prompt({0: 0.01}, 0.01).outcomes.items() if rung in search.ROTATE})
+    free = ReplayedPrompt(
+        100, {rung: each for rung, each in prompt({0: 0.01}, 0.01).outcomes.items() if rung in search.ROTATE}
+    )
     rungs = search.choose_rungs({"a": [free] * 4}, search.BASE, STRICT)
     assert rungs == (Rung("rotate", 0.1), Rung("rotate", 0.0))
     mixed = search.choose_rungs({"a": [free] * 4, "b": [prompt({0: 0.01}, 0.01)]}, search.BASE, STRICT)

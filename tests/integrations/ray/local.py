@@ -11,10 +11,10 @@ from starlette.testclient import TestClient
 
 from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
-from kvcomm.integrations.ray.choosing import Chooser
+from kvcomm.integrations.ray.choosing import ReplicaChooser
 from kvcomm.integrations.ray.ingress import ReplicaDied, make_ingress
 from kvcomm.integrations.ray.keeping import ContextKeeper
-from kvcomm.integrations.ray.messages import Asked, Head, Part, Whole
+from kvcomm.integrations.ray.messages import AnswerPart, ForwardedRequest, Head, Whole
 from kvcomm.integrations.ray.naming import NameKeeper
 from kvcomm.integrations.ray.pinning import PinnedIds
 from kvcomm.integrations.ray.records import ContextRecords
@@ -29,7 +29,7 @@ from tests.tiny import TinyModel
 SMALL = EngineConfig(page_size=4, pool_tokens=4096, max_batch_tokens=64, prefill_chunk=16)
 MODEL = "tiny"
 
-Dies = Callable[[Asked, Part | None], bool]
+Dies = Callable[[ForwardedRequest, AnswerPart | None], bool]
 """Whether a replica dies of a request: before anything was said (None), or before it says this part."""
 
 
@@ -47,7 +47,7 @@ class Replica:
             records = ContextRecords(objects, self.engine.namespace())
             self.serving.keeper = ContextKeeper(self.serving.state, records)
             self.serving.names = NameKeeper(self.serving.state, objects)
-        self.asked: list[Asked] = []
+        self.asked: list[ForwardedRequest] = []
 
 
 class LocalReplicas:
@@ -56,10 +56,10 @@ class LocalReplicas:
     def __init__(self) -> None:
         self.living: dict[str, Replica] = {}
         self.dead: list[Replica] = []
-        self.chooser = Chooser()
+        self.chooser = ReplicaChooser()
         self.dies: Dies = lambda asked, part: False
 
-    async def one(self, asked: Asked) -> AsyncGenerator[Part, None]:
+    async def one(self, asked: ForwardedRequest) -> AsyncGenerator[AnswerPart, None]:
         """See `Replicas`."""
         stats = {name: each.serving.stats() for name, each in self.living.items()}
         if not (order := self.chooser.order(asked, stats, {})):
@@ -77,7 +77,7 @@ class LocalReplicas:
                     raise ReplicaDied
                 yield part
 
-    async def every(self, asked: Asked) -> list[Whole]:
+    async def every(self, asked: ForwardedRequest) -> list[Whole]:
         """See `Replicas`."""
         return list(await asyncio.gather(*(each.serving.whole(asked) for each in self.living.values())))
 
@@ -141,6 +141,6 @@ def cluster(
         made.close()
 
 
-def is_head(part: Part | None) -> bool:
+def is_head(part: AnswerPart | None) -> bool:
     """Whether a part begins an answer."""
     return isinstance(part, Head)

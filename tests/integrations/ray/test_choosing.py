@@ -7,17 +7,17 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcomm.integrations.ray.choosing import Chooser
+from kvcomm.integrations.ray.choosing import ReplicaChooser
 from kvcomm.integrations.ray.holding import HELD, LOAD, RESTORED, Holding
 from kvcomm.integrations.ray.keys import wanted_of
-from kvcomm.integrations.ray.messages import Asked
+from kvcomm.integrations.ray.messages import ForwardedRequest
 from kvcomm.integrations.ray.pinning import PinnedIds, pin_of
 
 
-def asked(text: str = "", *, context_id: str | None = None, before: str = "You are. ") -> Asked:
+def asked(text: str = "", *, context_id: str | None = None, before: str = "You are. ") -> ForwardedRequest:
     body: dict[str, Any] = {"messages": [{"role": "system", "content": before}, {"role": "user", "content": text}]}
     wanted = wanted_of(body, tenant="ann")
-    return Asked("POST", "/v1/chat/completions", b"/", b"", [], wanted=wanted, context_id=context_id)
+    return ForwardedRequest("POST", "/v1/chat/completions", b"/", b"", [], wanted=wanted, context_id=context_id)
 
 
 def stats(*names: str) -> dict[str, dict[str, Any]]:
@@ -29,7 +29,7 @@ def test_the_holder_comes_first_whoever_the_hash_would_take() -> None:
     for holder in ("a", "b", "c"):
         told = stats("a", "b", "c")
         told[holder][HELD] = list(request.wanted.all_keys())
-        assert Chooser().order(request, told, {})[0] == holder
+        assert ReplicaChooser().order(request, told, {})[0] == holder
 
 
 def test_the_holder_of_more_comes_before_the_holder_of_less() -> None:
@@ -37,13 +37,13 @@ def test_the_holder_of_more_comes_before_the_holder_of_less() -> None:
     told = stats("a", "b", "c")
     told["a"][HELD] = list(first.wanted.all_keys())[:1]
     told["b"][HELD] = list(first.wanted.all_keys())[:3]
-    assert Chooser().order(first, told, {})[0] == "b"
-    assert Chooser().order(second, told, {})[0] in ("a", "b")
+    assert ReplicaChooser().order(first, told, {})[0] == "b"
+    assert ReplicaChooser().order(second, told, {})[0] in ("a", "b")
 
 
 def test_a_router_remembers_where_it_sent_what_until_that_one_is_gone() -> None:
-    chooser, told, request = Chooser(), stats("a", "b", "c"), asked("x" * 9000)
-    hashed = Chooser().order(request, told, {})[0]
+    chooser, told, request = ReplicaChooser(), stats("a", "b", "c"), asked("x" * 9000)
+    hashed = ReplicaChooser().order(request, told, {})[0]
     other = next(name for name in told if name != hashed)
     chooser.sent(request, other)
     assert chooser.order(request, told, {})[0] == other
@@ -55,15 +55,15 @@ def test_an_overloaded_holder_is_passed_over() -> None:
     request, told = asked("x" * 9000), stats("a", "b")
     told["a"][HELD] = list(request.wanted.all_keys())
     told["a"][LOAD] = 1_000_000
-    assert Chooser().order(request, told, {})[0] == "b"
+    assert ReplicaChooser().order(request, told, {})[0] == "b"
     told["a"][LOAD] = 0
-    assert Chooser().order(request, told, {"a": 1000})[0] == "b"
+    assert ReplicaChooser().order(request, told, {"a": 1000})[0] == "b"
 
 
 def test_a_context_is_its_replicas_alone() -> None:
     told, made = stats("a", "b", "c"), PinnedIds("b")(None)
     told["b"][LOAD] = 1_000_000
-    assert Chooser().order(asked(context_id=made), told, {"b": 1000}) == ["b"]
+    assert ReplicaChooser().order(asked(context_id=made), told, {"b": 1000}) == ["b"]
 
 
 def test_whoever_has_taken_a_family_over_keeps_it() -> None:
@@ -73,15 +73,15 @@ def test_whoever_has_taken_a_family_over_keeps_it() -> None:
     for heir in ("a", "b", "c"):
         told = stats("a", "b", "c")
         told[heir][RESTORED] = [pin.family]
-        assert Chooser().order(asked(context_id=made), told, {}) == [heir]
-        chooser = Chooser()
+        assert ReplicaChooser().order(asked(context_id=made), told, {}) == [heir]
+        chooser = ReplicaChooser()
         chooser.sent(asked(context_id=made), heir)
         assert chooser.order(asked(context_id=made), stats("a", "b", "c"), {}) == [heir]
 
 
 def test_where_nobody_is_nobody_comes() -> None:
-    assert Chooser().order(asked("x"), {}, {}) == []
-    assert Chooser().order(asked(context_id=PinnedIds("a")(None)), {}, {}) == []
+    assert ReplicaChooser().order(asked("x"), {}, {}) == []
+    assert ReplicaChooser().order(asked(context_id=PinnedIds("a")(None)), {}, {}) == []
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.booleans()), max_size=40))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvcomm.align.profile_file import bank_files, load_profile, save_profile
 from kvcomm.align.readers import Reader
-from kvcomm.integrations.ray.merging import Known, cut_to_better, groups
+from kvcomm.integrations.ray.merging import CountedReader, cut_to_better, groups
 from tests.align.test_profile_file import CHECKER, EDGES, SHAPE, SOLVER, bank, knowledge
 
 TARGETS = {"a": ("t1",), "b": ("t1", "t2"), "c": ("t2",), "d": ("t3",), "e": ("t4", "t5"), "f": ("t5",)}
@@ -17,8 +17,8 @@ COUNTS = st.dictionaries(st.sampled_from(sorted(TARGETS)), st.integers(0, 5))
 CONNECTED = ({"a", "b", "c"}, {"d"}, {"e", "f"})
 
 
-def known(counts: dict[str, int]) -> list[Known]:
-    return [Known(Reader(digest, ("slot",), TARGETS[digest]), count) for digest, count in counts.items()]
+def known(counts: dict[str, int]) -> list[CountedReader]:
+    return [CountedReader(Reader(digest, ("slot",), TARGETS[digest]), count) for digest, count in counts.items()]
 
 
 def taken(theirs: dict[str, int], own: dict[str, int]) -> set[str]:
@@ -59,7 +59,7 @@ def test_a_folder_is_cut_down_to_what_is_known_better(tmp_path: Path) -> None:
     save_profile(
         tmp_path / "theirs", "space", SHAPE, [bank(edge, seed) for seed, edge in enumerate(EDGES)], knowledge()
     )
-    own = [Known(SOLVER, 3), Known(CHECKER, 100)]
+    own = [CountedReader(SOLVER, 3), CountedReader(CHECKER, 100)]
     assert cut_to_better(tmp_path / "theirs", own, tmp_path / "better") == [SOLVER]
     found = load_profile(tmp_path / "better", namespace="space", shape=SHAPE)
     whole = load_profile(tmp_path / "theirs", namespace="space", shape=SHAPE)
@@ -67,7 +67,10 @@ def test_a_folder_is_cut_down_to_what_is_known_better(tmp_path: Path) -> None:
     assert [each.edge for each in found.banks] == [edge for edge in EDGES if edge.target in SOLVER.targets]
     assert found.knowledge.readers == tuple(each for each in whole.knowledge.readers if each[0] == SOLVER)
     assert {each.reader for each in found.knowledge.watches} == {SOLVER.digest}
-    assert cut_to_better(tmp_path / "theirs", [Known(SOLVER, 9), Known(CHECKER, 2)], tmp_path / "none") == []
+    assert (
+        cut_to_better(tmp_path / "theirs", [CountedReader(SOLVER, 9), CountedReader(CHECKER, 2)], tmp_path / "none")
+        == []
+    )
     assert not (tmp_path / "none").exists()
 
 

@@ -10,7 +10,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from kvcomm.integrations.ray.keys import wanted_of
-from kvcomm.integrations.ray.messages import MAX_WAITING, Asked, answer, asked_of, scope_of
+from kvcomm.integrations.ray.messages import MAX_WAITING, ForwardedRequest, answer, asked_of, scope_of
 
 SCOPE: Scope = {
     "type": "http",
@@ -25,7 +25,7 @@ SCOPE: Scope = {
 }
 
 
-def asked(body: bytes = b"") -> Asked:
+def asked(body: bytes = b"") -> ForwardedRequest:
     return asked_of(SCOPE, body, request_id="req-1")
 
 
@@ -39,7 +39,7 @@ def test_a_request_travels_whole() -> None:
     assert seen["headers"] == [*SCOPE["headers"][:3], (b"x-request-id", b"req-1")]
 
 
-async def _all(app: object, request: Asked) -> list[Message]:
+async def _all(app: object, request: ForwardedRequest) -> list[Message]:
     async with aclosing(answer(app, request)) as messages:  # type: ignore[arg-type]
         return [message async for message in messages]
 

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcomm.integrations.ray.routing import (
+    MovableText,
     Policy,
-    Run,
-    Segment,
+    PromptPrefix,
     Wanted,
     candidates,
     rank,
@@ -17,7 +17,7 @@ from kvcomm.integrations.ray.routing import (
 )
 
 WORKERS = [f"w{number}" for number in range(8)]
-PROMPT = Wanted(1_000, (Run("a", 256), Run("ab", 512), Run("abc", 768)))
+PROMPT = Wanted(1_000, (PromptPrefix("a", 256), PromptPrefix("ab", 512), PromptPrefix("abc", 768)))
 EXACT_LOADS = Policy(thrift=1, slack=0)
 
 
@@ -48,7 +48,7 @@ def test_what_the_tier_holds_makes_a_holder_less_dear() -> None:
 
 
 def test_segments_count_where_they_lie_beyond_the_prefix() -> None:
-    wanted = Wanted(1_000, (Run("a", 300),), (Segment("s", 200, 400), Segment("t", 400, 900)))
+    wanted = Wanted(1_000, (PromptPrefix("a", 300),), (MovableText("s", 200, 400), MovableText("t", 400, 900)))
     policy = Policy(thrift=1, slack=0, segment_worth=0.5)
     holders = {"a": {"w1"}, "s": {"w1", "w2"}, "t": {"w2"}}  # w1 saves 300 + 50, w2 100 + 250
     assert rank(wanted, holders, {"w1": 0.0, "w2": 1.0}, policy=policy)[0] == "w1"
@@ -61,7 +61,7 @@ def test_unknown_workers_and_keys_are_ignored() -> None:
 
 
 def test_a_new_prompt_goes_to_one_home_and_few_move_when_a_worker_goes() -> None:
-    prompts = [Wanted(300, (Run(f"key{number}", 256),)) for number in range(200)]
+    prompts = [Wanted(300, (PromptPrefix(f"key{number}", 256),)) for number in range(200)]
     homes = {prompt.first_key: rank(prompt, {}, idle())[0] for prompt in prompts}
     assert set(homes.values()) == set(WORKERS)
     left = [worker for worker in WORKERS if worker != "w3"]

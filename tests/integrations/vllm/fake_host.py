@@ -10,17 +10,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcomm.integrations.vllm.decoder import Attend
-from kvcomm.integrations.vllm.turns import Turns
+from kvcomm.integrations.vllm.fair_lock import FairLock
 from kvcomm.model.attention import hook
 
 
 class ModelHost:
     """A transformers model as a host: its attention is handed on, layer by layer, in vLLM's shapes."""
 
-    def __init__(self, model: PreTrainedModel, turns: Turns | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, turns: FairLock | None = None) -> None:
         hook.register()
         self.model = model
-        self.turns = turns or Turns()
+        self.turns = turns or FairLock()
         self.num_passes = 0
         self.before_pass: Callable[[], None] = lambda: None
 

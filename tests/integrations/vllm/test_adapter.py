@@ -12,7 +12,7 @@ import pytest
 from kvcomm.cli.app import run
 from kvcomm.errors import UnsupportedModel
 from kvcomm.integrations.vllm import adapter, layout, needed, plugin
-from kvcomm.integrations.vllm.turns import Turns
+from kvcomm.integrations.vllm.fair_lock import FairLock
 
 
 class Request(SimpleNamespace):
@@ -63,7 +63,7 @@ def test_versions(found: str, is_tried: bool) -> None:
 
 
 def test_steps_and_passes_take_turns() -> None:
-    turns, log = Turns(), []
+    turns, log = FairLock(), []
 
     class Runner:
         def execute_model(self, scheduler_output: Any, more: int) -> str:

@@ -13,11 +13,11 @@ import torch
 from kvcomm import Engine
 from kvcomm.config import EngineConfig
 from kvcomm.integrations.vllm.decoder import HostedDecoder
+from kvcomm.integrations.vllm.fair_lock import FairLock
 from kvcomm.integrations.vllm.inner import kv_of, kv_of_context
-from kvcomm.integrations.vllm.messages import Drop, Load, Prepare, Save
-from kvcomm.integrations.vllm.params import RequestParams, Reuse, Span
+from kvcomm.integrations.vllm.messages import Load, Prepare, Release, Save
+from kvcomm.integrations.vllm.params import PromptSpan, RequestParams, ReuseParams
 from kvcomm.integrations.vllm.preparation import KVLists, Preparations
-from kvcomm.integrations.vllm.turns import Turns
 from kvcomm.memory.segments import Segment
 from kvcomm.model.geometry import ModelGeometry
 from kvcomm.model.weights import weights_digest
@@ -27,7 +27,8 @@ from tests.tiny import TinyModel, tiny_model
 
 PROMPT = tuple(range(10, 90))
 MOVES = RequestParams(
-    segments=(Span(start=20, end=60, slot="document", kind="dynamic"),), reuse=Reuse(max_divergence=5.0, confidence=0.5)
+    segments=(PromptSpan(start=20, end=60, slot="document", kind="dynamic"),),
+    reuse=ReuseParams(max_divergence=5.0, confidence=0.5),
 )
 BLOCKS = (7, 2, 5, 1, 6, 3)
 
@@ -144,7 +145,7 @@ def test_a_prepared_prompt_lands_in_pages(tiny: TinyModel, engine: Engine, host:
         expected = truth(tiny, PROMPT[:79])
     assert_close(pages.read(BLOCKS, 0, 79), expected)
     assert float(pages.keys[:, pages.slots(BLOCKS, 79, 80)].abs().max()) == 0
-    preparations.drop(Drop("r"))
+    preparations.drop(Release("r"))
     assert not preparations.load(Load("r", BLOCKS, 0, 10))
     preparations.close()
     assert preparations.num_held == 0
@@ -162,7 +163,7 @@ def test_moved_text_equals_what_the_engine_moves(tiny: TinyModel, engine: Engine
             expected = kv_of_context(work)
             assert preparations.load(Load("r", BLOCKS, 0, 79))
             assert_close(pages.read(BLOCKS, 0, 79), ([k[:79] for k in expected[0]], [v[:79] for v in expected[1]]))
-            preparations.drop(Drop("r"))
+            preparations.drop(Release("r"))
             engine.wait_idle(60)
     assert any(status.num_approximated for status in engine.reuse.status())
     preparations.close()
@@ -173,7 +174,7 @@ def test_an_answer_becomes_a_source(engine: Engine, host: ModelHost, pages: Tens
     preparations.begin(Prepare("r", PROMPT, MOVES, True))
     prepared(preparations, "r")
     answer = tuple(range(200, 230))
-    preparations.drop(Drop("r", (*answer, 2), "answer"))  # 2 ends answers, and is passed on to nobody
+    preparations.drop(Release("r", (*answer, 2), "answer"))  # 2 ends answers, and is passed on to nobody
     asked = [Segment(PROMPT[:5]), Segment(answer, "other"), Segment(PROMPT[5:9])]
     wait_for(lambda: "no_source" not in engine.explain(asked, policy=MOVES.policy).plan.reasons)
     preparations.close()
@@ -195,7 +196,7 @@ def test_an_abort_at_any_moment_leaves_nothing(engine: Engine, host: ModelHost, 
             begun.wait(10)
         elif when == "done":
             prepared(preparations, "r")
-        preparations.drop(Drop("r"))  # returns although nobody may compute now
+        preparations.drop(Release("r"))  # returns although nobody may compute now
     go_on.set()
     assert preparations.take_prepared() == {}
     preparations.close()
@@ -206,7 +207,7 @@ def test_a_prompt_that_cannot_be_is_left_to_vllm(engine: Engine, host: ModelHost
     preparations = Preparations(pages, host.turns, engine, None)
     preparations.begin(Prepare("long", tuple(range(10, 200)) * 4, MOVES, True))  # longer than the model sees
     assert prepared(preparations, "long") == 0
-    preparations.begin(Prepare("unknown", (10, 20, 10**6), RequestParams(reuse=Reuse()), True))
+    preparations.begin(Prepare("unknown", (10, 20, 10**6), RequestParams(reuse=ReuseParams()), True))
     assert prepared(preparations, "unknown") == 0
     preparations.close()
 
@@ -215,27 +216,27 @@ def test_what_a_tier_has(tiny: TinyModel, pages: TensorPages) -> None:
     shelf = Shelf()
     with torch.inference_mode():
         shelf.found = truth(tiny, PROMPT[:64])
-    preparations = Preparations(pages, Turns(), None, shelf)
+    preparations = Preparations(pages, FairLock(), None, shelf)
     preparations.begin(Prepare("r", PROMPT, RequestParams(), False))
     assert prepared(preparations, "r") == 64
     assert preparations.load(Load("r", BLOCKS, 16, 64))
     assert_close(pages.read(BLOCKS, 16, 64), ([k[16:] for k in shelf.found[0]], [v[16:] for v in shelf.found[1]]))
     preparations.save(Save("r", BLOCKS, PROMPT[:64], 16, RequestParams()))
     assert_close(shelf.kept[PROMPT[16:64]], pages.read(BLOCKS, 16, 64))
-    preparations.drop(Drop("r"))
+    preparations.drop(Release("r"))
     preparations.close()
 
 
 def test_a_tier_that_fails_or_hangs_costs_no_answer(pages: TensorPages) -> None:
     shelf = Shelf()
     shelf.error = OSError("gone")
-    preparations = Preparations(pages, Turns(), None, shelf)
+    preparations = Preparations(pages, FairLock(), None, shelf)
     preparations.begin(Prepare("r", PROMPT, RequestParams(), False))
     assert prepared(preparations, "r") == 0
     shelf.may_answer.clear()
     preparations.begin(Prepare("slow", PROMPT, RequestParams(), False))
     preparations.wait(0.01)
     assert preparations.take_prepared() == {}
-    preparations.drop(Drop("slow"))
+    preparations.drop(Release("slow"))
     shelf.may_answer.set()
     preparations.close()

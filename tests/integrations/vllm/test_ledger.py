@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvcomm.integrations.vllm.ledger import Ledger
-from kvcomm.integrations.vllm.messages import Drop, Load, Prepare, Prepared, Save
+from kvcomm.integrations.vllm.messages import Load, Prepare, Prepared, Release, Save
 from kvcomm.integrations.vllm.params import RequestParams
 
 PROMPT = tuple(range(100))
@@ -25,7 +25,7 @@ def test_what_is_prepared_is_loaded_and_dropped() -> None:
     assert ledger.usage("r") == {"loaded_tokens": 99, "aligned_tokens": 80}
     # Its KV is not exact, so it is not saved.
     assert not ledger.finished("r", (*PROMPT, 7, 8), 101, [5, 6, 7, 8], is_whole=True)
-    assert ledger.take_jobs() == [Drop("r", (7, 8), "critic")]
+    assert ledger.take_jobs() == [Release("r", (7, 8), "critic")]
     assert ledger.num_requests == 0
 
 
@@ -46,7 +46,7 @@ def test_an_aborted_answer_is_nobodys_source() -> None:
     ledger.add("r", PROMPT, RequestParams(answer="a"), moves=True, reads=False, saves=False)
     ledger.take_jobs()
     assert not ledger.finished("r", (*PROMPT, 1), 100, [1], is_whole=False)
-    assert ledger.take_jobs() == [Drop("r", (), "a")]
+    assert ledger.take_jobs() == [Release("r", (), "a")]
 
 
 def test_exact_tokens_are_saved_behind_those_that_were_there() -> None:
@@ -107,7 +107,7 @@ class LedgerMachine(RuleBasedStateMachine):
             elif isinstance(job, Load):
                 assert job.request_id in self.living
                 assert job.end <= self.ready[job.request_id]
-            elif isinstance(job, Drop):
+            elif isinstance(job, Release):
                 assert job.request_id not in self.living
                 self.dropped.add(job.request_id)
             else:
@@ -159,7 +159,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.ledger.finished(name, range(5), 4, [1], is_whole=False)
         self.living.clear()
         # Whoever was asked is told that the request is over; one that never was is not asked any more.
-        dropped = self.dropped | {job.request_id for job in self.ledger.take_jobs() if isinstance(job, Drop)}
+        dropped = self.dropped | {job.request_id for job in self.ledger.take_jobs() if isinstance(job, Release)}
         assert self.asked <= dropped
 
 

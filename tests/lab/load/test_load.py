@@ -17,8 +17,8 @@ from kvcomm.engine.request import Request
 from kvcomm.errors import InvalidRequest, ServerError
 from kvcomm.lab.load.client import Client
 from kvcomm.lab.load.comparison import measure_overhead
-from kvcomm.lab.load.running import Load, run_load
-from kvcomm.lab.load.workloads import Session, Turn
+from kvcomm.lab.load.running import LoadResult, run_load
+from kvcomm.lab.load.workloads import Session, SessionTurn
 from kvcomm.server.settings import ServerSettings
 from tests.limits import PATIENCE_S, threads, wait_for
 from tests.server.conftest import HELLO, MODEL
@@ -31,7 +31,7 @@ def live(engine: Engine) -> Iterator[Live]:
         yield server
 
 
-def run(live: Live, sessions: list[Session], concurrency: int = 2) -> Load:
+def run(live: Live, sessions: list[Session], concurrency: int = 2) -> LoadResult:
     return run_load(Client(live.url), sessions, concurrency=concurrency, tell=lambda done: None)
 
 
@@ -59,7 +59,7 @@ def test_a_plain_completion_is_what_the_official_client_gets(live: Live) -> None
 
 def test_a_conversation_reads_its_own_answers(live: Live) -> None:
     """Each turn finds the prompt and the answer before it in the cache."""
-    turns = tuple((Turn(text, 5),) for text in ("how many apples?", "and how many dogs?"))
+    turns = tuple((SessionTurn(text, 5),) for text in ("how many apples?", "and how many dogs?"))
     first, second = run(live, [Session(turns, "You are a helpful agent.", is_conversation=True)]).sent
     assert [message["role"] for message in second.messages] == ["system", "user", "assistant", "user"]
     assert second.messages[2]["content"] == first.sample.text
@@ -83,8 +83,8 @@ def test_branches_are_sent_at_once_and_read_the_planner(
 
     monkeypatch.setattr(engine.scheduler, "submit", counted_submit)
     monkeypatch.setattr(engine.scheduler, "step", step_of_all)
-    branches = tuple(Turn(f"branch {index}", 4) for index in range(3))
-    planner, *others = run(live, [Session(((Turn("plan", 4),), branches), is_conversation=True)], 3).sent
+    branches = tuple(SessionTurn(f"branch {index}", 4) for index in range(3))
+    planner, *others = run(live, [Session(((SessionTurn("plan", 4),), branches), is_conversation=True)], 3).sent
     assert {each.messages[1]["content"] for each in others} == {planner.sample.text}
     assert Counter(each.messages[-1]["content"] for each in others) == Counter(turn.text for turn in branches)
     starts = [each.sample.sent_s for each in others]
@@ -92,7 +92,7 @@ def test_branches_are_sent_at_once_and_read_the_planner(
 
 
 def test_no_more_than_so_many_at_once(live: Live) -> None:
-    sessions = [Session(((Turn(f"question {index}", 4),),)) for index in range(6)]
+    sessions = [Session(((SessionTurn(f"question {index}", 4),),)) for index in range(6)]
     sent = run(live, sessions, concurrency=2).sent
     times = [(each.sample.sent_s, each.sample.sent_s + each.sample.total_s) for each in sent]
     assert max(sum(begin <= at < end for begin, end in times) for at, _ in times) <= 2

@@ -11,14 +11,22 @@ import pytest
 from kvcomm.engine.engine import Engine
 from kvcomm.errors import InvalidRequest, ServerError
 from kvcomm.lab.load.client import Client, Sample
-from kvcomm.lab.load.teams import Agent, Team, measure_along, run_teams, teams
-from kvcomm.lab.load.workloads import Shape
+from kvcomm.lab.load.teams import SimulatedAgent, SimulatedTeam, measure_along, run_teams, teams
+from kvcomm.lab.load.workloads import WorkloadSizes
 from kvcomm.server.settings import ServerSettings
 from tests.server.conftest import MODEL
 from tests.server.live import Live, serving
 
-SHAPE = Shape(num_requests=8, prefix_len=6, input_len=3, output_len=5, num_prefixes=1, turns=1, branches=2, seed=3)
-TEAM = Team(((Agent("plan", "a", 5),), (Agent("left", "b", 5), Agent("right", "c", 5)), (Agent("sum up", "d", 5),)))
+SHAPE = WorkloadSizes(
+    num_requests=8, prefix_len=6, input_len=3, output_len=5, num_prefixes=1, turns=1, branches=2, seed=3
+)
+TEAM = SimulatedTeam(
+    (
+        (SimulatedAgent("plan", "a", 5),),
+        (SimulatedAgent("left", "b", 5), SimulatedAgent("right", "c", 5)),
+        (SimulatedAgent("sum up", "d", 5),),
+    )
+)
 
 
 @pytest.fixture
@@ -79,6 +87,6 @@ def test_texts_of_runs_are_their_own() -> None:
 
 @pytest.mark.parametrize("is_along", [True, False])
 def test_a_failed_request_is_told(live: Live, is_along: bool) -> None:
-    team = Team(((Agent("plan", "a", 5),), (Agent("x " * 5000, "b", 5),)))
+    team = SimulatedTeam(((SimulatedAgent("plan", "a", 5),), (SimulatedAgent("x " * 5000, "b", 5),)))
     with pytest.raises(ServerError, match="an agent's request failed: 400"):
         run_teams(Client(live.url), [team], concurrency=1, is_along=is_along)

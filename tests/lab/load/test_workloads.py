@@ -11,10 +11,12 @@ import pytest
 from kvcomm.errors import InvalidRequest
 from kvcomm.lab.load.client import Sample
 from kvcomm.lab.load.summary import summarise
-from kvcomm.lab.load.trace_file import Request, Trace
-from kvcomm.lab.load.workloads import Session, Shape, arriving, fan_out, multi_turn, replayed, shared_prefix
+from kvcomm.lab.load.trace_file import Trace, TraceRequest
+from kvcomm.lab.load.workloads import Session, WorkloadSizes, arriving, fan_out, multi_turn, replayed, shared_prefix
 
-SHAPE = Shape(num_requests=10, prefix_len=20, input_len=5, output_len=7, num_prefixes=2, turns=3, branches=4, seed=1)
+SHAPE = WorkloadSizes(
+    num_requests=10, prefix_len=20, input_len=5, output_len=7, num_prefixes=2, turns=3, branches=4, seed=1
+)
 
 
 def texts(session: Session) -> list[str]:
@@ -45,7 +47,7 @@ def test_whole_sessions() -> None:
 
 
 def trace(kind: str, requests: list[tuple[int, float, list[int], int | None]]) -> Trace:
-    made = tuple(Request(at, when, np.array(blocks, dtype=np.int32), out) for at, when, blocks, out in requests)
+    made = tuple(TraceRequest(at, when, np.array(blocks, dtype=np.int32), out) for at, when, blocks, out in requests)
     return Trace(kind, 512, 2, made, "")
 
 

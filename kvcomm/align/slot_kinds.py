@@ -1,4 +1,4 @@
-"""Kinds of slots: a row of slots that are numbered is a row of the same thing."""
+"""Kinds of template slots: a row of slots that are numbered is a row of the same thing."""
 
 from __future__ import annotations
 

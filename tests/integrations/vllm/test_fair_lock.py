@@ -3,7 +3,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from kvcomm.integrations.vllm.turns import Turns
+from kvcomm.integrations.vllm.fair_lock import FairLock
 
 
 class Clock:
@@ -23,7 +23,7 @@ def started(target: Callable[[], None]) -> threading.Thread:
 
 
 def test_steps_and_passes_never_overlap() -> None:
-    turns, inside, most = Turns(), [0], [0]
+    turns, inside, most = FairLock(), [0], [0]
 
     def work(enter: Callable[[], object]) -> None:
         for _ in range(200):
@@ -40,7 +40,7 @@ def test_steps_and_passes_never_overlap() -> None:
 
 
 def test_who_came_first_goes_first() -> None:
-    turns, order, waiting = Turns(), [], threading.Event()
+    turns, order, waiting = FairLock(), [], threading.Event()
     turns.add_urgent(1)
 
     def guest() -> None:
@@ -62,7 +62,7 @@ def test_who_came_first_goes_first() -> None:
 
 def test_learning_waits_for_a_busy_host() -> None:
     clock = Clock()
-    turns = Turns(share=0.1, idle_after_s=0.01, clock=clock)
+    turns = FairLock(share=0.1, idle_after_s=0.01, clock=clock)
 
     def step(seconds: float) -> None:
         with turns.host(1):
@@ -91,7 +91,7 @@ def test_learning_waits_for_a_busy_host() -> None:
 
 def test_a_request_does_not_wait_for_its_share() -> None:
     clock = Clock()
-    turns = Turns(share=0.0, clock=clock)
+    turns = FairLock(share=0.0, clock=clock)
     with turns.host(1):
         clock.now_s += 1.0
     with turns.guest():
@@ -114,7 +114,7 @@ def test_a_request_does_not_wait_for_its_share() -> None:
 
 def test_prices_are_of_prompts() -> None:
     clock = Clock()
-    turns = Turns(clock=clock)
+    turns = FairLock(clock=clock)
     for num_tokens, seconds in ((1, 5.0), (100, 1.0), (0, 9.0)):
         with turns.host(num_tokens):
             clock.now_s += seconds
@@ -123,7 +123,7 @@ def test_prices_are_of_prompts() -> None:
 
 def test_closing_lets_everybody_go() -> None:
     clock = Clock()
-    turns = Turns(share=0.0, clock=clock)
+    turns = FairLock(share=0.0, clock=clock)
     with turns.host(1):
         clock.now_s += 1.0
     with turns.guest():

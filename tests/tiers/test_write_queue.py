@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcomm.errors import StoreFailed
-from kvcomm.tiers.write_behind import Dropped, Work, WorkBudget, WriteBehind
+from kvcomm.tiers.write_queue import Dropped, WorkBudget, WriteQueue, WriteTask
 from tests.limits import PATIENCE_S
 
 
@@ -24,10 +24,12 @@ class Log:
         self.may_go_on = threading.Event()
         self.is_writing = threading.Event()
 
-    def work(self, name: str, num_bytes: int = 1, write: Callable[[], object] | None = None) -> Work:
-        return Work(name, num_bytes, write or (lambda: self.written.append(name)), lambda: self.ended.update([name]))
+    def work(self, name: str, num_bytes: int = 1, write: Callable[[], object] | None = None) -> WriteTask:
+        return WriteTask(
+            name, num_bytes, write or (lambda: self.written.append(name)), lambda: self.ended.update([name])
+        )
 
-    def stuck(self, name: str) -> Work:
+    def stuck(self, name: str) -> WriteTask:
         def write() -> None:
             self.is_writing.set()
             self.may_go_on.wait(PATIENCE_S)
@@ -37,7 +39,7 @@ class Log:
 
 
 def test_everything_is_written_in_order_and_ends_once() -> None:
-    log, queue = Log(), WriteBehind()
+    log, queue = Log(), WriteQueue()
     for name in "abc":
         assert queue.add(log.work(name)) is None
     assert queue.flush(PATIENCE_S)
@@ -48,7 +50,7 @@ def test_everything_is_written_in_order_and_ends_once() -> None:
 
 
 def test_bounds_and_doubles() -> None:
-    log, queue = Log(), WriteBehind(max_items=3, max_bytes=10)
+    log, queue = Log(), WriteQueue(max_items=3, max_bytes=10)
     queue.add(log.stuck("a"))
     log.is_writing.wait(PATIENCE_S)
     assert queue.add(log.work("a")) is Dropped.SAME  # it is being written
@@ -67,7 +69,7 @@ def test_bounds_and_doubles() -> None:
 @pytest.mark.parametrize("error", [StoreFailed("the wire is cut"), NameError("a fault of ours")])
 def test_a_write_that_fails_does_not_end_the_thread(error: Exception) -> None:
     """Bug: one that nobody had foreseen did, and whoever waited for the queue waited in vain."""
-    log, queue = Log(), WriteBehind()
+    log, queue = Log(), WriteQueue()
 
     def fail() -> None:
         raise error
@@ -80,7 +82,7 @@ def test_a_write_that_fails_does_not_end_the_thread(error: Exception) -> None:
 
 
 def test_closing_drops_what_a_hanging_write_keeps_waiting() -> None:
-    log, queue = Log(), WriteBehind()
+    log, queue = Log(), WriteQueue()
     queue.add(log.stuck("a"))
     log.is_writing.wait(PATIENCE_S)
     queue.add(log.work("b"))
@@ -93,7 +95,7 @@ def test_closing_drops_what_a_hanging_write_keeps_waiting() -> None:
 
 
 def test_closing_one_that_was_never_used() -> None:
-    WriteBehind().close(0)
+    WriteQueue().close(0)
 
 
 def test_the_budget_is_a_share_of_the_time() -> None:

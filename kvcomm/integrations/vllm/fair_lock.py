@@ -20,7 +20,7 @@ MIN_PROMPT = 32
 """Tokens of a step from which on its time says what a token of a prompt costs."""
 
 
-class Turns:
+class FairLock:
     """One lock, first come, first served. Thread-safe; not re-entrant."""
 
     def __init__(

@@ -37,7 +37,7 @@ class Dropped(StrEnum):
     FAILED = "failed"
 
 
-class Work(NamedTuple):
+class WriteTask(NamedTuple):
     """Something to write.
 
     Attributes:
@@ -85,7 +85,7 @@ class WorkBudget:
         self._seen_s = now
 
 
-class WriteBehind:
+class WriteQueue:
     """The queue and its thread. Safe to use from several threads."""
 
     def __init__(
@@ -107,7 +107,7 @@ class WriteBehind:
         self._budget = WorkBudget(share, LOAN_S, clock)
         self._clock = clock
         self._changed = Condition()
-        self._waiting: deque[Work] = deque()
+        self._waiting: deque[WriteTask] = deque()
         self._names: set[str] = set()
         self._num_bytes = 0
         self._dropped: Counter[Dropped] = Counter()
@@ -130,7 +130,7 @@ class WriteBehind:
         with self._changed:
             return {reason.value: count for reason, count in self._dropped.items()}
 
-    def add(self, work: Work) -> Dropped | None:
+    def add(self, work: WriteTask) -> Dropped | None:
         """Take something to be written; returns why not, if so, after `ended` was called."""
         with self._changed:
             reason = self._refusal(work)
@@ -163,7 +163,7 @@ class WriteBehind:
             self._thread.join(timeout_s)
         self._drop_waiting()
 
-    def _refusal(self, work: Work) -> Dropped | None:
+    def _refusal(self, work: WriteTask) -> Dropped | None:
         if self._is_closing:
             return Dropped.CLOSED
         if work.name in self._names:
@@ -183,7 +183,7 @@ class WriteBehind:
             self._do(work)
             self._budget.worked(self._clock() - start_s)
 
-    def _next(self) -> Work | None:
+    def _next(self) -> WriteTask | None:
         """The next work, once there is time for it; None: the end."""
         with self._changed:
             while True:
@@ -195,7 +195,7 @@ class WriteBehind:
                     return self._waiting.popleft()
                 self._changed.wait(wait_s if self._waiting else None)
 
-    def _do(self, work: Work) -> None:
+    def _do(self, work: WriteTask) -> None:
         is_written = False
         try:
             work.write()
@@ -208,7 +208,7 @@ class WriteBehind:
             self._forget(work, None if is_written else Dropped.FAILED)
             work.ended()
 
-    def _forget(self, work: Work, reason: Dropped | None) -> None:
+    def _forget(self, work: WriteTask, reason: Dropped | None) -> None:
         with self._changed:
             self._names.discard(work.name)
             self._num_bytes -= work.num_bytes
