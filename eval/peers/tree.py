@@ -6,6 +6,7 @@ comes from /proc and from the processor clocks of processes.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -60,7 +61,7 @@ class ProcessTree:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         """Start it; raises FileNotFoundError where there is no such command."""
         if shutil.which(command[0], path=environment.get("PATH")) is None:
-            raise FileNotFoundError(f"{command[0]} is no command that can be run")
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), command[0])
         self._log = log
         with log.open("wb") as out:
             self._process = subprocess.Popen(

@@ -96,7 +96,7 @@ def test_it_says_why_it_has_ended(tmp_path: Path) -> None:
 
 
 def test_a_command_that_is_not_there_is_told(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no-such-command is no command"):
+    with pytest.raises(FileNotFoundError, match="No such file or directory: 'no-such-command'"):
         ProcessTree(["no-such-command"], os.environ, tmp_path / "log")
 
 
