@@ -15,7 +15,7 @@ MAX_SHOWN = 12
 
 
 class ContextList(tuple[Context, ...]):
-    """ContextList, and in notebooks a tree of what they are made of: what they have in common stands there once."""
+    """Contexts, and in notebooks a tree of what they are made of: what they have in common stands there once."""
 
     _decode: Callable[[Iterable[int]], str]
 

@@ -142,7 +142,7 @@ class Engine:
 
     @property
     def contexts(self) -> ContextList:
-        """ContextList that have not been released."""
+        """Contexts that have not been released."""
         with self.lock:
             return ContextList.of(self._tools.living.values(), self.texts.decode)
 

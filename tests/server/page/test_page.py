@@ -202,7 +202,7 @@ def test_pausing_stops_the_polls(page: Browser, live: Live) -> None:
     come_back = "window.asked = 0; document.dispatchEvent(new Event('visibilitychange')); return window.asked"
     assert page.run(come_back) == 1
     page.one("#pause").click()
-    assert page.text("#status") == "paused"
+    page.wait(lambda: page.text("#status") == "paused")
     assert page.run(come_back) == 0
     page.one("#pause").click()
     page.wait(lambda: page.text("#status") == "live")
