@@ -32,7 +32,6 @@ LOGITS = "ModelRunner.forward"
 """What returns logits."""
 
 GOALS = {"exact_files": "<= 24", "exact_classes": "<= 26", "max_file_lines": "<= 450"}
-NOTHING: Callable[..., object] = lambda *_: None  # noqa: E731
 
 
 @dataclass
@@ -72,7 +71,7 @@ class Tracer:
 
     def __exit__(self, *_: object) -> None:
         sys.setprofile(None)
-        threading.setprofile(NOTHING)
+        threading.setprofile(None)
 
     def follow(self, request: Callable[[], object]) -> Followed:
         """What a request calls."""

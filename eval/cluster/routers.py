@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import bisect
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -63,15 +65,15 @@ class Cluster:
         self.active_tokens[worker] -= arrival.num_tokens
 
 
-class Router:
+class Router(Protocol):
     """Chooses workers; told what happens afterwards."""
 
     def __init__(self, cluster: Cluster, generator: np.random.Generator) -> None:
         self.cluster, self.generator = cluster, generator
 
+    @abstractmethod
     def choose(self, arrival: Arrival, now: float, tier_blocks: int) -> int:
         """A worker for a request, of whose path the tier has the first `tier_blocks`."""
-        raise NotImplementedError
 
     def sent(self, worker: int, index: int, arrival: Arrival) -> None:
         """The request with this index was sent to a worker."""

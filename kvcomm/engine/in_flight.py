@@ -54,14 +54,14 @@ class InFlight:
         read_along: ReadAlong,
         healing: HealingWork,
         givers: Sequence[GivesWay],
-        jobs_hold_pages: Callable[[], bool],
+        jobs_hold_on: Callable[[], bool],
         reclaim: Callable[[], None],
     ) -> None:
         """Make one.
 
         Args:
             givers: whose pages requests may have where the cache has given all that it can, in this order.
-            jobs_hold_pages: whether jobs beside requests do, also those that do not give way.
+            jobs_hold_on: whether jobs beside requests hold pages that come free only when these are done.
             reclaim: gives back the pages of contexts that their users forgot.
         """
         self.waiting: list[Request] = []
@@ -74,7 +74,7 @@ class InFlight:
         self._read_along = read_along
         self._healing = healing
         self._givers = givers
-        self._jobs_hold_pages = jobs_hold_pages
+        self._jobs_hold_on = jobs_hold_on
         self._reclaim = reclaim
 
     def requests(self) -> list[Request]:
@@ -185,7 +185,7 @@ class InFlight:
 
     def waits_for_jobs(self) -> bool:
         """Whether a request that finds no room waits for jobs, such as an audit, to give back their pages."""
-        self.awaits_jobs = self._jobs_hold_pages()
+        self.awaits_jobs = self._jobs_hold_on()
         return self.awaits_jobs
 
     def nothing_to_wait_for(self, request: Request, error: PoolExhausted) -> PoolExhausted:

@@ -23,7 +23,7 @@ from kvcomm.engine.sampling import SamplingParams
 from kvcomm.engine.scheduler import Scheduler
 from kvcomm.engine.tenancy import Tenancy
 from kvcomm.memory.pool import PagePool
-from kvcomm.memory.segments import Prompt, Segment
+from kvcomm.memory.segments import Prompt, Segment, token_ids_of
 from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.live import LiveWeights, Weights
 from kvcomm.reuse.policy import ReusePolicy, checked_policy
@@ -104,7 +104,7 @@ class RequestMaker:
         """
         segments = self._language.reader.read(prompt, is_start=True)
         return self.make(
-            KVSequence(self._pool, [token for segment in segments for token in segment.token_ids]),
+            KVSequence(self._pool, token_ids_of(segments)),
             segments,
             sampling,
             tenant=tenant,

@@ -85,7 +85,7 @@ class Scheduler:
             read_along=self.read_along,
             healing=self._healing,
             givers=(tiering, idle, self.read_along),
-            jobs_hold_pages=lambda: any(len(pages) for pages in idle.pages_held()),
+            jobs_hold_on=idle.holds_on,
             reclaim=reclaim,
         )
         self._answers = Answers(self._in_flight, self._offers, healing=self._healing, gain=gain, tiering=tiering)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from inspect import GEN_CREATED, getgeneratorstate
 from threading import RLock
 
 from kvcomm.errors import PoolExhausted, WeightsChanged
@@ -129,6 +130,14 @@ class IdleWork:
         with self._lock:
             return [pages for job in self._droppable() for pages in job.pages()]
 
+    def holds_on(self) -> bool:
+        """Whether a job holds pages that come free only when it is done.
+
+        Studies give way, but for those that have begun: these hold more pages than they name.
+        """
+        with self._lock:
+            return any(_holds_on(job) and any(map(len, job.pages())) for job in self.jobs)
+
     def close(self) -> None:
         """Drop every job; one in the middle of a pass behind that."""
         with self._lock:
@@ -157,6 +166,10 @@ class IdleWork:
         self.jobs.remove(job)
         job.steps.close()
         job.release()
+
+
+def _holds_on(job: Job) -> bool:
+    return job.urgency is not Urgency.STUDY or getgeneratorstate(job.steps) != GEN_CREATED
 
 
 def _urgency(job: Job) -> Urgency:

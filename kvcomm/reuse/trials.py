@@ -16,7 +16,7 @@ from kvcomm.align.standings import Level
 from kvcomm.errors import EngineClosed, kept
 from kvcomm.memory.memory import Memory
 from kvcomm.memory.pool import PageIds
-from kvcomm.memory.segments import Segment
+from kvcomm.memory.segments import Segment, token_ids_of
 from kvcomm.memory.sequences import KVSequence
 from kvcomm.model.live import Weights
 from kvcomm.reuse.finder import MoveFinder
@@ -152,7 +152,7 @@ class Trials:
                 future.set_exception(kept(error))
 
         with self.lock:
-            token_ids = [token for segment in segments for token in segment.token_ids]
+            token_ids = token_ids_of(segments)
             sequence = KVSequence(self.memory.pool, token_ids)
             trial = Trial(namespace, weights, segments, sequence, len(token_ids), policy)
             closed = EngineClosed("the engine was closed before it came to this")

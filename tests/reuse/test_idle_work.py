@@ -196,3 +196,17 @@ def test_a_step_without_jobs_takes_no_time(bench: Bench) -> None:
     bench.add("a")
     took_s = bench.idle.step() + bench.idle.step()
     assert took_s == bench.idle.worked_s > 0
+
+
+def test_who_needs_pages_waits_for_audits_and_for_what_has_begun(bench: Bench) -> None:
+    """Studies that have not begun are dropped instead; nobody waits for all of them to be done."""
+    bench.add("study", steps=2)
+    assert not bench.idle.holds_on()
+    bench.idle.step()
+    assert bench.idle.holds_on()
+    bench.add("audit", urgency=Urgency.AUDIT)
+    while bench.idle.give_way():
+        pass
+    assert bench.idle.holds_on()
+    bench.run()
+    assert not bench.idle.holds_on()

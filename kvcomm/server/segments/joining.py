@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from kvcomm.engine.encoding import TextEncoder, TokenSpan
-from kvcomm.memory.segments import Segment
+from kvcomm.memory.segments import Segment, token_ids_of
 from kvcomm.server.errors import ApiError
 
 
@@ -56,7 +56,7 @@ class Joiner:
         """
         joined, spans = self.apart(pieces), self._spans(pieces)
         whole = [span.token_id for span in spans]
-        alone = [token for segment in joined.segments for token in segment.token_ids]
+        alone = token_ids_of(joined.segments)
         for index, (end, num_tokens) in enumerate(zip(_text_ends(pieces)[:-1], joined.ends[:-1], strict=True)):
             crossing = [span for span in spans if span.start < end < span.end]
             if crossing or whole[:num_tokens] != alone[:num_tokens]:

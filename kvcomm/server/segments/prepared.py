@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
-from kvcomm.memory.segments import Segment
+from kvcomm.memory.segments import Segment, token_ids_of
 from kvcomm.server.followed import FollowedAnswer
 
 
@@ -100,7 +100,7 @@ class PreparedPrompt:
     @property
     def token_ids(self) -> list[int]:
         """All its token ids."""
-        return [token for segment in self.segments for token in segment.token_ids]
+        return token_ids_of(self.segments)
 
     def holding(self, placed: Sequence[PlacedSegment], start: int) -> Self:
         """The same prompt, with more of the client's segments, whose positions are counted from `start`."""
