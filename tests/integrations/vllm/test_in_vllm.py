@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvcomm import ReusePolicy
 from kvcomm.integrations.vllm import adapter, layout, needed, plugin
 from kvcomm.memory.segments import Segment
+from kvcomm.reuse.beginnings import MovedBeginnings
 from tests.integrations.vllm.in_process import set_environment
 from tests.tiny import tiny_tokenizer
 
@@ -128,6 +129,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.check()
 
 
+@pytest.fixture
+def none_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text is moved every time: otherwise a prompt that is sent again is computed."""
+    monkeypatch.setattr(MovedBeginnings, "back_until", lambda *_, **__: 0)
+
+
 def test_this_vllm_is_known() -> None:
     assert needed.missing_names() == []
     assert needed.look().serves
@@ -137,6 +144,7 @@ def test_both_kernels_agree(server: Server) -> None:
     assert server.inside.worker.difference <= layout.EXACT_TOLERANCE
 
 
+@pytest.mark.usefixtures("none_comes_back")
 def test_moved_text_is_what_kvcomms_engine_moves(server: Server) -> None:
     token_ids, spans = server.prompt("critic", 200)
     server.moved("reader", 200)
@@ -151,6 +159,17 @@ def test_moved_text_is_what_kvcomms_engine_moves(server: Server) -> None:
     own = server.engine.generate(segments, policy=policy, max_new_tokens=12, ignore_eos=True)
     assert own.usage.aligned_tokens == 180
     assert list(own.token_ids) == answer
+
+
+def test_a_prompt_that_comes_back_is_computed_and_then_exact(server: Server) -> None:
+    token_ids, _ = server.prompt("critic", 250)
+    server.moved("reader", 250)
+    assert server.moved("critic", 250)[1]["aligned_tokens"] == 180
+    expected = server.cold(token_ids)
+    answer, told = server.moved("critic", 250)
+    assert (answer, told["aligned_tokens"], told["reasons"]["comes_back"]) == (expected, 0, 180)
+    answer, told = server.moved("critic", 250)
+    assert (answer, told["exact_tokens"]) == (expected, len(token_ids) - 1)
 
 
 def test_plain_requests_never_read_what_was_moved(server: Server) -> None:
@@ -208,6 +227,7 @@ def test_what_cannot_be_loaded_is_computed(server: Server, monkeypatch: pytest.M
         server.settle()
 
 
+@pytest.mark.usefixtures("none_comes_back")
 @pytest.mark.parametrize("seed", range(4))
 def test_storms(server: Server, seed: int) -> None:
     """Many requests at once; some are aborted, all are preempted now and then."""
