@@ -103,12 +103,13 @@ def _isolation(found: tuple[int, int, int]) -> list[Figure]:
     ]
 
 
-def _storms(found: tuple[int, int, int]) -> list[Figure]:
-    num_answers, num_wrong, num_leaked = found
+def _storms(found: tuple[int, int, int, int]) -> list[Figure]:
+    num_answers, num_moved, num_wrong, num_leaked = found
     return [
         Figure("wrong", num_wrong, "answers", None, "0"),
         Figure("leaked", num_leaked, "blocks", None, "0"),
         Figure("disturbed_answers", num_answers, "answers"),
+        Figure("disturbed_moved", num_moved, "answers"),
     ]
 
 

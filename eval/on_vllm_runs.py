@@ -19,6 +19,8 @@ from kvcomm.errors import MissingExtra
 BOUND = (0.05, 0.9)
 POOL_TOKENS = 16384
 DOCUMENT_TOKENS = 790
+LAPS_TO_MOVE = 3
+"""Of plain requests, text is moved between those of every so many."""
 NUM_NEW = 32
 
 SYSTEMS = {
@@ -72,15 +74,22 @@ class Asked:
     def segments(self) -> list[Segment]:
         return [Segment(tokens, slot) for slot, tokens in self.parts]
 
-    def params(self, *, audit: float = 0.0, answer: str | None = None, learn: bool = True) -> dict[str, Any]:
-        """As `kv_transfer_params` have it."""
+    def params(
+        self, *, audit: float = 0.0, answer: str | None = None, learn: bool = True, tenant: str | None = None
+    ) -> dict[str, Any]:
+        """As `kv_transfer_params` have it.
+
+        Args:
+            tenant: for whom nothing was moved before; what was is computed when it comes back.
+        """
         spans, at = [], 0
         for slot, tokens in self.parts:
             more = {} if slot is None else {"slot": slot, "kind": "dynamic"}
             spans.append({"start": at, "end": at + len(tokens), **more})
             at += len(tokens)
         reuse = {"max_divergence": BOUND[0], "confidence": BOUND[1], "audit": audit, "learn": learn}
-        return {"segments": spans, "reuse": reuse, **({} if answer is None else {"answer": answer})}
+        named = {"answer": answer, "tenant": tenant}
+        return {"segments": spans, "reuse": reuse} | {key: name for key, name in named.items() if name is not None}
 
 
 class Bench:
@@ -207,35 +216,38 @@ class Bench:
         truth = [self._ask(each, num_new=4, salt=uuid.uuid4().hex).token_ids for each in asked]
         self._llm.reset_prefix_cache()
         num_asked = num_tainted = num_approximate = 0
-        while num_asked < num_plain:
+        for lap in range(-(-num_plain // len(asked))):
             for each, expected in zip(asked, truth, strict=True):
-                if num_asked < len(asked) or num_asked % 7 == 0:
-                    told = self._ask(each, each.params(learn=False), num_new=4).told
-                    num_approximate += told.get("aligned_tokens", 0) > 0
+                if lap % LAPS_TO_MOVE == 0:
+                    params = each.params(learn=False, tenant=f"lap-{lap}")
+                    num_approximate += self._ask(each, params, num_new=4).cost.num_moved > 0
                 num_tainted += self._ask(each, num_new=4).token_ids != expected
                 num_asked += 1
             note(f"plain requests: {num_asked} of {num_plain}")
         self._settle()
         return num_asked, num_tainted, num_approximate
 
-    def storms(self, num_storms: int) -> tuple[int, int, int]:
-        """Batches that are preempted, aborted and robbed: answers that came, wrong ones, blocks that were kept."""
-        asked: dict[str, tuple[Asked, dict[str, Any] | None]] = {}
-        for index in range(4):
-            document = self._document(200)
-            read = self._about("reader", [("document", document)], "What is it about?")
-            self._ask(read, read.params(learn=False))
-            each = self._about("critic", [("document", document)], "What is wrong with it?")
-            asked[f"plain-{index}"] = (each, None)
-            asked[f"moved-{index}"] = (each, each.params(learn=False))
-        truth = {name: self._ask(each, params, num_new=12).token_ids for name, (each, params) in asked.items()}
+    def storms(self, num_storms: int) -> tuple[int, int, int, int]:
+        """Batches that are preempted, aborted and robbed.
+
+        Returns:
+            Answers that came, those for which text was moved, wrong ones, blocks that were kept.
+        """
+        documents = [self._document(200) for _ in range(4)]
+        truth = {
+            name: self._ask(each, params, num_new=12).token_ids
+            for name, (each, params) in self._storm_of(documents, "truth").items()
+        }
         self._settle()
-        num_free, num_answers, num_wrong = self._inside.num_free_blocks(), 0, 0
+        num_free, num_answers, num_moved, num_wrong = self._inside.num_free_blocks(), 0, 0, 0
         for seed in range(num_storms):
             note(f"storm {seed + 1} of {num_storms}")
+            asked = self._storm_of(documents, f"storm-{seed}")
+            self._settle()
             answers = self._storm(asked, random.Random(seed), robs=seed % 2 == 1)
             num_answers += len(answers)
-            for name, token_ids in answers.items():
+            for name, (token_ids, is_moved) in answers.items():
+                num_moved += is_moved
                 # A request that is robbed of what was prepared, or preempted, is computed exactly.
                 right = {truth[name], truth[name.replace("moved", "plain")]}
                 if token_ids not in right:
@@ -244,11 +256,25 @@ class Bench:
             self._settle()
         held = self._inside.connector.ledger.num_requests + self._preparations.num_held
         self._engine.check_integrity()
-        return num_answers, num_wrong, num_free - self._inside.num_free_blocks() + held
+        return num_answers, num_moved, num_wrong, num_free - self._inside.num_free_blocks() + held
+
+    def _storm_of(
+        self, documents: Sequence[tuple[int, ...]], tenant: str
+    ) -> dict[str, tuple[Asked, dict[str, Any] | None]]:
+        """Prompts that move what a reader of this tenant has just read, and the same ones without."""
+        asked: dict[str, tuple[Asked, dict[str, Any] | None]] = {}
+        for index, document in enumerate(documents):
+            read = self._about("reader", [("document", document)], "What is it about?")
+            self._ask(read, read.params(learn=False, tenant=tenant))
+            each = self._about("critic", [("document", document)], "What is wrong with it?")
+            asked[f"plain-{index}"] = (each, None)
+            asked[f"moved-{index}"] = (each, each.params(learn=False, tenant=tenant))
+        return asked
 
     def _storm(
         self, asked: Mapping[str, tuple[Asked, dict[str, Any] | None]], dice: random.Random, *, robs: bool
-    ) -> dict[str, tuple[int, ...]]:
+    ) -> dict[str, tuple[tuple[int, ...], bool]]:
+        """Each answer that came, and whether text was moved for it."""
         engine, answers, aborted = self._llm.llm_engine, {}, set()
         self._llm.reset_prefix_cache()
         for name, (each, params) in asked.items():
@@ -262,7 +288,9 @@ class Bench:
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if output.finished and output.request_id not in aborted:
-                        answers[output.request_id] = tuple(output.outputs[0].token_ids)
+                        told = (output.kv_transfer_params or {}).get("kvcomm", {})
+                        is_moved = told.get("aligned_tokens", 0) > 0
+                        answers[output.request_id] = tuple(output.outputs[0].token_ids), is_moved
                 if dice.random() < 0.15:
                     with suppress(RuntimeError):  # all are preempted, but blocks that are being saved stay
                         engine.reset_prefix_cache(reset_running_requests=True)
