@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.bound import BOUNDS, bound_figures
+from eval.command import add_model, add_outputs, note
 from eval.data_files import rows_of
 from eval.figures import Figure, Report
 from eval.healed import HealedFile, heal_figures, heal_samples, teach_anchors
@@ -29,7 +30,7 @@ from eval.plans import alike, best_plan, judge
 from eval.replayed import ByAgent, OutcomeFile, Replayed
 from eval.shift import shift_figures, shift_texts
 from eval.team_answers import Run, in_order, team_runs
-from eval.workload import note, settings
+from eval.workload import settings
 from kvcomm import Engine, KVCommError, ReusePolicy, Rung
 from kvcomm.lab.bounds import Calibration, add_pair
 from kvcomm.lab.methods import add_to
@@ -150,7 +151,7 @@ def measure_healing(engine: Engine, options: Namespace) -> Report:
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m eval.fidelity", description="Divergence of moved KV, and the bound on it.")
-    parser.add_argument("--model", default="smollm2-135m", help="a packaged name, folder or hub id [%(default)s]")
+    add_model(parser)
     parser.add_argument("--team", default="gsm8k", help="a packaged team or a .toml file [%(default)s]")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="questions for anchors, .jsonl")
     parser.add_argument("--test", type=Path, required=True, metavar="FILE", help="questions to test on, .jsonl")
@@ -166,8 +167,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--selectors", action="store_true", help="compare other ways to choose what is recomputed")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="keep the exact runs in this file, or take them")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="keep what was measured in this file [beside --out]")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--out", type=Path, default=Path("out/fidelity.json"), help="file of the run [%(default)s]")
+    add_outputs(parser, "fidelity")
     return parser
 
 

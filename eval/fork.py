@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from eval.command import note
 from eval.figures import Figure, Report
 from eval.stock import Stock
-from eval.workload import add_sizes, make_parser, note, parse, run, settings
+from eval.workload import add_sizes, make_parser, parse, run, settings
 from kvcomm import Engine
 from kvcomm.lab.timings import (
     BranchCost,

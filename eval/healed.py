@@ -21,11 +21,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from eval.command import note
 from eval.figures import Figure
 from eval.replayed import content_of
 from eval.tasks.records import RecordFile
 from eval.team_answers import Reading, Run, in_order
-from eval.workload import note
 from kvcomm import Context, Engine, ReusePolicy, Rung, SamplingParams
 from kvcomm.lab.forcing import cold_context, moved_context, write_answer
 from kvcomm.lab.moving import NUM_CONTINUATION, Fidelity

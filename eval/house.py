@@ -21,8 +21,9 @@ from types import CodeType, FrameType
 from typing import Any
 
 import kvcomm
+from eval.command import add_model, add_outputs, finish
 from eval.figures import Figure, Report
-from kvcomm import Engine, KVCommError, ReusePolicy, Rung
+from kvcomm import Engine, ReusePolicy, Rung
 
 ROOT = Path(kvcomm.__file__).parent
 APART = "integrations"
@@ -95,23 +96,19 @@ class Tracer:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit code."""
     options = _parser().parse_args(arguments)
-    try:
+
+    def measured() -> Report:
         with Tracer() as tracer, Engine.load(options.model, prior=None, progress=True) as engine:
             exact, approximate = _exact(engine, tracer), _approximate(engine, tracer)
-            report = Report("house", [*_requests(exact, approximate), *_lengths()], _config(options, exact))
-    except KVCommError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    report.emit(as_json=options.json)
-    report.save(options.out)
-    return 0
+            return Report("house", [*_requests(exact, approximate), *_lengths()], _config(options, exact))
+
+    return finish(measured, options)
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m eval.house", description="What it takes to follow a request.")
-    parser.add_argument("--model", default="smollm2-135m", help="a packaged name, folder or hub id [%(default)s]")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--out", type=Path, default=Path("out/house.json"), help="file of the run [%(default)s]")
+    add_model(parser)
+    add_outputs(parser, "house")
     return parser
 
 

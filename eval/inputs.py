@@ -16,12 +16,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from eval import mmlu
+from eval.command import note, positive
 from eval.tasks.gsm8k import Gsm8k
 from eval.tasks.humaneval import HumanEval
-from eval.tasks.options import positive
 from eval.tasks.rows import chosen, load_rows, load_train_rows
 from eval.tasks.task import Row, Task
-from eval.workload import note
 from kvcomm import KVCommError
 from kvcomm.errors import InvalidRequest
 

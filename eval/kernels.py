@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from eval.command import note
 from eval.figures import Figure, Report
-from eval.workload import add_sizes, make_parser, note, parse, run, settings
+from eval.workload import add_sizes, make_parser, parse, run, settings
 from kvcomm import Engine
 from kvcomm.lab.kernels import kv_bytes, made_neighbors, made_offsets, make_ops, pool_layers
 from kvcomm.lab.timings import Samples, TakeTokens

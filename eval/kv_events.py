@@ -21,8 +21,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eval.command import add_outputs, finish
 from eval.figures import Figure, Report
-from kvcomm.errors import InvalidRequest, KVCommError
+from kvcomm.errors import InvalidRequest
 from kvcomm.lab.cache import BareCache, EventKind
 from kvcomm.server.kv_events import (
     DEFAULT_SEED,
@@ -76,18 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--paths", type=int, default=200, metavar="N", help="whose blocks are named [%(default)s]")
     parser.add_argument("--seed", type=int, default=SEED, help="of everything random [%(default)s]")
     parser.add_argument("--vllm-python", type=Path, metavar="FILE", help="a Python that has vLLM")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--out", type=Path, default=Path("out/kv_events.json"), help="file of the run [%(default)s]")
+    add_outputs(parser, "kv_events")
     options = parser.parse_args(arguments)
-    try:
+
+    def measured() -> Report:
         require_extra()
-        report = measure(options)
-        report.emit(as_json=options.json)
-        report.save(options.out)
-    except (KVCommError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+        return measure(options)
+
+    return finish(measured, options)
 
 
 def measure(options: Namespace) -> Report:

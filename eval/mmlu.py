@@ -12,13 +12,13 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 
+from eval.command import note
 from eval.figures import Figure
 from eval.tasks import command
 from eval.tasks.analysis import ModeResult
 from eval.tasks.mmlu import NUM_SHOTS, Mmlu
 from eval.tasks.modes import DENSE, KVCOMM
 from eval.tasks.rows import beside, load_rows
-from eval.workload import note
 
 MAX_COMPUTED = 0.2
 

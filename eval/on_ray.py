@@ -32,8 +32,8 @@ from pathlib import Path
 from statistics import median
 from typing import IO, Any, NamedTuple
 
+from eval.command import note
 from eval.figures import Figure, Report, stdout_kept
-from eval.workload import note
 
 TIMEOUT_S = 600.0
 RULES = "Be brief, be kind, and say when you do not know. "

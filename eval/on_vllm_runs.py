@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eval.workload import note
+from eval.command import note
 from kvcomm import Engine, ReusePolicy, SamplingParams, Segment
 from kvcomm.config import EngineConfig
 from kvcomm.errors import MissingExtra

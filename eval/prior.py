@@ -15,9 +15,8 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from eval.command import note, positive
 from eval.firstday.workloads import WORKLOADS, Wanted, Workload, make_workload
-from eval.tasks.options import positive
-from eval.workload import note
 from kvcomm import Engine, KVCommError, ReusePolicy
 from kvcomm.lab.bounds import Level, Pair, pairs_of
 from kvcomm.lab.moving import TURNED

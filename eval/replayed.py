@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from eval.command import note
 from eval.tasks.records import RecordFile
 from eval.team_answers import Reading, Run, in_order
-from eval.workload import note
 from kvcomm import Engine, Rung
 from kvcomm.errors import InvalidRequest
 from kvcomm.lab.bounds import Measured, Pair, Rungs

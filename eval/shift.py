@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from eval.command import note
 from eval.data_files import rows_of
 from eval.figures import Figure
-from eval.workload import note
 from kvcomm import Engine, ReusePolicy
 from kvcomm.agents import load_team
 from kvcomm.errors import InvalidRequest

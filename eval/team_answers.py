@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.command import note
 from eval.data_files import rows_of
-from eval.workload import note
 from kvcomm import Engine, ReusePolicy, Segment
 from kvcomm.agents import GroupResult, load_team
 from kvcomm.lab.teams import publish, run_all

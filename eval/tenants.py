@@ -23,9 +23,10 @@ from pathlib import Path
 
 from scipy.stats import mannwhitneyu
 
+from eval.command import note
 from eval.figures import Figure, Report
 from eval.served import served
-from eval.workload import add_sizes, make_parser, note, parse, run, settings
+from eval.workload import add_sizes, make_parser, parse, run, settings
 from kvcomm import Engine
 from kvcomm.lab.timings import Samples, TakeTokens
 

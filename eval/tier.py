@@ -27,10 +27,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eval.command import note
 from eval.figures import Figure, Report
 from eval.moto import s3_running
 from eval.tier_serving import Sizes, second_worker, slowed_tier
-from eval.workload import add_sizes, make_parser, note, parse, run, settings
+from eval.workload import add_sizes, make_parser, parse, run, settings
 from kvcomm import Engine
 from kvcomm.errors import TierError
 from kvcomm.lab.timings import Samples, TakeTokens

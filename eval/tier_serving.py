@@ -27,9 +27,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from eval.command import note, positive
 from eval.figures import Figure, Report
-from eval.tasks.options import positive
-from eval.workload import note
 from kvcomm import Engine, KVCommError
 from kvcomm.lab.models import load_model
 from kvcomm.tiers import ObjectStore, StoredObject, Tier, open_store

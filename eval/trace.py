@@ -28,10 +28,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from eval.command import add_outputs, finish, note, positive
 from eval.figures import Figure, Report
 from eval.optimum import most_hits, next_uses, trie_paths
 from kvcomm.lab.cache import DEFAULT_ORDER, ORDERS, BareCache, CachedPrompt
-from kvcomm.lab.load.trace_file import Trace, TraceError, TraceRequest, block_tokens, read_trace
+from kvcomm.lab.load.trace_file import Trace, TraceRequest, block_tokens, read_trace
 
 PAGE_SIZE = 16
 SMALL_BLOCK_SIZE = 4
@@ -115,12 +116,6 @@ def measure(trace: Trace, capacities: Sequence[int]) -> Report:
     return Report("trace", figures, config, samples)
 
 
-def note(text: str) -> None:
-    """A line of progress."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
-
-
 def _enough_pages(trace: Trace, num_distinct: int, page_size: int) -> int:
     """Pages for all distinct blocks, a partial page at every branch, and the prompt that is being served."""
     per_block = -(-trace.block_size // page_size)
@@ -170,33 +165,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m eval.trace", description=__doc__.partition("\n")[0])
     parser.add_argument("--trace", type=Path, required=True, metavar="FILE", help="a mooncake or agentic .jsonl[.gz]")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N lines of the file")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N lines of the file")
     parser.add_argument("--capacities", type=_percentages, default=(10, 25, 50), metavar="N,N", help="[10,25,50]")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--out", type=Path, default=Path("out/trace.json"), help="file of the run [%(default)s]")
+    add_outputs(parser, "trace")
     options = parser.parse_args(arguments)
-    try:
-        trace = read_trace(options.trace, limit=options.limit)
-        report = measure(trace, options.capacities)
-        report = Report(
-            report.name,
-            report.figures,
-            {"trace": options.trace.name, "limit": options.limit, **report.config},
-            report.samples,
-        )
-        report.emit(as_json=options.json)
-        report.save(options.out)
-    except (TraceError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
 
+    def measured() -> Report:
+        report = measure(read_trace(options.trace, limit=options.limit), options.capacities)
+        return replace(report, config={"trace": options.trace.name, "limit": options.limit, **report.config})
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(f"{value} is not positive")
-    return value
+    return finish(measured, options)
 
 
 def _percentages(text: str) -> tuple[int, ...]:

@@ -1,12 +1,11 @@
-"""What the timing evaluations share: command line, engine, prompts, progress, and how a run ends.
+"""What the timing evaluations share: command line, engine and prompts.
 
 Prompts are random tokens of the ordinary vocabulary unless a file with text is given; how long a pass takes does not
-depend on which tokens they are. Progress goes to stderr, figures to stdout, everything to the file of the run.
+depend on which tokens they are.
 """
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Any
 
 import torch
 
+from eval.command import add_model, add_outputs, finish, positive
 from eval.data_files import rows_of, text_of
-from eval.ending import ended_in_order
 from eval.figures import Report
-from kvcomm import Engine, KVCommError
+from kvcomm import Engine
 from kvcomm.errors import InvalidRequest
 from kvcomm.lab.timings import TakeTokens, random_tokens, warm_up
 
@@ -29,15 +28,14 @@ Measure = Callable[[Engine, TakeTokens, Namespace], Report]
 def make_parser(name: str, description: str) -> ArgumentParser:
     """The options that all timing evaluations have."""
     parser = ArgumentParser(prog=f"python -m eval.{name}", description=description)
-    parser.add_argument("--model", default="smollm2-135m", help="a packaged name, folder or hub id [%(default)s]")
+    add_model(parser)
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 [%(default)s]")
     parser.add_argument("--device", help="where to run; by default the GPU if there is one")
     parser.add_argument("--data", type=Path, metavar="FILE", help="prompts from a text or .jsonl file (field 'text')")
     parser.add_argument("--seed", type=int, default=SEED, help="of random prompts [%(default)s]")
-    parser.add_argument("--repeats", type=_positive, metavar="N", help="measurements of each figure")
+    parser.add_argument("--repeats", type=positive, metavar="N", help="measurements of each figure")
     parser.add_argument("--quick", action="store_true", help="few measurements: for a first impression")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--out", type=Path, default=Path(f"out/{name}.json"), help="file of the run [%(default)s]")
+    add_outputs(parser, name)
     return parser
 
 
@@ -46,25 +44,21 @@ def add_sizes(parser: ArgumentParser, **sizes: int) -> None:
     group = parser.add_argument_group("sizes (the figures' goals hold for the defaults)")
     for name, default in sizes.items():
         flag = f"--{name.replace('_', '-')}"
-        group.add_argument(flag, type=_positive, default=default, metavar="N", help=f"[{default}]")
+        group.add_argument(flag, type=positive, default=default, metavar="N", help=f"[{default}]")
 
 
 def run(options: Namespace, measure: Measure) -> int:
     """Load, measure, print and save. Returns the exit code; kvcomm's own errors become one line on stderr."""
-    try:
-        engine = Engine.load(options.model, dtype=options.dtype, device=options.device, progress=True)
-        with ended_in_order(), engine:
+
+    def measured() -> Report:
+        with Engine.load(options.model, dtype=options.dtype, device=options.device, progress=True) as engine:
             take = random_tokens(engine, seed=options.seed)
             if options.data is not None:
                 take = text_tokens(engine, options.data)
             warm_up(engine, take)
-            report = measure(engine, take, options)
-        report.emit(as_json=options.json)
-        report.save(options.out)
-    except (KVCommError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+            return measure(engine, take, options)
+
+    return finish(measured, options)
 
 
 def settings(engine: Engine, options: Namespace, **more: Any) -> dict[str, Any]:
@@ -80,12 +74,6 @@ def settings(engine: Engine, options: Namespace, **more: Any) -> dict[str, Any]:
         "page_size": engine.config.page_size,
         **more,
     }
-
-
-def note(text: str) -> None:
-    """A line of progress."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
 
 
 def text_tokens(engine: Engine, file: Path) -> TakeTokens:
@@ -115,13 +103,6 @@ def _read_text(file: Path) -> str:
     if ".jsonl" not in file.suffixes:
         return text_of(file)
     return "\n\n".join(rows_of(file, lambda row: str(row["text"]), 'an object with the text "text"'))
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(f"{value} is not positive")
-    return value
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str] | None, *, repeats: int, quick_repeats: int) -> Namespace:

@@ -27,11 +27,10 @@ from typing import Any
 from eval.clients import answers, likelihoods
 from eval.clients.reciter import make_engine
 from eval.clients.running import CLIENTS, Hello, Interpreter, place_of
-from eval.ending import ended_in_order
+from eval.command import add_model, add_outputs, finish, note
 from eval.figures import Figure, Report
 from eval.served import served
-from eval.workload import note
-from kvcomm import Engine, EngineConfig, KVCommError
+from kvcomm import Engine, EngineConfig
 from kvcomm.errors import InvalidRequest
 from kvcomm.lab.timings import Samples, random_tokens, warm_up
 
@@ -41,17 +40,8 @@ NUM_PROMPT_TOKENS = 128
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit code."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    try:
-        with ended_in_order():
-            report = evaluate(options)
-        report.emit(as_json=options.json)
-        report.save(options.out)
-    except (KVCommError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+    options = _parser().parse_args(arguments)
+    return finish(lambda: evaluate(options), options)
 
 
 def evaluate(options: Namespace) -> Report:
@@ -148,7 +138,7 @@ def _checked(given: Sequence[str], known: Sequence[str] | dict[str, Any], option
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m eval.clients", description="What unchanged clients get from a server.")
-    parser.add_argument("--model", default="smollm2-135m", help="a packaged name, folder or hub id [%(default)s]")
+    add_model(parser)
     parser.add_argument(
         "--python", action="append", type=Path, metavar="PATH", help="an interpreter that has clients; may come again"
     )
@@ -157,8 +147,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--answers", type=int, default=200, metavar="N", help="to schemas [%(default)s]")
     parser.add_argument("--repeats", type=int, default=15, metavar="N", help="of the overhead's pairs [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of answers and prompts [%(default)s]")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--out", type=Path, default=Path("out/clients.json"), help="file of the run [%(default)s]")
+    add_outputs(parser, "clients")
     return parser
 
 

@@ -10,7 +10,7 @@ from http.client import HTTPConnection
 from typing import Any, NamedTuple
 
 from eval.clients.schemas import SCHEMAS, error_of
-from eval.workload import note
+from eval.command import note
 from kvcomm import Engine, SamplingParams
 
 TOPICS = ("a city", "a book", "an animal", "a recipe", "a train journey")

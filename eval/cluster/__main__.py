@@ -32,6 +32,7 @@ from eval.cluster.costs import SMOLLM2, Costs
 from eval.cluster.routers import ROUTERS
 from eval.cluster.simulation import Outcome, Simulation
 from eval.cluster.workload import Workload, beginnings, make_workload
+from eval.command import add_outputs, finish, note, positive
 from eval.figures import Figure, Report
 from kvcomm.errors import KVCommError
 from kvcomm.lab.load.trace_file import Trace, TraceError, read_trace
@@ -172,33 +173,27 @@ def told(row: Row) -> str:
     )
 
 
-def note(text: str) -> None:
-    """A line of progress."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        if options.measure:
-            from eval.cluster.measuring import measured  # needs torch, which simulating does without
+    return _measure(options.model) if options.measure else finish(lambda: _report(options), options)
 
-            sys.stdout.write(f"{measured(options.model)}\n")
-            return 0
-        if not options.trace:
-            raise TraceError("--trace FILE is missing: a mooncake or agentic .jsonl[.gz]")
-        report = _report(options)
-        report.emit(as_json=options.json)
-        report.save(options.out)
-    except (KVCommError, OSError) as error:
+
+def _measure(model: str) -> int:
+    """Print the costs of a real worker; returns the exit code."""
+    from eval.cluster.measuring import measured  # needs torch, which simulating does without
+
+    try:
+        sys.stdout.write(f"{measured(model)}\n")
+    except KVCommError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0
 
 
 def _report(options: argparse.Namespace) -> Report:
+    if not options.trace:
+        raise TraceError("--trace FILE is missing: a mooncake or agentic .jsonl[.gz]")
     settings = _settings(options)
     rows = []
     traces = []
@@ -241,32 +236,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=_counts, default=(1, 8, 64, 1000), metavar="N,N", help="[1,8,64,1000]")
     parser.add_argument("--routers", type=_routers, default=tuple(ROUTERS), metavar="NAME,NAME", help="[all]")
     parser.add_argument("--utilisation", type=_share, default=0.7, help="of a cluster routed by hash [%(default)s]")
-    parser.add_argument("--capacity-tokens", type=_count, default=500_000, help="KV of one worker [%(default)s]")
+    parser.add_argument("--capacity-tokens", type=positive, default=500_000, help="KV of one worker [%(default)s]")
     parser.add_argument("--tier", action="store_true", help="workers share a tier that holds everything")
-    parser.add_argument("--gbit", type=_positive, default=10.0, help="network of one worker, Gbit/s [%(default)s]")
-    parser.add_argument("--copies", type=_count, metavar="N", help="independent populations [enough for the workers]")
-    parser.add_argument("--limit", type=_count, metavar="N", help="only the first N lines of each file")
+    parser.add_argument("--gbit", type=_amount, default=10.0, help="network of one worker, Gbit/s [%(default)s]")
+    parser.add_argument("--copies", type=positive, metavar="N", help="independent populations [enough for the workers]")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N lines of each file")
     parser.add_argument("--quick", action="store_true", help=f"only the first {QUICK_REQUESTS} requests of each trace")
     parser.add_argument("--seed", type=int, default=0, help="[%(default)s]")
     parser.add_argument("--measure", action="store_true", help="print the costs of a real worker, and nothing else")
     parser.add_argument("--model", default="smollm2-135m", help="of --measure [%(default)s]")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--out", type=Path, default=Path("out/cluster.json"), help="file of the run [%(default)s]")
+    add_outputs(parser, "cluster")
     return parser
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
-
-
 def _counts(text: str) -> tuple[int, ...]:
-    return tuple(_count(part) for part in text.split(","))
+    return tuple(positive(part) for part in text.split(","))
 
 
-def _positive(text: str) -> float:
+def _amount(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
@@ -274,7 +261,7 @@ def _positive(text: str) -> float:
 
 
 def _share(text: str) -> float:
-    value = _positive(text)
+    value = _amount(text)
     if value >= 1:
         raise argparse.ArgumentTypeError(f"{text} is not below 1: the queues would grow for ever")
     return value

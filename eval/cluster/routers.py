@@ -75,7 +75,7 @@ class Router(Protocol):
     def choose(self, arrival: Arrival, now: float, tier_blocks: int) -> int:
         """A worker for a request, of whose path the tier has the first `tier_blocks`."""
 
-    def sent(self, worker: int, index: int, arrival: Arrival) -> None:
+    def sent(self, worker: int, index: int, arrival: Arrival) -> None:  # most need not know
         """The request with this index was sent to a worker."""
 
     def computed(self, worker: int, index: int, came: list[int], went: list[int], now: float) -> None:

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from eval.command import add_outputs, note
 from eval.ending import ended_in_order
 from eval.engine_faults.episode import Episode, Runner
 from eval.engine_faults.faults import POINTS
@@ -30,7 +31,6 @@ from eval.engine_faults.findings import Finding, Findings, Harm
 from eval.engine_faults.operations import GROUPS, num_of
 from eval.engine_faults.subject import has_peft
 from eval.figures import Figure, Report
-from eval.workload import note
 from kvcomm import KVCommError
 
 PER_EPISODE = 200
@@ -48,10 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--without", type=_groups, default=(), metavar="GROUP,GROUP", help=f"of {', '.join(GROUPS)}")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="perform the operations of a file instead")
     parser.add_argument("--shrink", type=int, default=MAX_SHRINK_RUNS, metavar="N", help="replays per finding at most")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/engine_faults.json"), help="file of the run [%(default)s]"
-    )
+    add_outputs(parser, "engine_faults")
     options = parser.parse_args(arguments)
     try:
         episodes = _episodes(options)

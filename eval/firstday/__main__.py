@@ -16,6 +16,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from eval.command import note
 from eval.figures import Report
 from eval.firstday.figures import figures_of, samples_of
 from eval.firstday.methods import require_known
@@ -23,7 +24,6 @@ from eval.firstday.parts import CONFIG, RAG, Evaluation, parts_of
 from eval.firstday.records import Part
 from eval.firstday.workloads import WORKLOADS, Wanted, Workload, make_workload
 from eval.tasks.progress import Phases
-from eval.workload import note
 from kvcomm import Engine, KVCommError
 from kvcomm.errors import InvalidRequest
 from kvcomm.lab.bounds import Bound

@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from eval.command import note
 from eval.firstday.methods import Laboratory
 from eval.firstday.records import Part, Served
 from eval.firstday.serving import Server
 from eval.firstday.workloads import Workload
 from eval.tasks.progress import Phases
 from eval.tasks.rows import digest_of
-from eval.workload import note
 from kvcomm import Engine, EngineConfig, ReusePolicy
 from kvcomm.errors import InvalidRequest
 from kvcomm.lab.bounds import Bound

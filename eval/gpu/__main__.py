@@ -29,13 +29,14 @@ from typing import Any
 
 import torch
 
+from eval.command import note
 from eval.ending import ended_in_order, temporary_files_in
 from eval.figures import Figure, Report
 from eval.gpu.parts import PARTS, run_part
 from eval.gpu.records import Found
 from eval.ttft.first_tokens import COLUMNS
 from eval.ttft.grid import Grid, GridReport
-from eval.workload import add_sizes, make_parser, note, parse
+from eval.workload import add_sizes, make_parser, parse
 
 SIZES = {
     "context_tokens": 4096,

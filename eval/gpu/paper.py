@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from eval.command import note
 from eval.gpu.records import Recorder
 from eval.ttft.first_tokens import FirstTokens, measure_first_tokens, servers, warm_up
 from eval.ttft.table import OUTPUT_SIZES, ROLE_SIZES
 from eval.ttft.team import Sizes, Team, num_prompt_tokens, teach
-from eval.workload import note
 from kvcomm import Engine
 from kvcomm.lab.timings import TakeTokens
 

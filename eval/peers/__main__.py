@@ -22,6 +22,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from eval.command import add_outputs, note
 from eval.ending import ended_in_order
 from eval.figures import PIPE_WIDTH, Report
 from eval.peers import parts
@@ -31,7 +32,6 @@ from eval.peers.figures import MEGABYTE, engine_table, figures_of
 from eval.peers.gguf_file import half_precision_file
 from eval.peers.prompts import ROLES, Texts
 from eval.peers.same_tokens import same_token_figures
-from eval.workload import note
 from kvcomm import KVCommError
 from kvcomm.errors import InvalidRequest, ServerError
 from kvcomm.lab.models import PACKAGED, fetch_model
@@ -214,8 +214,7 @@ def _parse(arguments: Sequence[str] | None) -> Namespace:
     )
     parser.add_argument("--threads", type=int, metavar="N", help="of every engine [the cores that there are]")
     parser.add_argument("--quick", action="store_true", help="small sizes and one turn: for a first impression")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--out", type=Path, default=Path("out/peers.json"), help="file of the run [%(default)s]")
+    add_outputs(parser, "peers")
     options = parser.parse_args(arguments)
     for name, known in (("only", PARTS), ("engines", ENGINES), ("kvcomm_dtypes", SHORT_DTYPES)):
         for given in getattr(options, name):

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from eval.command import note
 from eval.peers.engines import ONE_TOKEN, Peer, asked
 from eval.peers.prompts import Texts
-from eval.workload import note
 from kvcomm.errors import ServerError
 from kvcomm.lab.load.client import Sample
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
+from eval.command import note
 from eval.ending import temporary_files_in
 from eval.peers.tree import ProcessTree
-from eval.workload import note
 from kvcomm.errors import InvalidRequest, ServerError
 from kvcomm.lab.load.client import Client, Sample
 

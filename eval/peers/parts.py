@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from eval.command import note
 from eval.peers.bench import Bench
 from eval.peers.engines import ONE_TOKEN, Peer
 from eval.peers.prompts import ROLES, Prompt
-from eval.workload import note
 from kvcomm.errors import ServerError
 from kvcomm.lab.load.client import Sample
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import chain
 
+from eval.command import note
 from eval.figures import Figure
 from eval.peers.bench import Sizes
 from eval.peers.prompts import Texts
-from eval.workload import note
 from kvcomm import Engine, EngineConfig, SamplingParams
 
 Answers = list[tuple[int, ...]]

@@ -23,9 +23,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from eval.ending import ended_in_order
+from eval.command import add_model, add_outputs, finish, note
 from eval.figures import Figure, Report
 from eval.resilience.bodies import bodies
 from eval.resilience.crowd import crowd
@@ -33,8 +32,6 @@ from eval.resilience.hoarding import hoarding
 from eval.resilience.questions import Found, Question, make_questions
 from eval.resilience.races import FoundInRaces, racing_saves
 from eval.resilience.scenarios import disconnect, full_pool, kill, large_body, slow_loris
-from eval.workload import note
-from kvcomm import KVCommError
 
 SCENARIOS = (
     "kill",
@@ -60,16 +57,19 @@ MEASURES: dict[str, Measure] = {"bodies": bodies, "crowd": crowd}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m eval.resilience", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="smollm2-135m", help="a packaged name, folder or hub id [%(default)s]")
+    add_model(parser)
     parser.add_argument("--scenarios", type=_names, default=SCENARIOS, metavar="NAME,NAME", help="[all]")
     parser.add_argument("--disconnects", type=int, default=1000, metavar="N", help="streams left [%(default)s]")
     parser.add_argument("--questions", type=int, default=12, metavar="N", help="different ones [%(default)s]")
     parser.add_argument("--prefix-len", type=int, default=96, metavar="N", help="words they share [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of questions and of when clients leave [%(default)s]")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_DISCONNECTS} streams left")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--out", type=Path, default=Path("out/resilience.json"), help="file of the run [%(default)s]")
+    add_outputs(parser, "resilience")
     options = parser.parse_args(arguments)
+    return finish(lambda: _measure(options), options)
+
+
+def _measure(options: argparse.Namespace) -> Report:
     num_disconnects = QUICK_DISCONNECTS if options.quick else options.disconnects
     known: dict[str, Scenario] = {
         "kill": kill,
@@ -80,27 +80,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "hoarding": hoarding,
         "racing_saves": racing_saves,
     }
-    try:
-        note("answers of transformers alone")
-        questions = make_questions(options.model, options.questions, options.prefix_len, options.seed)
-        found: dict[str, AnyFound] = {}
-        measured: list[Figure] = []
-        with ended_in_order():
-            for name in options.scenarios:
-                note(name)
-                if name in MEASURES:
-                    measured += MEASURES[name](options.model, questions)
-                else:
-                    found[name] = known[name](options.model, questions)
-        report = Report(
-            "resilience", figures(found) + measured, {**vars(options), "out": None, "disconnects": num_disconnects}
-        )
-        report.emit(as_json=options.json)
-        report.save(options.out)
-    except (KVCommError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+    note("answers of transformers alone")
+    questions = make_questions(options.model, options.questions, options.prefix_len, options.seed)
+    found: dict[str, AnyFound] = {}
+    measured: list[Figure] = []
+    for name in options.scenarios:
+        note(name)
+        if name in MEASURES:
+            measured += MEASURES[name](options.model, questions)
+        else:
+            found[name] = known[name](options.model, questions)
+    return Report(
+        "resilience", figures(found) + measured, {**vars(options), "out": None, "disconnects": num_disconnects}
+    )
 
 
 def figures(found: dict[str, AnyFound]) -> list[Figure]:

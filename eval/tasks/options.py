@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.command import add_model, positive
 from eval.tasks.modes import MODES
 from eval.tasks.rows import chosen, digest_of, load_rows, load_train_rows
 from eval.tasks.task import Row, Task
@@ -36,7 +37,7 @@ def make_parser(name: str, limit: int, num_samples: int) -> ArgumentParser:
     parser = ArgumentParser(
         prog=f"python -m eval.{name}", description=f"What reuse does to a team's answers on {name}."
     )
-    parser.add_argument("--model", default="smollm2-135m", help="a packaged name, folder or hub id [%(default)s]")
+    add_model(parser)
     parser.add_argument("--agents", type=int, default=5, choices=AGENTS, help="with the referee [%(default)s]")
     parser.add_argument("--topology", default="full", choices=TOPOLOGIES, help="who reads whom [%(default)s]")
     parser.add_argument("--modes", default="dense,kvcomm,paper", help=f"some of {','.join(MODES)} [%(default)s]")
@@ -133,14 +134,6 @@ def _require_greedy(team: Team) -> None:
             raise InvalidRequest(
                 f"agent {agent.name!r} of team {team.name!r} does not decode greedily; modes could not be compared"
             )
-
-
-def positive(text: str) -> int:
-    """A number of things of which there must be one, as an option."""
-    value = int(text)
-    if value < 1:
-        raise ValueError(f"{value} is not positive")
-    return value
 
 
 def _count(text: str) -> int:

@@ -6,8 +6,8 @@ import ast
 import re
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
+from eval.command import note
 from eval.sandbox import NONE, Isolation, Limits, Verdict, run_program
-from eval.workload import note
 
 BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 TOOL_LIMITS = Limits(seconds=5.0, cpu_s=5)

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import torch
 
+from eval.command import note
 from eval.stock import Stock
 from eval.ttft.team import ONE_TOKEN, Team, tokens_of
-from eval.workload import note
 from kvcomm import Completion, Engine, ReusePolicy, SamplingParams, Segment, Usage
 from kvcomm.errors import InvalidRequest
 

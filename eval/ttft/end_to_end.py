@@ -34,11 +34,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from eval.command import note
 from eval.figures import Figure, Report
 from eval.stock import Stock
 from eval.ttft.following import Slowdown, measure_slowdown
 from eval.ttft.team import tokens_of
-from eval.workload import note, settings
+from eval.workload import settings
 from kvcomm import Engine, KVCommAgentGroup, ReusePolicy, SamplingParams
 from kvcomm.agents import AgentResult, GroupResult, Team, load_team
 from kvcomm.errors import InvalidRequest

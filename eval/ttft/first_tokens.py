@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from eval.command import note
 from eval.stock import Stock
 from eval.ttft.along import follow, num_left, read_along
 from eval.ttft.grid import Row
 from eval.ttft.team import ONE_TOKEN, Sizes, Team, Texts, num_slot_tokens, tokens_of
-from eval.workload import note
 from kvcomm import Engine, ReusePolicy, Rung, Segment
 from kvcomm.lab.timings import Samples, TakeTokens
 

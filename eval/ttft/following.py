@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 
-from eval.workload import note
+from eval.command import note
 from kvcomm import Engine, OpenPrompt, ReusePolicy, SamplingParams, Segment, Usage
 from kvcomm.agents import AgentResult
 from kvcomm.lab.timings import Samples

@@ -27,12 +27,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from eval.command import note
 from eval.figures import Figure, Report
 from eval.stock import Stock
 from eval.ttft.along import FIRST_TOKEN, compare, follow, follow_team, num_left, read_along
 from eval.ttft.first_tokens import MOVED
 from eval.ttft.team import ONE_TOKEN, Sizes, Team, Texts, num_slot_tokens, teach, tokens_of
-from eval.workload import note, settings
+from eval.workload import settings
 from kvcomm import Completion, Engine, ReusePolicy, Rung, Segment
 from kvcomm.errors import InvalidRequest
 from kvcomm.lab.moving import CORRECTED

@@ -17,11 +17,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from eval.command import note
 from eval.figures import Figure, Report
 from eval.ttft.first_tokens import COLUMNS, WAYS, FirstTokens, measure_first_tokens, servers, warm_up
 from eval.ttft.grid import Grid, GridReport
 from eval.ttft.team import Sizes, Team, num_prompt_tokens, num_team_tokens, teach
-from eval.workload import note, settings
+from eval.workload import settings
 from kvcomm import Engine
 from kvcomm.errors import InvalidRequest
 from kvcomm.lab.timings import Samples, TakeTokens

@@ -12,11 +12,12 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 
+from eval.command import note
 from eval.figures import Figure, Report
 from eval.ttft.first_tokens import COLUMNS, FirstTokens, Servers, measure_first_tokens, servers, warm_up
 from eval.ttft.grid import Grid, GridReport, Row
 from eval.ttft.team import Sizes, Team, num_prompt_tokens, teach
-from eval.workload import note, settings
+from eval.workload import settings
 from kvcomm import Engine
 from kvcomm.errors import InvalidRequest
 from kvcomm.lab.timings import Samples, TakeTokens

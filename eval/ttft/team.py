@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from eval.workload import note
+from eval.command import note
 from kvcomm import Engine, RequestHandle, ReusePolicy, SamplingParams, Segment
 from kvcomm.errors import InvalidRequest
 from kvcomm.lab.moving import NUM_CONTINUATION
