@@ -17,6 +17,7 @@ from kvcomm.align.offsets import OffsetRows, OffsetTable
 from kvcomm.align.ops.contract import LayerStore, Neighbors, Place
 from kvcomm.align.ops.triton_shapes import NUM_THREADS, RowKind
 from kvcomm.errors import InvalidRequest
+from kvcomm.model.optional import needing
 from kvcomm.model.rope import RopeGeometry
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -174,15 +175,9 @@ def _turns(ropes: Sequence[RopeGeometry], positions: Tensor) -> Tensor:
 
 
 def _load_kernels() -> ModuleType:
-    try:
+    refusal = "the operations called 'triton' need the package triton: install kvcomm[triton] or choose 'auto'"
+    with needing("triton", refusal):
         from kvcomm.align.ops import triton_kernels
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        raise InvalidRequest(
-            "the operations called 'triton' need the package triton, which is not installed; "
-            "install kvcomm[triton] or choose 'auto'"
-        ) from error
     return triton_kernels
 
 

@@ -25,6 +25,7 @@ from kvcomm.errors import InvalidRequest
 from kvcomm.model.attention import self_test
 from kvcomm.model.attention.contract import AttentionStep, RunTable
 from kvcomm.model.attention.triton_plan import RunArrays, flatten_runs
+from kvcomm.model.optional import needing
 from kvcomm.model.self_test import SelfTest
 
 FLASHINFER_ATTENTION = SelfTest("attention back end 'flashinfer'", __name__, None)
@@ -187,15 +188,12 @@ def _bounds(counts: np.ndarray) -> Tensor:
 
 
 def _load() -> ModuleType:
-    try:
+    refusal = (
+        "attention back end 'flashinfer' needs the package flashinfer, which is not installed; "
+        "pip install flashinfer-python, or choose the back end 'auto'"
+    )
+    with needing("flashinfer", refusal):
         import flashinfer
-    except ModuleNotFoundError as error:
-        if error.name != "flashinfer":
-            raise
-        raise InvalidRequest(
-            "attention back end 'flashinfer' needs the package flashinfer, which is not installed; "
-            "pip install flashinfer-python, or choose the back end 'auto'"
-        ) from error
     return flashinfer  # type: ignore[no-any-return]
 
 

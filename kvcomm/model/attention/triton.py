@@ -34,6 +34,7 @@ from kvcomm.model.attention.triton_shapes import (
     tile_shape,
     write_constants,
 )
+from kvcomm.model.optional import needing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -269,15 +270,9 @@ class _Launch(NamedTuple):
 
 
 def _load_kernels() -> ModuleType:
-    try:
+    refusal = "attention back end 'triton' needs the package triton: install kvcomm[triton], or choose 'torch'"
+    with needing("triton", refusal):
         from kvcomm.model.attention import triton_kernels
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        raise InvalidRequest(
-            "attention back end 'triton' needs the package triton, which is not installed; "
-            "install kvcomm[triton] or choose the back end 'torch'"
-        ) from error
     return triton_kernels
 
 
