@@ -11,6 +11,7 @@ from urllib.parse import quote
 import typer
 from rich.text import Text
 
+from kvcomm.cli.options import DryRunFlag
 from kvcomm.cli.output import JsonFlag, emit, format_bytes, table
 from kvcomm.cli.remote import DEFAULT_SERVER, KeyFlag, ServerFlag, ask
 from kvcomm.cli.text import age_of, counted, printable
@@ -104,7 +105,7 @@ def prune_command(
         int | None,
         typer.Option("--keep-bytes", min=0, metavar="N", help="Remove the oldest banks until so many bytes are left."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    dry_run: DryRunFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Remove banks or readers. What pairs say about corrections that need a removed bank goes, too.

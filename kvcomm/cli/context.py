@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvcomm.cli.context_place import ContextPlace, Given, Told
-from kvcomm.cli.options import DEFAULT_MODEL, ForceFlag, ModelFlag, PlaceOptions, SamplingOptions
+from kvcomm.cli.options import DEFAULT_MODEL, ModelFlag, PlaceOptions, SamplingOptions, WriteOptions
 from kvcomm.cli.output import JsonFlag, emit
 from kvcomm.cli.spread import spread
 from kvcomm.cli.text import printable
@@ -38,16 +38,14 @@ def create_command(
     given: Given,
     extend_from: ParentFlag = None,
     model: ModelFlag = DEFAULT_MODEL,
-    kept: PlaceOptions,
-    force: ForceFlag = False,
-    as_json: JsonFlag = False,
+    kept: WriteOptions,
 ) -> None:
     """Compute a prompt once and keep its KV.
 
     Stored segments come first, then --file, then --text.
     """
-    place = _place(kept, model=model, force=force)
-    _emit(place.create(name, given, extend_from), as_json=as_json)
+    place = _place(kept, model=model, force=kept.force)
+    _emit(place.create(name, given, extend_from), as_json=kept.as_json)
 
 
 @app.command("fork", epilog="Example: kvcomm context fork base left")
@@ -55,12 +53,10 @@ def create_command(
 def fork_command(
     name: Name,
     new: NewName,
-    kept: PlaceOptions,
-    force: ForceFlag = False,
-    as_json: JsonFlag = False,
+    kept: WriteOptions,
 ) -> None:
     """Give a context a second name from which it can go another way; no bytes are copied."""
-    _emit(_place(kept, force=force).fork(name, new), as_json=as_json)
+    _emit(_place(kept, force=kept.force).fork(name, new), as_json=kept.as_json)
 
 
 @app.command("extend", epilog='Example: kvcomm context extend left --text "Try algebra."')
@@ -71,16 +67,14 @@ def extend_command(
     given: Given,
     save_as: SaveAsFlag = None,
     model: ModelFlag = DEFAULT_MODEL,
-    kept: PlaceOptions,
-    force: ForceFlag = False,
-    as_json: JsonFlag = False,
+    kept: WriteOptions,
 ) -> None:
     """Add text to the end of a context and compute its KV.
 
     Replaces the context, unless --save-as names another one; forks of it stay as they are.
     """
-    place = _place(kept, model=model, force=force)
-    _emit(place.extend(name, given, save_as), as_json=as_json)
+    place = _place(kept, model=model, force=kept.force)
+    _emit(place.extend(name, given, save_as), as_json=kept.as_json)
 
 
 @app.command("generate", epilog="Example: kvcomm context generate left --max-new-tokens 64 --save-as left-1")
@@ -92,17 +86,15 @@ def generate_command(
     stop: StopFlag = None,
     save_as: SaveAsFlag = None,
     model: ModelFlag = DEFAULT_MODEL,
-    kept: PlaceOptions,
-    force: ForceFlag = False,
-    as_json: JsonFlag = False,
+    kept: WriteOptions,
 ) -> None:
     """Generate an answer to what a context holds.
 
     The stored context stays as it is; --save-as keeps another one that ends with the answer.
     """
-    place = _place(kept, model=model, force=force)
-    told = place.generate(name, sampling.settings, tuple(stop or ()), save_as, _shown_nowhere if as_json else _shown)
-    _emit(told, as_json=as_json)
+    place, show = _place(kept, model=model, force=kept.force), _shown_nowhere if kept.as_json else _shown
+    told = place.generate(name, sampling.settings, tuple(stop or ()), save_as, show)
+    _emit(told, as_json=kept.as_json)
 
 
 @app.command("ls")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvcomm.cli.output import JsonFlag
 from kvcomm.cli.remote import KeyFlag, OptionalServerFlag
 from kvcomm.errors import InvalidRequest
 from kvcomm.files.reading import TEXT_BYTES, BadContent, decoded, read_bytes
@@ -81,6 +82,7 @@ FileFlag = Annotated[
     Path | None, typer.Option("--file", metavar="FILE", help="A file that holds the text; - reads standard input.")
 ]
 ForceFlag = Annotated[bool, typer.Option("--force", help="Replace what has that name already.")]
+DryRunFlag = Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")]
 MaxNewTokensFlag = Annotated[
     int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="How many tokens an answer may have.")
 ]
@@ -117,6 +119,14 @@ class PlaceOptions:
     folder: FolderFlag = None
     server: OptionalServerFlag = None
     key: KeyFlag = None
+
+
+@dataclass(frozen=True)
+class WriteOptions(PlaceOptions):
+    """Where a named thing is written, whether over one that has its name, and how that is told."""
+
+    force: ForceFlag = False
+    as_json: JsonFlag = False
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from kvcomm.cli import remote_segments
 from kvcomm.cli.options import (
     DEFAULT_MODEL,
     FileFlag,
-    ForceFlag,
     ModelFlag,
     PlaceOptions,
     TextFlag,
+    WriteOptions,
     load_engine,
     read_text,
 )
@@ -48,9 +48,7 @@ def add_command(
     text: TextFlag = None,
     file: FileFlag = None,
     model: ModelFlag = DEFAULT_MODEL,
-    kept: PlaceOptions,
-    force: ForceFlag = False,
-    as_json: JsonFlag = False,
+    kept: WriteOptions,
 ) -> None:
     """Tokenize a text (--text or --file) with the model's tokenizer and keep it.
 
@@ -61,10 +59,10 @@ def add_command(
     if (text is None) == (file is None):
         raise InvalidRequest("give either --text or --file")
     if kept.server is not None:
-        remote_segments.add(kept.server, kept.key, name, _content(text, file), as_json=as_json)
+        remote_segments.add(kept.server, kept.key, name, _content(text, file), as_json=kept.as_json)
         return
     store = Store(kept.folder)
-    store.require_new_segment(name, force=force)
+    store.require_new_segment(name, force=kept.force)
     content = _content(text, file)
     with load_engine(model) as engine:
         segment, namespace = engine.segment(content), engine.namespace()
@@ -78,9 +76,9 @@ def add_command(
         text=content,
         token_ids=segment.token_ids,
     )
-    path = store.write_segment(name, stored, force=force)
+    path = store.write_segment(name, stored, force=kept.force)
     line = f"added {name}: {counted(len(stored.token_ids), 'token')}, {stored.digest[:12]}"
-    emit({"name": name, "file": str(path), **_facts(stored)}, line, as_json=as_json)
+    emit({"name": name, "file": str(path), **_facts(stored)}, line, as_json=kept.as_json)
 
 
 @app.command("ls")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from kvcomm.cli.options import DryRunFlag
 from kvcomm.cli.output import JsonFlag, emit, format_bytes, table
 from kvcomm.cli.text import age_of, counted, printable
 from kvcomm.errors import InvalidRequest
@@ -94,7 +95,7 @@ def prune_command(
         bool,
         typer.Option("--leftovers", help="Remove what killed writers left, which always goes, and nothing else."),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    dry_run: DryRunFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Remove objects; safe beside workers that read and write. Buckets and Redis go by when an object was written."""
