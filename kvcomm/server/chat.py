@@ -15,7 +15,7 @@ from kvcomm.server.access import security
 from kvcomm.server.answers import ChatAnswers, ChoiceAnswer, ChoiceEvents
 from kvcomm.server.bodies import BodyRoute
 from kvcomm.server.completion_logprobs import prompt_lists
-from kvcomm.server.errors import documented
+from kvcomm.server.errors import COMPUTING_TEXTS
 from kvcomm.server.generation import CallDep, GenerationCall
 from kvcomm.server.logprobs import told_logprobs
 from kvcomm.server.schemas.chat import (
@@ -46,7 +46,7 @@ router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
     "/v1/chat/completions",
     operation_id="createChatCompletion",
     response_model=ChatCompletion,
-    responses={**DOCUMENTED, **documented(400, 401, 403, 404, 408, 409, 413, 422, 429, 500, 503, 504)},
+    responses={**DOCUMENTED, **COMPUTING_TEXTS},
     dependencies=[Depends(security)],
 )
 async def create_chat_completion(body: ChatRequest, call: CallDep) -> Response | ChatCompletion:

@@ -19,7 +19,7 @@ from kvcomm.server.bodies import BodyRoute
 from kvcomm.server.chat import reason
 from kvcomm.server.completion_logprobs import Echo, LogprobEntry, echo_of, entries_of, lists_of, prompt_lists
 from kvcomm.server.contexts.answering import begin_turn, put_text
-from kvcomm.server.errors import documented
+from kvcomm.server.errors import COMPUTING_TEXTS
 from kvcomm.server.generation import CallDep, GenerationCall, GenerationJob, JobChunk
 from kvcomm.server.sampling import policy_of, sampling_of
 from kvcomm.server.schemas.completions import CompletionChoice, CompletionLogprobs, CompletionRequest, TextCompletion
@@ -36,7 +36,7 @@ router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
     "/v1/completions",
     operation_id="createCompletion",
     response_model=TextCompletion,
-    responses={**DOCUMENTED, **documented(400, 401, 403, 404, 408, 409, 413, 422, 429, 500, 503, 504)},
+    responses={**DOCUMENTED, **COMPUTING_TEXTS},
     dependencies=[Depends(security)],
 )
 async def create_completion(body: CompletionRequest, call: CallDep) -> Response | TextCompletion:

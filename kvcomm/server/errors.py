@@ -167,6 +167,9 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 COMPUTING = documented(400, 401, 403, 404, 408, 409, 413, 429, 500, 503, 504)
 """Errors of operations that compute something for a prompt."""
 
+COMPUTING_TEXTS = {**COMPUTING, **documented(422)}
+"""The same, for a prompt that may be given as texts of their own."""
+
 
 def translate(error: BaseException, *, retry_after_s: float = 1, context_tokens: int = 0) -> ApiError:
     """What a client is told about an error of the engine; nothing about one that nobody expected: log that.

@@ -16,7 +16,7 @@ from kvcomm.server.answers import ChatAnswers, ChoiceEvents
 from kvcomm.server.anthropic.output import STOP_REASONS, Blocks, EventFields
 from kvcomm.server.anthropic.translation import NAMES, breakpoints_of, chat_request, longest_ttl
 from kvcomm.server.bodies import BodyRoute
-from kvcomm.server.errors import MEANINGS, messages_error
+from kvcomm.server.errors import COMPUTING, messages_error
 from kvcomm.server.generation import CallDep, GenerationCall
 from kvcomm.server.schemas.anthropic import MessagesPrompt, MessagesRequest
 from kvcomm.server.schemas.anthropic_answers import (
@@ -40,8 +40,7 @@ router = APIRouter(
 )
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": MessagesErrorResponse, "description": MEANINGS[status]}
-    for status in (400, 401, 403, 404, 408, 409, 413, 429, 500, 503, 504)
+    status: {**told, "model": MessagesErrorResponse} for status, told in COMPUTING.items()
 }
 SHORT_TTL_S = 300
 """Lifetimes up to this one are told as Anthropic's shorter one."""

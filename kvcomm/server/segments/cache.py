@@ -11,7 +11,7 @@ from kvcomm.engine.sampling import SamplingParams
 from kvcomm.memory.segments import Segment
 from kvcomm.server.access import security
 from kvcomm.server.bodies import BodyRoute
-from kvcomm.server.errors import ApiError, documented
+from kvcomm.server.errors import COMPUTING_TEXTS, ApiError, documented
 from kvcomm.server.generation import CallDep, GenerationCall, GenerationJob
 from kvcomm.server.sampling import policy_of
 from kvcomm.server.schemas.cache import CacheExplanation, CacheTree, Warmed, WarmRequest
@@ -25,12 +25,11 @@ from kvcomm.server.usage import usage_of
 from kvcomm.server.workers import LONG_BYTES
 
 router = APIRouter(prefix="/v1/cache", dependencies=[Depends(security)], route_class=BodyRoute)
-ERRORS = documented(400, 401, 403, 404, 408, 409, 413, 422, 429, 500, 503, 504)
 
 ONLY_PREFILL = SamplingParams(max_new_tokens=0)
 
 
-@router.post("/warm", operation_id="warmCache", tags=["kvcomm"], responses=ERRORS)
+@router.post("/warm", operation_id="warmCache", tags=["kvcomm"], responses=COMPUTING_TEXTS)
 async def warm_cache(body: WarmRequest, call: CallDep) -> Warmed:
     """Compute segments now, so that requests which begin with them find them cached."""
     return await call.guard(_warm(body, call))
@@ -69,7 +68,7 @@ def _warmed(
     )
 
 
-@router.post("/explain", operation_id="explainCache", tags=["insight"], responses=ERRORS)
+@router.post("/explain", operation_id="explainCache", tags=["insight"], responses=COMPUTING_TEXTS)
 async def explain_cache(body: ExplainRequest, call: CallDep) -> CacheExplanation:
     """What a request would find in the cache, what not, why, and what it would take. It is not made."""
     call.state.adapter_of(body.model)
