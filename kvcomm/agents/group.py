@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
 from contextlib import aclosing, closing
-from typing import TYPE_CHECKING, cast, overload
+from typing import TYPE_CHECKING, TypedDict, cast, overload
 
 from kvcomm.agents.agent import Agent, check_one_answer
 from kvcomm.agents.graph import AgentGraph
@@ -31,6 +31,14 @@ if TYPE_CHECKING:
     from kvcomm.reuse.status import ReaderStatus
 
 MAX_SHOWN = 6
+
+
+class GroupSettings(TypedDict, total=False):
+    """What the agents of a group have in common; see `KVCommAgentGroup`."""
+
+    policy: ReusePolicy | None
+    sampling: SamplingParams | None
+    tenant: str
 
 
 class KVCommAgentGroup:

@@ -26,15 +26,14 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType, UnionType
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Unpack, get_args, get_origin, get_type_hints
 
 from kvcomm.agents.agent import Agent
 from kvcomm.agents.graph import AgentGraph
-from kvcomm.agents.group import KVCommAgentGroup
+from kvcomm.agents.group import GroupSettings, KVCommAgentGroup
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import InvalidRequest, TemplateError
 from kvcomm.files.reading import BadContent, parse_toml, read_toml
-from kvcomm.reuse.policy import ReusePolicy
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -98,24 +97,16 @@ class Team:
         engine_or_model: Engine | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        policy: ReusePolicy | None = None,
-        sampling: SamplingParams | None = None,
-        tenant: str = "default",
         read_along: bool | None = None,
+        **settings: Unpack[GroupSettings],
     ) -> KVCommAgentGroup:
         """A group of the team's agents. Give its runs `rounds=team.rounds, **{**team.inputs, ...}`.
 
         Args:
             read_along: None: as the team says; the others as `KVCommAgentGroup` takes them.
         """
-        group = KVCommAgentGroup(
-            engine_or_model,
-            tokenizer,
-            policy=policy,
-            sampling=sampling,
-            tenant=tenant,
-            read_along=self.read_along if read_along is None else read_along,
-        )
+        reads = self.read_along if read_along is None else read_along
+        group = KVCommAgentGroup(engine_or_model, tokenizer, read_along=reads, **settings)
         for agent in self.agents:
             group.add(agent)
         return group

@@ -12,11 +12,11 @@ the texts in place, and compared), and control tokens that somebody's text spell
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
 from kvcomm import values
-from kvcomm.engine.chat_template import ROLES, ChatTemplate, Message, Messages, Placed, Static
+from kvcomm.engine.chat_template import ROLES, ChatTemplate, Message, Messages, Placed, Static, TemplateSettings
 from kvcomm.engine.encoding import PromptReader, TextEncoder
 from kvcomm.engine.marks import Marks
 from kvcomm.engine.token_texts import TokenTexts
@@ -128,14 +128,7 @@ class ChatPrompts:
         self._reader = reader
         self._texts = texts
 
-    def segments(
-        self,
-        messages: Messages,
-        *,
-        tools: Iterable[Mapping[str, Any]] | None = None,
-        variables: Mapping[str, Any] | None = None,
-        add_generation_prompt: bool = True,
-    ) -> tuple[Segment, ...]:
+    def segments(self, messages: Messages, **settings: Unpack[TemplateSettings]) -> tuple[Segment, ...]:
         """The segments of a conversation, as the model's chat template writes it.
 
         The content of a message is one part, or a list of parts; these are joined with nothing in between.
@@ -151,8 +144,9 @@ class ChatPrompts:
 
         Args:
             messages: dicts with "role", "content", and what else the chat template looks at.
-            tools: JSON schemas of functions; refused where the chat template has no place for them.
-            variables: what else the chat template may look at, such as {"enable_thinking": False}.
+            settings: `tools` are JSON schemas of functions, refused where the chat template has no place for them;
+                `variables` what else it may look at, such as {"enable_thinking": False}; `speaks` puts the beginning
+                of an answer behind the messages.
 
         Raises:
             TemplateError: there is no chat template, or it changes or rejects something; names the message and part.
@@ -163,16 +157,12 @@ class ChatPrompts:
         marks: Marks[Placed] = Marks(self._encoder.control_pattern, in_answers=self._encoder.answer_pattern)
         given = values.items("messages", messages, "a list of messages")
         read = [self._message(marks, message, f"messages[{index}]") for index, message in enumerate(given)]
+        tools = settings.get("tools")
         described = None if tools is None else list(tools)
         if described and not self._template.shows_tools:
             raise TemplateError("the chat template has no place for tools; describe them in a system message")
-        rendered = self._template.render_parts(
-            marks,
-            read,
-            tools=marks.hide(described),
-            variables=variables,
-            speaks=values.truth_value("add_generation_prompt", add_generation_prompt),
-        )
+        shown: TemplateSettings = {**settings, "tools": marks.hide(described)}
+        rendered = self._template.render_parts(marks, read, **shown)
         if self._template.drops_system and any(each.parts and each.fields["role"] == "system" for each in read):
             raise TemplateError("the chat template drops system messages; put their text into the first user message")
         pieces = pieces_of(marks, rendered.text, rendered.whole)

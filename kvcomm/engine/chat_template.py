@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict, Unpack, cast
 
 from kvcomm.engine.marks import Marks
 from kvcomm.errors import TemplateError
@@ -123,6 +123,14 @@ class Rendered(NamedTuple):
     messages: list[dict[str, Any]]
 
 
+class TemplateSettings(TypedDict, total=False):
+    """What a chat template is given beside messages; see `ChatTemplate.render`."""
+
+    tools: Any
+    variables: Mapping[str, Any] | None
+    speaks: bool
+
+
 class ChatTemplate:
     """The chat template of a model. Safe to use from several threads."""
 
@@ -161,18 +169,13 @@ class ChatTemplate:
         messages: Sequence[Message],
         *,
         before: Sequence[dict[str, Any]] = (),
-        tools: Any = None,
-        variables: Mapping[str, Any] | None = None,
-        speaks: bool = True,
+        **settings: Unpack[TemplateSettings],
     ) -> Rendered:
-        """Messages behind those of `before`, which are as the template saw them then; raises as `render`."""
-
-        def render(shown: list[dict[str, Any]]) -> str:
-            return self.render(shown, tools=tools, variables=variables, speaks=speaks)
-
+        """Messages behind those of `before`, which are as the template saw them then; takes and raises as `render`."""
         marked = [*before, *(message.with_marks(marks) for message in messages)]
-        text = render(marked)
-        whole = render([*before, *(message.with_texts() for message in messages)]) if marks.slots else text
+        text = whole = self.render(marked, **settings)
+        if marks.slots:
+            whole = self.render([*before, *(message.with_texts() for message in messages)], **settings)
         return Rendered(text, whole, marked)
 
     @property

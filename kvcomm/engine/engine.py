@@ -15,6 +15,7 @@ from typing import Any, Self, Unpack
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvcomm import values
 from kvcomm.align.ladder import Rung
 from kvcomm.config import EngineConfig
 from kvcomm.engine.assembly import Ground, WhichPrior, Workings
@@ -322,9 +323,8 @@ class Engine:
         Args:
             add_generation_prompt: put the beginning of an answer behind them.
         """
-        segments = self._language.chats.segments(
-            messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt
-        )
+        speaks = values.truth_value("add_generation_prompt", add_generation_prompt)
+        segments = self._language.chats.segments(messages, tools=tools, variables=variables, speaks=speaks)
         return self.read_prompt(segments, is_start=True)
 
     def explain(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from transformers import DynamicCache
@@ -10,7 +11,6 @@ from kvcomm.engine.context import Context
 from kvcomm.engine.context_tools import ContextTools
 from kvcomm.memory.fidelity import Fidelity
 from kvcomm.memory.segments import Prompt, token_ids_of
-from kvcomm.memory.sequences import KVSequence
 
 
 def restored(tools: ContextTools, file: Path, adapter: str | None, tenant: str, *, keeps: object) -> Context:
@@ -18,20 +18,8 @@ def restored(tools: ContextTools, file: Path, adapter: str | None, tenant: str, 
     weights = tools.adapters.weights(adapter)
     state, keys, values = tools.exchange.load(file, tools.tenancy.namespace(weights, tenant))
 
-    def finish(sequence: KVSequence) -> Context:
-        return Context(
-            tools,
-            sequence,
-            tenant=tenant,
-            weights=weights,
-            adapter=adapter,
-            name=state.name,
-            segments=state.segments,
-            last_logits=state.last_logits,
-            note=state.note,
-            keeps=keeps,
-        )
-
+    made = partial(Context, tools, tenant=tenant, weights=weights, adapter=adapter, keeps=keeps)
+    finish = partial(made, name=state.name, segments=state.segments, last_logits=state.last_logits, note=state.note)
     return tools.exchange.place(tools.tenancy.home(tenant), state.token_ids, keys, values, state.fidelity, finish)
 
 
@@ -50,16 +38,7 @@ def taken_over(
     weights, token_ids = tools.adapters.weights(adapter), token_ids_of(segments)
     keys, values = tools.exchange.from_hf_cache(cache, token_ids)
 
-    def finish(sequence: KVSequence) -> Context:
-        return Context(
-            tools,
-            sequence,
-            tenant=tenant,
-            weights=weights,
-            adapter=adapter,
-            name=name,
-            segments=segments,
-            keeps=keeps,
-        )
-
+    finish = partial(
+        Context, tools, tenant=tenant, weights=weights, adapter=adapter, name=name, segments=segments, keeps=keeps
+    )
     return tools.exchange.place(tools.tenancy.home(tenant), token_ids, keys, values, Fidelity.APPROXIMATE, finish)

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, Unpack
 
 from kvcomm.engine.chat import TEXT, joined, pieces_of, placed_text, rendered_ids, segments_of
-from kvcomm.engine.chat_template import ROLES, Message, Placed, Rendered
+from kvcomm.engine.chat_template import ROLES, Message, Placed, Rendered, TemplateSettings
 from kvcomm.engine.marks import Marks
 from kvcomm.errors import TemplateError
 from kvcomm.memory.segments import Segment
@@ -247,9 +247,7 @@ class PromptMaker:
         messages: Sequence[Message],
         *,
         before: Sequence[dict[str, Any]] = (),
-        tools: Any = None,
-        variables: Mapping[str, Any] | None = None,
-        speaks: bool = True,
+        **settings: Unpack[TemplateSettings],
     ) -> Rendered:
         """A conversation as the chat template writes it; see `ChatTemplate.render_parts`.
 
@@ -259,8 +257,7 @@ class PromptMaker:
         if not self.template.exists:
             message = "this model has no chat template; use /v1/completions with a prompt of your own"
             raise ApiError(400, "no_chat_template", message)
-        self._require_place(messages, tools)
-        settings: dict[str, Any] = {"tools": tools, "variables": variables, "speaks": speaks}
+        self._require_place(messages, settings.get("tools"))
         try:
             rendered = self.template.render_parts(marks, messages, before=before, **settings)
             self.template.require_shown(rendered.messages, num_before=len(before), **settings)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 from pathlib import Path
 
 import pytest
 
-from kvcomm.agents import Agent, load_team, packaged_teams
+from kvcomm.agents import Agent, KVCommAgentGroup, load_team, packaged_teams
+from kvcomm.agents.group import GroupSettings
 from kvcomm.engine.sampling import SamplingParams
 from kvcomm.errors import InvalidRequest, TemplateError
 from tests.agents.fakes import FakeEngine, byte_tokenizer
@@ -72,6 +74,15 @@ def test_a_group_may_say_otherwise_whether_agents_read_along(
 def test_the_smallest_team(tmp_path: Path) -> None:
     team = load_team(str(write(tmp_path, '[[agents]]\nname = "a"')))
     assert (team.name, team.rounds, team.read_along, team.agents) == ("team", 1, True, (Agent("a"),))
+
+
+def test_settings_of_a_group_are_what_it_takes() -> None:
+    taken = {
+        name
+        for name, each in inspect.signature(KVCommAgentGroup).parameters.items()
+        if each.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    assert {*GroupSettings.__annotations__} == taken - {"read_along"}  # which a team says by itself
 
 
 def test_a_team_makes_a_group_that_runs(tmp_path: Path) -> None:
