@@ -70,6 +70,20 @@ def _turn(rows: Numbers, partners: Numbers, cos: Numbers, sin: Numbers, out: Num
 turn = compiled.jit(_turn)  # no steps taken together: each is rounded
 
 
+def _gate_row(gates: Numbers, ups: Numbers, out: Numbers) -> None:
+    for k in range(len(out)):
+        gate = widen(gates[k])
+        weight = exp(-abs(gate))
+        sigmoid = (weight if gate < 0 else ONE) / (ONE + weight)
+        opened = widen(rounded(gate * sigmoid, out[0]))
+        out[k] = rounded(opened * widen(ups[k]), out[0])
+
+
+# A division by zero is no error here, as in numpy: looking for it takes numbers one at a time. A row by itself: written
+# out in the parallel loop it takes twice the time (2.2 and 1.1 ms for 1,056 rows of 1,536).
+gate_row = compiled.jit(_gate_row, error_model="numpy")
+
+
 def _gate(gates: Numbers, ups: Numbers, out: Numbers) -> None:
     """out = silu(gates) * ups of [num_rows, size] each: the first and the last `size` columns of what is given.
 
@@ -78,12 +92,7 @@ def _gate(gates: Numbers, ups: Numbers, out: Numbers) -> None:
     size = out.shape[1]
     behind = ups.shape[1] - size
     for i in numba.prange(len(out)):
-        for k in range(size):
-            gate = widen(gates[i, k])
-            weight = exp(-abs(gate))
-            sigmoid = (weight if gate < 0 else ONE) / (ONE + weight)
-            opened = widen(rounded(gate * sigmoid, out[0, 0]))
-            out[i, k] = rounded(opened * widen(ups[i, behind + k]), out[0, 0])
+        gate_row(gates[i, :size], ups[i, behind:], out[i])
 
 
 norm = compiled.jit(_norm, parallel=True, fastmath={"contract", "reassoc"})

@@ -9,14 +9,12 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kvcomm.model import compiled
 from kvcomm.model.attention.pieces import Index
 
-Floats = npt.NDArray[np.float32]
 Merge = Callable[[Tensor, Tensor, Index, Tensor, Tensor], None]
 
 
@@ -43,7 +41,7 @@ def weight_beside(lse: Tensor, sinks: Tensor) -> Tensor:
 
 
 def merge_by_loop(out: Tensor, lse: Tensor, rows: Index, part: Tensor, part_lse: Tensor) -> None:
-    """`merge_into` for float32 on CPU, without the intermediate results it writes for every step.
+    """`merge_into` for float32 and bfloat16 on CPU, without the intermediate results it writes for every step.
 
     Args:
         out: its rows one after the other in memory, as [num_tokens, num_heads, value_dim] transposed.
@@ -54,22 +52,21 @@ def merge_by_loop(out: Tensor, lse: Tensor, rows: Index, part: Tensor, part_lse:
     row_ids = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.numpy()
     part = part if part.stride(-1) == 1 else part.contiguous()
     (part_per_head, part_per_row, _), (lse_per_head, lse_per_row) = part.stride(), part_lse.stride()
-    rows_first = out.transpose(0, 1).numpy()
+    rows_first, its_lse = compiled.numbers(out.transpose(0, 1)), lse.numpy()
     flat, flat_lse = _flat(part), _flat(part_lse)
     with compiled.one_caller:
-        merge(rows_first, lse.numpy(), row_ids, flat, part_per_head, part_per_row, flat_lse, lse_per_head, lse_per_row)
+        merge(rows_first, its_lse, row_ids, flat, part_per_head, part_per_row, flat_lse, lse_per_head, lse_per_row)
 
 
 @cache
-def compile_loop() -> None:
+def compile_loop(dtype: torch.dtype) -> None:
     """Compile or load the loop, so that no pass that serves waits for it."""
     with torch.inference_mode(), compiled.threads():
-        one, its_lse = torch.zeros(1, 1, 1), torch.zeros(1, 1)
+        one, its_lse = torch.zeros(1, 1, 1, dtype=dtype), torch.zeros(1, 1)
         merge_by_loop(one, its_lse, slice(0, 1), one.clone(), its_lse.clone())
 
 
-def _flat(values: Tensor) -> Floats:
+def _flat(values: Tensor) -> np.ndarray:
     """The memory from a tensor's first number to its last, so that the loop knows that numbers are neighbours."""
     num = 1 + sum((size - 1) * stride for size, stride in zip(values.shape, values.stride(), strict=True))
-    flat: Floats = values.as_strided((num,), (1,)).numpy()
-    return flat
+    return compiled.numbers(values.as_strided((num,), (1,)))

@@ -9,16 +9,19 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcomm.model import compiled
+from kvcomm.model.bits import rounded, widen
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.float32] | npt.NDArray[np.uint16]
+"""Float32, or bfloat16 by its bits."""
 
 
 def _merge(
-    out: Floats,
+    out: Numbers,
     lse: Floats,
     rows: Ints,
-    part: Floats,
+    part: Numbers,
     part_per_head: int,
     part_per_row: int,
     part_lse: Floats,
@@ -47,7 +50,7 @@ def _merge(
             start = h * part_per_head + i * part_per_row
             mine, theirs = out[row, h], part[start : start + dim]
             for k in range(dim):
-                mine[k] = mine[k] * old_weight + theirs[k] * new_weight
+                mine[k] = rounded(widen(mine[k]) * old_weight + widen(theirs[k]) * new_weight, mine[0])
 
 
 merge = compiled.jit(_merge, parallel=True, fastmath={"contract"})

@@ -3,7 +3,7 @@
 A pass is cut into pieces (`planner`), each piece is one call of torch's flash attention (`pieces`), and partial
 results of a row are merged by their log-sum-exp. A pass whose only piece is one causal block goes through the very
 kernel that stock SDPA uses, so a cold full prefill is bit-identical to the stock forward on CPU. There, in float32 and
-bfloat16, all short runs of a pass are one piece (`short_runs`), and in float32 one compiled loop merges (`merging`).
+bfloat16, all short runs of a pass are one piece (`short_runs`), and one compiled loop merges (`merging`).
 Sinks take their share of a row once, after its pieces are merged. Flash attention cannot cap scores: what it would
 compute of a layer that does is two products with a softmax between them.
 """
@@ -48,8 +48,7 @@ class TorchBackend:
         self._joined_dtype = joined_dtype((*keys, *values))
         if self._joined_dtype is not None:
             short_runs.compile_loop(self._joined_dtype)
-        if self._joined_dtype == torch.float32:
-            merging.compile_loop()
+            merging.compile_loop(self._joined_dtype)
             self._merge = merge_by_loop
 
 
