@@ -246,7 +246,8 @@ def lean_mlp(layer: nn.Module, choice: ProductChoice, *, exact: bool) -> Forward
             from kvcomm.model.row_loops import gate as multiply
 
             parts = open_both(flat)
-            opened = flat.new_empty(len(flat), width)
+            # New memory costs a pass more than the loop does.
+            opened = parts[0] if parts[0].shape[1] == width else flat.new_empty(len(flat), width)
             with one_caller:
                 multiply(numbers(parts[0]), numbers(parts[-1]), numbers(opened))
             (out,) = close(opened)

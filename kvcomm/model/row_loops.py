@@ -70,13 +70,13 @@ def _turn(rows: Numbers, partners: Numbers, cos: Numbers, sin: Numbers, out: Num
 turn = compiled.jit(_turn)  # no steps taken together: each is rounded
 
 
-def _gate_row(gates: Numbers, ups: Numbers, out: Numbers) -> None:
-    for k in range(len(out)):
+def _gate_row(gates: Numbers, ups: Numbers) -> None:
+    for k in range(len(gates)):
         gate = widen(gates[k])
         weight = exp(-abs(gate))
         sigmoid = (weight if gate < 0 else ONE) / (ONE + weight)
-        opened = widen(rounded(gate * sigmoid, out[0]))
-        out[k] = rounded(opened * widen(ups[k]), out[0])
+        opened = widen(rounded(gate * sigmoid, gates[0]))
+        gates[k] = rounded(opened * widen(ups[k]), gates[0])
 
 
 # A division by zero is no error here, as in numpy: looking for it takes numbers one at a time. A row by itself: written
@@ -87,12 +87,15 @@ gate_row = compiled.jit(_gate_row, error_model="numpy")
 def _gate(gates: Numbers, ups: Numbers, out: Numbers) -> None:
     """out = silu(gates) * ups of [num_rows, size] each: the first and the last `size` columns of what is given.
 
-    Both may be one array of [num_rows, 2 * size].
+    Gates and ups may be one array of [num_rows, 2 * size]; `out` is other memory, or the gates themselves.
     """
     size = out.shape[1]
     behind = ups.shape[1] - size
+    is_in_place = out.ctypes.data == gates.ctypes.data
     for i in numba.prange(len(out)):
-        gate_row(gates[i, :size], ups[i, behind:], out[i])
+        if not is_in_place:
+            out[i] = gates[i, :size]
+        gate_row(out[i], ups[i, behind:])
 
 
 norm = compiled.jit(_norm, parallel=True, fastmath={"contract", "reassoc"})
