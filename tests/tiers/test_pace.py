@@ -104,6 +104,10 @@ def test_noise_moves_it_little() -> None:
     assert 0.08 < expected_s < 0.13
 
 
+DURATIONS = st.just(0.0) | st.floats(1e-9, 1000)
+"""Seconds, to the nanosecond as clocks tell them: what is less has too few digits left to be divided by bytes."""
+
+
 class PaceMachine(RuleBasedStateMachine):
     """However it is used: no more than one caller a rest is sent to a tier that is not worth it."""
 
@@ -117,12 +121,12 @@ class PaceMachine(RuleBasedStateMachine):
     def waits(self, seconds: float) -> None:
         self.clock.now += seconds
 
-    @rule(num_bytes=st.integers(0, 10**9), seconds=st.floats(0, 1000))
+    @rule(num_bytes=st.integers(0, 10**9), seconds=DURATIONS)
     def done(self, num_bytes: int, seconds: float) -> None:
         self.pace.done(num_bytes, seconds)
         assert not self.pace.is_failing
 
-    @rule(num_bytes=st.integers(0, 10**9), seconds=st.floats(0, 1000))
+    @rule(num_bytes=st.integers(0, 10**9), seconds=DURATIONS)
     def late(self, num_bytes: int, seconds: float) -> None:
         self.pace.late(num_bytes, seconds)
         expected_s = self.pace.expected_s(num_bytes)
