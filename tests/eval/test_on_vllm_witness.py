@@ -7,6 +7,7 @@ from contextlib import closing
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from eval.on_vllm_witness import Witness
 from kvcomm import Engine, ReusePolicy, SamplingParams, Segment
@@ -18,6 +19,13 @@ DOCUMENT = Segment(tuple(range(3, 83)), "document")
 READ = [Segment((1, 7, 9, 8)), DOCUMENT, Segment((5, 6))]
 ASKED = [Segment((1, 20, 30, 40, 50, 60, 70, 80)), DOCUMENT, Segment((11, 12))]
 NUM_NEW = 6
+STORY = (
+    "Anna has 12 apples and gives a third of them to Ben, who already has 5. A train leaves at nine and travels 240 km "
+    "at 80 km per hour. A shirt costs 40 euros and is sold for a quarter less. Seven boxes hold 12 pencils each, and 9 "
+    "pencils are lost. The baker, whose name nobody knew, left town in spring and never wrote. Under the bridge lay a "
+    "boat with red oars. Later it was sold to a fisherman from the north, who painted it blue."
+)
+"""Moved without a token computed, it is answered otherwise than exactly."""
 
 
 @pytest.fixture
@@ -26,22 +34,22 @@ def engine(tiny: TinyModel) -> Iterator[Engine]:
         yield engine
 
 
-def _greedy(tiny: TinyModel, written: tuple[int, ...]) -> int:
-    prompt = [token for segment in ASKED for token in segment.token_ids]
+def _stock(model: PreTrainedModel, prompt: list[Segment], written: tuple[int, ...]) -> int:
+    """What transformers alone writes next."""
+    tokens = [token for segment in prompt for token in segment.token_ids]
     with torch.no_grad():
-        logits = tiny.model(torch.tensor([[*prompt, *written]])).logits
-    return int(logits[0, -1].argmax())
+        return int(model(torch.tensor([[*tokens, *written]])).logits[0, -1].argmax())
 
 
-def _answer(tiny: TinyModel, num: int) -> tuple[int, ...]:
+def _answer(model: PreTrainedModel, prompt: list[Segment], num: int) -> tuple[int, ...]:
     written: tuple[int, ...] = ()
     for _ in range(num):
-        written += (_greedy(tiny, written),)
+        written += (_stock(model, prompt, written),)
     return written
 
 
 def test_the_stock_answer_follows_on_exact_kv(engine: Engine, tiny: TinyModel) -> None:
-    answer = _answer(tiny, NUM_NEW)
+    answer = _answer(tiny.model, ASKED, NUM_NEW)
     with closing(Witness(engine, READ, ASKED, ReusePolicy.exact())) as witness:
         assert witness.plan == (0, None)
         assert witness.on_exact(answer) is witness.on_any(answer) is None
@@ -52,36 +60,28 @@ def test_the_stock_answer_follows_on_exact_kv(engine: Engine, tiny: TinyModel) -
 
 
 def test_an_answer_may_switch_but_each_token_needs_a_reason(smollm2: LoadedModel) -> None:
-    encode = smollm2.tokenizer.encode
-    text = Segment(
-        tuple(encode(" ".join(f"In week {week} the river rose by {week * 7 % 5} feet." for week in range(20)))),
-        "document",
-    )
-    read, asked = (
-        [Segment(tuple(encode(begin))), text, Segment(tuple(encode("\nWhat follows from this?")))]
-        for begin in ("You read documents and answer.", "You are a careful critic who never repeats himself. Read: ")
-    )
-    policy = ReusePolicy(0.05, 0.9, learn=False, audit=0.0)
+    encode, policy = smollm2.tokenizer.encode, ReusePolicy(0.05, 0.9, learn=False, audit=0.0)
+    text, end = Segment(tuple(encode(STORY)), "document"), Segment(tuple(encode("\nWhat follows from this?")))
+    read = [Segment(tuple(encode("You read documents and answer."))), text, end]
+    asked = [Segment(tuple(encode("You are a careful critic who never repeats himself. Read: "))), text, end]
+    exact = _answer(smollm2.model, asked, NUM_NEW)
     with Engine(smollm2.model, smollm2.tokenizer, config=EngineConfig(pool_tokens=4096)) as engine:
         engine.generate(read, max_new_tokens=1, policy=policy)
         with engine.empty_context(policy=policy) as context:
             usage = context.submit(SamplingParams(max_new_tokens=0), prompt=asked).result().usage
             with context.fork() as fork:
                 moved = fork.generate(max_new_tokens=NUM_NEW, ignore_eos=True).token_ids
-            exact = engine.generate(
-                asked, max_new_tokens=NUM_NEW, ignore_eos=True, policy=ReusePolicy.exact(), reads_cache=False
-            ).token_ids
-            # Begun exactly, gone on with what was moved: as if what was prepared could be loaded after a preemption.
-            begun = exact[:2]
+            # As if what was prepared could be loaded only after a preemption.
             with context.fork() as fork:
-                fork.extend([Segment(begun)])
-                switched = (*begun, *fork.generate(max_new_tokens=4, ignore_eos=True).token_ids)
+                fork.extend([Segment(exact[:2])])
+                switched = exact[:2] + fork.generate(max_new_tokens=NUM_NEW - 2, ignore_eos=True).token_ids
     with (
         Engine(smollm2.model, smollm2.tokenizer, config=EngineConfig(pool_tokens=4096)) as engine,
         closing(Witness(engine, read, asked, policy)) as witness,
     ):
         assert witness.plan[0] == usage.aligned_tokens > 100
         assert witness.on_moved(moved) is witness.on_exact(exact) is None
-        assert witness.on_any(switched) is None
+        assert witness.on_moved(exact) == witness.on_exact(moved) == 0  # of this text they differ at once
+        assert witness.on_any(moved) is witness.on_any(exact) is witness.on_any(switched) is None
         changed = (*switched[:3], (switched[3] + 1) % 1000, *switched[4:])
         assert witness.on_any(changed) == 3
