@@ -105,7 +105,14 @@ class Batches:
         """Learn from what a pass has taken: what is spare beside answers, and what guesses are worth."""
         rows = num_rows(batch)
         is_wanted = self._read_along.wants_more or any(map(self._healing.wants_more, self._in_flight.running))
-        self._spare.passed(*rows, seconds, is_wanted=is_wanted)
+        branches = [work.branch for work in batch if work.branch is not None]
+        self._spare.passed(
+            *rows,
+            seconds,
+            is_wanted=is_wanted,
+            num_answers=len(branches),
+            tokens_a_pass=min((branch.tokens_a_pass for branch in branches), default=1.0),
+        )
         if rows.answers and not rows.prompts and not rows.beside:
             self._gain.passed(rows.answers, seconds)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 
+from kvcomm.engine.fading_line import FADING, FadingLine
 from kvcomm.engine.guesses import CERTAIN, MAX_MATCH
 
 ROW_COST = 0.12
@@ -17,9 +18,6 @@ ROW_COST = 0.12
 
 MAX_ROW_COST = 0.5
 """What passes on a busy machine seem to say beyond this is not believed: nothing would be tried any more."""
-
-FADING = 0.98
-"""Weight that a measurement keeps with each later one."""
 
 MAX_ROWS = 32
 """Of a pass that tells what a row more takes."""
@@ -36,24 +34,21 @@ class GuessGain:
         # beforehand are counts of SmolLM2's answers in teams.
         self._first = {matched: [PRIOR_TRIES, PRIOR_TRIES * _first_chance(matched)] for matched in _MATCHES}
         self._next = {matched: [PRIOR_TRIES, PRIOR_TRIES * _next_chance(matched)] for matched in _MATCHES}
-        self._sums = [0.0] * 5  # weights, rows, seconds, rows squared, rows times seconds
+        self._pass_s = FadingLine()  # seconds of a pass by its rows
 
     @property
     def row_cost(self) -> float:
         """Share of a pass over one row that a row more takes."""
-        weight, rows, seconds, squares, products = self._sums
-        spread = weight * squares - rows * rows
-        if weight < 4 or spread < 0.1 * weight * weight:
+        line = self._pass_s.fit(min_variance=0.1)
+        if line is None:
             return ROW_COST
-        slope = (weight * products - rows * seconds) / spread
-        one_row_s = (seconds - slope * rows) / weight + slope
-        return min(max(slope / one_row_s, 0.0), MAX_ROW_COST) if one_row_s > 0 else MAX_ROW_COST
+        one_row_s = line.offset + line.slope
+        return min(max(line.slope / one_row_s, 0.0), MAX_ROW_COST) if one_row_s > 0 else MAX_ROW_COST
 
     def passed(self, num_rows: int, seconds: float) -> None:
         """A pass over so many rows of answers, and no others, has taken so long."""
         if num_rows <= MAX_ROWS:
-            found = (1.0, num_rows, seconds, num_rows * num_rows, num_rows * seconds)
-            self._sums = [FADING * known + new for known, new in zip(self._sums, found, strict=True)]
+            self._pass_s.add(num_rows, seconds)
 
     def tried(self, num_matched: int, num_tried: int, num_right: int) -> None:
         """Guesses behind so many repeated tokens were tried, and so many leading ones were right."""

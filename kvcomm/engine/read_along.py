@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from kvcomm.config import EngineConfig
 from kvcomm.engine.passes import Work
@@ -185,18 +186,24 @@ class ReadAlong:
 
     def work(self, digest: str, num_answer_rows: int, num_answers: int) -> list[Work]:
         """Chunks for the next pass, which is for these weights, beside so many rows of so many answers."""
-        budget = self._spare.num_rows(num_answer_rows, num_answers) if num_answer_rows else self._config.prefill_chunk
+        wanting = self._wanting(digest)
+        budget = self._config.prefill_chunk
+        if num_answer_rows:
+            budget = self._spare.num_rows(num_answer_rows, num_answers)
+            num_wanted = sum(reading.num_unread for reading in wanting)
+            if all(reading.is_waiting for reading in wanting) and num_wanted < MIN_CHUNK:
+                return []  # more will come soon, and a chunk is cheaper by the row
+            if budget < min(self._spare.chunk, num_wanted):
+                for reading in wanting:
+                    reading.was_denied = True
+                return []
         batch: list[Work] = []
-        before: list[Reading] = []
-        for reading in sorted(self.readings, key=_distance):
-            if reading.weights.digest != digest or not self._wants(reading):
-                continue
-            if not self._is_in_flight(reading, before):
-                work = self._chunk_or_spoil(reading, budget, is_beside=num_answer_rows > 0)
+        for reading in wanting:
+            with self._on_behalf_of(reading):
+                work = self._chunk(reading, budget)
                 if work is not None:
                     budget -= work.num_tokens
                     batch.append(work)
-            before.append(reading)
         return batch
 
     def computed(self, reading: Reading, run: Run) -> None:
@@ -276,6 +283,22 @@ class ReadAlong:
         is_stuck = reading.has_no_room is not None and self._pool.num_free <= reading.has_no_room
         return not (reading.is_begun or reading.is_over or reading.is_spoiled or reading.is_cancelled or is_stuck)
 
+    def _wanting(self, digest: str) -> list[Reading]:
+        """Those that a pass for these weights may read on, the most urgent first; they have what the tree has.
+
+        Of what they can share only the first one reads.
+        """
+        found: list[Reading] = []
+        before: list[Reading] = []
+        for reading in sorted(self.readings, key=_distance):
+            if reading.weights.digest == digest and self._wants(reading):
+                if not self._is_in_flight(reading, before):
+                    with self._on_behalf_of(reading):
+                        self._share_from_tree(reading)
+                        found += [reading] if reading.num_unread else []
+                before.append(reading)
+        return found
+
     def _is_in_flight(self, reading: Reading, others: Iterable[Reading]) -> bool:
         """Whether another one is about to leave at least a page in the tree that this one could share."""
         if not self._uses_tree(reading):
@@ -293,27 +316,20 @@ class ReadAlong:
     def _uses_tree(self, reading: Reading) -> bool:
         return self._config.cache and reading.sequence.fidelity is Fidelity.EXACT
 
-    def _chunk_or_spoil(self, reading: Reading, budget: int, *, is_beside: bool) -> Work | None:
+    @contextmanager
+    def _on_behalf_of(self, reading: Reading) -> Iterator[None]:
         """What fails where one prompt is prepared concerns nobody else's answer."""
         try:
-            return self._chunk(reading, budget, is_beside=is_beside)
+            yield
         except Exception as error:
             self.spoil(reading, error)
-            return None
 
-    def _chunk(self, reading: Reading, budget: int, *, is_beside: bool) -> Work | None:
-        self._share_from_tree(reading)
-        sequence = reading.sequence
-        num_unread = reading.num_unread
-        if not num_unread:
-            return None
-        worth = min(MIN_CHUNK, num_unread) if not reading.is_waiting else MIN_CHUNK
-        if is_beside and num_unread < worth:
-            return None  # more will come soon, and a chunk is cheaper by the row
-        if budget < (worth if is_beside else 1):
+    def _chunk(self, reading: Reading, budget: int) -> Work | None:
+        if budget < 1:
             reading.was_denied = True
             return None
-        start, end = sequence.num_computed, sequence.num_computed + min(budget, num_unread)
+        sequence = reading.sequence
+        start, end = sequence.num_computed, sequence.num_computed + min(budget, reading.num_unread)
         try:
             self._require_quota(reading.owner, sequence.num_missing_pages(end))
             self._memory.make_writable(sequence, start, end)

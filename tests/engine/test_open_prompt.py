@@ -12,6 +12,7 @@ import pytest
 from kvcomm.config import EngineConfig
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.open_prompt import OpenPrompt
+from kvcomm.engine.spare import Spare
 from kvcomm.errors import (
     ContextBusy,
     EmptyPrompt,
@@ -114,6 +115,30 @@ def test_an_answer_that_has_ended_already_is_text_like_any_other(engine: Engine,
     answer = opened.close(max_new_tokens=4).result()
     assert list(answer.token_ids) == greedy(shared_model.model, [*ROLE, *solved], 4)
     assert answer.usage.read_along_tokens == len(ROLE) + len(solved) - 1  # the last one's logits are needed
+
+
+@pytest.mark.parametrize(("chunk", "is_read"), [(16, True), (48, False)])
+def test_what_has_fallen_behind_waits_for_a_chunk_that_is_worth_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, chunk: int, is_read: bool
+) -> None:
+    beside: list[int] = []
+    passed = Spare.passed
+
+    def watched(spare: Spare, answers: int, prompts: int, others: int, *args: Any, **settings: Any) -> None:
+        beside.append(others if answers else 0)
+        passed(spare, answers, prompts, others, *args, **settings)
+
+    monkeypatch.setattr(Spare, "passed", watched)
+    monkeypatch.setattr(Spare, "num_rows", lambda *_: 20)
+    monkeypatch.setattr(Spare, "chunk", property(lambda _: chunk))
+    with engine.held():
+        solver = engine.submit(QUESTION, max_new_tokens=24, ignore_eos=True)
+        readers = [engine.open_prompt(some_tokens(60, seed)).follow(solver) for seed in (5, 6)]
+    solver.result()
+    assert (sum(beside) > 0) == is_read
+    assert max(beside) <= 20
+    for reader in readers:
+        reader.cancel()
 
 
 def test_an_empty_answer_is_read_as_nothing(engine: Engine, shared_model: TinyModel) -> None:
@@ -285,11 +310,23 @@ class TestBadInput:
             engine.check_integrity()
 
     def test_a_prompt_that_grows_too_long(self, engine: Engine) -> None:
-        solver = engine.submit(QUESTION, max_new_tokens=4)
-        opened = engine.open_prompt(some_tokens(engine.max_context - 1)).follow(solver)
+        with engine.held():  # nothing is written before it is followed
+            solver = engine.submit(QUESTION, max_new_tokens=4)
+            opened = engine.open_prompt(some_tokens(engine.max_context - 1)).follow(solver)
+            handle = opened.close(max_new_tokens=1)
         with pytest.raises(PromptTooLong, match="limit"):
-            opened.close(max_new_tokens=1).result()
+            handle.result()
         solver.result()
+
+    def test_what_is_too_long_when_it_is_followed(self, engine: Engine) -> None:
+        solver = engine.submit(QUESTION, max_new_tokens=4)
+        solver.result()
+        opened = engine.open_prompt(some_tokens(engine.max_context - 1))
+        with pytest.raises(PromptTooLong, match="limit"):
+            opened.follow(solver)
+        with pytest.raises(PromptTooLong, match="limit"):
+            opened.close(max_new_tokens=1)
+        wait_for(lambda: not engine.scheduler.read_along.readings)
 
     def test_an_answer_that_would_be_too_long(self, engine: Engine) -> None:
         opened = engine.open_prompt(ROLE)
@@ -336,16 +373,16 @@ class TestEnds:
         assert engine.cache.stats().num_free == engine.pool.num_pages
 
     def test_a_reader_that_is_cancelled(self, engine: Engine) -> None:
-        solver = engine.submit(QUESTION, max_new_tokens=30)
-        opened = engine.open_prompt(ROLE).follow(solver)
-        handle = opened.close(max_new_tokens=2)
-        handle.cancel()
+        with engine.held():
+            solver = engine.submit(QUESTION, max_new_tokens=30)
+            handle = engine.open_prompt(ROLE).follow(solver).close(max_new_tokens=2)
+            handle.cancel()
         with pytest.raises(RequestCancelled):
             handle.result()
         assert len(solver.result().token_ids) == 30
 
     def test_a_reader_that_is_cancelled_once_it_runs(self, engine: Engine) -> None:
-        handle = engine.open_prompt(ROLE).close(max_new_tokens=200)
+        handle = engine.open_prompt(ROLE).close(max_new_tokens=400)
         for _ in handle:
             break  # which cancels it
         with pytest.raises(RequestCancelled):
@@ -353,7 +390,8 @@ class TestEnds:
 
     def test_a_source_that_never_ends(self, engine: Engine) -> None:
         never = engine.open_prompt(QUESTION)  # which nobody closes
-        handle = engine.open_prompt(ROLE, deadline_s=0.01).follow(never, name="never").close(max_new_tokens=2)
+        with engine.held():  # however long it takes to close it, it is closed before it is due
+            handle = engine.open_prompt(ROLE, deadline_s=0.01).follow(never, name="never").close(max_new_tokens=2)
         with pytest.raises(SourceFailed, match="'never' has not ended"):
             handle.result(PATIENCE_S)
         never.cancel()
@@ -378,8 +416,9 @@ def test_an_open_prompt_that_has_failed_holds_nothing_of_its_caller(engine: Engi
     class Mine:
         pass
 
-    solver = engine.submit(QUESTION, max_new_tokens=100)
-    solver.cancel()
+    with engine.held():
+        solver = engine.submit(QUESTION, max_new_tokens=100)
+        solver.cancel()
     with pytest.raises(RequestCancelled):
         solver.result()
     opened = engine.open_prompt(ROLE)
@@ -402,9 +441,10 @@ def test_an_open_prompt_that_the_error_of_its_source_knows_is_collected(engine: 
 
     def forgets() -> None:
         context = engine.context(ROLE)
-        solver = engine.submit(QUESTION, max_new_tokens=100)
-        opened = context.follow(solver)
-        solver.cancel()
+        with engine.held():
+            solver = engine.submit(QUESTION, max_new_tokens=100)
+            opened = context.follow(solver)
+            solver.cancel()
         with pytest.raises(RequestCancelled):
             solver.result()
         wait_for(lambda: not engine.scheduler.has_work)

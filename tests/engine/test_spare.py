@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcomm.engine.spare import MANY_ANSWERS, MAX_ROWS, MIN_CHUNK, Spare
+from kvcomm.engine.spare import FAST, MANY_ANSWERS, MAX_ROWS, MIN_CHUNK, USUAL_CHUNK, Spare
 
 
 def made(share: float = 0.1) -> Spare:
@@ -122,3 +122,51 @@ def test_answers_are_slowed_by_no_more_than_the_share(share: float, passes: list
             extra_s += num_rows * row_s
             spare.passed(1, 0, num_rows, known_s + num_rows * row_s, is_wanted=True)
     assert extra_s <= share * (answers_s + 0.05) + largest_s + 1e-9
+
+
+def beside(spare: Spare, num_rows: int, extra_s: float) -> None:
+    spare.passed(1, 0, num_rows, 0.05 + extra_s, is_wanted=True)
+
+
+def test_a_pass_with_other_rows_costs_something_whatever_their_number() -> None:
+    """Bug: chunks of 16 took 1.7 times as long by the row as those of 96, and were taken as soon as one was earned."""
+    spare = Spare(0.1)
+    spare.passed(1, 0, 0, 0.05, is_wanted=True)
+    assert spare.chunk == MIN_CHUNK
+    beside(spare, MIN_CHUNK, 0.04 + 0.002 * MIN_CHUNK)
+    assert spare.chunk == USUAL_CHUNK
+    for _ in range(10):
+        beside(spare, MIN_CHUNK, 0.04 + 0.002 * MIN_CHUNK)
+        beside(spare, USUAL_CHUNK, 0.04 + 0.002 * USUAL_CHUNK)
+    assert spare.chunk == pytest.approx(0.04 / (0.3 * 0.002), abs=1)
+    spare.saved_s = 0.04 + 0.002 * 30
+    assert spare.num_rows(1) in (29, 30)
+    spare.saved_s = 0.039
+    assert spare.num_rows(1) == 0
+
+
+@pytest.mark.parametrize(("pass_s", "expected"), [(0.0, MIN_CHUNK), (1.0, MAX_ROWS)])
+def test_a_chunk_that_is_worth_waiting_for_has_limits(pass_s: float, expected: int) -> None:
+    spare = made()
+    for num_rows in (16, 32) * 10:
+        beside(spare, num_rows, pass_s + 0.002 * num_rows)
+    assert spare.chunk == expected
+
+
+def test_where_guesses_make_answers_fast_the_share_is_of_the_time_without_them() -> None:
+    """Bug: whoever followed an answer of which most was guessed had a third of the time to read as much."""
+    plain, fast = made(), made()
+    plain.saved_s = fast.saved_s = 0.0
+    plain.passed(4, 0, 0, 0.07, is_wanted=True, tokens_a_pass=1.2)
+    fast.passed(4, 0, 0, 0.07, is_wanted=True, tokens_a_pass=5.0)
+    assert plain.saved_s == pytest.approx(0.1 * 0.07)
+    assert fast.saved_s == pytest.approx(0.1 * 5 * 0.05 / FAST)
+
+
+def test_a_slow_answer_beside_a_fast_one_is_what_counts() -> None:
+    """Several answers share a pass: what is spare is that of the one whose guesses gave least."""
+    spare = made()
+    spare.passed(2, 0, 0, 0.06, is_wanted=True)  # so a pass over two answers is known
+    spare.saved_s = 0.0
+    spare.passed(6, 0, 0, 0.09, is_wanted=True, num_answers=2, tokens_a_pass=1.0)
+    assert spare.saved_s == pytest.approx(0.1 * 0.09)
