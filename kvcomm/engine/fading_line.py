@@ -11,7 +11,7 @@ MIN_WEIGHT = 4.0
 """Of all measurements, from which on there is a line."""
 
 
-class Line(NamedTuple):
+class StraightLine(NamedTuple):
     """y = offset + slope x."""
 
     offset: float
@@ -29,7 +29,7 @@ class FadingLine:
         found = (1.0, x, y, x * x, x * y)
         self._sums = [FADING * known + new for known, new in zip(self._sums, found, strict=True)]
 
-    def fit(self, min_variance: float) -> Line | None:
+    def fit(self, min_variance: float) -> StraightLine | None:
         """The line; None where there are too few measurements, or all at nearly the same x.
 
         Args:
@@ -40,4 +40,4 @@ class FadingLine:
         if weight < MIN_WEIGHT or spread < min_variance * weight * weight:
             return None
         slope = (weight * products - x * y) / spread
-        return Line((y - slope * x) / weight, slope)
+        return StraightLine((y - slope * x) / weight, slope)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 
-from kvcomm.engine.fading_line import FadingLine, Line
+from kvcomm.engine.fading_line import FadingLine, StraightLine
 
 SMOOTHING = 0.2
 """Weight of the newest measurement."""
@@ -137,18 +137,18 @@ class Spare:
         return min(MAX_ROWS, max(MIN_CHUNK, math.ceil(line.offset / (MAX_WASTE * line.slope))))
 
     @property
-    def _cost(self) -> Line | None:
+    def _cost(self) -> StraightLine | None:
         """Seconds that rows beside answers take, by their number; None: nothing tells yet."""
         line = self._line
         if line is None and self._row_s is not None:
-            line = Line(0.0, self._row_s * max(self._dearer, 0.1))
+            line = StraightLine(0.0, self._row_s * max(self._dearer, 0.1))
         return line
 
     @property
-    def _line(self) -> Line | None:
+    def _line(self) -> StraightLine | None:
         """The same as far as passes of several sizes tell."""
         line = self._extra_s.fit(MIN_VARIANCE)
-        return Line(max(0.0, line.offset), line.slope) if line is not None and line.slope > 0 else None
+        return StraightLine(max(0.0, line.offset), line.slope) if line is not None and line.slope > 0 else None
 
     def _earn(self, seconds: float) -> None:
         """No more than the largest chunk takes: what could not be spent is gone."""
