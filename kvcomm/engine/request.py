@@ -74,7 +74,7 @@ class Branch:
     def tokens_a_pass(self) -> float:
         """Mean number that a pass has given so far: one, and those that were guessed right."""
         num_tokens = len(self.token_ids)
-        return num_tokens / max(1, num_tokens - self.num_guessed) if num_tokens else 1.0
+        return max(1, num_tokens) / max(1, num_tokens - self.num_guessed)
 
     def drew(self, token_id: int) -> None:
         """Let the grammar follow a token that was drawn, and say what must come behind it.

@@ -6,7 +6,7 @@ against the pace of such passes and pays what it took longer. So answers keep th
 and the number of rows make of it, and where nothing is earned nothing is spent.
 
 Guesses that are right end an answer in a fraction of its time, and whoever follows it has as much to read. So where
-they make answers more than twice as fast, the share is of half the time that these would have taken without.
+they make answers more than `FAST` times as fast, the share is of the time that these would have taken at that pace.
 
 Other rows make a pass longer by something that does not depend on their number, too: on a CPU in float32 each of 16
 takes 1.7 times as long as each of 96. So what has fallen behind waits until enough is earned for many rows at once.
@@ -49,7 +49,10 @@ MIN_VARIANCE = 16.0
 """Of the numbers of rows that tell what one takes."""
 
 FAST = 1.25
-"""Times as fast as without guesses that answers may be for nothing."""
+"""Times as fast as without guesses that answers may be before their readers have a share of what guesses save."""
+
+ROUNDING = 1e-6
+"""Of a row: what has been saved for the largest chunk is enough for it."""
 
 
 class Spare:
@@ -87,7 +90,8 @@ class Spare:
             num_answers: in progress, with one row each and those of their guesses.
             tokens_a_pass: that right guesses have given so far, of the answer to which they gave least.
         """
-        unguessed_s = tokens_a_pass * (self._pace_s(num_answers) or 0.0)
+        # Only where passes without guesses were seen: those with them are slower, and would earn too much.
+        unguessed_s = tokens_a_pass * self._paces.get(num_answers, 0.0)
         if not num_answer_rows:
             num_rows = num_prompt_rows + num_beside
             if num_rows >= MIN_PROMPT_ROWS:
@@ -126,7 +130,7 @@ class Spare:
         if left_s < 0:
             return 0
         # Rows may also seem to take no time at all.
-        return MAX_ROWS if left_s >= MAX_ROWS * cost.slope else int(left_s / cost.slope)
+        return MAX_ROWS if left_s >= MAX_ROWS * cost.slope else int(left_s / cost.slope + ROUNDING)
 
     @property
     def chunk(self) -> int:
