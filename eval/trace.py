@@ -6,8 +6,8 @@ Every block of the trace becomes real tokens, every request a match, an allocati
 an insert in the real tree and page pool, at the time that the trace gives; the pool has no layers, so only
 bookkeeping is measured. Figures:
 
-- hit_rate: blocks found by `match`, of all blocks of all prompts; nothing is ever evicted. - ns_per_token:
-time inside `match` and `insert` per prompt token at page size 16 (`ns_per_token_page_N`: at the
+- hit_rate: blocks found by `match`, of all blocks of all prompts; nothing is ever evicted.
+- ns_per_token: time inside `match` and `insert` per prompt token at page size 16 (`ns_per_token_page_N`: at the
   trace's own block size); median and quartiles over chunks of consecutive requests.
 - lru_N, return_N: hit rate of each eviction policy with pages for N % of the trace's distinct blocks; the running
   prompt needs its pages, too. These passes give a block, and a page, 4 tokens: which blocks fit is the same.

@@ -9,6 +9,7 @@ import itertools
 import secrets
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from kvcomm.config import EngineConfig
 from kvcomm.engine.detokenize import Detokenizer
@@ -187,8 +188,9 @@ class RequestMaker:
         branches = []
         for index in range(sampling.n):
             grammar = self._beginning(sampling, tenant)
-            sampler = Sampler(sampling, index, entropy=entropy, grammar=grammar, end_token_ids=language.ends)
-            detokenizer = Detokenizer(
+            sampler = partial(Sampler, sampling, index, entropy=entropy, grammar=grammar, end_token_ids=language.ends)
+            detokenizer = partial(
+                Detokenizer,
                 language.tokenizer,
                 sampling.stop,
                 texts=texts,

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from torch import Tensor
 
@@ -42,6 +43,7 @@ class Branch:
     """One choice while it is generated.
 
     Attributes:
+        make_sampler, make_detokenizer: for `sampler` and `detokenizer`, which are made when the first token is drawn.
         grammar: where it stands, behind the forced tokens that are still to come.
         forced: by the grammar, and not yet among its tokens.
         token_ids: as drawn; what the answer keeps of them is the detokenizer's to say.
@@ -53,8 +55,8 @@ class Branch:
 
     index: int
     sequence: KVSequence
-    sampler: Sampler
-    detokenizer: Detokenizer
+    make_sampler: Callable[[], Sampler]
+    make_detokenizer: Callable[[], Detokenizer]
     grammar: GrammarState | None = None
     forced: deque[int] = field(default_factory=deque)
     token_ids: list[int] = field(default_factory=list)
@@ -64,6 +66,16 @@ class Branch:
     num_guessed: int = 0
     num_matched: int = 0
     num_told: int = 0
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        """Draws its tokens."""
+        return self.make_sampler()
+
+    @cached_property
+    def detokenizer(self) -> Detokenizer:
+        """Makes text of them."""
+        return self.make_detokenizer()
 
     @property
     def is_over(self) -> bool:

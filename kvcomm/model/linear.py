@@ -68,14 +68,14 @@ def onednn_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def outputs_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """By a loop over outputs; float32 or bfloat16."""
-    from kvcomm.model.products import sums_by_outputs
+    from kvcomm.model.row_loops import sums_by_outputs
 
     return _by_loop(sums_by_outputs, rows, weight, bias)
 
 
 def blocks_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """By a loop over blocks of outputs and rows; float32."""
-    from kvcomm.model.products import sums_by_tiles
+    from kvcomm.model.row_loops import sums_by_tiles
 
     return _by_loop(sums_by_tiles, rows, weight, bias)
 
