@@ -7,8 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -22,6 +21,43 @@ from kvcomm.cli.options import (
 )
 from kvcomm.cli.output import JsonFlag, emit, table
 from kvcomm.cli.serve_keys import app as keys_app
+from kvcomm.cli.serve_options import (
+    AllowedHostSetting,
+    BodyTimeoutSetting,
+    CheckFlag,
+    ConfigFlag,
+    CorsOriginSetting,
+    DefaultMaxTokensSetting,
+    DefaultToolsSetting,
+    DeviceSetting,
+    DtypeSetting,
+    HostSetting,
+    KeptRequestsSetting,
+    KeysSetting,
+    KVEventsBlockSizeSetting,
+    KVEventsFormatSetting,
+    KVEventsReplaySetting,
+    KVEventsSeedSetting,
+    KVEventsSetting,
+    KVEventsTenantSetting,
+    KVEventsTopicSetting,
+    LogLevelSetting,
+    LogPromptsSetting,
+    MaxConnectionsSetting,
+    MaxRequestsSetting,
+    ModelSetting,
+    PoolTokensSetting,
+    PortSetting,
+    RequestTimeoutSetting,
+    ServedNameSetting,
+    SnapshotsSetting,
+    TierBytesSetting,
+    TierSecretFileSetting,
+    TierSetting,
+    ToolParserSetting,
+    TracesSetting,
+    VLLMMetricsSetting,
+)
 from kvcomm.cli.serve_tenants import app as tenants_app
 from kvcomm.errors import MissingExtra
 from kvcomm.starting import collector_paused
@@ -54,211 +90,43 @@ at Python's five milliseconds each would wait for every worker that reads a larg
 @app.callback(epilog=EPILOG)
 def serve(
     context: typer.Context,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", metavar="MODEL", help="The model: a packaged name, folder, GGUF file or hub id."),
-    ] = None,
-    served_name: Annotated[
-        str | None, typer.Option("--served-name", metavar="NAME", help="What clients call the model.")
-    ] = None,
+    model: ModelSetting = None,
+    served_name: ServedNameSetting = None,
     adapters: AdapterFlag = None,
-    host: Annotated[
-        str | None,
-        typer.Option(
-            "--host", help="The address to listen on; 127.0.0.1 by default. Others than this machine's own need --keys."
-        ),
-    ] = None,
-    port: Annotated[
-        int | None, typer.Option("--port", help="The port to listen on; 8000 by default, 0 takes a free one.")
-    ] = None,
-    keys: Annotated[
-        Path | None,
-        typer.Option("--keys", metavar="FILE", help="The file of API keys that `kvcomm serve keys add` writes."),
-    ] = None,
-    allowed_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allowed-host",
-            metavar="HOST",
-            help="Another host name by which clients may call the server; may be repeated.",
-        ),
-    ] = None,
-    cors_origin: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--cors-origin", metavar="ORIGIN", help="Web pages from here may use the server; may be repeated."
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config", envvar="KVCOMM_SERVE_CONFIG", metavar="FILE", help="A TOML file with any of these settings."
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="The numbers to compute in: auto, float32, bfloat16 or float16.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help="The device to compute on, such as cpu or cuda.")
-    ] = None,
+    host: HostSetting = None,
+    port: PortSetting = None,
+    keys: KeysSetting = None,
+    allowed_host: AllowedHostSetting = None,
+    cors_origin: CorsOriginSetting = None,
+    config: ConfigFlag = None,
+    dtype: DtypeSetting = None,
+    device: DeviceSetting = None,
     weights: WeightsFlag = None,
-    pool_tokens: Annotated[
-        int | None, typer.Option("--pool-tokens", metavar="N", help="How many tokens' KV the cache has room for.")
-    ] = None,
-    max_requests: Annotated[
-        int | None,
-        typer.Option("--max-requests", metavar="N", help="How many requests may be in flight; more get status 503."),
-    ] = None,
-    kept_requests: Annotated[
-        int | None,
-        typer.Option(
-            "--kept-requests",
-            metavar="N",
-            help="How many of these places are kept for tenants that hold few, so that no tenant takes them all; one "
-            "over its share gets status 429. One in eight by default, where there are keys of more than one tenant.",
-        ),
-    ] = None,
-    max_connections: Annotated[
-        int | None,
-        typer.Option(
-            "--max-connections",
-            metavar="N",
-            help="How many connections may be open; over it, those that have sent nothing for longest are closed.",
-        ),
-    ] = None,
-    body_timeout: Annotated[
-        float | None,
-        typer.Option(
-            "--body-timeout",
-            metavar="SECONDS",
-            help="How long the body of a request may take to come; then status 408.",
-        ),
-    ] = None,
-    request_timeout: Annotated[
-        float | None,
-        typer.Option("--request-timeout", metavar="SECONDS", help="How long a whole answer may take; then status 504."),
-    ] = None,
-    default_max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--default-max-tokens",
-            metavar="N",
-            help="How many tokens a chat answer may have where the client does not say.",
-        ),
-    ] = None,
-    snapshots: Annotated[
-        Path | None,
-        typer.Option(
-            "--snapshots", metavar="DIR", help="The folder in which clients may save contexts; by default they cannot."
-        ),
-    ] = None,
-    tier: Annotated[
-        str | None,
-        typer.Option(
-            "--tier",
-            metavar="URL",
-            help="Where KV is shared with other servers: a folder, s3://, gs://, az:// or redis://.",
-        ),
-    ] = None,
-    tier_secret_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--tier-secret-file",
-            metavar="FILE",
-            help="The tier's secret, the same for all who share it; without it only the default tenant uses the tier.",
-        ),
-    ] = None,
-    tier_bytes: Annotated[
-        int | None,
-        typer.Option(
-            "--tier-bytes", metavar="N", help="How many bytes the tier may hold; over it, what is oldest is removed."
-        ),
-    ] = None,
-    tool_parser: Annotated[
-        str | None,
-        typer.Option(
-            "--tool-parser",
-            metavar="NAME",
-            help="How calls of tools are read: hermes, llama3_json, mistral, pythonic or qwen3_xml; by default as the "
-            "chat template writes them.",
-        ),
-    ] = None,
-    default_tools: Annotated[
-        bool | None,
-        typer.Option(
-            "--default-tools/--no-default-tools",
-            help="Whether tools are described in the system message where the chat template has no place for them; "
-            "else such requests are refused.",
-        ),
-    ] = None,
-    log_level: Annotated[
-        str | None, typer.Option("--log-level", help="The least that is logged: debug, info, warning or error.")
-    ] = None,
-    log_prompts: Annotated[
-        bool | None, typer.Option("--log-prompts/--no-log-prompts", help="Write prompts and answers into the log.")
-    ] = None,
-    traces: Annotated[
-        str | None,
-        typer.Option(
-            "--traces", metavar="URL", help="Where to send OpenTelemetry traces (a collector, OTLP over HTTP)."
-        ),
-    ] = None,
-    kv_events: Annotated[
-        str | None,
-        typer.Option(
-            "--kv-events",
-            metavar="URL",
-            help="Tell routers what is cached, in vLLM's KV events, such as on tcp://*:5557; whoever can connect "
-            "reads the tokens.",
-        ),
-    ] = None,
-    kv_events_topic: Annotated[
-        str | None,
-        typer.Option("--kv-events-topic", metavar="TOPIC", help="The topic of these events; by default kv@HOST@MODEL."),
-    ] = None,
-    kv_events_format: Annotated[
-        str | None,
-        typer.Option(
-            "--kv-events-format", metavar="FORM", help="How events are written: map, or array for older readers."
-        ),
-    ] = None,
-    kv_events_replay: Annotated[
-        str | None,
-        typer.Option(
-            "--kv-events-replay",
-            metavar="URL",
-            help="Where readers ask for events that they missed, such as tcp://*:5558.",
-        ),
-    ] = None,
-    kv_events_block_size: Annotated[
-        int | None,
-        typer.Option("--kv-events-block-size", metavar="N", help="Tokens of a block in these events; 16 by default."),
-    ] = None,
-    kv_events_seed: Annotated[
-        str | None,
-        typer.Option(
-            "--kv-events-seed",
-            metavar="TEXT",
-            help="The PYTHONHASHSEED of the vLLM servers beside it, if they set one.",
-        ),
-    ] = None,
-    kv_events_tenant: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--kv-events-tenant",
-            metavar="NAME[=SALT]",
-            help="With --keys: a tenant whose blocks are announced, and the salt in their hashes, by default its name; "
-            "may be repeated.",
-        ),
-    ] = None,
-    vllm_metrics: Annotated[
-        bool | None,
-        typer.Option(
-            "--vllm-metrics/--no-vllm-metrics",
-            help="Whether some metrics are also named as vLLM names them; by default where there are KV events.",
-        ),
-    ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Print the settings in force and end.")] = False,
+    pool_tokens: PoolTokensSetting = None,
+    max_requests: MaxRequestsSetting = None,
+    kept_requests: KeptRequestsSetting = None,
+    max_connections: MaxConnectionsSetting = None,
+    body_timeout: BodyTimeoutSetting = None,
+    request_timeout: RequestTimeoutSetting = None,
+    default_max_tokens: DefaultMaxTokensSetting = None,
+    snapshots: SnapshotsSetting = None,
+    tier: TierSetting = None,
+    tier_secret_file: TierSecretFileSetting = None,
+    tier_bytes: TierBytesSetting = None,
+    tool_parser: ToolParserSetting = None,
+    default_tools: DefaultToolsSetting = None,
+    log_level: LogLevelSetting = None,
+    log_prompts: LogPromptsSetting = None,
+    traces: TracesSetting = None,
+    kv_events: KVEventsSetting = None,
+    kv_events_topic: KVEventsTopicSetting = None,
+    kv_events_format: KVEventsFormatSetting = None,
+    kv_events_replay: KVEventsReplaySetting = None,
+    kv_events_block_size: KVEventsBlockSizeSetting = None,
+    kv_events_seed: KVEventsSeedSetting = None,
+    kv_events_tenant: KVEventsTenantSetting = None,
+    vllm_metrics: VLLMMetricsSetting = None,
+    check: CheckFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Serve a model to OpenAI clients, with a shared KV cache.
