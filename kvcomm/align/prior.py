@@ -17,10 +17,10 @@ from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 
 from kvcomm.align.calibration import Measured, Pair, Sources
 from kvcomm.align.ladder import Rung
-from kvcomm.align.profile_file import RungRecord, require_once
+from kvcomm.align.rung_record import RungRecord
 from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileForeign, AnchorFileTooNew, InvalidRequest
 from kvcomm.files.reading import CONFIG_BYTES, BadContent, first_fault, parse_json, read_bytes
-from kvcomm.files.records import StrictRecord
+from kvcomm.files.records import StrictRecord, require_once
 from kvcomm.files.writing import replacing
 
 FORMAT = 1
@@ -116,7 +116,7 @@ def read_prior(file: str | Path) -> Prior:
         record = _PriorRecord.model_validate_json(content)
     except ValidationError as error:
         raise AnchorFileCorrupt(f"{file} does not fit the format of priors: {first_fault(error)}") from error
-    rungs = [Rung(each.estimator, each.share, each.chooser) for each in record.rungs]
+    rungs = [each.rung for each in record.rungs]
     pairs = {workload: tuple(_pair(each, rungs) for each in listed) for workload, listed in record.workloads.items()}
     return Prior(record.model, pairs, record.head_weights)
 
@@ -142,7 +142,7 @@ def write_prior(prior: Prior, file: Path, *, name: str) -> None:
         format=1,
         model=prior.model,
         name=name,
-        rungs=tuple(RungRecord(estimator=each.estimator, share=each.share, chooser=each.chooser) for each in rungs),
+        rungs=tuple(RungRecord.of(each) for each in rungs),
         head_weights=prior.head_weights,
         workloads={workload: tuple(_record(pair, rungs) for pair in pairs) for workload, pairs in prior.pairs.items()},
     )

@@ -8,7 +8,6 @@ it, so two who save at once leave what one of them had.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -25,11 +24,12 @@ from kvcomm.align.edges import Edge
 from kvcomm.align.ladder import Rung
 from kvcomm.align.levels import KeptWatch, Knowledge
 from kvcomm.align.readers import Reader
+from kvcomm.align.rung_record import RungRecord
 from kvcomm.align.standings import Level
 from kvcomm.align.watch import Watch
 from kvcomm.errors import AnchorFileCorrupt, AnchorFileError, AnchorFileTooNew, AnchorFileTooOld, InvalidRequest
 from kvcomm.files.reading import MAX_SHOWN, first_fault
-from kvcomm.files.records import StrictRecord
+from kvcomm.files.records import StrictRecord, require_once
 from kvcomm.files.writing import locked, sweep
 from kvcomm.memory.sealed_file import SealedFormat
 
@@ -41,14 +41,6 @@ EARLIER_FILE = "edge-groups.safetensors"
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class RungRecord(StrictRecord):
-    """One rung."""
-
-    estimator: str
-    share: Annotated[float, Field(ge=0, le=1)]
-    chooser: str
 
 
 class MeasuredRecord(StrictRecord):
@@ -162,7 +154,7 @@ class ReadersHeader(StrictRecord):
         Raises:
             InvalidRequest, ValueError: the parts do not fit each other.
         """
-        rungs = [Rung(each.estimator, each.share, each.chooser) for each in self.rungs]
+        rungs = [each.rung for each in self.rungs]
         readers = tuple(
             (Reader(each.digest, each.slots, each.targets), tuple(pair.pair(rungs) for pair in each.pairs))
             for each in self.readers
@@ -195,13 +187,6 @@ class Profile(NamedTuple):
         return self.knowledge.num_pairs
 
 
-def require_once(what: str, values: Iterable[object]) -> None:
-    """Raises ValueError where something is listed twice."""
-    twice = [value for value, number in Counter(values).items() if number > 1]
-    if twice:
-        raise ValueError(f"{what} {twice[0]!r} is listed twice")
-
-
 def save_profile(
     folder: Path, namespace: str, shape: BankShape, banks: Iterable[BankSnapshot], knowledge: Knowledge
 ) -> Profile:
@@ -229,7 +214,7 @@ def header_of(namespace: str, knowledge: Knowledge, banks: Mapping[str, str]) ->
     return ReadersHeader(
         namespace=namespace,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        rungs=tuple(RungRecord(estimator=each.estimator, share=each.share, chooser=each.chooser) for each in rungs),
+        rungs=tuple(RungRecord.of(each) for each in rungs),
         readers=tuple(
             ReaderRecord(
                 digest=reader.digest,

@@ -48,6 +48,7 @@ from kvcomm.cli.serve_options import (
     ModelSetting,
     PoolTokensSetting,
     PortSetting,
+    PriorSetting,
     RequestTimeoutSetting,
     ServedNameSetting,
     SnapshotsSetting,
@@ -110,6 +111,7 @@ def serve(
     request_timeout: RequestTimeoutSetting = None,
     default_max_tokens: DefaultMaxTokensSetting = None,
     snapshots: SnapshotsSetting = None,
+    prior: PriorSetting = None,
     tier: TierSetting = None,
     tier_secret_file: TierSecretFileSetting = None,
     tier_bytes: TierBytesSetting = None,
@@ -167,6 +169,7 @@ def serve(
         "request_timeout_s": request_timeout,
         "default_max_tokens": default_max_tokens,
         "snapshots": snapshots,
+        "prior": prior,
         "tier": tier,
         "tier_secret_file": tier_secret_file,
         "tier_bytes": tier_bytes,
@@ -204,6 +207,7 @@ def _require_extra() -> None:
 def _serve(settings: ServerSettings, *, as_json: bool) -> None:
     from logging.config import dictConfig
 
+    from kvcomm.align.prior import read_prior
     from kvcomm.server.keys import KeyRing
     from kvcomm.server.listening import address_of, bind
     from kvcomm.server.logs import logging_config
@@ -212,6 +216,7 @@ def _serve(settings: ServerSettings, *, as_json: bool) -> None:
     with ExitStack() as opened:
         # Mistakes are found before a model is loaded for them.
         keys = KeyRing(settings.keys) if settings.keys is not None else None
+        prior = "shipped" if settings.prior is None else read_prior(settings.prior)
         traces = exporting_provider(settings.traces) if settings.traces is not None else None
         if traces is not None:
             opened.callback(shut_down, traces)
@@ -236,6 +241,7 @@ def _serve(settings: ServerSettings, *, as_json: bool) -> None:
             device=settings.device,
             weights=settings.weights,
             config=settings.engine,
+            prior=prior,
             tier=tier,
             progress=True,
         )

@@ -99,6 +99,15 @@ SnapshotsSetting = Annotated[
         "--snapshots", metavar="DIR", help="The folder in which clients may save contexts; by default they cannot."
     ),
 ]
+PriorSetting = Annotated[
+    Path | None,
+    typer.Option(
+        "--prior",
+        metavar="FILE",
+        help="What moved text costs on this model, as `python -m eval.prior` measures it; by default what comes with "
+        "kvcomm for it, if anything does.",
+    ),
+]
 TierSetting = Annotated[
     str | None,
     typer.Option(

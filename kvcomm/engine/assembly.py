@@ -6,13 +6,14 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from threading import RLock
-from typing import Literal, Self
+from typing import Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvcomm import values
-from kvcomm.align.prior import Prior, find_prior, require_prior_fits
+from kvcomm.align.prior import Prior, find_prior, read_prior, require_prior_fits
 from kvcomm.config import EngineConfig
 from kvcomm.engine.adapters import Adapters
 from kvcomm.engine.cache import Cache
@@ -44,8 +45,9 @@ from kvcomm.reuse.reuse import Reuse, Whose
 from kvcomm.tiers.space import DEFAULT_TENANT
 from kvcomm.tiers.tier import Tier
 
-WhichPrior = Prior | Literal["shipped"] | None
-"""The prior that an engine begins with; "shipped": the one that comes with kvcomm, if there is any for its model."""
+WhichPrior = Prior | str | Path | None
+"""The prior that an engine begins with, or its file; "shipped": the one that comes with kvcomm, if there is any for its
+model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,13 +287,14 @@ def _checked_prior(prior: WhichPrior, model: str) -> Prior | None:
         return None
     if prior == "shipped":
         return find_prior(model)
-    if not isinstance(prior, Prior):
+    found = read_prior(prior) if isinstance(prior, str | Path) else prior
+    if not isinstance(found, Prior):
         raise InvalidRequest(
-            f'prior must be a Prior, as kvcomm.align.prior.read_prior(file) gives, "shipped" or None, not '
+            f'prior must be a Prior, a file as `python -m eval.prior` writes it, "shipped" or None, not '
             f"{values.told(prior)}"
         )
-    require_prior_fits(prior, model)
-    return prior
+    require_prior_fits(found, model)
+    return found
 
 
 def _checked_tier(tier: Tier | str | None) -> Tier | None:

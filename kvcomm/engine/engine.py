@@ -77,7 +77,8 @@ class Engine:
             model: a decoder on its device, in its dtype; it is put into eval mode. Adapters that PEFT has put into its
                 layers may be named by requests, also where the model is wrapped in a `PeftModel`.
             weights_id: identity of the weights without adapters, if known; else they are hashed (0.2 s per GB or so).
-            prior: pairs measured on this model beforehand; by default those that come with kvcomm, if any do.
+            prior: pairs measured on this model beforehand, or their file; by default those that come with kvcomm, if
+                any do.
             tier: where exact prefixes are shared with other engines, or its URL, see `Tier.open`; an engine closes what
                 it opened. What is wrong with it later costs time, never an answer.
 
@@ -85,6 +86,7 @@ class Engine:
             UnsupportedModel: its KV cannot be cached soundly.
             InvalidRequest: the attention back end asked for does not run here, or the prior is none.
             AnchorFileForeign: the prior is of another model.
+            AnchorFileError: its file cannot be read.
             TierError: there can be no tier at that URL.
         """
         self.config = config or EngineConfig()

@@ -180,6 +180,7 @@ class ServerSettings(BaseModel):
         limits: of tenants whose key brings none of its own.
         max_divergence, confidence: the bound in force where a request does not say; 0 is exact reuse only.
         basis: the least that is accepted as grounds there: prior, pool or own.
+        prior: a file of pairs measured on this model, for `kvcomm serve`; None: those that come with kvcomm, if any do.
         heal, heal_within: whether moved KV is replaced there by exact KV, and after how many tokens of the answer.
         log_level: of the structured log.
         log_prompts: write prompts and answers into the log.
@@ -239,6 +240,7 @@ class ServerSettings(BaseModel):
     max_divergence: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     basis: Literal["own", "pool", "prior"] = "prior"
+    prior: Path | None = None
     heal: bool = False
     heal_within: Positive = DEFAULT_HEAL_WITHIN
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -175,6 +175,8 @@ WRONG = {
         f"tune --data pyproject.toml --check {NOTHING}",
         f"serve --config {NOTHING}",
         f"serve --keys {NOTHING}",
+        f"serve --prior {NOTHING}",
+        "serve --prior pyproject.toml",
         f"serve --adapter tone={NOTHING}",
         f"serve --tier folder --tier-secret-file {NOTHING}",
         f"serve keys ls --keys {NOTHING}",

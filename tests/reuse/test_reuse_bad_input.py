@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +13,15 @@ import torch
 from torch import Tensor
 
 from kvcomm.align.attention_mass import AttentionMass
+from kvcomm.align.calibration import Measured, Pair
 from kvcomm.align.estimators import TokenEstimator
 from kvcomm.align.ladder import Rung
 from kvcomm.align.levels import ReaderBook
+from kvcomm.align.prior import Prior, write_prior
 from kvcomm.align.probes import Probes
 from kvcomm.engine.engine import Engine
 from kvcomm.engine.sampling import SamplingParams
-from kvcomm.errors import EngineClosed, InvalidRequest
+from kvcomm.errors import AnchorFileError, AnchorFileForeign, EngineClosed, InvalidRequest
 from kvcomm.memory.segments import Segment
 from kvcomm.reuse.attempt import Attempt
 from kvcomm.reuse.choosing import AttentionChooser
@@ -30,6 +33,8 @@ from tests.tiny import TinyModel
 
 LOOKING = replace(LOOSE, rungs=(Rung("token", 0.3),))
 """A rung that looks at the prompt's end before it chooses."""
+
+PAIR = Pair({Rung("rotate"): Measured(0.01)})
 
 
 class Injected(Exception):
@@ -228,10 +233,27 @@ def test_a_machine_that_cannot_be_measured_computes_everything(learning: Engine)
     assert calls == [1]
 
 
-@pytest.mark.parametrize("prior", ["prior.json", "", 3, {}])
+@pytest.mark.parametrize("prior", [3, {}])
 def test_a_prior_that_is_none(shared_model: TinyModel, prior: object) -> None:
-    with pytest.raises(InvalidRequest, match=r"prior must be a Prior, as .*read_prior\(file\) gives"):
+    with pytest.raises(InvalidRequest, match=r"prior must be a Prior, a file as `python -m eval\.prior` writes it"):
         Engine(shared_model.model, shared_model.tokenizer, prior=prior)  # type: ignore[arg-type]  # that is tested
+
+
+def test_a_prior_may_be_named_by_its_file(shared_model: TinyModel, tmp_path: Path) -> None:
+    model, tokenizer = shared_model.model, shared_model.tokenizer
+    with Engine(model, tokenizer, prior=None) as without:
+        own, foreign = (Prior(name, {"a": (PAIR,)}, None) for name in (without.prior_model, "other"))
+    file = tmp_path / "prior.json"
+    write_prior(own, file, name="tiny")
+    for prior in (str(file), file):
+        with Engine(model, tokenizer, prior=prior) as engine:
+            assert tuple(engine.reuse.parts.book.prior) == (PAIR,)
+    write_prior(foreign, file, name="other")
+    with pytest.raises(AnchorFileForeign, match="measured on another model"):
+        Engine(model, tokenizer, prior=file)
+    for missing in ("", str(tmp_path / "none.json")):
+        with pytest.raises(AnchorFileError, match="cannot be read"):
+            Engine(model, tokenizer, prior=missing)
 
 
 @pytest.mark.parametrize("rung", ["token", 0.3, None])

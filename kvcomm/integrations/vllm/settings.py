@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -23,7 +23,8 @@ class ConnectorSettings(BaseModel):
         pool_tokens: token slots of kvcomm's own pool, where sources of moved text and prompts in preparation lie.
         step_tokens: tokens that kvcomm computes at most between two steps of vLLM.
         learning_share: of the time, for learning while vLLM is busy.
-        prior: "shipped": pairs that come with kvcomm for this model, if there are any; None: none.
+        prior: a file of pairs measured on this model; "shipped": those that come with kvcomm for it, if there are any;
+            None: none.
         tier: URL of a shared tier, see `kvcomm.tiers`; None: nothing is shared.
         tier_secret_file: holds the secret under which tenants' KV is named there.
         tier_bytes: that the tier may hold; None: as it is.
@@ -36,7 +37,7 @@ class ConnectorSettings(BaseModel):
     pool_tokens: Annotated[int, Field(ge=256)] = DEFAULT_POOL_TOKENS
     step_tokens: Annotated[int, Field(ge=16)] = 512
     learning_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    prior: Literal["shipped"] | None = "shipped"
+    prior: str | None = "shipped"
     tier: str | None = None
     tier_secret_file: Path | None = None
     tier_bytes: Annotated[int, Field(ge=1)] | None = None
