@@ -180,7 +180,7 @@ class KVCommAgentGroup:
 
         plans = [self._plan_example(number, each, rounds) for number, each in enumerate(examples, start=1)]
         self._engine.require_open()
-        require_something(self._engine, self.policy, len(plans))
+        require_something(self._engine.reuse, self.policy, len(plans))
         with told(progress) as tell:
             return warm(plans, self.policy, tell)
 

@@ -45,13 +45,14 @@ def warm(plans: Sequence[RunPlan], policy: ReusePolicy, tell: Tell) -> dict[str,
     """
     first = plans[0]
     num_requests = len(first.graph.agents) * first.num_rounds
-    lessons = Lessons(first.engine, policy, tell, num_total=num_requests * len(plans), tenant=first.tenant)
+    lessons = Lessons(first.engine.reuse, policy, tell, num_total=num_requests * len(plans), tenant=first.tenant)
     graph = AgentGraph(shortened(first.graph.agents))
     plans = [replace(plan, graph=graph, lessons=lessons, read_along=False) for plan in plans]
     num_runs = max(1, min(MAX_RUNS, MAX_LESSONS // num_requests))
     for start in range(0, len(plans), num_runs):
         _run(plans[start : start + num_runs], lessons)
         lessons.wait()
+        first.engine.require_open()
     gained = lessons.gained()
     found = {}
     for agent in first.graph.agents:

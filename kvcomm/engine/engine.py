@@ -421,7 +421,8 @@ class Engine:
                 it, and nothing has run.
             EngineClosed: the engine has been closed, before or meanwhile.
         """
-        return warm(self, prompts, checked_policy(policy) or self.policy, progress, adapter=adapter, tenant=tenant)
+        wanted = checked_policy(policy) or self.policy
+        return warm(self.reuse, self.submit, self.require_open, prompts, wanted, progress, adapter, tenant)
 
     def require_open(self) -> None:
         """Raises EngineClosed once the engine has been closed."""

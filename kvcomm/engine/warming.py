@@ -9,22 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from kvcomm import values
 from kvcomm.align.readers import reader_of
 from kvcomm.align.standings import Level
+from kvcomm.engine.handle import RequestHandle
 from kvcomm.errors import InvalidRequest
 from kvcomm.memory.segments import Prompt, Segment
 from kvcomm.plain import Plain
 from kvcomm.reuse.lesson import Lesson
 from kvcomm.reuse.policy import ReusePolicy
 from kvcomm.reuse.replay import NUM_CONTINUATION
-from kvcomm.reuse.reuse import is_movable, require_movable
+from kvcomm.reuse.reuse import Reuse, is_movable, require_movable
 from kvcomm.reuse.status import NUM_DIGITS, ReaderStatus
-
-if TYPE_CHECKING:
-    from kvcomm.engine.engine import Engine
 
 BATCH = 8
 """Examples that are answered at the same time."""
@@ -87,7 +85,7 @@ class Lessons:
 
     def __init__(
         self,
-        engine: Engine,
+        reuse: Reuse,
         policy: ReusePolicy,
         tell: Tell,
         *,
@@ -100,7 +98,8 @@ class Lessons:
         Args:
             num_total: lessons that there will be.
         """
-        self._engine = engine
+        self._reuse = reuse
+        self._lock = reuse.parts.lock
         self._policy = policy
         self._tell = tell
         self._num_steps = 2 * num_total
@@ -111,8 +110,8 @@ class Lessons:
 
     def begin(self, prompt: Prompt, adapter: str | None = None) -> Lesson:
         """The lesson for a request with this prompt, which is about to be submitted."""
-        lesson, segments = Lesson(self._policy), self._engine.read_prompt(prompt, is_start=True)
-        with self._engine.lock:
+        lesson, segments = Lesson(self._policy), self._reuse.read(prompt)
+        with self._lock:
             self._waiting.append(lesson)
             if is_movable(segments):
                 key = adapter, reader_of(segments).digest
@@ -126,13 +125,12 @@ class Lessons:
         self._advance("answering")
 
     def wait(self) -> None:
-        """Wait until all that has begun is learned. Raises EngineClosed if the engine was closed meanwhile."""
-        with self._engine.lock:
+        """Wait until all that has begun is learned, or was given up."""
+        with self._lock:
             waiting, self._waiting = self._waiting, []
         for lesson in waiting:
             lesson.learned.result()
             self._advance("learning")
-        self._engine.require_open()
 
     def gained(self) -> dict[tuple[str | None, str], Gained]:
         """What came of them: (adapter, digest of a reader) -> that, in the order in which they began."""
@@ -144,35 +142,36 @@ class Lessons:
         return Gained(len(tally.lessons), num_pairs, status.num_tokens - tally.num_tokens, status)
 
     def _status(self, segments: tuple[Segment, ...], adapter: str | None) -> ReaderStatus:
-        return self._engine.reuse.status(segments, policy=self._policy, tenant=self._tenant, adapter=adapter)
+        return self._reuse.status(segments, policy=self._policy, tenant=self._tenant, adapter=adapter)
 
     def _advance(self, text: str) -> None:
-        with self._engine.lock:
+        with self._lock:
             self._num_done = min(self._num_done + 1, self._num_steps)
             done = Done(self._num_done, self._num_steps, text)
         self._tell(done)
 
 
 def warm(
-    engine: Engine,
+    reuse: Reuse,
+    submit: Callable[..., RequestHandle],
+    require_open: Callable[[], None],
     prompts: Iterable[Prompt],
     policy: ReusePolicy,
     progress: Progress,
-    *,
     adapter: str | None,
     tenant: str,
 ) -> list[Gained]:
-    """See `Engine.warm`."""
-    engine.require_open()
-    read = [engine.read_prompt(prompt, is_start=True) for prompt in prompts]
-    require_something(engine, policy, len(read))
+    """See `Engine.warm`, and for `submit` and `require_open` the engine's."""
+    require_open()
+    read = [reuse.read(prompt) for prompt in prompts]
+    require_something(reuse, policy, len(read))
     for number, segments in enumerate(read, start=1):
         require_movable(segments, f"prompt {number}")
     with told(progress) as tell:
-        lessons = Lessons(engine, policy, tell, num_total=len(read), tenant=tenant)
+        lessons = Lessons(reuse, policy, tell, num_total=len(read), tenant=tenant)
         for first in range(0, len(read), BATCH):
             handles = [
-                engine.submit(
+                submit(
                     segments,
                     adapter=adapter,
                     tenant=tenant,
@@ -190,10 +189,11 @@ def warm(
                 for handle in handles:
                     handle.cancel()
             lessons.wait()
+            require_open()
     return list(lessons.gained().values())
 
 
-def require_something(engine: Engine, policy: ReusePolicy, num_examples: int) -> None:
+def require_something(reuse: Reuse, policy: ReusePolicy, num_examples: int) -> None:
     """Raises InvalidRequest where there is nothing to learn from, or nothing to learn."""
     if not num_examples:
         raise InvalidRequest("there are no examples to learn from; give at least one")
@@ -202,9 +202,9 @@ def require_something(engine: Engine, policy: ReusePolicy, num_examples: int) ->
             "the policy is exact reuse only, which has nothing to learn; give one that allows more, such as "
             "ReusePolicy(max_divergence=0.05, confidence=0.9)"
         )
-    if engine.reuse.immovable:
-        raise InvalidRequest(f"there is nothing to learn, since nothing can be moved: {engine.reuse.immovable}")
-    engine.reuse.require_known(policy.rungs)
+    if reuse.immovable:
+        raise InvalidRequest(f"there is nothing to learn, since nothing can be moved: {reuse.immovable}")
+    reuse.require_known(policy.rungs)
 
 
 @contextmanager

@@ -43,6 +43,7 @@ class Reuse:
 
     Attributes:
         parts: that plan, learn and work beside requests; for whoever builds on them.
+        read: gives the checked segments of a prompt.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Reuse:
         """
         self.parts = parts
         self._policy = policy
-        self._read = read
+        self.read = read
         self._whose = whose
         self._space_of = space_of
         self._shared = SharedLearning(parts, tier)
@@ -100,7 +101,7 @@ class Reuse:
         Raises:
             InvalidRequest: the prompt is empty, or this engine has no such estimator.
         """
-        segments, names = self._read(prompt), tuple(estimators)
+        segments, names = self.read(prompt), tuple(estimators)
         self.require_known(map(Rung, names))
         namespace, weights = self._whose(tenant, adapter)
         return self.parts.learner.learn(namespace, weights, segments, names)
@@ -285,13 +286,13 @@ class Reuse:
         self._shared.close()
 
     def _read_case(self, prompt: Prompt, answer: Iterable[int]) -> tuple[tuple[Segment, ...], tuple[int, ...]]:
-        segments, tokens = self._read(prompt), tuple(answer)
+        segments, tokens = self.read(prompt), tuple(answer)
         if not tokens:
             raise InvalidRequest("an empty answer cannot be replayed; generate at least one token")
         return segments, tokens
 
     def _movable(self, prompt: Prompt) -> tuple[Segment, ...]:
-        segments = self._read(prompt)
+        segments = self.read(prompt)
         require_movable(segments, "this prompt")
         return segments
 
