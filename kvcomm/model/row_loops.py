@@ -22,6 +22,7 @@ from kvcomm.model.bits import rounded, widen
 
 Floats = npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.float32] | npt.NDArray[np.uint16]
+"""Float32, or bfloat16 by its bits, see `bits`; sums are of float32 either way."""
 
 ONE = np.float32(1)
 

@@ -69,6 +69,13 @@ def test_hosts_and_origins_may_be_repeated(capsys: pytest.CaptureFixture[str]) -
     assert settings["cors_origins"] == ["http://a"]
 
 
+def test_a_prior_is_named_by_its_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["serve", "--check", "--json", "--prior", "prior.json"]) == 0
+    assert printed(capsys)["settings"]["prior"] == "prior.json"
+    assert app.run(["serve", "--check", "--json"]) == 0
+    assert printed(capsys)["settings"]["prior"] is None
+
+
 def test_kv_events_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--kv-events", "tcp://*:5557", "--kv-events-replay", "tcp://*:5558", "--kv-events-format", "array"]
     tenants = ["--kv-events-tenant", "ann", "--kv-events-tenant", "bob="]

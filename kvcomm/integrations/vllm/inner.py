@@ -27,6 +27,7 @@ def make_engine(host: Host, loaded: LoadedModel, settings: ConnectorSettings) ->
 
     Raises:
         UnsupportedModel: its KV cannot be cached soundly.
+        AnchorFileError, AnchorFileForeign: the prior cannot be read, or is of another model.
     """
     decoder = HostedDecoder(host, loaded.model)
     config = EngineConfig(
