@@ -140,7 +140,7 @@ class Workings:
     ) -> Self:
         """See `Engine` and `RequestMaker`."""
         memory, adapters, lock, reader = ground.memory, ground.adapters, ground.lock, language.reader
-        known = _checked_prior(prior, ground.prior_model)
+        known = _prior_for(ground.prior_model, prior)
         parts = ReuseParts.make(
             config,
             memory,
@@ -281,18 +281,27 @@ def _whose(adapters: Adapters, tenancy: Tenancy, tenant: str, adapter: str | Non
     return Whose(tenancy.namespace(weights, tenant), weights)
 
 
-def _checked_prior(prior: WhichPrior, model: str) -> Prior | None:
+def opened_prior(prior: WhichPrior) -> WhichPrior:
+    """What was asked for, with a file read, so that a wrong one is found before a model is loaded for it.
+
+    Raises:
+        InvalidRequest: it is none of what a prior may be.
+        AnchorFileError: its file cannot be read.
+    """
+    found = read_prior(prior) if isinstance(prior, str | Path) and prior != "shipped" else prior
+    if found is None or isinstance(found, Prior | str):
+        return found
+    raise InvalidRequest(
+        f'prior must be a Prior, a file as `python -m eval.prior` writes it, "shipped" or None, not '
+        f"{values.told(prior)}"
+    )
+
+
+def _prior_for(model: str, prior: WhichPrior) -> Prior | None:
     """The prior that was asked for; `model`: digest of what it has to hold for."""
-    if prior is None:
-        return None
-    if prior == "shipped":
-        return find_prior(model)
-    found = read_prior(prior) if isinstance(prior, str | Path) else prior
+    found = opened_prior(prior)
     if not isinstance(found, Prior):
-        raise InvalidRequest(
-            f'prior must be a Prior, a file as `python -m eval.prior` writes it, "shipped" or None, not '
-            f"{values.told(prior)}"
-        )
+        return None if found is None else find_prior(model)
     require_prior_fits(found, model)
     return found
 

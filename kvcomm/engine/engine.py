@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from kvcomm import values
 from kvcomm.align.ladder import Rung
 from kvcomm.config import EngineConfig
-from kvcomm.engine.assembly import Ground, WhichPrior, Workings
+from kvcomm.engine.assembly import Ground, WhichPrior, Workings, opened_prior
 from kvcomm.engine.chat_template import Messages
 from kvcomm.engine.context import Context
 from kvcomm.engine.context_list import ContextList
@@ -127,7 +127,9 @@ class Engine:
             InvalidRequest: kept weights, a dtype or a device that cannot be used here.
             ModelLoadError: unknown, not fetchable, wrong hash, damaged folder; one clear line each.
             UnsupportedModel: its KV cannot be cached soundly.
+            AnchorFileError: the prior's file cannot be read; the model is not loaded for it.
         """
+        settings["prior"] = opened_prior(settings.get("prior", "shipped"))
         with collector_paused():
             loaded = load_model(name, dtype=dtype, device=device, weights=weights, progress=progress)
             return cls(loaded.model, loaded.tokenizer, weights_id=loaded.weights_digest, **settings)
@@ -136,12 +138,10 @@ class Engine:
         # Without the lock: whoever looks at an engine waits for nobody, and the numbers are about those of now.
         name = Path(str(self.model.config.name_or_path)).name or type(self.model).__name__
         pages = f"{self.pool.num_pages} pages of {self.config.page_size}"
-        in_flight = self.scheduler.num_waiting + self.scheduler.num_running
-        held = f"{len(self._tools.living)} contexts, {in_flight} requests"
+        num_requests = self.scheduler.num_waiting + self.scheduler.num_running
         state = "closed" if self.scheduler.is_closed else "running"
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        where = f"{name[:MAX_TEXT]}, {dtype}, {self.model.device}"
-        return f"Engine({where}, {pages}, {held}, {state})"
+        where = f"{name[:MAX_TEXT]}, {str(self.model.dtype).removeprefix('torch.')}, {self.model.device}"
+        return f"Engine({where}, {pages}, {len(self._tools.living)} contexts, {num_requests} requests, {state})"
 
     @property
     def contexts(self) -> ContextList:

@@ -256,6 +256,12 @@ def test_a_prior_may_be_named_by_its_file(shared_model: TinyModel, tmp_path: Pat
             Engine(model, tokenizer, prior=missing)
 
 
+@pytest.mark.parametrize(("prior", "error"), [("/no/prior.json", AnchorFileError), (3, InvalidRequest)])
+def test_a_wrong_prior_is_found_before_the_model_is_loaded(prior: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="prior"):
+        Engine.load("/no/model", prior=prior)
+
+
 @pytest.mark.parametrize("rung", ["token", 0.3, None])
 def test_a_rung_that_is_none(engine: Engine, rung: object) -> None:
     prompt = [Segment((1, 2, 3), "text"), Segment((4, 5))]

@@ -5,21 +5,28 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from kvcomm import Engine
+from kvcomm.align.calibration import Measured, Pair
+from kvcomm.align.ladder import Rung
+from kvcomm.align.prior import Prior, write_prior
 from kvcomm.config import EngineConfig
+from kvcomm.errors import AnchorFileError, AnchorFileForeign
 from kvcomm.integrations.vllm.decoder import HostedDecoder
 from kvcomm.integrations.vllm.fair_lock import FairLock
-from kvcomm.integrations.vllm.inner import kv_of, kv_of_context
+from kvcomm.integrations.vllm.inner import kv_of, kv_of_context, make_engine
 from kvcomm.integrations.vllm.messages import Load, Prepare, Release, Save
 from kvcomm.integrations.vllm.params import PromptSpan, RequestParams, ReuseParams
 from kvcomm.integrations.vllm.preparation import KVLists, Preparations
+from kvcomm.integrations.vllm.settings import ConnectorSettings
 from kvcomm.memory.segments import Segment
 from kvcomm.model.geometry import ModelGeometry
+from kvcomm.model.loading import LoadedModel
 from kvcomm.model.weights import weights_digest
 from tests.integrations.vllm.fake_host import ModelHost, TensorPages
 from tests.limits import wait_for
@@ -31,6 +38,7 @@ MOVES = RequestParams(
     reuse=ReuseParams(max_divergence=5.0, confidence=0.5),
 )
 BLOCKS = (7, 2, 5, 1, 6, 3)
+PAIR = Pair({Rung("rotate", 0.3): Measured(0.001, 0.2)})
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +135,22 @@ def test_answers_and_names_are_those_of_an_engine_of_its_own(engine: Engine) -> 
         settings: Any = {"max_new_tokens": 20, "ignore_eos": True}
         assert engine.generate(prompt, **settings).token_ids == own.generate(prompt, **settings).token_ids
         assert engine.namespace("somebody") == own.namespace("somebody")
+
+
+def test_a_prior_may_be_a_file(tiny: TinyModel, host: ModelHost, tmp_path: Path) -> None:
+    """With it an engine inside vLLM knows at once what one of its own had learned."""
+    loaded = LoadedModel(tiny.model, tiny.tokenizer, "tiny", weights_digest(tiny.model), "folder")
+    with make_engine(host, loaded, ConnectorSettings(prior=None)) as without:
+        own, foreign = (Prior(name, {"a": (PAIR,)}) for name in (without.prior_model, "other"))
+    file = tmp_path / "prior.json"
+    write_prior(own, file, name="tiny")
+    with make_engine(host, loaded, ConnectorSettings(prior=str(file))) as engine:
+        assert tuple(engine.reuse.parts.book.prior) == (PAIR,)
+    write_prior(foreign, file, name="tiny")
+    with pytest.raises(AnchorFileForeign, match="measured on another model"):
+        make_engine(host, loaded, ConnectorSettings(prior=str(file)))
+    with pytest.raises(AnchorFileError, match="cannot be read"):
+        make_engine(host, loaded, ConnectorSettings(prior=str(tmp_path / "none.json")))
 
 
 def test_kv_is_the_models(tiny: TinyModel, engine: Engine) -> None:
