@@ -119,6 +119,7 @@ def _round(team: Team, servers: Servers, found: FirstTokens, *, is_odd: bool) ->
     texts = team.texts()
     for agent in team.agents:
         _agent(team, servers, texts, agent, found, dense_first=bool(agent % 2) != is_odd)
+        note(f"    agent {agent + 1} of {len(team.agents)}, {found.num_tokens[agent]} tokens")
 
 
 def _agent(team: Team, servers: Servers, texts: Texts, agent: int, found: FirstTokens, *, dense_first: bool) -> None:
