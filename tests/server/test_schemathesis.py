@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,7 +135,7 @@ def test_the_document_is_true(api: Api, name: str, mode: GenerationMode) -> None
     """Valid requests are answered as documented, invalid ones are refused, and none ends in a 500."""
     method, path = name.split()
     operation = api.schema[path][method]
-    bodies = BodyJudge(api.schema.raw_schema, method, path)
+    judge = DocumentJudge(api.schema.raw_schema, method, path)
     key = api.keys[Role.ADMIN if path.startswith(OPERATOR) else Role.TENANT]
 
     @settings(max_examples=40, suppress_health_check=list(HealthCheck), database=None)
@@ -143,15 +143,16 @@ def test_the_document_is_true(api: Api, name: str, mode: GenerationMode) -> None
     def check(case: schemathesis.Case) -> None:
         is_told = name not in OPAQUE and not _names_tools(case.body) and not _is_constrained(case.body)
         excluded = [] if is_told else [positive_data_acceptance]
-        if mode == GenerationMode.NEGATIVE and not _is_spoilt(case, bodies):
+        if mode == GenerationMode.NEGATIVE and not _is_spoilt(case, judge):
             excluded.append(negative_data_rejection)
         case.call_and_validate(headers={"Authorization": f"Bearer {key}"}, excluded_checks=excluded)
 
     check()
 
 
-class BodyJudge:
-    """Says of bodies whether the whole document allows them, by a validator that knows not how they were made."""
+class DocumentJudge:
+    """Says of bodies and queries whether the whole document allows them, by a validator that knows not how they were
+    made."""
 
     def __init__(self, document: dict[str, Any], method: str, path: str) -> None:
         operation = document["paths"][path][method.lower()]
@@ -160,19 +161,51 @@ class BodyJudge:
         if content is not None:
             schema = {**content["schema"], "components": document["components"]}
             self._validator = jsonschema_rs.Draft202012Validator(schema)
+        queries = [each for each in operation.get("parameters", []) if each["in"] == "query"]
+        self._required = {each["name"] for each in queries if each["required"]}
+        self._queries = {
+            each["name"]: jsonschema_rs.Draft202012Validator({**each["schema"], "components": document["components"]})
+            for each in queries
+        }
+
+    def allows_query(self, query: Mapping[str, object]) -> bool:
+        """Whether all parameters of the operation are valid; what it does not know may stand beside them, unread."""
+        known = {name: value for name, value in query.items() if name in self._queries}
+        return self._required <= set(known) and all(
+            _is_json(value) and self._queries[name].is_valid(value) for name, value in known.items()
+        )
 
     def allows(self, body: object) -> bool:
         """Whether a JSON body is valid; where the document describes none, nothing is."""
         return self._validator is not None and self._validator.is_valid(body)
 
 
-def _is_spoilt(case: schemathesis.Case, bodies: BodyJudge) -> bool:
+@pytest.mark.parametrize(
+    ("query", "allows"),
+    [
+        ({"name": "x"}, True),
+        ({"name": "x", "": None, "beta": object()}, True),
+        ({"name": "x", "version": 3}, True),
+        ({"name": "x", "version": 0}, False),
+        ({"version": 3, "more": 1}, False),
+    ],
+)
+def test_what_a_query_says_beside_its_parameters_is_left_unread(query: dict[str, object], allows: bool) -> None:
+    version = {"name": "version", "in": "query", "required": False, "schema": {"type": "integer", "minimum": 1}}
+    name = {"name": "name", "in": "query", "required": True, "schema": {"type": "string"}}
+    document = {"paths": {"/a": {"get": {"parameters": [version, name]}}}, "components": {}}
+    assert DocumentJudge(document, "GET", "/a").allows_query(query) is allows
+
+
+def _is_spoilt(case: schemathesis.Case, judge: DocumentJudge) -> bool:
     """Whether a case that was made to be invalid is: one of its changes is neither to headers, which keys replace, nor
-    such that the body fits another branch of its schema."""
+    such that the body fits another branch of its schema, nor a query's parameter that nobody knows."""
     assert case.meta is not None
     spoilt = {place for place, made in case.meta.components.items() if made.mode.is_negative}
-    if ParameterLocation.BODY in spoilt and _is_json(case.body) and bodies.allows(case.body):
+    if ParameterLocation.BODY in spoilt and _is_json(case.body) and judge.allows(case.body):
         spoilt.discard(ParameterLocation.BODY)
+    if ParameterLocation.QUERY in spoilt and judge.allows_query(case.query or {}):
+        spoilt.discard(ParameterLocation.QUERY)
     return bool(spoilt - {ParameterLocation.HEADER})
 
 
