@@ -124,10 +124,10 @@ class Engine:
             settings: config, policy, prior and tier of the engine, as in its constructor.
 
         Raises:
-            InvalidRequest: kept weights, a dtype or a device that cannot be used here.
+            InvalidRequest: kept weights, a dtype or a device that cannot be used here, or a prior that is none.
             ModelLoadError: unknown, not fetchable, wrong hash, damaged folder; one clear line each.
             UnsupportedModel: its KV cannot be cached soundly.
-            AnchorFileError: the prior's file cannot be read; the model is not loaded for it.
+            AnchorFileError: the prior's file cannot be read, found before the model is loaded, or is of another model.
         """
         settings["prior"] = opened_prior(settings.get("prior", "shipped"))
         with collector_paused():

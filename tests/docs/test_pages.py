@@ -26,3 +26,10 @@ def test_files_that_are_named_are_there(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_are_linked_are_there(page: Path) -> None:
     assert not [link for link in LINKED.findall(page.read_text()) if not (page.parent / link).exists()]
+
+
+def test_the_first_page_leads_to_every_other_one() -> None:
+    """As README says."""
+    docs = ROOT / "docs"
+    linked = set(LINKED.findall((docs / "index.md").read_text()))
+    assert {page.name for page in docs.glob("*.md")} - linked == {"index.md"}
